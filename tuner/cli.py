@@ -1,0 +1,282 @@
+"""The commands. Only what a command needs is imported, so that `tuner --help` answers at once."""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from tuner import __version__
+from tuner.errors import SpaceError, TunerError
+
+if TYPE_CHECKING:
+    from tuner.report import Console
+    from tuner.session import Places
+    from tuner.space import Space
+
+app = typer.Typer(
+    name="tuner",
+    help="Hyperparameter search for fine-tuning pretrained models: YAML and labelled data in, the best model out, retrained, tested, exported and verified.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(help="a space file, such as search_spaces/resnet.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="keys to set, such as recipe.lr=0.01 search.trials=5", metavar="[KEY=VALUE]…")]
+Studies = Annotated[Path, typer.Option(help="the folder that holds one folder per study")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors and warnings")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0 takes a free one")]
+Study = Annotated[str, typer.Argument(help="a study's name")]
+
+
+@app.command()
+def run(
+    file: File,
+    overrides: Overrides = None,
+    studies: Studies = Path("studies"),
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="serve the dashboard while the search runs")] = False,
+    port: Port = 8080,
+    quiet: Quiet = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Search, retrain the best, test it, export it. The same command continues a study."""
+    from tuner.running import run_study
+
+    space, places, console = opened(file, overrides, studies, quiet, json_)
+    server = start_dashboard(space, places, port, console) if dashboard else None
+    try:
+        console.summary(run_study(space, places, console))
+    finally:
+        if server is not None:
+            server.terminate()
+
+
+@app.command()
+def check(
+    file: File,
+    overrides: Overrides = None,
+    print_: Annotated[bool, typer.Option("--print", help="print the whole file with its defaults")] = False,
+    debug: Debug = False,
+) -> None:
+    """Find everything that can be wrong before training: the file, the model, the data. Nothing is downloaded."""
+    from tuner.session import session
+    from tuner.space import dump
+
+    space, places, console = opened(file, overrides, Path("studies"), False, False)
+    with session(space, places, console, engine="inline") as s:
+        survey = s.survey()
+        facts = s.inspect(fetch=False)
+    if print_:
+        typer.echo(dump(space.tree()), nl=False)
+        return
+    sizes = ", ".join(f"{n:,} {part}" for part, n in facts.sizes.items())
+    depths = ", ".join(f"{name} freeze depth 0..{depth}" for name, depth in survey.depths.items())
+    typer.echo(f"ok: {len(space.dimensions)} searched keys; {sizes} examples of {len(facts.classes)} classes; {depths}")
+
+
+@app.command()
+def train(
+    file: File,
+    overrides: Overrides = None,
+    studies: Studies = Path("studies"),
+    out: Annotated[Path | None, typer.Option(help="where to export; default: STUDIES/NAME/train")] = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out one run, such as a study's best.yaml: train, test, export."""
+    from tuner.session import session, study_name
+
+    space, places, console = opened(file, overrides, studies, quiet, json_)
+    if space.dimensions:
+        names = ", ".join(d.name for d in space.dimensions)
+        raise SpaceError(f"{file}: {names} still to be chosen; search with `tuner run {file}`, or set them: {space.dimensions[0].name}=…")
+    with session(space, places, console) as s:
+        s.survey()
+        s.inspect()
+        chosen = space.sample(None, seed=space.settings.search.seed)
+        folder = out or studies / study_name(space) / "train"
+        published = s.crown(chosen, folder, space.settings.export, -1, {})
+    show_published(console, published)
+
+
+@app.command()
+def export(
+    study: Study,
+    format_: Annotated[list[str] | None, typer.Option("--format", help="safetensors, torch_export, onnx; may be repeated")] = None,
+    trial: Annotated[int | None, typer.Option(help="another trial than the best; it is retrained")] = None,
+    studies: Studies = Path("studies"),
+    quiet: Quiet = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Export a study's best model, or another trial's, in further formats."""
+    from tuner.exporting import export_trial
+
+    console = console_of(quiet, json_)
+    show_published(console, export_trial(studies, study, tuple(format_ or ()), trial, console))
+
+
+@app.command()
+def predict(
+    study: Annotated[str, typer.Argument(help="a study's name, or an export's folder", metavar="STUDY_OR_EXPORT")],
+    images: Annotated[list[str], typer.Argument(help="images, folders, globs", metavar="IMAGE…")],
+    format_: Annotated[str | None, typer.Option("--format", help="which export to use")] = None,
+    top: Annotated[int, typer.Option(min=1, help="classes to show")] = 3,
+    studies: Studies = Path("studies"),
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Classes with probabilities, for images, folders and globs."""
+    from tuner import predict as predicting
+    from tuner.errors import DataError
+
+    published = predicting.find(studies, study)
+    bad = 0
+    for found in predicting.predict(published, predicting.images(images), format_):
+        if isinstance(found, str):
+            bad += 1
+            print(f"tuner: error: {found}", file=sys.stderr)
+        elif json_:
+            typer.echo(json.dumps({"image": str(found.path), "classes": dict(found.classes)}, ensure_ascii=False))
+        else:
+            typer.echo(f"{found.path}  " + "  ".join(f"{name} {p:.3f}" for name, p in found.classes[:top]))
+    if bad:
+        raise DataError(f"{bad} images cannot be read; the others were predicted")
+
+
+@app.command()
+def dashboard(
+    study: Annotated[str | None, typer.Argument(help="a study's name; default: the latest")] = None,
+    studies: Studies = Path("studies"),
+    port: Port = 8080,
+    write: Annotated[bool, typer.Option("--write", help="allow changing and deleting from the browser")] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve optuna-dashboard for a study on 127.0.0.1, read-only."""
+    import optuna
+
+    from tuner import dashboard as serving
+    from tuner import parsing
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    folder = serving.find(studies, study)
+    url = parsing.load(folder / "space.yaml").settings.storage
+    serving.serve(folder, url, port, write=write, announce=lambda address: typer.echo(f"study {folder.name}: {address}  (Ctrl-C ends it)"))
+
+
+@app.command()
+def models(name: Annotated[str | None, typer.Argument(help="a model, or your own as package.module:attribute")] = None, debug: Debug = False) -> None:
+    """List the models, or one model's stages and what each freeze depth saves."""
+    from tuner import plugins
+
+    if name is None:
+        for known in plugins.names("model"):
+            typer.echo(known)
+        return
+    from tuner.describe import describe
+
+    found = describe(name)
+    typer.echo(f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.size} x {found.size} image (1000 classes)")
+    typer.echo("depth  frozen up to    parameters  FLOPs")
+    for d in found.depths:
+        typer.echo(f"{d.depth:>5}  {d.stage:<14}  {d.parameters:>9.1%}  {d.flops:>5.1%}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of space files, for editors."""
+    from tuner.schema import schema as build
+
+    typer.echo(json.dumps(build(), indent=2))
+
+
+# -- shared by the commands
+
+
+def console_of(quiet: bool, json_: bool) -> "Console":
+    from tuner.report import Console
+
+    return Console("json" if json_ else "quiet" if quiet else "normal")
+
+
+def opened(file: Path, overrides: list[str] | None, studies: Path, quiet: bool, json_: bool) -> "tuple[Space, Places, Console]":
+    """The space and where everything goes. The file is checked before any folder is made."""
+    from tuner import parsing
+    from tuner.session import Places, home_folder
+
+    space = parsing.load(file, overrides or ())
+    console = console_of(quiet, json_)
+    return space, Places(studies, home_folder(console.warn)), console
+
+
+def show_published(console: "Console", published: Any) -> None:
+    scores = published.manifest["scores"]["test"]
+    console.event("published", folder=str(published.folder), test=scores)
+    console.say("test    " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    for kind, e in published.manifest["exports"].items():
+        console.say(f"export  {published.folder / e['file']}  {kind}, verified (differs by {e['largest_difference']:.0e})")
+
+
+def start_dashboard(space: "Space", places: "Places", port: int, console: "Console") -> "subprocess.Popen[bytes]":
+    """A process of its own: a dashboard that fails must not take the search with it. It waits for the study to appear."""
+    from tuner.session import study_name
+
+    command = [sys.executable, "-m", "tuner.waiting", study_name(space), str(places.studies), str(port), str(os.getpid())]
+    console.note(f"dashboard: http://127.0.0.1:{port}/dashboard")
+    return subprocess.Popen(command)
+
+
+def main() -> NoReturn:
+    """The command line; every error a line on stderr, and the exit code that its kind has."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except TunerError as error:
+        code = complain(error, debug)
+    except (KeyboardInterrupt, EOFError):
+        code = 130
+    except BrokenPipeError:
+        code = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        code = usage(error) or bug(error, debug)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def complain(error: TunerError, debug: bool) -> int:
+    if debug:
+        print(getattr(error, "trace", "") or traceback.format_exc(), file=sys.stderr)
+    for problem in error.problems:
+        print(f"tuner: error: {problem}", file=sys.stderr)
+    return error.code
+
+
+def usage(error: Exception) -> int:
+    """Click's own usage errors; 0 when it is not one."""
+    import click
+
+    show: Callable[[], None] | None = error.show if isinstance(error, click.ClickException) else None
+    if show is not None:
+        show()
+        return 2
+    return 130 if isinstance(error, click.exceptions.Abort) else 0
+
+
+def bug(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"tuner: error: a bug in tuner: {type(error).__name__}: {error}; run again with --debug and report what it prints", file=sys.stderr)
+    return 1

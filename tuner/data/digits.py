@@ -1,0 +1,18 @@
+"""scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels, enlarged (Alpaydin and Kaynak, UCI, 1998). Needs no download."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tuner.core import Data, Preprocess
+from tuner.images import UNSPLIT, Items, dataset
+from tuner.run import ImageOptions
+
+
+def load(home: Path, wanted: Preprocess, *, image: ImageOptions) -> Data:
+    from sklearn.datasets import load_digits  # here, so that listing the sources stays cheap
+
+    pixels, labels = load_digits(return_X_y=True)
+    pictures = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    part = np.full(len(labels), UNSPLIT)
+    return dataset(home, Items(list(pictures), labels.astype(np.int64), tuple("0123456789"), part), image, wanted)

@@ -1,0 +1,33 @@
+"""Made-up images that can be told apart: stripes of a class's own direction and colour, under noise. For trying things out."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tuner.core import Data, Preprocess
+from tuner.images import UNSPLIT, Items, dataset
+from tuner.run import Annotated, Field, ImageOptions
+
+
+def load(
+    home: Path,
+    wanted: Preprocess,
+    *,
+    examples: Annotated[int, Field(ge=12, le=1_000_000)] = 300,
+    classes: Annotated[int, Field(ge=2, le=100)] = 3,
+    noise: Annotated[float, Field(ge=0, le=10)] = 0.5,
+    image: ImageOptions,
+) -> Data:
+    rng = np.random.default_rng(image.seed)
+    side = image.size or 32
+    labels = np.arange(examples) % classes
+    y, x = np.mgrid[0:side, 0:side] / side
+    angle = np.pi * labels / classes
+    phase = rng.uniform(0, 2 * np.pi, examples)
+    wave = np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y
+    stripes = np.sin(2 * np.pi * 4 * wave + phase[:, None, None])[..., None]
+    colour = 0.5 + 0.5 * np.cos(angle[:, None] * 2 + np.array([0.0, 2.0, 4.0]))
+    pixels = 0.5 + 0.25 * stripes * colour[:, None, None, :] + noise * 0.25 * rng.standard_normal((examples, side, side, 3))
+    pictures = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    names = tuple(f"class{i}" for i in range(classes))
+    return dataset(home, Items(list(pictures), labels.astype(np.int64), names, np.full(examples, UNSPLIT)), image, wanted)

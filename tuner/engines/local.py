@@ -1,0 +1,165 @@
+"""Jobs in worker processes of this machine. Workers persist, so that torch, data and caches stay loaded between jobs."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from tuner.engines._worker import carry_out
+from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport, Outcome
+
+POLL = 0.2  # seconds between looks at `go_on`
+
+
+@dataclass
+class Worker:
+    process: BaseProcess
+    pipe: Connection
+    slot: int
+    job: Job | None = None
+
+
+@contextlib.contextmanager
+def run() -> Iterator[Carry]:
+    """Workers live as long as the `with` block."""
+    workers: list[Worker] = []
+
+    def carry(jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers_: int) -> None:
+        while go_on():
+            hand_out(workers, jobs, workers_)
+            busy = [w for w in workers if w.job]
+            if not busy:
+                return
+            for pipe in wait([w.pipe for w in busy], timeout=POLL):
+                worker = next(w for w in busy if w.pipe is pipe)
+                if not listen(worker, report, ended):
+                    workers.remove(worker)
+        for worker in [w for w in workers if w.job]:
+            workers.remove(worker)
+            job = worker.job
+            dismiss(worker)
+            if job:
+                ended(job, Outcome("lost", reason="interrupted"))
+
+    try:
+        yield carry
+    finally:
+        for worker in workers:
+            dismiss(worker)
+
+
+def hand_out(workers: list[Worker], jobs: NextJob, room: int) -> None:
+    """A job for each idle worker, and new workers as long as there are jobs and room."""
+    while True:
+        idle = next((w for w in workers if w.job is None), None)
+        if idle is None and len(workers) >= room:
+            return
+        job = jobs()
+        if job is None:
+            return
+        if idle is None:
+            taken = {w.slot for w in workers}
+            idle = hire(next(i for i in range(room) if i not in taken))
+            workers.append(idle)
+        idle.job = job
+        with contextlib.suppress(OSError):  # a worker that just died is noticed when listened to
+            idle.pipe.send((job, room))
+
+
+def hire(slot: int) -> Worker:
+    context = multiprocessing.get_context("spawn")  # a forked torch or SQLite breaks
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, slot), name=f"tuner-worker-{slot}", daemon=True)
+    process.start()
+    theirs.close()
+    return Worker(process, ours, slot)
+
+
+def listen(worker: Worker, report: OnReport, ended: OnEnd) -> bool:
+    """Takes one message. False: the worker is dead."""
+    job = worker.job
+    assert job is not None
+    try:
+        kind, value = worker.pipe.recv()
+        if kind == "report":
+            worker.pipe.send(report(job, value))
+            return True
+    except (EOFError, OSError):
+        worker.job = None
+        dismiss(worker)
+        ended(job, Outcome("lost", reason=_cause(worker.process.exitcode)))
+        return False
+    worker.job = None
+    ended(job, value)
+    return True
+
+
+def _cause(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"worker ended by {name}{hint}"
+    return f"worker ended with exit code {code}"
+
+
+def dismiss(worker: Worker) -> None:
+    """Ends a worker: SIGTERM, so that it can remove a half-finished download; SIGKILL when it does not listen."""
+    worker.pipe.close()
+    if worker.process.is_alive():
+        worker.process.terminate()
+        worker.process.join(2 if worker.job else 0.5)
+    if worker.process.is_alive():
+        worker.process.kill()
+    worker.process.join()
+
+
+# -- the worker's side
+
+
+def work(pipe: Connection, slot: int) -> None:
+    """The life of a worker process: jobs from the pipe until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if not _busy.is_set() else _raise_exit())
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+
+    def report(value: Any) -> bool:
+        pipe.send(("report", value))
+        return bool(pipe.recv())
+
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        while True:
+            job, sharing = pipe.recv()
+            _busy.set()
+            limit_threads(sharing)
+            outcome = carry_out(job, report, slot)
+            _busy.clear()
+            pipe.send(("ended", outcome))
+
+
+_busy = threading.Event()
+
+
+def _raise_exit() -> None:
+    raise SystemExit(143)
+
+
+def _die_with(parent: BaseProcess) -> None:
+    """A coordinator that was killed leaves no worker behind."""
+    wait([parent.sentinel])  # type: ignore[attr-defined]
+    os._exit(1)
+
+
+def limit_threads(sharing: int) -> None:
+    """A fair share of the cores for one of `sharing` workers."""
+    import torch  # here: the coordinator imports this module too, and stays without torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // sharing))

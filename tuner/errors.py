@@ -1,0 +1,67 @@
+"""What can go wrong, each kind with the exit code that the command line ends with.
+
+    TunerError                  1   a bug in tuner
+    ├── SpaceError              2   the file or the command line
+    ├── DataError               3   data or weights
+    ├── StorageError            4   disk, database, permission, device
+    ├── NoUsableTrial           5   the search ended without a trial to crown
+    ├── ExportMismatch          1   an export that disagrees with its model
+    └── Interrupted       130/143   stopped by the user; the same command continues
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class TunerError(Exception):
+    """One or more problems, a line each, worded for the person who can mend them."""
+
+    code = 1
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems: Sequence[str] = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+class SpaceError(TunerError):
+    code = 2
+
+
+class DataError(TunerError):
+    code = 3
+
+
+class StorageError(TunerError):
+    code = 4
+
+
+class NoUsableTrial(TunerError):
+    code = 5
+
+
+class ExportMismatch(TunerError):
+    code = 1
+
+
+class Interrupted(TunerError):
+    """Raised once everything is at rest; `signal` is SIGINT (2) or SIGTERM (15)."""
+
+    def __init__(self, signal: int, *problems: str) -> None:
+        super().__init__(*problems)
+        self.code = 128 + signal
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest allowed word, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def suggest(word: object, allowed: Iterable[str]) -> str:
+    """The closest allowed word, then all of them."""
+    words = list(allowed)
+    close = nearest(word, words) if isinstance(word, str) else ""
+    return f"{close} (allowed: {', '.join(words)})"

@@ -1,0 +1,55 @@
+"""`tuner export`: the best model of a finished study, or another trial's, in the formats asked for."""
+
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from tuner import history, manifest, parsing, plugins, storage
+from tuner.dashboard import find
+from tuner.errors import DataError, SpaceError, suggest
+from tuner.history import REASON, SAME_AS
+from tuner.manifest import Published
+from tuner.report import Console
+from tuner.running import best_run
+from tuner.samplers import PRUNERS, SAMPLERS
+from tuner.session import Places, home_folder, session
+
+
+def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int | None, console: Console) -> Published:
+    """Into the study's `export` folder, or `export-N` for trial N. What is exported already is kept."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    folder = find(studies, name)
+    space = parsing.load(folder / "space.yaml", [f"search.name={folder.name}"])
+    known = plugins.names("export")
+    for wanted in formats:
+        if ":" not in wanted and wanted not in known:
+            raise SpaceError(f"--format {wanted!r} is not known{suggest(wanted, known)}")
+    with storage.lock(folder), session(space, Places(studies, home_folder(console.warn)), console) as s:
+        database = storage.connect(space.settings.storage, folder)
+        study = optuna.load_study(study_name=folder.name, storage=database, sampler=SAMPLERS["random"](0), pruner=PRUNERS["none"](1))
+        chosen = _choose(study, trial)
+        run = best_run(history.run_of(space, chosen), chosen.user_attrs["best_epoch"])
+        place = folder / ("export" if trial is None else f"export-{trial}")
+        before = manifest.read(place)
+        kept = tuple(before.manifest["exports"]) if before is not None and before.manifest["run_digest"] == run.digest() else ()
+        if kept and set(formats) <= set(kept) and before is not None:
+            return before
+        valid = {str(space.settings.search.metric): float(chosen.value or 0.0)}
+        published: Published = s.crown(run, place, (*kept, *(formats or space.settings.export)), chosen.number, valid)
+        return published
+
+
+def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
+    """The best trial, or the one named. Raises DataError when it trained no epoch that could be exported."""
+    if number is None:
+        return history.best(study)[0]
+    trials = study.get_trials(deepcopy=False)
+    if not 0 <= number < len(trials):
+        raise DataError(f"study {study.study_name!r} has trials 0 to {len(trials) - 1}, not {number}")
+    chosen = trials[number]
+    if SAME_AS in chosen.user_attrs:
+        return trials[int(chosen.user_attrs[SAME_AS])]
+    if "best_epoch" not in chosen.user_attrs:
+        raise DataError(f"trial {number} ended {chosen.state.name.lower()} without an epoch ({chosen.user_attrs.get(REASON, 'no reason given')}); choose another")
+    return chosen

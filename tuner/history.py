@@ -1,0 +1,57 @@
+"""What a study's finished trials tell: the best, the default recipe, and the run behind a trial."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.errors import NoUsableTrial
+from tuner.run import Run
+from tuner.samplers import mix
+from tuner.space import Space
+
+ROOT, ATTEMPT, REASON, SAME_AS = "tuner:root", "tuner:attempt", "tuner:reason", "tuner:same_as"
+FINAL, TRACE = "tuner:final", "tuner:trace"
+
+
+def key_of(params: Mapping[str, Any]) -> str:
+    """Equal keys, equal parameters."""
+    return json.dumps(sorted(params.items()))
+
+
+def completed(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def best(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
+    """The winner and the numbers of those it tied with. Rule: value, then fewer epochs, then the lower number.
+
+    Raises NoUsableTrial when no trial has completed.
+    """
+    found = completed(study)
+    if not found:
+        states = Counter(t.state.name.lower() for t in study.get_trials(deepcopy=False))
+        told = ", ".join(f"{n} {state}" for state, n in states.items()) or "none was run"
+        raise NoUsableTrial(f"no trial completed ({told}), so there is nothing to export; raise search.trials or search.timeout")
+    top = max(float(t.value or 0.0) for t in found)
+    tied = [t for t in found if t.value == top and SAME_AS not in t.user_attrs]
+    winner = min(tied, key=lambda t: (t.user_attrs.get("best_epoch", 0), t.number))
+    return winner, [t.number for t in tied if t.number != winner.number]
+
+
+def default(study: optuna.Study) -> FrozenTrial | None:
+    """Trial 0, the default recipe, if it has completed."""
+    return next((t for t in completed(study) if root(t) == 0), None)
+
+
+def root(t: FrozenTrial) -> int:
+    """The number of a trial's first attempt."""
+    return int(t.user_attrs.get(ROOT, t.number))
+
+
+def run_of(space: Space, t: FrozenTrial) -> Run:
+    """The run that a trial carried out."""
+    return space.sample(optuna.trial.FixedTrial(t.params), seed=mix(space.settings.search.seed, root(t)))

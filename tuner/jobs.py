@@ -1,0 +1,45 @@
+"""What crosses between the coordinator and its workers: only values."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True)
+class Job:
+    """`work` names the function a worker calls, as module:function(argument, report, slot)."""
+
+    number: int
+    work: str
+    argument: Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    done: `value` is what the function returned. refused: it raised a TunerError with these `problems` and exit `code`.
+    failed: it raised something else; `reason` is the exception, `trace` the traceback. lost: its worker died.
+    """
+
+    kind: Literal["done", "refused", "failed", "lost"]
+    value: Any = None
+    reason: str = ""
+    trace: str = ""
+    problems: tuple[str, ...] = ()
+    code: int = 0
+
+
+NextJob = Callable[[], Job | None]
+"""The next job; None: nothing now, and nothing ever once no job is running."""
+OnReport = Callable[[Job, Any], bool]
+"""What a running job reports; answers whether it shall go on."""
+OnEnd = Callable[[Job, Outcome], None]
+GoOn = Callable[[], bool]
+"""False: end every worker now; their jobs end as lost, with the reason `interrupted`."""
+
+
+class Carry(Protocol):
+    """What an engine's `run()` gives inside `with`: carries out jobs until there are none."""
+
+    def __call__(self, jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int) -> None: ...

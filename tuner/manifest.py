@@ -1,0 +1,92 @@
+"""A published export as it lies on disk: its manifest, checked against its files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import DataError
+from tuner.files import sha256
+from tuner.run import Part, Recipe, Run
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Published:
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def run(self) -> Run:
+        return run_of(self.manifest["run"])
+
+
+def run_of(tree: Mapping[str, Any]) -> Run:
+    """A run from `Run.tree()`, as JSON keeps it."""
+
+    def part(section: Mapping[str, Any]) -> Part:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k != "name"}
+        return Part(section["name"], options)
+
+    return Run(part(tree["task"]), part(tree["data"]), part(tree["model"]), Recipe(**tree["recipe"]), tree["seed"])
+
+
+def read(folder: Path) -> Published | None:
+    """The export in `folder`; None when there is none. Raises DataError when a file is missing or was changed."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        files = dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove the folder and run `tuner export` again") from None
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name}: missing; remove the folder and run `tuner export` again")
+        if sha256(folder / name) != digest:
+            raise DataError(f"{folder / name}: changed since it was exported (its SHA-256 differs from {MANIFEST}); export again")
+    return Published(folder, manifest)
+
+
+def model_card(m: Mapping[str, Any]) -> str:
+    """MODEL_CARD.md: what the model is, how it was found, how well it does, how to call it."""
+    run, metric = m["run"], m["metric"]
+    recipe = run["recipe"]
+    scores = "\n".join(
+        f"| {name.replace('_', ' ')} | {_number(m['scores']['valid'].get(name))} | {_number(m['scores']['test'].get(name))} |" for name in m["scores"]["test"]
+    )
+    exports = "\n".join(f"| {e['file']} | {name} | {e['largest_difference']:.1e} | {e['milliseconds']:g} |" for name, e in m["exports"].items())
+    classes = ", ".join(m["classes"][:50]) + (" …" if len(m["classes"]) > 50 else "")
+    return f"""# {run["model"]["name"]} fine-tuned on {run["data"].get("path") or run["data"]["name"]}
+
+Found by `tuner` {m["tuner"]} in study `{m["study"]}` (trial {m["trial"]}), searched for {metric.replace("_", " ")}.
+
+| | |
+|---|---|
+| task | {run["task"]["name"]}, {len(m["classes"])} classes: {classes} |
+| model | {run["model"]["name"]}, {m["parameters"]:,} parameters, weights: {run["model"].get("weights", "the model's own")} |
+| data | {m["examples"]["train"]} training, {m["examples"]["valid"]} validation, {m["examples"]["test"]} test examples |
+| recipe | {recipe["optimizer"]}, lr {recipe["lr"]:g}, momentum {recipe["momentum"]:g}, freeze depth {recipe["freeze_depth"]}, {recipe["stop_epoch"] or recipe["epochs"]} epochs, batch {recipe["batch_size"]}, learnt from {recipe["fit"]} |
+
+## Scores
+
+| | validation (during the search) | test (once, at the end) |
+|---|---|---|
+{scores}
+
+## Use
+
+Input: RGB in 0..1, float32, batch x 3 x {m["preprocess"]["size"]} x {m["preprocess"]["size"]}: shorter side resized to {m["preprocess"]["resize"]}
+({m["preprocess"]["interpolation"]}), centre crop. The normalisation is inside the model. Output: logits in the order of the classes above.
+
+| file | format | largest difference from the trained model | ms for one image, CPU |
+|---|---|---|---|
+{exports}
+"""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

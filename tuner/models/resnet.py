@@ -1,0 +1,87 @@
+"""torchvision's ResNet, ResNeXt and Wide ResNet, and the embedded quarter-width ResNet-18; cut at the stem and each layer.
+
+He et al., Deep Residual Learning for Image Recognition, CVPR 2016; Xie et al., CVPR 2017; Zagoruyko and Komodakis, BMVC 2016.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from tuner.core import Preprocess, Staged
+from tuner.errors import SpaceError, suggest
+from tuner.weights import adopt, is_path, read, torchvision_model, torchvision_preprocess
+
+NAMES = (
+    "resnet18_slim",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+GREY = Preprocess(size=32, resize=32, interpolation="bilinear", mean=(0.286,) * 3, std=(0.353,) * 3)  # Fashion-MNIST's
+
+
+def wants(name: str, *, weights: str = "default") -> Preprocess:
+    return GREY if name == "resnet18_slim" else torchvision_preprocess(name, weights)
+
+
+def build(home: Path, name: str, outputs: int, *, weights: str = "default") -> Staged:
+    """Model `name` with `outputs` classes; depth 1 freezes the stem, 2..5 one residual layer more each."""
+    if name == "resnet18_slim":
+        model, notes = _slim(outputs, weights)
+    else:
+        model, notes = torchvision_model(home, name, outputs, weights, head="fc")
+    stages = {
+        "stem": nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool),
+        "layer1": model.layer1,
+        "layer2": model.layer2,
+        "layer3": model.layer3,
+        "layer4": model.layer4,
+        "head": nn.Sequential(model.avgpool, nn.Flatten(1), model.fc),
+    }
+    return Staged(model, stages, notes)
+
+
+def slim(outputs: int) -> ResNet:
+    """torchvision's ResNet-18 at quarter width: 16, 32, 64, 128 channels."""
+    model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=outputs)
+    model.conv1 = nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False)
+    model.bn1 = nn.BatchNorm2d(16)
+    channels = 16
+    for i, width in enumerate((16, 32, 64, 128)):
+        stride = 1 if i == 0 else 2
+        setattr(model, f"layer{i + 1}", nn.Sequential(_block(channels, width, stride), _block(width, width, 1)))
+        channels = width
+    model.fc = nn.Linear(channels, outputs)
+    for module in model.modules():  # as ResNet's own constructor does
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def _block(channels: int, width: int, stride: int) -> BasicBlock:
+    project = None
+    if stride != 1 or channels != width:
+        project = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+    return BasicBlock(channels, width, stride, project)
+
+
+def _slim(outputs: int, weights: str) -> tuple[ResNet, tuple[str, ...]]:
+    model = slim(outputs)
+    if weights == "none":
+        return model, ()
+    if is_path(weights):
+        return model, adopt(model, read(Path(weights)), head="fc", where=f"weights {weights}")
+    if weights not in ("default", "bundled"):
+        raise SpaceError(f"model.weights: {weights!r} is not known for resnet18_slim{suggest(weights, ('bundled', 'none'))}; or give a path")
+    state = read(Path(str(files("tuner.models") / "resnet18_slim.safetensors")))
+    bare = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    return model, adopt(model, bare, head="fc", where=f"weights {weights}")

@@ -1,0 +1,34 @@
+"""torchvision's VGG, with and without BatchNorm; cut after each max-pool and each fully connected layer.
+
+Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, ICLR 2015.
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from tuner.core import Preprocess, Staged
+from tuner.weights import torchvision_model, torchvision_preprocess
+
+NAMES = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
+
+
+def wants(name: str, *, weights: str = "default") -> Preprocess:
+    return torchvision_preprocess(name, weights)
+
+
+def build(home: Path, name: str, outputs: int, *, weights: str = "default") -> Staged:
+    """Model `name` with `outputs` classes; depths 1..5 freeze convolution blocks, 6 and 7 the fully connected layers."""
+    model, notes = torchvision_model(home, name, outputs, weights, head="classifier.6")
+    stages: dict[str, nn.Module] = {}
+    block: list[nn.Module] = []
+    for layer in model.features:
+        block.append(layer)
+        if isinstance(layer, nn.MaxPool2d):
+            stages[f"block{len(stages) + 1}"] = nn.Sequential(*block)
+            block = []
+    fc = model.classifier  # Linear ReLU Dropout Linear ReLU Dropout Linear
+    stages["fc1"] = nn.Sequential(model.avgpool, nn.Flatten(1), *fc[:2])
+    stages["fc2"] = nn.Sequential(*fc[2:5])
+    stages["head"] = nn.Sequential(*fc[5:])
+    return Staged(model, stages, notes)

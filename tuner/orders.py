@@ -1,0 +1,73 @@
+"""What the coordinator tells workers and hears from them: values that need no torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tuner.run import Engine, Run
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A run and where to carry it out. `fetch`: weights may be downloaded."""
+
+    run: Run
+    metric: str
+    engine: Engine
+    home: str
+    fetch: bool = True
+
+
+@dataclass(frozen=True)
+class Survey:
+    depths: dict[str, int]  # model name -> the deepest freeze
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found when data and weights were read."""
+
+    digest: str
+    classes: tuple[str, ...]
+    sizes: dict[str, int]
+    side: int  # of the square input, pixels
+    parameters: int
+    warnings: tuple[str, ...] = ()
+
+    def warned(self, warnings: Iterable[str]) -> "Facts":
+        return replace(self, warnings=tuple(warnings))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """`number` counts from 1; `scores` are of the validation examples, larger is better."""
+
+    number: int
+    loss: float
+    scores: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a trial went. `best` is the number of the best epoch; `files` are name -> content for the dashboard."""
+
+    state: Literal["complete", "stopped", "diverged", "oom"]
+    epochs: tuple[Epoch, ...]
+    best: int
+    files: dict[str, bytes]
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Crown:
+    """Retrain, test, export: the winner's assignment, where to publish, and what the search knows of it."""
+
+    assignment: Assignment
+    formats: tuple[str, ...]
+    folder: str
+    study: str
+    trial: int
+    valid: tuple[tuple[str, float], ...] = ()

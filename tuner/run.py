@@ -1,0 +1,172 @@
+"""The values a file describes: a Run (what one training is) and the settings of the search around it. No torch, no Optuna.
+
+Every field is a YAML key; its annotation is the schema, its description the help that editors show.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(gt=0, lt=0.5)]
+Triple = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """A frozen mapping of the file; unknown keys and silent conversions are errors."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Recipe(Section):
+    """How a model is trained. The defaults are the tutorial's: SGD, lr 0.001, momentum 0.9, nothing frozen."""
+
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
+    lr: float = Field(0.001, gt=0, le=100, description="learning rate at its highest")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum; AdamW's first beta")
+    nesterov: bool = Field(False, description="Nesterov's momentum (SGD)")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="L2 penalty (SGD) or decoupled decay (AdamW)")
+    freeze_depth: int = Field(0, ge=0, description="stages frozen, counted from the input")
+    epochs: int = Field(10, ge=1, le=100_000, description="passes over the training examples; the schedule's length")
+    batch_size: int = Field(32, ge=1, le=65_536, description="examples per optimizer step")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate, per step")
+    warmup: float = Field(0.0, ge=0, le=0.5, description="share of the steps in which lr rises linearly from 0")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
+    patience: int | None = Field(None, ge=1, description="epochs without a better score after which training stops")
+    stop_epoch: int | None = Field(None, ge=1, description="stop here although the schedule goes on; written to best.yaml")
+    fit: Literal["train", "train+valid"] = Field("train", description="what to learn from; best.yaml says train+valid")
+
+
+class ImageOptions(Section):
+    """The keys every source of images shares. What is null is taken from the weights' own transform."""
+
+    size: int | None = Field(None, ge=8, le=2048, description="side of the square input, pixels")
+    resize: int | None = Field(None, ge=8, le=4096, description="shorter side before the centre crop, pixels")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(None, description="for resizing")
+    mean: Triple | None = Field(None, description="subtracted from RGB in 0..1")
+    std: Triple | None = Field(None, description="divides RGB in 0..1 after the mean is subtracted")
+    augment: Literal["none", "flip"] = Field("none", description="flip mirrors images left to right")
+    views: int | None = Field(1, ge=1, le=64, description="augmented versions of each image; null: endless, not cached")
+    valid: Fraction = Field(0.15, description="share for validation, where the data has no such part")
+    test: Fraction = Field(0.15, description="share for the final test, where the data has no such part")
+    seed: int = Field(0, ge=0, description="of the split")
+    limit: int | None = Field(None, ge=10, description="use so many examples of each part, classes in proportion")
+    on_bad_image: Literal["error", "skip"] = Field("error", description="skip leaves out unreadable images, up to 1 %")
+
+
+DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def seconds(text: str) -> float:
+    """'90s', '10m', '1h30m' in seconds; ValueError on anything else."""
+    match = DURATION.fullmatch(text)
+    if not text or match is None:
+        raise ValueError("write a duration such as 90s, 10m or 1h30m")
+    hours, minutes, rest = (int(part or 0) for part in match.groups())
+    if hours + minutes + rest == 0:
+        raise ValueError("a duration must be above 0")
+    return hours * 3600.0 + minutes * 60.0 + rest
+
+
+def _duration(text: str | None) -> str | None:
+    if text is not None:
+        seconds(text)
+    return text
+
+
+NAME = re.compile(r"[^/\x00-\x1f]{1,200}")
+
+
+def _study_name(text: str | None) -> str | None:
+    if text is not None and (not NAME.fullmatch(text) or text.startswith(".")):
+        raise ValueError("a study's name is a folder's name: at most 200 characters, no slash, no leading dot")
+    return text
+
+
+class Search(Section):
+    """How the space is searched."""
+
+    trials: int = Field(20, ge=1, le=1_000_000, description="the budget: trials that ended")
+    timeout: Annotated[str | None, AfterValidator(_duration)] = Field(None, description="stop asking after 90s, 10m, 1h30m")
+    sampler: Literal["tpe", "random", "grid"] = Field("tpe", description="how parameters are proposed")
+    pruner: Literal["median", "successive-halving", "hyperband", "none"] = Field("median", description="what ends bad trials")
+    metric: str | None = Field(None, description="what is maximised on the validation examples; null: the task's first")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the sampler and, with the trial's number, of each training")
+    name: Annotated[str | None, AfterValidator(_study_name)] = Field(None, description="of the study; null: the file's")
+    retries: int = Field(2, ge=0, le=10, description="further attempts for a trial whose worker died")
+    retrain: bool = Field(True, description="retrain the best on train and validation, test it and export it")
+
+
+class Engine(Section):
+    """Where trials are carried out."""
+
+    name: str = Field("local", description="inline, local")
+    workers: int | Literal["auto"] = Field("auto", description="auto: one per GPU, or one on the CPU")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 autocast on GPUs that have it")
+    cache: Literal["auto", "always", "never"] = Field("auto", description="remember what frozen stages compute")
+    cache_gb: float = Field(4.0, ge=0, le=100_000, description="disk for remembered activations, gigabytes")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plug-in by name, and its keyword arguments: all of them, defaults included."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    def tree(self) -> dict[str, Any]:
+        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, complete: what `tuner train` carries out."""
+
+    task: Part
+    data: Part
+    model: Part
+    recipe: Recipe
+    seed: int
+
+    def tree(self) -> dict[str, Any]:
+        """The run as the file would say it."""
+        return {
+            "task": self.task.tree(),
+            "data": self.data.tree(),
+            "model": self.model.tree(),
+            "recipe": self.recipe.model_dump(),
+            "seed": self.seed,
+        }
+
+    def without_weights(self) -> "Run":
+        """The same run with fresh parameters, where its model lets one say so."""
+        if "weights" not in self.model.options:
+            return self
+        return replace(self, model=Part(self.model.name, {**self.model.options, "weights": "none"}))
+
+    def digest(self) -> str:
+        """SHA-256 of the run as JSON."""
+        return hashlib.sha256(json.dumps(self.tree(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The sections that hold no ranges."""
+
+    search: Search
+    engine: Engine
+    storage: str | None
+    export: tuple[str, ...]
+
+    def tree(self) -> dict[str, Any]:
+        return {
+            "search": self.search.model_dump(),
+            "engine": self.engine.model_dump(),
+            "storage": self.storage,
+            "export": list(self.export),
+        }

@@ -1,0 +1,117 @@
+"""`tuner run`: the whole way from a space to a published model."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from tuner import history, manifest, storage
+from tuner.artifacts import Artifacts
+from tuner.manifest import Published
+from tuner.report import Console, Summary
+from tuner.run import Run
+from tuner.samplers import PRUNERS, SAMPLERS
+from tuner.search import Coordinator
+from tuner.session import Places, Session, interrupted, session, study_name, write_yaml
+from tuner.space import Space
+
+
+def run_study(space: Space, places: Places, console: Console) -> Summary:
+    """Searches until the budget is spent, crowns the best, and says what came out."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with session(space, places, console) as s:
+        survey = s.survey()
+        facts = s.inspect()
+        folder = places.folder(space)
+        with storage.lock(folder):
+            coordinator = open_coordinator(s, folder, facts.digest)
+            before = coordinator.closed
+            workers = workers_of(space, survey.gpus)
+            console.begin(coordinator, facts, survey, workers)
+            try:
+                s.carry(coordinator.next_job, coordinator.report, coordinator.ended, lambda: go_on(s, coordinator), workers)
+            finally:
+                console.pause()
+            if s.stop:
+                raise interrupted(s.stop, space)
+            if coordinator.error is not None:
+                raise coordinator.error
+            return crown_best(s, coordinator, folder, fresh=coordinator.closed > before)
+
+
+def go_on(s: Session, coordinator: Coordinator) -> bool:
+    if s.stop and not coordinator.stopping:
+        coordinator.stopping = True
+        s.console.note("stopping after the running epoch; press Ctrl-C again to stop now")
+    return not s.stop.now
+
+
+def workers_of(space: Space, gpus: int) -> int:
+    """One per GPU, or one on the CPU, unless the file says otherwise."""
+    wanted = space.settings.engine.workers
+    if isinstance(wanted, int):
+        return wanted
+    return max(1, gpus) if space.settings.engine.device in ("auto", "cuda") else 1
+
+
+def open_coordinator(s: Session, folder: Path, data_digest: str) -> Coordinator:
+    space, search = s.space, s.settings.search
+    epochs = max((r.recipe.epochs for r in [space.run({})]), default=1)
+    for d in space.dimensions:
+        if d.path == ("recipe", "epochs"):
+            epochs = int(max(d.leaf.members() or (epochs,)))
+    database = storage.connect(s.settings.storage, folder)
+    study = storage.open_study(
+        database, study_name(space), SAMPLERS[search.sampler](search.seed), PRUNERS[search.pruner](epochs), identity(space), data_digest
+    )
+    write_yaml(folder / "space.yaml", space.tree(), f"what study {study_name(space)!r} searches, with every default")
+    artifacts = Artifacts(study, folder, str(search.metric))
+    artifacts.describe(space)
+    return Coordinator(study, space, s.assignment, Both(s.console, artifacts))
+
+
+class Both:
+    """The console and the dashboard's artifacts as one listener."""
+
+    def __init__(self, console: Console, artifacts: Artifacts) -> None:
+        self.epoch, self.ended, self.files = console.epoch, console.ended, artifacts.files
+
+
+def identity(space: Space) -> dict[str, Any]:
+    """What a study's trials have in common; a change in it makes another study."""
+    tree = space.tree()
+    search = space.settings.search
+    return {k: tree[k] for k in ("task", "data", "model", "recipe", "seed") if k in tree} | {"search": {"metric": search.metric, "seed": search.seed}}
+
+
+def best_run(run: Run, epoch: int) -> Run:
+    """The winner's run, to be retrained on train and validation up to its best epoch."""
+    return replace(run, recipe=run.recipe.model_copy(update={"fit": "train+valid", "stop_epoch": epoch, "patience": None}))
+
+
+def run_tree(run: Run, s: Session) -> dict[str, Any]:
+    """best.yaml: the same form as a space file, with nothing left to choose."""
+    search = {"name": study_name(s.space), "metric": s.settings.search.metric}
+    return run.tree() | {"search": search, "engine": s.settings.engine.model_dump(), "export": list(s.settings.export)}
+
+
+def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: bool) -> Summary:
+    winner, tied = history.best(coordinator.study)
+    found = history.run_of(s.space, winner)
+    run = best_run(found, winner.user_attrs["best_epoch"])
+    write_yaml(folder / "best.yaml", run_tree(run, s), f"trial {winner.number} of study {study_name(s.space)!r}; `tuner train` repeats it")
+    summary = Summary(folder, coordinator, winner, tied, run, None, fresh)
+    if not s.settings.search.retrain:
+        return summary
+    published = manifest.read(folder / "export")
+    if published is None or stale(published, run, s.settings.export):
+        valid = {str(s.settings.search.metric): float(winner.value or 0.0)}
+        published = s.crown(run, folder / "export", s.settings.export, winner.number, valid)
+        summary = replace(summary, fresh=True)
+    return replace(summary, published=published)
+
+
+def stale(published: Published, run: Run, formats: tuple[str, ...]) -> bool:
+    """Whether an export is of another run, or lacks a format."""
+    return published.manifest["run_digest"] != run.digest() or not set(formats) <= set(published.manifest["exports"])

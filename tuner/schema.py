@@ -1,0 +1,85 @@
+"""The JSON schema of a space file, for editors that complete and check YAML."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
+
+from tuner import fields, plugins
+from tuner.run import Engine, Recipe, Search
+
+NUMBER = {"type": "number"}
+
+
+def schema() -> dict[str, Any]:
+    """Everything `tuner check` takes, ranges and choices included."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "tuner search space",
+        "type": "object",
+        "required": ["task", "data", "model"],
+        "additionalProperties": False,
+        "properties": {
+            "task": part("task"),
+            "data": part("data"),
+            "model": part("model"),
+            "recipe": section(Recipe.model_fields, searched=True),
+            "seed": {"type": ["integer", "null"], "minimum": 0, "description": "of every training; null: each trial has its own"},
+            "search": section(Search.model_fields, searched=False),
+            "engine": {"anyOf": [{"enum": plugins.names("engine")}, section(Engine.model_fields, searched=False)]},
+            "storage": {"type": ["string", "null"], "description": "SQLAlchemy URL; null: SQLite in the study's folder"},
+            "export": {"type": "array", "items": {"anyOf": [{"enum": plugins.names("export")}, _own()]}},
+        },
+    }
+
+
+def _own() -> dict[str, Any]:
+    return {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$", "description": "your own: package.module:attribute"}
+
+
+def part(kind: str) -> dict[str, Any]:
+    """A plug-in by its bare name, or a mapping whose keys depend on the name."""
+    known = plugins.names(kind)
+    by_keys: dict[str, list[str]] = {}
+    for name in known:
+        by_keys.setdefault(repr(sorted(plugins.keys(kind, name).fields)), []).append(name)
+    forms: list[dict[str, Any]] = [{"enum": known}, _own()]
+    for members in by_keys.values():
+        keys = section(plugins.keys(kind, members[0]).fields, searched=True)
+        name: dict[str, Any] = {"enum": members}
+        if kind == "model":
+            name = {"anyOf": [name, {"type": "array", "items": {"enum": known}}]}
+        forms.append({**keys, "properties": {"name": name, **keys["properties"]}, "required": ["name", *keys.get("required", [])]})
+    forms.append({"type": "object", "properties": {"name": _own()}, "required": ["name"]})
+    return {"anyOf": forms}
+
+
+def section(wanted: Mapping[str, FieldInfo], *, searched: bool) -> dict[str, Any]:
+    found = {name: key(field) if searched else plain(field) for name, field in wanted.items()}
+    required = [name for name, field in wanted.items() if field.is_required()]
+    tree: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": found}
+    return tree | ({"required": required} if required else {})
+
+
+def plain(field: FieldInfo) -> dict[str, Any]:
+    """One value of a field."""
+    annotation: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    found = TypeAdapter(annotation).json_schema()
+    extra = {} if field.is_required() else {"default": field.get_default(call_default_factory=True)}
+    return {**found, **extra, **({"description": field.description} if field.description else {})}
+
+
+def key(field: FieldInfo) -> dict[str, Any]:
+    """One value, a list of choices, or a range."""
+    one = plain(field)
+    bare = {k: v for k, v in one.items() if k not in ("description", "default")}
+    when = {"type": "object", "description": "searched only while these keys have these values"}
+    forms: list[dict[str, Any]] = [bare]
+    if not fields.is_sequence(field):
+        listed = {"type": "array", "items": bare, "minItems": 1, "uniqueItems": True}
+        forms += [listed, {"type": "object", "required": ["choices"], "additionalProperties": False, "properties": {"choices": listed, "when": when}}]
+    if fields.is_number(field):
+        properties = {"low": NUMBER, "high": NUMBER, "log": {"type": "boolean"}, "step": NUMBER, "when": when}
+        forms.append({"type": "object", "required": ["low", "high"], "additionalProperties": False, "properties": properties})
+    return {"anyOf": forms, **{k: one[k] for k in ("description", "default") if k in one}}

@@ -1,0 +1,175 @@
+"""`tuner run` and its kin from beginning to end: look before leaping, search, crown."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner import plugins
+from tuner.document import Document
+from tuner.errors import DataError, Interrupted, SpaceError, TunerError
+from tuner.files import atomic_path
+from tuner.jobs import Carry, Job, Outcome
+from tuner.orders import Assignment, Crown, Facts, Survey
+from tuner.report import Console
+from tuner.run import Run
+from tuner.signals import Stop, stoppable
+from tuner.space import Choice, Range, Space, dump
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are kept: studies (outputs) and home (caches, downloaded weights)."""
+
+    studies: Path
+    home: Path
+
+    def folder(self, space: Space) -> Path:
+        return self.studies / study_name(space)
+
+
+def study_name(space: Space) -> str:
+    return space.settings.search.name or Path(space.document.file).stem
+
+
+def home_folder(warn: Callable[[str], None]) -> Path:
+    """$TUNER_HOME, or tuner's folder in the user's cache; a temporary one, with a warning, where that cannot be written."""
+    named = os.environ.get("TUNER_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    home = Path(named) if named else Path(cache) / "tuner"
+    try:
+        for part in ("images", "activations", "weights"):
+            (home / part).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=home / part):
+                pass
+    except OSError as error:
+        home = Path(tempfile.mkdtemp(prefix="tuner-"))
+        warn(f"the cache folder {named or cache} cannot be written ({error.strerror}); using {home} for this run only")
+    return home.resolve()
+
+
+class Session:
+    """One command's engine, its stop flag and its console."""
+
+    def __init__(self, space: Space, places: Places, console: Console, carry: Carry, stop: Stop) -> None:
+        self.space, self.places, self.console, self.carry, self.stop = space, places, console, carry, stop
+        self.settings = space.settings
+
+    def assignment(self, run: Run, *, fetch: bool = True) -> Assignment:
+        return Assignment(run, str(self.settings.search.metric), self.settings.engine, str(self.places.home), fetch)
+
+    def call(self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None) -> Any:
+        """Has a worker carry out one job and returns its value. Raises what it refused with, and Interrupted."""
+        jobs = iter([Job(-1, work, argument)])
+        found: list[Outcome] = []
+
+        def heard(job: Job, value: Any) -> bool:
+            report(value)
+            return not self.stop
+
+        self.carry(lambda: next(jobs, None), heard, lambda job, outcome: found.append(outcome), lambda: not (self.stop.now or self._idle()), 1)
+        if self.stop:
+            raise interrupted(self.stop, self.space)
+        return value_of(found[0])
+
+    def _idle(self) -> bool:
+        """Outside of training there is nothing worth finishing: the first signal ends it."""
+        return bool(self.stop) and not self.training
+
+    training = False
+
+    def survey(self) -> Survey:
+        """Checks against the models what the file alone cannot tell."""
+        corners = [self.assignment(run) for run in self.space.corners()]
+        try:
+            found: Survey = self.call("tuner.work:survey", tuple(corners))
+        except SpaceError as error:
+            raise SpaceError(*placed(self.space.document, error.problems)) from None
+        problems = [p for name, depth in found.depths.items() for p in too_deep(self.space, name, depth)]
+        if problems:
+            raise SpaceError(*dict.fromkeys(problems))
+        return found
+
+    def inspect(self, *, fetch: bool = True) -> Facts:
+        """Reads data and weights before anything is made."""
+        corners = tuple(self.assignment(run, fetch=fetch) for run in self.space.corners())
+        try:
+            facts: Facts = self.call("tuner.work:inspect", corners)
+        except SpaceError as error:
+            raise SpaceError(*placed(self.space.document, error.problems)) from None
+        for warning in facts.warnings:
+            self.console.warn(warning)
+        return facts
+
+    def crown(self, run: Run, folder: Path, formats: tuple[str, ...], trial: int, valid: dict[str, float]) -> Any:
+        """Retrains, tests and exports in a worker; returns what was published."""
+        order = Crown(self.assignment(run), formats, str(folder), study_name(self.space), trial, tuple(valid.items()))
+        self.training = True
+        try:
+            return self.call("tuner.winner:crown", order, self.console.retraining(run))
+        finally:
+            self.training = False
+            self.console.pause()
+
+
+@contextlib.contextmanager
+def session(space: Space, places: Places, console: Console, engine: str | None = None) -> Iterator[Session]:
+    name = engine or space.settings.engine.name
+    with stoppable() as stop, plugins.attribute("engine", name)() as carry:
+        yield Session(space, places, console, carry, stop)
+
+
+def value_of(outcome: Outcome) -> Any:
+    """What a job returned. Raises the TunerError it refused with; a failure in the user's code or ours with its traceback."""
+    from tuner.search import refusal
+
+    if outcome.kind == "done":
+        return outcome.value
+    if outcome.kind == "refused":
+        raise refusal(outcome)
+    if outcome.kind == "lost":
+        raise DataError(f"a worker died while reading data and weights: {outcome.reason}; is there enough memory?")
+    raise Broken(outcome.reason, outcome.trace)
+
+
+class Broken(TunerError):
+    """Code that a worker ran raised; `trace` is for --debug."""
+
+    def __init__(self, reason: str, trace: str) -> None:
+        super().__init__(reason)
+        self.trace = trace
+
+
+def interrupted(stop: Stop, space: Space) -> Interrupted:
+    return Interrupted(stop.signal or 2, f"interrupted; `tuner run {space.document.file}` continues where it stopped")
+
+
+def too_deep(space: Space, model: str, depth: int) -> Iterator[str]:
+    """Freeze depths of the file that the model does not have."""
+    path = ("recipe", "freeze_depth")
+    searched = next((d.leaf for d in space.dimensions if d.path == path), None)
+    allows = f"but {model} allows 0..{depth}"
+    if isinstance(searched, Range) and searched.high > depth:
+        yield space.document.problem((*path, "high"), f"{searched.high:g}, {allows}")
+    elif isinstance(searched, Choice) and max(searched.options) > depth:
+        yield space.document.problem(path, f"{max(searched.options)}, {allows}")
+    elif searched is None and space.values[path] > depth:
+        yield space.document.problem(path, f"{space.values[path]}, {allows}")
+
+
+def placed(document: Document, problems: Any) -> list[str]:
+    """Problems that begin with a key, such as `model.weights: …`, with the key's line."""
+    found = []
+    for problem in problems:
+        key = tuple(problem.partition(":")[0].split("."))
+        known = key in document.lines or key[:1] in document.lines
+        found.append(f"{document.where(key)}: {problem}" if known else problem)
+    return found
+
+
+def write_yaml(path: Path, tree: dict[str, Any], comment: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"# {comment}\n{dump(tree)}", encoding="utf-8")

@@ -1,0 +1,127 @@
+"""The study's place: its folder, its lock, its database, and what it must have in common with the file."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+
+from tuner.errors import SpaceError, StorageError
+from tuner.files import disk_errors
+
+SPACE, DATA = "tuner:space", "tuner:data"
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds the study; the kernel frees it however the holder ends. Raises StorageError when another process has it."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise StorageError(f"study {folder.name!r} is being run by {holder}; wait for it, or use another search.name") from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on host {socket.gethostname()} since {time.strftime('%H:%M')}")
+        file.flush()
+        yield
+
+
+def connect(url: str | None, folder: Path) -> optuna.storages.RDBStorage:
+    """The study's database: SQLite in WAL mode in its folder, or any SQLAlchemy URL. Raises StorageError."""
+    try:
+        if url is not None:
+            return optuna.storages.RDBStorage(_escaped(url), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800})
+        _refuse_network(folder)
+        return _sqlite(folder / "study.db")
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError) as error:
+        place = str(sqlalchemy.engine.make_url(url)) if url and "://" in url else url or str(folder / "study.db")
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise StorageError(f"storage: {place} cannot be opened: {cause}") from error
+
+
+def _escaped(url: str) -> str:
+    return url.replace("{", "{{").replace("}", "}}")  # RDBStorage runs str.format on it
+
+
+def _sqlite(path: Path) -> optuna.storages.RDBStorage:
+    def pragmas(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+
+    url = sqlalchemy.engine.URL.create("sqlite", database=str(path)).render_as_string()
+    storage = optuna.storages.RDBStorage(_escaped(url), engine_kwargs={"connect_args": {"timeout": 60}})
+    sqlalchemy.event.listen(storage.engine, "connect", pragmas)
+    storage.engine.dispose()  # connections from before the hook
+    return storage
+
+
+def _refuse_network(folder: Path) -> None:
+    """SQLite's locks are not safe on network file systems."""
+    found = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False)
+    if found.stdout.strip() in ("nfs", "nfs4", "cifs", "smb2", "fuseblk"):
+        raise StorageError(
+            f"storage: {folder} lies on a network file system ({found.stdout.strip()}), where SQLite loses data; "
+            "use storage: postgresql://… or a local folder (--studies)"
+        )
+
+
+def open_study(
+    storage: optuna.storages.BaseStorage,
+    name: str,
+    sampler: optuna.samplers.BaseSampler,
+    pruner: optuna.pruners.BasePruner,
+    identity: Mapping[str, Any],
+    data: str,
+) -> optuna.Study:
+    """The study of that name, made if need be. Raises SpaceError when it was made from another space or other data."""
+    try:
+        study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
+    except KeyError:
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", sampler=sampler, pruner=pruner)
+        study.set_user_attr(SPACE, json.dumps(identity))
+        study.set_user_attr(DATA, data)
+        return study
+    direction = study.direction.name.lower()
+    if direction != "maximize":
+        raise SpaceError(f"study {name!r} was created with direction={direction}, this file maximises; use another search.name")
+    if SPACE not in study.user_attrs:
+        raise SpaceError(f"study {name!r} was not made by tuner; use another search.name")
+    made = flat(json.loads(study.user_attrs[SPACE]))
+    now = flat(json.loads(json.dumps(identity)))
+    problems = [
+        f"study {name!r} was created with {key}={_shown(made.get(key))}, this file has {_shown(now.get(key))}"
+        for key in sorted(made.keys() | now.keys())
+        if made.get(key) != now.get(key)
+    ]
+    if not problems and study.user_attrs.get(DATA) not in (None, data):
+        problems = [f"study {name!r} was created with other data: the images, their labels or their split have changed"]
+    if problems:
+        raise SpaceError(*problems, f"study {name!r}: put these back, or use another search.name; the study is untouched")
+    return study
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}.{key}" if path else key)
+    return found
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value

@@ -1,0 +1,86 @@
+"""What workers do: survey a model, inspect data and weights, carry out a trial. Values in, values out."""
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tuner import figures, plugins
+from tuner.devices import place
+from tuner.orders import Assignment, Epoch, Facts, Result, Survey
+from tuner.trial import Best, Diverged, build, check_batches, fit, load, prepare
+
+
+def survey(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Survey:
+    """How deep each model can be frozen, and how many workers this machine feeds. Nothing is fetched or written."""
+    depths: dict[str, int] = {}
+    for a in assignments:
+        place(a.engine, Path(a.home), slot)  # names a missing device before anything else happens
+        run = a.run.without_weights()
+        depths[a.run.model.name] = build(run, Path(a.home), 2).max_depth
+    return Survey(depths, gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Facts:
+    """Reads data and weights of every run as a trial would. Raises DataError, SpaceError."""
+    warnings: list[str] = []
+    facts: Facts | None = None
+    for a in assignments:
+        data = load(a.run, Path(a.home))
+        staged = build(a.run if a.fetch else a.run.without_weights(), Path(a.home), len(data.classes))
+        warnings += [*data.warnings, *check_batches(data, a.run), *(f"{a.run.model.name}: {note}" for note in staged.notes)]
+        sizes = {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)}
+        parameters = sum(p.numel() for p in staged.model.parameters())
+        facts = facts or Facts(data.digest, data.classes, sizes, data.preprocess.size, parameters)
+    assert facts is not None
+    return facts.warned(dict.fromkeys(warnings))
+
+
+def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:
+    """One trial: trains until it ends or `report` says stop."""
+    start = time.monotonic()
+    epochs: list[Epoch] = []
+    best = Best()
+    state: Literal["complete", "stopped", "diverged", "oom"] = "complete"
+    reason = ""
+    try:
+        bench = prepare(a.run, place(a.engine, Path(a.home), slot), a.metric)
+        for epoch in fit(bench, a.run.recipe, a.run.seed, best):
+            epochs.append(epoch)
+            if not report(epoch):
+                state = "stopped"
+                break
+    except Diverged as error:
+        state, reason = "diverged", str(error)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        state, reason = "oom", str(error).splitlines()[0]
+    if state == "oom":  # outside of the except block, whose traceback holds tensors
+        release()
+        return Result(state, tuple(epochs), 0, {}, time.monotonic() - start, reason)
+    files = show(a, epochs, best)
+    return Result(state, tuple(epochs), best.epoch.number if best.epoch else 0, files, time.monotonic() - start, reason)
+
+
+def show(a: Assignment, epochs: list[Epoch], best: Best) -> dict[str, bytes]:
+    """The trial's learning curve, and what its task shows of the best epoch."""
+    if best.epoch is None:
+        return {}
+    data = load(a.run, Path(a.home))
+    task = plugins.attribute("task", a.run.task.name)(len(data.classes), a.run.recipe)
+    curve = figures.curve([e.loss for e in epochs], [e.scores for e in epochs], a.metric)
+    return {"curve.png": curve, **task.show(best.pairs, data.classes)}
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
