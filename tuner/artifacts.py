@@ -32,7 +32,10 @@ class Artifacts:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.study.set_metric_names([self.metric])
-        save_note(self.study, f"Maximises **{self.metric}** on the validation examples. Trial 0 is the default recipe.\n\n```yaml\n{dump(space.tree())}```\n")
+        save_note(
+            self.study,
+            f"Maximises **{self.metric}** on the validation examples. Trial 0 is the default recipe.\n\n```yaml\n{dump(space.tree())}```\n",
+        )
 
     def files(self, trial: Trial, run: Run, result: Result) -> None:
         """Attaches a running trial's files and writes its note."""

@@ -115,7 +115,7 @@ class Remembered:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _chunks(self, view: int) -> Iterator[dict[str, Tensor]]:
-        for index in torch.arange(len(self)).split(CHUNK):
+        for index in torch.split(torch.arange(len(self)), CHUNK):
             x, y = self.live.take(index, view)
             yield {**{k: _channels_last(v) for k, v in leaves(x).items()}, "y": y}
 

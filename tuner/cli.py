@@ -2,16 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tuner import __version__
 from tuner.errors import SpaceError, TunerError
 
 if TYPE_CHECKING:
@@ -176,7 +175,9 @@ def dashboard(
 
 
 @app.command()
-def models(name: Annotated[str | None, typer.Argument(help="a model, or your own as package.module:attribute")] = None, debug: Debug = False) -> None:
+def models(
+    name: Annotated[str | None, typer.Argument(help="a model, or your own as package.module:attribute")] = None, debug: Debug = False
+) -> None:
     """List the models, or one model's stages and what each freeze depth saves."""
     from tuner import plugins
 
@@ -187,7 +188,9 @@ def models(name: Annotated[str | None, typer.Argument(help="a model, or your own
     from tuner.describe import describe
 
     found = describe(name)
-    typer.echo(f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.size} x {found.size} image (1000 classes)")
+    typer.echo(
+        f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.size} x {found.size} image (1000 classes)"
+    )
     typer.echo("depth  frozen up to    parameters  FLOPs")
     for d in found.depths:
         typer.echo(f"{d.depth:>5}  {d.stage:<14}  {d.parameters:>9.1%}  {d.flops:>5.1%}")
@@ -239,20 +242,17 @@ def start_dashboard(space: "Space", places: "Places", port: int, console: "Conso
 
 def main() -> NoReturn:
     """The command line; every error a line on stderr, and the exit code that its kind has."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv
+    code = 0
     try:
-        app(standalone_mode=False)
-        code = 0
+        app()  # ends by SystemExit, with 2 for a usage error
     except TunerError as error:
         code = complain(error, debug)
-    except (KeyboardInterrupt, EOFError):
-        code = 130
-    except BrokenPipeError:
-        code = 0
+    except BrokenPipeError:  # `tuner models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        code = usage(error) or bug(error, debug)
-    sys.stdout.flush()
+        code = bug(error, debug)
     sys.exit(code)
 
 
@@ -264,19 +264,10 @@ def complain(error: TunerError, debug: bool) -> int:
     return error.code
 
 
-def usage(error: Exception) -> int:
-    """Click's own usage errors; 0 when it is not one."""
-    import click
-
-    show: Callable[[], None] | None = error.show if isinstance(error, click.ClickException) else None
-    if show is not None:
-        show()
-        return 2
-    return 130 if isinstance(error, click.exceptions.Abort) else 0
-
-
 def bug(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print(f"tuner: error: a bug in tuner: {type(error).__name__}: {error}; run again with --debug and report what it prints", file=sys.stderr)
+    print(
+        f"tuner: error: a bug in tuner: {type(error).__name__}: {error}; run again with --debug and report what it prints", file=sys.stderr
+    )
     return 1

@@ -10,7 +10,7 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore
 
 from tuner import storage
-from tuner.errors import DataError, StorageError
+from tuner.errors import DataError, StorageError, nearest
 
 Environment = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -23,7 +23,7 @@ def app(database: optuna.storages.BaseStorage, artifacts: Path | None, *, write:
     import optuna_dashboard
 
     store = FileSystemArtifactStore(artifacts) if artifacts is not None else None
-    return guarded(optuna_dashboard.wsgi(optuna.storages.get_storage(database), artifact_store=store), write=write)  # type: ignore[arg-type]
+    return guarded(optuna_dashboard.wsgi(optuna.storages.get_storage(database), artifact_store=store), write=write)
 
 
 def guarded(inner: App, *, write: bool) -> App:
@@ -58,7 +58,7 @@ class _Quiet(wsgiref.simple_server.WSGIRequestHandler):
 def server(application: App, port: int) -> wsgiref.simple_server.WSGIServer:
     """Bound to 127.0.0.1; port 0 takes a free one. Raises StorageError when the port is taken."""
     try:
-        return wsgiref.simple_server.make_server("127.0.0.1", port, application, server_class=_Server, handler_class=_Quiet)  # type: ignore[type-var]
+        return wsgiref.simple_server.make_server("127.0.0.1", port, application, server_class=_Server, handler_class=_Quiet)
     except OSError as error:
         raise StorageError(f"port {port} on 127.0.0.1: {error.strerror}; choose another with --port, or 0 for any free one") from None
 
@@ -73,8 +73,6 @@ def find(studies: Path, name: str | None) -> Path:
     for folder in (studies / name, Path(name)):
         if (folder / "space.yaml").is_file():
             return folder
-    from tuner.errors import nearest
-
     raise DataError(f"no study {name!r} in {studies}{nearest(name, [p.name for p in made])}")
 
 
@@ -84,7 +82,7 @@ def serve(folder: Path, url: str | None, port: int, *, write: bool, announce: Ca
     announce(f"http://127.0.0.1:{httpd.server_port}/dashboard")
     try:
         httpd.serve_forever()
-    except KeyboardInterrupt:
-        pass
+    except (KeyboardInterrupt, SystemExit):
+        pass  # Ctrl-C is how it is meant to end
     finally:
         httpd.server_close()

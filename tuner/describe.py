@@ -49,7 +49,12 @@ def describe(name: str, outputs: int = 1000) -> Described:
             flops.append(counter.get_total_flops())
             parameters.append(sum(p.numel() for p in stage.parameters()))
     rows = [
-        Depth(depth, list(staged.stages)[depth - 1] if depth else "(nothing)", sum(parameters[:depth]) / sum(parameters), sum(flops[:depth]) / max(1, sum(flops)))
+        Depth(
+            depth,
+            list(staged.stages)[depth - 1] if depth else "(nothing)",
+            sum(parameters[:depth]) / sum(parameters),
+            sum(flops[:depth]) / max(1, sum(flops)),
+        )
         for depth in range(staged.max_depth + 1)
     ]
     return Described(sum(parameters), sum(flops), size, rows)

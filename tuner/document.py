@@ -107,6 +107,10 @@ def kind(value: Any) -> str:
     return f"{value!r}"
 
 
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark else 1
+
+
 class _Reader:
     """Builds values from PyYAML's events, so that limits hold while reading and not after."""
 
@@ -127,19 +131,19 @@ class _Reader:
         return tree
 
     def _refuse(self, event: yaml.Event, what: str) -> SpaceError:
-        return SpaceError(f"{self.document_.file}:{event.start_mark.line + 1}: {what}")
+        return SpaceError(f"{self.document_.file}:{_line(event)}: {what}")
 
     def _value(self, event: yaml.Event, events: Iterator[yaml.Event], path: KeyPath) -> Any:
         self.nodes += 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise self._refuse(event, "anchors (&) and aliases (*) are not allowed; write the value out")
         if getattr(event, "tag", None) not in (None, "!"):
-            raise self._refuse(event, f"tags such as {event.tag} are not allowed")
+            raise self._refuse(event, f"tags such as {getattr(event, 'tag', None)} are not allowed")
         if self.nodes > MAX_NODES:
             raise self._refuse(event, f"more than {MAX_NODES:,} values")
         if len(path) > MAX_DEPTH:
             raise self._refuse(event, f"nested deeper than {MAX_DEPTH} levels")
-        self.document_.lines[path] = f"{self.document_.file}:{event.start_mark.line + 1}"
+        self.document_.lines[path] = f"{self.document_.file}:{_line(event)}"
         if isinstance(event, yaml.ScalarEvent):
             return scalar(event.value) if event.implicit[0] and event.style is None else event.value
         if isinstance(event, yaml.SequenceStartEvent):
@@ -163,7 +167,7 @@ class _Reader:
                 raise self._refuse(event, "a key must be a word")
             if event.value == "<<":
                 raise self._refuse(event, "merge keys (<<) are not allowed; write the values out")
-            key, place = event.value, f"{self.document_.file}:{event.start_mark.line + 1}"
+            key, place = event.value, f"{self.document_.file}:{_line(event)}"
             first = self.document_.lines.get((*path, key)) if key in values else None
             value = self._value(next(events), events, (*path, key))
             if first is not None:

@@ -1,12 +1,12 @@
 """What can go wrong, each kind with the exit code that the command line ends with.
 
-    TunerError                  1   a bug in tuner
-    ├── SpaceError              2   the file or the command line
-    ├── DataError               3   data or weights
-    ├── StorageError            4   disk, database, permission, device
-    ├── NoUsableTrial           5   the search ended without a trial to crown
-    ├── ExportMismatch          1   an export that disagrees with its model
-    └── Interrupted       130/143   stopped by the user; the same command continues
+TunerError                  1   a bug in tuner
+├── SpaceError              2   the file or the command line
+├── DataError               3   data or weights
+├── StorageError            4   disk, database, permission, device
+├── NoUsableTrial           5   the search ended without a trial to crown
+├── ExportMismatch          1   an export that disagrees with its model
+└── Interrupted       130/143   stopped by the user; the same command continues
 """
 
 import difflib

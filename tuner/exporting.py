@@ -51,5 +51,7 @@ def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
     if SAME_AS in chosen.user_attrs:
         return trials[int(chosen.user_attrs[SAME_AS])]
     if "best_epoch" not in chosen.user_attrs:
-        raise DataError(f"trial {number} ended {chosen.state.name.lower()} without an epoch ({chosen.user_attrs.get(REASON, 'no reason given')}); choose another")
+        raise DataError(
+            f"trial {number} ended {chosen.state.name.lower()} without an epoch ({chosen.user_attrs.get(REASON, 'no reason given')}); choose another"
+        )
     return chosen

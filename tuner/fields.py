@@ -47,8 +47,8 @@ def _sentence(field: FieldInfo, value: Any, error: ValidationError) -> str:
     given = kind(list(value) if isinstance(value, tuple) else value)
     for problem in error.errors():
         if problem["type"] in _BOUNDS and not isinstance(value, (bool, str)):
-            words, key = _BOUNDS[problem["type"]]
-            return f"must be {words} {problem['ctx'][key]:g}, got {given}"
+            bound, key = _BOUNDS[problem["type"]]
+            return f"must be {bound} {problem['ctx'][key]:g}, got {given}"
         if problem["type"] == "value_error":
             return f"{problem['ctx']['error']}, got {given}"
         if problem["type"] == "finite_number":

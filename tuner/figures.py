@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(out)
+    FigureCanvasAgg(figure).print_png(out)  # type: ignore[no-untyped-call]
     return out.getvalue()
 
 
@@ -42,7 +43,7 @@ def curve(losses: Sequence[float], scores: Sequence[Mapping[str, float]], metric
     left.plot(epochs, losses, "o-", color="tab:red", markersize=3)
     left.set_xlabel("epoch")
     left.set_ylabel("training loss", color="tab:red")
-    left.xaxis.get_major_locator().set_params(integer=True)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right = left.twinx()
     right.plot(epochs, [s[metric] for s in scores], "s-", color="tab:blue", markersize=3)
     right.set_ylabel(f"validation {metric.replace('_', ' ')}", color="tab:blue")

@@ -39,7 +39,7 @@ Pixels = NDArray[np.uint8]
 class Items:
     """What a source of images lists. `pictures` are files, or arrays (h, w) or (h, w, 3) of uint8."""
 
-    pictures: Sequence[Path] | Sequence[Pixels]
+    pictures: Sequence[Path | Pixels]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     part: NDArray[np.int64]  # TRAIN, VALID, TEST or UNSPLIT, for each picture
@@ -266,7 +266,9 @@ def _split(items: Items, options: ImageOptions) -> Items:
         part[order] = TRAIN
     if few:
         need = len(shares) + 1
-        raise DataError(f"data: each class needs at least {need} images to be split, but {', '.join(few)}; add images or give the parts as folders")
+        raise DataError(
+            f"data: each class needs at least {need} images to be split, but {', '.join(few)}; add images or give the parts as folders"
+        )
     return replace(items, part=part)
 
 

@@ -56,9 +56,12 @@ def model_card(m: Mapping[str, Any]) -> str:
     run, metric = m["run"], m["metric"]
     recipe = run["recipe"]
     scores = "\n".join(
-        f"| {name.replace('_', ' ')} | {_number(m['scores']['valid'].get(name))} | {_number(m['scores']['test'].get(name))} |" for name in m["scores"]["test"]
+        f"| {name.replace('_', ' ')} | {_number(m['scores']['valid'].get(name))} | {_number(m['scores']['test'].get(name))} |"
+        for name in m["scores"]["test"]
     )
-    exports = "\n".join(f"| {e['file']} | {name} | {e['largest_difference']:.1e} | {e['milliseconds']:g} |" for name, e in m["exports"].items())
+    exports = "\n".join(
+        f"| {e['file']} | {name} | {e['largest_difference']:.1e} | {e['milliseconds']:g} |" for name, e in m["exports"].items()
+    )
     classes = ", ".join(m["classes"][:50]) + (" …" if len(m["classes"]) > 50 else "")
     return f"""# {run["model"]["name"]} fine-tuned on {run["data"].get("path") or run["data"]["name"]}
 

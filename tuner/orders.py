@@ -1,7 +1,6 @@
 """What the coordinator tells workers and hears from them: values that need no torch."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from tuner.run import Engine, Run
@@ -34,9 +33,7 @@ class Facts:
     side: int  # of the square input, pixels
     parameters: int
     warnings: tuple[str, ...] = ()
-
-    def warned(self, warnings: Iterable[str]) -> "Facts":
-        return replace(self, warnings=tuple(warnings))
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

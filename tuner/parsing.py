@@ -14,7 +14,7 @@ from tuner.space import Choice, Dimension, KeyPath, Range, Space
 
 PARTS = ("task", "data", "model")
 SECTIONS = (*PARTS, "recipe", "seed", "search", "engine", "storage", "export")
-SEED = FieldInfo.from_annotated_attribute(int | None, None)
+SEED = FieldInfo(annotation=int | None, default=None)
 RANGE_KEYS = ("low", "high", "log", "step", "when")
 FOREIGN = {"min": "low", "max": "high", "values": "choices", "value": "choices", "minval": "low", "maxval": "high"}
 EXPORTS = ("safetensors", "torch_export", "onnx")
@@ -275,7 +275,8 @@ class _Parser:
 
     def ordered(self) -> list[Dimension]:
         """Dimensions after those they depend on, otherwise as written. A cycle is a problem."""
-        waiting, done = list(self.dimensions), []
+        waiting = list(self.dimensions)
+        done: list[Dimension] = []
         while waiting:
             placed = {d.path for d in done} | {p for p in self.fields if p not in {w.path for w in waiting}}
             ready = [d for d in waiting if set(d.when) <= placed]
@@ -303,9 +304,7 @@ class _Parser:
         storage, export = self.storage(), self.export()
         if len(self.problems) > before:
             return None
-        search, engine_ = (
-            {p[1]: self.values.pop(p) for p in list(self.values) if p[0] == section} for section in ("search", "engine")
-        )
+        search, engine_ = ({p[1]: self.values.pop(p) for p in list(self.values) if p[0] == section} for section in ("search", "engine"))
         return Settings(Search(**search), Engine(**engine_), storage, export)
 
     def metric(self) -> None:

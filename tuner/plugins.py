@@ -107,7 +107,7 @@ def _evaluate(node: ast.expr | None) -> Any:
 
 
 def _imported_keys(function: Callable[..., Any]) -> Keys:
-    target = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    target = function.__init__ if inspect.isclass(function) else function
     try:
         hints = typing.get_type_hints(target, include_extras=True)
     except (NameError, TypeError, AttributeError):

@@ -80,7 +80,9 @@ class Console:
         sizes = ", ".join(f"{n:,} {part}" for part, n in facts.sizes.items())
         device = f"{survey.gpus} GPU" if survey.gpus else "CPU"
         left = coordinator.budget() - coordinator.closed
-        self.event("begin", sizes=facts.sizes, classes=list(facts.classes), parameters=facts.parameters, trials_left=left, depths=survey.depths)
+        self.event(
+            "begin", sizes=facts.sizes, classes=list(facts.classes), parameters=facts.parameters, trials_left=left, depths=survey.depths
+        )
         self.say(f"data   {sizes} images, {len(facts.classes)} classes, {facts.side} x {facts.side} pixels")
         self.say(f"model  {', '.join(survey.depths)}, {facts.parameters / 1e6:.2f} M parameters, freeze depth 0..{self.depth}")
         state = f"{coordinator.closed} of {coordinator.budget()} trials done" if coordinator.closed else f"{coordinator.budget()} trials"
@@ -93,12 +95,16 @@ class Console:
     def epoch(self, live: Live, epoch: Epoch) -> None:
         score = epoch.scores[self.metric()]
         total = live.run.recipe.epochs
-        self.event("epoch", trial=live.trial.number, epoch=epoch.number, of=total, loss=epoch.loss, scores=epoch.scores, seconds=epoch.seconds)
+        self.event(
+            "epoch", trial=live.trial.number, epoch=epoch.number, of=total, loss=epoch.loss, scores=epoch.scores, seconds=epoch.seconds
+        )
         if self.bar is not None:
             row = self.rows.get(live.trial.number)
             if row is None:
                 row = self.rows[live.trial.number] = self.bar.add_task(f"#{live.trial.number}", total=total, state="")
-            self.bar.update(row, completed=epoch.number, state=f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}  {self.short()} {score:.4f}")
+            self.bar.update(
+                row, completed=epoch.number, state=f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}  {self.short()} {score:.4f}"
+            )
 
     def ended(self, trial: FrozenTrial, run: Run, result: Result | None) -> None:
         """One line: `#12 acc 0.9430 ★ (best 0.9430 #12) sgd lr 3.1e-03 freeze 3/5 ep 10/10 41s | 12/50, 3 pruned, eta 18m`."""
@@ -128,7 +134,11 @@ class Console:
     def count(self, trial: FrozenTrial) -> bool:
         """Keeps the tally; True when the trial is the best so far."""
         self.pruned += trial.state == TrialState.PRUNED
-        if trial.state == TrialState.COMPLETE and SAME_AS not in trial.user_attrs and (self.best is None or float(trial.value or 0) > self.best[0]):
+        if (
+            trial.state == TrialState.COMPLETE
+            and SAME_AS not in trial.user_attrs
+            and (self.best is None or float(trial.value or 0) > self.best[0])
+        ):
             self.best = (float(trial.value or 0), trial.number)
             return True
         return False
@@ -138,7 +148,7 @@ class Console:
         closed, budget = self.coordinator.closed, self.coordinator.budget()
         done = closed - self.done_before
         eta = ""
-        if 0 < done and closed < budget:
+        if done > 0 and closed < budget:
             eta = f", eta {spoken((time.monotonic() - self.begun) / done * (budget - closed))}"
         return f"{closed}/{budget}{f', {self.pruned} pruned' if self.pruned else ''}{eta}"
 
@@ -161,7 +171,13 @@ class Console:
         total = run.recipe.stop_epoch or run.recipe.epochs
         self.note(f"training on {run.recipe.fit.replace('+', ' and ')}: up to {total} epochs, then test and export")
         if self.mode == "normal" and self.out.is_terminal:
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"), console=self.out, transient=True)
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[state]}"),
+                console=self.out,
+                transient=True,
+            )
             self.bar.start()
             self.rows[-1] = self.bar.add_task("winner", total=total, state="")
 
@@ -191,12 +207,16 @@ class Console:
         if not s.fresh:
             self.say(f"nothing left to do: {coordinator.closed} of {coordinator.budget()} trials are done; raise search.trials to go on")
         self.say("")
-        self.say(f"best       trial {winner.number}, validation {metric.replace('_', ' ')} {winner.value:.4f} at epoch {winner.user_attrs['best_epoch']}")
+        self.say(
+            f"best       trial {winner.number}, validation {metric.replace('_', ' ')} {winner.value:.4f} at epoch {winner.user_attrs['best_epoch']}"
+        )
         self.say(f"           {'  '.join(f'{k} {_short(v)}' for k, v in winner.params.items())}")
         if s.tied:
             self.say(f"           tied with {', '.join(f'trial {n}' for n in s.tied)}; chosen for fewer epochs, then the lower number")
         if default is not None and default.value is not None:
-            self.say(f"default    trial {default.number} scored {default.value:.4f}; the search bought {float(winner.value or 0) - default.value:+.4f}")
+            self.say(
+                f"default    trial {default.number} scored {default.value:.4f}; the search bought {float(winner.value or 0) - default.value:+.4f}"
+            )
         if published is not None:
             self.outcome(published, metric)
         self.say(f"all of it  {s.folder}")
@@ -208,7 +228,9 @@ class Console:
         self.say(f"test       {tested}")
         for i, (kind, e) in enumerate(m["exports"].items()):
             size = (published.folder / e["file"]).stat().st_size / 1e6
-            self.say(f"{'exports' if i == 0 else '':<10} {published.folder / e['file']}  {kind}, {size:.1f} MB, verified (differs by {e['largest_difference']:.0e})")
+            self.say(
+                f"{'exports' if i == 0 else '':<10} {published.folder / e['file']}  {kind}, {size:.1f} MB, verified (differs by {e['largest_difference']:.0e})"
+            )
 
     def next_steps(self, name: str, folder: Path, published: Published | None) -> None:
         studies = "" if folder.parent.name == "studies" and folder.parent.parent.resolve() == Path.cwd() else f" --studies {folder.parent}"

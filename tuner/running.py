@@ -82,7 +82,9 @@ def identity(space: Space) -> dict[str, Any]:
     """What a study's trials have in common; a change in it makes another study."""
     tree = space.tree()
     search = space.settings.search
-    return {k: tree[k] for k in ("task", "data", "model", "recipe", "seed") if k in tree} | {"search": {"metric": search.metric, "seed": search.seed}}
+    return {k: tree[k] for k in ("task", "data", "model", "recipe", "seed") if k in tree} | {
+        "search": {"metric": search.metric, "seed": search.seed}
+    }
 
 
 def best_run(run: Run, epoch: int) -> Run:

@@ -47,10 +47,10 @@ def part(kind: str) -> dict[str, Any]:
     forms: list[dict[str, Any]] = [{"enum": known}, _own()]
     for members in by_keys.values():
         keys = section(plugins.keys(kind, members[0]).fields, searched=True)
-        name: dict[str, Any] = {"enum": members}
+        named: dict[str, Any] = {"enum": members}
         if kind == "model":
-            name = {"anyOf": [name, {"type": "array", "items": {"enum": known}}]}
-        forms.append({**keys, "properties": {"name": name, **keys["properties"]}, "required": ["name", *keys.get("required", [])]})
+            named = {"anyOf": [named, {"type": "array", "items": {"enum": known}}]}
+        forms.append({**keys, "properties": {"name": named, **keys["properties"]}, "required": ["name", *keys.get("required", [])]})
     forms.append({"type": "object", "properties": {"name": _own()}, "required": ["name"]})
     return {"anyOf": forms}
 
@@ -78,7 +78,10 @@ def key(field: FieldInfo) -> dict[str, Any]:
     forms: list[dict[str, Any]] = [bare]
     if not fields.is_sequence(field):
         listed = {"type": "array", "items": bare, "minItems": 1, "uniqueItems": True}
-        forms += [listed, {"type": "object", "required": ["choices"], "additionalProperties": False, "properties": {"choices": listed, "when": when}}]
+        forms += [
+            listed,
+            {"type": "object", "required": ["choices"], "additionalProperties": False, "properties": {"choices": listed, "when": when}},
+        ]
     if fields.is_number(field):
         properties = {"low": NUMBER, "high": NUMBER, "log": {"type": "boolean"}, "step": NUMBER, "when": when}
         forms.append({"type": "object", "required": ["low", "high"], "additionalProperties": False, "properties": properties})

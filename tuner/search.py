@@ -220,10 +220,14 @@ class Coordinator:
         self.failures.append(reason)
         same = self.failures[-MAX_ALIKE:]
         if alike and len(same) == MAX_ALIKE and len(set(same)) == 1:
-            self.error = NoUsableTrial(f"the last {MAX_ALIKE} trials failed alike: {reason}; nothing finished is lost, mend this and run the same command")
+            self.error = NoUsableTrial(
+                f"the last {MAX_ALIKE} trials failed alike: {reason}; nothing finished is lost, mend this and run the same command"
+            )
         elif len(self.failures) >= MAX_FAILURES and not history.completed(self.study):
             counts = ", ".join(f"{n} x {r}" for r, n in Counter(self.failures).most_common(3))
-            self.error = NoUsableTrial(f"{len(self.failures)} trials failed and none completed; first: {self.failures[0]}; in all: {counts}")
+            self.error = NoUsableTrial(
+                f"{len(self.failures)} trials failed and none completed; first: {self.failures[0]}; in all: {counts}"
+            )
 
     def follow(self, trial: Trial, live: Live) -> None:
         twin = self.known.get(key_of(live.trial.params))

@@ -70,7 +70,9 @@ class Session:
             report(value)
             return not self.stop
 
-        self.carry(lambda: next(jobs, None), heard, lambda job, outcome: found.append(outcome), lambda: not (self.stop.now or self._idle()), 1)
+        self.carry(
+            lambda: next(jobs, None), heard, lambda job, outcome: found.append(outcome), lambda: not (self.stop.now or self._idle()), 1
+        )
         if self.stop:
             raise interrupted(self.stop, self.space)
         return value_of(found[0])
@@ -102,6 +104,8 @@ class Session:
             raise SpaceError(*placed(self.space.document, error.problems)) from None
         for warning in facts.warnings:
             self.console.warn(warning)
+        for note in facts.notes:
+            self.console.note(f"note   {note}")
         return facts
 
     def crown(self, run: Run, folder: Path, formats: tuple[str, ...], trial: int, valid: dict[str, float]) -> Any:

@@ -25,8 +25,8 @@ def lock(folder: Path) -> Iterator[None]:
     """Holds the study; the kernel frees it however the holder ends. Raises StorageError when another process has it."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a+")
-    with file:
+        (folder / "lock").touch()
+    with open(folder / "lock", "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

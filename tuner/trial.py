@@ -204,7 +204,7 @@ def learn(
 def batches(length: int, size: int, seed: int, epoch: int) -> list[Tensor]:
     """A permutation by (seed, epoch), in batches. A last batch of one joins the one before: BatchNorm needs two."""
     generator = torch.Generator().manual_seed(seed * 7_368_787 + epoch)
-    chunks = list(torch.randperm(length, generator=generator).split(size))
+    chunks = list(torch.split(torch.randperm(length, generator=generator), size))
     if len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [torch.cat(chunks[-2:])]
     return chunks
@@ -215,7 +215,7 @@ def predictions(bench: Bench, source: Source) -> list[tuple[Any, Any]]:
     """(prediction, truth) of each batch of `source`, in order, in eval mode."""
     bench.net.eval()
     pairs = []
-    for index in torch.arange(len(source)).split(EVAL_BATCH):
+    for index in torch.split(torch.arange(len(source)), EVAL_BATCH):
         batch = source.take(index, 0)
         with bench.place.autocast():
             predicted = bench.task.predict(bench.net, batch.x)

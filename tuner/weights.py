@@ -54,8 +54,7 @@ def _entry(name: str, weights: str) -> WeightsEnum:
     if weights not in known.__members__:
         allowed = ["default", "none", *known.__members__]
         raise SpaceError(
-            f"model.weights: {weights!r} is not known for {name}{suggest(weights, allowed)}; "
-            "or give a path to a .safetensors or .pth file"
+            f"model.weights: {weights!r} is not known for {name}{suggest(weights, allowed)}; or give a path to a .safetensors or .pth file"
         )
     return known[weights]
 
@@ -159,5 +158,3 @@ def adopt(model: nn.Module, state: State, *, head: str, where: str) -> tuple[str
         raise DataError(*problems[:10], *more, f"{where}: these are another model's weights, or damaged")
     model.load_state_dict(taken, strict=False)
     return (f"{head}: new, the weights have none for these classes",) if new_head else ()
-
-

@@ -7,7 +7,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tuner.files import disk_errors, fsync, sha256
 from tuner.manifest import MANIFEST, Published, model_card, read
 from tuner.orders import Assignment, Crown, Epoch
 from tuner.run import Run
-from tuner.trial import Best, Bench, build, fit, load, predictions, prepare
+from tuner.trial import Bench, Best, build, fit, load, predictions, prepare
 
 TOLERANCE = 1e-3
 SAMPLES = 16
@@ -47,7 +46,7 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
                 return None
         scores = {"valid": best.epoch.scores if best.epoch else dict(order.valid), "test": test(bench)}
         model, seconds = bench.staged.model, time.monotonic() - start
-    portable = Normalised(model.cpu().float().to(memory_format=torch.contiguous_format), data.preprocess).eval()  # type: ignore[call-overload]
+    portable = Normalised(model.cpu().float().to(memory_format=torch.contiguous_format), data.preprocess).eval()
     return publish(order, portable, data, scores, seconds)
 
 
@@ -144,7 +143,9 @@ def save_all(order: Crown, model: Normalised, data: Data, folder: Path) -> dict[
         path = folder / module.FILE
         module.save(model, images, path)
         exports[name] = {"file": module.FILE}
-        again = open_export(Published(folder, {"run": order.assignment.run.tree(), "classes": list(data.classes), "exports": exports}), name)
+        again = open_export(
+            Published(folder, {"run": order.assignment.run.tree(), "classes": list(data.classes), "exports": exports}), name
+        )
         difference = compare(name, expected, again(images), again(images[:1]))
         exports[name] |= {"largest_difference": difference, "milliseconds": latency(again, images[:1])}
     return exports

@@ -27,16 +27,21 @@ def survey(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], s
 def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Facts:
     """Reads data and weights of every run as a trial would. Raises DataError, SpaceError."""
     warnings: list[str] = []
-    facts: Facts | None = None
+    notes: list[str] = []
     for a in assignments:
         data = load(a.run, Path(a.home))
         staged = build(a.run if a.fetch else a.run.without_weights(), Path(a.home), len(data.classes))
-        warnings += [*data.warnings, *check_batches(data, a.run), *(f"{a.run.model.name}: {note}" for note in staged.notes)]
-        sizes = {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)}
-        parameters = sum(p.numel() for p in staged.model.parameters())
-        facts = facts or Facts(data.digest, data.classes, sizes, data.preprocess.size, parameters)
-    assert facts is not None
-    return facts.warned(dict.fromkeys(warnings))
+        warnings += [*data.warnings, *check_batches(data, a.run)]
+        notes += [f"{a.run.model.name}: {note}" for note in staged.notes]
+    return Facts(
+        digest=data.digest,
+        classes=data.classes,
+        sizes={"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        side=data.preprocess.size,
+        parameters=sum(p.numel() for p in staged.model.parameters()),
+        warnings=tuple(dict.fromkeys(warnings)),
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
 def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:

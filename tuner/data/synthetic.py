@@ -1,12 +1,14 @@
 """Made-up images that can be told apart: stripes of a class's own direction and colour, under noise. For trying things out."""
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from tuner.core import Data, Preprocess
 from tuner.images import UNSPLIT, Items, dataset
-from tuner.run import Annotated, Field, ImageOptions
+from tuner.run import ImageOptions
 
 
 def load(

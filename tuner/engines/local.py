@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,20 +29,20 @@ class Worker:
 @contextlib.contextmanager
 def run() -> Iterator[Carry]:
     """Workers live as long as the `with` block."""
-    workers: list[Worker] = []
+    crew: list[Worker] = []
 
-    def carry(jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers_: int) -> None:
+    def carry(jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int) -> None:
         while go_on():
-            hand_out(workers, jobs, workers_)
-            busy = [w for w in workers if w.job]
+            hand_out(crew, jobs, workers)
+            busy = [w for w in crew if w.job]
             if not busy:
                 return
             for pipe in wait([w.pipe for w in busy], timeout=POLL):
                 worker = next(w for w in busy if w.pipe is pipe)
                 if not listen(worker, report, ended):
-                    workers.remove(worker)
-        for worker in [w for w in workers if w.job]:
-            workers.remove(worker)
+                    crew.remove(worker)
+        for worker in [w for w in crew if w.job]:
+            crew.remove(worker)
             job = worker.job
             dismiss(worker)
             if job:
@@ -50,7 +51,7 @@ def run() -> Iterator[Carry]:
     try:
         yield carry
     finally:
-        for worker in workers:
+        for worker in crew:
             dismiss(worker)
 
 
@@ -109,14 +110,15 @@ def _cause(code: int | None) -> str:
 
 
 def dismiss(worker: Worker) -> None:
-    """Ends a worker: SIGTERM, so that it can remove a half-finished download; SIGKILL when it does not listen."""
+    """Ends a worker: an idle one by closing its pipe, a busy one by SIGTERM, so that it can remove a half-finished
+    download, and either by SIGKILL when it does not listen."""
     worker.pipe.close()
-    if worker.process.is_alive():
+    if worker.job is not None and worker.process.is_alive():
         worker.process.terminate()
-        worker.process.join(2 if worker.job else 0.5)
+    worker.process.join(3)
     if worker.process.is_alive():
         worker.process.kill()
-    worker.process.join()
+        worker.process.join()
 
 
 # -- the worker's side
@@ -125,7 +127,7 @@ def dismiss(worker: Worker) -> None:
 def work(pipe: Connection, slot: int) -> None:
     """The life of a worker process: jobs from the pipe until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if not _busy.is_set() else _raise_exit())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
@@ -137,23 +139,14 @@ def work(pipe: Connection, slot: int) -> None:
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             job, sharing = pipe.recv()
-            _busy.set()
             limit_threads(sharing)
             outcome = carry_out(job, report, slot)
-            _busy.clear()
             pipe.send(("ended", outcome))
-
-
-_busy = threading.Event()
-
-
-def _raise_exit() -> None:
-    raise SystemExit(143)
 
 
 def _die_with(parent: BaseProcess) -> None:
     """A coordinator that was killed leaves no worker behind."""
-    wait([parent.sentinel])  # type: ignore[attr-defined]
+    wait([parent.sentinel])
     os._exit(1)
 
 

@@ -22,12 +22,13 @@ def build(home: Path, name: str, outputs: int, *, weights: str = "default") -> S
     model, notes = torchvision_model(home, name, outputs, weights, head="classifier.6")
     stages: dict[str, nn.Module] = {}
     block: list[nn.Module] = []
-    for layer in model.features:
+    features, fc = model.features, model.classifier  # fc: Linear ReLU Dropout Linear ReLU Dropout Linear
+    assert isinstance(features, nn.Sequential) and isinstance(fc, nn.Sequential) and isinstance(model.avgpool, nn.Module)
+    for layer in features:
         block.append(layer)
         if isinstance(layer, nn.MaxPool2d):
             stages[f"block{len(stages) + 1}"] = nn.Sequential(*block)
             block = []
-    fc = model.classifier  # Linear ReLU Dropout Linear ReLU Dropout Linear
     stages["fc1"] = nn.Sequential(model.avgpool, nn.Flatten(1), *fc[:2])
     stages["fc2"] = nn.Sequential(*fc[2:5])
     stages["head"] = nn.Sequential(*fc[5:])
