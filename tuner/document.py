@@ -14,21 +14,27 @@ import yaml
 
 from tuner.errors import SpaceError
 
-MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 50, 20_000
+MAX_BYTES, MAX_DEPTH, MAX_NODES = 200_000, 50, 20_000
+MAX_DIGITS = 300  # what a float can still hold
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+UNSPEAKABLE = re.compile(r"[\x00\ud800-\udfff]")  # no file name, database or terminal takes these
 KeyPath = tuple[str | int, ...]
 
 
 @dataclass
 class Document:
-    """`tree` is dicts, lists and scalars; `lines` maps a key's path in it to where it was written."""
+    """`tree` is dicts, lists and scalars; `lines` maps a key's path in it to where it was written.
+
+    `problems` are those that leave a tree to look into: they are reported together with what is wrong in it.
+    """
 
     file: str
     tree: dict[str, Any]
     lines: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
     def where(self, path: Sequence[str | int]) -> str:
         """`file:line` of the key or its nearest written parent."""
@@ -38,15 +44,22 @@ class Document:
         return f"{self.file}:1"
 
     def problem(self, path: Sequence[str | int], what: str) -> str:
-        return f"{self.where(path)}: {'.'.join(map(str, path)) or 'file'}: {what}"
+        return f"{self.where(path)}: {dotted(path) or 'file'}: {what}"
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """A key as messages name it, on one line whatever the key holds."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in ".".join(map(str, path)))
 
 
 def read(path: Path) -> Document:
     """Raises SpaceError with file and line."""
     try:
-        if path.is_file() and path.stat().st_size > MAX_BYTES:
-            raise SpaceError(f"{path}:1: the file has {path.stat().st_size:,} bytes; a space file has at most {MAX_BYTES:,}")
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise SpaceError(f"{path}:1: the file is too large; a space file has at most {MAX_BYTES:,} bytes")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise SpaceError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -59,18 +72,18 @@ def read(path: Path) -> Document:
 
 
 def parse(text: str, file: str) -> Document:
-    """Raises SpaceError; duplicate keys are collected and named together."""
+    """Raises SpaceError on what cannot be read at all; duplicate keys become the document's problems."""
     document = Document(file, {})
-    reader = _Reader(document)
     try:
-        tree = reader.document(yaml.parse(text, Loader=yaml.SafeLoader))
+        tree = _Reader(document).document(yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise SpaceError(f"{file}:{line}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise SpaceError(f"{file}:1: not valid YAML: {' '.join(str(error).split())}") from None
-    if reader.problems:
-        raise SpaceError(*reader.problems)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, int(error.position)) + 1
+        raise SpaceError(f"{file}:{line}: not valid YAML: the character U+{int(error.character):04X} is not allowed") from None
+    except (ValueError, OverflowError):  # PyYAML's chr() and int() on absurd escapes and directives
+        raise SpaceError(f"{file}:1: not valid YAML: an escape or directive holds a number that is too large") from None
     if tree is None:
         raise SpaceError(f"{file}:1: the file is empty; see the examples in search_spaces/")
     if not isinstance(tree, dict):
@@ -79,12 +92,25 @@ def parse(text: str, file: str) -> Document:
     return document
 
 
+def value(text: str) -> Any:
+    """What stands after the `=` of an override. Raises SpaceError, without a place."""
+    try:
+        found = parse(f"value: {text}", "")
+    except SpaceError as error:
+        raise SpaceError(*(problem.partition(": ")[2] for problem in error.problems)) from None
+    if set(found.tree) != {"value"}:
+        raise SpaceError("expected one value; a mapping goes as {key: value, …}")
+    if found.problems:
+        raise SpaceError(*(problem.partition(": value.")[2] for problem in found.problems))
+    return found.tree["value"]
+
+
 def scalar(text: str) -> Any:
     """A plain (unquoted) scalar's value."""
     if text in WORDS:
         return WORDS[text]
     if INTEGER.fullmatch(text):
-        return int(text.replace("_", "")) if len(text) < 400 else text
+        return int(text.replace("_", "")) if len(text) <= MAX_DIGITS else text
     if NUMBER.fullmatch(text) and not re.match(r"[-+]?0\d", text):
         return float(text.replace("_", ""))
     if SPECIAL.fullmatch(text):
@@ -115,8 +141,7 @@ class _Reader:
     """Builds values from PyYAML's events, so that limits hold while reading and not after."""
 
     def __init__(self, document: Document) -> None:
-        self.document_ = document
-        self.problems: list[str] = []
+        self.into = document
         self.nodes = 0
 
     def document(self, events: Iterator[yaml.Event]) -> Any:
@@ -131,19 +156,29 @@ class _Reader:
         return tree
 
     def _refuse(self, event: yaml.Event, what: str) -> SpaceError:
-        return SpaceError(f"{self.document_.file}:{_line(event)}: {what}")
+        return SpaceError(f"{self._place(event)}: {what}")
 
-    def _value(self, event: yaml.Event, events: Iterator[yaml.Event], path: KeyPath) -> Any:
+    def _place(self, event: yaml.Event) -> str:
+        return f"{self.into.file}:{_line(event)}"
+
+    def _inspect(self, event: yaml.Event, path: KeyPath) -> None:
+        """Refuses, for keys and values alike, what makes a small file large or a value code."""
         self.nodes += 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise self._refuse(event, "anchors (&) and aliases (*) are not allowed; write the value out")
         if getattr(event, "tag", None) not in (None, "!"):
-            raise self._refuse(event, f"tags such as {getattr(event, 'tag', None)} are not allowed")
+            raise self._refuse(event, f"tags such as {getattr(event, 'tag', None)!r} are not allowed; write the plain value")
         if self.nodes > MAX_NODES:
             raise self._refuse(event, f"more than {MAX_NODES:,} values")
         if len(path) > MAX_DEPTH:
             raise self._refuse(event, f"nested deeper than {MAX_DEPTH} levels")
-        self.document_.lines[path] = f"{self.document_.file}:{_line(event)}"
+        unspeakable = UNSPEAKABLE.search(event.value) if isinstance(event, yaml.ScalarEvent) else None
+        if unspeakable:
+            raise self._refuse(event, f"the character U+{ord(unspeakable[0]):04X} is not allowed")
+
+    def _value(self, event: yaml.Event, events: Iterator[yaml.Event], path: KeyPath) -> Any:
+        self._inspect(event, path)
+        self.into.lines[path] = self._place(event)
         if isinstance(event, yaml.ScalarEvent):
             return scalar(event.value) if event.implicit[0] and event.style is None else event.value
         if isinstance(event, yaml.SequenceStartEvent):
@@ -163,17 +198,15 @@ class _Reader:
         for event in events:
             if isinstance(event, yaml.MappingEndEvent):
                 break
+            self._inspect(event, path)
             if not isinstance(event, yaml.ScalarEvent):
                 raise self._refuse(event, "a key must be a word")
             if event.value == "<<":
                 raise self._refuse(event, "merge keys (<<) are not allowed; write the values out")
-            key, place = event.value, f"{self.document_.file}:{_line(event)}"
-            first = self.document_.lines.get((*path, key)) if key in values else None
-            value = self._value(next(events), events, (*path, key))
-            if first is not None:
-                dotted = ".".join(map(str, (*path, key)))
-                line = first.rsplit(":", 1)[-1]
-                self.problems.append(f"{place}: {dotted}: duplicate key, first written in line {line}; keep one")
-            values[key] = value
-            self.document_.lines[(*path, key)] = place
+            key = (*path, event.value)
+            if event.value in values:
+                first = self.into.lines[key].rpartition(":")[2]
+                self.into.problems.append(f"{self._place(event)}: {dotted(key)}: duplicate key, first written in line {first}; keep one")
+            values[event.value] = self._value(next(events), events, key)
+            self.into.lines[key] = self._place(event)
         return values

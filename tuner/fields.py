@@ -28,7 +28,7 @@ class Unfit(Exception):
 
 def fit(field: FieldInfo, value: Any) -> Any:
     """The value, converted only where nothing is lost (1 -> 1.0, list -> tuple). Raises Unfit."""
-    if is_sequence(field) and isinstance(value, list):
+    if isinstance(value, list) and any(tuple in (k, typing.get_origin(k)) for k in kinds(field.annotation)):
         value = tuple(value)
     try:
         return _adapter(field).validate_python(value)
@@ -48,16 +48,22 @@ def _sentence(field: FieldInfo, value: Any, error: ValidationError) -> str:
     for problem in error.errors():
         if problem["type"] in _BOUNDS and not isinstance(value, (bool, str)):
             bound, key = _BOUNDS[problem["type"]]
-            return f"must be {bound} {problem['ctx'][key]:g}, got {given}"
+            return f"must be {bound} {_figure(problem['ctx'][key])}, got {given}"
         if problem["type"] == "value_error":
             return f"{problem['ctx']['error']}, got {given}"
         if problem["type"] == "finite_number":
-            return f"must be finite, got {given}"
-        if problem["type"] == "string_pattern_mismatch":
-            return f"expected {field.description}, got {given}"
+            return f"must be a finite number, got {given}"
+    if any(getattr(m, "pattern", None) for m in field.metadata):
+        return f"expected {field.description}, got {given}"
     words = [option for option in choices(field) if isinstance(option, str)]
-    hint = nearest(value, words).rstrip() if isinstance(value, str) else ""
+    hint = nearest(value, words) if isinstance(value, str) else ""
+    if isinstance(value, (bool, int, float)) and str in kinds(field.annotation):
+        hint = "; put it in quotes"
     return f"expected {expected(field)}, got {given}{hint}"
+
+
+def _figure(bound: float) -> str:
+    return f"{int(bound):,}" if bound == int(bound) else str(bound)
 
 
 def kinds(annotation: Any) -> list[Any]:
@@ -79,7 +85,7 @@ def choices(field: FieldInfo) -> list[Any]:
 
 def is_sequence(field: FieldInfo) -> bool:
     """Whether a list in the file is one value of this field and not a choice."""
-    return any(typing.get_origin(k) is tuple for k in kinds(field.annotation))
+    return any(k in (tuple, list) or typing.get_origin(k) in (tuple, list) for k in kinds(field.annotation))
 
 
 def is_number(field: FieldInfo) -> bool:
@@ -94,8 +100,11 @@ def is_integer(field: FieldInfo) -> bool:
 def expected(field: FieldInfo) -> str:
     words: list[str] = []
     for k in kinds(field.annotation):
-        if typing.get_origin(k) is tuple:
-            words.append(f"a list of {len(typing.get_args(k))} numbers")
+        members = typing.get_args(k)
+        if typing.get_origin(k) is tuple and Ellipsis not in members and set(members) <= {int, float}:
+            words.append(f"a list of {len(members)} numbers")
+        elif k in (tuple, list) or members:
+            words.append("a list")
         else:
             words.append(_SPOKEN.get(k, str(k)) if isinstance(k, type) else repr(k).strip("'"))
     return alternatives(words)
@@ -105,6 +114,11 @@ def alternatives(words: Iterable[str]) -> str:
     """'a', 'a or b', 'a, b or c'."""
     *head, last = words
     return f"{', '.join(head)} or {last}" if head else last
+
+
+def written(value: Any) -> str:
+    """A plain value as the file says it."""
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def finite(value: Any) -> bool:

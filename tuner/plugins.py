@@ -15,6 +15,7 @@ import fnmatch
 import functools
 import importlib
 import inspect
+import re
 import sys
 import types
 import typing
@@ -31,6 +32,7 @@ from tuner.errors import SpaceError, nearest, suggest
 
 KINDS = {"task": "tasks", "data": "data", "model": "models", "export": "export", "engine": "engines"}
 VERBS = {"task": "build", "data": "load", "model": "build", "export": "save", "engine": "run"}
+OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _SCOPE = {"Annotated": Annotated, "Literal": Literal, "Field": Field, "ImageOptions": run.ImageOptions}
 
 
@@ -66,6 +68,15 @@ def constant(kind: str, file: str, name: str) -> Any:
     raise LookupError(f"{KINDS[kind]}/{file}.py assigns no {name}")
 
 
+def metrics(task: str) -> tuple[str, ...]:
+    """What a task scores, its main metric first: METRICS in its file, or beside the user's own. Raises SpaceError."""
+    if ":" not in task:
+        keys("task", task)
+        return tuple(constant("task", task, "METRICS"))
+    attribute("task", task)
+    return tuple(getattr(sys.modules[task.partition(":")[0]], "METRICS", ()))
+
+
 def family(name: str) -> str | None:
     """The file in models/ that builds model `name`; None when there is none."""
     folder = Path(__file__).parent / "models"
@@ -77,14 +88,14 @@ def family(name: str) -> str | None:
 
 @functools.cache
 def _syntax(kind: str, file: str) -> ast.Module:
-    return ast.parse((Path(__file__).parent / KINDS[kind] / f"{file}.py").read_text())
+    return ast.parse((Path(__file__).parent / KINDS[kind] / f"{file}.py").read_text(encoding="utf-8"))
 
 
 @functools.cache
 def keys(kind: str, name: str) -> Keys:
     """The YAML keys of a plug-in. Raises SpaceError, without a place, on an unknown name or a failing import."""
     if ":" in name:
-        return _imported_keys(attribute(kind, name))
+        return _imported_keys(name, attribute(kind, name))
     file = family(name) if kind == "model" else name
     if file is None or (kind != "model" and name not in names(kind)):
         raise SpaceError(f"{name!r} is not known{suggest(name, names(kind))}; your own goes as package.module:attribute")
@@ -106,14 +117,40 @@ def _evaluate(node: ast.expr | None) -> Any:
     return eval(compile(ast.Expression(node), "<signature>", "eval"), dict(_SCOPE))
 
 
-def _imported_keys(function: Callable[..., Any]) -> Keys:
-    target = function.__init__ if inspect.isclass(function) else function
+def _imported_keys(name: str, function: Callable[..., Any]) -> Keys:
+    """Raises SpaceError where an argument cannot be written in a file."""
     try:
-        hints = typing.get_type_hints(target, include_extras=True)
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):
+        raise SpaceError(f"{name!r}: its arguments cannot be read; wrap it in a function of your own") from None
+    try:
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     except (NameError, TypeError, AttributeError):
         hints = {}
-    wanted = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return _collect({p.name: (hints.get(p.name, Any), p.default) for p in wanted})
+    wanted = {p.name: (hints.get(p.name, Any), p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    found = _collect(wanted)
+    for key, field in found.fields.items():
+        if not (_writable(field.annotation) and (field.is_required() or _plain(field.get_default(call_default_factory=True)))):
+            raise SpaceError(f"{name!r}: its argument {key!r} is not made of numbers, text, true/false, null, Literal and lists of them")
+    return found
+
+
+def _writable(annotation: Any) -> bool:
+    """Whether a file can say every value of this type."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return _writable(parts[0])
+    if typing.get_origin(annotation) is Literal:
+        return _plain(list(parts))
+    if parts:
+        return typing.get_origin(annotation) in (list, tuple, typing.Union, types.UnionType) and all(map(_writable, parts))
+    return annotation in (Any, int, float, str, bool, None, types.NoneType, list, tuple, ...)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or type(value) in (int, float, str, bool)
 
 
 def _collect(arguments: Mapping[str, tuple[Any, Any]]) -> Keys:
@@ -142,15 +179,25 @@ def attribute(kind: str, name: str) -> Callable[..., Any]:
         found: Callable[..., Any] = getattr(module(kind, name), VERBS[kind])
         return found
     module_name, _, wanted = name.partition(":")
+    if not OWN.fullmatch(name):
+        raise SpaceError(f"{name!r}: your own {kind} goes as package.module:attribute")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         own = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises is theirs to read
-        raise SpaceError(f"{name!r}: importing {module_name} failed ({type(error).__name__}: {error})") from error
-    if not hasattr(own, wanted):
+    except (Exception, SystemExit) as error:  # whatever the user's module raises is theirs to read
+        first = str(error).strip().partition("\n")[0]
+        raise SpaceError(f"{name!r}: importing {module_name} failed ({type(error).__name__}: {first})") from error
+    target = getattr(own, wanted, None)
+    if target is None:
         raise SpaceError(f"{name!r}: module {module_name} has no {wanted!r}{nearest(wanted, dir(own))}")
-    target = getattr(own, wanted)
-    if not callable(target) or inspect.isbuiltin(target) or target.__module__ in ("os", "subprocess", "posix"):
-        raise SpaceError(f"{name!r}: {wanted} is not a function or class that builds a {kind}")
+    if not callable(target) or _of_python(target):
+        raise SpaceError(f"{name!r}: {wanted} is not a function or class of yours that makes a {kind}")
     return typing.cast(Callable[..., Any], target)
+
+
+def _of_python(target: Any) -> bool:
+    """Whether this is a function or class of the standard library, such as os.system, which nobody means to call."""
+    if not (inspect.isroutine(target) or inspect.isclass(target)):
+        return False
+    return (target.__module__ or "builtins").partition(".")[0] in sys.stdlib_module_names

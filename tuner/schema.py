@@ -7,13 +7,16 @@ from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from tuner import fields, plugins
+from tuner.parsing import Top
 from tuner.run import Engine, Recipe, Search
 
 NUMBER = {"type": "number"}
+WHEN = {"type": "object", "minProperties": 1, "description": "searched only while these keys have these values"}
 
 
 def schema() -> dict[str, Any]:
     """Everything `tuner check` takes, ranges and choices included."""
+    one = {"anyOf": [{"enum": plugins.names("export")}, _own()]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "tuner search space",
@@ -25,11 +28,11 @@ def schema() -> dict[str, Any]:
             "data": part("data"),
             "model": part("model"),
             "recipe": section(Recipe.model_fields, searched=True),
-            "seed": {"type": ["integer", "null"], "minimum": 0, "description": "of every training; null: each trial has its own"},
+            "seed": plain(Top.model_fields["seed"]),
             "search": section(Search.model_fields, searched=False),
             "engine": {"anyOf": [{"enum": plugins.names("engine")}, section(Engine.model_fields, searched=False)]},
             "storage": {"type": ["string", "null"], "description": "SQLAlchemy URL; null: SQLite in the study's folder"},
-            "export": {"type": "array", "items": {"anyOf": [{"enum": plugins.names("export")}, _own()]}},
+            "export": {"anyOf": [{"type": "null"}, one, {"type": "array", "items": one}]},
         },
     }
 
@@ -44,12 +47,15 @@ def part(kind: str) -> dict[str, Any]:
     by_keys: dict[str, list[str]] = {}
     for name in known:
         by_keys.setdefault(repr(sorted(plugins.keys(kind, name).fields)), []).append(name)
-    forms: list[dict[str, Any]] = [{"enum": known}, _own()]
+    one: dict[str, Any] = {"anyOf": [{"enum": known}, _own()]}
+    several = {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}
+    chosen = {"type": "object", "required": ["choices"], "additionalProperties": False, "properties": {"choices": several, "when": WHEN}}
+    forms: list[dict[str, Any]] = [one, *([several, chosen] if kind == "model" else [])]
     for members in by_keys.values():
         keys = section(plugins.keys(kind, members[0]).fields, searched=True)
         named: dict[str, Any] = {"enum": members}
         if kind == "model":
-            named = {"anyOf": [named, {"type": "array", "items": {"enum": known}}]}
+            named = {"anyOf": [named, several, chosen]}
         forms.append({**keys, "properties": {"name": named, **keys["properties"]}, "required": ["name", *keys.get("required", [])]})
     forms.append({"type": "object", "properties": {"name": _own()}, "required": ["name"]})
     return {"anyOf": forms}
@@ -74,15 +80,14 @@ def key(field: FieldInfo) -> dict[str, Any]:
     """One value, a list of choices, or a range."""
     one = plain(field)
     bare = {k: v for k, v in one.items() if k not in ("description", "default")}
-    when = {"type": "object", "description": "searched only while these keys have these values"}
     forms: list[dict[str, Any]] = [bare]
     if not fields.is_sequence(field):
         listed = {"type": "array", "items": bare, "minItems": 1, "uniqueItems": True}
         forms += [
             listed,
-            {"type": "object", "required": ["choices"], "additionalProperties": False, "properties": {"choices": listed, "when": when}},
+            {"type": "object", "required": ["choices"], "additionalProperties": False, "properties": {"choices": listed, "when": WHEN}},
         ]
     if fields.is_number(field):
-        properties = {"low": NUMBER, "high": NUMBER, "log": {"type": "boolean"}, "step": NUMBER, "when": when}
+        properties = {"low": NUMBER, "high": NUMBER, "log": {"type": "boolean"}, "step": NUMBER, "when": WHEN}
         forms.append({"type": "object", "required": ["low", "high"], "additionalProperties": False, "properties": properties})
     return {"anyOf": forms, **{k: one[k] for k in ("description", "default") if k in one}}

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Protocol
 
 import yaml
@@ -10,6 +11,8 @@ import yaml
 from tuner import document, plugins
 from tuner.document import Document
 from tuner.run import Part, Recipe, Run, Settings
+
+MAX_MEMBERS = 100_000  # more values than that are as good as a continuum
 
 
 @dataclass(frozen=True)
@@ -25,23 +28,30 @@ class Range:
         return {"low": self.low, "high": self.high} | extra | ({"step": self.step} if self.step is not None else {})
 
     def clip(self, value: Any) -> Any:
-        """The member nearest to `value`."""
-        if not isinstance(value, (int, float)):
-            return self.low
-        value = min(max(value, self.low), self.high)
-        if self.step is not None:
-            value = self.low + round((value - self.low) / self.step) * self.step
-            value = value if value <= self.high else value - self.step
-        return round(value) if self.integer else float(value)
+        """The member nearest to `value`; the lowest where `value` is no number."""
+        value = min(max(value, self.low), self.high) if isinstance(value, (int, float)) else self.low
+        if self.step is None:
+            return round(value) if self.integer else float(value)
+        return self._at(min(round(self._steps(value)), int(self._steps(self.high))))
+
+    @property
+    def last(self) -> float:
+        """The highest value that is taken: `high`, or the last step below it."""
+        return self.high if self.step is None else float(self._at(int(self._steps(self.high))))
+
+    def _steps(self, value: float) -> Decimal:
+        """From `low`, in decimals, since 0.3 is three steps of 0.1 to whoever wrote it."""
+        return (Decimal(str(value)) - Decimal(str(self.low))) / Decimal(str(self.step or 1))
+
+    def _at(self, step: int) -> Any:
+        value = Decimal(str(self.low)) + step * Decimal(str(self.step or 1))
+        return int(value) if self.integer else float(value)
 
     def members(self) -> tuple[Any, ...] | None:
-        """Every value, where there are finitely many; None for a continuum."""
-        if not self.integer and self.step is None:
+        """Every value in order, where there are finitely many and they can be held; None for a continuum."""
+        if (not self.integer and self.step is None) or self._steps(self.high) >= MAX_MEMBERS:
             return None
-        step = self.step or 1
-        count = int((self.high - self.low) / step + 1e-9) + 1
-        values = (self.low + i * step for i in range(count))
-        return tuple(round(v) if self.integer else float(v) for v in values)
+        return tuple(self._at(i) for i in range(int(self._steps(self.high)) + 1))
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ class Space:
         return self.run(chosen, seed)
 
     def _active(self, dimension: Dimension, chosen: Mapping[KeyPath, Any]) -> bool:
-        searched = {d.path for d in self.dimensions}
+        searched = {d.path for d in self.dimensions} if dimension.when else set()
         return all(
             (path in chosen or path not in searched) and chosen.get(path, self.values[path]) in allowed
             for path, allowed in dimension.when.items()
@@ -149,16 +159,11 @@ class Space:
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination, each once although conditions switch keys off; only for spaces without a continuum."""
-        found: dict[str, dict[str, Any]] = {}
-        members = [d.leaf.members() or () for d in self.dimensions]
-        for combination in itertools.product(*members):
-            chosen: dict[KeyPath, Any] = {}
-            for dimension, value in zip(self.dimensions, combination, strict=True):
-                if self._active(dimension, chosen):
-                    chosen[dimension.path] = value
-            parameters = {d.name: chosen[d.path] for d in self.dimensions if d.path in chosen}
-            found.setdefault(repr(sorted(parameters.items())), parameters)
-        return list(found.values())
+        found: list[dict[KeyPath, Any]] = [{}]
+        for d in self.dimensions:
+            members = d.leaf.members() or ()
+            found = [more for c in found for more in ([{**c, d.path: v} for v in members] if self._active(d, c) else [c])]
+        return [{d.name: chosen[d.path] for d in self.dimensions if d.path in chosen} for chosen in found]
 
     def corners(self) -> Iterator[Run]:
         """A run for each combination of task, data and model that the space can reach, at its defaults otherwise."""
@@ -186,12 +191,15 @@ def _suggest(trial: Trial, dimension: Dimension) -> Any:
     if isinstance(leaf, Choice):
         return trial.suggest_categorical(name, leaf.options)
     if leaf.integer:
-        return trial.suggest_int(name, int(leaf.low), int(leaf.high), step=int(leaf.step or 1), log=leaf.log)
-    return trial.suggest_float(name, leaf.low, leaf.high, step=leaf.step, log=leaf.log)
+        return trial.suggest_int(name, int(leaf.low), int(leaf.last), step=int(leaf.step or 1), log=leaf.log)
+    return trial.suggest_float(name, leaf.low, leaf.last, step=leaf.step, log=leaf.log)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that the strict reader would take for something else."""
+    """Quotes every string that the strict reader would take for something else, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
