@@ -1,15 +1,18 @@
 """Models as a table: their stages, and what share of parameters and arithmetic each freeze depth saves."""
 
-import contextlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tuner import plugins
+from tuner.core import Staged, Tree
+from tuner.errors import SpaceError
 from tuner.run import Part, Recipe, Run
 from tuner.trial import build, wants
+
+OTHER_SIZES = (96, 64, 32, 28)  # tried after the size that the weights state
 
 
 @dataclass(frozen=True)
@@ -32,29 +35,41 @@ class Described:
 
 def describe(name: str, outputs: int = 1000) -> Described:
     """Builds the model without weights and counts. Raises SpaceError on an unknown name."""
-    from tuner import plugins
-
     fields = plugins.keys("model", name).fields
     options = {k: f.get_default(call_default_factory=True) for k, f in fields.items() if not f.is_required()}
     part = Part(name, options)
     run = Run(Part("classification", {}), Part("synthetic", {}), part, Recipe(), 0)
-    size = wants(part).size
-    staged = build(run.without_weights(), Path(), outputs)
-    x = torch.zeros(1, 3, size, size)
-    parameters, flops = [], []
-    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-        for stage in staged.stages.values():
-            with FlopCounterMode(display=False) as counter:
-                x = stage.eval()(x)
-            flops.append(counter.get_total_flops())
-            parameters.append(sum(p.numel() for p in stage.parameters()))
+    # built-in models need no numbers to be counted; a user's own may want them while it is built
+    device = torch.device("cpu" if ":" in name else "meta")
+    with device:
+        staged = build(run.without_weights(), Path(), outputs)
+        size, flops = _measure(staged, (wants(part).size, *OTHER_SIZES))
+    parameters = [sum(p.numel() for p in stage.parameters()) for stage in staged.stages.values()]
     rows = [
         Depth(
             depth,
             list(staged.stages)[depth - 1] if depth else "(nothing)",
-            sum(parameters[:depth]) / sum(parameters),
+            sum(parameters[:depth]) / max(1, sum(parameters)),
             sum(flops[:depth]) / max(1, sum(flops)),
         )
         for depth in range(staged.max_depth + 1)
     ]
     return Described(sum(parameters), sum(flops), size, rows)
+
+
+def _measure(staged: Staged, sizes: tuple[int, ...]) -> tuple[int, list[int]]:
+    """The first of `sizes` whose image passes, and each stage's arithmetic for it. Raises SpaceError when none does."""
+    reasons = []
+    for size in sizes:
+        x: Tree = torch.zeros(1, 3, size, size)
+        flops = []
+        try:
+            with torch.no_grad():
+                for stage in staged.stages.values():
+                    with FlopCounterMode(display=False) as counter:
+                        x = stage.eval()(x)
+                    flops.append(counter.get_total_flops())
+            return size, flops
+        except (RuntimeError, ValueError, TypeError) as error:  # a user's model may be made for one size
+            reasons.append(str(error).splitlines()[0])
+    raise SpaceError(f"no image of 3 x side x side passes through this model (tried {', '.join(map(str, sizes))}): {reasons[0]}")

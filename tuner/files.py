@@ -1,15 +1,19 @@
-"""Files that are whole or absent: written beside their place, synced, renamed; locked by the kernel; known by SHA-256."""
+"""Files that are whole or absent: written beside their place, synced, renamed; downloaded so; locked by the kernel; known by digest."""
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import http.client
 import os
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from tuner.errors import StorageError
+from tuner.errors import DataError, StorageError
+
+PATIENCE = 30.0  # seconds without a byte after which a download is given up
 
 
 def sha256(path: Path) -> str:
@@ -66,8 +70,47 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Waits for the lock at `path`; the kernel frees it when its holder ends, however it ends."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock at `path`; the kernel frees it when its holder ends, however it ends.
+
+    With `wait` it is true inside; without, it may be false: someone else has the lock.
+    """
     with open(path, "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def download(url: str, path: Path, what: str, algorithm: str = "sha256", begin: str = "") -> None:
+    """The file behind `url`, whole at `path` or not at all; its digest must begin with `begin`.
+
+    Raises DataError that says how to place the file by hand, StorageError when it cannot be written.
+    """
+    name = algorithm.upper().replace("SHA256", "SHA-256")
+    known = f" (its {name} begins with {begin})" if begin else ""
+    by_hand = f"fetch it elsewhere{known} and place it at {path}"
+    request = urllib.request.Request(url, headers={"User-Agent": "tuner"})
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer, atomic_path(path) as temporary:
+            digest = _copy(answer, temporary, algorithm)
+            if not digest.startswith(begin):
+                raise DataError(f"{what}: {url} has {name} {digest}, expected {begin}…; nothing was kept; {by_hand}")
+    except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's URLError and time-outs
+        raise DataError(f"{what}: cannot download {url}: {error}; {by_hand}") from None
+
+
+def _copy(answer: http.client.HTTPResponse, path: Path, algorithm: str) -> str:
+    """Writes the answer's body and returns its digest. Raises OSError when the connection ended early."""
+    seen, size = hashlib.new(algorithm, usedforsecurity=False), 0
+    with open(path, "wb") as file:
+        while chunk := answer.read(1 << 20):
+            seen.update(chunk)
+            file.write(chunk)
+            size += len(chunk)
+    promised = answer.headers.get("Content-Length")
+    if promised is not None and size != int(promised):
+        raise ConnectionError(f"the connection ended after {size:,} of {int(promised):,} bytes")
+    return seen.hexdigest()

@@ -2,7 +2,8 @@
 
 import json
 import pickle
-import urllib.error
+import struct
+import zipfile
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -15,9 +16,25 @@ from torchvision.models._api import WeightsEnum
 
 from tuner.core import Preprocess
 from tuner.errors import DataError, SpaceError, suggest
-from tuner.files import atomic_path, sha256
+from tuner.files import atomic_path, disk_errors, download, locked, sha256
 
 State = dict[str, Tensor]
+
+# what torch.load raises on damaged files, beside UnpicklingError
+DAMAGED = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    ImportError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 def torchvision_model(home: Path, name: str, outputs: int, weights: str, *, head: str) -> tuple[nn.Module, tuple[str, ...]]:
@@ -29,10 +46,10 @@ def torchvision_model(home: Path, name: str, outputs: int, weights: str, *, head
     if weights == "none":
         return model, ()
     if is_path(weights):
-        return model, adopt(model, read(Path(weights)), head=head, where=f"weights {weights}")
+        return model, adopt(model, read(Path(weights)), head=head, where=f"weights: {weights}")
     entry = _entry(name, weights)
     state = {k: v for k, v in read(fetch(home, entry.url)).items() if not k.startswith(f"{head}.")}
-    return model, adopt(model, state, head=head, where=f"weights {entry}")
+    return model, adopt(model, state, head=head, where=f"weights: {entry}")
 
 
 def torchvision_preprocess(name: str, weights: str) -> Preprocess:
@@ -70,41 +87,52 @@ def fetch(home: Path, url: str) -> Path:
     for place in (path, Path(torch.hub.get_dir()) / "checkpoints" / file):
         if place.is_file():
             return _pinned(home, place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    begin = file.rsplit("-", 1)[-1].split(".")[0]
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=begin if _is_hash(begin) else None, progress=False)
-    except (urllib.error.URLError, OSError) as error:
-        known = f" (its SHA-256 begins with {begin})" if _is_hash(begin) else ""
-        raise DataError(f"weights: cannot download {url}: {error}; fetch it elsewhere{known} and place it at {path}") from None
-    except RuntimeError as error:
-        raise DataError(f"weights: {url}: {error}; the download is damaged or was replaced, nothing was kept") from None
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f".{file}.lock")):
+            if not path.is_file():  # another worker may have fetched it meanwhile
+                download(url, path, "weights", begin=_stated(path))
     return _pinned(home, path)
 
 
-def _is_hash(text: str) -> bool:
-    return len(text) >= 8 and all(c in "0123456789abcdef" for c in text)
+def _stated(path: Path) -> str:
+    """The beginning of the SHA-256 that torchvision puts into a file's name; '' where there is none."""
+    end = path.stem.rsplit("-", 1)[-1]
+    return end if len(end) >= 8 and all(c in "0123456789abcdef" for c in end) else ""
 
 
 def _pinned(home: Path, path: Path) -> Path:
+    """`path`, once its SHA-256 is what it was at first use. Raises DataError."""
     pins = home / "weights" / "pins.json"
-    known: dict[str, str] = json.loads(pins.read_text()) if pins.is_file() else {}
     digest = sha256(path)
-    begin = path.stem.rsplit("-", 1)[-1]
-    want = known.get(path.name) or (begin if _is_hash(begin) else digest)
-    if not digest.startswith(want):
-        raise DataError(f"weights: {path} has SHA-256 {digest}, expected {want}; delete the file so that it is fetched again")
-    if path.name not in known:
+    with disk_errors(pins):
         pins.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(pins) as temporary:
-            temporary.write_text(json.dumps({**known, path.name: digest}, indent=2))
+        with locked(pins.with_name(".pins.lock")):
+            known = _pins(pins)
+            want = known.get(path.name, _stated(path))
+            if not digest.startswith(want):
+                raise DataError(
+                    f"weights: {path} has SHA-256 {digest}, expected {want}; delete the file so that it is fetched again, "
+                    f"or, where the new one is wanted, its line in {pins}"
+                )
+            if path.name not in known:
+                with atomic_path(pins) as temporary:
+                    temporary.write_text(json.dumps({**known, path.name: digest}, indent=2))
     return path
+
+
+def _pins(path: Path) -> dict[str, str]:
+    try:
+        return {str(name): str(digest) for name, digest in json.loads(path.read_text()).items()} if path.is_file() else {}
+    except (ValueError, AttributeError):
+        raise DataError(f"weights: {path} is damaged; delete it, and each file is pinned again at its next use") from None
 
 
 def read(path: Path) -> State:
     """A state dict from .safetensors, or from a pickle that holds tensors only. Raises DataError."""
+    path = path.expanduser()
     if not path.is_file():
-        raise DataError(f"weights: {path} does not exist")
+        raise DataError(f"weights: {path} {'is a folder' if path.is_dir() else 'does not exist'}; give a .safetensors or .pth file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -116,12 +144,13 @@ def read(path: Path) -> State:
             f"weights: {path} refused: it is damaged or would run code when loaded "
             f"({str(error).splitlines()[0]}){_looks_like(path)}; save the state dict as safetensors"
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise DataError(f"weights: {path} is damaged or truncated ({str(error).splitlines()[0]}){_looks_like(path)}") from None
+    except DAMAGED as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"weights: {path} is damaged or truncated ({reason}){_looks_like(path)}") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"weights: {path} holds no state dict (a mapping of names to tensors)")
     return {str(k).removeprefix("module."): v for k, v in state.items()}
 
@@ -150,7 +179,7 @@ def adopt(model: nn.Module, state: State, *, head: str, where: str) -> tuple[str
         if name not in own:
             problems.append(f"{where}: {name} is not part of the model")
         elif value.shape != own[name].shape:
-            problems.append(f"{where}: {name} has shape {tuple(value.shape)}, model wants {tuple(own[name].shape)}")
+            problems.append(f"{where}: {name} has shape {_shape(value)}, model wants {_shape(own[name])}")
         elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
             problems.append(f"{where}: {name} holds NaN or infinite values")
     if problems:
@@ -158,3 +187,7 @@ def adopt(model: nn.Module, state: State, *, head: str, where: str) -> tuple[str
         raise DataError(*problems[:10], *more, f"{where}: these are another model's weights, or damaged")
     model.load_state_dict(taken, strict=False)
     return (f"{head}: new, the weights have none for these classes",) if new_head else ()
+
+
+def _shape(value: Tensor) -> str:
+    return f"({','.join(map(str, value.shape))})"

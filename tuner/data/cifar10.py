@@ -1,29 +1,49 @@
 """CIFAR-10 (Krizhevsky, 2009) through torchvision: found in `path`, or downloaded there (170 MB) and checked by its MD5."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
 
 from tuner.core import Data, Preprocess
 from tuner.errors import DataError
-from tuner.images import TEST, UNSPLIT, Items, dataset
+from tuner.files import disk_errors, download, locked
+from tuner.images import dataset
 from tuner.run import ImageOptions
+from tuner.splits import TEST, UNSPLIT, Items
 
 
 def load(home: Path, wanted: Preprocess, *, path: str | None = None, image: ImageOptions) -> Data:
     """`path` is the folder that holds or shall hold `cifar-10-batches-py`; by default it lies in tuner's cache."""
-    from torchvision.datasets import CIFAR10
-
     root = Path(path).expanduser() if path else home / "data"
-    root.mkdir(parents=True, exist_ok=True)
+    if root.name == CIFAR10.base_folder:
+        root = root.parent
+    if root.exists() and not root.is_dir():
+        raise DataError(f"data.path: {path} is a file; expected the folder that holds or shall hold {CIFAR10.base_folder}")
     try:
-        train, test = (CIFAR10(str(root), train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:  # OSError covers urllib's URLError
-        archive = root / CIFAR10.filename
-        raise DataError(
-            f"data: cannot download {CIFAR10.url}: {error}; fetch it elsewhere (MD5 {CIFAR10.tgz_md5}) and place it at {archive}"
-        ) from None
-    pictures = [*train.data, *test.data]
+        train, test = _both(root)
+    except RuntimeError:  # not there, or damaged
+        _place(root)
+        train, test = _both(root)
     labels = np.array([*train.targets, *test.targets], np.int64)
     part = np.array([UNSPLIT] * len(train.data) + [TEST] * len(test.data))
-    return dataset(home, Items(pictures, labels, tuple(train.classes), part), image, wanted)
+    return dataset(home, Items([*train.data, *test.data], labels, tuple(train.classes), part), image, wanted)
+
+
+def _both(root: Path) -> tuple[CIFAR10, CIFAR10]:
+    """Training and test images. Raises RuntimeError unless every file is there and has its MD5."""
+    return CIFAR10(str(root), train=True), CIFAR10(str(root), train=False)
+
+
+def _place(root: Path) -> None:
+    """Downloads the archive, unless it lies there already, and unpacks it."""
+    archive = root / CIFAR10.filename
+    with disk_errors(archive):
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root / f".{CIFAR10.filename}.lock"):
+            if not check_integrity(str(archive), CIFAR10.tgz_md5):
+                download(CIFAR10.url, archive, "data", "md5", CIFAR10.tgz_md5)
+            with tarfile.open(archive) as tar:
+                tar.extractall(root, filter="data")

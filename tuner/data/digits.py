@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from tuner.core import Data, Preprocess
-from tuner.images import UNSPLIT, Items, dataset
+from tuner.images import dataset
 from tuner.run import ImageOptions
+from tuner.splits import UNSPLIT, Items
 
 
 def load(home: Path, wanted: Preprocess, *, image: ImageOptions) -> Data:

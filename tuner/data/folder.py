@@ -1,23 +1,32 @@
 """Your own images: a folder with one folder per class, or with train/ (and valid/, test/) that hold one folder per class."""
 
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from tuner.core import Data, Preprocess
+from tuner.decoding import SUFFIXES
 from tuner.errors import DataError, nearest
-from tuner.images import TEST, TRAIN, UNSPLIT, VALID, Items, dataset
+from tuner.images import dataset
 from tuner.run import ImageOptions
+from tuner.splits import TEST, TRAIN, UNSPLIT, VALID, Items
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
-PARTS = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
+NAMES = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
+Identity = tuple[int, int]  # of a folder, however it is reached: device and inode
+Classes = dict[str, list[Path]]
 
 
 def load(home: Path, wanted: Preprocess, *, path: str, image: ImageOptions) -> Data:
     root = Path(path).expanduser()
-    parts = _parts(root, path)
-    listed = {part: _classes(folder) for part, folder in parts.items()}
+    loops: list[str] = []
+    try:
+        parts = _parts(root, path)
+        listed = {part: _classes(folder, loops) for part, folder in parts.items()}
+    except OSError as error:
+        raise DataError(f"data.path: {error.filename}: {error.strerror}; mend or remove it") from None
     classes = sorted(next(iter(listed.values())))
     _same_classes(parts, listed)
     pictures, labels, part_of = [], [], []
@@ -27,10 +36,10 @@ def load(home: Path, wanted: Preprocess, *, path: str, image: ImageOptions) -> D
             labels += [label] * len(found[name])
             part_of += [part] * len(found[name])
     part_array = np.array(part_of, np.int64)
-    missing = {VALID, TEST} - set(parts)
-    if TRAIN in parts and missing:  # what is missing is taken from the training images
+    if TRAIN in parts and {VALID, TEST} - set(parts):  # what is missing is taken from the training images
         part_array[part_array == TRAIN] = UNSPLIT
-    return dataset(home, Items(pictures, np.array(labels, np.int64), tuple(classes), part_array), image, wanted)
+    warnings = [f"data.path: {loop} links to itself, or to a folder that is read anyway; left out" for loop in loops]
+    return dataset(home, Items(pictures, np.array(labels, np.int64), tuple(classes), part_array), image, wanted, warnings)
 
 
 def _parts(root: Path, path: str) -> dict[int, Path]:
@@ -42,43 +51,105 @@ def _parts(root: Path, path: str) -> dict[int, Path]:
         raise DataError(f"data.path: {path} is a file; expected a folder with one folder of images per class")
     if not os.access(root, os.R_OK | os.X_OK):
         raise DataError(f"data.path: {path} cannot be read (permission denied)")
-    found = {PARTS[p.name.lower()]: p for p in sorted(root.iterdir()) if p.name.lower() in PARTS and p.is_dir()}
-    return found if TRAIN in found else {UNSPLIT: root}
+    named: dict[int, list[Path]] = {}
+    folders = _folders(root, [])
+    for folder in folders:
+        if folder.name.lower() in NAMES:
+            named.setdefault(NAMES[folder.name.lower()], []).append(folder)
+    only_parts = bool(folders) and sum(map(len, named.values())) == len(folders)
+    if TRAIN not in named and only_parts:
+        raise DataError(f"data.path: {path} has {', '.join(p.name for p in folders)}, but no train")
+    # 'train' may also be a class, beside 'bus' and 'car': then images lie directly in it
+    if TRAIN not in named or not (only_parts or _folders(named[TRAIN][0], [])):
+        return {UNSPLIT: root}
+    for twins in named.values():
+        if len(twins) > 1:
+            raise DataError(f"data.path: {path} has {' and '.join(p.name for p in twins)}, which mean the same part; keep one")
+    return {part: named[part][0] for part in sorted(named)}
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its images, in a fixed order. Raises DataError on empty classes and endless links."""
-    found: dict[str, list[Path]] = {}
+def _folders(folder: Path, loops: list[str]) -> list[Path]:
+    """The visible folders in it, by name. Raises OSError on a link that leads nowhere."""
+    found = []
     for child in sorted(folder.iterdir()):
         if child.name.startswith("."):
             continue
+        if child.is_symlink() and _endless(child):
+            loops.append(str(child))
+        elif child.is_dir():
+            found.append(child)
+        elif child.is_symlink() and not child.suffix:  # meant to be a class
+            child.stat()
+    return found
+
+
+def _endless(link: Path) -> bool:
+    """A link that leads to itself, by however many others, or to a folder that it lies in."""
+    try:
+        return link.parent.resolve().is_relative_to(link.resolve(strict=True))
+    except RuntimeError:  # how pathlib says ELOOP
+        return True
+    except OSError as error:
+        return error.errno == errno.ELOOP
+
+
+def _classes(folder: Path, loops: list[str]) -> Classes:
+    """Class name -> its images, in a fixed order. Raises DataError on empty classes; endless links go to `loops`."""
+    found: Classes = {}
+    for child in _folders(folder, loops):
         try:
-            if child.is_dir():
-                found[child.name] = _images(child)
-            elif child.is_symlink() and not child.exists():
-                child.stat()
-        except OSError as error:
-            raise DataError(f"data.path: {child}: {error.strerror}; remove the link or mend it") from None
+            child.name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"data.path: {os.fsencode(child)!r}: a class's name must be valid UTF-8; rename the folder") from None
+        found[child.name] = list(_images(child, {_identity(folder), _identity(child)}, loops))
     if not found:
         loose = sum(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
         beside = f"; {loose} images lie directly in it" if loose else ""
         raise DataError(f"data.path: {folder} has no class folders{beside}; put each class's images into a folder of its own")
     empty = [name for name, images in found.items() if not images]
     if empty:
-        raise DataError(f"data.path: {folder}: classes with 0 images: {', '.join(map(repr, empty))}; add images or remove the folders")
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise DataError(
+            f"data.path: {folder}: classes with 0 images: {', '.join(map(repr, empty))}; add images ({kinds}) or remove the folders"
+        )
     return found
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+def _identity(folder: Path) -> Identity:
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino
 
 
-def _same_classes(parts: dict[int, Path], listed: dict[int, dict[str, list[Path]]]) -> None:
+def _images(folder: Path, seen: set[Identity], loops: list[str]) -> Iterator[Path]:
+    """The images in a folder and in the folders in it, in a fixed order; links are followed, but no folder twice."""
+    for child in sorted(folder.iterdir()):
+        if child.name.startswith("."):
+            continue
+        if child.is_symlink() and _endless(child):
+            loops.append(str(child))
+        elif child.is_dir():
+            if _identity(child) in seen:
+                loops.append(str(child))
+            else:
+                seen.add(_identity(child))
+                yield from _images(child, seen, loops)
+        elif child.suffix.lower() in SUFFIXES:
+            yield child
+
+
+def _same_classes(parts: dict[int, Path], listed: dict[int, Classes]) -> None:
+    """Raises DataError with both sets of names when two parts differ."""
     first, *others = listed
     for other in others:
-        if set(listed[first]) != set(listed[other]):
-            here, there = (sorted(set(listed[a]) - set(listed[b])) for a, b in ((first, other), (other, first)))
+        a, b = (sorted(listed[part]) for part in (first, other))
+        if a != b:
+            one, two = parts[first].name, parts[other].name
             raise DataError(
-                f"data.path: {parts[first].name} and {parts[other].name} have different classes: "
-                f"only in {parts[first].name}: {here or 'none'}; only in {parts[other].name}: {there or 'none'}"
+                f"data.path: {one} and {two} have different classes: {one} has {_names(a)}; {two} has {_names(b)} "
+                f"(only in {one}: {_names(sorted(set(a) - set(b)))}; only in {two}: {_names(sorted(set(b) - set(a)))})"
             )
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(map(repr, names[:20])) + more if names else "none"

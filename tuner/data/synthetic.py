@@ -7,8 +7,9 @@ import numpy as np
 from pydantic import Field
 
 from tuner.core import Data, Preprocess
-from tuner.images import UNSPLIT, Items, dataset
+from tuner.images import dataset
 from tuner.run import ImageOptions
+from tuner.splits import UNSPLIT, Items
 
 
 def load(

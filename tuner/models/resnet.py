@@ -79,11 +79,11 @@ def _slim(outputs: int, weights: str) -> tuple[ResNet, tuple[str, ...]]:
     if weights == "none":
         return model, ()
     if is_path(weights):
-        return model, adopt(model, read(Path(weights)), head="fc", where=f"weights {weights}")
+        return model, adopt(model, read(Path(weights)), head="fc", where=f"weights: {weights}")
     if weights not in ("default", "bundled"):
         raise SpaceError(
             f"model.weights: {weights!r} is not known for resnet18_slim{suggest(weights, ('bundled', 'none'))}; or give a path"
         )
     state = read(Path(str(files("tuner.models") / "resnet18_slim.safetensors")))
     bare = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    return model, adopt(model, bare, head="fc", where=f"weights {weights}")
+    return model, adopt(model, bare, head="fc", where=f"weights: {weights}")

@@ -1,0 +1,147 @@
+"""Pictures decoded once and kept as uint8 in a memory-mapped file that workers and later runs share."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tuner import decoding
+from tuner.core import Preprocess
+from tuner.decoding import Picture
+from tuner.errors import DataError
+from tuner.files import disk_errors, fsync, locked
+
+FORMAT = 3  # of the stored files; another number is another store
+LISTED = 10  # unreadable pictures that a message names
+UNUSED_DAYS = 60  # after which a store goes when a new one is made
+
+
+@dataclass(frozen=True)
+class Store:
+    """`pixels`: uint8 (n, 3, size, size), mapped from a file. `kept`: which of the pictures could be read.
+
+    Equal pixels have an equal `digest`, wherever the pictures lie.
+    """
+
+    pixels: Tensor
+    kept: NDArray[np.int64]
+    digest: str
+    warnings: tuple[str, ...]
+
+
+def store(home: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_bad_image: str) -> Store:
+    """The pictures decoded, from the cache where the same were decoded before. Raises DataError on unreadable ones."""
+    folder = home / "images" / _key(pictures, preprocess)
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if _whole(folder) is None:
+            with locked(folder.with_suffix(".lock")):
+                if _whole(folder) is None:
+                    _sweep(folder.parent)
+                    _build(folder, pictures, preprocess, on_bad_image)
+        meta = _whole(folder)
+        assert meta is not None
+        os.utime(folder)
+    pixels = torch.from_file(str(folder / "pixels.bin"), shared=False, size=math.prod(meta["shape"]), dtype=torch.uint8)
+    warnings = _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
+    return Store(pixels.view(meta["shape"]), np.array(meta["kept"], np.int64), meta["digest"], tuple(warnings))
+
+
+def _key(pictures: Sequence[Picture], preprocess: Preprocess) -> str:
+    """Names a decoded set by path, size and time of each file (by content, for arrays) and by the geometry."""
+    seen = hashlib.sha256(f"{FORMAT} {preprocess.size} {preprocess.resize} {preprocess.interpolation}\n".encode())
+    for picture in pictures:
+        if isinstance(picture, Path):
+            try:
+                stat = picture.stat()
+                state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+            except OSError as error:  # a broken link is an unreadable picture like others
+                state = f"error {error.errno}"
+            seen.update(os.fsencode(f"{os.path.abspath(picture)}\0{state}\n"))
+        else:
+            seen.update(f"{picture.shape}".encode() + np.ascontiguousarray(picture).data)
+    return seen.hexdigest()[:32]
+
+
+def _whole(folder: Path) -> dict[str, Any] | None:
+    """What a finished store says of itself; None when there is none, or a damaged one."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        return meta if (folder / "pixels.bin").stat().st_size == math.prod(meta["shape"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _build(folder: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_bad_image: str) -> None:
+    """Written beside its place and renamed when whole; a killed build leaves a `.tmp` that `_sweep` finds."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for rest in (temporary, folder):
+        shutil.rmtree(rest, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        meta = _decode_all(temporary / "pixels.bin", pictures, preprocess)
+        _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
+        (temporary / "unreadable.txt").write_text("".join(f"{line}\n" for line in meta["bad"]), errors="surrogateescape")
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        for path in (*temporary.iterdir(), temporary):
+            fsync(path)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _decode_all(path: Path, pictures: Sequence[Picture], preprocess: Preprocess) -> dict[str, Any]:
+    kept: list[int] = []
+    bad: list[str] = []
+    seen = hashlib.sha256()
+    with decoding.quietly(), open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(pictures), 512):  # bounded, so that a large set does not fill the memory
+            chunk = pictures[start : start + 512]
+            for i, result in enumerate(pool.map(lambda picture: decoding.attempt(picture, preprocess), chunk), start):
+                if isinstance(result, str):
+                    bad.append(result)
+                else:
+                    data = np.ascontiguousarray(result).data
+                    seen.update(data)
+                    file.write(data)
+                    kept.append(i)
+    return {"shape": [len(kept), 3, preprocess.size, preprocess.size], "kept": kept, "bad": bad, "digest": seen.hexdigest()}
+
+
+def _judge(bad: Sequence[str], total: int, on_bad_image: str, place: Path) -> list[str]:
+    """What to say of unreadable pictures. Raises DataError unless they may be skipped and are few."""
+    if not bad:
+        return []
+    listed = list(bad[:LISTED])
+    if len(bad) > LISTED:
+        listed.append(f"… and {len(bad) - LISTED} more")
+    said = f"data: {len(bad)} of {total} images cannot be read"
+    if on_bad_image == "skip" and len(bad) <= max(1, total // 100):
+        return [f"{said} and are left out; {place} lists them", *listed]
+    way_out = "mend or remove them, or set data.on_bad_image: skip"
+    if on_bad_image == "skip":
+        way_out = "skip leaves out 1 % at most (of fewer than 100, one); mend or remove them"
+    raise DataError(*listed, f"{said}; {way_out}")
+
+
+def _sweep(images: Path) -> None:
+    """Removes what killed builds left, and stores that nothing has used for long."""
+    for rest in images.glob(".*.tmp"):
+        with locked(images / f"{rest.name[1:-4]}.lock", wait=False) as ours:
+            if ours:  # else it is being built right now
+                shutil.rmtree(rest, ignore_errors=True)
+    for old in images.glob("[0-9a-f]*"):
+        if old.is_dir() and time.time() - old.stat().st_mtime > UNUSED_DAYS * 86_400:
+            shutil.rmtree(old, ignore_errors=True)
