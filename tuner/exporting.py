@@ -29,7 +29,7 @@ def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int 
         database = storage.connect(space.settings.storage, folder)
         study = optuna.load_study(study_name=folder.name, storage=database, sampler=SAMPLERS["random"](0), pruner=PRUNERS["none"](1))
         chosen = _choose(study, trial)
-        run = best_run(history.run_of(space, chosen), chosen.user_attrs["best_epoch"])
+        run = best_run(history.run_of(space, study, chosen), chosen.user_attrs["best_epoch"])
         place = folder / ("export" if trial is None else f"export-{trial}")
         before = manifest.read(place)
         kept = tuple(before.manifest["exports"]) if before is not None and before.manifest["run_digest"] == run.digest() else ()

@@ -44,14 +44,23 @@ def best(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
 
 def default(study: optuna.Study) -> FrozenTrial | None:
     """Trial 0, the default recipe, if it has completed."""
-    return next((t for t in completed(study) if root(t) == 0), None)
+    draw = roots(study)
+    return next((t for t in completed(study) if draw[t.number] == 0), None)
 
 
-def root(t: FrozenTrial) -> int:
-    """The number of a trial's first attempt."""
-    return int(t.user_attrs.get(ROOT, t.number))
+def roots(study: optuna.Study) -> dict[int, int]:
+    """Trial number -> which of the search's draws it is, from 0: its own for a first attempt, the first's for a retry.
+
+    Seeds follow the draw and not the number, which later trials lose to retries: so a disturbed search trains as a calm one.
+    """
+    found: dict[int, int] = {}
+    asked = 0
+    for t in study.get_trials(deepcopy=False):
+        found[t.number] = int(t.user_attrs.get(ROOT, asked))
+        asked += ROOT not in t.user_attrs
+    return found
 
 
-def run_of(space: Space, t: FrozenTrial) -> Run:
+def run_of(space: Space, study: optuna.Study, t: FrozenTrial) -> Run:
     """The run that a trial carried out."""
-    return space.sample(optuna.trial.FixedTrial(t.params), seed=mix(space.settings.search.seed, root(t)))
+    return space.sample(optuna.trial.FixedTrial(t.params), seed=mix(space.settings.search.seed, roots(study)[t.number]))

@@ -100,7 +100,7 @@ def run_tree(run: Run, s: Session) -> dict[str, Any]:
 
 def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: bool) -> Summary:
     winner, tied = history.best(coordinator.study)
-    found = history.run_of(s.space, winner)
+    found = history.run_of(s.space, coordinator.study, winner)
     run = best_run(found, winner.user_attrs["best_epoch"])
     write_yaml(folder / "best.yaml", run_tree(run, s), f"trial {winner.number} of study {study_name(s.space)!r}; `tuner train` repeats it")
     summary = Summary(folder, coordinator, winner, tied, run, None, fresh)

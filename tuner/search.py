@@ -39,7 +39,7 @@ class Live:
     root: int
     attempt: int
     pruned: bool = False
-    followers: list[Trial] = field(default_factory=list)
+    followers: list[tuple[Trial, int]] = field(default_factory=list)  # with their roots
 
 
 class Coordinator:
@@ -65,25 +65,28 @@ class Coordinator:
         trials = self.study.get_trials(deepcopy=False)
         if not trials:
             self.study.enqueue_trial(self.space.default())
+        draws = history.roots(self.study)
         for t in trials:
             self.roots += ROOT not in t.user_attrs and t.state != TrialState.WAITING
             if t.state == TrialState.RUNNING:
-                self.requeue(t.number, t.params, t.user_attrs, "orphaned: the search was killed", count=False)
+                self.requeue(t.number, t.params, draws[t.number], t.user_attrs, "orphaned: the search was killed", count=False)
             elif t.state in ENDED:
                 self.closed += 1
                 self.known.setdefault(key_of(t.params), t.number)
             elif t.state == TrialState.FAIL and t.user_attrs.get(FINAL):
                 self.closed += 1
 
-    def requeue(self, number: int, params: dict[str, Any], attrs: dict[str, Any], reason: str, *, count: bool) -> None:
+    def requeue(self, number: int, params: dict[str, Any], root: int, attrs: dict[str, Any], reason: str, *, count: bool) -> None:
         """Records a lost attempt and asks for the same parameters again. `count`: it was one of the limited attempts."""
-        attempt = int(attrs.get(ATTEMPT, 1)) + count
-        marks = {ROOT: attrs.get(ROOT, number), ATTEMPT: attempt}
+        marks = {ROOT: root, ATTEMPT: int(attrs.get(ATTEMPT, 1)) + count}
         # first the new one, then the end of the old one: a crash in between leaves an orphan that is swept again
         waiting = [t for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if t.user_attrs.get(ROOT) == marks[ROOT]]
         if not waiting:
             self.study.enqueue_trial(params, user_attrs=marks)
         self.fail(number, reason)
+
+    def again(self, live: Live, reason: str, *, count: bool) -> None:
+        self.requeue(live.trial.number, live.trial.params, live.root, live.trial.user_attrs, reason, count=count)
 
     def fail(self, number: int, reason: str) -> None:
         storage, trial_id = self.study._storage, self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
@@ -132,7 +135,7 @@ class Coordinator:
     def begin(self, trial: Trial) -> Live | None:
         """The trial with its parameters fixed; None when they are known already and their result is reused."""
         attrs = trial.user_attrs
-        root = int(attrs.get(ROOT, trial.number))
+        root = int(attrs.get(ROOT, self.roots))
         self.roots += ROOT not in attrs
         run = self.space.sample(trial, seed=mix(self.search.seed, root))
         twin = self.known.get(key_of(trial.params))
@@ -141,7 +144,7 @@ class Coordinator:
             return None
         for other in self.live.values():
             if key_of(other.trial.params) == key_of(trial.params):
-                other.followers.append(trial)
+                other.followers.append((trial, root))
                 return None
         live = self.live[trial.number] = Live(trial, run, root, int(attrs.get(ATTEMPT, 1)))
         return live
@@ -172,21 +175,21 @@ class Coordinator:
             self.finish(live, outcome.value)
         elif outcome.kind == "refused":
             reason = "; ".join(outcome.problems)[:500]  # data or disk: the trial is asked again once that is mended
-            self.requeue(job.number, live.trial.params, live.trial.user_attrs, reason, count=False)
+            self.again(live, reason, count=False)
             self.error = self.error or refusal(outcome)
         elif outcome.reason == "interrupted" or (outcome.kind == "lost" and self.stopping):
-            self.requeue(job.number, live.trial.params, live.trial.user_attrs, "interrupted", count=False)
+            self.again(live, "interrupted", count=False)
         elif outcome.kind == "lost" and live.attempt <= self.search.retries:
-            self.requeue(job.number, live.trial.params, live.trial.user_attrs, outcome.reason, count=True)
+            self.again(live, outcome.reason, count=True)
         else:
             self.give_up(live, outcome)
-        for follower in live.followers:
-            self.follow(follower, live)
+        for follower, root in live.followers:
+            self.follow(follower, root, live)
 
     def finish(self, live: Live, result: Result) -> None:
         trial, number = live.trial, live.trial.number
         if result.state == "stopped" and not live.pruned:
-            self.requeue(number, trial.params, trial.user_attrs, "interrupted", count=False)
+            self.again(live, "interrupted", count=False)
             return
         trial.set_user_attr("seconds", round(result.seconds, 3))
         if result.best:
@@ -229,12 +232,12 @@ class Coordinator:
                 f"{len(self.failures)} trials failed and none completed; first: {self.failures[0]}; in all: {counts}"
             )
 
-    def follow(self, trial: Trial, live: Live) -> None:
+    def follow(self, trial: Trial, root: int, live: Live) -> None:
         twin = self.known.get(key_of(live.trial.params))
         if twin is not None:
             self.repeat(trial, live.run, twin)
         else:
-            self.requeue(trial.number, trial.params, trial.user_attrs, "its twin did not end", count=False)
+            self.requeue(trial.number, trial.params, root, trial.user_attrs, "its twin did not end", count=False)
 
 
 def refusal(outcome: Outcome) -> TunerError:

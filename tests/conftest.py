@@ -1,0 +1,74 @@
+"""What several test files need: a home of their own, small real spaces, and the command line called in this process."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+SMALL = """
+task: classification
+data: {name: synthetic, examples: 60, classes: 3, size: 32}
+model: {name: resnet18_slim, weights: bundled}
+recipe:
+  optimizer: [sgd, adamw]
+  lr: {low: 1e-4, high: 1e-1, log: true}
+  momentum: {low: 0.8, high: 0.99, when: {optimizer: sgd}}
+  freeze_depth: {low: 0, high: 5}
+  epochs: {low: 1, high: 3}
+  batch_size: 16
+search: {trials: 4, seed: 0}
+engine: {name: inline, device: cpu}
+export: [safetensors]
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNER_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A space file over synthetic images that a trial gets through in a fraction of a second."""
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture
+def tuner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Callable[..., Said]]:
+    """The command line in this process, in a folder of its own."""
+    from tuner.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+
+    def call(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["tuner", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        found = capsys.readouterr()
+        return Said(int(end.value.code or 0), found.out, found.err)
+
+    yield call
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data beside the project; skips, saying so, where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data is not there: {SHARED}")
+    return SHARED

@@ -1,0 +1,278 @@
+"""The coordinator against an engine that answers at once: budget, retries, repeats, pruning, ends and resumes."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from tests.conftest import SMALL
+from tuner import document, history, parsing
+from tuner.errors import DataError, NoUsableTrial
+from tuner.jobs import Job, Outcome
+from tuner.orders import Assignment, Epoch, Result
+from tuner.run import Run
+from tuner.samplers import PRUNERS, SAMPLERS, mix
+from tuner.search import Coordinator, Live
+from tuner.space import Space
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.ends: list[int] = []
+
+    def epoch(self, live: Live, epoch: Epoch) -> None: ...
+    def files(self, trial: optuna.Trial, run: Run, result: Result) -> None: ...
+    def ended(self, trial: FrozenTrial, run: Run, result: Result | None) -> None:
+        self.ends.append(trial.number)
+
+
+def space(**search: Any) -> Space:
+    words = [f"search.{k}={v}" for k, v in search.items()]
+    return parsing.parse(parsing.override(document.parse(SMALL, "small.yaml"), words))
+
+
+def coordinator(s: Space, storage: Any = None, listener: Any = None) -> Coordinator:
+    search = s.settings.search
+    study = optuna.create_study(
+        storage=storage,
+        study_name="t",
+        direction="maximize",
+        sampler=SAMPLERS[search.sampler](search.seed),
+        pruner=PRUNERS[search.pruner](3),
+        load_if_exists=True,
+    )
+    return Coordinator(study, s, lambda run: Assignment(run, "accuracy", s.settings.engine, "home"), listener or Silent())
+
+
+def quality(run: Run) -> float:
+    """A score that a run has by its parameters alone."""
+    return 1 / (1 + abs(run.recipe.lr - 0.01) * 50) - 0.02 * run.recipe.freeze_depth
+
+
+def train(c: Coordinator, job: Job) -> Outcome:
+    """What a worker would do, without training."""
+    run = job.argument.run
+    epochs: list[Epoch] = []
+    for number in range(1, run.recipe.epochs + 1):
+        epochs.append(Epoch(number, 1.0, {"accuracy": quality(run) * number / run.recipe.epochs}, 0.1))
+        if not c.report(job, epochs[-1]):
+            return Outcome("done", Result("stopped", tuple(epochs), number, {}, 0.1))
+    return Outcome("done", Result("complete", tuple(epochs), len(epochs), {}, 0.1))
+
+
+def drive(c: Coordinator, carry: Callable[[Coordinator, Job], Outcome] = train, most: int = 10_000) -> list[Job]:
+    jobs = []
+    while len(jobs) < most and (job := c.next_job()) is not None:
+        jobs.append(job)
+        c.ended(job, carry(c, job))
+    return jobs
+
+
+def states(c: Coordinator) -> list[str]:
+    return [t.state.name for t in c.study.get_trials()]
+
+
+def test_budget_counts_ended_trials_and_is_not_exceeded_on_resume() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    c = coordinator(space(trials=5), storage)
+    drive(c)
+    assert len(c.study.trials) == 5
+    assert drive(coordinator(space(trials=5), storage)) == []
+    drive(coordinator(space(trials=7), storage))
+    assert len(c.study.get_trials()) == 7
+
+
+def test_trial_0_is_the_default_recipe_as_far_as_the_space_allows() -> None:
+    c = coordinator(space(trials=1))
+    drive(c)
+    assert c.study.trials[0].params == {"optimizer": "sgd", "lr": 0.001, "momentum": 0.9, "freeze_depth": 0, "epochs": 3}
+
+
+def test_a_killed_and_continued_search_draws_what_an_undisturbed_one_draws() -> None:
+    calm = coordinator(space(trials=9))
+    drive(calm)
+    storage = optuna.storages.InMemoryStorage()
+    for _ in range(9):  # each process carries out one trial, and dies holding the next
+        c = coordinator(space(trials=9), storage)
+        drive(c, most=1)
+        c.next_job()
+    c = coordinator(space(trials=9), storage)
+    drive(c)
+
+    def roots(study: optuna.Study) -> list[tuple[Any, ...]]:
+        draw = history.roots(study)
+        ended = [t for t in study.get_trials() if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        return [(draw[t.number], t.params, t.value, history.run_of(c.space, study, t).seed) for t in ended]
+
+    assert roots(c.study) == roots(calm.study)
+    assert "RUNNING" not in states(c) and "WAITING" not in states(c)
+
+
+def test_an_orphan_is_failed_with_its_reason_and_asked_again_with_the_same_seed() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    first = coordinator(space(trials=2), storage).next_job()
+    again = coordinator(space(trials=2), storage)
+    second = again.next_job()
+    assert first is not None and second is not None
+    assert second.argument.run == first.argument.run  # the seed follows the root trial
+    assert states(again)[:2] == ["FAIL", "RUNNING"]
+    assert again.study.trials[0].user_attrs["tuner:reason"].startswith("orphaned")
+    assert again.study.trials[1].user_attrs["tuner:root"] == 0
+
+
+def test_a_lost_worker_costs_its_trial_an_attempt_and_the_third_is_the_last() -> None:
+    c = coordinator(space(trials=2))
+    drive(c, lambda c, job: Outcome("lost", reason="worker ended by SIGKILL") if history.roots(c.study)[job.number] == 0 else train(c, job))
+    zero = [t for t in c.study.trials if history.roots(c.study)[t.number] == 0]
+    assert [t.state.name for t in zero] == ["FAIL"] * 3
+    assert [t.user_attrs.get("tuner:attempt", 1) for t in zero] == [1, 2, 3]
+    assert {t.user_attrs["tuner:reason"] for t in zero} == {"worker ended by SIGKILL"}
+    assert c.closed == 2 and states(c)[-1] == "COMPLETE"
+
+
+def test_equal_parameters_are_not_trained_twice() -> None:
+    s = parsing.parse(parsing.override(document.parse(SMALL, "x"), ["recipe.lr=[0.01, 0.1]", "recipe.epochs=1", "recipe.freeze_depth=0", "recipe.optimizer=adamw", "recipe.momentum=0.9", "search.trials=6"]))
+    listener = Silent()
+    c = coordinator(s, listener=listener)
+    jobs = drive(c)
+    assert len(jobs) == 2 and len(c.study.trials) == 6 and listener.ends == list(range(6))
+    repeated = [t for t in c.study.trials if "tuner:same_as" in t.user_attrs]
+    assert len(repeated) == 4
+    assert all(t.value == c.study.trials[t.user_attrs["tuner:same_as"]].value for t in repeated)
+
+
+def test_a_twin_of_a_running_trial_waits_for_its_result() -> None:
+    s = parsing.parse(parsing.override(document.parse(SMALL, "x"), ["recipe.lr=[0.01]", "recipe.epochs=1", "recipe.freeze_depth=0", "recipe.optimizer=adamw", "recipe.momentum=0.9", "search.trials=3"]))
+    c = coordinator(s)
+    job = c.next_job()
+    assert job is not None and c.next_job() is None  # both others follow the running one
+    c.ended(job, train(c, job))
+    assert states(c) == ["COMPLETE"] * 3 and c.closed == 3
+
+
+def test_grid_asks_each_combination_once_and_then_ends() -> None:
+    s = parsing.parse(
+        parsing.override(
+            document.parse(SMALL, "x"),
+            ["recipe.lr=[0.01, 0.1]", "recipe.momentum.low=0.8", "recipe.momentum.high=0.9", "recipe.momentum.step=0.1", "recipe.epochs=1", "recipe.freeze_depth=0", "search.sampler=grid", "search.trials=100"],
+        )
+    )
+    c = coordinator(s)
+    drive(c)
+    keys = [history.key_of(t.params) for t in c.study.trials]
+    # the default (lr 0.001) is clipped into the grid; 2 lr x (2 momenta under sgd + adamw) = 6
+    assert len(keys) == len(set(keys)) == 6
+
+
+def test_the_median_pruner_stops_a_bad_trial_which_ends_pruned() -> None:
+    c = coordinator(space(trials=25))
+    drive(c)
+    pruned = [t for t in c.study.trials if t.state == TrialState.PRUNED]
+    assert pruned and all(t.last_step < t.params["epochs"] or t.last_step >= 2 for t in pruned)
+
+
+@pytest.mark.parametrize("pruner", sorted(PRUNERS))
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_every_sampler_and_pruner_carries_a_search(sampler: str, pruner: str) -> None:
+    c = coordinator(space(trials=12, sampler=sampler, pruner=pruner))
+    drive(c)
+    assert c.closed == 12 and history.best(c.study)[0].value is not None
+
+
+def test_a_diverged_trial_is_pruned_with_a_reason_and_never_the_best() -> None:
+    def carry(c: Coordinator, job: Job) -> Outcome:
+        if job.number != 1:
+            return train(c, job)
+        c.report(job, Epoch(1, 1.0, {"accuracy": 0.99}, 0.1))
+        return Outcome("done", Result("diverged", (Epoch(1, 1.0, {"accuracy": 0.99}, 0.1),), 1, {}, 0.1, "loss nan in epoch 2"))
+
+    c = coordinator(space(trials=4))
+    drive(c, carry)
+    assert c.study.trials[1].state == TrialState.PRUNED
+    assert c.study.trials[1].user_attrs["tuner:reason"] == "diverged: loss nan in epoch 2"
+    assert history.best(c.study)[0].number != 1
+
+
+def test_three_alike_failures_in_a_row_stop_the_search_and_name_the_cause() -> None:
+    c = coordinator(space(trials=20))
+    drive(c, lambda c, job: Outcome("failed", reason="ValueError: no such layer", trace="Traceback …"))
+    assert c.closed == 3 and isinstance(c.error, NoUsableTrial) and "ValueError: no such layer" in str(c.error)
+    assert c.study.trials[0].user_attrs["tuner:trace"] == "Traceback …"
+
+
+def test_ten_failures_of_any_kind_stop_the_search_when_none_completed() -> None:
+    c = coordinator(space(trials=50))
+    drive(c, lambda c, job: Outcome("done", Result("diverged", (), 0, {}, 0.1, f"loss nan in trial {job.number}")))
+    assert c.closed == 10 and "10 trials failed and none completed" in str(c.error)
+    with pytest.raises(NoUsableTrial, match="no trial completed"):
+        history.best(c.study)
+
+
+def test_failures_between_successes_do_not_stop_the_search() -> None:
+    c = coordinator(space(trials=12))
+    drive(c, lambda c, job: Outcome("failed", reason="ValueError: x") if job.number % 2 else train(c, job))
+    assert c.error is None and c.closed == 12
+
+
+def test_refused_data_ends_the_search_and_leaves_the_trial_to_be_asked_again() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    c = coordinator(space(trials=3), storage)
+    drive(c, lambda c, job: Outcome("refused", reason="DataError", problems=("data: gone",), code=3))
+    assert isinstance(c.error, DataError) and c.closed == 0
+    again = coordinator(space(trials=3), storage)
+    drive(again)
+    assert again.closed == 3 and history.default(again.study) is not None
+
+
+def test_an_interrupted_trial_is_asked_again_without_costing_an_attempt() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    for _ in range(5):
+        c = coordinator(space(trials=2), storage)
+        job = c.next_job()
+        assert job is not None
+        c.stopping = True
+        assert c.report(job, Epoch(1, 1.0, {"accuracy": 0.5}, 0.1)) is False
+        c.ended(job, Outcome("done", Result("stopped", (), 1, {}, 0.1)))
+        assert c.next_job() is None
+    drive(c := coordinator(space(trials=2), storage))
+    assert c.closed == 2 and history.default(c.study) is not None
+    assert all(t.user_attrs.get("tuner:attempt", 1) == 1 for t in c.study.trials)
+
+
+@pytest.mark.parametrize(
+    ("found", "winner", "tied"),
+    [
+        ([(0.9, 3), (0.9, 2), (0.8, 1)], 1, [0]),  # equal values: fewer epochs
+        ([(0.9, 2), (0.9, 2)], 0, [1]),  # and equal epochs: the lower number
+        ([(0.5, 1), (0.7, 3)], 1, []),
+    ],
+)
+def test_the_winner_by_value_then_epochs_then_number(found: list[tuple[float, int]], winner: int, tied: list[int]) -> None:
+    study = optuna.create_study(direction="maximize")
+    for value, epoch in found:
+        study.add_trial(optuna.trial.create_trial(value=value, user_attrs={"best_epoch": epoch}))
+    best, others = history.best(study)
+    assert (best.number, others) == (winner, tied)
+
+
+def test_a_timeout_stops_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    now: Iterator[float] = iter([0.0, *([10.0] * 2), *([95.0] * 20)])
+    monkeypatch.setattr("tuner.search.time.monotonic", lambda: next(now))
+    c = coordinator(space(trials=50, timeout="90s"))
+    assert len(drive(c)) == 2
+
+
+def test_the_run_of_a_finished_trial_is_the_run_it_was_given() -> None:
+    c = coordinator(space(trials=6))
+    jobs = drive(c)
+    assert [history.run_of(c.space, c.study, t) for t in c.study.trials] == [job.argument.run for job in jobs]
+
+
+def test_mix_depends_on_every_part() -> None:
+    assert len({mix(0, 0), mix(0, 1), mix(1, 0), mix(1, 1)}) == 4
+    assert mix(3, 4) == mix(3, 4) < 2**32
