@@ -1,14 +1,16 @@
 """What the dashboard shows beside the numbers: each trial's pictures and tables, and notes in Markdown."""
 
 import tempfile
+import warnings
 from pathlib import Path
 
 import optuna
+import yaml
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import Trial
 
 from tuner.files import disk_errors
-from tuner.orders import Result
+from tuner.orders import Epoch, Result
 from tuner.run import Run
 from tuner.space import Space, dump
 
@@ -16,6 +18,8 @@ TYPES = {".png": "image/png", ".csv": "text/csv"}
 
 
 class Artifacts:
+    """Files lie in the study's folder; optuna_dashboard, which takes a second to import, is imported only to write a note."""
+
     def __init__(self, study: optuna.Study, folder: Path, metric: str) -> None:
         self.study, self.metric = study, metric
         self.folder = folder / "artifacts"
@@ -24,18 +28,15 @@ class Artifacts:
         self.store = FileSystemArtifactStore(self.folder)
 
     def describe(self, space: Space) -> None:
-        """The study's note and the metric's name."""
-        import warnings
-
+        """The study's note and the metric's name; once, so that what somebody added to the note in the browser stays."""
+        if self.study.metric_names is not None:
+            return
         from optuna_dashboard import save_note
 
+        save_note(self.study, study_note(space, self.study.study_name, self.metric))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.set_metric_names([self.metric])
-        save_note(
-            self.study,
-            f"Maximises **{self.metric}** on the validation examples. Trial 0 is the default recipe.\n\n```yaml\n{dump(space.tree())}```\n",
-        )
+            self.study.set_metric_names([self.metric])  # last: it says that the study has been described
 
     def files(self, trial: Trial, run: Run, result: Result) -> None:
         """Attaches a running trial's files and writes its note."""
@@ -50,13 +51,46 @@ class Artifacts:
         save_note(trial, note(run, result, self.metric))
 
 
+def study_note(space: Space, name: str, metric: str) -> str:
+    """What is searched and for what, as far as it can never change."""
+    tree = {section: keys for section, keys in space.tree().items() if section in ("task", "data", "model", "recipe")}
+    searched = ", ".join(f"`{d.name}`" for d in space.dimensions)
+    return f"""Searches {searched or "nothing"} for the best **{spoken(metric)}** on the validation examples.
+
+- Trial 0 is the default recipe, so that the best can be compared with it.
+- A trial's value is its best epoch's; its learning curve, confusion matrix and scores per class are its artifacts.
+- `tuner export {name} --trial N` retrains and exports any of them.
+
+```yaml
+{dump({section: {k: v for k, v in keys.items() if v is not None} for section, keys in tree.items()})}```
+"""
+
+
 def note(run: Run, result: Result, metric: str) -> str:
-    """A trial's note: its epochs as a table, and its recipe."""
-    names = list(result.epochs[0].scores) if result.epochs else []
-    head = "| epoch | loss | " + " | ".join(names) + " | seconds |\n|" + "---|" * (len(names) + 3)
-    rows = [
-        f"| {e.number}{' **best**' if e.number == result.best else ''} | {e.loss:.4f} | {' | '.join(f'{e.scores[n]:.4f}' for n in names)} | {e.seconds:.2f} |"
-        for e in result.epochs
-    ]
-    reason = f"\n\n{result.state}: {result.reason}" if result.reason else ""
-    return "\n".join([head, *rows]) + reason + f"\n\n```yaml\n{dump({'recipe': run.recipe.model_dump(), 'seed': run.seed})}```\n"
+    """A trial's note: how it ended, its epochs as a table, its recipe with a key a line."""
+    names = [metric, *(n for n in result.epochs[0].scores if n != metric)] if result.epochs else []
+    recipe = {key: value for key, value in run.recipe.model_dump().items() if value is not None}
+    carried_out = yaml.safe_dump({"recipe": recipe, "seed": run.seed}, sort_keys=False)  # a key a line: the page is narrow
+    table = ""
+    if names:
+        head = f"| epoch | training loss | {' | '.join(map(spoken, names))} | seconds |\n|{'---:|' * (len(names) + 3)}"
+        table = "\n".join([head, *(row(e, names, best=e.number == result.best) for e in result.epochs)])
+    return f"{outcome(run, result, metric)}\n\n{table}\n\n```yaml\n{carried_out}```\n"
+
+
+def outcome(run: Run, result: Result, metric: str) -> str:
+    reached = len(result.epochs)
+    why = {"complete": "", "stopped": f"**Pruned** after epoch {reached} of {run.recipe.epochs}. "}
+    ended = why.get(result.state, f"**{result.state.capitalize()}**: {result.reason}. ")
+    best = next((e for e in result.epochs if e.number == result.best), None)
+    told = f"Best {spoken(metric)} **{best.scores[metric]:.4f}** in epoch {best.number} of {reached}, " if best else "No score, "
+    return f"{ended}{told}{result.seconds:.1f} s in all."
+
+
+def row(epoch: Epoch, names: list[str], *, best: bool) -> str:
+    cells = [str(epoch.number), f"{epoch.loss:.4f}", *(f"{epoch.scores[n]:.4f}" for n in names), f"{epoch.seconds:.2f}"]
+    return f"| {' | '.join(f'**{cell}**' for cell in cells) if best else ' | '.join(cells)} |"
+
+
+def spoken(metric: str) -> str:
+    return metric.replace("_", " ")

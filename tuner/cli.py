@@ -171,7 +171,10 @@ def dashboard(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = serving.find(studies, study)
     url = parsing.load(folder / "space.yaml").settings.storage
-    serving.serve(folder, url, port, write=write, announce=lambda address: typer.echo(f"study {folder.name}: {address}  (Ctrl-C ends it)"))
+    mode = "can be changed in the browser" if write else "read-only"
+    serving.serve(
+        folder, url, port, write=write, announce=lambda page: typer.echo(f"study {folder.name}: {page}  ({mode}; Ctrl-C ends it)")
+    )
 
 
 @app.command()
@@ -233,11 +236,16 @@ def show_published(console: "Console", published: Any) -> None:
 
 def start_dashboard(space: "Space", places: "Places", port: int, console: "Console") -> "subprocess.Popen[bytes]":
     """A process of its own: a dashboard that fails must not take the search with it. It waits for the study to appear."""
+    from tuner import dashboard as serving
     from tuner.session import study_name
 
-    command = [sys.executable, "-m", "tuner.waiting", study_name(space), str(places.studies), str(port), str(os.getpid())]
-    console.note(f"dashboard: http://127.0.0.1:{port}/dashboard")
-    return subprocess.Popen(command)
+    found = serving.free_port(port)
+    if port not in (0, found):
+        console.warn(f"port {port} on 127.0.0.1 is taken; the dashboard is on {found}")
+    console.event("dashboard", url=f"http://127.0.0.1:{found}/dashboard")
+    console.say(f"browse http://127.0.0.1:{found}/dashboard while the search runs")
+    command = [sys.executable, "-m", "tuner.waiting", study_name(space), str(places.studies), str(found)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # Ctrl-C is the search's
 
 
 def main() -> NoReturn:

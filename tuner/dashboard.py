@@ -1,13 +1,19 @@
 """optuna-dashboard on this machine only, and read-only: it has no login, so neither others nor other pages may reach it."""
 
+import re
+import socket
 import socketserver
+import sys
+import urllib.parse
 import wsgiref.simple_server
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.artifacts import FileSystemArtifactStore
+from optuna.storages import RDBStorage
 
 from tuner import storage
 from tuner.errors import DataError, StorageError, nearest
@@ -15,26 +21,30 @@ from tuner.errors import DataError, StorageError, nearest
 Environment = dict[str, Any]
 StartResponse = Callable[..., Any]
 App = Callable[[Environment, StartResponse], Iterable[bytes]]
-HOSTS = ("127.0.0.1", "localhost", "[::1]")
+HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?", re.IGNORECASE)  # any port: an SSH tunnel may end on another one
 
 
-def app(database: optuna.storages.BaseStorage, artifacts: Path | None, *, write: bool = False) -> App:
+def app(database: optuna.storages.BaseStorage, artifacts: Path, *, write: bool = False) -> App:
     """The dashboard as a WSGI application behind `guarded`."""
     import optuna_dashboard
 
-    store = FileSystemArtifactStore(artifacts) if artifacts is not None else None
-    return guarded(optuna_dashboard.wsgi(optuna.storages.get_storage(database), artifact_store=store), write=write)
+    # get_storage adds the cache without which every poll reads the whole study again
+    inner: App = optuna_dashboard.wsgi(optuna.storages.get_storage(database), artifact_store=FileSystemArtifactStore(artifacts))
+    return guarded(inner, write=write)
 
 
 def guarded(inner: App, *, write: bool) -> App:
-    """Refuses foreign Host headers (DNS rebinding) and, unless `write`, every method but GET and HEAD."""
+    """Refuses foreign Host and Origin headers (DNS rebinding, other pages) and, unless `write`, every method but GET and HEAD."""
 
     def outer(environ: Environment, start_response: StartResponse) -> Iterable[bytes]:
-        host = str(environ.get("HTTP_HOST", "")).rsplit(":", 1)[0] if not str(environ.get("HTTP_HOST", "")).endswith("]") else "[::1]"
-        if host not in HOSTS:
+        origin = environ.get("HTTP_ORIGIN")
+        reads = environ.get("REQUEST_METHOD") in ("GET", "HEAD")
+        if not HOST.fullmatch(str(environ.get("HTTP_HOST", ""))):
             return _refuse(start_response, "403 Forbidden", "this dashboard answers on 127.0.0.1 and localhost only; use an SSH tunnel")
-        if not write and environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
+        if not reads and not write:
             return _refuse(start_response, "405 Method Not Allowed", "this dashboard is read-only; start it with --write to change things")
+        if not reads and origin is not None and not HOST.fullmatch(urllib.parse.urlsplit(str(origin)).netloc):
+            return _refuse(start_response, "403 Forbidden", f"a page of {origin} may not change this study")
         return inner(environ, start_response)
 
     return outer
@@ -42,12 +52,35 @@ def guarded(inner: App, *, write: bool) -> App:
 
 def _refuse(start_response: StartResponse, status: str, why: str) -> list[bytes]:
     body = f"{why}\n".encode()
-    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))])
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body))), ("Allow", "GET, HEAD")])
     return [body]
+
+
+def reader(url: str | None, folder: Path) -> RDBStorage:
+    """The study's database, which must exist, as the database itself lets nobody write: no tables are made, no schema is marked.
+
+    Raises StorageError.
+    """
+    place = sqlalchemy.engine.make_url(url) if url else sqlalchemy.engine.URL.create("sqlite", database=str(folder / "study.db"))
+    if place.get_backend_name() == "sqlite" and place.database:
+        quoted = urllib.parse.quote(str(Path(place.database).absolute()))
+        place = place.set(database=f"file:{quoted}", query={"mode": "ro", "uri": "true"})
+    rendered = place.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")  # RDBStorage runs str.format on it
+    options = {"pool_pre_ping": True, "execution_options": {"postgresql_readonly": True}}
+    try:
+        return RDBStorage(rendered, engine_kwargs=options, skip_table_creation=True)
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise StorageError(f"storage: {(url and place) or folder / 'study.db'} cannot be read: {cause}") from error
 
 
 class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
     daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away in mid-answer is no error worth a traceback."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Quiet(wsgiref.simple_server.WSGIRequestHandler):
@@ -61,6 +94,19 @@ def server(application: App, port: int) -> wsgiref.simple_server.WSGIServer:
         return wsgiref.simple_server.make_server("127.0.0.1", port, application, server_class=_Server, handler_class=_Quiet)
     except OSError as error:
         raise StorageError(f"port {port} on 127.0.0.1: {error.strerror}; choose another with --port, or 0 for any free one") from None
+
+
+def free_port(wanted: int) -> int:
+    """`wanted` where it can be had on 127.0.0.1, else any that can."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise StorageError("no free port on 127.0.0.1")
 
 
 def find(studies: Path, name: str | None) -> Path:
@@ -77,9 +123,15 @@ def find(studies: Path, name: str | None) -> Path:
 
 
 def serve(folder: Path, url: str | None, port: int, *, write: bool, announce: Callable[[str], None]) -> None:
-    """Serves one study until interrupted."""
-    httpd = server(app(storage.connect(url, folder), folder / "artifacts", write=write), port)
-    announce(f"http://127.0.0.1:{httpd.server_port}/dashboard")
+    """Serves one study until interrupted. `announce` is told the address of the study's page."""
+    database = storage.connect(url, folder) if write else reader(url, folder)
+    name = folder.resolve().name
+    try:
+        page = f"/dashboard/studies/{database.get_study_id_from_name(name)}"
+    except KeyError:
+        raise DataError(f"study {name!r} is not in its storage; `tuner run` makes it again") from None
+    httpd = server(app(database, folder / "artifacts", write=write), port)
+    announce(f"http://127.0.0.1:{httpd.server_port}{page}")
     try:
         httpd.serve_forever()
     except (KeyboardInterrupt, SystemExit):

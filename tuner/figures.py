@@ -7,6 +7,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+WRITTEN, NAMED = 20, 60  # up to so many classes the counts, and the names, can be read
+LOSS, SCORE = "tab:red", "tab:blue"
+
 
 def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
@@ -15,36 +18,44 @@ def _png(figure: Figure) -> bytes:
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
-    """Counts, true class down, predicted class across; the numbers are written in for up to 20 classes."""
-    side = min(12.0, 2.5 + 0.4 * len(classes))
+    """Counts, true class down, predicted class across, coloured by the share of the true class."""
+    side = min(12.0, 3.0 + 0.4 * len(classes))
     figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
     axes = figure.subplots()
-    axes.imshow(matrix, cmap="Blues")
+    shares = [[count / max(1, sum(row)) for count in row] for row in matrix]  # a rare class is seen as well as a common one
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [name if len(name) <= 16 else name[:15] + "…" for name in classes]
-    ticks = range(len(classes)) if len(classes) <= 60 else []
-    axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90)
+    ticks = range(len(classes)) if len(classes) <= NAMED else []
+    axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90 if max(map(len, names), default=0) > 2 else 0)
     axes.set_yticks(ticks, [names[i] for i in ticks])
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    top = max(max(row) for row in matrix)
-    if len(classes) <= 20:
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    right, total = sum(row[i] for i, row in enumerate(matrix)), sum(map(sum, matrix))
+    figure.suptitle(f"validation, best epoch: {right:,} of {total:,} right", fontsize=10)
+    if len(classes) <= WRITTEN:
         for i, row in enumerate(matrix):
             for j, count in enumerate(row):
                 if count:
-                    axes.text(j, i, str(count), ha="center", va="center", color="white" if count > top / 2 else "black", fontsize=8)
+                    color = "white" if shares[i][j] > 0.5 else "black"
+                    axes.text(j, i, str(count), ha="center", va="center", color=color, fontsize=8)
     return _png(figure)
 
 
 def curve(losses: Sequence[float], scores: Sequence[Mapping[str, float]], metric: str) -> bytes:
-    """Training loss and validation score by epoch."""
-    epochs = range(1, len(losses) + 1)
+    """Training loss and validation score by epoch; the best epoch is ringed."""
+    epochs, values = range(1, len(losses) + 1), [s[metric] for s in scores]
     figure = Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
     left = figure.subplots()
-    left.plot(epochs, losses, "o-", color="tab:red", markersize=3)
+    left.plot(epochs, losses, "o--", color=LOSS, markersize=3, linewidth=1)
     left.set_xlabel("epoch")
-    left.set_ylabel("training loss", color="tab:red")
+    left.set_ylabel("training loss", color=LOSS)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.grid(visible=True, axis="x", alpha=0.3)
     right = left.twinx()
-    right.plot(epochs, [s[metric] for s in scores], "s-", color="tab:blue", markersize=3)
-    right.set_ylabel(f"validation {metric.replace('_', ' ')}", color="tab:blue")
+    right.plot(epochs, values, "s-", color=SCORE, markersize=3)
+    right.set_ylabel(f"validation {metric.replace('_', ' ')}", color=SCORE)
+    if values:
+        top = max(range(len(values)), key=values.__getitem__)
+        right.plot(top + 1, values[top], "o", color=SCORE, markersize=11, fillstyle="none")
+        right.set_title(f"best: {values[top]:.4f} in epoch {top + 1} of {len(values)}", fontsize=10)
     return _png(figure)

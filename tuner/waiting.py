@@ -12,22 +12,22 @@ from tuner import dashboard, parsing
 from tuner.errors import TunerError
 
 
-def main(name: str, studies: str, port: str, parent: str) -> None:
+def main(name: str, studies: str, port: str) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(studies) / name
     while not (folder / "space.yaml").is_file():
         time.sleep(0.2)
-    url = parsing.load(folder / "space.yaml").settings.storage
     try:
+        url = parsing.load(folder / "space.yaml").settings.storage
         dashboard.serve(folder, url, int(port), write=False, announce=lambda _: None)
     except TunerError as error:
         print(f"tuner: warning: dashboard: {error}", file=sys.stderr)
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin and never writes; the kernel closes it however the parent ends."""
+    sys.stdin.buffer.read()
     os._exit(0)
 
 
