@@ -1,5 +1,6 @@
 """The JSON schema of a space file, for editors that complete and check YAML."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -44,15 +45,15 @@ def _own() -> dict[str, Any]:
 def part(kind: str) -> dict[str, Any]:
     """A plug-in by its bare name, or a mapping whose keys depend on the name."""
     known = plugins.names(kind)
-    by_keys: dict[str, list[str]] = {}
+    alike: dict[str, list[str]] = {}  # the schema of their keys -> the names that share it
     for name in known:
-        by_keys.setdefault(repr(sorted(plugins.keys(kind, name).fields)), []).append(name)
+        alike.setdefault(json.dumps(section(plugins.keys(kind, name).fields, searched=True)), []).append(name)
     one: dict[str, Any] = {"anyOf": [{"enum": known}, _own()]}
     several = {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}
     chosen = {"type": "object", "required": ["choices"], "additionalProperties": False, "properties": {"choices": several, "when": WHEN}}
     forms: list[dict[str, Any]] = [one, *([several, chosen] if kind == "model" else [])]
-    for members in by_keys.values():
-        keys = section(plugins.keys(kind, members[0]).fields, searched=True)
+    for written, members in alike.items():
+        keys = json.loads(written)
         named: dict[str, Any] = {"enum": members}
         if kind == "model":
             named = {"anyOf": [named, several, chosen]}

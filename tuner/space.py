@@ -87,12 +87,8 @@ class Dimension:
     def tree(self) -> Any:
         if not self.when:
             return list(self.leaf.options) if isinstance(self.leaf, Choice) else self.leaf.tree()
-        when = {_written(path): list(values) for path, values in self.when.items()}
+        when = {".".join(path[1:] if path[0] == self.path[0] else path): list(values) for path, values in self.when.items()}
         return self.leaf.tree() | {"when": when}
-
-
-def _written(path: KeyPath) -> str:
-    return path[-1] if path[0] == "recipe" else ".".join(path)
 
 
 class Trial(Protocol):
