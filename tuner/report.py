@@ -1,39 +1,29 @@
-"""What a person sees in the terminal: one line per finished trial, a bar for the running one, the result at the end."""
+"""What a person sees in the terminal: a line per finished trial, a bar for the running one, the result at the end."""
 
+import io
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from tuner import history
+from tuner import summary
+from tuner.columns import METRICS, Columns, reached, spoken
 from tuner.history import REASON, SAME_AS
-from tuner.manifest import Published
 from tuner.orders import Epoch, Facts, Result, Survey
-from tuner.run import Run
+from tuner.run import Run, seconds
 from tuner.search import Coordinator, Live
+from tuner.summary import Summary
+
+__all__ = ["Console", "Summary"]
 
 Mode = Literal["normal", "quiet", "json"]
-SHOWN = ("optimizer", "lr", "momentum", "freeze_depth")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a study came to. `fresh`: this command added something to it."""
-
-    folder: Path
-    coordinator: Coordinator
-    winner: FrozenTrial
-    tied: list[int]
-    run: Run
-    published: Published | None
-    fresh: bool
+ASCII = str.maketrans({"★": "*", "…": "..."})
+STYLES = {TrialState.PRUNED: "dim", TrialState.FAIL: "red"}
 
 
 class Console:
@@ -41,20 +31,23 @@ class Console:
 
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
-        self.out = Terminal(highlight=False, soft_wrap=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a class name that the terminal cannot write must not end a search
+        self.out = Terminal(highlight=False, soft_wrap=True, emoji=False)
+        self.lively = mode == "normal" and self.out.is_interactive and sys.stdout.isatty()
         self.bar: Progress | None = None
-        self.rows: dict[int, TaskID] = {}
+        self.rows: dict[int, TaskID] = {}  # trial number -> its bar
+        self.tally_row: TaskID | None = None
         self.coordinator: Coordinator | None = None
-        self.depth = 0
-        self.begun, self.done_before, self.workers = time.monotonic(), 0, 1
+        self.columns: Columns | None = None
+        self.begun, self.done_before, self.pruned = time.monotonic(), 0, 0
         self.best: tuple[float, int] | None = None
-        self.pruned = 0
 
     # -- plain words
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, style: str | None = None) -> None:
         if self.mode == "normal":
-            self.out.print(text, markup=False)
+            self.out.print(text if self.out.encoding.startswith("utf") else text.translate(ASCII), style=style, markup=False)
 
     def note(self, text: str) -> None:
         self.event("note", text=text)
@@ -67,102 +60,99 @@ class Console:
 
     def event(self, kind: str, **values: Any) -> None:
         if self.mode == "json":
-            print(json.dumps({"event": kind, **values}, ensure_ascii=False), flush=True)
+            print(json.dumps({"event": kind, **values}), flush=True)
 
     # -- the search
 
     def begin(self, coordinator: Coordinator, facts: Facts, survey: Survey, workers: int) -> None:
-        self.coordinator, self.workers = coordinator, workers
-        self.begun, self.done_before = time.monotonic(), coordinator.closed
-        self.depth = max(survey.depths.values())
+        search, depth, budget = coordinator.search, max(survey.depths.values()), coordinator.budget()
+        self.coordinator, self.begun, self.done_before = coordinator, time.monotonic(), coordinator.closed
+        self.columns = Columns(coordinator.space, str(search.metric), budget, depth, self.out.width if self.lively else None)
         for t in coordinator.study.get_trials(deepcopy=False):
             self.count(t)
+        left = max(0, budget - coordinator.closed)
+        known = {"sizes": facts.sizes, "classes": list(facts.classes), "parameters": facts.parameters, "depths": survey.depths}
+        self.event("begin", **known, trials_left=left)
         sizes = ", ".join(f"{n:,} {part}" for part, n in facts.sizes.items())
-        device = f"{survey.gpus} GPU" if survey.gpus else "CPU"
-        left = coordinator.budget() - coordinator.closed
-        self.event(
-            "begin", sizes=facts.sizes, classes=list(facts.classes), parameters=facts.parameters, trials_left=left, depths=survey.depths
-        )
         self.say(f"data   {sizes} images, {len(facts.classes)} classes, {facts.side} x {facts.side} pixels")
-        self.say(f"model  {', '.join(survey.depths)}, {facts.parameters / 1e6:.2f} M parameters, freeze depth 0..{self.depth}")
-        state = f"{coordinator.closed} of {coordinator.budget()} trials done" if coordinator.closed else f"{coordinator.budget()} trials"
-        self.say(f"search {state}, {coordinator.search.sampler} sampler, {coordinator.search.pruner} pruner, {workers} worker on {device}")
-        if self.mode == "normal" and self.out.is_terminal and left > 0:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
-            self.bar = Progress(*columns, console=self.out, transient=True)
+        self.say(f"model  {', '.join(survey.depths)}, {facts.parameters / 1e6:.2f} M parameters, freeze depth 0..{depth}")
+        trials = f"{coordinator.closed} of {budget} trials done" if coordinator.closed else f"{budget} trials"
+        crew = f"{workers} {'worker' if workers == 1 else 'workers'} on {f'{survey.gpus} GPU' if survey.gpus else 'CPU'}"
+        self.say(f"search {trials}, {search.sampler} sampler, {search.pruner} pruner, {crew}")
+        if left > 0:
+            self.open_bar()
+        if self.bar is not None:
+            self.tally_row = self.bar.add_task("search", total=budget, completed=coordinator.closed, state=self.tally(bar=True))
+
+    def open_bar(self) -> None:
+        """Bars at the foot of the terminal. Warnings go above them, unless stderr goes elsewhere."""
+        if self.lively:
+            columns = (TextColumn("{task.description:<6}"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"))
+            self.bar = Progress(*columns, console=self.out, transient=True, refresh_per_second=4, redirect_stderr=sys.stderr.isatty())
             self.bar.start()
 
     def epoch(self, live: Live, epoch: Epoch) -> None:
-        score = epoch.scores[self.metric()]
-        total = live.run.recipe.epochs
-        self.event(
-            "epoch", trial=live.trial.number, epoch=epoch.number, of=total, loss=epoch.loss, scores=epoch.scores, seconds=epoch.seconds
-        )
-        if self.bar is not None:
-            row = self.rows.get(live.trial.number)
-            if row is None:
-                row = self.rows[live.trial.number] = self.bar.add_task(f"#{live.trial.number}", total=total, state="")
-            self.bar.update(
-                row, completed=epoch.number, state=f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}  {self.short()} {score:.4f}"
-            )
+        number, total = live.trial.number, live.run.recipe.epochs
+        values = {"loss": epoch.loss, "scores": epoch.scores, "seconds": epoch.seconds}
+        self.event("epoch", trial=number, epoch=epoch.number, of=total, **values)
+        if self.bar is None or self.coordinator is None:
+            return
+        for gone in self.rows.keys() - self.coordinator.live.keys():
+            self.bar.remove_task(self.rows.pop(gone))
+        if number not in self.rows:
+            self.rows[number] = self.bar.add_task(f"#{number}", total=total, state="")
+        metric = str(self.coordinator.search.metric)
+        score = f"{METRICS.get(metric, metric)} {epoch.scores[metric]:.4f}"
+        self.bar.update(self.rows[number], completed=epoch.number, state=f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}  {score}")
 
     def ended(self, trial: FrozenTrial, run: Run, result: Result | None) -> None:
-        """One line: `#12 acc 0.9430 ★ (best 0.9430 #12) sgd lr 3.1e-03 freeze 3/5 ep 10/10 41s | 12/50, 3 pruned, eta 18m`."""
-        if self.bar is not None and trial.number in self.rows:
-            self.bar.remove_task(self.rows.pop(trial.number))
+        assert self.columns is not None
         star = self.count(trial)
-        epochs = max(trial.intermediate_values, default=0)
-        value = trial.value if trial.state == TrialState.COMPLETE else trial.intermediate_values.get(epochs)
-        spent = result.seconds if result else 0.0
+        took = result.seconds if result else 0.0
         self.event(
             "trial",
             number=trial.number,
             state=trial.state.name.lower(),
-            value=value,
+            value=reached(trial),
             params=trial.params,
             reason=trial.user_attrs.get(REASON),
             same_as=trial.user_attrs.get(SAME_AS),
-            seconds=round(spent, 3),
+            seconds=round(took, 3),
         )
-        score = f"{self.short()} {value:.4f}" if value is not None else "no score"
-        best = f"(best {self.best[0]:.4f} #{self.best[1]})" if self.best else ""
-        shape = f"freeze {run.recipe.freeze_depth}/{self.depth} ep {epochs}/{run.recipe.epochs} {spent:.0f}s"
-        params = " ".join(f"{k} {_short(v)}" for k, v in trial.params.items() if k not in ("freeze_depth", "epochs"))
-        note = how(trial)
-        self.say(f"#{trial.number:<3} {score} {'★' if star else ' '} {best} {params} {shape}{note} | {self.progress()}")
+        if self.bar is not None and trial.number in self.rows:
+            self.bar.remove_task(self.rows.pop(trial.number))
+        self.say(self.columns.line(trial, run, took, self.best, self.tally()), "bold" if star else STYLES.get(trial.state))
+        if self.bar is not None and self.tally_row is not None and self.coordinator is not None:
+            self.bar.update(self.tally_row, completed=self.coordinator.closed, state=self.tally(bar=True))
 
     def count(self, trial: FrozenTrial) -> bool:
         """Keeps the tally; True when the trial is the best so far."""
         self.pruned += trial.state == TrialState.PRUNED
-        if (
-            trial.state == TrialState.COMPLETE
-            and SAME_AS not in trial.user_attrs
-            and (self.best is None or float(trial.value or 0) > self.best[0])
-        ):
+        better = self.best is None or float(trial.value or 0) > self.best[0] if trial.state == TrialState.COMPLETE else False
+        if better and SAME_AS not in trial.user_attrs:
             self.best = (float(trial.value or 0), trial.number)
-            return True
-        return False
+        return self.best is not None and self.best[1] == trial.number
 
-    def progress(self) -> str:
+    def tally(self, *, bar: bool = False) -> str:
+        """`12/50, 3 pruned, eta 18m`; in the bar, which has its own line, with the best."""
         assert self.coordinator is not None
-        closed, budget = self.coordinator.closed, self.coordinator.budget()
-        done = closed - self.done_before
-        eta = ""
+        closed, budget, limit = self.coordinator.closed, self.coordinator.budget(), self.coordinator.search.timeout
+        done, passed = closed - self.done_before, time.monotonic() - self.begun
+        known = [f"{closed}/{budget}"]
+        if bar and self.best is not None:
+            known.append(f"best {self.best[0]:.4f} #{self.best[1]}")
+        if self.pruned:
+            known.append(f"{self.pruned} pruned")
         if done > 0 and closed < budget:
-            eta = f", eta {spoken((time.monotonic() - self.begun) / done * (budget - closed))}"
-        return f"{closed}/{budget}{f', {self.pruned} pruned' if self.pruned else ''}{eta}"
+            left = passed / done * (budget - closed)
+            known.append(f"eta {spoken(left if limit is None else max(0.0, min(left, seconds(limit) - passed)))}")
+        return ", ".join(known)
 
     def pause(self) -> None:
+        """Takes the bars away."""
         if self.bar is not None:
             self.bar.stop()
-            self.bar, self.rows = None, {}
-
-    def metric(self) -> str:
-        assert self.coordinator is not None
-        return str(self.coordinator.search.metric)
-
-    def short(self) -> str:
-        return {"accuracy": "acc", "balanced_accuracy": "bacc", "log_likelihood": "ll"}.get(self.metric(), self.metric())
+        self.bar, self.tally_row, self.rows = None, None, {}
 
     # -- the winner
 
@@ -170,97 +160,18 @@ class Console:
         """Shows the epochs of a training that is not a trial."""
         total = run.recipe.stop_epoch or run.recipe.epochs
         self.note(f"training on {run.recipe.fit.replace('+', ' and ')}: up to {total} epochs, then test and export")
-        if self.mode == "normal" and self.out.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[state]}"),
-                console=self.out,
-                transient=True,
-            )
-            self.bar.start()
-            self.rows[-1] = self.bar.add_task("winner", total=total, state="")
+        self.open_bar()
+        row = self.bar.add_task("winner", total=total, state="") if self.bar is not None else None
 
         def show(epoch: Epoch) -> None:
             self.event("retrain", epoch=epoch.number, of=total, loss=epoch.loss, scores=epoch.scores)
-            if self.bar is not None:
+            if self.bar is not None and row is not None:
                 state = "testing and exporting" if epoch.number == total else f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}"
-                self.bar.update(self.rows[-1], completed=epoch.number, state=state)
+                self.bar.update(row, completed=epoch.number, state=state)
 
         return show
 
     def summary(self, s: Summary) -> None:
-        coordinator, winner, published = s.coordinator, s.winner, s.published
-        metric = self.metric()
-        name = s.folder.name
-        default = history.default(coordinator.study)
-        self.event(
-            "summary",
-            study=name,
-            trial=winner.number,
-            value=winner.value,
-            default=default.value if default else None,
-            params=winner.params,
-            test=published.manifest["scores"]["test"] if published else None,
-            export=str(published.folder) if published else None,
-        )
-        if not s.fresh:
-            self.say(f"nothing left to do: {coordinator.closed} of {coordinator.budget()} trials are done; raise search.trials to go on")
-        self.say("")
-        self.say(
-            f"best       trial {winner.number}, validation {metric.replace('_', ' ')} {winner.value:.4f} at epoch {winner.user_attrs['best_epoch']}"
-        )
-        self.say(f"           {'  '.join(f'{k} {_short(v)}' for k, v in winner.params.items())}")
-        if s.tied:
-            self.say(f"           tied with {', '.join(f'trial {n}' for n in s.tied)}; chosen for fewer epochs, then the lower number")
-        if default is not None and default.value is not None:
-            self.say(
-                f"default    trial {default.number} scored {default.value:.4f}; the search bought {float(winner.value or 0) - default.value:+.4f}"
-            )
-        if published is not None:
-            self.outcome(published, metric)
-        self.say(f"all of it  {s.folder}")
-        self.next_steps(name, s.folder, published)
-
-    def outcome(self, published: Published, metric: str) -> None:
-        m = published.manifest
-        tested = f"{metric.replace('_', ' ')} {m['scores']['test'][metric]:.4f} on {m['examples']['test']:,} images used for nothing else"
-        self.say(f"test       {tested}")
-        for i, (kind, e) in enumerate(m["exports"].items()):
-            size = (published.folder / e["file"]).stat().st_size / 1e6
-            self.say(
-                f"{'exports' if i == 0 else '':<10} {published.folder / e['file']}  {kind}, {size:.1f} MB, verified (differs by {e['largest_difference']:.0e})"
-            )
-
-    def next_steps(self, name: str, folder: Path, published: Published | None) -> None:
-        studies = "" if folder.parent.name == "studies" and folder.parent.parent.resolve() == Path.cwd() else f" --studies {folder.parent}"
-        self.say("\nnext:")
-        if published is not None:
-            self.say(f"  tuner predict {name} IMAGE…{studies}")
-            self.say(f"  tuner export {name} --format onnx{studies}")
-        self.say(f"  tuner dashboard {name}{studies}")
-        self.say(f"  tuner train {folder / 'best.yaml'}")
-
-
-def how(trial: FrozenTrial) -> str:
-    """What was unusual about a trial's end."""
-    if SAME_AS in trial.user_attrs:
-        return f" same as #{trial.user_attrs[SAME_AS]}"
-    reason = trial.user_attrs.get(REASON, "")
-    if trial.state == TrialState.PRUNED:
-        return f" pruned{f' ({reason})' if reason else ''}"
-    return f" FAILED ({reason})" if trial.state == TrialState.FAIL else ""
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def spoken(seconds: float) -> str:
-    """90 -> '1m30s'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+        self.event("summary", **summary.values(s))
+        for line in summary.lines(s):
+            self.say(line)
