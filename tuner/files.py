@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import os
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,9 @@ def download(url: str, path: Path, what: str, algorithm: str = "sha256", begin: 
             digest = _copy(answer, temporary, algorithm)
             if not digest.startswith(begin):
                 raise DataError(f"{what}: {url} has {name} {digest}, expected {begin}…; nothing was kept; {by_hand}")
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
+        raise DataError(f"{what}: cannot download {url}: {error}; {by_hand}") from None
     except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's URLError and time-outs
         raise DataError(f"{what}: cannot download {url}: {error}; {by_hand}") from None
 
