@@ -56,6 +56,9 @@ def tuner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
     before = signal.getsignal(signal.SIGINT)
 
     def call(*words: object) -> Said:
+        trial = sys.modules.get("tuner.trial")
+        if trial is not None:
+            trial._loaded.clear()  # a command is a process of its own, which keeps no data from the one before
         monkeypatch.setattr(sys, "argv", ["tuner", *map(str, words)])
         with pytest.raises(SystemExit) as end:
             main()

@@ -1,0 +1,145 @@
+"""The commands from end to end, in this process: run, run again, train, export."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import Said
+
+Tuner = Callable[..., Said]
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return found
+
+
+def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(tuner: Tuner, small: Path) -> None:
+    said = tuner("run", small)
+    assert (said.code, said.err) == (0, "")
+    study = small.parent / "studies" / "small"
+    assert {p.name for p in study.iterdir()} >= {"space.yaml", "best.yaml", "study.db", "artifacts", "export", "lock"}
+    m = manifest(study / "export")
+    assert m["classes"] == ["class0", "class1", "class2"]
+    assert m["input"]["shape"] == ["batch", 3, 32, 32] and m["preprocess"]["size"] == 32
+    assert set(m["scores"]["test"]) == {"accuracy", "balanced_accuracy", "f1", "log_likelihood"}
+    assert set(m["files"]) == {"MODEL_CARD.md", "model.json", "model.safetensors"}
+    for words in ("test", "tuner predict small", "tuner dashboard small", "tuner train", "default"):
+        assert words in said.out
+    assert sum(line.startswith("#") for line in said.out.splitlines()) == 4
+
+
+def test_running_again_says_that_nothing_is_left_and_a_larger_budget_continues(tuner: Tuner, small: Path) -> None:
+    tuner("run", small, "search.trials=2")
+    before = manifest(small.parent / "studies/small/export")
+    again = tuner("run", small, "search.trials=2")
+    assert again.code == 0 and "nothing left to do: 2 of 2 trials are done" in again.out
+    assert manifest(small.parent / "studies/small/export") == before  # not trained, not tested again
+    more = tuner("run", small, "search.trials=3")
+    assert sum(line.startswith("#") for line in more.out.splitlines()) == 1
+
+
+def test_train_repeats_the_winner_to_the_bit(tuner: Tuner, small: Path) -> None:
+    tuner("run", small, "search.trials=2")
+    study = small.parent / "studies" / "small"
+    said = tuner("train", study / "best.yaml", "--out", small.parent / "again")
+    assert said.code == 0, said.err
+    first, second = (load_file(f / "model.safetensors") for f in (study / "export", small.parent / "again"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert manifest(study / "export")["scores"]["test"] == manifest(small.parent / "again")["scores"]["test"]
+
+
+def test_best_yaml_is_a_space_file_with_nothing_left_to_choose(tuner: Tuner, small: Path) -> None:
+    tuner("run", small, "search.trials=2")
+    tree = yaml.safe_load((small.parent / "studies/small/best.yaml").read_text())
+    assert tree["recipe"]["fit"] == "train+valid" and isinstance(tree["recipe"]["lr"], float) and isinstance(tree["seed"], int)
+    assert tree["recipe"]["stop_epoch"] <= tree["recipe"]["epochs"]
+    assert tuner("check", small.parent / "studies/small/best.yaml").code == 0
+
+
+def test_train_refuses_what_is_still_to_be_chosen(tuner: Tuner, small: Path) -> None:
+    said = tuner("train", small)
+    assert said.code == 2 and "still to be chosen" in said.err and "tuner run" in said.err
+
+
+def test_export_adds_a_format_without_training_again_and_exports_other_trials(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner("run", small, "search.trials=3", "search.pruner=none")
+    study = small.parent / "studies" / "small"
+    weights = (study / "export" / "model.safetensors").read_bytes()
+    other = tuner("export", "small", "--trial", 1)
+    assert other.code == 0 and manifest(study / "export-1")["trial"] == 1, other.err
+    monkeypatch.setattr("tuner.winner.fit", lambda *_: pytest.fail("trained again"))
+    said = tuner("export", "small", "--format", "torch_export")
+    assert said.code == 0, said.err
+    assert set(manifest(study / "export")["exports"]) == {"safetensors", "torch_export"}
+    assert (study / "export" / "model.safetensors").read_bytes() == weights
+    assert tuner("export", "small", "--format", "torch_export").code == 0  # it is there already
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--format", "onxx"], 2, "did you mean 'onnx'?"),
+        (["--trial", "9"], 3, "has trials 0 to 0, not 9"),
+    ],
+)
+def test_export_errors_teach(words: list[str], code: int, message: str, tuner: Tuner, small: Path) -> None:
+    tuner("run", small, "search.trials=1")
+    said = tuner("export", "small", *words)
+    assert said.code == code and message in said.err
+
+
+def test_an_unknown_study_is_named_with_the_nearest(tuner: Tuner, small: Path) -> None:
+    tuner("run", small, "search.trials=1")
+    said = tuner("export", "smal")
+    assert said.code == 3 and "did you mean 'small'?" in said.err
+
+
+def test_json_prints_one_object_a_line(tuner: Tuner, small: Path) -> None:
+    said = tuner("run", small, "search.trials=1", "--json")
+    events = [json.loads(line) for line in said.out.splitlines()]
+    assert {e["event"] for e in events} >= {"begin", "epoch", "trial", "retrain", "summary"}
+    assert events[-1]["event"] == "summary" and 0 <= events[-1]["value"] <= 1
+
+
+def test_quiet_prints_nothing(tuner: Tuner, small: Path) -> None:
+    said = tuner("run", small, "search.trials=1", "--quiet")
+    assert (said.code, said.out, said.err) == (0, "", "")
+
+
+def test_without_retraining_there_is_a_best_yaml_and_no_export(tuner: Tuner, small: Path) -> None:
+    assert tuner("run", small, "search.trials=1", "search.retrain=false").code == 0
+    study = small.parent / "studies" / "small"
+    assert (study / "best.yaml").exists() and not (study / "export").exists()
+
+
+def test_a_model_of_the_users_own_is_searched(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (small.parent / "mymodels.py").write_text(
+        "from torch import nn\n\n\ndef build(outputs: int, *, width: int = 8) -> nn.Module:\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, outputs))\n"
+    )
+    monkeypatch.syspath_prepend(str(small.parent))
+    said = tuner("run", small, "model={name: 'mymodels:build', width: {low: 4, high: 8}}", "recipe.freeze_depth.high=4", "search.trials=2", "data.size=16")
+    assert said.code == 0, said.err
+    assert "width" in (small.parent / "studies/small/best.yaml").read_text()
+    assert tuner("check", small, "model={name: 'mymodels:build'}", "recipe.freeze_depth.high=5").err.count("allows 0..4") == 1
+
+
+def test_the_data_and_weights_are_read_before_a_study_is_made(tuner: Tuner, small: Path) -> None:
+    said = tuner("run", small, "data={name: folder, path: nowhere}")
+    assert said.code == 3 and "data.path: nowhere does not exist" in said.err
+    assert not (small.parent / "studies").exists()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_replaced_with_one_warning(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = small.parent / "blocked"
+    blocked.write_text("a file where a folder should be")
+    monkeypatch.setenv("TUNER_HOME", str(blocked))
+    said = tuner("run", small, "search.trials=1")
+    assert said.code == 0 and said.err.count("cannot be written") == 1
