@@ -42,12 +42,12 @@ ROWS = [
     (8, "search: {trials: -1}", ["4: search.trials: must be at least 1, got -1"]),
     (8, "search: {trials: 1.5}", ["4: search.trials: expected a whole number, got 1.5"]),
     (8, "search: {trials: true}", ["4: search.trials: expected a whole number, got true"]),
-    (10, "engine: {name: 'os:system'}", ["4: engine.name: 'os:system': system is not a function or class of yours that makes a engine"]),
+    (10, "engine: {name: 'os:system'}", ["4: engine.name: 'os:system': system is not a function or class of yours; engine needs one"]),
     (10, "export: ['mypkg:missing']", ["4: export.0: 'mypkg:missing': importing mypkg failed (ModuleNotFoundError: No module named 'mypkg')"]),
 ]  # fmt: skip
 
 MODELS = [
-    (10, "os:system", "3: model.name: 'os:system': system is not a function or class of yours that makes a model"),
+    (10, "os:system", "3: model.name: 'os:system': system is not a function or class of yours; model needs one"),
     (10, "mypkg:missing", "3: model.name: 'mypkg:missing': importing mypkg failed (ModuleNotFoundError: No module named 'mypkg')"),
     (10, "faultymod:x", "3: model.name: 'faultymod:x': importing faultymod failed (ImportError: libfoo is missing)"),
     (11, "resnet81", "3: model.name: 'resnet81' is not known; did you mean 'resnet18'? (allowed: resnet18_slim, resnet18, "),

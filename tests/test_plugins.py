@@ -115,12 +115,12 @@ def test_a_models_own_keys_are_refused_with_key_and_cause() -> None:
         ("ownpkg.broken:x", "importing ownpkg.broken failed (ImportError: libfoo is missing)"),
         ("ownpkg.leaving:x", "importing ownpkg.leaving failed (SystemExit: 0)"),
         ("nopkg:x", "importing nopkg failed (ModuleNotFoundError: No module named 'nopkg')"),
-        ("ownpkg.parts:number", "number is not a function or class of yours that makes a model"),
-        ("ownpkg.parts:system", "system is not a function or class of yours that makes a model"),
-        ("ownpkg.parts:os", "os is not a function or class of yours that makes a model"),
-        ("os:system", "system is not a function or class of yours that makes a model"),
-        ("shutil:rmtree", "rmtree is not a function or class of yours that makes a model"),
-        ("builtins:dict", "dict is not a function or class of yours that makes a model"),
+        ("ownpkg.parts:number", "number is not a function or class of yours; model needs one"),
+        ("ownpkg.parts:system", "system is not a function or class of yours; model needs one"),
+        ("ownpkg.parts:os", "os is not a function or class of yours; model needs one"),
+        ("os:system", "system is not a function or class of yours; model needs one"),
+        ("shutil:rmtree", "rmtree is not a function or class of yours; model needs one"),
+        ("builtins:dict", "dict is not a function or class of yours; model needs one"),
         ("ownpkg.parts:", "your own model goes as package.module:attribute"),
         (":x", "your own model goes as package.module:attribute"),
         (
@@ -136,7 +136,7 @@ def test_what_is_not_there_or_does_not_fit_is_named(name: str, says: str) -> Non
 def test_own_engines_and_exports_are_imported_before_anything_else() -> None:
     assert problems("vgg11", "engine: {name: 'nopkg:x'}\nexport: [onnx, 'ownpkg.parts:number']") == [
         "f:4: engine.name: 'nopkg:x': importing nopkg failed (ModuleNotFoundError: No module named 'nopkg')",
-        "f:5: export.1: 'ownpkg.parts:number': number is not a function or class of yours that makes a export",
+        "f:5: export.1: 'ownpkg.parts:number': number is not a function or class of yours; export needs one",
     ]
 
 

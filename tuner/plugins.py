@@ -192,7 +192,7 @@ def attribute(kind: str, name: str) -> Callable[..., Any]:
     if target is None:
         raise SpaceError(f"{name!r}: module {module_name} has no {wanted!r}{nearest(wanted, dir(own))}")
     if not callable(target) or _of_python(target):
-        raise SpaceError(f"{name!r}: {wanted} is not a function or class of yours that makes a {kind}")
+        raise SpaceError(f"{name!r}: {wanted} is not a function or class of yours; {kind} needs one")
     return typing.cast(Callable[..., Any], target)
 
 
