@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 from urllib.parse import urlparse
@@ -69,7 +70,7 @@ def _entry(name: str, weights: str) -> WeightsEnum:
     if weights == "default":
         return known.DEFAULT
     if weights not in known.__members__:
-        allowed = ["default", "none", *known.__members__]
+        allowed = ["default", "none", *(entry.name for entry in known)]
         raise SpaceError(
             f"model.weights: {weights!r} is not known for {name}{suggest(weights, allowed)}; or give a path to a .safetensors or .pth file"
         )
@@ -136,7 +137,9 @@ def read(path: Path) -> State:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch's advice on formats is of no use to who only has the file
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise DataError(f"weights: {path} is damaged or not a safetensors file ({error}){_looks_like(path)}") from None
     except pickle.UnpicklingError as error:

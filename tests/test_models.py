@@ -1,0 +1,205 @@
+"""The cut and partition laws, for members of every family, at every depth; models as a table."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model
+
+from tuner import plugins
+from tuner.core import Staged, cut
+from tuner.describe import describe
+from tuner.errors import SpaceError
+from tuner.run import Part, Recipe, Run
+from tuner.trial import build
+
+# small enough to be computed here; the others differ from them in widths and counts, and are cut by the same lines
+COMPUTED = ["resnet18_slim", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg11", "vgg11_bn"]
+
+
+def built(name: str, outputs: int = 3) -> Staged:
+    part = Part(name, {} if ":" in name else {"weights": "none"})
+    return build(Run(Part("classification", {}), Part("synthetic", {}), part, Recipe(), 0), Path(), outputs)
+
+
+def filled(name: str) -> Staged:
+    """The model with numbers everywhere, also where a fresh one has zeros and ones that would hide a layer left out."""
+    with torch.device("meta"):
+        staged = built(name)
+    staged.model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for value in staged.model.state_dict().values():
+        if value.dim() > 1:
+            bound = math.sqrt(3 / value[0].numel())
+            value.uniform_(-bound, bound, generator=generator)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1.5, generator=generator)
+        else:
+            value.zero_()
+    return staged
+
+
+def check_cut(staged: Staged, x: Tensor) -> None:
+    """suffix(prefix(x)) == model(x) at every depth."""
+    staged.model.eval()
+    with torch.no_grad():
+        expected = staged.model(x)
+        assert expected.isfinite().all() and expected.std() > 0
+        for depth in range(staged.max_depth + 1):
+            prefix, suffix = staged.split(depth)
+            assert torch.equal(suffix(prefix(x)), expected), depth
+
+
+def check_partition(staged: Staged) -> None:
+    """Each parameter and buffer lies in exactly one stage; a prefix is frozen and still, a suffix is all trainable."""
+    for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
+        own = sorted(id(v) for _, v in kind(staged.model))
+        inside = sorted(id(v) for stage in staged.stages.values() for _, v in kind(stage))
+        assert inside == own
+    for depth in range(staged.max_depth + 1):
+        staged.model.train()
+        prefix, suffix = staged.split(depth)
+        assert not any(p.requires_grad for p in prefix.parameters())
+        assert not any(module.training for module in prefix.modules())
+        assert all(p.requires_grad for p in suffix.parameters())
+        assert all(module.training for module in suffix.modules() if module is not suffix)
+        assert next(suffix.parameters(), None) is not None
+    with pytest.raises(ValueError, match=rf"freeze depth must be in 0\.\.{staged.max_depth}, got"):
+        staged.split(staged.max_depth + 1)
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_the_cut_law(name: str) -> None:
+    check_cut(filled(name), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("name", plugins.names("model"))
+def test_every_model_is_cut_into_all_its_parameters(name: str) -> None:
+    with torch.device("meta"):
+        staged = built(name)
+        check_partition(staged)
+        x = torch.zeros(2, 3, 64, 64)
+        prefix, suffix = staged.split(staged.max_depth)
+        assert suffix(prefix(x)).shape == (2, 3)
+        if name != "resnet18_slim":  # native names, so that weights and exports fit elsewhere
+            assert list(staged.model.state_dict()) == list(get_model(name, num_classes=3).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("resnet18_slim", ["stem", "layer1", "layer2", "layer3", "layer4", "head"]),
+        ("vgg11", ["block1", "block2", "block3", "block4", "block5", "fc1", "fc2", "head"]),
+    ],
+)
+def test_stages_have_names(name: str, stages: list[str]) -> None:
+    with torch.device("meta"):
+        assert list(built(name).stages) == stages
+
+
+def test_training_a_suffix_trains_the_model_and_leaves_the_prefix_still() -> None:
+    staged = filled("resnet18_slim")
+    before = {k: v.clone() for k, v in staged.model.state_dict().items()}
+    prefix, suffix = staged.split(3)
+    suffix.train()
+    optimizer = torch.optim.SGD(suffix.parameters(), lr=0.1)
+    suffix(prefix(torch.randn(4, 3, 32, 32))).square().sum().backward()
+    optimizer.step()
+    changed = {k for k, v in staged.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {k.split(".")[0] for k in changed} == {"layer3", "layer4", "fc"}
+    assert {"layer3.0.bn1.running_mean", "fc.weight"} <= changed
+
+
+# -- a user's own
+
+
+OWN = """
+import torch
+from torch import nn
+
+def sequential(outputs):
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, outputs)
+    )
+
+class Whole(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.flat, self.fc = nn.Flatten(), nn.Linear(3 * 32 * 32, outputs)
+    def forward(self, x):
+        return self.fc(self.flat(x))
+
+def nothing(outputs):
+    return "a model"
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """A module of the user's in the current folder."""
+    (tmp_path / "own_models_of_a_test.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield lambda name: f"own_models_of_a_test:{name}"
+    plugins.keys.cache_clear()
+
+
+def test_a_sequential_is_cut_at_its_children(own: Callable[[str], str]) -> None:
+    staged = built(own("sequential"))
+    assert list(staged.stages) == ["0", "1", "2", "3", "4", "5", "6"]
+    assert staged.max_depth == 6
+    for value in staged.model.state_dict().values():
+        torch.nn.init.uniform_(value, 0.5, 1.5) if value.is_floating_point() else None
+    check_cut(staged, torch.randn(2, 3, 32, 32))
+    check_partition(staged)
+
+
+def test_any_other_module_is_one_stage(own: Callable[[str], str]) -> None:
+    staged = built(own("Whole"))
+    assert (list(staged.stages), staged.max_depth) == (["model"], 0)
+    check_partition(staged)
+
+
+def test_nested_sequentials_share_no_parameter() -> None:
+    check_partition(cut(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))))
+
+
+# -- models as a table
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "gflops"),
+    [("resnet18", 11.69, 3.63), ("resnet50", 25.56, 8.18), ("vgg16", 138.36, 30.94), ("resnext50_32x4d", 25.03, 8.46)],
+)
+def test_numbers_agree_with_torchvisions_own(name: str, millions: float, gflops: float) -> None:
+    """torchvision states multiply-adds (resnet18: 1.81 G), which count as two here."""
+    found = describe(name)
+    meta = plugins.module("model", name).torchvision_preprocess.__globals__["get_model_weights"](name).DEFAULT.meta
+    assert found.parameters == meta["num_params"]
+    assert round(found.parameters / 1e6, 2) == millions
+    assert found.flops / 1e9 == pytest.approx(gflops, abs=0.006)
+    assert found.flops / 2e9 == pytest.approx(meta["_ops"], rel=0.01)
+    assert found.size == 224
+
+
+def test_shares_grow_with_depth_from_nothing_to_less_than_all() -> None:
+    rows = describe("resnet18_slim", outputs=10).depths
+    assert [(row.depth, row.stage) for row in rows] == [(0, "(nothing)"), *enumerate(["stem", "layer1", "layer2", "layer3", "layer4"], 1)]
+    assert rows[0].parameters == rows[0].flops == 0
+    assert all(a.parameters < b.parameters < 1 and a.flops < b.flops < 1 for a, b in itertools.pairwise(rows))
+    assert describe("resnet18_slim", outputs=10).parameters == 703_386
+
+
+def test_a_users_model_is_described_at_a_size_that_passes(own: Callable[[str], str]) -> None:
+    found = describe(own("Whole"), outputs=10)
+    assert (found.size, found.parameters, found.flops) == (32, 30_730, 2 * 30_720)
+    assert describe(own("sequential"), outputs=10).depths[1].parameters == pytest.approx(112 / (112 + 8 + 50))
+
+
+def test_what_builds_no_model_is_named(own: Callable[[str], str]) -> None:
+    with pytest.raises(SpaceError, match=r"returned str; expected an nn.Module"):
+        describe(own("nothing"))
