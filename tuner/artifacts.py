@@ -73,7 +73,8 @@ def note(run: Run, result: Result, metric: str) -> str:
     carried_out = yaml.safe_dump({"recipe": recipe, "seed": run.seed}, sort_keys=False)  # a key a line: the page is narrow
     table = ""
     if names:
-        head = f"| epoch | training loss | {' | '.join(map(spoken, names))} | seconds |\n|{'---:|' * (len(names) + 3)}"
+        heads = ["epoch", "training loss", *map(spoken, names), "seconds"]
+        head = f"| {' | '.join(f'&emsp;{h}' for h in heads)} |\n|{'---:|' * len(heads)}"  # the page puts cells side by side
         table = "\n".join([head, *(row(e, names, best=e.number == result.best) for e in result.epochs)])
     return f"{outcome(run, result, metric)}\n\n{table}\n\n```yaml\n{carried_out}```\n"
 

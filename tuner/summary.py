@@ -76,7 +76,7 @@ def outcome(published: Published, spoken: str, metric: str) -> Iterator[str]:
     width = max((len(e["file"]) for e in m["exports"].values()), default=0)
     for kind, e in m["exports"].items():
         size = (published.folder / e["file"]).stat().st_size / 1e6
-        yield f"         {e['file']:<{width}}  {size:>6.1f} MB  {kind}, verified: differs by {e['largest_difference']:.0e} at most"
+        yield f"         {e['file']:<{width}}  {size:>6.1f} MB  {kind}, verified to {e['largest_difference']:.0e}"
 
 
 def next_steps(s: Summary) -> Iterator[str]:
