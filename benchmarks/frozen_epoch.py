@@ -48,8 +48,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    print(f"{args.model}, {args.size} px, up to {args.limit} training images, {device}, torch {torch.__version__}, n = {args.repeats} epochs\n")
-    print("| freeze depth | on the fly, s | remembered, first, s | remembered, later, s | later / depth 0 on the fly |\n|---|---|---|---|---|")
+    print(
+        f"{args.model}, {args.size} px, up to {args.limit} training images, {device}, torch {torch.__version__}, n = {args.repeats} epochs\n"
+    )
+    print(
+        "| freeze depth | on the fly, s | remembered, first, s | remembered, later, s | later / depth 0 on the fly |\n|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as home:
         whole = statistics.median(epochs(args, 0, "never", Path(home)))
         for depth in range(6):

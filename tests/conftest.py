@@ -1,5 +1,6 @@
 """What several test files need: a home of their own, small real spaces, and the command line called in this process."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see engines/local.py
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

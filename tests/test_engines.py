@@ -49,7 +49,9 @@ def test_an_engine_returns_values_and_carries_reports_and_answers(carry: Carry) 
 
 
 def test_what_a_job_raises_becomes_an_outcome_and_the_next_job_runs(carry: Carry) -> None:
-    ended, _ = carry_all(carry, [Job(0, "tests.works:fail", "no such layer"), Job(1, "tests.works:refuse", "gone"), Job(2, "tests.works:count", 1)])
+    ended, _ = carry_all(
+        carry, [Job(0, "tests.works:fail", "no such layer"), Job(1, "tests.works:refuse", "gone"), Job(2, "tests.works:count", 1)]
+    )
     (_, failed), (_, refused), (_, done) = ended
     assert (failed.kind, failed.reason) == ("failed", "ValueError: no such layer") and "Traceback" in failed.trace
     assert (refused.kind, refused.reason, refused.problems, refused.code) == ("refused", "DataError", ("gone", "and more"), 3)
@@ -65,7 +67,11 @@ def test_a_worker_persists_between_jobs_and_calls(local: Carry) -> None:
 
 @pytest.mark.parametrize(
     ("work", "argument", "reason"),
-    [("die", signal.SIGKILL, "worker ended by SIGKILL (out of memory?)"), ("die", signal.SIGSEGV, "worker ended by SIGSEGV"), ("leave", 7, "worker ended with exit code 7")],
+    [
+        ("die", signal.SIGKILL, "worker ended by SIGKILL (out of memory?)"),
+        ("die", signal.SIGSEGV, "worker ended by SIGSEGV"),
+        ("leave", 7, "worker ended with exit code 7"),
+    ],
 )
 def test_a_dead_worker_ends_its_job_as_lost_and_the_next_job_gets_a_new_one(local: Carry, work: str, argument: int, reason: str) -> None:
     ended, _ = carry_all(local, [Job(0, f"tests.works:{work}", argument), Job(1, "tests.works:count", 1)])
@@ -86,7 +92,13 @@ def test_when_time_is_up_a_busy_worker_ends_at_once_and_cleans_up(tmp_path: Path
     jobs = iter([Job(0, "tests.works:hang", str(held))])
     with plugins.attribute("engine", "local")() as carry:
         start = time.monotonic()
-        carry(lambda: next(jobs, None), lambda job, value: not heard.append(value), lambda job, outcome: ended.append(outcome), lambda: not heard, 1)
+        carry(
+            lambda: next(jobs, None),
+            lambda job, value: not heard.append(value),
+            lambda job, outcome: ended.append(outcome),
+            lambda: not heard,
+            1,
+        )
         assert time.monotonic() - start < 30
     assert [(o.kind, o.reason) for o in ended] == [("lost", "interrupted")]
     assert not held.exists()  # SIGTERM unwinds the worker, so that half a download does not stay

@@ -54,7 +54,9 @@ def test_20_a_storage_url_that_cannot_be_used(url: str, message: str, tuner: Tun
         ("model.weights=none", "model.weights=bundled, this file has none"),
     ],
 )
-def test_21_a_study_of_another_space_metric_or_data_is_refused_with_the_differing_keys(change: str, message: str, tuner: Tuner, small: Path) -> None:
+def test_21_a_study_of_another_space_metric_or_data_is_refused_with_the_differing_keys(
+    change: str, message: str, tuner: Tuner, small: Path
+) -> None:
     tuner("run", small, "search.trials=1")
     before = finished(small.parent / "studies/small")
     said = tuner("run", small, change)
@@ -112,7 +114,9 @@ def test_23_sqlite_on_a_network_file_system_points_to_postgresql(tuner: Tuner, s
 
 
 @pytest.mark.parametrize("place", ["tuner.store._decode_all", "tuner.cache._write", "tuner.winner.save_all"])
-def test_26_a_full_disk_is_named_and_with_space_again_it_finishes(place: str, tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_26_a_full_disk_is_named_and_with_space_again_it_finishes(
+    place: str, tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TUNER_HOME", str(small.parent / "home"))
     words = ("run", small, "recipe.freeze_depth=3", "search.trials=2")
 
@@ -123,7 +127,7 @@ def test_26_a_full_disk_is_named_and_with_space_again_it_finishes(place: str, tu
         patch.setattr(place, full)
         said = tuner(*words)
     assert said.code == 4 and "disk full while writing" in said.err
-    assert not [p for p in small.parent.rglob("*.tmp")]
+    assert not list(small.parent.rglob("*.tmp"))
     assert tuner(*words).code == 0
 
 
@@ -138,7 +142,9 @@ def test_27_an_export_killed_between_its_renames_comes_back(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
-def test_28_when_every_trial_fails_alike_the_cause_is_named_and_nothing_exported(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_28_when_every_trial_fails_alike_the_cause_is_named_and_nothing_exported(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (small.parent / "broken.py").write_text(
         "from torch import nn\n\n\nclass Broken(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.fc = nn.Linear(1, 1)\n\n"
         "    def forward(self, x):\n        raise ValueError('no such layer')\n\n\ndef build(outputs):\n    return Broken()\n"
@@ -166,7 +172,18 @@ def test_31_a_gpu_that_is_not_there_is_named_before_anything_is_made(tuner: Tune
 
 
 def local(small: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-u", "-m", "tuner", "run", str(small), "engine.name=local", "data.examples=600", "recipe.epochs.low=2", "search.trials=3"]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "tuner",
+        "run",
+        str(small),
+        "engine.name=local",
+        "data.examples=600",
+        "recipe.epochs.low=2",
+        "search.trials=3",
+    ]
     return subprocess.Popen(command, cwd=small.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -209,7 +226,9 @@ def test_32_a_second_signal_stops_now(small: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.8, 1.5])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_27_32_an_end_while_the_winner_is_made_leaves_an_export_that_is_whole_or_absent(number: signal.Signals, delay: float, small: Path) -> None:
+def test_27_32_an_end_while_the_winner_is_made_leaves_an_export_that_is_whole_or_absent(
+    number: signal.Signals, delay: float, small: Path
+) -> None:
     process = local(small)
     until(process, "training on train and valid")
     time.sleep(delay)
@@ -228,9 +247,11 @@ def test_27_32_an_end_while_the_winner_is_made_leaves_an_export_that_is_whole_or
 def test_33_a_tie_is_decided_by_rule_and_said(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tuner.tasks.classification import Classification
 
-    monkeypatch.setattr(Classification, "score", lambda self, pairs: {"accuracy": 0.5, "balanced_accuracy": 0.5, "f1": 0.5, "log_likelihood": -1.0})
+    monkeypatch.setattr(
+        Classification, "score", lambda self, pairs: {"accuracy": 0.5, "balanced_accuracy": 0.5, "f1": 0.5, "log_likelihood": -1.0}
+    )
     said = tuner("run", small, "search.pruner=none")
-    assert said.code == 0 and "best" in said.out and "tied with trial" in said.out and "fewer epochs, then the lower number" in said.out
+    assert said.code == 0 and "best" in said.out and "tied with #" in said.out and "fewer epochs, then the lower number" in said.out
 
 
 def test_33_only_pruned_trials_leave_no_winner(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +261,9 @@ def test_33_only_pruned_trials_leave_no_winner(tuner: Tuner, small: Path, monkey
     assert not (small.parent / "studies/small/export").exists()
 
 
-def test_34_an_export_that_disagrees_is_not_published_and_the_earlier_one_stays(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_34_an_export_that_disagrees_is_not_published_and_the_earlier_one_stays(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tuner("run", small, "search.trials=1")
     export = small.parent / "studies/small/export"
     before = {p.name: p.read_bytes() for p in export.iterdir()}
@@ -249,7 +272,11 @@ def test_34_an_export_that_disagrees_is_not_published_and_the_earlier_one_stays(
     real = torch_export.load
     monkeypatch.setattr(torch_export, "load", lambda path, blank: lambda x: real(path, blank)(x) + 0.5)
     said = tuner("export", "small", "--format", "torch_export")
-    assert said.code == 1 and "export torch_export: read back, it differs from the model by 0.5" in said.err and "nothing was published" in said.err
+    assert (
+        said.code == 1
+        and "export torch_export: read back, it differs from the model by 0.5" in said.err
+        and "nothing was published" in said.err
+    )
     assert {p.name: p.read_bytes() for p in export.iterdir()} == before
     assert [p.name for p in export.parent.glob(".export*")] == []
 

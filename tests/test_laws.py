@@ -24,7 +24,15 @@ from tuner.trial import fit, prepare
 
 
 def run(model: str, depth: int, **data: Any) -> Run:
-    words = [f"model.name={model}", "model.weights=none", f"recipe.freeze_depth={depth}", "recipe.epochs=2", "recipe.lr=0.01", "recipe.optimizer=sgd", "recipe.momentum=0.9"]
+    words = [
+        f"model.name={model}",
+        "model.weights=none",
+        f"recipe.freeze_depth={depth}",
+        "recipe.epochs=2",
+        "recipe.lr=0.01",
+        "recipe.optimizer=sgd",
+        "recipe.momentum=0.9",
+    ]
     doc = parsing.override(document.parse(SMALL, "small.yaml"), [*words, *(f"data.{k}={v}" for k, v in data.items())])
     return parsing.parse(doc).sample(None, seed=5)
 
@@ -103,18 +111,36 @@ def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(tm
 
 @pytest.mark.parametrize("kind", plugins.names("export"))
 def test_export_what_is_read_back_agrees_with_the_model(kind: str, tuner: Callable[..., Said], small: Path) -> None:
-    said = tuner("train", small, "recipe.lr=0.01", "recipe.optimizer=sgd", "recipe.momentum=0.9", "recipe.freeze_depth=2", "recipe.epochs=1", f"export=[{kind}]", "--quiet")
+    said = tuner(
+        "train",
+        small,
+        "recipe.lr=0.01",
+        "recipe.optimizer=sgd",
+        "recipe.momentum=0.9",
+        "recipe.freeze_depth=2",
+        "recipe.epochs=1",
+        f"export=[{kind}]",
+        "--quiet",
+    )
     assert said.code == 0, said.err
     manifest = json.loads((small.parent / "studies/small/train/manifest.json").read_text())
     assert manifest["exports"][kind]["largest_difference"] < 1e-3
-    assert {n: hashlib.sha256((small.parent / "studies/small/train" / n).read_bytes()).hexdigest() for n in manifest["files"]} == manifest["files"]
+    assert {n: hashlib.sha256((small.parent / "studies/small/train" / n).read_bytes()).hexdigest() for n in manifest["files"]} == manifest[
+        "files"
+    ]
+
+
+@pytest.mark.slow
+def test_engines_the_same_study_whichever_carries_it(calm: Path) -> None:
+    finish(start(calm, "inline", "engine.name=inline"))
+    assert trials(calm, "inline") == trials(calm, "calm")
 
 
 # -- resume: killed and continued equals undisturbed
 
 
-def start(folder: Path, name: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-u", "-m", "tuner", "run", str(folder / "kill.yaml"), f"search.name={name}"]
+def start(folder: Path, name: str, *words: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-u", "-m", "tuner", "run", str(folder / "kill.yaml"), f"search.name={name}", *words]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -139,7 +165,12 @@ def trials(folder: Path, name: str) -> list[tuple[Any, ...]]:
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an undisturbed study named calm."""
     folder = tmp_path_factory.mktemp("kills")
-    text = SMALL.replace("inline", "local").replace("examples: 60", "examples: 400").replace("low: 1, high: 3", "low: 3, high: 5").replace("trials: 4", "trials: 5")
+    text = (
+        SMALL.replace("inline", "local")
+        .replace("examples: 60", "examples: 400")
+        .replace("low: 1, high: 3", "low: 3, high: 5")
+        .replace("trials: 4", "trials: 5")
+    )
     (folder / "kill.yaml").write_text(text)
     finish(start(folder, "calm"))
     return folder
@@ -175,5 +206,7 @@ def test_resume_killed_and_continued_equals_undisturbed(calm: Path, who: str, mo
     database = sqlite3.connect(calm / "studies" / name / "study.db")
     assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     database.close()
-    files = [json.loads((calm / "studies" / n / "export" / "manifest.json").read_text())["files"]["model.safetensors"] for n in (name, "calm")]
+    files = [
+        json.loads((calm / "studies" / n / "export" / "manifest.json").read_text())["files"]["model.safetensors"] for n in (name, "calm")
+    ]
     assert files[0] == files[1]  # the winner, retrained, is the same to the bit

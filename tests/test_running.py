@@ -68,7 +68,9 @@ def test_train_refuses_what_is_still_to_be_chosen(tuner: Tuner, small: Path) -> 
     assert said.code == 2 and "still to be chosen" in said.err and "tuner run" in said.err
 
 
-def test_export_adds_a_format_without_training_again_and_exports_other_trials(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_adds_a_format_without_training_again_and_exports_other_trials(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tuner("run", small, "search.trials=3", "search.pruner=none")
     study = small.parent / "studies" / "small"
     weights = (study / "export" / "model.safetensors").read_bytes()
@@ -125,7 +127,14 @@ def test_a_model_of_the_users_own_is_searched(tuner: Tuner, small: Path, monkeyp
         "    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, outputs))\n"
     )
     monkeypatch.syspath_prepend(str(small.parent))
-    said = tuner("run", small, "model={name: 'mymodels:build', width: {low: 4, high: 8}}", "recipe.freeze_depth.high=4", "search.trials=2", "data.size=16")
+    said = tuner(
+        "run",
+        small,
+        "model={name: 'mymodels:build', width: {low: 4, high: 8}}",
+        "recipe.freeze_depth.high=4",
+        "search.trials=2",
+        "data.size=16",
+    )
     assert said.code == 0, said.err
     assert "width" in (small.parent / "studies/small/best.yaml").read_text()
     assert tuner("check", small, "model={name: 'mymodels:build'}", "recipe.freeze_depth.high=5").err.count("allows 0..4") == 1
@@ -137,7 +146,9 @@ def test_the_data_and_weights_are_read_before_a_study_is_made(tuner: Tuner, smal
     assert not (small.parent / "studies").exists()
 
 
-def test_a_cache_folder_that_cannot_be_written_is_replaced_with_one_warning(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_folder_that_cannot_be_written_is_replaced_with_one_warning(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocked = small.parent / "blocked"
     blocked.write_text("a file where a folder should be")
     monkeypatch.setenv("TUNER_HOME", str(blocked))

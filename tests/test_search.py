@@ -1,7 +1,6 @@
 """The coordinator against an engine that answers at once: budget, retries, repeats, pruning, ends and resumes."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -136,7 +135,19 @@ def test_a_lost_worker_costs_its_trial_an_attempt_and_the_third_is_the_last() ->
 
 
 def test_equal_parameters_are_not_trained_twice() -> None:
-    s = parsing.parse(parsing.override(document.parse(SMALL, "x"), ["recipe.lr=[0.01, 0.1]", "recipe.epochs=1", "recipe.freeze_depth=0", "recipe.optimizer=adamw", "recipe.momentum=0.9", "search.trials=6"]))
+    s = parsing.parse(
+        parsing.override(
+            document.parse(SMALL, "x"),
+            [
+                "recipe.lr=[0.01, 0.1]",
+                "recipe.epochs=1",
+                "recipe.freeze_depth=0",
+                "recipe.optimizer=adamw",
+                "recipe.momentum=0.9",
+                "search.trials=6",
+            ],
+        )
+    )
     listener = Silent()
     c = coordinator(s, listener=listener)
     jobs = drive(c)
@@ -147,7 +158,19 @@ def test_equal_parameters_are_not_trained_twice() -> None:
 
 
 def test_a_twin_of_a_running_trial_waits_for_its_result() -> None:
-    s = parsing.parse(parsing.override(document.parse(SMALL, "x"), ["recipe.lr=[0.01]", "recipe.epochs=1", "recipe.freeze_depth=0", "recipe.optimizer=adamw", "recipe.momentum=0.9", "search.trials=3"]))
+    s = parsing.parse(
+        parsing.override(
+            document.parse(SMALL, "x"),
+            [
+                "recipe.lr=[0.01]",
+                "recipe.epochs=1",
+                "recipe.freeze_depth=0",
+                "recipe.optimizer=adamw",
+                "recipe.momentum=0.9",
+                "search.trials=3",
+            ],
+        )
+    )
     c = coordinator(s)
     job = c.next_job()
     assert job is not None and c.next_job() is None  # both others follow the running one
@@ -159,7 +182,16 @@ def test_grid_asks_each_combination_once_and_then_ends() -> None:
     s = parsing.parse(
         parsing.override(
             document.parse(SMALL, "x"),
-            ["recipe.lr=[0.01, 0.1]", "recipe.momentum.low=0.8", "recipe.momentum.high=0.9", "recipe.momentum.step=0.1", "recipe.epochs=1", "recipe.freeze_depth=0", "search.sampler=grid", "search.trials=100"],
+            [
+                "recipe.lr=[0.01, 0.1]",
+                "recipe.momentum.low=0.8",
+                "recipe.momentum.high=0.9",
+                "recipe.momentum.step=0.1",
+                "recipe.epochs=1",
+                "recipe.freeze_depth=0",
+                "search.sampler=grid",
+                "search.trials=100",
+            ],
         )
     )
     c = coordinator(s)

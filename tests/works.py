@@ -1,7 +1,6 @@
-"""What the engine tests have workers do."""
+"""What the engine tests have workers do, and a model that diverges."""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -55,3 +54,10 @@ def torch_loaded(argument: Any, report: Callable[[Any], bool], slot: int) -> tup
     import torch
 
     return "torch" in sys.modules, torch.get_num_threads()
+
+
+def linear(outputs: int) -> Any:
+    """A model without normalisation, which a large learning rate drives to infinity."""
+    from torch import nn
+
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, outputs))

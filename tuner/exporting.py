@@ -1,5 +1,6 @@
 """`tuner export`: the best model of a finished study, or another trial's, in the formats asked for."""
 
+import json
 from pathlib import Path
 
 import optuna
@@ -20,7 +21,7 @@ def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int 
     """Into the study's `export` folder, or `export-N` for trial N. What is exported already is kept."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = find(studies, name)
-    space = parsing.load(folder / "space.yaml", [f"search.name={folder.name}"])
+    space = parsing.load(folder / "space.yaml", [f"search.name={json.dumps(folder.name, ensure_ascii=False)}"])
     known = plugins.names("export")
     for wanted in formats:
         if ":" not in wanted and wanted not in known:

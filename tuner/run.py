@@ -53,7 +53,7 @@ class ImageOptions(Section):
     views: int | None = Field(1, ge=1, le=64, description="augmented versions of each image; null: endless, not cached")
     valid: Fraction = Field(0.15, description="share for validation, where the data has no such part")
     test: Fraction = Field(0.15, description="share for the final test, where the data has no such part")
-    seed: int = Field(0, ge=0, description="of the split")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the split")
     limit: int | None = Field(None, ge=10, description="use so many examples of each part, classes in proportion")
     on_bad_image: Literal["error", "skip"] = Field("error", description="skip leaves out unreadable images, up to 1 %")
 

@@ -40,14 +40,11 @@ def home_folder(warn: Callable[[str], None]) -> Path:
     named = os.environ.get("TUNER_HOME")
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     home = Path(named) if named else Path(cache) / "tuner"
-    try:
-        for part in ("images", "activations", "weights"):
-            (home / part).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=home / part):
-                pass
-    except OSError as error:
-        home = Path(tempfile.mkdtemp(prefix="tuner-"))
-        warn(f"the cache folder {named or cache} cannot be written ({error.strerror}); using {home} for this run only")
+    there = next(p for p in (home, *home.absolute().parents) if p.exists())  # nothing is made before it is needed
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        temporary = Path(tempfile.mkdtemp(prefix="tuner-"))
+        warn(f"the cache folder {home} cannot be written; using {temporary} for this run only")
+        home = temporary
     return home.resolve()
 
 

@@ -53,7 +53,7 @@ class Bench:
 def prepare(run: Run, place: Place, metric: str) -> Bench:
     """Builds data and model and cuts the model where the recipe says. Raises DataError, SpaceError."""
     data = load(run, place.home)
-    task: Task = plugins.attribute("task", run.task.name)(len(data.classes), run.recipe)
+    task = task_of(run, len(data.classes))
     staged = build(run, place.home, len(data.classes))
     depth = run.recipe.freeze_depth
     if depth > staged.max_depth:
@@ -67,6 +67,11 @@ def prepare(run: Run, place: Place, metric: str) -> Bench:
 
     learn = data.full if run.recipe.fit == "train+valid" else data.train
     return Bench(task, staged, net, data, feed(learn), feed(data.valid), feed(data.test), place, metric)
+
+
+def task_of(run: Run, outputs: int) -> Task:
+    task: Task = plugins.attribute("task", run.task.name)(outputs, run.recipe, **run.task.options)
+    return task
 
 
 _loaded: dict[str, Data] = {}
@@ -103,8 +108,8 @@ def build(run: Run, home: Path, outputs: int) -> Staged:
         return staged
     try:
         made = make(outputs, **options)
-    except TypeError as error:
-        raise SpaceError(f"model.name: {name}: calling it with the number of classes failed ({error})") from error
+    except Exception as error:  # whatever the user's factory raises is theirs to read
+        raise SpaceError(f"model.name: {name}: calling it with the number of classes failed ({type(error).__name__}: {error})") from error
     if isinstance(made, Staged):
         return made
     if not isinstance(made, nn.Module):

@@ -1,6 +1,7 @@
 """The winner: retrained on all it may learn from, tested once, exported, each export read back and compared, then published."""
 
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -17,7 +18,7 @@ import tuner
 from tuner import plugins
 from tuner.core import Data, Normalised
 from tuner.devices import place
-from tuner.errors import ExportMismatch
+from tuner.errors import ExportMismatch, NoUsableTrial
 from tuner.files import disk_errors, fsync, sha256
 from tuner.manifest import MANIFEST, Published, model_card, read
 from tuner.orders import Assignment, Crown, Epoch
@@ -44,7 +45,12 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
         for epoch in fit(bench, a.run.recipe, a.run.seed, best):
             if not report(epoch):
                 return None
-        scores = {"valid": best.epoch.scores if best.epoch else dict(order.valid), "test": test(bench)}
+        tested = test(bench)
+        if not all(map(math.isfinite, tested.values())):
+            raise NoUsableTrial(
+                "training the winner again, on train and validation, diverged; lower recipe.lr's high end, or try the next best with `tuner export --trial`"
+            )
+        scores = {"valid": best.epoch.scores if best.epoch else dict(order.valid), "test": tested}
         model, seconds = bench.staged.model, time.monotonic() - start
     portable = Normalised(model.cpu().float().to(memory_format=torch.contiguous_format), data.preprocess).eval()
     return publish(order, portable, data, scores, seconds)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from tuner import figures, plugins
+from tuner import figures
 from tuner.devices import place
 from tuner.orders import Assignment, Epoch, Facts, Result, Survey
-from tuner.trial import Best, Diverged, build, check_batches, fit, load, prepare
+from tuner.trial import Best, Diverged, build, check_batches, fit, load, prepare, task_of
 
 
 def survey(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Survey:
@@ -76,7 +76,7 @@ def show(a: Assignment, epochs: list[Epoch], best: Best) -> dict[str, bytes]:
     if best.epoch is None:
         return {}
     data = load(a.run, Path(a.home))
-    task = plugins.attribute("task", a.run.task.name)(len(data.classes), a.run.recipe)
+    task = task_of(a.run, len(data.classes))
     curve = figures.curve([e.loss for e in epochs], [e.scores for e in epochs], a.metric)
     return {"curve.png": curve, **task.show(best.pairs, data.classes)}
 
