@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
+from tests.conftest import Said
 from tuner import plugins
 from tuner.core import Staged, cut
 from tuner.describe import describe
@@ -203,3 +204,26 @@ def test_a_users_model_is_described_at_a_size_that_passes(own: Callable[[str], s
 def test_what_builds_no_model_is_named(own: Callable[[str], str]) -> None:
     with pytest.raises(SpaceError, match=r"returned str; expected an nn.Module"):
         describe(own("nothing"))
+
+
+def test_the_command_lists_and_describes(tuner: Callable[..., Said]) -> None:
+    assert tuner("models").out.splitlines() == plugins.names("model")
+    said = tuner("models", "resnet18")
+    assert said.code == 0
+    first, header, *rows = said.out.splitlines()
+    assert first == "resnet18: 11.69 M parameters, 3.628 GFLOPs a 224 x 224 image (1000 classes)"
+    assert header.split() == ["depth", "frozen", "up", "to", "parameters", "FLOPs"]
+    assert rows[-1].split() == ["5", "layer4", "95.6%", "100.0%"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet81", "'resnet81' is not known; did you mean 'resnet18'? (allowed: resnet18_slim, "),
+        ("no_such_package_of_mine:build", "importing no_such_package_of_mine failed (ModuleNotFoundError: "),
+    ],
+)
+def test_an_unknown_model_ends_with_2(tuner: Callable[..., Said], name: str, message: str) -> None:
+    said = tuner("models", name)
+    assert (said.code, said.out) == (2, "")
+    assert message in said.err

@@ -23,7 +23,7 @@ SPACE = """
 task: classification
 data: {name: synthetic, examples: 90, classes: 3, size: 32, noise: 0.1}
 model: {name: resnet18_slim, weights: bundled}
-recipe: {optimizer: adamw, lr: 0.003, epochs: 8, batch_size: 16}
+recipe: {optimizer: adamw, lr: 0.003, epochs: 8, batch_size: 16, fit: train+valid}
 search: {name: stripes}
 engine: {name: inline, device: cpu}
 export: [safetensors]
@@ -32,16 +32,14 @@ export: [safetensors]
 
 @pytest.fixture(scope="session")
 def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of studies with one in it, `stripes`, that is finished and exported."""
-    from tuner import parsing
-    from tuner.report import Console
-    from tuner.running import run_study
-    from tuner.session import Places
+    """A folder of studies with one in it, `stripes`, that is exported."""
+    from tuner.cli import train
 
     folder = tmp_path_factory.mktemp("predict")
     (folder / "stripes.yaml").write_text(SPACE)
-    (folder / "home").mkdir()
-    run_study(parsing.load(folder / "stripes.yaml"), Places(folder / "studies", folder / "home"), Console("quiet"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNER_HOME", str(folder / "home"))
+        train(folder / "stripes.yaml", out=folder / "studies" / "stripes" / "export", quiet=True)
     return folder / "studies"
 
 
