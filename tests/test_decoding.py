@@ -150,6 +150,17 @@ def test_a_thin_strip_is_not_blown_up() -> None:
     assert found == "array of shape (1, 60000): 60000 x 1 pixels, too long and narrow to be enlarged to 15360000 x 256"
 
 
+@pytest.mark.parametrize(
+    "error", [struct.error("unpack"), TypeError(), KeyError("tag"), zlib.error("data"), Image.DecompressionBombError("bomb")]
+)
+def test_whatever_pillow_raises_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def raising(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", raising)
+    assert attempt(tmp_path / "a.png", EIGHT) == f"{tmp_path / 'a.png'}: {str(error) or type(error).__name__}"
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tif", "webp", "bmp"])
 def test_no_cut_or_flipped_byte_raises_anything_else(tmp_path: Path, suffix: str) -> None:
     rng = np.random.default_rng(0)

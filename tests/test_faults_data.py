@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torchvision.models import ResNet18_Weights
 
 from tests.conftest import Said
 from tests.serving import serving
+from tests.test_decoding import png_header
 from tuner.models.resnet import slim
 
 Tuner = Callable[..., Said]
@@ -52,12 +51,9 @@ def content(name: str, data: bytes) -> Write:
     return lambda here: (here / name).write_bytes(data) and None
 
 
-def bomb(here: Path) -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
-    (here / "photos/a/bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
+def header(width: int, height: int) -> Write:
+    """An image that is all promise."""
+    return both(classes(5, 5), content("photos/a/huge.png", png_header(width, height)))
 
 
 def truncated(here: Path) -> None:
@@ -128,7 +124,8 @@ REFUSED = {
         "",
         "data: 1 of 11 images cannot be read; mend or remove them, or set data",
     ),
-    "17 bomb": (both(classes(5, 5), bomb), "", "photos/a/bomb.png: Image size (2500000000 pixels) exceeds limit"),
+    "17 bomb": (header(50_000, 50_000), "", "photos/a/huge.png: Image size (2500000000 pixels) exceeds limit"),
+    "17 large": (header(10_000, 9_500), "", "photos/a/huge.png: 10000 x 9500 pixels, more than 50,000,000"),
     "18 shape": (
         weights(lambda state: state | {"layer1.0.conv1.weight": torch.zeros(2, 4)}),
         BY_PATH,

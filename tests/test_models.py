@@ -45,7 +45,15 @@ def filled(name: str) -> Staged:
 
 
 def check_cut(staged: Staged, x: Tensor) -> None:
-    """suffix(prefix(x)) == model(x) at every depth."""
+    """suffix(prefix(x)) == model(x) at every depth; with nothing frozen also while training, dropout and all."""
+    suffix = staged.split(0)[1].train()
+    staged.model.train()
+    outputs = []
+    for whole in (staged.model, suffix):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outputs.append(whole(x))
+    assert torch.equal(*outputs)
     staged.model.eval()
     with torch.no_grad():
         expected = staged.model(x)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import Said
+from tests.test_decoding import png_header
 from tuner.data import synthetic
 from tuner.errors import DataError, SpaceError
 from tuner.manifest import Published
@@ -86,13 +87,15 @@ def test_a_bad_image_among_good_ones(tuner: Tuner, studies: Path, photos: Path) 
     said = tuner("predict", "stripes", photos, photos / "gone.png", "--json", "--studies", studies)
     assert (said.code, said.out) == (3, "")  # a misspelt path is found before anything is predicted
     (photos / "gone.png").symlink_to("nowhere")
+    (photos / "huge.png").write_bytes(png_header(10_000, 9_500))  # Pillow would warn
     said = tuner("predict", "stripes", photos, "--json", "--studies", studies)
     assert said.code == 3
     assert len(said.out.splitlines()) == 3
     assert said.err.splitlines() == [
         f"tuner: error: {photos}/b2.png: cannot identify image file its content",
         f"tuner: error: {photos}/gone.png: No such file or directory",
-        "tuner: error: 2 images cannot be read; the others were predicted",
+        f"tuner: error: {photos}/huge.png: 10000 x 9500 pixels, more than 50,000,000",
+        "tuner: error: 3 images cannot be read; the others were predicted",
     ]
 
 

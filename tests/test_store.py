@@ -41,7 +41,7 @@ def files(tmp_path: Path) -> Callable[[str, int], list[Path]]:
         (tmp_path / folder).mkdir()
         paths = [tmp_path / folder / f"{i}.png" for i in range(n)]
         for i, path in enumerate(paths):
-            Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(path, "BMP")  # its size does not depend on the content
         return paths
 
     return write
@@ -62,7 +62,7 @@ def test_a_changed_file_and_another_size_are_decoded_anew(
 ) -> None:
     pictures = files("a", 2)
     before = store(tmp_path, pictures, SMALL, "error")
-    Image.new("RGB", (8, 8), (99, 0, 0)).save(pictures[0])
+    Image.new("RGB", (8, 8), (99, 0, 0)).save(pictures[0], "BMP")
     os.utime(pictures[0], ns=(1, 1))
     assert store(tmp_path, pictures, SMALL, "error").digest != before.digest
     store(tmp_path, pictures, Preprocess(16, 16, "bilinear", SMALL.mean, SMALL.std), "error")

@@ -172,7 +172,7 @@ def adopt(model: nn.Module, state: State, *, head: str, where: str) -> tuple[str
 
     Raises DataError listing every missing, unknown or misshapen name.
     """
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if not k.startswith("tuner.")}
+    state = {k: v for k, v in state.items() if not k.startswith("tuner.")}  # what an export holds beside its weights
     own = model.state_dict()
     in_head = {k for k in own if k.startswith(f"{head}.")}
     new_head = any(k not in state or state[k].shape != own[k].shape for k in in_head)
