@@ -210,6 +210,29 @@ def test_32_a_signal_stops_in_order_and_the_same_command_continues(number: signa
     assert "1 of 3 trials done" in out and "#0 " not in out
 
 
+def test_32_a_signal_is_heard_at_the_next_epoch_inline_too(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuner.report import Console
+
+    real = Console.epoch
+
+    def epoch(self: Console, *words: Any) -> None:
+        real(self, *words)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Console, "epoch", epoch)
+    said = tuner("run", small, "recipe.epochs=2", "search.trials=2")
+    assert said.code == 130 and "continues where it stopped" in said.err
+    assert finished(small.parent / "studies/small") == [(0, "FAIL"), (1, "WAITING")]
+    assert max(_steps(small.parent / "studies/small")) == 1  # not a second epoch
+
+
+def _steps(folder: Path) -> list[int]:
+    with sqlite3.connect(folder / "study.db") as database:
+        found = [step for (step,) in database.execute("select step from trial_intermediate_values")]
+    database.close()
+    return found
+
+
 @pytest.mark.slow
 def test_32_a_second_signal_stops_now(small: Path) -> None:
     process = local(small)

@@ -45,7 +45,7 @@ def coordinator(s: Space, storage: Any = None, listener: Any = None) -> Coordina
         pruner=PRUNERS[search.pruner](3),
         load_if_exists=True,
     )
-    return Coordinator(study, s, lambda run: Assignment(run, "accuracy", s.settings.engine, "home"), listener or Silent())
+    return Coordinator(study, s, lambda run: Assignment(run, "accuracy", s.settings.engine, "home"), listener or Silent(), lambda: False)
 
 
 def quality(run: Run) -> float:
@@ -267,7 +267,7 @@ def test_an_interrupted_trial_is_asked_again_without_costing_an_attempt() -> Non
         c = coordinator(space(trials=2), storage)
         job = c.next_job()
         assert job is not None
-        c.stopping = True
+        c.stopping = lambda: True
         assert c.report(job, Epoch(1, 1.0, {"accuracy": 0.5}, 0.1)) is False
         c.ended(job, Outcome("done", Result("stopped", (), 1, {}, 0.1)))
         assert c.next_job() is None

@@ -260,6 +260,8 @@ def main() -> NoReturn:
         app()  # ends by SystemExit, with 2 for a usage error
     except TunerError as error:
         code = complain(error, debug)
+    except KeyboardInterrupt:
+        code = 130
     except BrokenPipeError:  # `tuner models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:

@@ -91,7 +91,9 @@ class Search(Section):
     """How the space is searched."""
 
     trials: int = Field(20, ge=1, le=1_000_000, description="the budget: trials that ended")
-    timeout: Annotated[str | None, AfterValidator(_duration)] = Field(None, description="ask no more this long after the command began: 90s, 10m, 1h30m")
+    timeout: Annotated[str | None, AfterValidator(_duration)] = Field(
+        None, description="ask no more this long after the command began: 90s, 10m, 1h30m"
+    )
     sampler: Literal["tpe", "random", "grid"] = Field("tpe", description="how parameters are proposed")
     pruner: Literal["median", "successive-halving", "hyperband", "none"] = Field("median", description="what ends bad trials")
     metric: str | None = Field(None, description="what is maximised on the validation examples; null: the task's first")

@@ -14,7 +14,7 @@ from tuner.run import Run
 from tuner.samplers import PRUNERS, SAMPLERS
 from tuner.search import Coordinator
 from tuner.session import Places, Session, interrupted, session, study_name, write_yaml
-from tuner.space import Space
+from tuner.space import Range, Space
 
 
 def run_study(space: Space, places: Places, console: Console) -> Summary:
@@ -30,7 +30,7 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
             workers = workers_of(space, survey.gpus)
             console.begin(coordinator, facts, survey, workers)
             try:
-                s.carry(coordinator.next_job, coordinator.report, coordinator.ended, lambda: go_on(s, coordinator), workers)
+                s.carry(coordinator.next_job, coordinator.report, coordinator.ended, lambda: not s.stop.now, workers)
             finally:
                 console.pause()
             if s.stop:
@@ -40,11 +40,17 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
             return crown_best(s, coordinator, folder, fresh=coordinator.closed > before)
 
 
-def go_on(s: Session, coordinator: Coordinator) -> bool:
-    if s.stop and not coordinator.stopping:
-        coordinator.stopping = True
-        s.console.note("stopping after the running epoch; press Ctrl-C again to stop now")
-    return not s.stop.now
+class Stopping:
+    """Whether the search was asked to stop; says so when it first notices."""
+
+    def __init__(self, s: Session) -> None:
+        self.session, self.said = s, False
+
+    def __call__(self) -> bool:
+        if self.session.stop and not self.said:
+            self.said = True
+            self.session.console.note("stopping after the running epoch; press Ctrl-C again to stop now")
+        return self.said
 
 
 def workers_of(space: Space, gpus: int) -> int:
@@ -57,18 +63,27 @@ def workers_of(space: Space, gpus: int) -> int:
 
 def open_coordinator(s: Session, folder: Path, data_digest: str) -> Coordinator:
     space, search = s.space, s.settings.search
-    epochs = max((r.recipe.epochs for r in [space.run({})]), default=1)
-    for d in space.dimensions:
-        if d.path == ("recipe", "epochs"):
-            epochs = int(max(d.leaf.members() or (epochs,)))
     database = storage.connect(s.settings.storage, folder)
     study = storage.open_study(
-        database, study_name(space), SAMPLERS[search.sampler](search.seed), PRUNERS[search.pruner](epochs), identity(space), data_digest
+        database,
+        study_name(space),
+        SAMPLERS[search.sampler](search.seed),
+        PRUNERS[search.pruner](longest(space)),
+        identity(space),
+        data_digest,
     )
     write_yaml(folder / "space.yaml", space.tree(), f"what study {study_name(space)!r} searches, with every default")
     artifacts = Artifacts(study, folder, str(search.metric))
     artifacts.describe(space)
-    return Coordinator(study, space, s.assignment, Both(s.console, artifacts))
+    return Coordinator(study, space, s.assignment, Both(s.console, artifacts), Stopping(s))
+
+
+def longest(space: Space) -> int:
+    """The most epochs that a trial of this space can have."""
+    leaf = next((d.leaf for d in space.dimensions if d.path == ("recipe", "epochs")), None)
+    if leaf is None:
+        return int(space.values["recipe", "epochs"])
+    return int(leaf.high if isinstance(leaf, Range) else max(leaf.options))
 
 
 class Both:

@@ -45,11 +45,12 @@ class Live:
 class Coordinator:
     """`next_job`, `report` and `ended` are what an engine calls; everything is decided from the study's history."""
 
-    def __init__(self, study: optuna.Study, space: Space, order: Callable[[Run], Assignment], listener: Listener) -> None:
-        self.study, self.space, self.order, self.listener = study, space, order, listener
+    def __init__(
+        self, study: optuna.Study, space: Space, order: Callable[[Run], Assignment], listener: Listener, stopping: Callable[[], bool]
+    ) -> None:
+        self.study, self.space, self.order, self.listener, self.stopping = study, space, order, listener, stopping
         self.search = space.settings.search
         self.live: dict[int, Live] = {}
-        self.stopping = False
         self.error: TunerError | None = None
         self.begun = time.monotonic()
         self.failures: list[str] = []  # reasons, since the last trial that completed
@@ -107,7 +108,7 @@ class Coordinator:
         return None
 
     def wanted(self) -> bool:
-        if self.stopping or self.error is not None:
+        if self.stopping() or self.error is not None:
             return False
         if self.search.timeout is not None and time.monotonic() - self.begun > seconds(self.search.timeout):
             return False
@@ -166,7 +167,7 @@ class Coordinator:
         live.trial.report(epoch.scores[str(self.search.metric)], epoch.number)
         self.listener.epoch(live, epoch)
         live.pruned = live.trial.should_prune()
-        return not (live.pruned or self.stopping)
+        return not (live.pruned or self.stopping())
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         """Records how a trial ended, once."""
@@ -177,7 +178,7 @@ class Coordinator:
             reason = "; ".join(outcome.problems)[:500]  # data or disk: the trial is asked again once that is mended
             self.again(live, reason, count=False)
             self.error = self.error or refusal(outcome)
-        elif outcome.reason == "interrupted" or (outcome.kind == "lost" and self.stopping):
+        elif outcome.reason == "interrupted" or (outcome.kind == "lost" and self.stopping()):
             self.again(live, "interrupted", count=False)
         elif outcome.kind == "lost" and live.attempt <= self.search.retries:
             self.again(live, outcome.reason, count=True)

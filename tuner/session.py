@@ -119,7 +119,7 @@ class Session:
 @contextlib.contextmanager
 def session(space: Space, places: Places, console: Console, engine: str | None = None) -> Iterator[Session]:
     name = engine or space.settings.engine.name
-    with stoppable() as stop, plugins.attribute("engine", name)() as carry:
+    with stoppable(abrupt=name == "inline") as stop, plugins.attribute("engine", name)() as carry:
         yield Session(space, places, console, carry, stop)
 
 

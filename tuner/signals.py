@@ -12,7 +12,8 @@ GRACE = 8.0  # seconds that a SIGTERM leaves to the running epoch
 class Stop:
     """`signal` is what arrived, if anything; `now` says that there is no more time."""
 
-    def __init__(self) -> None:
+    def __init__(self, abrupt: bool = False) -> None:
+        self.abrupt = abrupt
         self.signal: int | None = None
         self.count = 0
         self.since = 0.0
@@ -22,6 +23,8 @@ class Stop:
         self.signal = self.signal or number
         if self.count == 1:
             self.since = time.monotonic()
+        elif self.abrupt:
+            raise KeyboardInterrupt  # training runs in this very process, so nothing else would end it
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -33,9 +36,9 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[Stop]:
+def stoppable(*, abrupt: bool = False) -> Iterator[Stop]:
     """Handlers that only set a flag, for the length of the block."""
-    stop = Stop()
+    stop = Stop(abrupt)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
