@@ -115,7 +115,7 @@ def test_the_studys_note_is_shown(browser: Any, page: str) -> None:
 
 def test_the_dashboard_beside_a_search_shows_a_running_trial(place: Path, browser: Any) -> None:
     port = free()
-    words = ["search.name=beside", "data.examples=200", "recipe.epochs=500", "recipe.freeze_depth=0"]
+    words = ["search.name=beside", "engine.name=local", "data.examples=200", "recipe.epochs=500", "recipe.freeze_depth=0"]
     command = [*TUNER, "run", "small.yaml", *words, "--dashboard", "--port", str(port), "--quiet"]
     with subprocess.Popen(command, cwd=place, env=os.environ | {"TUNER_HOME": str(place / "home")}) as search:
         answers(f"http://127.0.0.1:{port}/api/meta", search)
