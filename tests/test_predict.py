@@ -173,6 +173,7 @@ def test_an_unknown_study(tuner: Tuner, studies: Path, photos: Path) -> None:
         f"tuner: error: no export under 'strips': neither a study in {studies} nor a folder with manifest.json; "
         "did you mean 'stripes'? (allowed: stripes)\n"
     )
+    assert tuner("predict", "x" * 300, photos).code == 3
     said = tuner("predict", "stripes", photos)
     assert said.code == 3
     assert "make one with `tuner run FILE`" in said.err

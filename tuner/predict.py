@@ -27,10 +27,10 @@ class Prediction:
 def find(studies: Path, name: str) -> Published:
     """A study by name or folder, or an export's folder. Raises DataError."""
     for folder in (studies / name / "export", Path(name) / "export", Path(name)):
-        published = read(folder)
+        published = read(folder) if os.path.isdir(folder) else None  # Path.is_dir raises on a name that is too long
         if published is not None:
             return published
-    if (studies / name / "space.yaml").is_file():
+    if os.path.isfile(studies / name / "space.yaml"):
         raise DataError(f"study {name!r} has no export yet; finish it with `tuner run`, or call `tuner export {name}`")
     known = sorted(p.parent.parent.name for p in studies.glob("*/export/manifest.json"))
     hint = suggest(name, known) if known else "; make one with `tuner run FILE`"
