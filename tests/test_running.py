@@ -154,3 +154,24 @@ def test_a_cache_folder_that_cannot_be_written_is_replaced_with_one_warning(
     monkeypatch.setenv("TUNER_HOME", str(blocked))
     said = tuner("run", small, "search.trials=1")
     assert said.code == 0 and said.err.count("cannot be written") == 1
+
+
+def test_check_looks_at_local_weights_and_downloads_nothing(tuner: Tuner, small: Path) -> None:
+    said = tuner("check", small, "model.weights=./nothing.pth")
+    assert said.code == 3 and "nothing.pth does not exist" in said.err
+    said = tuner("check", small, "data={name: cifar10}")
+    assert said.code == 3 and "is not there yet; `tuner run` downloads it from https://" in said.err
+    assert tuner("check", small, "model={name: resnet18, weights: default}").code == 0  # named weights are fetched by run only
+
+
+@pytest.mark.parametrize("name", ["a$_{$", "猫", "x" * 100])
+def test_odd_class_names_reach_the_pictures(name: str, tuner: Tuner, small: Path) -> None:
+    from PIL import Image
+
+    for label, colour in ((name, "red"), ("other", "blue")):
+        (small.parent / "photos" / label).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (32, 32), colour).save(small.parent / "photos" / label / f"{i}.png")
+    said = tuner("run", small, "data={name: folder, path: photos}", "search.trials=1")
+    assert said.code == 0, said.err
+    assert len(list((small.parent / "studies/small/artifacts").iterdir())) == 3

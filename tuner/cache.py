@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.core import Batch, Source, Tree, digest_of, leaves
-from tuner.files import disk_errors, locked
+from tuner.files import atomic_folder, disk_errors, lock_of, locked, sweep
 
 CHUNK = 256
 Leaf = dict[str, Any]  # name, shape of one example, dtype
@@ -91,12 +90,14 @@ class Remembered:
 
     def _open(self, view: int) -> tuple[dict[str, Tensor], Tensor]:
         place = self.folder / f"{self.key}-{view}"
-        if not (place / "meta.json").is_file():
-            with locked(place.with_suffix(".lock")):
-                if not (place / "meta.json").is_file():
+        if _whole(place) is None:
+            with locked(lock_of(place)):
+                if _whole(place) is None:
+                    sweep(self.folder)
                     self._compute(place, view)
+        meta = _whole(place)
+        assert meta is not None
         os.utime(place)
-        meta: list[Leaf] = json.loads((place / "meta.json").read_text())
         values = {leaf["name"]: _mapped(place / f"{i}.bin", leaf, len(self)) for i, leaf in enumerate(meta)}
         y = values.pop("y")
         if self.device.type == "cuda" and _fits_on_gpu(values, self.device):
@@ -104,15 +105,10 @@ class Remembered:
         return values, y
 
     def _compute(self, place: Path, view: int) -> None:
-        temporary = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=self.folder))
-        try:
-            with disk_errors(place):
-                meta = _write(temporary, self._chunks(view))
-                (temporary / "meta.json").write_text(json.dumps(meta))
-                make_room(self.folder, sum(f.stat().st_size for f in temporary.iterdir()), self.limit)
-                temporary.rename(place)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(place) as temporary:
+            meta = _write(temporary, self._chunks(view))
+            (temporary / "meta.json").write_text(json.dumps({"bytes": [f.stat().st_size for f in _files(temporary)], "leaves": meta}))
+            make_room(self.folder, sum(f.stat().st_size for f in temporary.iterdir()), self.limit)
 
     def _chunks(self, view: int) -> Iterator[dict[str, Tensor]]:
         for index in torch.split(torch.arange(len(self)), CHUNK):
@@ -129,6 +125,20 @@ def _channels_last(value: Tensor) -> Tensor:
 
 def _channels_first(value: Tensor) -> Tensor:
     return value.permute(0, 3, 1, 2) if value.dim() == 4 else value
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.bin"), key=lambda path: int(path.stem))
+
+
+def _whole(folder: Path) -> list[Leaf] | None:
+    """What a finished entry holds; None when there is none, or a damaged one."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        leaves_: list[Leaf] = meta["leaves"]
+        return leaves_ if meta["bytes"] == [f.stat().st_size for f in _files(folder)] else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _write(folder: Path, chunks: Iterator[dict[str, Tensor]]) -> list[Leaf]:

@@ -1,6 +1,7 @@
 """Pictures for the dashboard and the report, drawn without a display."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,7 +14,9 @@ LOSS, SCORE = "tab:red", "tab:blue"
 
 def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(out)  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a script that the font lacks is drawn as boxes
+        FigureCanvasAgg(figure).print_png(out)  # type: ignore[no-untyped-call]
     return out.getvalue()
 
 
@@ -26,8 +29,8 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [name if len(name) <= 16 else name[:15] + "…" for name in classes]
     ticks = range(len(classes)) if len(classes) <= NAMED else []
-    axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90 if max(map(len, names), default=0) > 2 else 0)
-    axes.set_yticks(ticks, [names[i] for i in ticks])
+    axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90 if max(map(len, names), default=0) > 2 else 0, parse_math=False)
+    axes.set_yticks(ticks, [names[i] for i in ticks], parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     right, total = sum(row[i] for i, row in enumerate(matrix)), sum(map(sum, matrix))

@@ -6,14 +6,17 @@ import fcntl
 import hashlib
 import http.client
 import os
+import shutil
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from tuner.errors import DataError, StorageError
 
+OFFLINE: ContextVar[bool] = ContextVar("OFFLINE", default=False)  # set where nothing may be downloaded
 PATIENCE = 30.0  # seconds without a byte after which a download is given up
 
 
@@ -58,6 +61,38 @@ def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well; only who holds `folder`'s lock may build it.
+
+    A killed build leaves a `.tmp` that the next build of the same folder, or `sweep`, removes.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with disk_errors(folder):
+        for rest in (temporary, folder):
+            shutil.rmtree(rest, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in (*temporary.iterdir(), temporary):
+                fsync(path)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def sweep(parent: Path) -> None:
+    """Removes what killed builds left in `parent`."""
+    for rest in parent.glob(".*.tmp"):
+        with locked(parent / f"{rest.name[1:-4]}.lock", wait=False) as ours:
+            if ours:  # else it is being built right now
+                shutil.rmtree(rest, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turns a full disk, a quota or a missing permission into a StorageError that names the path."""
     try:
@@ -90,6 +125,8 @@ def download(url: str, path: Path, what: str, algorithm: str = "sha256", begin: 
 
     Raises DataError that says how to place the file by hand, StorageError when it cannot be written.
     """
+    if OFFLINE.get():
+        raise DataError(f"{what}: {path} is not there yet; `tuner run` downloads it from {url}")
     name = algorithm.upper().replace("SHA256", "SHA-256")
     known = f" (its {name} begins with {begin})" if begin else ""
     by_hand = f"fetch it elsewhere{known} and place it at {path}"

@@ -21,7 +21,7 @@ from tuner import decoding
 from tuner.core import Preprocess
 from tuner.decoding import Picture
 from tuner.errors import DataError
-from tuner.files import disk_errors, fsync, locked
+from tuner.files import atomic_folder, disk_errors, lock_of, locked, sweep
 
 FORMAT = 3  # of the stored files; another number is another store
 LISTED = 10  # unreadable pictures that a message names
@@ -47,7 +47,7 @@ def store(home: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_ba
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if _whole(folder) is None:
-            with locked(folder.with_suffix(".lock")):
+            with locked(lock_of(folder)):
                 if _whole(folder) is None:
                     _sweep(folder.parent)
                     _build(folder, pictures, preprocess, on_bad_image)
@@ -85,21 +85,11 @@ def _whole(folder: Path) -> dict[str, Any] | None:
 
 
 def _build(folder: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_bad_image: str) -> None:
-    """Written beside its place and renamed when whole; a killed build leaves a `.tmp` that `_sweep` finds."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for rest in (temporary, folder):
-        shutil.rmtree(rest, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with atomic_folder(folder) as temporary:
         meta = _decode_all(temporary / "pixels.bin", pictures, preprocess)
         _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
         (temporary / "unreadable.txt").write_text("".join(f"{line}\n" for line in meta["bad"]), errors="surrogateescape")
         (temporary / "meta.json").write_text(json.dumps(meta))
-        for path in (*temporary.iterdir(), temporary):
-            fsync(path)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _decode_all(path: Path, pictures: Sequence[Picture], preprocess: Preprocess) -> dict[str, Any]:
@@ -138,10 +128,7 @@ def _judge(bad: Sequence[str], total: int, on_bad_image: str, place: Path) -> li
 
 def _sweep(images: Path) -> None:
     """Removes what killed builds left, and stores that nothing has used for long."""
-    for rest in images.glob(".*.tmp"):
-        with locked(images / f"{rest.name[1:-4]}.lock", wait=False) as ours:
-            if ours:  # else it is being built right now
-                shutil.rmtree(rest, ignore_errors=True)
+    sweep(images)
     for old in images.glob("[0-9a-f]*"):
         if old.is_dir() and time.time() - old.stat().st_mtime > UNUSED_DAYS * 86_400:
             shutil.rmtree(old, ignore_errors=True)

@@ -10,8 +10,10 @@ import torch
 
 from tuner import figures
 from tuner.devices import place
+from tuner.files import OFFLINE
 from tuner.orders import Assignment, Epoch, Facts, Result, Survey
 from tuner.trial import Best, Diverged, build, check_batches, fit, load, prepare, task_of
+from tuner.weights import is_path
 
 
 def survey(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Survey:
@@ -29,8 +31,10 @@ def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], 
     warnings: list[str] = []
     notes: list[str] = []
     for a in assignments:
+        OFFLINE.set(not a.fetch)
         data = load(a.run, Path(a.home))
-        staged = build(a.run if a.fetch else a.run.without_weights(), Path(a.home), len(data.classes))
+        local = is_path(str(a.run.model.options.get("weights", "")))
+        staged = build(a.run if a.fetch or local else a.run.without_weights(), Path(a.home), len(data.classes))
         warnings += [*data.warnings, *check_batches(data, a.run)]
         notes += [f"{a.run.model.name}: {note}" for note in staged.notes]
     return Facts(

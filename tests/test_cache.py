@@ -1,0 +1,127 @@
+"""What the cache keeps, what it recomputes, and what it throws away first. That it agrees with its twin: test_laws.py."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tuner.cache import Limits, Live, Remembered, make_room, through
+from tuner.core import Batch
+
+
+class Counting:
+    """A source of eight examples that counts how often it is asked."""
+
+    views = 2
+    digest = "eight"
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def take(self, index: Tensor, view: int) -> Batch:
+        self.taken += len(index)
+        return Batch(index.float()[:, None] + 100 * view, index)
+
+
+class Taps(nn.Module):
+    """A prefix that gives a flat dict, as one with skip connections does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"skip": x, "map": self.fc(x)[:, :, None, None].expand(-1, -1, 2, 4)}
+
+
+def prefix() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Taps()).eval()
+
+
+def remembered(home: Path, source: Counting) -> Remembered:
+    found = through(prefix(), source, torch.device("cpu"), "float32", Limits(home))
+    assert isinstance(found, Remembered)
+    return found
+
+
+def test_a_dict_of_tensors_is_remembered_with_its_shapes(tmp_path: Path) -> None:
+    source = Counting()
+    cached, live = remembered(tmp_path, source), Live(prefix(), Counting())
+    index = torch.tensor([6, 1])
+    for view in (0, 1, 3):
+        got, wanted = cached.take(index, view), live.take(index, view % 2)
+        assert isinstance(got.x, dict) and isinstance(wanted.x, dict) and list(got.x) == ["skip", "map"]
+        assert got.x["map"].shape == (2, 3, 2, 4)
+        assert all(torch.allclose(got.x[k], wanted.x[k]) for k in wanted.x) and got.y.tolist() == [6, 1]
+
+
+def test_each_view_is_computed_once_and_later_sources_ask_nothing(tmp_path: Path) -> None:
+    source, index = Counting(), torch.arange(8)
+    first = remembered(tmp_path, source)
+    for _ in range(3):
+        first.take(index, 0)
+    probe = 2  # how many examples are computed to see how large they are
+    assert source.taken == 8 + probe
+    again = Counting()
+    remembered(tmp_path, again).take(index, 0)
+    assert again.taken == probe
+
+
+@pytest.mark.parametrize("harm", ["meta", "truncated", "gone"])
+def test_a_damaged_entry_is_computed_again(harm: str, tmp_path: Path) -> None:
+    index = torch.arange(8)
+    wanted = remembered(tmp_path, Counting()).take(index, 0).x
+    (entry,) = [p for p in (tmp_path / "activations").iterdir() if p.is_dir()]
+    if harm == "meta":
+        (entry / "meta.json").write_text("")
+    elif harm == "truncated":
+        os.truncate(entry / "1.bin", 5)
+    else:
+        (entry / "0.bin").unlink()
+    got = remembered(tmp_path, Counting()).take(index, 0).x
+    assert isinstance(got, dict) and isinstance(wanted, dict) and torch.equal(got["map"], wanted["map"])
+
+
+def test_other_weights_other_data_or_another_precision_have_another_key(tmp_path: Path) -> None:
+    other = Counting()
+    other.digest = "other"
+    torch.manual_seed(1)
+    keys = [
+        remembered(tmp_path, Counting()).key,
+        remembered(tmp_path, other).key,
+        *(
+            f.key
+            for f in (
+                through(nn.Sequential(Taps()).eval(), Counting(), torch.device("cpu"), "float32", Limits(tmp_path)),
+                through(prefix(), Counting(), torch.device("cpu"), "bfloat16", Limits(tmp_path)),
+            )
+            if isinstance(f, Remembered)
+        ),
+    ]
+    assert len(set(keys)) == 4
+
+
+def test_the_least_recently_used_entry_goes_first(tmp_path: Path) -> None:
+    for name, age in (("old", 300), ("new", 100), ("middle", 200)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.bin").write_bytes(bytes(10))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    make_room(tmp_path, 5, limit=30)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["middle", "new"]
+    make_room(tmp_path, 5, limit=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_half_written_is_left_when_computing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = remembered(tmp_path, Counting())
+    monkeypatch.setattr(json, "dumps", lambda *_: pytest.fail("stop"))
+    with pytest.raises(BaseException, match="stop"):
+        cached.take(torch.arange(2), 0)
+    assert [p.suffix for p in (tmp_path / "activations").iterdir()] == [".lock"]
