@@ -1,5 +1,6 @@
 """The commands. Only what a command needs is imported, so that `tuner --help` answers at once."""
 
+import io
 import json
 import os
 import signal
@@ -58,6 +59,7 @@ def run(
     finally:
         if server is not None:
             server.terminate()
+            server.wait()
 
 
 @app.command()
@@ -147,7 +149,7 @@ def predict(
             bad += 1
             print(f"tuner: error: {found}", file=sys.stderr)
         elif json_:
-            typer.echo(json.dumps({"image": str(found.path), "classes": dict(found.classes)}, ensure_ascii=False))
+            typer.echo(json.dumps({"image": str(found.path), "classes": dict(found.classes)}))
         else:
             typer.echo(f"{found.path}  " + "  ".join(f"{name} {p:.3f}" for name, p in found.classes[:top]))
     if bad:
@@ -231,7 +233,7 @@ def show_published(console: "Console", published: Any) -> None:
     console.event("published", folder=str(published.folder), test=scores)
     console.say("test    " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     for kind, e in published.manifest["exports"].items():
-        console.say(f"export  {published.folder / e['file']}  {kind}, verified (differs by {e['largest_difference']:.0e})")
+        console.say(f"export  {published.folder / e['file']}  {kind}, verified to {e['largest_difference']:.0e}")
 
 
 def start_dashboard(space: "Space", places: "Places", port: int, console: "Console") -> "subprocess.Popen[bytes]":
@@ -255,6 +257,8 @@ def main() -> NoReturn:
     # spinning threads keep the working ones waiting (a training step on 2 busy cores: 1,460 ms, and 40 ms without)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? where it must, and nothing breaks
     code = 0
     try:
         app()  # ends by SystemExit, with 2 for a usage error

@@ -19,8 +19,6 @@ from tuner.run import Run, seconds
 from tuner.search import Coordinator, Live
 from tuner.summary import Summary
 
-__all__ = ["Console", "Summary"]
-
 Mode = Literal["normal", "quiet", "json"]
 ASCII = str.maketrans({"★": "*", "…": "..."})
 STYLES = {TrialState.PRUNED: "dim", TrialState.FAIL: "red"}

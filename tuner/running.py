@@ -9,12 +9,13 @@ import optuna
 from tuner import history, manifest, storage
 from tuner.artifacts import Artifacts
 from tuner.manifest import Published
-from tuner.report import Console, Summary
+from tuner.report import Console
 from tuner.run import Run
 from tuner.samplers import PRUNERS, SAMPLERS
 from tuner.search import Coordinator
 from tuner.session import Places, Session, interrupted, session, study_name, write_yaml
 from tuner.space import Range, Space
+from tuner.summary import Summary
 
 
 def run_study(space: Space, places: Places, console: Console) -> Summary:
