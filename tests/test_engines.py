@@ -58,6 +58,16 @@ def test_what_a_job_raises_becomes_an_outcome_and_the_next_job_runs(carry: Carry
     assert done.value == 1
 
 
+def test_what_fails_in_the_coordinator_is_not_taken_for_a_failure_of_the_job(carry: Carry) -> None:
+    jobs = iter([Job(0, "tests.works:count", 1)])
+
+    def report(job: Job, value: Any) -> bool:
+        raise ConnectionError("the database is gone")
+
+    with pytest.raises(ConnectionError, match="the database is gone"):
+        carry(lambda: next(jobs, None), report, lambda job, outcome: pytest.fail(outcome.reason), lambda: True, 1)
+
+
 def test_a_worker_persists_between_jobs_and_calls(local: Carry) -> None:
     first, _ = carry_all(local, [Job(0, "tests.works:pid", None), Job(1, "tests.works:pid", None)])
     second, _ = carry_all(local, [Job(2, "tests.works:pid", None)])

@@ -131,6 +131,24 @@ def test_26_a_full_disk_is_named_and_with_space_again_it_finishes(
     assert tuner(*words).code == 0
 
 
+def test_26_a_database_that_cannot_be_written_ends_in_order_and_continues(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        real = optuna.storages.RDBStorage.set_trial_intermediate_value
+
+        def full(self: Any, trial_id: int, step: int, value: float) -> None:
+            if trial_id == 2:
+                raise optuna.exceptions.StorageInternalError("") from sqlite3.OperationalError("database or disk is full")
+            real(self, trial_id, step, value)
+
+        patch.setattr(optuna.storages.RDBStorage, "set_trial_intermediate_value", full)
+        said = tuner("run", small, "search.trials=2")
+    assert said.code == 4 and "study.db failed while the search ran (database or disk is full)" in said.err
+    assert finished(small.parent / "studies/small")[0] == (0, "COMPLETE")
+    assert tuner("run", small, "search.trials=2").code == 0
+
+
 def test_27_an_export_killed_between_its_renames_comes_back(tmp_path: Path) -> None:
     folder, old = tmp_path / "export", tmp_path / ".export.old"
     folder.mkdir()

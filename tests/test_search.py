@@ -92,15 +92,18 @@ def test_trial_0_is_the_default_recipe_as_far_as_the_space_allows() -> None:
     assert c.study.trials[0].params == {"optimizer": "sgd", "lr": 0.001, "momentum": 0.9, "freeze_depth": 0, "epochs": 3}
 
 
-def test_a_killed_and_continued_search_draws_what_an_undisturbed_one_draws() -> None:
-    calm = coordinator(space(trials=9))
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_killed_and_continued_search_draws_what_an_undisturbed_one_draws(sampler: str, drawn: bool) -> None:
+    calm = coordinator(space(trials=14, sampler=sampler))
     drive(calm)
     storage = optuna.storages.InMemoryStorage()
-    for _ in range(9):  # each process carries out one trial, and dies holding the next
-        c = coordinator(space(trials=9), storage)
+    for _ in range(14):  # each process carries out one trial, and dies holding the next
+        c = coordinator(space(trials=14, sampler=sampler), storage)
         drive(c, most=1)
-        c.next_job()
-    c = coordinator(space(trials=9), storage)
+        if c.wanted():
+            c.next_job() if drawn else c.ask()  # with its parameters drawn, or not yet
+    c = coordinator(space(trials=14, sampler=sampler), storage)
     drive(c)
 
     def roots(study: optuna.Study) -> list[tuple[Any, ...]]:

@@ -25,7 +25,7 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
         survey = s.survey()
         facts = s.inspect()
         folder = places.folder(space)
-        with storage.lock(folder):
+        with storage.lock(folder), storage.database_errors(storage.shown(s.settings.storage, folder)):
             coordinator = open_coordinator(s, folder, facts.digest)
             before = coordinator.closed
             workers = workers_of(space, survey.gpus)

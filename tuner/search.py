@@ -122,7 +122,7 @@ class Coordinator:
         return self.search.trials
 
     def ask(self) -> Trial | None:
-        """A trial of the study, its sampler seeded by the study's seed and the number of root trials asked so far."""
+        """A trial of the study, its sampler seeded by the study's seed and which draw it is."""
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting and self.search.sampler == "grid":
             asked = {key_of(t.params) for t in self.study.get_trials(deepcopy=False)}
@@ -130,7 +130,9 @@ class Coordinator:
             if point is None:
                 return None
             self.study.enqueue_trial(point)
-        self.study.sampler = SAMPLERS[self.search.sampler](mix(self.search.seed, self.roots))
+        # a retry draws what its first attempt drew, or would have drawn had it lived to draw everything
+        draw = int(waiting[0].user_attrs.get(ROOT, self.roots)) if waiting else self.roots
+        self.study.sampler = SAMPLERS[self.search.sampler](mix(self.search.seed, draw))
         return self.study.ask()
 
     def begin(self, trial: Trial) -> Live | None:

@@ -47,9 +47,28 @@ def connect(url: str | None, folder: Path) -> optuna.storages.RDBStorage:
         _refuse_network(folder)
         return _sqlite(folder / "study.db")
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError) as error:
-        place = str(sqlalchemy.engine.make_url(url)) if url and "://" in url else url or str(folder / "study.db")
         cause = str(error.__cause__ or error).splitlines()[0]
-        raise StorageError(f"storage: {place} cannot be opened: {cause}") from error
+        raise StorageError(f"storage: {shown(url, folder)} cannot be opened: {cause}") from error
+
+
+@contextlib.contextmanager
+def database_errors(place: str) -> Iterator[None]:
+    """Turns a database that stops answering, or a full disk under it, into a StorageError."""
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.OperationalError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise StorageError(
+            f"storage: {place} failed while the search ran ({cause}); finished trials are kept: "
+            "see to its disk or server and run the same command"
+        ) from error
+
+
+def shown(url: str | None, folder: Path) -> str:
+    """Where the study's database is, without the password."""
+    if url is None:
+        return str(folder / "study.db")
+    return str(sqlalchemy.engine.make_url(url)) if "://" in url else url
 
 
 def _escaped(url: str) -> str:

@@ -2,9 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from tuner.engines._worker import carry_out
-from tuner.jobs import Carry, GoOn, NextJob, OnEnd, OnReport
+from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport
 
 
 @contextlib.contextmanager
@@ -15,4 +16,23 @@ def run() -> Iterator[Carry]:
 def carry(jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int) -> None:
     """Carries out jobs until there are none, one at a time whatever `workers` says."""
     while go_on() and (job := jobs()) is not None:
-        ended(job, carry_out(job, lambda value, job=job: report(job, value), 0))  # type: ignore[misc]
+        hearing = Hearing(job, report)
+        outcome = carry_out(job, hearing, 0)
+        if hearing.error is not None:
+            raise hearing.error
+        ended(job, outcome)
+
+
+class Hearing:
+    """Hands reports on. What fails in the coordinator is kept for it, and not taken for a failure of the job."""
+
+    def __init__(self, job: Job, report: OnReport) -> None:
+        self.job, self.report = job, report
+        self.error: Exception | None = None
+
+    def __call__(self, value: Any) -> bool:
+        try:
+            return self.report(self.job, value)
+        except Exception as error:
+            self.error = error
+            return False

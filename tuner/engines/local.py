@@ -88,14 +88,16 @@ def listen(worker: Worker, report: OnReport, ended: OnEnd) -> bool:
     assert job is not None
     try:
         kind, value = worker.pipe.recv()
-        if kind == "report":
-            worker.pipe.send(report(job, value))
-            return True
     except (EOFError, OSError):
         worker.job = None
         dismiss(worker)
         ended(job, Outcome("lost", reason=_cause(worker.process.exitcode)))
         return False
+    if kind == "report":
+        answer = report(job, value)
+        with contextlib.suppress(OSError):  # a worker that just died is noticed when listened to
+            worker.pipe.send(answer)
+        return True
     worker.job = None
     ended(job, value)
     return True
