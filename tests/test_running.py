@@ -28,7 +28,7 @@ def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(tuner: T
     m = manifest(study / "export")
     assert m["classes"] == ["class0", "class1", "class2"]
     assert m["input"]["shape"] == ["batch", 3, 32, 32] and m["preprocess"]["size"] == 32
-    assert set(m["scores"]["test"]) == {"accuracy", "balanced_accuracy", "f1", "log_likelihood"}
+    assert set(m["scores"]["test"]) == set(m["scores"]["valid"]) == {"accuracy", "balanced_accuracy", "f1", "log_likelihood"}
     assert set(m["files"]) == {"MODEL_CARD.md", "model.json", "model.safetensors"}
     for words in ("test", "tuner predict small", "tuner dashboard small", "tuner train", "default"):
         assert words in said.out

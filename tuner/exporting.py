@@ -30,14 +30,15 @@ def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int 
         database = storage.connect(space.settings.storage, folder)
         study = optuna.load_study(study_name=folder.name, storage=database, sampler=SAMPLERS["random"](0), pruner=PRUNERS["none"](1))
         chosen = _choose(study, trial)
-        run = best_run(history.run_of(space, study, chosen), chosen.user_attrs["best_epoch"])
+        run = best_run(history.run_of(space, study, chosen), chosen.user_attrs[history.BEST_EPOCH])
         place = folder / ("export" if trial is None else f"export-{trial}")
         before = manifest.read(place)
         kept = tuple(before.manifest["exports"]) if before is not None and before.manifest["run_digest"] == run.digest() else ()
         if kept and set(formats) <= set(kept) and before is not None:
             return before
-        valid = {str(space.settings.search.metric): float(chosen.value or 0.0)}
-        published: Published = s.crown(run, place, (*kept, *(formats or space.settings.export)), chosen.number, valid)
+        published: Published = s.crown(
+            run, place, (*kept, *(formats or space.settings.export)), chosen.number, chosen.user_attrs[history.SCORES]
+        )
         return published
 
 
@@ -51,7 +52,7 @@ def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
     chosen = trials[number]
     if SAME_AS in chosen.user_attrs:
         return trials[int(chosen.user_attrs[SAME_AS])]
-    if "best_epoch" not in chosen.user_attrs:
+    if history.BEST_EPOCH not in chosen.user_attrs:
         raise DataError(
             f"trial {number} ended {chosen.state.name.lower()} without an epoch ({chosen.user_attrs.get(REASON, 'no reason given')}); choose another"
         )

@@ -14,6 +14,7 @@ from tuner.samplers import mix
 from tuner.space import Space
 
 ROOT, ATTEMPT, REASON, SAME_AS = "tuner:root", "tuner:attempt", "tuner:reason", "tuner:same_as"
+BEST_EPOCH, SCORES = "best_epoch", "scores"
 FINAL, TRACE = "tuner:final", "tuner:trace"
 
 
@@ -38,7 +39,7 @@ def best(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
         raise NoUsableTrial(f"no trial completed ({told}), so there is nothing to export; raise search.trials or search.timeout")
     top = max(float(t.value or 0.0) for t in found)
     tied = [t for t in found if t.value == top and SAME_AS not in t.user_attrs]
-    winner = min(tied, key=lambda t: (t.user_attrs.get("best_epoch", 0), t.number))
+    winner = min(tied, key=lambda t: (t.user_attrs.get(BEST_EPOCH, 0), t.number))
     return winner, [t.number for t in tied if t.number != winner.number]
 
 

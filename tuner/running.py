@@ -117,15 +117,14 @@ def run_tree(run: Run, s: Session) -> dict[str, Any]:
 def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: bool) -> Summary:
     winner, tied = history.best(coordinator.study)
     found = history.run_of(s.space, coordinator.study, winner)
-    run = best_run(found, winner.user_attrs["best_epoch"])
+    run = best_run(found, winner.user_attrs[history.BEST_EPOCH])
     write_yaml(folder / "best.yaml", run_tree(run, s), f"trial {winner.number} of study {study_name(s.space)!r}; `tuner train` repeats it")
     summary = Summary(folder, coordinator, winner, tied, run, None, fresh)
     if not s.settings.search.retrain:
         return summary
     published = manifest.read(folder / "export")
     if published is None or stale(published, run, s.settings.export):
-        valid = {str(s.settings.search.metric): float(winner.value or 0.0)}
-        published = s.crown(run, folder / "export", s.settings.export, winner.number, valid)
+        published = s.crown(run, folder / "export", s.settings.export, winner.number, winner.user_attrs[history.SCORES])
         summary = replace(summary, fresh=True)
     return replace(summary, published=published)
 

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner import errors, history
 from tuner.errors import NoUsableTrial, TunerError
-from tuner.history import ATTEMPT, FINAL, REASON, ROOT, SAME_AS, TRACE, key_of
+from tuner.history import ATTEMPT, BEST_EPOCH, FINAL, REASON, ROOT, SAME_AS, SCORES, TRACE, key_of
 from tuner.jobs import Job, Outcome
 from tuner.orders import Assignment, Epoch, Result
 from tuner.run import Run, seconds
@@ -196,7 +196,8 @@ class Coordinator:
             return
         trial.set_user_attr("seconds", round(result.seconds, 3))
         if result.best:
-            trial.set_user_attr("best_epoch", result.best)
+            trial.set_user_attr(BEST_EPOCH, result.best)
+            trial.set_user_attr(SCORES, result.epochs[result.best - 1].scores)
         if result.state in ("diverged", "oom"):
             trial.set_user_attr(REASON, f"{result.state}: {result.reason}")
         self.listener.files(trial, live.run, result)  # artifacts can be attached only while a trial is running
