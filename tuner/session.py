@@ -1,7 +1,9 @@
 """`tuner run` and its kin from beginning to end: look before leaping, search, crown."""
 
+import atexit
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ def home_folder(warn: Callable[[str], None]) -> Path:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         temporary = Path(tempfile.mkdtemp(prefix="tuner-"))
         warn(f"the cache folder {home} cannot be written; using {temporary} for this run only")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         home = temporary
     return home.resolve()
 
@@ -58,8 +61,11 @@ class Session:
     def assignment(self, run: Run, *, fetch: bool = True) -> Assignment:
         return Assignment(run, str(self.settings.search.metric), self.settings.engine, str(self.places.home), fetch)
 
-    def call(self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None) -> Any:
-        """Has a worker carry out one job and returns its value. Raises what it refused with, and Interrupted."""
+    def call(self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None, *, finish: bool = False) -> Any:
+        """Has a worker carry out one job and returns its value. Raises what it refused with, and Interrupted.
+
+        `finish`: the first signal lets the job come to its next report; otherwise it ends the job.
+        """
         jobs = iter([Job(-1, work, argument)])
         found: list[Outcome] = []
 
@@ -67,18 +73,13 @@ class Session:
             report(value)
             return not self.stop
 
-        self.carry(
-            lambda: next(jobs, None), heard, lambda job, outcome: found.append(outcome), lambda: not (self.stop.now or self._idle()), 1
-        )
+        def go_on() -> bool:
+            return not self.stop.now if finish else not self.stop
+
+        self.carry(lambda: next(jobs, None), heard, lambda job, outcome: found.append(outcome), go_on, 1)
         if self.stop:
             raise interrupted(self.stop, self.space)
         return value_of(found[0])
-
-    def _idle(self) -> bool:
-        """Outside of training there is nothing worth finishing: the first signal ends it."""
-        return bool(self.stop) and not self.training
-
-    training = False
 
     def survey(self) -> Survey:
         """Checks against the models what the file alone cannot tell."""
@@ -108,11 +109,9 @@ class Session:
     def crown(self, run: Run, folder: Path, formats: tuple[str, ...], trial: int, valid: dict[str, float]) -> Any:
         """Retrains, tests and exports in a worker; returns what was published."""
         order = Crown(self.assignment(run), formats, str(folder), study_name(self.space), trial, tuple(valid.items()))
-        self.training = True
         try:
-            return self.call("tuner.winner:crown", order, self.console.retraining(run))
+            return self.call("tuner.winner:crown", order, self.console.retraining(run), finish=True)
         finally:
-            self.training = False
             self.console.pause()
 
 
