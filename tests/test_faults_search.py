@@ -180,6 +180,18 @@ def test_28_when_every_trial_diverges_the_search_stops_with_the_count(tuner: Tun
     assert said.code == 5 and "10 trials failed and none completed; first: diverged: loss nan in epoch 1" in said.err
 
 
+def test_28_a_winner_that_diverges_when_trained_again_is_named_and_not_exported(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuner import trial
+
+    real = trial.learn
+    monkeypatch.setattr(trial, "learn", lambda bench, recipe, *rest: real(bench, recipe, *rest) if recipe.fit == "train" else float("nan"))
+    said = tuner("run", small, "search.trials=1")
+    assert said.code == 5 and "training diverged (loss nan in epoch 1); lower recipe.lr" in said.err
+    assert not (small.parent / "studies/small/export").exists() and (small.parent / "studies/small/best.yaml").exists()
+
+
 def test_31_a_gpu_that_is_not_there_is_named_before_anything_is_made(tuner: Tuner, small: Path) -> None:
     import torch
 

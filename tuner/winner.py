@@ -23,10 +23,11 @@ from tuner.files import disk_errors, fsync, sha256
 from tuner.manifest import MANIFEST, Published, model_card, read
 from tuner.orders import Assignment, Crown, Epoch
 from tuner.run import Run
-from tuner.trial import Bench, Best, build, fit, load, predictions, prepare
+from tuner.trial import Bench, Best, Diverged, build, fit, load, predictions, prepare
 
 TOLERANCE = 1e-3
 SAMPLES = 16
+WAY_OUT = "lower recipe.lr, or export the next best with `tuner export STUDY --trial N`"
 
 
 def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published | None:
@@ -42,14 +43,13 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
         start = time.monotonic()
         bench = prepare(a.run, place(a.engine, Path(a.home), slot), a.metric)
         best = Best()
-        for epoch in fit(bench, a.run.recipe, a.run.seed, best):
-            if not report(epoch):
-                return None
-        tested = test(bench)
-        if not all(map(math.isfinite, tested.values())):
-            raise NoUsableTrial(
-                "training the winner again, on train and validation, diverged; lower recipe.lr's high end, or try the next best with `tuner export --trial`"
-            )
+        try:
+            for epoch in fit(bench, a.run.recipe, a.run.seed, best):
+                if not report(epoch):
+                    return None
+            tested = test(bench)
+        except Diverged as error:
+            raise NoUsableTrial(f"training diverged ({error}); {WAY_OUT}") from None
         scores = {"valid": best.epoch.scores if best.epoch else dict(order.valid), "test": tested}
         model, seconds = bench.staged.model, time.monotonic() - start
     portable = Normalised(model.cpu().float().to(memory_format=torch.contiguous_format), data.preprocess).eval()
@@ -57,8 +57,11 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
 
 
 def test(bench: Bench) -> dict[str, float]:
-    """The scores on the test examples; called once per winner."""
-    return bench.task.score(predictions(bench, bench.test))
+    """The scores on the test examples; called once per winner. Raises Diverged."""
+    scores = bench.task.score(predictions(bench, bench.test))
+    if not all(map(math.isfinite, scores.values())):
+        raise Diverged("the test scores are not finite")
+    return scores
 
 
 def reuse(folder: Path, a: Assignment) -> tuple[torch.nn.Module, dict[str, Any], float] | None:
