@@ -65,7 +65,7 @@ def reader(url: str | None, folder: Path) -> RDBStorage:
     if place.get_backend_name() == "sqlite" and place.database:
         quoted = urllib.parse.quote(str(Path(place.database).absolute()))
         place = place.set(database=f"file:{quoted}", query={"mode": "ro", "uri": "true"})
-    rendered = place.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")  # RDBStorage runs str.format on it
+    rendered = storage.escaped(place.render_as_string(hide_password=False))
     options = {"pool_pre_ping": True, "execution_options": {"postgresql_readonly": True}}
     try:
         return RDBStorage(rendered, engine_kwargs=options, skip_table_creation=True)

@@ -43,7 +43,7 @@ def connect(url: str | None, folder: Path) -> optuna.storages.RDBStorage:
     """The study's database: SQLite in WAL mode in its folder, or any SQLAlchemy URL. Raises StorageError."""
     try:
         if url is not None:
-            return optuna.storages.RDBStorage(_escaped(url), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800})
+            return optuna.storages.RDBStorage(escaped(url), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800})
         _refuse_network(folder)
         return _sqlite(folder / "study.db")
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError) as error:
@@ -71,7 +71,7 @@ def shown(url: str | None, folder: Path) -> str:
     return str(sqlalchemy.engine.make_url(url)) if "://" in url else url
 
 
-def _escaped(url: str) -> str:
+def escaped(url: str) -> str:
     return url.replace("{", "{{").replace("}", "}}")  # RDBStorage runs str.format on it
 
 
@@ -81,7 +81,7 @@ def _sqlite(path: Path) -> optuna.storages.RDBStorage:
         connection.execute("PRAGMA synchronous=FULL")
 
     url = sqlalchemy.engine.URL.create("sqlite", database=str(path)).render_as_string()
-    storage = optuna.storages.RDBStorage(_escaped(url), engine_kwargs={"connect_args": {"timeout": 60}})
+    storage = optuna.storages.RDBStorage(escaped(url), engine_kwargs={"connect_args": {"timeout": 60}})
     sqlalchemy.event.listen(storage.engine, "connect", pragmas)
     storage.engine.dispose()  # connections from before the hook
     return storage
