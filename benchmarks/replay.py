@@ -109,7 +109,7 @@ def plot(found: dict[str, Any]) -> None:
         )
     axis.set_xticks(list(DEPTHS))
     axis.set_xlabel("freeze depth")
-    axis.set_title(f"seconds for a trial of {found['settings']['epochs']} epochs, identical parameters", loc="left", fontsize=10)
+    axis.set_title(f"seconds per trial, identical parameters; epochs: {found['settings']['epochs']}", loc="left", fontsize=10)
     axis.margins(y=0.12)
     fig.savefig(arms.PLOTS / "replay.png")
 
