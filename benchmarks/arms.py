@@ -34,11 +34,20 @@ Lines = list[dict[str, Any]]
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options that every speed benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="images: FOLDER/{train,valid,test}/<class>/*.jpg; photographs.py makes one")
+    parser.add_argument("folder", type=Path, nargs="?", help="images: FOLDER/{train,valid,test}/<class>/*.jpg; photographs.py makes one")
     parser.add_argument("--weights", type=Path, help="ImageNet weights of tf_efficientnet_lite0, a .safetensors file with timm's names")
     parser.add_argument("--model", default="timm/tf_efficientnet_lite0", help="tuner's name for that model")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes of the plain script")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes of the plain script; 0 can be faster: try both")
+    parser.add_argument("--scratch", type=Path, help="where TUNER_HOME and the studies lie meanwhile; default: the temporary folder")
+    parser.add_argument("--plot-only", action="store_true", help="measure nothing; show again what plots/*.json holds")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parser.parse_args()
+    if not args.plot_only and (args.folder is None or args.weights is None):
+        parser.error("FOLDER and --weights are needed, unless --plot-only")
+    return args
 
 
 def stamped(command: Sequence[str | Path], home: Path | None = None) -> Lines:

@@ -70,6 +70,7 @@ def search(args: argparse.Namespace, folder: str, cores: int) -> None:
             num_samples=args.trials,
             search_alg=ConcurrencyLimiter(OptunaSearch(seed=args.seed), max_concurrent=1),
             scheduler=ASHAScheduler(max_t=EPOCHS, grace_period=1),
+            reuse_actors=True,  # off by default, and then every trial imports torch anew
         ),
         run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[Lines()]),
     )

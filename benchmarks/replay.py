@@ -1,7 +1,7 @@
 """The same trials on both sides: one per freeze depth, identical parameters, no search and no pruning.
 
     python benchmarks/replay.py FOLDER --weights lite0.safetensors [--epochs 2] [--repeats 3]
-    python benchmarks/replay.py FOLDER --plot-only
+    python benchmarks/replay.py --plot-only
 
 Plain: plain_optuna.py --replay, seconds of each trial. `tuner`: `tuner run` over a grid of freeze depths, in its own worker
 process, with an empty TUNER_HOME for each repeat; a trial's seconds reach from the end of the one before to its own end, so
@@ -125,9 +125,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--scratch", type=Path, help="where TUNER_HOME and the studies lie meanwhile; default: the temporary folder")
-    parser.add_argument("--plot-only", action="store_true", help="table and plot from plots/replay.json")
-    args = parser.parse_args()
+    args = arms.parse(parser)
     if not args.plot_only:
         arms.save(measure(args), RAW)
     found = json.loads(RAW.read_text())

@@ -1,7 +1,7 @@
 """How long until the score: `tuner run` against the plain scripts, same search space, same images, best score so far over wall time.
 
     python benchmarks/time_to_score.py FOLDER --weights lite0.safetensors [--trials 24] [--seeds 3] [--arms plain ray tuner]
-    python benchmarks/time_to_score.py FOLDER --plot-only
+    python benchmarks/time_to_score.py --plot-only
 
 The bar is the best validation accuracy that plain Optuna reaches with its whole budget. Each arm's time is that of the first epoch at
 or above the bar, on a clock that begins with its command, imports and start-up included. `tuner` begins with an empty
@@ -161,9 +161,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), default=["plain", "ray", "tuner"])
-    parser.add_argument("--scratch", type=Path, help="where TUNER_HOME and the studies lie meanwhile; default: the temporary folder")
-    parser.add_argument("--plot-only", action="store_true", help="table and plot from plots/time_to_score.json")
-    args = parser.parse_args()
+    args = arms.parse(parser)
     found = json.loads(RAW.read_text()) if args.plot_only else measure(args)
     table(found)
     plot(found)

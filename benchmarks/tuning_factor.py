@@ -1,7 +1,7 @@
 """What a whole search costs, in trainings of its winner: 1 would be a search for free, the number of trials one without any saving.
 
     python benchmarks/tuning_factor.py FOLDER --weights lite0.safetensors [--trials 24] [--seeds 3]
-    python benchmarks/tuning_factor.py FOLDER --table-only
+    python benchmarks/tuning_factor.py --plot-only
 
 Per seed: `tuner run` without retraining; then one full training of its winner, all its epochs on the training images, alone, once
 by `tuner train` (which also tests and exports as safetensors) and once by the plain twin, plain_optuna.py --replay. Each is
@@ -73,10 +73,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--scratch", type=Path, help="where TUNER_HOME and the studies lie meanwhile; default: the temporary folder")
-    parser.add_argument("--table-only", action="store_true", help="table from plots/tuning_factor.json")
-    args = parser.parse_args()
-    table(json.loads(RAW.read_text()) if args.table_only else measure(args))
+    args = arms.parse(parser)
+    table(json.loads(RAW.read_text()) if args.plot_only else measure(args))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=Path, required=True, help=f"ImageNet weights of {MODEL}, a .safetensors file with timm's names")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the sampler and of the training")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes; for small images on few cores 0 can be faster")
     return parser
 
 
