@@ -59,7 +59,7 @@ def tuner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
     before = signal.getsignal(signal.SIGINT)
 
     def call(*words: object) -> Said:
-        trial = sys.modules.get("tuner.trial")
+        trial = sys.modules.get("tuner.building")
         if trial is not None:
             trial._loaded.clear()  # a command is a process of its own, which keeps no data from the one before
         monkeypatch.setattr(sys, "argv", ["tuner", *map(str, words)])

@@ -30,6 +30,7 @@ VALUES = [
     "jobs",
     "manifest",
     "signals",
+    "machine",
 ]
 PARTS = [
     "core",
@@ -43,9 +44,11 @@ PARTS = [
     "models",
     "data",
     "export",
+    "activations",
     "cache",
     "optim",
     "devices",
+    "building",
     "trial",
     "winner",
     "work",

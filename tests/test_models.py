@@ -12,11 +12,11 @@ from torchvision.models import get_model
 
 from tests.conftest import Said
 from tuner import plugins
+from tuner.building import build
 from tuner.core import Staged, cut
 from tuner.describe import describe
 from tuner.errors import SpaceError
 from tuner.run import Part, Recipe, Run
-from tuner.trial import build
 
 # small enough to be computed here; the others differ from them in widths and counts, and are cut by the same lines
 COMPUTED = ["resnet18_slim", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg11", "vgg11_bn"]

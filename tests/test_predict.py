@@ -12,12 +12,12 @@ from PIL import Image
 
 from tests.conftest import Said
 from tests.test_decoding import png_header
+from tuner.building import wants
 from tuner.data import synthetic
 from tuner.errors import DataError, SpaceError
 from tuner.manifest import Published
 from tuner.predict import Prediction, find, images, predict
 from tuner.run import ImageOptions
-from tuner.trial import wants
 
 Tuner = Callable[..., Said]
 SPACE = """

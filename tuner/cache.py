@@ -3,9 +3,10 @@
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,49 +14,126 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tuner.activations import Writer, channels_first, channels_last, fits_on_gpu, make_room, mapped, whole
 from tuner.core import Batch, Source, Tree, digest_of, leaves
-from tuner.files import atomic_folder, disk_errors, lock_of, locked, sweep
+from tuner.files import atomic_folder, atomic_path, disk_errors, lock_of, locked, sweep
 
-CHUNK = 256
-Leaf = dict[str, Any]  # name, shape of one example, dtype
+CHUNK = 64  # examples computed at once when filling
+PROBE = 32  # examples on which computing and reading are timed
+DISK = 2e8  # bytes a second, of what does not fit into the memory
+Reader = Callable[[Tensor], Batch]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Where activations are kept and how much of them. `mode` is auto, always (whatever the size) or never."""
+    """Where activations are kept and how much of them.
+
+    `mode` is auto (what fits and is sooner read than computed), always (whatever the size) or never.
+    """
 
     home: Path
     gigabytes: float = 4.0
     mode: str = "auto"
 
 
-def through(prefix: nn.Module, source: Source, device: torch.device, precision: str, limits: Limits) -> Source:
-    """`source` seen through `prefix`: remembered when that fits the limits, computed on the fly otherwise."""
-    if len(list(prefix.children())) == 0:
+@dataclass(frozen=True)
+class Prefix:
+    """Frozen stages as one device computes them. `names` has one for what each stage gives: equal names, equal function."""
+
+    stages: Sequence[nn.Module]
+    names: Sequence[str]
+    device: torch.device
+    around: Callable[[], AbstractContextManager[None]] = nullcontext  # autocast, say
+
+    def compute(self, x: Tree, begin: int = 0, end: int | None = None) -> Tree:
+        """`x`, that has come through the first `begin` stages, on to stage `end`, or to the last."""
+        with torch.no_grad(), self.around():
+            for stage in self.stages[begin:end]:
+                x = stage(x)
+        return x
+
+
+def names_of(stages: Sequence[nn.Module], start: str) -> tuple[str, ...]:
+    """A name for what each stage gives, which depends on `start` and on every stage up to it."""
+    names = [start]
+    for stage in stages:
+        names.append(hashlib.sha256(f"{names[-1]} {digest_of(stage)}".encode()).hexdigest()[:32])
+    return tuple(names[1:])
+
+
+def through(prefix: Prefix, source: Source, limits: Limits) -> Source:
+    """`source` seen through `prefix`: remembered when that fits the limits and pays, computed on the fly otherwise."""
+    if not prefix.stages:
         return source
     live = Live(prefix, source)
     if limits.mode == "never" or source.views is None:
         return live
-    need = _bytes_per_example(live) * len(source) * source.views
-    limit = math.inf if limits.mode == "always" else limits.gigabytes * 1e9
     folder = limits.home / "activations"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if limits.mode == "auto" and (need > limit or need > 0.8 * shutil.disk_usage(folder).free):
-        return live
-    key = f"1 {digest_of(prefix)} {source.digest} {precision} {device.type}"
-    return Remembered(live, folder, hashlib.sha256(key.encode()).hexdigest()[:32], device, limit)
+    limit = limits.gigabytes * 1e9
+    if limits.mode == "always":
+        limit = math.inf
+    else:
+        cost = timed(live, folder)
+        need = cost["bytes"] * len(source) * source.views
+        if need > limit or need > 0.8 * shutil.disk_usage(folder).free:
+            return live
+        disk = cost["bytes"] / DISK if need > 0.5 * _free_memory() else 0.0
+        if cost["reading"] + disk > cost["computing"]:
+            return live
+    return Remembered(live, folder, limit)
 
 
-def _bytes_per_example(live: "Live") -> int:
-    batch = live.take(torch.arange(min(2, len(live))), 0)
-    return sum(math.prod(leaf.shape[1:]) * leaf.element_size() for leaf in leaves(batch.x).values())
+def timed(live: "Live", folder: Path) -> dict[str, float]:
+    """What one example costs through a prefix: seconds for `computing` it and for `reading` it from memory, and `bytes`.
+
+    Timed once on a batch, and kept beside the activations: trials that are repeated must find the same answer.
+    """
+    index = torch.arange(min(PROBE, len(live)))
+    before = live.source.take(index, 0).x
+    shape = [tuple(leaf.shape) for leaf in leaves(before).values()]
+    note = folder / f"{hashlib.sha256(f'{live.prefix.names[-1]} {shape}'.encode()).hexdigest()[:32]}.cost.json"
+    try:
+        known = json.loads(note.read_text())
+        return {key: float(known[key]) for key in ("computing", "reading", "bytes")}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
+    computing, x = _seconds(lambda: live.prefix.compute(before), live.prefix.device)
+    held = [channels_last(leaf).contiguous() for leaf in leaves(x).values()]
+    reading, _ = _seconds(lambda: [leaf[torch.randperm(len(leaf)).to(leaf.device)] for leaf in held], live.prefix.device)
+    found = {"computing": computing, "reading": reading, "bytes": float(sum(leaf.nbytes for leaf in held))}
+    found = {key: value / len(index) for key, value in found.items()}
+    with disk_errors(note), atomic_path(note) as temporary:
+        temporary.write_text(json.dumps(found))
+    return found
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """The shortest of three runs, and what the last gave."""
+    best, found = math.inf, None
+    for _ in range(3):
+        start = time.perf_counter()
+        found = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best, found
+
+
+def _free_memory() -> float:
+    """Bytes that new files can fill before some must be read from the disk again."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
 class Live:
     """A source seen through a prefix, computed at each take: the plain twin of Remembered."""
 
-    def __init__(self, prefix: nn.Module, source: Source) -> None:
+    def __init__(self, prefix: Prefix, source: Source) -> None:
         self.prefix, self.source = prefix, source
         self.views, self.digest = source.views, source.digest
 
@@ -64,17 +142,16 @@ class Live:
 
     def take(self, index: Tensor, view: int) -> Batch:
         x, y = self.source.take(index, view)
-        with torch.no_grad():
-            return Batch(self.prefix(x), y)
+        return Batch(self.prefix.compute(x), y)
 
 
 class Remembered:
     """A source seen through a prefix, computed once per view and kept in `folder` for every later trial and worker."""
 
-    def __init__(self, live: Live, folder: Path, key: str, device: torch.device, limit: float) -> None:
-        self.live, self.folder, self.key, self.device, self.limit = live, folder, key, device, limit
+    def __init__(self, live: Live, folder: Path, limit: float) -> None:
+        self.live, self.folder, self.limit, self.device = live, folder, limit, live.prefix.device
         self.views, self.digest = live.views, live.digest
-        self.opened: dict[int, tuple[dict[str, Tensor], Tensor]] = {}
+        self.opened: dict[int, Reader] = {}
 
     def __len__(self) -> int:
         return len(self.live)
@@ -83,93 +160,82 @@ class Remembered:
         view %= self.views or 1
         if view not in self.opened:
             self.opened[view] = self._open(view)
-        values, y = self.opened[view]
-        found = {name: _channels_first(value[index.to(value.device)].to(self.device)) for name, value in values.items()}
-        x: Tree = found[""] if set(found) == {""} else found
-        return Batch(x, y[index.to(y.device)].to(self.device))
+        return self.opened[view](index)
 
-    def _open(self, view: int) -> tuple[dict[str, Tensor], Tensor]:
-        place = self.folder / f"{self.key}-{view}"
-        if _whole(place) is None:
+    def place(self, depth: int, view: int) -> Path:
+        """Where the source is kept as it comes out of stage `depth`."""
+        name = f"{self.live.prefix.names[depth - 1]} {self.live.source.digest}"
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}-{view}"
+
+    def _open(self, view: int) -> Reader:
+        depth = len(self.live.prefix.stages)
+        place = self.place(depth, view)
+        if whole(place) is None:
             with locked(lock_of(place)):
-                if _whole(place) is None:
+                if whole(place) is None:
                     sweep(self.folder)
-                    self._compute(place, view)
-        meta = _whole(place)
-        assert meta is not None
-        os.utime(place)
-        values = {leaf["name"]: _mapped(place / f"{i}.bin", leaf, len(self)) for i, leaf in enumerate(meta)}
-        y = values.pop("y")
-        if self.device.type == "cuda" and _fits_on_gpu(values, self.device):
+                    self._fill(depth, view)
+        values = mapped(place, len(self))
+        if self.device.type == "cuda" and fits_on_gpu(values, self.device):
             values = {name: value.to(self.device) for name, value in values.items()}
-        return values, y
+        return _reader(values, self.device)
 
-    def _compute(self, place: Path, view: int) -> None:
-        with atomic_folder(place) as temporary:
-            meta = _write(temporary, self._chunks(view))
-            (temporary / "meta.json").write_text(json.dumps({"bytes": [f.stat().st_size for f in _files(temporary)], "leaves": meta}))
-            make_room(self.folder, sum(f.stat().st_size for f in temporary.iterdir()), self.limit)
+    def _fill(self, depth: int, view: int) -> None:
+        """One pass over the source, beginning at the nearest shallower stage that is kept; keeps what it passes if small."""
+        begin, take = self._begin(depth, view)
+        writers: dict[int, Writer] = {}
+        with ExitStack() as stack:
+            for index in torch.split(torch.arange(len(self)), CHUNK):
+                first, y = take(index)
+                x, passed = first, dict[int, Tree]()
+                for reached in range(begin + 1, depth + 1):
+                    x = self.live.prefix.compute(x, reached - 1, reached)
+                    if not writers or reached in writers:
+                        passed[reached] = x
+                if not writers:
+                    kept = self._small(passed, depth, _size(first))
+                    writers = {at: Writer(folder) for at in kept if (folder := self._claim(stack, at, view, at == depth)) is not None}
+                for at, writer in writers.items():
+                    writer.add({**{k: channels_last(v) for k, v in leaves(passed[at]).items()}, "y": y})
+            make_room(self.folder, sum(writer.close() for writer in writers.values()), self.limit)
 
-    def _chunks(self, view: int) -> Iterator[dict[str, Tensor]]:
-        for index in torch.split(torch.arange(len(self)), CHUNK):
-            x, y = self.live.take(index, view)
-            yield {**{k: _channels_last(v) for k, v in leaves(x).items()}, "y": y}
+    def _begin(self, depth: int, view: int) -> tuple[int, Reader]:
+        """The deepest stage before `depth` that is kept, and how its outputs are had; the source itself is stage 0."""
+        for kept in range(depth - 1, 0, -1):
+            place = self.place(kept, view)
+            if whole(place) is not None:
+                return kept, _reader(mapped(place, len(self)), self.device)
+        return 0, lambda index: self.live.source.take(index, view)
 
+    def _small(self, passed: dict[int, Tree], depth: int, largest: float) -> list[int]:
+        """The stages to keep: `depth`, and of those on the way the deepest that are no larger than what they began with
+        and fit a quarter of the limit together."""
+        room, kept = self.limit / 4, [depth]
+        for at in sorted(passed.keys() - {depth}, reverse=True):
+            room -= _size(passed[at]) * len(self) * (self.views or 1)
+            if room >= 0 and _size(passed[at]) <= largest:
+                kept.append(at)
+        return kept
 
-# A picture's activations are kept channels-last, which is how they are computed and how the suffix wants them.
-
-
-def _channels_last(value: Tensor) -> Tensor:
-    return value.permute(0, 2, 3, 1) if value.dim() == 4 else value
-
-
-def _channels_first(value: Tensor) -> Tensor:
-    return value.permute(0, 3, 1, 2) if value.dim() == 4 else value
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.bin"), key=lambda path: int(path.stem))
-
-
-def _whole(folder: Path) -> list[Leaf] | None:
-    """What a finished entry holds; None when there is none, or a damaged one."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        leaves_: list[Leaf] = meta["leaves"]
-        return leaves_ if meta["bytes"] == [f.stat().st_size for f in _files(folder)] else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write(folder: Path, chunks: Iterator[dict[str, Tensor]]) -> list[Leaf]:
-    meta: list[Leaf] = []
-    for chunk in chunks:
-        if not meta:
-            meta = [{"name": k, "shape": list(v.shape[1:]), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in chunk.items()]
-        for i, value in enumerate(chunk.values()):
-            with open(folder / f"{i}.bin", "ab") as file:
-                file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return meta
+    def _claim(self, stack: ExitStack, depth: int, view: int, held: bool) -> Path | None:
+        """A folder to fill until `stack` closes. None: it is there, or being filled. `held`: its lock is ours already."""
+        place = self.place(depth, view)
+        if not held and (not stack.enter_context(locked(lock_of(place), wait=False)) or whole(place) is not None):
+            return None
+        return stack.enter_context(atomic_folder(place))
 
 
-def _mapped(path: Path, leaf: Leaf, length: int) -> Tensor:
-    shape = (length, *leaf["shape"])
-    dtype = getattr(torch, leaf["dtype"])
-    return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
+def _size(x: Tree) -> float:
+    """Bytes of one example."""
+    return sum(leaf.nbytes / len(leaf) for leaf in leaves(x).values())
 
 
-def _fits_on_gpu(values: dict[str, Tensor], device: torch.device) -> bool:
-    free, _ = torch.cuda.mem_get_info(device)
-    return sum(v.nbytes for v in values.values()) < 0.25 * free
+def _reader(values: dict[str, Tensor], device: torch.device) -> Reader:
+    """Batches of what an entry holds."""
+    y = values.pop("y")
 
+    def read(index: Tensor) -> Batch:
+        found = {name: channels_first(value[index.to(value.device)].to(device)) for name, value in values.items()}
+        return Batch(found[""] if set(found) == {""} else found, y[index.to(y.device)].to(device))
 
-def make_room(folder: Path, need: float, limit: float) -> None:
-    """Removes the least recently used entries until `need` more bytes fit `limit`. Mapped files stay readable on POSIX."""
-    entries = sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.stat().st_mtime)
-    sizes = {p: sum(f.stat().st_size for f in p.iterdir()) for p in entries}
-    used = sum(sizes.values())
-    for entry in entries:
-        if used + need <= limit:
-            break
-        shutil.rmtree(entry, ignore_errors=True)
-        used -= sizes[entry]
+    return read

@@ -253,9 +253,6 @@ def start_dashboard(space: "Space", places: "Places", port: int, console: "Conso
 def main() -> NoReturn:
     """The command line; every error a line on stderr, and the exit code that its kind has."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    # OpenMP's idle threads sleep instead of spinning, here and in the workers: on a machine that does anything else besides,
-    # spinning threads keep the working ones waiting. benchmarks/README.md has the figures, and the price
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? where it must, and nothing breaks

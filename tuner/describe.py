@@ -7,10 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tuner import plugins
+from tuner.building import build, wants
 from tuner.core import Staged, Tree
 from tuner.errors import SpaceError
 from tuner.run import Part, Recipe, Run
-from tuner.trial import build, wants
 
 OTHER_SIZES = (96, 64, 32, 28)  # tried after the size that the weights state
 

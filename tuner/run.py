@@ -36,6 +36,7 @@ class Recipe(Section):
     schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate, per step")
     warmup: float = Field(0.0, ge=0, le=0.5, description="share of the steps in which lr rises linearly from 0")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
+    head: Literal["fresh", "probe"] = Field("probe", description="probe: the last stage is first trained alone, once for all trials")
     patience: int | None = Field(None, ge=1, description="epochs without a better score after which training stops")
     stop_epoch: int | None = Field(None, ge=1, description="stop here although the schedule goes on; written to best.yaml")
     fit: Literal["train", "train+valid"] = Field("train", description="what to learn from; best.yaml says train+valid")

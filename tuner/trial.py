@@ -3,23 +3,28 @@
 import hashlib
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tuner import cache, plugins
-from tuner.core import IMAGENET, Batch, Data, Preprocess, Source, Staged, Task, Tree, cut
+from tuner import cache
+from tuner.building import Ready, built, load, task_of
+from tuner.core import Data, Source, Staged, Task
 from tuner.devices import Place
 from tuner.errors import DataError, SpaceError
+from tuner.files import atomic_path, disk_errors
 from tuner.optim import factor, optimizer
 from tuner.orders import Epoch
-from tuner.run import Part, Recipe, Run
+from tuner.run import Recipe, Run
 
-EVAL_BATCH = 256
+EVAL_BATCH = 64
+PROBE = Recipe(optimizer="adamw", lr=1e-3, epochs=20, batch_size=64, schedule="cosine", head="fresh")
 
 
 class Diverged(Exception):
@@ -51,102 +56,52 @@ class Bench:
 
 
 def prepare(run: Run, place: Place, metric: str) -> Bench:
-    """Builds data and model and cuts the model where the recipe says. Raises DataError, SpaceError."""
+    """Builds data and model and cuts the model where the recipe says. Raises DataError, SpaceError, and Diverged."""
     data = load(run, place.home)
-    task = task_of(run, len(data.classes))
-    staged = build(run, place.home, len(data.classes))
+    staged, names = built(run, place, len(data.classes))
     depth = run.recipe.freeze_depth
     if depth > staged.max_depth:
         raise SpaceError(f"recipe.freeze_depth: {depth}, but {run.model.name} allows 0..{staged.max_depth}")
     staged.model.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    prefix, net = staged.split(depth)
-
-    def feed(source: Source) -> Source:
-        ready = Ready(source, data.preprocess, place)
-        return cache.through(Cast(prefix, place) if depth else prefix, ready, place.device, place.precision, place.limits)
-
     learn = data.full if run.recipe.fit == "train+valid" else data.train
-    return Bench(task, staged, net, data, feed(learn), feed(data.valid), feed(data.test), place, metric)
+
+    def bench(depth: int, recipe: Recipe) -> Bench:
+        prefix, net = staged.split(depth)
+        frozen = cache.Prefix(list(prefix.children()), names[:depth], place.device, place.autocast)
+
+        def feed(source: Source) -> Source:
+            return cache.through(frozen, Ready(source, data.preprocess, place), place.limits)
+
+        task = task_of(replace(run, recipe=recipe), len(data.classes))
+        return Bench(task, staged, net, data, feed(learn), feed(data.valid), feed(data.test), place, metric)
+
+    if run.recipe.head == "probe" and staged.max_depth > 0 and run.model.options.get("weights") != "none":
+        recipe = PROBE.model_copy(update={"fit": run.recipe.fit})
+        deepest = bench(staged.max_depth, recipe)
+        probe(deepest, recipe, f"{names[staged.max_depth - 1]} {names[-1]} {deepest.train.digest} {deepest.valid.digest} {run.task.tree()}")
+    return bench(depth, run.recipe)
 
 
-def task_of(run: Run, outputs: int) -> Task:
-    task: Task = plugins.attribute("task", run.task.name)(outputs, run.recipe, **run.task.options)
-    return task
+def probe(bench: Bench, recipe: Recipe, key: str) -> None:
+    """Trains the last stage alone over what the others give, or takes it from an equal run before.
 
-
-_loaded: dict[str, Data] = {}
-
-
-def load(run: Run, home: Path) -> Data:
-    """The run's data; kept for the next run of this process that names the same."""
-    wanted = wants(run.model)
-    name = f"{run.data.tree()} {wanted} {home}"
-    if name not in _loaded:
-        _loaded.clear()  # one data set per process is what a study needs
-        arguments = plugins.keys("data", run.data.name).arguments(run.data.options)
-        _loaded[name] = plugins.attribute("data", run.data.name)(home, wanted, **arguments)
-    return _loaded[name]
-
-
-def wants(model: Part) -> Preprocess:
-    """How the model's weights want their images; ImageNet's way for a model of the user's own."""
-    if ":" in model.name:
-        return IMAGENET
-    module = plugins.module("model", model.name)
-    options = {k: v for k, v in model.options.items() if k == "weights"}
-    found: Preprocess = module.wants(model.name, **options)
-    return found
-
-
-def build(run: Run, home: Path, outputs: int) -> Staged:
-    """The run's model, its fresh parameters drawn from the run's seed."""
-    torch.manual_seed(run.seed)
-    name, options = run.model.name, dict(run.model.options)
-    make = plugins.attribute("model", name)
-    if ":" not in name:
-        staged: Staged = make(home, name, outputs, **options)
-        return staged
+    Linear probing before fine-tuning: the gradients of a random head would distort what the other stages have learnt
+    (Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022).
+    """
+    key = hashlib.sha256(f"1 {key} {bench.metric} {recipe.model_dump_json()}".encode()).hexdigest()[:32]
+    path = bench.place.home / "probes" / f"{key}.safetensors"
     try:
-        made = make(outputs, **options)
-    except Exception as error:  # whatever the user's factory raises is theirs to read
-        raise SpaceError(f"model.name: {name}: calling it with the number of classes failed ({type(error).__name__}: {error})") from error
-    if isinstance(made, Staged):
-        return made
-    if not isinstance(made, nn.Module):
-        raise SpaceError(f"model.name: {name} returned {type(made).__name__}; expected an nn.Module or a tuner.core.Staged")
-    return cut(made)
-
-
-class Ready:
-    """A source on the device: uint8 pixels as normalised float32, channels-last; anything else as it is."""
-
-    def __init__(self, source: Source, preprocess: Preprocess, place: Place) -> None:
-        self.source, self.device = source, place.device
-        self.views = source.views
-        self.digest = hashlib.sha256(f"{source.digest} {preprocess.mean} {preprocess.std}".encode()).hexdigest()
-        self.mean = torch.tensor(preprocess.mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(preprocess.std, device=self.device).view(1, 3, 1, 1)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def take(self, index: Tensor, view: int) -> Batch:
-        x, y = self.source.take(index, view)
-        if isinstance(x, Tensor) and x.dtype == torch.uint8:
-            x = x.to(self.device).contiguous(memory_format=torch.channels_last).float().div_(255).sub_(self.mean).div_(self.std)
-        return Batch(x, y.to(self.device))
-
-
-class Cast(nn.Module):
-    """A module under the place's autocast."""
-
-    def __init__(self, module: nn.Module, place: Place) -> None:
-        super().__init__()
-        self.module, self.place = module, place
-
-    def forward(self, x: Tree) -> Tree:
-        with self.place.autocast():
-            return self.module(x)  # type: ignore[no-any-return]
+        bench.net.load_state_dict(load_file(path))
+    except (FileNotFoundError, SafetensorError, RuntimeError):
+        for linear in [module for module in bench.net.modules() if isinstance(module, nn.Linear)][-1:]:
+            nn.init.zeros_(linear.weight)  # a head drawn at random is a guess that the probe would have to unlearn
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        deque(fit(bench, recipe, 0), maxlen=0)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                save_file({name: value.contiguous() for name, value in bench.net.state_dict().items()}, temporary)
 
 
 def fit(bench: Bench, recipe: Recipe, seed: int, best: Best | None = None) -> Iterator[Epoch]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import tuner
 from tuner import plugins
+from tuner.building import build, load
 from tuner.core import Data, Normalised
 from tuner.devices import place
 from tuner.errors import ExportMismatch, NoUsableTrial
@@ -23,7 +24,7 @@ from tuner.files import disk_errors, fsync, sha256
 from tuner.manifest import MANIFEST, Published, model_card, read
 from tuner.orders import Assignment, Crown, Epoch
 from tuner.run import Run
-from tuner.trial import Bench, Best, Diverged, build, fit, load, predictions, prepare
+from tuner.trial import Bench, Best, Diverged, fit, predictions, prepare
 
 TOLERANCE = 1e-3
 SAMPLES = 16

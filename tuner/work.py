@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 
 from tuner import figures
+from tuner.building import build, load, task_of
 from tuner.devices import place
 from tuner.files import OFFLINE
 from tuner.orders import Assignment, Epoch, Facts, Result, Survey
-from tuner.trial import Best, Diverged, build, check_batches, fit, load, prepare, task_of
+from tuner.trial import Best, Diverged, check_batches, fit, prepare
 from tuner.weights import is_path
 
 

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from tuner import machine
 from tuner.engines._worker import carry_out
 from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport, Outcome
 
@@ -74,6 +75,7 @@ def hand_out(workers: list[Worker], jobs: NextJob, room: int) -> None:
 
 
 def hire(slot: int) -> Worker:
+    machine.quiet_threads()  # its environment is the worker's
     context = multiprocessing.get_context("spawn")  # a forked torch or SQLite breaks
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, slot), name=f"tuner-worker-{slot}", daemon=True)
@@ -128,6 +130,7 @@ def dismiss(worker: Worker) -> None:
 
 def work(pipe: Connection, slot: int) -> None:
     """The life of a worker process: jobs from the pipe until it closes."""
+    machine.keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
     parent = multiprocessing.parent_process()

@@ -1,0 +1,103 @@
+"""What a run names, built: its data, its task, its model."""
+
+import copy
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tuner import cache, plugins
+from tuner.core import IMAGENET, Batch, Data, Preprocess, Source, Staged, Task, cut
+from tuner.devices import Place
+from tuner.errors import SpaceError
+from tuner.run import Part, Run
+
+FRESH = 0  # seed of parameters that no weights are given for
+MODELS = 4  # kept ready in a process
+
+
+def task_of(run: Run, outputs: int) -> Task:
+    task: Task = plugins.attribute("task", run.task.name)(outputs, run.recipe, **run.task.options)
+    return task
+
+
+_loaded: dict[str, Data] = {}
+
+
+def load(run: Run, home: Path) -> Data:
+    """The run's data; kept for the next run of this process that names the same."""
+    wanted = wants(run.model)
+    name = f"{run.data.tree()} {wanted} {home}"
+    if name not in _loaded:
+        _loaded.clear()  # one data set per process is what a study needs
+        arguments = plugins.keys("data", run.data.name).arguments(run.data.options)
+        _loaded[name] = plugins.attribute("data", run.data.name)(home, wanted, **arguments)
+    return _loaded[name]
+
+
+def wants(model: Part) -> Preprocess:
+    """How the model's weights want their images; ImageNet's way for a model of the user's own."""
+    if ":" in model.name:
+        return IMAGENET
+    module = plugins.module("model", model.name)
+    options = {k: v for k, v in model.options.items() if k == "weights"}
+    found: Preprocess = module.wants(model.name, **options)
+    return found
+
+
+def built(run: Run, place: Place, outputs: int) -> tuple[Staged, tuple[str, ...]]:
+    """The run's model, and a name for what each stage gives there, as `cache.names_of` has them.
+
+    A model is built and named once per process and copied for each run: that is a trial's start, and workers wait for it.
+    """
+    key = f"{run.model.tree()} {outputs} {place.home} {place.precision} {place.device.type}"
+    if key not in _built:
+        if len(_built) >= MODELS:
+            _built.clear()
+        staged = build(run, place.home, outputs)
+        _built[key] = staged, cache.names_of(list(staged.stages.values()), f"3 {place.precision} {place.device.type}")
+    staged, names = _built[key]
+    return copy.deepcopy(staged), names
+
+
+_built: dict[str, tuple[Staged, tuple[str, ...]]] = {}
+
+
+def build(run: Run, home: Path, outputs: int) -> Staged:
+    """The run's model. Fresh parameters are drawn alike in every run: trials differ by what they train with."""
+    torch.manual_seed(FRESH)
+    name, options = run.model.name, dict(run.model.options)
+    make = plugins.attribute("model", name)
+    if ":" not in name:
+        staged: Staged = make(home, name, outputs, **options)
+        return staged
+    try:
+        made = make(outputs, **options)
+    except Exception as error:  # whatever the user's factory raises is theirs to read
+        raise SpaceError(f"model.name: {name}: calling it with the number of classes failed ({type(error).__name__}: {error})") from error
+    if isinstance(made, Staged):
+        return made
+    if not isinstance(made, nn.Module):
+        raise SpaceError(f"model.name: {name} returned {type(made).__name__}; expected an nn.Module or a tuner.core.Staged")
+    return cut(made)
+
+
+class Ready:
+    """A source on the device: uint8 pixels as normalised float32, channels-last; anything else as it is."""
+
+    def __init__(self, source: Source, preprocess: Preprocess, place: Place) -> None:
+        self.source, self.device = source, place.device
+        self.views = source.views
+        self.digest = hashlib.sha256(f"{source.digest} {preprocess.mean} {preprocess.std}".encode()).hexdigest()
+        self.mean = torch.tensor(preprocess.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(preprocess.std, device=self.device).view(1, 3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def take(self, index: Tensor, view: int) -> Batch:
+        x, y = self.source.take(index, view)
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
+            x = x.to(self.device).contiguous(memory_format=torch.channels_last).float().div_(255).sub_(self.mean).div_(self.std)
+        return Batch(x, y.to(self.device))
