@@ -130,4 +130,5 @@ def test_scores_per_class_are_a_table() -> None:
 
     rows = list(csv.DictReader(shown["per_class.csv"].decode().splitlines()))
     assert rows[0] == {"class": "cat", "precision": "0.5000", "recall": "1.0000", "f1": "0.6667", "examples": "1"}
-    assert shown["confusion.png"].startswith(PNG)
+    assert shown["confusion.png"] == figures.later("confusion", matrix=[[1, 0], [1, 1]], classes=["cat", "dog"])
+    assert figures.drawn(shown["confusion.png"]).startswith(PNG)

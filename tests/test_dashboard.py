@@ -14,7 +14,7 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import pytest
 
-from tuner import dashboard, storage
+from tuner import dashboard, figures, storage
 from tuner.errors import DataError, StorageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -102,6 +102,17 @@ def test_an_artifact_is_served_byte_by_byte(app: dashboard.App, made: Path) -> N
     answer = browse(app, f"/artifacts/1/1/{artifact.name}")
 
     assert (answer.status, answer.headers["Content-Type"], answer.body) == (200, "image/png", PICTURE)
+
+
+def test_a_picture_is_drawn_when_it_is_asked_for(folder: Path) -> None:
+    (artifact,) = (folder / "artifacts").iterdir()
+    artifact.write_bytes(figures.later("curve", losses=[1.0], scores=[{"accuracy": 0.5}], metric="accuracy"))
+    served = dashboard.app(dashboard.reader(None, folder), folder / "artifacts")
+
+    answer = browse(served, f"/artifacts/1/1/{artifact.name}")
+
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "image/png")
+    assert answer.body.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])

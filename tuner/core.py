@@ -111,7 +111,7 @@ class Task(ABC):
 
     @abstractmethod
     def show(self, pairs: Iterable[tuple[Any, Any]], classes: tuple[str, ...]) -> dict[str, bytes]:
-        """Files (name -> content) that show a person where the predictions are right and wrong."""
+        """Files (name -> content) that show a person where the predictions are right and wrong; pictures by `figures.later`."""
 
 
 class Normalised(nn.Module):

@@ -1,5 +1,6 @@
 """optuna-dashboard on this machine only, and read-only: it has no login, so neither others nor other pages may reach it."""
 
+import io
 import re
 import socket
 import socketserver
@@ -8,7 +9,7 @@ import urllib.parse
 import wsgiref.simple_server
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import optuna
 import sqlalchemy
@@ -29,8 +30,18 @@ def app(database: optuna.storages.BaseStorage, artifacts: Path, *, write: bool =
     import optuna_dashboard
 
     # get_storage adds the cache without which every poll reads the whole study again
-    inner: App = optuna_dashboard.wsgi(optuna.storages.get_storage(database), artifact_store=FileSystemArtifactStore(artifacts))
+    inner: App = optuna_dashboard.wsgi(optuna.storages.get_storage(database), artifact_store=Drawing(artifacts))
     return guarded(inner, write=write)
+
+
+class Drawing(FileSystemArtifactStore):
+    """A study's artifacts, whose pictures are drawn when they are asked for."""
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        from tuner import figures
+
+        with super().open_reader(artifact_id) as file:
+            return io.BytesIO(figures.drawn(file.read()))
 
 
 def guarded(inner: App, *, write: bool) -> App:

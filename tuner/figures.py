@@ -1,8 +1,14 @@
-"""Pictures for the dashboard and the report, drawn without a display."""
+"""Pictures for the dashboard, drawn without a display, and only when someone looks: a trial leaves what they show.
+
+Drawing takes longer than training a head does, and most trials are never looked at.
+"""
 
 import io
+import json
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -10,6 +16,24 @@ from matplotlib.ticker import MaxNLocator
 
 WRITTEN, NAMED = 20, 60  # up to so many classes the counts, and the names, can be read
 LOSS, SCORE = "tab:red", "tab:blue"
+MARK = "tuner:figure"
+BEGIN = f'{{"{MARK}":'.encode()
+_drawing = threading.Lock()  # matplotlib draws for one thread at a time
+
+
+def later(kind: str, **shown: Any) -> bytes:
+    """What `drawn` makes a picture of: the name of a function below, and its arguments as JSON."""
+    return json.dumps({MARK: kind, **shown}).encode()
+
+
+def drawn(content: bytes) -> bytes:
+    """A PNG of what `later` gave; any other content as it is."""
+    if not content.startswith(BEGIN):
+        return content
+    shown = json.loads(content)
+    kinds: dict[str, Callable[..., bytes]] = {"confusion": confusion, "curve": curve}
+    with _drawing:
+        return kinds[shown.pop(MARK)](**shown)
 
 
 def _png(figure: Figure) -> bytes:

@@ -82,7 +82,7 @@ def show(a: Assignment, epochs: list[Epoch], best: Best) -> dict[str, bytes]:
         return {}
     data = load(a.run, Path(a.home))
     task = task_of(a.run, len(data.classes))
-    curve = figures.curve([e.loss for e in epochs], [e.scores for e in epochs], a.metric)
+    curve = figures.later("curve", losses=[e.loss for e in epochs], scores=[e.scores for e in epochs], metric=a.metric)
     return {"curve.png": curve, **task.show(best.pairs, data.classes)}
 
 
