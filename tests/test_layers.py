@@ -49,6 +49,7 @@ PARTS = [
     "optim",
     "devices",
     "building",
+    "costs",
     "trial",
     "winner",
     "work",

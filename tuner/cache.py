@@ -90,15 +90,15 @@ def timed(live: "Live", folder: Path) -> dict[str, float]:
 
     Timed once on a batch, and kept beside the activations: trials that are repeated must find the same answer.
     """
-    index = torch.arange(min(PROBE, len(live)))
-    before = live.source.take(index, 0).x
-    shape = [tuple(leaf.shape) for leaf in leaves(before).values()]
+    shape = [tuple(leaf.shape) for leaf in leaves(live.source.take(torch.tensor([0]), 0).x).values()]
     note = folder / f"{hashlib.sha256(f'{live.prefix.names[-1]} {shape}'.encode()).hexdigest()[:32]}.cost.json"
     try:
         known = json.loads(note.read_text())
         return {key: float(known[key]) for key in ("computing", "reading", "bytes")}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
+    index = torch.arange(min(PROBE, len(live)))
+    before = live.source.take(index, 0).x
     computing, x = _seconds(lambda: live.prefix.compute(before), live.prefix.device)
     held = [channels_last(leaf).contiguous() for leaf in leaves(x).values()]
     reading, _ = _seconds(lambda: [leaf[torch.randperm(len(leaf)).to(leaf.device)] for leaf in held], live.prefix.device)

@@ -4,15 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tuner import plugins
 from tuner.building import build, wants
-from tuner.core import Staged, Tree
+from tuner.costs import measure
 from tuner.errors import SpaceError
 from tuner.run import Part, Recipe, Run
-
-OTHER_SIZES = (96, 64, 32, 28)  # tried after the size that the weights state
 
 
 @dataclass(frozen=True)
@@ -43,33 +40,18 @@ def describe(name: str, outputs: int = 1000) -> Described:
     device = torch.device("cpu" if ":" in name else "meta")
     with device:
         staged = build(run.without_weights(), Path(), outputs)
-        size, flops = _measure(staged, (wants(part).size, *OTHER_SIZES))
+        try:
+            work = measure(staged, wants(part).size)
+        except ValueError as error:
+            raise SpaceError(str(error)) from None
     parameters = [sum(p.numel() for p in stage.parameters()) for stage in staged.stages.values()]
     rows = [
         Depth(
             depth,
             list(staged.stages)[depth - 1] if depth else "(nothing)",
             sum(parameters[:depth]) / max(1, sum(parameters)),
-            sum(flops[:depth]) / max(1, sum(flops)),
+            sum(work.flops[:depth]) / max(1, sum(work.flops)),
         )
         for depth in range(staged.max_depth + 1)
     ]
-    return Described(sum(parameters), sum(flops), size, rows)
-
-
-def _measure(staged: Staged, sizes: tuple[int, ...]) -> tuple[int, list[int]]:
-    """The first of `sizes` whose image passes, and each stage's arithmetic for it. Raises SpaceError when none does."""
-    reasons = []
-    for size in sizes:
-        x: Tree = torch.zeros(1, 3, size, size)
-        flops = []
-        try:
-            with torch.no_grad():
-                for stage in staged.stages.values():
-                    with FlopCounterMode(display=False) as counter:
-                        x = stage.eval()(x)
-                    flops.append(counter.get_total_flops())
-            return size, flops
-        except (RuntimeError, ValueError, TypeError) as error:  # a user's model may be made for one size
-            reasons.append(str(error).splitlines()[0])
-    raise SpaceError(f"no image of 3 x side x side passes through this model (tried {', '.join(map(str, sizes))}): {reasons[0]}")
+    return Described(sum(parameters), sum(work.flops), work.size, rows)

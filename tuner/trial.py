@@ -4,8 +4,9 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,31 +78,31 @@ def prepare(run: Run, place: Place, metric: str) -> Bench:
 
     if run.recipe.head == "probe" and staged.max_depth > 0 and run.model.options.get("weights") != "none":
         recipe = PROBE.model_copy(update={"fit": run.recipe.fit})
-        deepest = bench(staged.max_depth, recipe)
-        probe(deepest, recipe, f"{names[staged.max_depth - 1]} {names[-1]} {deepest.train.digest} {deepest.valid.digest} {run.task.tree()}")
+        key = f"{names[-2:]} {learn.digest} {data.valid.digest} {data.preprocess} {run.task.tree()} {metric} {recipe}"
+        head = list(staged.stages.values())[-1]
+        probe(head, place.home / "probes", key, lambda: fit(bench(staged.max_depth, recipe), recipe, 0))
     return bench(depth, run.recipe)
 
 
-def probe(bench: Bench, recipe: Recipe, key: str) -> None:
-    """Trains the last stage alone over what the others give, or takes it from an equal run before.
+def probe(head: nn.Module, folder: Path, key: str, training: Callable[[], Iterator[Epoch]]) -> None:
+    """Gives `head` what `training` makes of it over the outputs of all other stages, or what it made of it before.
 
     Linear probing before fine-tuning: the gradients of a random head would distort what the other stages have learnt
     (Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022).
     """
-    key = hashlib.sha256(f"1 {key} {bench.metric} {recipe.model_dump_json()}".encode()).hexdigest()[:32]
-    path = bench.place.home / "probes" / f"{key}.safetensors"
+    path = folder / f"{hashlib.sha256(f'2 {key}'.encode()).hexdigest()[:32]}.safetensors"
     try:
-        bench.net.load_state_dict(load_file(path))
+        head.load_state_dict(load_file(path))
     except (FileNotFoundError, SafetensorError, RuntimeError):
-        for linear in [module for module in bench.net.modules() if isinstance(module, nn.Linear)][-1:]:
+        for linear in [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]:
             nn.init.zeros_(linear.weight)  # a head drawn at random is a guess that the probe would have to unlearn
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
-        deque(fit(bench, recipe, 0), maxlen=0)
+        deque(training(), maxlen=0)
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
-                save_file({name: value.contiguous() for name, value in bench.net.state_dict().items()}, temporary)
+                save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary)
 
 
 def fit(bench: Bench, recipe: Recipe, seed: int, best: Best | None = None) -> Iterator[Epoch]:
