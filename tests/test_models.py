@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_the_cut_law(name: str) -> None:
     check_cut(filled(name), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("name", plugins.names("model"))
+@pytest.mark.parametrize("name", [name for name in plugins.names("model") if "*" not in name])
 def test_every_model_is_cut_into_all_its_parameters(name: str) -> None:
     with torch.device("meta"):
         staged = built(name)
@@ -108,6 +109,61 @@ def test_every_model_is_cut_into_all_its_parameters(name: str) -> None:
 def test_stages_have_names(name: str, stages: list[str]) -> None:
     with torch.device("meta"):
         assert list(built(name).stages) == stages
+
+
+TIMM = {
+    "efficientnet_b0": 10,
+    "tf_efficientnet_lite0": 10,
+    "mobilenetv2_050": 10,
+    "mobilenetv3_small_050": 9,
+    "mobilenetv4_conv_small_035": 8,
+    "mnasnet_small": 10,
+    "resnet10t": 6,
+    "resnet26d": 6,
+    "seresnet18": 6,
+    "regnetx_002": 2,
+    "convnext_atto": 2,
+    "densenet121": 2,
+    "ghostnet_050": 2,
+    "vit_tiny_patch16_224": 2,
+}
+
+
+@pytest.mark.parametrize(("name", "stages"), TIMM.items())
+def test_models_of_timm_are_cut_by_both_laws(name: str, stages: int) -> None:
+    timm = pytest.importorskip("timm")
+    staged = built(f"timm/{name}")
+    check_partition(staged)
+    check_cut(staged, torch.randn(2, 3, *(224, 224) if "224" in name else (64, 64), generator=torch.Generator().manual_seed(1)))
+    assert len(staged.stages) == stages
+    assert list(staged.model.state_dict()) == list(timm.create_model(name, num_classes=3).state_dict())
+
+
+def test_what_a_deeply_frozen_convolutional_model_gives_is_a_vector() -> None:
+    pytest.importorskip("timm")
+    for name in ("timm/tf_efficientnet_lite0", "timm/mobilenetv3_small_050", "timm/resnet10t", "resnet18", "vgg11"):
+        staged = built(name)
+        prefix, _ = staged.split(staged.max_depth)
+        assert prefix(torch.zeros(2, 3, 64, 64)).dim() == 2, name
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("timm/efficientnet_lite00", "did you mean 'efficientnet_lite0'"),
+        ("timm/resnet50.a9_in1k", "timm has no such weights.*resnet50.a1_in1k"),
+    ],
+)
+def test_a_name_that_timm_does_not_have_gets_the_nearest(name: str, said: str) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(SpaceError, match=said):
+        built(name)
+
+
+def test_without_timm_the_way_to_have_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(SpaceError, match=r"pip install 'tuner-finetune\[timm\]'"):
+        built("timm/resnet18")
 
 
 def test_training_a_suffix_trains_the_model_and_leaves_the_prefix_still() -> None:

@@ -77,13 +77,13 @@ def _entry(name: str, weights: str) -> WeightsEnum:
     return known[weights]
 
 
-def fetch(home: Path, url: str) -> Path:
-    """The file behind `url`: from `home/weights`, from torch's hub folder, or downloaded; its SHA-256 pinned on first use.
+def fetch(home: Path, url: str, name: str | None = None) -> Path:
+    """The file behind `url`, kept under `name` or its own: from `home/weights`, from torch's hub folder, or downloaded; its SHA-256 pinned on first use.
 
     torchvision puts the hash's first 8 digits into the name and checks them at download only; the full hash is kept in
     `pins.json` and compared at each load. Raises DataError with URL, path and hash when there is no network.
     """
-    file = Path(urlparse(url).path).name
+    file = name or Path(urlparse(url).path).name
     path = home / "weights" / file
     for place in (path, Path(torch.hub.get_dir()) / "checkpoints" / file):
         if place.is_file():

@@ -44,8 +44,8 @@ def build(home: Path, name: str, outputs: int, *, weights: str = "default") -> S
         "layer1": model.layer1,
         "layer2": model.layer2,
         "layer3": model.layer3,
-        "layer4": model.layer4,
-        "head": nn.Sequential(model.avgpool, nn.Flatten(1), model.fc),
+        "layer4": nn.Sequential(model.layer4, model.avgpool, nn.Flatten(1)),  # pooled: what is remembered is a vector
+        "head": nn.Sequential(model.fc),
     }
     return Staged(model, stages, notes)
 

@@ -29,7 +29,8 @@ def build(home: Path, name: str, outputs: int, *, weights: str = "default") -> S
         if isinstance(layer, nn.MaxPool2d):
             stages[f"block{len(stages) + 1}"] = nn.Sequential(*block)
             block = []
-    stages["fc1"] = nn.Sequential(model.avgpool, nn.Flatten(1), *fc[:2])
+    stages["block5"] = nn.Sequential(*stages["block5"].children(), model.avgpool, nn.Flatten(1))
+    stages["fc1"] = nn.Sequential(*fc[:2])
     stages["fc2"] = nn.Sequential(*fc[2:5])
     stages["head"] = nn.Sequential(*fc[5:])
     return Staged(model, stages, notes)

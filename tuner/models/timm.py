@@ -1,0 +1,202 @@
+"""timm's models by name, `timm/<name>` (extra `timm`); ResNet-, EfficientNet- and MobileNet-like ones cut at stem, stages, head.
+
+Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner.core import Preprocess, Staged, cut
+from tuner.errors import SpaceError, nearest
+from tuner.weights import adopt, fetch, is_path, read
+
+NAMES = ("timm/*",)
+
+
+def wants(name: str, *, weights: str = "default") -> Preprocess:
+    """The transform that timm states for the model's weights."""
+    timm = _timm()
+    stated = timm.data.resolve_data_config(pretrained_cfg=_config(timm, name), model=None)
+    size = stated["input_size"][-1]
+    mean, std = (tuple(float(v) for v in stated[key]) for key in ("mean", "std"))
+    return Preprocess(size, int(size / stated["crop_pct"]), stated["interpolation"], mean, std)  # type: ignore[arg-type]
+
+
+def build(home: Path, name: str, outputs: int, *, weights: str = "default") -> Staged:
+    """Model `name` with `outputs` classes: depth 1 freezes the stem, then one stage of blocks more each; others have one cut.
+
+    Raises SpaceError on a name or weights that timm does not have, DataError on weights that do not fit.
+    """
+    timm = _timm()
+    config = _config(timm, name)
+    model: nn.Module = timm.create_model(name.partition("/")[2], pretrained=False, num_classes=outputs)
+    notes: tuple[str, ...] = ()
+    if weights != "none":
+        path = Path(weights) if is_path(weights) else _download(home, name, weights, config)
+        head = str(config["classifier"])
+        state = {k: v for k, v in _fitted(model, read(path)).items() if is_path(weights) or not k.startswith(f"{head}.")}
+        notes = adopt(model, state, head=head, where=f"weights: {weights if is_path(weights) else path.name}")
+    return Staged(model, stages_of(model, config), notes)
+
+
+def _timm() -> Any:
+    try:
+        import timm
+        import timm.data
+    except ImportError:
+        raise SpaceError("model.name: timm/… needs the package timm: pip install 'tuner-finetune[timm]'") from None
+    return timm
+
+
+def _config(timm: Any, name: str) -> dict[str, Any]:
+    """What timm knows of the model's weights. Raises SpaceError on a name that it does not have."""
+    bare = name.partition("/")[2]
+    known = timm.list_models()
+    if bare.partition(".")[0] not in known:
+        raise SpaceError(f"model.name: {name!r} is not known to timm {timm.__version__}{nearest(bare, known)}")
+    try:
+        found = timm.models.get_pretrained_cfg(bare)
+    except RuntimeError:  # an unknown tag
+        tags = [tagged for tagged in timm.list_pretrained() if tagged.startswith(f"{bare.partition('.')[0]}.")]
+        raise SpaceError(
+            f"model.name: {name!r}: timm has no such weights{nearest(bare, tags)}; timm has {', '.join(tags) or 'none'}"
+        ) from None
+    return {"classifier": "head", **(found.to_dict() if found else {})}
+
+
+def _download(home: Path, name: str, weights: str, config: dict[str, Any]) -> Path:
+    """timm's own weights: from its hub, as safetensors, or from the address that it states."""
+    if weights != "default":
+        raise SpaceError(f"model.weights: {weights!r} is not known for {name}; default, none, or a path to a .safetensors or .pth file")
+    hub = config.get("hf_hub_id")
+    if hub:
+        base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        return fetch(home, f"{base}/{hub}/resolve/main/model.safetensors", name=f"{str(hub).replace('/', '-')}.safetensors")
+    if config.get("url"):
+        return fetch(home, str(config["url"]))
+    raise SpaceError(f"model.weights: timm has no weights for {name}; write weights: none, a path, or a name with a tag")
+
+
+def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under this version's names and shapes, where the model's file says how."""
+    convert = getattr(__import__(type(model).__module__, fromlist=["_"]), "checkpoint_filter_fn", None)
+    return dict(convert(state, model)) if convert and not set(state) <= set(model.state_dict()) else state
+
+
+def stages_of(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
+    """The model's own modules in the order of its forward pass; pooling ends the last stage before the head."""
+    parts = dict(model.named_children())
+    order = list(parts)
+    found: dict[str, nn.Module] = {}
+    if order[:3] == ["conv_stem", "bn1", "blocks"] and order[-1] == "classifier":
+        found["stem"] = nn.Sequential(parts["conv_stem"], parts["bn1"])
+        found |= {f"blocks{i}": block for i, block in enumerate(parts["blocks"].children())}
+        found["features"] = nn.Sequential(*(parts[name] for name in order[3:-1]))
+        found["head"] = _head(model, parts["classifier"])
+    elif order[:3] == ["conv1", "bn1", "act1"] and order[-2:] == ["global_pool", "fc"] and set(order[3:-2]) <= RESNET:
+        found["stem"] = nn.Sequential(*(parts[name] for name in ("conv1", "bn1", "act1", "maxpool") if name in parts))
+        found |= {f"layer{i}": parts[f"layer{i}"] for i in (1, 2, 3)}
+        found["layer4"] = nn.Sequential(parts["layer4"], parts["global_pool"])
+        found["head"] = _head(model, parts["fc"])
+    else:
+        return _in_two(model, config)
+    return found if _agree(model, found, config) else _in_two(model, config)
+
+
+RESNET = {"maxpool", "layer1", "layer2", "layer3", "layer4"}
+
+
+def _head(model: nn.Module, classifier: nn.Module) -> nn.Module:
+    rate = float(getattr(model, "drop_rate", 0.0))
+    return nn.Sequential(nn.Dropout(rate), classifier) if rate else classifier
+
+
+@torch.no_grad()
+def _agree(model: nn.Module, stages: dict[str, nn.Module], config: dict[str, Any]) -> bool:
+    """Whether the stages in a row are the model: some of these shapes do more in `forward` than their modules tell."""
+    with _looking(model):
+        x = y = _example(model, config)
+        try:
+            for stage in stages.values():
+                y = stage(y)
+        except (RuntimeError, ValueError, TypeError):
+            return False
+        expected = model(x)
+        return y.shape == expected.shape and (y.is_meta or torch.equal(y, expected))
+
+
+def _example(model: nn.Module, config: dict[str, Any]) -> Tensor:
+    size = 64 if not config.get("fixed_input_size") else config.get("input_size", (3, 224, 224))[-1]
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(1, 3, size, size, generator=generator, device="cpu").to(next(model.parameters()).device)
+
+
+class _looking:
+    """Eval mode for a look, and the modes from before after it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modes = {module: module.training for module in model.modules()}
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self.modes.items():
+            module.training = mode
+
+
+class Part(nn.Module):
+    """One method of a model as a module that holds the model's own children, and no others."""
+
+    def __init__(self, model: nn.Module, method: str, children: list[str], *, loose: bool) -> None:
+        """`loose`: parameters and buffers that lie in no child are held too."""
+        super().__init__()
+        self.owner, self.method = (model,), method  # in a tuple, so that the whole model is not taken for a child
+        for name in children:
+            self.add_module(name, getattr(model, name))
+        if loose:
+            for name, parameter in model.named_parameters(recurse=False):
+                self.register_parameter(name, parameter)
+            for name, buffer in model.named_buffers(recurse=False):
+                self.register_buffer(name, buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = getattr(self.owner[0], self.method)(x)
+        return found
+
+
+@torch.no_grad()
+def _in_two(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
+    """Features and head by timm's own methods; the head's children are those that only its method calls."""
+    called: set[str] = set()
+    hooks = [child.register_forward_hook(lambda *_, name=name: called.add(name)) for name, child in _inner(model)]
+    try:
+        with _looking(model):
+            y = model.forward_features(_example(model, config))  # type: ignore[operator]
+            before = set(called)
+            called.clear()
+            model.forward_head(y)  # type: ignore[operator]
+    except (AttributeError, RuntimeError, ValueError, TypeError, AssertionError):
+        return dict(cut(model).stages)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ours = [name for name, _ in model.named_children()]
+    head = [name for name in ours if name in called - before]
+    if not any(True for name in head for _ in getattr(model, name).parameters()):
+        return dict(cut(model).stages)
+    rest = [name for name in ours if name not in head]
+    return {"features": Part(model, "forward_features", rest, loose=True), "head": Part(model, "forward_head", head, loose=False)}
+
+
+def _inner(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module inside, under the name of the model's child that it lies in."""
+    for name, child in model.named_children():
+        for module in child.modules():
+            yield name, module
