@@ -57,8 +57,10 @@ PARTS = [
     "predict",
 ]
 SEARCH = [
+    "pricing",
     "samplers",
     "history",
+    "asking",
     "storage",
     "search",
     "engines",

@@ -13,7 +13,7 @@ from tuner.history import REASON, SAME_AS
 from tuner.manifest import Published
 from tuner.report import Console
 from tuner.running import best_run
-from tuner.samplers import PRUNERS, SAMPLERS
+from tuner.samplers import PRUNERS
 from tuner.session import Places, home_folder, session
 
 
@@ -28,7 +28,9 @@ def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int 
             raise SpaceError(f"--format {wanted!r} is not known{suggest(wanted, known)}")
     with storage.lock(folder), session(space, Places(studies, home_folder(console.warn)), console) as s:
         database = storage.connect(space.settings.storage, folder)
-        study = optuna.load_study(study_name=folder.name, storage=database, sampler=SAMPLERS["random"](0), pruner=PRUNERS["none"](1))
+        study = optuna.load_study(
+            study_name=folder.name, storage=database, sampler=optuna.samplers.RandomSampler(), pruner=PRUNERS["none"](1)
+        )
         chosen = _choose(study, trial)
         run = best_run(history.run_of(space, study, chosen), chosen.user_attrs[history.BEST_EPOCH])
         place = folder / ("export" if trial is None else f"export-{trial}")

@@ -16,6 +16,7 @@ from tuner.space import Space
 ROOT, ATTEMPT, REASON, SAME_AS = "tuner:root", "tuner:attempt", "tuner:reason", "tuner:same_as"
 BEST_EPOCH, SCORES = "best_epoch", "scores"
 FINAL, TRACE = "tuner:final", "tuner:trace"
+DEFAULT = "tuner:default"  # whether a trial that was asked for at the beginning is the default recipe
 
 
 def key_of(params: Mapping[str, Any]) -> str:
@@ -44,9 +45,13 @@ def best(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
 
 
 def default(study: optuna.Study) -> FrozenTrial | None:
-    """Trial 0, the default recipe, if it has completed."""
+    """The trial of the default recipe, if it has completed; in studies from before it was marked, trial 0."""
+    found = completed(study)
+    marked = [t for t in study.get_trials(deepcopy=False) if DEFAULT in t.user_attrs]
+    if marked:
+        return next((t for t in found if t.user_attrs.get(DEFAULT)), None)
     draw = roots(study)
-    return next((t for t in completed(study) if draw[t.number] == 0), None)
+    return next((t for t in found if draw[t.number] == 0), None)
 
 
 def roots(study: optuna.Study) -> dict[int, int]:

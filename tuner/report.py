@@ -63,7 +63,7 @@ class Console:
     # -- the search
 
     def begin(self, coordinator: Coordinator, facts: Facts, survey: Survey, workers: int) -> None:
-        search, depth, budget = coordinator.search, max(survey.depths.values()), coordinator.budget()
+        search, depth, budget = coordinator.search, max(survey.depths.values()), coordinator.asker.budget()
         self.coordinator, self.begun, self.done_before = coordinator, time.monotonic(), coordinator.closed
         self.columns = Columns(coordinator.space, str(search.metric), budget, depth, self.out.width if self.lively else None)
         for t in coordinator.study.get_trials(deepcopy=False):
@@ -134,7 +134,7 @@ class Console:
     def tally(self, *, bar: bool = False) -> str:
         """`12/50, 3 pruned, eta 18m`; in the bar, which has its own line, with the best."""
         assert self.coordinator is not None
-        closed, budget, limit = self.coordinator.closed, self.coordinator.budget(), self.coordinator.search.timeout
+        closed, budget, limit = self.coordinator.closed, self.coordinator.asker.budget(), self.coordinator.search.timeout
         done, passed = closed - self.done_before, time.monotonic() - self.begun
         known = [f"{closed}/{budget}"]
         if bar and self.best is not None:

@@ -9,9 +9,11 @@ import optuna
 from tuner import history, manifest, storage
 from tuner.artifacts import Artifacts
 from tuner.manifest import Published
+from tuner.orders import Survey
+from tuner.pricing import Prices
 from tuner.report import Console
 from tuner.run import Run
-from tuner.samplers import PRUNERS, SAMPLERS
+from tuner.samplers import PRUNERS
 from tuner.search import Coordinator
 from tuner.session import Places, Session, interrupted, session, study_name, write_yaml
 from tuner.space import Range, Space
@@ -26,7 +28,7 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
         facts = s.inspect()
         folder = places.folder(space)
         with storage.lock(folder), storage.database_errors(storage.shown(s.settings.storage, folder)):
-            coordinator = open_coordinator(s, folder, facts.digest)
+            coordinator = open_coordinator(s, folder, facts.digest, survey)
             before = coordinator.closed
             workers = workers_of(space, survey.gpus)
             console.begin(coordinator, facts, survey, workers)
@@ -62,13 +64,13 @@ def workers_of(space: Space, gpus: int) -> int:
     return max(1, gpus) if space.settings.engine.device in ("auto", "cuda") else 1
 
 
-def open_coordinator(s: Session, folder: Path, data_digest: str) -> Coordinator:
+def open_coordinator(s: Session, folder: Path, data_digest: str, survey: Survey) -> Coordinator:
     space, search = s.space, s.settings.search
     database = storage.connect(s.settings.storage, folder)
     study = storage.open_study(
         database,
         study_name(space),
-        SAMPLERS[search.sampler](search.seed),
+        optuna.samplers.RandomSampler(),  # each ask brings its own
         PRUNERS[search.pruner](longest(space)),
         identity(space),
         data_digest,
@@ -76,7 +78,8 @@ def open_coordinator(s: Session, folder: Path, data_digest: str) -> Coordinator:
     write_yaml(folder / "space.yaml", space.tree(), f"what study {study_name(space)!r} searches, with every default")
     artifacts = Artifacts(study, folder, str(search.metric))
     artifacts.describe(space)
-    return Coordinator(study, space, s.assignment, Both(s.console, artifacts), Stopping(s))
+    prices = Prices(space, survey.costs) if search.sampler == "cost-aware" else None
+    return Coordinator(study, space, s.assignment, Both(s.console, artifacts), Stopping(s), prices)
 
 
 def longest(space: Space) -> int:

@@ -10,12 +10,14 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner import errors, history
+from tuner.asking import Asker
 from tuner.errors import NoUsableTrial, TunerError
-from tuner.history import ATTEMPT, BEST_EPOCH, FINAL, REASON, ROOT, SAME_AS, SCORES, TRACE, key_of
+from tuner.history import ATTEMPT, BEST_EPOCH, DEFAULT, FINAL, REASON, ROOT, SAME_AS, SCORES, TRACE, key_of
 from tuner.jobs import Job, Outcome
 from tuner.orders import Assignment, Epoch, Result
+from tuner.pricing import Prices
 from tuner.run import Run, seconds
-from tuner.samplers import SAMPLERS, mix
+from tuner.samplers import mix
 from tuner.space import Space
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -46,10 +48,16 @@ class Coordinator:
     """`next_job`, `report` and `ended` are what an engine calls; everything is decided from the study's history."""
 
     def __init__(
-        self, study: optuna.Study, space: Space, order: Callable[[Run], Assignment], listener: Listener, stopping: Callable[[], bool]
+        self,
+        study: optuna.Study,
+        space: Space,
+        order: Callable[[Run], Assignment],
+        listener: Listener,
+        stopping: Callable[[], bool],
+        prices: Prices | None = None,
     ) -> None:
         self.study, self.space, self.order, self.listener, self.stopping = study, space, order, listener, stopping
-        self.search = space.settings.search
+        self.search, self.asker = space.settings.search, Asker(study, space, prices)
         self.live: dict[int, Live] = {}
         self.error: TunerError | None = None
         self.begun = time.monotonic()
@@ -65,12 +73,13 @@ class Coordinator:
         """Reads the study. Whatever is RUNNING has lost its coordinator: recorded as failed, and asked again."""
         trials = self.study.get_trials(deepcopy=False)
         if not trials:
-            self.study.enqueue_trial(self.space.default())
+            self.asker.begin()
         draws = history.roots(self.study)
         for t in trials:
             self.roots += ROOT not in t.user_attrs and t.state != TrialState.WAITING
             if t.state == TrialState.RUNNING:
-                self.requeue(t.number, t.params, draws[t.number], t.user_attrs, "orphaned: the search was killed", count=False)
+                params = {**t.system_attrs.get("fixed_params", {}), **t.params}  # enqueued, but perhaps not drawn yet
+                self.requeue(t.number, params, draws[t.number], t.user_attrs, "orphaned: the search was killed", count=False)
             elif t.state in ENDED:
                 self.closed += 1
                 self.known.setdefault(key_of(t.params), t.number)
@@ -79,7 +88,7 @@ class Coordinator:
 
     def requeue(self, number: int, params: dict[str, Any], root: int, attrs: dict[str, Any], reason: str, *, count: bool) -> None:
         """Records a lost attempt and asks for the same parameters again. `count`: it was one of the limited attempts."""
-        marks = {ROOT: root, ATTEMPT: int(attrs.get(ATTEMPT, 1)) + count}
+        marks = {ROOT: root, ATTEMPT: int(attrs.get(ATTEMPT, 1)) + count} | {k: v for k, v in attrs.items() if k == DEFAULT}
         # first the new one, then the end of the old one: a crash in between leaves an orphan that is swept again
         waiting = [t for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if t.user_attrs.get(ROOT) == marks[ROOT]]
         if not waiting:
@@ -99,7 +108,7 @@ class Coordinator:
     def next_job(self) -> Job | None:
         """The next trial as a job; None when the budget is handed out, time is up or the search is stopping."""
         while self.wanted():
-            trial = self.ask()
+            trial = self.asker.ask(self.roots)
             if trial is None:
                 return None
             live = self.begin(trial)
@@ -112,28 +121,7 @@ class Coordinator:
             return False
         if self.search.timeout is not None and time.monotonic() - self.begun > seconds(self.search.timeout):
             return False
-        return self.closed + len(self.live) + sum(len(v.followers) for v in self.live.values()) < self.budget()
-
-    def budget(self) -> int:
-        if not self.space.dimensions:
-            return 1
-        if self.search.sampler == "grid":
-            return min(self.search.trials, len({key_of(p) for p in [self.space.default(), *self.space.grid()]}))
-        return self.search.trials
-
-    def ask(self) -> Trial | None:
-        """A trial of the study, its sampler seeded by the study's seed and which draw it is."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and self.search.sampler == "grid":
-            asked = {key_of(t.params) for t in self.study.get_trials(deepcopy=False)}
-            point = next((p for p in self.space.grid() if key_of(p) not in asked), None)
-            if point is None:
-                return None
-            self.study.enqueue_trial(point)
-        # a retry draws what its first attempt drew, or would have drawn had it lived to draw everything
-        draw = int(waiting[0].user_attrs.get(ROOT, self.roots)) if waiting else self.roots
-        self.study.sampler = SAMPLERS[self.search.sampler](mix(self.search.seed, draw))
-        return self.study.ask()
+        return self.closed + len(self.live) + sum(len(v.followers) for v in self.live.values()) < self.asker.budget()
 
     def begin(self, trial: Trial) -> Live | None:
         """The trial with its parameters fixed; None when they are known already and their result is reused."""
@@ -168,7 +156,7 @@ class Coordinator:
         live = self.live[job.number]
         live.trial.report(epoch.scores[str(self.search.metric)], epoch.number)
         self.listener.epoch(live, epoch)
-        live.pruned = live.trial.should_prune()
+        live.pruned = live.trial.should_prune() and not live.trial.user_attrs.get(DEFAULT)  # what all are compared with is seen to its end
         return not (live.pruned or self.stopping())
 
     def ended(self, job: Job, outcome: Outcome) -> None:

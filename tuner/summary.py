@@ -51,7 +51,7 @@ def lines(s: Summary) -> Iterator[str]:
     """The summary as a person reads it."""
     winner, coordinator = s.winner, s.coordinator
     if not s.fresh:
-        yield f"nothing left to do: {coordinator.closed} of {coordinator.budget()} trials are done; raise search.trials to go on"
+        yield f"nothing left to do: {coordinator.closed} of {coordinator.asker.budget()} trials are done; raise search.trials to go on"
     yield ""
     best_epoch = f"epoch {winner.user_attrs['best_epoch']} of {max(winner.intermediate_values)}"
     yield f"best     #{winner.number}, validation {s.metric} {winner.value:.4f} in {best_epoch}"

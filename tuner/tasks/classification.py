@@ -49,7 +49,10 @@ class Classification(Task):
     def show(self, pairs: Iterable[tuple[Any, Any]], classes: tuple[str, ...]) -> dict[str, bytes]:
         logits, truth = _joined(pairs)
         matrix = multiclass_confusion_matrix(logits, truth, self.classes)
-        return {"confusion.png": figures.later("confusion", matrix=matrix.tolist(), classes=classes), "per_class.csv": _per_class(matrix, classes)}
+        return {
+            "confusion.png": figures.later("confusion", matrix=matrix.tolist(), classes=classes),
+            "per_class.csv": _per_class(matrix, classes),
+        }
 
 
 def _joined(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
