@@ -34,7 +34,7 @@ def plain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def tuner(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     depth = {"low": 0, "high": arms.MAX_DEPTH}
-    recipe = {"lr": args.lr, "momentum": args.momentum, "freeze_depth": depth, "epochs": args.epochs}
+    recipe = {"head": "fresh", "lr": args.lr, "momentum": args.momentum, "freeze_depth": depth, "epochs": args.epochs}
     search = {"sampler": "grid", "pruner": "none", "trials": len(DEPTHS)}
     file = arms.write_space(folder / "replay.yaml", args, recipe, search)
     lines = arms.stamped(arms.tuner("run", file, folder / "studies"), home=folder / "home")
