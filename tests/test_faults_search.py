@@ -16,9 +16,11 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 
 from tests.conftest import Said
 from tuner import winner
+from tuner.batching import Batched
 
 Tuner = Callable[..., Said]
 
@@ -113,7 +115,7 @@ def test_23_sqlite_on_a_network_file_system_points_to_postgresql(tuner: Tuner, s
     assert said.code == 4 and "network file system (nfs)" in said.err and "postgresql://" in said.err
 
 
-@pytest.mark.parametrize("place", ["tuner.store._decode_all", "tuner.cache._write", "tuner.winner.save_all"])
+@pytest.mark.parametrize("place", ["tuner.store._decode_all", "tuner.activations.Writer.add", "tuner.winner.save_all"])
 def test_26_a_full_disk_is_named_and_with_space_again_it_finishes(
     place: str, tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,14 +137,15 @@ def test_26_a_database_that_cannot_be_written_ends_in_order_and_continues(
     tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        real = optuna.storages.RDBStorage.set_trial_intermediate_value
+        real = Batched.flush
 
-        def full(self: Any, trial_id: int, step: int, value: float) -> None:
-            if trial_id == 2:
-                raise optuna.exceptions.StorageInternalError("") from sqlite3.OperationalError("database or disk is full")
-            real(self, trial_id, step, value)
+        def full(self: Batched) -> None:
+            if any(row["trial_id"] == 2 and "step" in row for rows in self.rows.values() for row in rows):
+                cause = sqlite3.OperationalError("database or disk is full")
+                raise sqlalchemy.exc.OperationalError("INSERT", {}, cause) from cause
+            real(self)
 
-        patch.setattr(optuna.storages.RDBStorage, "set_trial_intermediate_value", full)
+        patch.setattr(Batched, "flush", full)
         said = tuner("run", small, "search.trials=2")
     assert said.code == 4 and "study.db failed while the search ran (database or disk is full)" in said.err
     assert finished(small.parent / "studies/small")[0] == (0, "COMPLETE")
@@ -308,7 +311,7 @@ def test_33_a_tie_is_decided_by_rule_and_said(tuner: Tuner, small: Path, monkeyp
 
 
 def test_33_only_pruned_trials_leave_no_winner(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optuna.Trial.should_prune", lambda self: True)
+    monkeypatch.setattr("tuner.trial.learn", lambda *_: float("nan"))
     said = tuner("run", small, "search.trials=3")
     assert said.code == 5 and "no trial completed (3 pruned)" in said.err
     assert not (small.parent / "studies/small/export").exists()

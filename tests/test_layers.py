@@ -60,6 +60,8 @@ SEARCH = [
     "pricing",
     "samplers",
     "history",
+    "batching",
+    "window",
     "asking",
     "storage",
     "search",

@@ -14,11 +14,12 @@ from tuner.orders import Epoch, Result
 from tuner.run import Run
 from tuner.space import Space, dump
 
+PIECE = 2045  # characters that optuna_dashboard keeps in one attribute
 TYPES = {".png": "image/png", ".csv": "text/csv"}
 
 
 class Artifacts:
-    """Files lie in the study's folder; optuna_dashboard, which takes a second to import, is imported only to write a note."""
+    """Files lie in the study's folder, notes in its database."""
 
     def __init__(self, study: optuna.Study, folder: Path, metric: str) -> None:
         self.study, self.metric = study, metric
@@ -31,24 +32,31 @@ class Artifacts:
         """The study's note and the metric's name; once, so that what somebody added to the note in the browser stays."""
         if self.study.metric_names is not None:
             return
-        from optuna_dashboard import save_note
-
-        save_note(self.study, study_note(space, self.study.study_name, self.metric))
+        write_note(self.study, None, study_note(space, self.study.study_name, self.metric))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.study.set_metric_names([self.metric])  # last: it says that the study has been described
 
     def files(self, trial: Trial, run: Run, result: Result) -> None:
         """Attaches a running trial's files and writes its note."""
-        from optuna_dashboard import save_note
-
         with tempfile.TemporaryDirectory() as temporary:
             for name, content in result.files.items():
                 path = Path(temporary) / name
                 path.write_bytes(content)
                 with disk_errors(self.folder):
                     upload_artifact(artifact_store=self.store, file_path=str(path), study_or_trial=trial, mimetype=TYPES.get(path.suffix))
-        save_note(trial, note(run, result, self.metric))
+        write_note(self.study, trial, note(run, result, self.metric))
+
+
+def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
+    """A note as optuna_dashboard keeps it, where there is none yet.
+
+    Its own `save_note` reads all notes of the study at each call, and importing it takes longer than many a trial.
+    """
+    begin = f"dashboard:{trial._trial_id}:" if trial else "dashboard:"
+    for i, start in enumerate(range(0, len(body), PIECE)):
+        study._storage.set_study_system_attr(study._study_id, f"{begin}note_str:{i}", body[start : start + PIECE])
+    study._storage.set_study_system_attr(study._study_id, f"{begin}note_ver", 1)
 
 
 def study_note(space: Space, name: str, metric: str) -> str:

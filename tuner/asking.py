@@ -1,18 +1,18 @@
 """Which parameters are tried next: what a study begins with, and what its sampler proposes after that."""
 
-import optuna
-from optuna.trial import Trial, TrialState
+from optuna.trial import Trial
 
 from tuner.history import DEFAULT, ROOT, key_of
 from tuner.pricing import STARTUP, Prices
 from tuner.samplers import SAMPLERS, Ask, mix
 from tuner.space import Space
+from tuner.window import WindowedStudy
 
 
 class Asker:
     """Draws are counted from 0; each depends on the seed, on which draw it is, and on the trials before it."""
 
-    def __init__(self, study: optuna.Study, space: Space, prices: Prices | None) -> None:
+    def __init__(self, study: WindowedStudy, space: Space, prices: Prices | None) -> None:
         """`prices`: ask for cheap trials first, and weigh the price of the others."""
         self.study, self.space, self.prices, self.search = study, space, prices, space.settings.search
 
@@ -35,7 +35,7 @@ class Asker:
 
     def ask(self, draw: int) -> Trial | None:
         """A trial of the study; one that waits goes before draw number `draw`. None: the grid is exhausted."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        waiting = self.study.next_waiting()
         if not waiting and self.search.sampler == "grid":
             asked = {key_of(t.params) for t in self.study.get_trials(deepcopy=False)}
             point = next((p for p in self.space.grid() if key_of(p) not in asked), None)
@@ -45,6 +45,7 @@ class Asker:
         elif not waiting and draw == self.default_draw() > 0:
             self.study.enqueue_trial(self.space.default(), user_attrs={DEFAULT: True})
         # a retry draws what its first attempt drew, or would have drawn had it lived to draw everything
-        draw = int(waiting[0].user_attrs.get(ROOT, draw)) if waiting else draw
+        draw = int(waiting.user_attrs.get(ROOT, draw)) if waiting else draw
         self.study.sampler = SAMPLERS[self.search.sampler](Ask(mix(self.search.seed, draw), self.prices, draw / self.budget()))
-        return self.study.ask()
+        with self.study.window():
+            return self.study.ask()

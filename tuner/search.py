@@ -19,6 +19,7 @@ from tuner.pricing import Prices
 from tuner.run import Run, seconds
 from tuner.samplers import mix
 from tuner.space import Space
+from tuner.window import WindowedStudy
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 MAX_ALIKE, MAX_FAILURES = 3, 10
@@ -40,6 +41,7 @@ class Live:
     run: Run
     root: int
     attempt: int
+    default: bool = False  # what all others are compared with is seen to its end
     pruned: bool = False
     followers: list[tuple[Trial, int]] = field(default_factory=list)  # with their roots
 
@@ -56,8 +58,9 @@ class Coordinator:
         stopping: Callable[[], bool],
         prices: Prices | None = None,
     ) -> None:
-        self.study, self.space, self.order, self.listener, self.stopping = study, space, order, listener, stopping
-        self.search, self.asker = space.settings.search, Asker(study, space, prices)
+        self.study = WindowedStudy(study)
+        self.space, self.order, self.listener, self.stopping = space, order, listener, stopping
+        self.search, self.asker = space.settings.search, Asker(self.study, space, prices)
         self.live: dict[int, Live] = {}
         self.error: TunerError | None = None
         self.begun = time.monotonic()
@@ -125,10 +128,12 @@ class Coordinator:
 
     def begin(self, trial: Trial) -> Live | None:
         """The trial with its parameters fixed; None when they are known already and their result is reused."""
-        attrs = trial.user_attrs
+        attrs = trial._cached_frozen_trial.user_attrs  # as it was asked for: reading it again costs 2 ms
         root = int(attrs.get(ROOT, self.roots))
         self.roots += ROOT not in attrs
-        run = self.space.sample(trial, seed=mix(self.search.seed, root))
+        with self.study.window():
+            run = self.space.sample(trial, seed=mix(self.search.seed, root))
+        self.study.write(trial, now=True)
         twin = self.known.get(key_of(trial.params))
         if twin is not None:
             self.repeat(trial, run, twin)
@@ -137,7 +142,7 @@ class Coordinator:
             if key_of(other.trial.params) == key_of(trial.params):
                 other.followers.append((trial, root))
                 return None
-        live = self.live[trial.number] = Live(trial, run, root, int(attrs.get(ATTEMPT, 1)))
+        live = self.live[trial.number] = Live(trial, run, root, int(attrs.get(ATTEMPT, 1)), bool(attrs.get(DEFAULT)))
         return live
 
     def repeat(self, trial: Trial, run: Run, twin: int) -> None:
@@ -156,7 +161,8 @@ class Coordinator:
         live = self.live[job.number]
         live.trial.report(epoch.scores[str(self.search.metric)], epoch.number)
         self.listener.epoch(live, epoch)
-        live.pruned = live.trial.should_prune() and not live.trial.user_attrs.get(DEFAULT)  # what all are compared with is seen to its end
+        self.study.write(live.trial)
+        live.pruned = not live.default and self.study.prunes(live.trial)  # what all are compared with is seen to its end
         return not (live.pruned or self.stopping())
 
     def ended(self, job: Job, outcome: Outcome) -> None:

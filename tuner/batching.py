@@ -1,0 +1,67 @@
+"""A running trial's writes, collected and then written in one transaction: Optuna makes one of each value, for 2 ms of CPU each."""
+
+import json
+import time
+from typing import Any
+
+import sqlalchemy
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb import models
+from optuna.trial import Trial
+
+WAIT = 1.0  # seconds that a value may wait, so that who watches a long trial sees its epochs
+
+
+class Batched:
+    """What a trial takes for its storage. Its parameters, reports and user attributes wait for `flush`; all else goes through.
+
+    Each key is written once, as a trial that is carried out once does. Nothing that has ended waits: see WindowedStudy.tell.
+    """
+
+    def __init__(self, inner: BaseStorage, database: RDBStorage) -> None:
+        self.inner, self.database = inner, database
+        self.rows: dict[Any, list[dict[str, Any]]] = {}
+        self.written = time.monotonic()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def set_trial_param(self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution) -> None:
+        text = distribution_to_json(distribution)
+        self._add(
+            models.TrialParamModel, trial_id=trial_id, param_name=param_name, param_value=param_value_internal, distribution_json=text
+        )
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        kind = models.TrialIntermediateValueModel
+        value, value_type = kind.intermediate_value_to_stored_repr(intermediate_value)
+        self._add(kind, trial_id=trial_id, step=step, intermediate_value=value, intermediate_value_type=value_type)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._add(models.TrialUserAttributeModel, trial_id=trial_id, key=key, value_json=json.dumps(value))
+
+    def _add(self, kind: Any, **row: Any) -> None:
+        self.rows.setdefault(kind, []).append(row)
+
+    def due(self) -> bool:
+        return time.monotonic() - self.written > WAIT
+
+    def flush(self) -> None:
+        rows, self.rows = self.rows, {}
+        if rows:
+            with self.database.engine.begin() as connection:
+                for kind, found in rows.items():
+                    connection.execute(sqlalchemy.insert(kind), found)
+        self.written = time.monotonic()
+
+
+def batch(trial: Trial) -> Batched | None:
+    """Has the trial's writes collected, where its study lies in a database; None where it does not."""
+    inner = trial.storage
+    database = getattr(inner, "_backend", inner)  # Optuna wraps a database into a cache of what has ended
+    if not isinstance(database, RDBStorage):
+        return None
+    found = Batched(inner, database)
+    trial.storage = found  # type: ignore[assignment]
+    return found
