@@ -52,13 +52,13 @@ def tuner(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def decoding(file: Path, home: Path) -> float:
     """Seconds for decoding all images of a space into an empty home."""
-    from tuner import parsing, trial
+    from tuner import building, parsing
 
     home.mkdir()
     run = parsing.load(file).run({})
-    trial.wants(run.model)  # imports what it needs
+    building.wants(run.model)  # imports what it needs
     start = time.monotonic()
-    trial.load(run, home)
+    building.load(run, home)
     return round(time.monotonic() - start, 3)
 
 
