@@ -12,7 +12,7 @@ import pytest
 from optuna_dashboard import get_note, save_note
 
 from tests.conftest import SMALL
-from tuner import artifacts, document, figures, parsing, storage
+from tuner import artifacts, document, drawing, figures, parsing, storage
 from tuner.artifacts import Artifacts
 from tuner.orders import Epoch, Result
 from tuner.space import Space
@@ -111,14 +111,14 @@ def test_the_note_of_a_run_without_ranges(space: Space) -> None:
 def test_a_confusion_matrix_is_drawn_for_any_number_of_classes(classes: int) -> None:
     matrix = [[int(i == j) for j in range(classes)] for i in range(classes)]
 
-    assert figures.confusion(matrix, [f"a class with a long name {i}" for i in range(classes)]).startswith(PNG)
+    assert drawing.confusion(matrix, [f"a class with a long name {i}" for i in range(classes)]).startswith(PNG)
 
 
 @pytest.mark.parametrize("scores", [[], [0.5], [0.5, 0.75, 0.7]])
 def test_a_learning_curve_is_drawn_for_any_number_of_epochs(scores: list[float]) -> None:
     rows: list[dict[str, Any]] = [{"balanced_accuracy": s} for s in scores]
 
-    assert figures.curve([1.0] * len(scores), rows, "balanced_accuracy").startswith(PNG)
+    assert drawing.curve([1.0] * len(scores), rows, "balanced_accuracy").startswith(PNG)
 
 
 def test_scores_per_class_are_a_table() -> None:
@@ -131,4 +131,4 @@ def test_scores_per_class_are_a_table() -> None:
     rows = list(csv.DictReader(shown["per_class.csv"].decode().splitlines()))
     assert rows[0] == {"class": "cat", "precision": "0.5000", "recall": "1.0000", "f1": "0.6667", "examples": "1"}
     assert shown["confusion.png"] == figures.later("confusion", matrix=[[1, 0], [1, 1]], classes=["cat", "dog"])
-    assert figures.drawn(shown["confusion.png"]).startswith(PNG)
+    assert drawing.drawn(shown["confusion.png"]).startswith(PNG)

@@ -39,6 +39,7 @@ PARTS = [
     "store",
     "images",
     "figures",
+    "drawing",
     "weights",
     "tasks",
     "models",

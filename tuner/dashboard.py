@@ -38,10 +38,10 @@ class Drawing(FileSystemArtifactStore):
     """A study's artifacts, whose pictures are drawn when they are asked for."""
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
-        from tuner import figures
+        from tuner import drawing
 
         with super().open_reader(artifact_id) as file:
-            return io.BytesIO(figures.drawn(file.read()))
+            return io.BytesIO(drawing.drawn(file.read()))
 
 
 def guarded(inner: App, *, write: bool) -> App:
