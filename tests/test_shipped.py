@@ -13,6 +13,7 @@ TINY = {
     "resnet": ["search.trials=2", "recipe.epochs=1", "recipe.freeze_depth=4"],
     "cifar10_resnet50": ["data={name: synthetic, size: 32, examples: 40}", "model.weights=none", "recipe.batch_size=64"],
     "vgg": ["data={name: synthetic, size: 32, examples: 40}", "model.name=vgg11_bn", "model.weights=none", "recipe.freeze_depth=7"],
+    "timm": ["data={name: synthetic, size: 32, examples: 40}", "model.weights=none", "recipe.freeze_depth=9"],
     "imagefolder": ["data={name: synthetic, size: 32, examples: 40}", "model.weights=none"],
 }
 

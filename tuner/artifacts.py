@@ -65,7 +65,7 @@ def study_note(space: Space, name: str, metric: str) -> str:
     searched = ", ".join(f"`{d.name}`" for d in space.dimensions)
     return f"""Searches {searched or "nothing"} for the best **{spoken(metric)}** on the validation examples.
 
-- Trial 0 is the default recipe, so that the best can be compared with it.
+- One trial is the default recipe, so that the best can be compared with it.
 - A trial's value is its best epoch's; its learning curve, confusion matrix and scores per class are its artifacts.
 - `tuner export {name} --trial N` retrains and exports any of them.
 

@@ -146,7 +146,7 @@ class Space:
         return Part(name, options)
 
     def default(self) -> dict[str, Any]:
-        """Trial 0: the default recipe as far as the space allows, as parameter name -> value."""
+        """The default recipe as far as the space allows, as parameter name -> value."""
         chosen: dict[KeyPath, Any] = {}
         for d in self.dimensions:
             if self._active(d, chosen):
