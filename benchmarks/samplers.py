@@ -25,7 +25,8 @@ RAW = arms.PLOTS / "samplers.json"
 ARMS = ("tpe", "cost-aware")
 
 
-def one(data: str, sampler: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def write(folder: Path, data: str, search: dict[str, Any], args: argparse.Namespace) -> Path:
+    """The space file of one study."""
     source = (
         {"name": "digits", "size": 32} if data == "digits" else {"name": "folder", "path": str(Path(data).resolve()), "size": args.size}
     )
@@ -34,12 +35,17 @@ def one(data: str, sampler: str, seed: int, args: argparse.Namespace) -> dict[st
         "data": source,
         "model": {"name": "resnet18_slim", "weights": "bundled"},
         "recipe": {**arms.SPACE, "freeze_depth": {"low": 0, "high": 5}, "epochs": {"low": 1, "high": 8}, "batch_size": 32},
-        "search": {"trials": args.trials, "sampler": sampler, "pruner": "median", "seed": seed, "retrain": False},
+        "search": {"retrain": False, **search},
         "export": ["safetensors"],
     }
+    file = folder / "race.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def one(data: str, sampler: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.scratch) as place:
-        file = Path(place) / "race.yaml"
-        file.write_text(yaml.safe_dump(tree))
+        file = write(Path(place), data, {"trials": args.trials, "sampler": sampler, "pruner": "median", "seed": seed}, args)
         lines = arms.stamped(arms.tuner("run", file, Path(place) / "studies"), home=Path(place) / "home")
     epochs = [[line["at"], line["scores"]["accuracy"]] for line in arms.of(lines, "epoch")]
     return {"epochs": epochs, "whole": lines[-1]["at"]}
@@ -86,17 +92,22 @@ def table(found: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, *, seeds: int) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="*", help="digits, or a folder of images")
     parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--size", type=int, default=64, help="side of the folders' images, pixels")
     parser.add_argument("--scratch", type=Path)
-    parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--table-only", action="store_true", help="measure nothing; show again what plots/*.json holds")
     args = parser.parse_args()
     if not args.table_only and not args.data:
         parser.error("name at least one data set, unless --table-only")
+    return args
+
+
+def main() -> None:
+    args = arguments(__doc__, seeds=5)
     table(json.loads(RAW.read_text()) if args.table_only else measure(args))
 
 

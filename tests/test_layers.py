@@ -59,6 +59,7 @@ PARTS = [
 ]
 SEARCH = [
     "pricing",
+    "projection",
     "samplers",
     "history",
     "batching",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import optuna
 
 from tuner.pricing import CostAware, Prices
+from tuner.projection import ProjectionPruner
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ PRUNERS: Mapping[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "median": lambda epochs: optuna.pruners.MedianPruner(
         n_startup_trials=5, n_warmup_steps=2
     ),  # steps count from 1: none is judged by its first epoch
+    "projection": ProjectionPruner,
     "successive-halving": lambda epochs: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
     "hyperband": lambda epochs: optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3),
     "none": lambda epochs: optuna.pruners.NopPruner(),

@@ -42,19 +42,27 @@ def _own() -> dict[str, Any]:
     return {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$", "description": "your own: package.module:attribute"}
 
 
+def _among(names: list[str]) -> dict[str, Any]:
+    """One of these names; one with a star stands for many."""
+    bare = [name for name in names if "*" not in name]
+    patterns = [{"type": "string", "pattern": f"^{name.replace('*', '.+')}$"} for name in names if "*" in name]
+    forms: list[dict[str, Any]] = [{"enum": bare}] * bool(bare) + patterns
+    return forms[0] if len(forms) == 1 else {"anyOf": forms}
+
+
 def part(kind: str) -> dict[str, Any]:
     """A plug-in by its bare name, or a mapping whose keys depend on the name."""
     known = plugins.names(kind)
     alike: dict[str, list[str]] = {}  # the schema of their keys -> the names that share it
     for name in known:
         alike.setdefault(json.dumps(section(plugins.keys(kind, name).fields, searched=True)), []).append(name)
-    one: dict[str, Any] = {"anyOf": [{"enum": known}, _own()]}
+    one: dict[str, Any] = {"anyOf": [_among(known), _own()]}
     several = {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}
     chosen = {"type": "object", "required": ["choices"], "additionalProperties": False, "properties": {"choices": several, "when": WHEN}}
     forms: list[dict[str, Any]] = [one, *([several, chosen] if kind == "model" else [])]
     for written, members in alike.items():
         keys = json.loads(written)
-        named: dict[str, Any] = {"enum": members}
+        named = _among(members)
         if kind == "model":
             named = {"anyOf": [named, several, chosen]}
         forms.append({**keys, "properties": {"name": named, **keys["properties"]}, "required": ["name", *keys.get("required", [])]})

@@ -9,6 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner.batching import Batched, batch
+from tuner.projection import ProjectionPruner
 
 BEST, LATEST = 100, 400
 SEEN = frozenset({TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING})
@@ -70,7 +71,7 @@ class WindowedStudy(optuna.Study):
     def prunes(self, trial: Trial) -> bool:
         """Whether the pruner ends the trial."""
         with self.window():
-            if isinstance(self.pruner, (optuna.pruners.MedianPruner, optuna.pruners.NopPruner)):
+            if isinstance(self.pruner, (optuna.pruners.MedianPruner, ProjectionPruner, optuna.pruners.NopPruner)):
                 return self.pruner.prune(self, trial._cached_frozen_trial)  # all they ask of a trial is in memory
             self.write(trial, now=True)
             return trial.should_prune()
