@@ -130,3 +130,59 @@ def test_nothing_half_written_is_left_when_computing_fails(tmp_path: Path, monke
     with pytest.raises(BaseException, match="stop"):
         cached.take(torch.arange(2), 0)
     assert [p.suffix for p in (tmp_path / "activations").iterdir()] == [".lock"]
+
+
+class Step(nn.Module):
+    """A stage that counts the examples that pass; its output has `width` numbers each."""
+
+    def __init__(self, wide: int, width: int) -> None:
+        super().__init__()
+        self.fc, self.passed = nn.Linear(wide, width), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passed += len(x)
+        out: Tensor = self.fc(x)
+        return out
+
+
+def chain(*widths: int) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(*(Step(a, b) for a, b in zip((1, *widths), widths, strict=False))).eval()
+
+
+def passed(stages: nn.Sequential) -> list[int]:
+    return [stage.passed for stage in stages if isinstance(stage, Step)]
+
+
+def test_one_pass_keeps_what_it_passes_where_that_is_small(tmp_path: Path) -> None:
+    every = Limits(tmp_path, mode="always")
+    whole = chain(1, 5, 1, 1)
+    through(frozen(whole), Counting(), every).take(torch.arange(8), 0)
+    assert passed(whole) == [8, 8, 8, 8]
+    for depth, asked in ((1, 0), (3, 0), (2, 8)):  # what left the second stage is larger than what came in
+        part, source = chain(1, 5, 1, 1)[:depth], Counting()
+        found = through(frozen(part), source, every).take(torch.arange(8), 0).x
+        assert isinstance(found, Tensor) and torch.allclose(found, part(Counting().take(torch.arange(8), 0).x))
+        assert sum(stage.passed for stage in part if isinstance(stage, Step)) - 8 * depth == asked and source.taken == 0
+
+
+def test_filling_begins_at_the_nearest_cut_that_is_kept(tmp_path: Path) -> None:
+    every = Limits(tmp_path, mode="always")
+    through(frozen(chain(3, 2)), Counting(), every).take(torch.arange(8), 1)
+    deeper, source = chain(3, 2, 2), Counting()
+    found = through(frozen(deeper), source, every).take(torch.arange(8), 1).x
+    assert passed(deeper) == [0, 0, 8] and source.taken == 0
+    assert isinstance(found, Tensor) and torch.allclose(found, deeper(Counting().take(torch.arange(8), 1).x))
+
+
+@pytest.mark.parametrize(("computing", "kept"), [(1e-9, False), (1.0, True)])
+def test_what_is_sooner_computed_than_read_is_not_kept(computing: float, kept: bool, tmp_path: Path) -> None:
+    stages, auto = frozen(chain(3)), Limits(tmp_path)
+    through(stages, Counting(), auto)
+    (note,) = (tmp_path / "activations").glob("*.cost.json")
+    known = json.loads(note.read_text())
+    assert set(known) == {"computing", "reading", "bytes"} and known["bytes"] == 12
+    note.write_text(json.dumps({"computing": computing, "reading": 1e-6, "bytes": 12.0}))
+    source = Counting()
+    assert isinstance(through(stages, source, auto), Remembered) == kept
+    assert source.taken <= 1  # the time was not taken again
