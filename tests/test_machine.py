@@ -20,7 +20,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
     for _ in range(10):
-        x = torch.ones(4_000_000) + 1  # 16 MB each, made and freed
+        x = torch.ones(12_000_000) + 1  # 48 MB each, made and freed
         del x
 work()
 before = faults()
