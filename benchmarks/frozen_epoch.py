@@ -23,7 +23,7 @@ SPACE = """
 task: classification
 data: {name: folder, path: x}
 model: {name: resnet18_slim, weights: bundled}
-recipe: {optimizer: sgd, lr: 0.01, batch_size: 64}
+recipe: {optimizer: sgd, lr: 0.01, batch_size: 64, head: fresh}
 """
 
 

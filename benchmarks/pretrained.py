@@ -19,7 +19,7 @@ SPACE = """
 task: classification
 data: {name: digits, size: 32, valid: 0.47, test: 0.47}
 model: {name: resnet18_slim, weights: bundled}
-recipe: {optimizer: sgd, momentum: 0.9, epochs: 10, batch_size: 16, schedule: cosine}
+recipe: {optimizer: sgd, momentum: 0.9, epochs: 10, batch_size: 16, schedule: cosine, head: fresh}
 """
 RATES = (0.003, 0.01, 0.03, 0.1)
 
