@@ -17,7 +17,7 @@ from typing import Any
 
 import arms
 import optuna
-import samplers
+import yaml
 
 from tuner.samplers import PRUNERS
 
@@ -31,10 +31,28 @@ KINDS = {
 }
 
 
+def write(folder: Path, data: str, search: dict[str, Any], args: argparse.Namespace) -> Path:
+    """The space file of one study."""
+    source = (
+        {"name": "digits", "size": 32} if data == "digits" else {"name": "folder", "path": str(Path(data).resolve()), "size": args.size}
+    )
+    tree = {
+        "task": "classification",
+        "data": source,
+        "model": {"name": "resnet18_slim", "weights": "bundled"},
+        "recipe": {**arms.SPACE, "freeze_depth": {"low": 0, "high": 5}, "epochs": {"low": 1, "high": 8}, "batch_size": 32},
+        "search": {"retrain": False, **search},
+        "export": ["safetensors"],
+    }
+    file = folder / "race.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
 def curves(data: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Parameters, scores and seconds of every trial of a search without pruning."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as place:
-        file = samplers.write(Path(place), data, {"sampler": "random", "pruner": "none", "seed": seed, "trials": args.trials}, args)
+        file = write(Path(place), data, {"sampler": "random", "pruner": "none", "seed": seed, "trials": args.trials}, args)
         lines = arms.stamped(arms.tuner("run", file, Path(place) / "studies"), home=Path(place) / "home")
     trials, epochs = [], []
     for line in lines:
@@ -88,8 +106,22 @@ def table(found: dict[str, Any]) -> None:
         print(f"| {data} | {len(studies)} | {' | '.join(cells)} |")
 
 
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="*", help="digits, or a folder of images")
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--size", type=int, default=64, help="side of the folders' images, pixels")
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--table-only", action="store_true", help="measure nothing; show again what plots/*.json holds")
+    args = parser.parse_args()
+    if not args.table_only and not args.data:
+        parser.error("name at least one data set, unless --table-only")
+    return args
+
+
 def main() -> None:
-    args = samplers.arguments(__doc__, seeds=2)
+    args = arguments(__doc__)
     table(json.loads(RAW.read_text()) if args.table_only else measure(args))
 
 

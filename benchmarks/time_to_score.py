@@ -32,7 +32,7 @@ def plain(script: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def tuner(args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    search = {"trials": args.trials, "sampler": "cost-aware", "pruner": "median", "seed": seed}
+    search = {"trials": args.trials, "sampler": "tpe", "pruner": "median", "seed": seed}
     with tempfile.TemporaryDirectory(dir=args.scratch) as place:
         folder = Path(place)
         file = arms.write_space(folder / "race.yaml", args, arms.SPACE, search)

@@ -24,7 +24,7 @@ KEYS = ("lr", "momentum", "freeze_depth", "epochs")
 
 def one(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """Seconds of the search, and of its winner alone on both sides."""
-    search = {"trials": args.trials, "sampler": "cost-aware", "pruner": "median", "seed": seed}
+    search = {"trials": args.trials, "sampler": "tpe", "pruner": "median", "seed": seed}
     file = arms.write_space(folder / "factor.yaml", args, arms.SPACE, search)
     study = arms.stamped(arms.tuner("run", file, folder / "studies"), home=folder / "home")
     best = folder / "studies" / "factor" / "best.yaml"

@@ -58,7 +58,6 @@ PARTS = [
     "predict",
 ]
 SEARCH = [
-    "pricing",
     "projection",
     "samplers",
     "history",

@@ -12,7 +12,6 @@ from tuner import document, history, parsing
 from tuner.errors import DataError, NoUsableTrial
 from tuner.jobs import Job, Outcome
 from tuner.orders import Assignment, Epoch, Result
-from tuner.pricing import STARTUP, CostAware, Prices
 from tuner.run import Run
 from tuner.samplers import PRUNERS, mix
 from tuner.search import Coordinator, Live
@@ -46,13 +45,7 @@ def coordinator(s: Space, storage: Any = None, listener: Any = None) -> Coordina
         pruner=PRUNERS[search.pruner](3),
         load_if_exists=True,
     )
-    prices = Prices(s, COSTS) if search.sampler == "cost-aware" else None
-    return Coordinator(
-        study, s, lambda run: Assignment(run, "accuracy", s.settings.engine, "home"), listener or Silent(), lambda: False, prices
-    )
-
-
-COSTS = {"resnet18_slim": (6.0, 5.0, 4.0, 3.0, 2.0, 0.0)}  # what each freeze depth of it leaves to be done
+    return Coordinator(study, s, lambda run: Assignment(run, "accuracy", s.settings.engine, "home"), listener or Silent(), lambda: False)
 
 
 def quality(run: Run) -> float:
@@ -99,40 +92,42 @@ def test_trial_0_is_the_default_recipe_as_far_as_the_space_allows() -> None:
     assert c.study.trials[0].params == {"optimizer": "sgd", "lr": 0.001, "momentum": 0.9, "freeze_depth": 0, "epochs": 3}
 
 
-def test_who_minds_costs_begins_with_the_cheapest_and_comes_to_the_default_recipe_after_the_cheap_ones() -> None:
-    c = coordinator(space(trials=14, sampler="cost-aware"))
+def test_the_first_trial_is_the_cheap_truth_and_the_second_the_default_recipe_which_is_never_pruned() -> None:
+    c = coordinator(space(trials=3, pruner="successive-halving"))
     drive(c)
-    params = [t.params for t in c.study.trials]
-    prices = [Prices(c.space, COSTS)(p) for p in params]
-    assert params[0] == {"optimizer": "sgd", "lr": 0.001, "momentum": 0.9, "freeze_depth": 5, "epochs": 1}
-    assert params[STARTUP] == c.space.default() and prices[STARTUP] == max(prices)
-    default = history.default(c.study)
-    assert default is not None and default.number == STARTUP and len(default.intermediate_values) == 3  # never pruned
-    drawn_at_random = [Prices(c.space, COSTS)(t.params) for t in coordinator_after(14, "random").study.trials]
-    assert sum(prices[1:STARTUP]) < 0.5 * sum(drawn_at_random[1:STARTUP])
+    cheap, default = c.study.trials[:2]
+    assert cheap.params == {"optimizer": "sgd", "lr": 0.001, "momentum": 0.9, "freeze_depth": 5, "epochs": 1}
+    assert default.params == c.space.default() and default.user_attrs[history.DEFAULT] and not cheap.user_attrs.get(history.DEFAULT)
+    found = history.default(c.study)
+    assert found is not None and found.number == 1 and len(found.intermediate_values) == 3
 
 
-def coordinator_after(trials: int, sampler: str) -> Coordinator:
-    c = coordinator(space(trials=trials, sampler=sampler))
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipe.head=fresh"],
+        ["model.weights=none"],
+        ["recipe.freeze_depth=3"],
+        ["search.sampler=grid", "recipe.lr=[0.1]", "recipe.momentum=0.9"],
+    ],
+)
+def test_where_a_probe_says_nothing_the_default_recipe_is_first(words: list[str]) -> None:
+    s = parsing.parse(parsing.override(document.parse(SMALL, "small.yaml"), [*words, "search.trials=3"]))
+    c = coordinator(s)
     drive(c)
-    return c
+    assert c.study.trials[0].params == s.default() and c.study.trials[0].user_attrs[history.DEFAULT]
+    assert sum(t.params == s.default() for t in c.study.trials) == 1
 
 
-def test_with_nothing_to_choose_between_prices_asking_is_that_of_tpe() -> None:
-    class Free(Prices):
-        def __call__(self, params: Any) -> float:
-            return 1.0
-
-    study = coordinator_after(12, "tpe").study
-    proposals = []
-    for sampler in (CostAware(3, Free(space(), COSTS), 0.0), optuna.samplers.TPESampler(seed=3)):
-        twin = optuna.create_study(direction="maximize", sampler=sampler)
-        twin.add_trials(study.get_trials())
-        proposals.append(space().sample(twin.ask()).recipe)
-    assert proposals[0] == proposals[1]
+def test_a_budget_of_one_is_the_default_recipe_and_more_of_it_does_not_ask_for_it_again() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    drive(coordinator(space(trials=1), storage))
+    c = coordinator(space(trials=4), storage)
+    drive(c)
+    assert [t.params == c.space.default() for t in c.study.trials] == [True, False, False, False]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "cost-aware"])
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
 @pytest.mark.parametrize("drawn", [True, False])
 def test_a_killed_and_continued_search_draws_what_an_undisturbed_one_draws(sampler: str, drawn: bool) -> None:
     calm = coordinator(space(trials=14, sampler=sampler))
@@ -252,7 +247,7 @@ def test_the_median_pruner_stops_a_bad_trial_which_ends_pruned() -> None:
 
 
 @pytest.mark.parametrize("pruner", sorted(PRUNERS))
-@pytest.mark.parametrize("sampler", ["tpe", "random", "cost-aware"])
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_every_sampler_and_pruner_carries_a_search(sampler: str, pruner: str) -> None:
     c = coordinator(space(trials=12, sampler=sampler, pruner=pruner))
     drive(c)

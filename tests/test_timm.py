@@ -54,7 +54,7 @@ def test_a_study_of_it_ends_in_exports_that_predict(tuner: Callable[..., Said], 
     Path("mobile.yaml").write_text(
         f"task: classification\ndata: {{name: synthetic, size: 32, examples: 40}}\nmodel: {{name: {NAME}, weights: none}}\n"
         "recipe: {lr: {low: 1e-3, high: 1e-1, log: true}, freeze_depth: {low: 0, high: 7}, epochs: 1}\n"
-        "search: {trials: 3, sampler: cost-aware}\nengine: {name: inline, device: cpu}\nexport: [safetensors, torch_export, onnx]\n"
+        "search: {trials: 3}\nengine: {name: inline, device: cpu}\nexport: [safetensors, torch_export, onnx]\n"
     )
     said = tuner("run", "mobile.yaml")
     assert said.code == 0, said.err

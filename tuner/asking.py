@@ -1,20 +1,27 @@
 """Which parameters are tried next: what a study begins with, and what its sampler proposes after that."""
 
+from typing import Any
+
 from optuna.trial import Trial
 
 from tuner.history import DEFAULT, ROOT, key_of
-from tuner.pricing import STARTUP, Prices
-from tuner.samplers import SAMPLERS, Ask, mix
-from tuner.space import Space
+from tuner.samplers import SAMPLERS, mix
+from tuner.space import Dimension, Space
 from tuner.window import WindowedStudy
+
+EPOCHS, DEPTH = ("recipe", "epochs"), ("recipe", "freeze_depth")
 
 
 class Asker:
-    """Draws are counted from 0; each depends on the seed, on which draw it is, and on the trials before it."""
+    """Draws are counted from 0; each depends on the seed, on which draw it is, and on the trials before it.
 
-    def __init__(self, study: WindowedStudy, space: Space, prices: Prices | None) -> None:
-        """`prices`: ask for cheap trials first, and weigh the price of the others."""
-        self.study, self.space, self.prices, self.search = study, space, prices, space.settings.search
+    The first is the cheap truth, what the pretrained features give with a head alone; the second the default recipe. Then the
+    sampler proposes.
+    """
+
+    def __init__(self, study: WindowedStudy, space: Space) -> None:
+        self.study, self.space, self.search = study, space, space.settings.search
+        self.cheap = self._cheap()
 
     def budget(self) -> int:
         if not self.space.dimensions:
@@ -23,15 +30,27 @@ class Asker:
             return min(self.search.trials, len({key_of(p) for p in [self.space.default(), *self.space.grid()]}))
         return self.search.trials
 
-    def default_draw(self) -> int:
-        """Which draw the default recipe is: the first, or, where prices count, the one after the cheap ones."""
-        return min(STARTUP, self.budget() - 1) if self.prices else 0
+    def _cheap(self) -> dict[str, Any] | None:
+        """The default recipe frozen as deep as the space has it, for as few epochs. None where that says nothing: the head would not
+        begin as a probe of pretrained features, or there is no depth to choose."""
+        default = self.space.default()
+        run = self.space.run({})
+        ends = {d.name: _end(d, highest=d.path == DEPTH) for d in self.space.dimensions if d.path in (DEPTH, EPOCHS) and d.name in default}
+        probed = run.recipe.head == "probe" and run.model.options.get("weights") != "none"
+        first = default | ends
+        wanted = probed and "freeze_depth" in ends and first != default and self.budget() > 1 and self.search.sampler != "grid"
+        return first if wanted else None
 
     def begin(self) -> None:
         """Enqueues what a new study tries first."""
-        default = self.space.default()
-        first = self.prices.cheapest(default) if self.prices and self.default_draw() else default
-        self.study.enqueue_trial(first, user_attrs={DEFAULT: first == default})
+        if self.cheap:
+            self.study.enqueue_trial(self.cheap)
+        else:
+            self.study.enqueue_trial(self.space.default(), user_attrs={DEFAULT: True})
+
+    def _marked(self) -> bool:
+        """Whether the default recipe has been asked for; in a study that began with a budget of one trial it came first."""
+        return any(t.user_attrs.get(DEFAULT) for t in self.study.get_trials(deepcopy=False))
 
     def ask(self, draw: int) -> Trial | None:
         """A trial of the study; one that waits goes before draw number `draw`. None: the grid is exhausted."""
@@ -42,10 +61,16 @@ class Asker:
             if point is None:
                 return None
             self.study.enqueue_trial(point)
-        elif not waiting and draw == self.default_draw() > 0:
+        elif not waiting and self.cheap and draw == 1 and not self._marked():
             self.study.enqueue_trial(self.space.default(), user_attrs={DEFAULT: True})
         # a retry draws what its first attempt drew, or would have drawn had it lived to draw everything
         draw = int(waiting.user_attrs.get(ROOT, draw)) if waiting else draw
-        self.study.sampler = SAMPLERS[self.search.sampler](Ask(mix(self.search.seed, draw), self.prices, draw / self.budget()))
+        self.study.sampler = SAMPLERS[self.search.sampler](mix(self.search.seed, draw))
         with self.study.window():
             return self.study.ask()
+
+
+def _end(dimension: Dimension, *, highest: bool) -> int:
+    leaf = dimension.leaf
+    members = leaf.members() or (int(leaf.low), int(leaf.last))  # type: ignore[union-attr]
+    return int(max(members) if highest else min(members))

@@ -20,7 +20,6 @@ class Assignment:
 @dataclass(frozen=True)
 class Survey:
     depths: dict[str, int]  # model name -> the deepest freeze
-    costs: dict[str, tuple[float, ...]]  # model name -> what training an example costs at each freeze depth
     gpus: int
 
 

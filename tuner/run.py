@@ -95,7 +95,7 @@ class Search(Section):
     timeout: Annotated[str | None, AfterValidator(_duration)] = Field(
         None, description="ask no more this long after the command began: 90s, 10m, 1h30m"
     )
-    sampler: Literal["tpe", "cost-aware", "random", "grid"] = Field("tpe", description="how parameters are proposed")
+    sampler: Literal["tpe", "random", "grid"] = Field("tpe", description="how parameters are proposed")
     pruner: Literal["median", "projection", "successive-halving", "hyperband", "none"] = Field("median", description="what ends bad trials")
     metric: str | None = Field(None, description="what is maximised on the validation examples; null: the task's first")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of the sampler and, with the trial's number, of each training")

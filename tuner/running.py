@@ -9,8 +9,6 @@ import optuna
 from tuner import history, manifest, storage
 from tuner.artifacts import Artifacts
 from tuner.manifest import Published
-from tuner.orders import Survey
-from tuner.pricing import Prices
 from tuner.report import Console
 from tuner.run import Run
 from tuner.samplers import PRUNERS
@@ -28,7 +26,7 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
         facts = s.inspect()
         folder = places.folder(space)
         with storage.lock(folder), storage.database_errors(storage.shown(s.settings.storage, folder)):
-            coordinator = open_coordinator(s, folder, facts.digest, survey)
+            coordinator = open_coordinator(s, folder, facts.digest)
             before = coordinator.closed
             workers = workers_of(space, survey.gpus)
             console.begin(coordinator, facts, survey, workers)
@@ -64,7 +62,7 @@ def workers_of(space: Space, gpus: int) -> int:
     return max(1, gpus) if space.settings.engine.device in ("auto", "cuda") else 1
 
 
-def open_coordinator(s: Session, folder: Path, data_digest: str, survey: Survey) -> Coordinator:
+def open_coordinator(s: Session, folder: Path, data_digest: str) -> Coordinator:
     space, search = s.space, s.settings.search
     database = storage.connect(s.settings.storage, folder)
     study = storage.open_study(
@@ -78,8 +76,7 @@ def open_coordinator(s: Session, folder: Path, data_digest: str, survey: Survey)
     write_yaml(folder / "space.yaml", space.tree(), f"what study {study_name(space)!r} searches, with every default")
     artifacts = Artifacts(study, folder, str(search.metric))
     artifacts.describe(space)
-    prices = Prices(space, survey.costs) if search.sampler == "cost-aware" else None
-    return Coordinator(study, space, s.assignment, Both(s.console, artifacts), Stopping(s), prices)
+    return Coordinator(study, space, s.assignment, Both(s.console, artifacts), Stopping(s))
 
 
 def longest(space: Space) -> int:

@@ -2,28 +2,15 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import optuna
 
-from tuner.pricing import CostAware, Prices
 from tuner.projection import ProjectionPruner
 
-
-@dataclass(frozen=True)
-class Ask:
-    """What a sampler is made from: a seed, and for who minds them the trials' prices and the share of the budget spent."""
-
-    seed: int
-    prices: Prices | None = None
-    spent: float = 0.0
-
-
-SAMPLERS: Mapping[str, Callable[[Ask], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda ask: optuna.samplers.TPESampler(seed=ask.seed),
-    "cost-aware": lambda ask: CostAware(ask.seed, ask.prices, ask.spent),
-    "random": lambda ask: optuna.samplers.RandomSampler(seed=ask.seed),
-    "grid": lambda ask: optuna.samplers.RandomSampler(seed=ask.seed),  # the coordinator enqueues the grid's points
+SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),  # the coordinator enqueues the grid's points
 }
 
 PRUNERS: Mapping[str, Callable[[int], optuna.pruners.BasePruner]] = {

@@ -15,7 +15,6 @@ from tuner.errors import NoUsableTrial, TunerError
 from tuner.history import ATTEMPT, BEST_EPOCH, DEFAULT, FINAL, REASON, ROOT, SAME_AS, SCORES, TRACE, key_of
 from tuner.jobs import Job, Outcome
 from tuner.orders import Assignment, Epoch, Result
-from tuner.pricing import Prices
 from tuner.run import Run, seconds
 from tuner.samplers import mix
 from tuner.space import Space
@@ -56,11 +55,10 @@ class Coordinator:
         order: Callable[[Run], Assignment],
         listener: Listener,
         stopping: Callable[[], bool],
-        prices: Prices | None = None,
     ) -> None:
         self.study = WindowedStudy(study)
         self.space, self.order, self.listener, self.stopping = space, order, listener, stopping
-        self.search, self.asker = space.settings.search, Asker(self.study, space, prices)
+        self.search, self.asker = space.settings.search, Asker(self.study, space)
         self.live: dict[int, Live] = {}
         self.error: TunerError | None = None
         self.begun = time.monotonic()

@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tuner import figures
-from tuner.building import build, load, task_of, wants
-from tuner.costs import measure
+from tuner.building import build, load, task_of
 from tuner.devices import place
 from tuner.files import OFFLINE
 from tuner.orders import Assignment, Epoch, Facts, Result, Survey
@@ -21,18 +20,12 @@ from tuner.weights import is_path
 def survey(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Survey:
     """How deep each model can be frozen, and how many workers this machine feeds. Nothing is fetched or written."""
     depths: dict[str, int] = {}
-    costs: dict[str, tuple[float, ...]] = {}
     for a in assignments:
         place(a.engine, Path(a.home), slot)  # names a missing device before anything else happens
         run = a.run.without_weights()
         staged = build(run, Path(a.home), 2)
         depths[a.run.model.name] = staged.max_depth
-        size = a.run.data.options.get("size") or wants(a.run.model).size
-        try:
-            costs[a.run.model.name] = measure(staged, size).remaining()
-        except ValueError:  # a model of the user's own, that takes other inputs: its depths count alike
-            costs[a.run.model.name] = (1.0,) * len(staged.stages)
-    return Survey(depths, costs, gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return Survey(depths, gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Facts:
