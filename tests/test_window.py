@@ -116,6 +116,7 @@ def test_what_is_written_at_once_is_what_optuna_writes_one_by_one(tmp_path: Path
         for number, value in enumerate((float("nan"), float("inf"), -1.0), 1):
             trial.report(value, number)
         trial.set_user_attr("reason", {"words": "ä", "list": [1, None]})
+        trial.storage.set_trial_system_attr(trial._trial_id, "artifacts:1", '{"filename": "curve.png"}')
         study.tell(trial, state=TrialState.FAIL)
     assert rows(tmp_path / "ours") == rows(tmp_path / "plain")
 
@@ -140,3 +141,16 @@ def test_a_note_is_the_one_that_the_dashboard_reads(length: int, tmp_path: Path)
     write_note(study, None, body)
     write_note(study, trial, body[::-1])
     assert (get_note(study), get_note(trial)) == (body, body[::-1])
+
+
+def test_a_note_that_was_collected_is_there_when_the_trial_has_ended(tmp_path: Path) -> None:
+    study = WindowedStudy(fresh(tmp_path, "none"))
+
+    def notes() -> list[Any]:
+        return [v for k, v in study._storage.get_study_system_attrs(study._study_id).items() if "note_str" in k]
+
+    trial = study.ask()
+    write_note(study, trial, "how it went")
+    assert notes() == []
+    study.tell(trial, 0.5)
+    assert notes() == ["how it went"]

@@ -54,9 +54,10 @@ def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
     Its own `save_note` reads all notes of the study at each call, and importing it takes longer than many a trial.
     """
     begin = f"dashboard:{trial._trial_id}:" if trial else "dashboard:"
+    storage = trial.storage if trial else study._storage
     for i, start in enumerate(range(0, len(body), PIECE)):
-        study._storage.set_study_system_attr(study._study_id, f"{begin}note_str:{i}", body[start : start + PIECE])
-    study._storage.set_study_system_attr(study._study_id, f"{begin}note_ver", 1)
+        storage.set_study_system_attr(study._study_id, f"{begin}note_str:{i}", body[start : start + PIECE])
+    storage.set_study_system_attr(study._study_id, f"{begin}note_ver", 1)
 
 
 def study_note(space: Space, name: str, metric: str) -> str:

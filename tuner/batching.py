@@ -14,7 +14,7 @@ WAIT = 1.0  # seconds that a value may wait, so that who watches a long trial se
 
 
 class Batched:
-    """What a trial takes for its storage. Its parameters, reports and user attributes wait for `flush`; all else goes through.
+    """What a trial takes for its storage. Its parameters, reports, attributes, files and note wait for `flush`; all else goes through.
 
     Each key is written once, as a trial that is carried out once does. Nothing that has ended waits: see WindowedStudy.tell.
     """
@@ -40,6 +40,12 @@ class Batched:
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         self._add(models.TrialUserAttributeModel, trial_id=trial_id, key=key, value_json=json.dumps(value))
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._add(models.TrialSystemAttributeModel, trial_id=trial_id, key=key, value_json=json.dumps(value))
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        self._add(models.StudySystemAttributeModel, study_id=study_id, key=key, value_json=json.dumps(value))
 
     def _add(self, kind: Any, **row: Any) -> None:
         self.rows.setdefault(kind, []).append(row)
