@@ -140,7 +140,7 @@ def test_26_a_database_that_cannot_be_written_ends_in_order_and_continues(
         real = Batched.flush
 
         def full(self: Batched) -> None:
-            if any(row["trial_id"] == 2 and "step" in row for rows in self.rows.values() for row in rows):
+            if any(row.get("trial_id") == 2 and "step" in row for rows in self.rows.values() for row in rows):
                 cause = sqlite3.OperationalError("database or disk is full")
                 raise sqlalchemy.exc.OperationalError("INSERT", {}, cause) from cause
             real(self)
