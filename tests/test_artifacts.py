@@ -126,7 +126,7 @@ def test_scores_per_class_are_a_table() -> None:
     from tuner.tasks.classification import Classification
 
     logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
-    shown = Classification(2, 0.0).show([(logits, torch.tensor([0, 1, 1]))], ("cat", "dog"))
+    shown = Classification(("cat", "dog"), 0.0).show([(logits, torch.tensor([0, 1, 1]))], None)  # type: ignore[arg-type]
 
     rows = list(csv.DictReader(shown["per_class.csv"].decode().splitlines()))
     assert rows[0] == {"class": "cat", "precision": "0.5000", "recall": "1.0000", "f1": "0.6667", "examples": "1"}

@@ -18,6 +18,7 @@ class Counting:
 
     views = 2
     digest = "eight"
+    lengths = None
 
     def __init__(self) -> None:
         self.taken = 0

@@ -16,10 +16,11 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from tests.serving import serving
-from tuner.core import Data, Preprocess
+from tuner.core import Data
 from tuner.data import cifar10, digits, folder, synthetic
 from tuner.errors import DataError
 from tuner.run import ImageOptions
+from tuner.wanted import Preprocess
 
 WANTED = Preprocess(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3)
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from tuner.core import Preprocess
 from tuner.decoding import attempt, decode, quietly
+from tuner.wanted import Preprocess
 
 EIGHT = Preprocess(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3)
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from tuner.core import Data, Preprocess
+from tuner.core import Data
 from tuner.errors import DataError, SpaceError
 from tuner.images import dataset, resolve
 from tuner.run import ImageOptions
 from tuner.splits import TEST, TRAIN, UNSPLIT, VALID, Items
+from tuner.wanted import Preprocess
 
 WANTED = Preprocess(16, 16, "nearest", (0.5,) * 3, (0.5,) * 3)
 N = 60
@@ -35,7 +36,7 @@ def pixels(source: Any, view: int = 0) -> torch.Tensor:
 
 def test_a_batch_is_uint8_channels_first_with_its_labels(tmp_path: Path) -> None:
     listed = items()
-    data = made(tmp_path, listed=Items(listed.pictures, listed.labels, listed.classes, np.repeat([TRAIN, VALID, TEST], N // 3)))
+    data = made(tmp_path, listed=Items(listed.pictures, listed.labels, listed.strata, np.repeat([TRAIN, VALID, TEST], N // 3)))
     x, y = data.train.take(torch.tensor([2, 0]), 0)
     assert isinstance(x, torch.Tensor)
     assert x.dtype == torch.uint8 and x.shape == (2, 3, 16, 16)
@@ -93,7 +94,7 @@ def test_the_digest_follows_content_labels_and_split(tmp_path: Path) -> None:
         made(tmp_path, {"limit": 10}),
         made(tmp_path, listed=items(seed=1)),
         made(tmp_path, listed=items(classes=("a", "b", "x"))),
-        made(tmp_path, listed=Items(swapped.pictures, swapped.labels[::-1].copy(), swapped.classes, swapped.part)),
+        made(tmp_path, listed=Items(swapped.pictures, swapped.labels[::-1].copy(), swapped.strata, swapped.part)),
     ]
     assert len({same, *(d.digest for d in others)}) == 8
 
@@ -130,4 +131,4 @@ def test_a_part_whose_only_image_is_unreadable_is_named(tmp_path: Path) -> None:
     pictures[0] = tmp_path / "missing.png"
     part = np.array([VALID] + [TRAIN] * (N - 2) + [TEST])
     with pytest.raises(DataError, match=r"^data: no validation image can be read$"):
-        made(tmp_path, {"on_bad_image": "skip"}, Items(pictures, listed.labels, listed.classes, part))
+        made(tmp_path, {"on_bad_image": "skip"}, Items(pictures, listed.labels, listed.strata, part))

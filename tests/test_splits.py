@@ -19,7 +19,7 @@ def items(counts: list[int], part: int = UNSPLIT) -> Items:
 
 
 def counts(found: Items, part: int) -> list[int]:
-    return np.bincount(found.labels[found.part == part], minlength=len(found.classes)).tolist()
+    return np.bincount(found.labels[found.part == part], minlength=len(found.strata)).tolist()
 
 
 def test_every_class_is_divided_in_proportion() -> None:
@@ -53,7 +53,7 @@ def test_parts_that_are_given_stay() -> None:
     given_ = items([10, 10])
     part = given_.part.copy()
     part[::2] = TEST
-    found = split(Items(given_.pictures, given_.labels, given_.classes, part), ImageOptions(valid=0.2))
+    found = split(Items(given_.pictures, given_.labels, given_.strata, part), ImageOptions(valid=0.2))
     assert np.flatnonzero(found.part == TEST).tolist() == list(range(0, 20, 2))
     assert counts(found, VALID) == [1, 1]
 
@@ -77,20 +77,42 @@ def test_limit_leaves_no_class_out() -> None:
     [
         ([5], {}, "data: classification needs at least 2 classes, found 1 ('c0')"),
         ([], {}, "data: classification needs at least 2 classes, found none"),
-        ([5, 0, 0], {}, "data: classes with 0 images: 'c1', 'c2'; add images or remove the folders"),
+        ([5, 0, 0], {}, "data: classes with 0 examples: 'c1', 'c2'; add some or remove the classes"),
         (
             [5, 1, 2],
             {},
-            "data: each class needs at least 3 images to be split, but 'c1' has 1, 'c2' has 2; add images or give the parts as folders",
+            "data: each class needs at least 3 examples to be split, but 'c1' has 1, 'c2' has 2; add some or give the parts themselves",
         ),
-        ([5] * 12, {"limit": 10}, "data.limit: 10, but there are 12 classes; allow one image of each at least"),
+        ([5] * 12, {"limit": 10}, "data.limit: 10, but there are 12 classes; allow one example of each at least"),
     ],
 )
 def test_too_few_classes_or_images(sizes: list[int], options: dict[str, int], message: str) -> None:
     with pytest.raises(DataError) as error:
+        checked(items(sizes))
         divided(items(sizes), ImageOptions(**options))
     assert str(error.value) == message
 
 
 def test_enough_is_enough() -> None:
     checked(items([1, 1]))
+
+
+def test_each_item_validates_in_exactly_one_fold_and_each_class_in_all() -> None:
+    whole = items([50, 25])
+    found = [divided(whole, ImageOptions(test=0.2, folds=5, fold=fold)) for fold in range(5)]
+    assert all(np.array_equal(f.part == TEST, found[0].part == TEST) for f in found)
+    assert [sum(int(f.part[i] == VALID) for f in found) for i in np.flatnonzero(found[0].part != TEST)] == [1] * 60
+    assert all(counts(f, VALID) == [8, 4] and counts(f, TRAIN) == [32, 16] for f in found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"folds": 5, "fold": 5}, "data.fold: 5, but there are 5 folds, 0 to 4"),
+        ({"folds": 20}, "data.folds: 20, but there are 14 examples to train and validate with; lower it"),
+    ],
+)
+def test_impossible_folds_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(DataError) as error:
+        divided(items([10, 8]), ImageOptions(test=0.25, **options))
+    assert str(error.value) == message

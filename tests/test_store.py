@@ -13,10 +13,10 @@ from PIL import Image
 
 from tuner import decoding
 from tuner import store as storing
-from tuner.core import Preprocess
 from tuner.decoding import Picture, Pixels
 from tuner.errors import DataError, StorageError
 from tuner.store import Store, store
+from tuner.wanted import Preprocess
 
 SMALL = Preprocess(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3)
 
@@ -176,7 +176,7 @@ RACER = """
 import sys, time
 from pathlib import Path
 from tuner import decoding
-from tuner.core import Preprocess
+from tuner.wanted import Preprocess
 from tuner.store import store
 home, me = Path(sys.argv[1]), sys.argv[2]
 real = decoding.attempt

@@ -15,10 +15,10 @@ from torch import nn
 from torchvision.models import ResNet18_Weights, get_model
 
 from tests.serving import serving
-from tuner.core import Preprocess
 from tuner.errors import DataError, SpaceError
 from tuner.files import sha256
 from tuner.models import resnet
+from tuner.wanted import Preprocess
 from tuner.weights import State, adopt, fetch, is_path, read, torchvision_model, torchvision_preprocess
 
 

@@ -4,12 +4,17 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tuner.core import Batch
+from tuner.wanted import Tree, leaves
+
+Reader = Callable[[Tensor], Batch]
 Leaf = dict[str, Any]  # name, shape of one example, dtype
 
 
@@ -88,3 +93,28 @@ def make_room(folder: Path, need: float, limit: float) -> None:
             break
         shutil.rmtree(entry, ignore_errors=True)
         used -= sizes[entry]
+
+
+TRUTH = "y."  # begins the names of the leaves of a batch's y
+
+
+def truth(y: Tree) -> dict[str, Tensor]:
+    return {f"{TRUTH}{name}": leaf for name, leaf in leaves(y).items()}
+
+
+def _tree(found: dict[str, Tensor]) -> Tree:
+    """What `leaves` took apart."""
+    return found[""] if set(found) == {""} else found
+
+
+def reader(values: dict[str, Tensor], device: torch.device) -> Reader:
+    """Batches of what an entry holds."""
+    inputs = {name: value for name, value in values.items() if not name.startswith(TRUTH)}
+    truths = {name.removeprefix(TRUTH): value for name, value in values.items() if name.startswith(TRUTH)}
+
+    def read(index: Tensor) -> Batch:
+        x = {name: channels_first(value[index.to(value.device)].to(device)) for name, value in inputs.items()}
+        y = {name: value[index.to(value.device)].to(device) for name, value in truths.items()}
+        return Batch(_tree(x), _tree(y))
+
+    return read

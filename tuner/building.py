@@ -2,23 +2,25 @@
 
 import copy
 import hashlib
+import inspect
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tuner import cache, plugins
-from tuner.core import IMAGENET, Batch, Data, Preprocess, Source, Staged, Task, cut
+from tuner.core import Batch, Data, Source, Staged, Task, cut
 from tuner.devices import Place
 from tuner.errors import SpaceError
 from tuner.run import Part, Run
+from tuner.wanted import IMAGENET, Wanted
 
 FRESH = 0  # seed of parameters that no weights are given for
 MODELS = 4  # kept ready in a process
 
 
-def task_of(run: Run, outputs: int) -> Task:
-    task: Task = plugins.attribute("task", run.task.name)(outputs, run.recipe, **run.task.options)
+def task_of(run: Run, classes: tuple[str, ...]) -> Task:
+    task: Task = plugins.attribute("task", run.task.name)(classes, run.recipe, **run.task.options)
     return task
 
 
@@ -26,23 +28,26 @@ _loaded: dict[str, Data] = {}
 
 
 def load(run: Run, home: Path) -> Data:
-    """The run's data; kept for the next run of this process that names the same."""
+    """The run's data; kept for the next run of this process that names the same, one a fold."""
     wanted = wants(run.model)
-    name = f"{run.data.tree()} {wanted} {home}"
-    if name not in _loaded:
+    options = {k: v for k, v in run.data.options.items() if k != "fold"}
+    name, fold = f"{run.task.name} {run.data.name} {options} {wanted} {home}", run.data.options.get("fold", 0)
+    if not any(known.startswith(name) for known in _loaded):
         _loaded.clear()  # one data set per process is what a study needs
+    key = f"{name} {fold}"
+    if key not in _loaded:
         arguments = plugins.keys("data", run.data.name).arguments(run.data.options)
-        _loaded[name] = plugins.attribute("data", run.data.name)(home, wanted, **arguments)
-    return _loaded[name]
+        _loaded[key] = plugins.attribute("data", run.data.name)(home, wanted, run.task.name, **arguments)
+    return _loaded[key]
 
 
-def wants(model: Part) -> Preprocess:
-    """How the model's weights want their images; ImageNet's way for a model of the user's own."""
+def wants(model: Part) -> Wanted:
+    """How the model's weights want their examples; ImageNet's way for a model of the user's own."""
     if ":" in model.name:
         return IMAGENET
     module = plugins.module("model", model.name)
-    options = {k: v for k, v in model.options.items() if k == "weights"}
-    found: Preprocess = module.wants(model.name, **options)
+    known = inspect.signature(module.wants).parameters
+    found: Wanted = module.wants(model.name, **{k: v for k, v in model.options.items() if k in known})
     return found
 
 
@@ -51,7 +56,7 @@ def built(run: Run, place: Place, outputs: int) -> tuple[Staged, tuple[str, ...]
 
     A model is built and named once per process and copied for each run: that is a trial's start, and workers wait for it.
     """
-    key = f"{run.model.tree()} {outputs} {place.home} {place.precision} {place.device.type}"
+    key = f"{run.task.name} {run.model.tree()} {outputs} {place.home} {place.precision} {place.device.type}"
     if key not in _built:
         if len(_built) >= MODELS:
             _built.clear()
@@ -70,7 +75,7 @@ def build(run: Run, home: Path, outputs: int) -> Staged:
     name, options = run.model.name, dict(run.model.options)
     make = plugins.attribute("model", name)
     if ":" not in name:
-        staged: Staged = make(home, name, outputs, **options)
+        staged: Staged = make(home, name, run.task.name, outputs, **options)
         return staged
     try:
         made = make(outputs, **options)
@@ -84,20 +89,17 @@ def build(run: Run, home: Path, outputs: int) -> Staged:
 
 
 class Ready:
-    """A source on the device: uint8 pixels as normalised float32, channels-last; anything else as it is."""
+    """A source on the device, as the model wants it."""
 
-    def __init__(self, source: Source, preprocess: Preprocess, place: Place) -> None:
-        self.source, self.device = source, place.device
-        self.views = source.views
-        self.digest = hashlib.sha256(f"{source.digest} {preprocess.mean} {preprocess.std}".encode()).hexdigest()
-        self.mean = torch.tensor(preprocess.mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(preprocess.std, device=self.device).view(1, 3, 1, 1)
+    def __init__(self, source: Source, wanted: Wanted, place: Place) -> None:
+        self.source, self.wanted, self.device = source, wanted, place.device
+        self.views, self.lengths = source.views, source.lengths
+        self.digest = hashlib.sha256(f"{source.digest} {wanted.normalisation()}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def take(self, index: Tensor, view: int) -> Batch:
         x, y = self.source.take(index, view)
-        if isinstance(x, Tensor) and x.dtype == torch.uint8:
-            x = x.to(self.device).contiguous(memory_format=torch.channels_last).float().div_(255).sub_(self.mean).div_(self.std)
-        return Batch(x, y.to(self.device))
+        truth = y.to(self.device) if isinstance(y, Tensor) else {name: leaf.to(self.device) for name, leaf in y.items()}
+        return Batch(self.wanted.ready(x, self.device), truth)

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.activations import Writer, channels_first, channels_last, fits_on_gpu, make_room, mapped, whole
-from tuner.core import Batch, Source, Tree, digest_of, leaves
+from tuner.activations import Reader, Writer, channels_last, fits_on_gpu, make_room, mapped, reader, truth, whole
+from tuner.core import Batch, Source, digest_of
 from tuner.files import atomic_folder, atomic_path, disk_errors, lock_of, locked, sweep
+from tuner.wanted import Tree, leaves
 
 CHUNK = 64  # examples computed at once when filling
 PROBE = 32  # examples on which computing and reading are timed
 DISK = 2e8  # bytes a second, of what does not fit into the memory
-Reader = Callable[[Tensor], Batch]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Live:
 
     def __init__(self, prefix: Prefix, source: Source) -> None:
         self.prefix, self.source = prefix, source
-        self.views, self.digest = source.views, source.digest
+        self.views, self.digest, self.lengths = source.views, source.digest, source.lengths
 
     def __len__(self) -> int:
         return len(self.source)
@@ -150,7 +150,7 @@ class Remembered:
 
     def __init__(self, live: Live, folder: Path, limit: float) -> None:
         self.live, self.folder, self.limit, self.device = live, folder, limit, live.prefix.device
-        self.views, self.digest = live.views, live.digest
+        self.views, self.digest, self.lengths = live.views, live.digest, live.lengths
         self.opened: dict[int, Reader] = {}
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ class Remembered:
 
     def place(self, depth: int, view: int) -> Path:
         """Where the source is kept as it comes out of stage `depth`."""
-        name = f"{self.live.prefix.names[depth - 1]} {self.live.source.digest}"
+        name = f"2 {self.live.prefix.names[depth - 1]} {self.live.source.digest}"
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}-{view}"
 
     def _open(self, view: int) -> Reader:
@@ -178,7 +178,7 @@ class Remembered:
         values = mapped(place, len(self))
         if self.device.type == "cuda" and fits_on_gpu(values, self.device):
             values = {name: value.to(self.device) for name, value in values.items()}
-        return _reader(values, self.device)
+        return reader(values, self.device)
 
     def _fill(self, depth: int, view: int) -> None:
         """One pass over the source, beginning at the nearest shallower stage that is kept; keeps what it passes if small."""
@@ -196,7 +196,7 @@ class Remembered:
                     kept = self._small(passed, depth, _size(first))
                     writers = {at: Writer(folder) for at in kept if (folder := self._claim(stack, at, view, at == depth)) is not None}
                 for at, writer in writers.items():
-                    writer.add({**{k: channels_last(v) for k, v in leaves(passed[at]).items()}, "y": y})
+                    writer.add({**{k: channels_last(v) for k, v in leaves(passed[at]).items()}, **truth(y)})
             make_room(self.folder, sum(writer.close() for writer in writers.values()), self.limit)
 
     def _begin(self, depth: int, view: int) -> tuple[int, Reader]:
@@ -204,7 +204,7 @@ class Remembered:
         for kept in range(depth - 1, 0, -1):
             place = self.place(kept, view)
             if whole(place) is not None:
-                return kept, _reader(mapped(place, len(self)), self.device)
+                return kept, reader(mapped(place, len(self)), self.device)
         return 0, lambda index: self.live.source.take(index, view)
 
     def _small(self, passed: dict[int, Tree], depth: int, largest: float) -> list[int]:
@@ -228,14 +228,3 @@ class Remembered:
 def _size(x: Tree) -> float:
     """Bytes of one example."""
     return sum(leaf.nbytes / len(leaf) for leaf in leaves(x).values())
-
-
-def _reader(values: dict[str, Tensor], device: torch.device) -> Reader:
-    """Batches of what an entry holds."""
-    y = values.pop("y")
-
-    def read(index: Tensor) -> Batch:
-        found = {name: channels_first(value[index.to(value.device)].to(device)) for name, value in values.items()}
-        return Batch(found[""] if set(found) == {""} else found, y[index.to(y.device)].to(device))
-
-    return read

@@ -131,27 +131,29 @@ def export(
 @app.command()
 def predict(
     study: Annotated[str, typer.Argument(help="a study's name, or an export's folder", metavar="STUDY_OR_EXPORT")],
-    images: Annotated[list[str], typer.Argument(help="images, folders, globs", metavar="IMAGE…")],
+    examples: Annotated[list[str], typer.Argument(help="images, folders, globs; or texts, and files with one a line", metavar="EXAMPLE…")],
     format_: Annotated[str | None, typer.Option("--format", help="which export to use")] = None,
-    top: Annotated[int, typer.Option(min=1, help="classes to show")] = 3,
+    out: Annotated[Path, typer.Option(help="the folder for pictures of boxes and masks")] = Path("predictions"),
     studies: Studies = Path("studies"),
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Classes with probabilities, for images, folders and globs."""
+    """What the model says: classes with probabilities, boxes and masks drawn, texts labelled or continued."""
     from tuner import predict as predicting
     from tuner.errors import DataError
 
     published = predicting.find(studies, study)
     bad = 0
-    for found in predicting.predict(published, predicting.images(images), format_):
+    for number, found in enumerate(predicting.predict(published, examples, format_)):
         if isinstance(found, str):
             bad += 1
             print(f"tuner: error: {found}", file=sys.stderr)
-        elif json_:
-            typer.echo(json.dumps({"image": str(found.path), "classes": dict(found.classes)}))
+            continue
+        picture = predicting.draw(found, out, number)
+        if json_:
+            typer.echo(json.dumps({"example": found.name, **found.told.values, **({"picture": str(picture)} if picture else {})}))
         else:
-            typer.echo(f"{found.path}  " + "  ".join(f"{name} {p:.3f}" for name, p in found.classes[:top]))
+            typer.echo(f"{found.name}  {found.told.line}{f'  -> {picture}' if picture else ''}")
     if bad:
         raise DataError(f"{bad} images cannot be read; the others were predicted")
 

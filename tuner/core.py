@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -11,13 +11,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-Tree = Tensor | dict[str, Tensor]
-"""What flows between stages: a tensor or a flat dict of tensors, every leaf batch-first."""
+from tuner.wanted import Tree, Wanted, leaves
 
 
 class Batch(NamedTuple):
     x: Tree
-    y: Any  # only the task looks inside
+    y: Tree  # only the task looks inside
 
 
 class Source(Protocol):
@@ -31,24 +30,14 @@ class Source(Protocol):
     def digest(self) -> str:
         """Equal digests, equal contents."""
 
+    @property
+    def lengths(self) -> Tensor | None:
+        """What each example's cost follows, int64 (n,), such as its tokens; None where all cost alike."""
+
     def __len__(self) -> int: ...
 
     def take(self, index: Tensor, view: int) -> Batch:
         """The examples at `index` (int64, shape (n,)) under `view`."""
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How an image becomes a model's input: shorter side to `resize`, centre crop to `size`, RGB in 0..1, (x - mean) / std."""
-
-    size: int
-    resize: int
-    interpolation: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-IMAGENET = Preprocess(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,7 @@ class Data:
     test: Source
     full: Source
     classes: tuple[str, ...]
-    preprocess: Preprocess
+    wanted: Wanted
     digest: str
     warnings: tuple[str, ...] = ()
 
@@ -71,16 +60,31 @@ class Staged:
 
     For every depth, suffix(prefix(x)) == model(x), and each parameter lives in exactly one stage. The stages hold the
     model's own submodules, so training a suffix trains the model and the model keeps its native parameter names.
+
+    `native` calls the model on what the first stage takes and gives what the last one gives, where that is not model(x), as with
+    detectors that want lists. `probe`: the last stage is a linear classifier over features, which can be probed. `batched`: exports
+    take any number of examples; otherwise one at a time.
     """
 
     model: nn.Module
     stages: Mapping[str, nn.Module]
     notes: tuple[str, ...] = ()
+    native: Callable[[nn.Module, Tree], Tree] | None = None
+    probe: bool = True
+    batched: bool = True
 
     @property
     def max_depth(self) -> int:
         """The deepest freeze that leaves something to train: every stage but the last."""
         return len(self.stages) - 1
+
+    def call(self, x: Tree) -> Tree:
+        """The native model's own answer, for whoever wants to compare."""
+        return self.native(self.model, x) if self.native else self.model(x)
+
+    def function(self) -> nn.Module:
+        """The whole as a module that takes and gives what the stages do."""
+        return nn.Sequential(OrderedDict(self.stages)) if self.native else self.model
 
     def split(self, depth: int) -> tuple[nn.Module, nn.Module]:
         """The first `depth` stages, frozen and in eval mode (BatchNorm stands still), and the trainable rest."""
@@ -92,17 +96,27 @@ class Staged:
         return prefix, suffix
 
 
+@dataclass(frozen=True)
+class Told:
+    """A prediction for one example: `line` for a terminal, `values` for programs, `picture` (PNG) to look at."""
+
+    line: str
+    values: Mapping[str, Any]
+    picture: bytes | None = None
+
+
 class Task(ABC):
     """What a model is for. Scores: larger is better. A task never sees the freeze depth."""
 
     metrics: ClassVar[tuple[str, ...]]
+    output: ClassVar[str]  # what an export gives, in words
 
     @abstractmethod
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """The scalar that training minimises."""
 
     @abstractmethod
-    def predict(self, net: nn.Module, x: Tree) -> Any:
+    def predict(self, net: nn.Module, x: Tree) -> Tree:
         """What `score` wants of one batch."""
 
     @abstractmethod
@@ -110,35 +124,28 @@ class Task(ABC):
         """Each of `metrics` over (prediction, truth) batches."""
 
     @abstractmethod
-    def show(self, pairs: Iterable[tuple[Any, Any]], classes: tuple[str, ...]) -> dict[str, bytes]:
-        """Files (name -> content) that show a person where the predictions are right and wrong; pictures by `figures.later`."""
+    def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
+        """Files (name -> content) that show a person where the predictions on `data.valid`, in its order, are right and wrong."""
+
+    @abstractmethod
+    def difference(self, expected: Tree, got: Tree) -> float:
+        """How far two outputs of an export lie apart, relative to their size; a thousandth is what formats may differ by."""
+
+    @abstractmethod
+    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+        """What an export's `function` says of the examples `x`; `originals` are upright PIL images, or texts, as the user has them."""
 
 
-class Normalised(nn.Module):
-    """What is exported: RGB in 0..1, float32 (n, 3, size, size), to the model's own output."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model((x - self.mean) / self.std)  # type: ignore[no-any-return]
+def apart(expected: Tree, got: Tree) -> float:
+    """The largest difference between two trees, relative to the largest value expected, which counts as 1 at least."""
+    pairs = [(value.float(), leaves(got)[name].float()) for name, value in leaves(expected).items()]
+    return max((float((a - b).abs().max()) / max(1.0, float(a.abs().max())) for a, b in pairs if a.numel()), default=0.0)
 
 
 def cut(model: nn.Module) -> Staged:
     """A model of the user's own: an nn.Sequential is cut at its children, anything else is one stage."""
     children = dict(model.named_children()) if isinstance(model, nn.Sequential) else {}
     return Staged(model, children or {"model": model})
-
-
-def leaves(tree: Tree) -> dict[str, Tensor]:
-    """The tree as a dict; a bare tensor is the leaf named ''."""
-    return tree if isinstance(tree, dict) else {"": tree}
 
 
 def digest_of(module: nn.Module) -> str:

@@ -5,24 +5,26 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tuner.core import Staged, Tree
+from tuner.core import Staged
+from tuner.wanted import Tree, Wanted, leaves
 
 OTHER_SIZES = (96, 64, 32, 28)  # tried after the size that was asked for
 
 
 @dataclass(frozen=True)
 class Work:
-    """One image's forward pass, `size` pixels square, through each stage; a multiply-add counts as two."""
+    """One example's forward pass through each stage, `size` pixels square or tokens long; a multiply-add counts as two."""
 
     size: int
     flops: tuple[int, ...]
 
 
-def measure(staged: Staged, size: int) -> Work:
-    """Sends an image through the stages. Raises ValueError when none of the sizes passes."""
+def measure(staged: Staged, wanted: Wanted) -> Work:
+    """Sends a made-up example through the stages. Raises ValueError when none of the sizes passes."""
     reasons = []
-    for side in (size, *OTHER_SIZES):
-        x: Tree = torch.zeros(1, 3, side, side)
+    size = wanted.longest or leaves(wanted.example())[""].shape[-1]
+    for side in (size,) if wanted.longest else (size, *OTHER_SIZES):
+        x: Tree = wanted.example(side)
         flops = []
         try:
             with torch.no_grad():

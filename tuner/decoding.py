@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from tuner.core import Preprocess
+from tuner.geometry import placed
+from tuner.wanted import Preprocess
 
 MAX_PIXELS = 50_000_000
+BORDER = 114  # grey of what a letterboxed image leaves free, as YOLO has it
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # others may start programs, as EPS does, whatever the file's name
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
 FILTERS = {
@@ -70,7 +72,7 @@ def decode(picture: Picture, preprocess: Preprocess) -> Pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         # a JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; twice the wanted side keeps the detail
         image.draft("RGB", (2 * preprocess.resize, 2 * preprocess.resize))
-        return _square(_rgb(ImageOps.exif_transpose(image)), preprocess)
+        return np.asarray(square(_rgb(ImageOps.exif_transpose(image)), preprocess)).transpose(2, 0, 1)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -92,14 +94,37 @@ def _eight_bits(grey: NDArray[np.int64]) -> Image.Image:
     return Image.fromarray((grey >> 8 if high > 255 else grey).astype(np.uint8))
 
 
-def _square(image: Image.Image, preprocess: Preprocess) -> Pixels:
-    """torchvision's Resize(resize) and CenterCrop(size)."""
-    short, size = preprocess.resize, preprocess.size
-    scale = short / min(image.size)
-    width, height = (max(short, int(side * scale)) for side in image.size)
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, too long and narrow to be enlarged to {width} x {height}")
-    if (width, height) != image.size:
-        image = image.resize((width, height), FILTERS[preprocess.interpolation])
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+def square(image: Image.Image, preprocess: Preprocess, interpolation: str | None = None, border: int = BORDER) -> Image.Image:
+    """The image on the model's canvas. What it does not cover is `border`."""
+    size = preprocess.size
+    at = placed(*image.size, preprocess)
+    if at.width * at.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, too long and narrow to be enlarged to {at.width} x {at.height}")
+    if (at.width, at.height) != image.size:
+        image = image.resize((at.width, at.height), FILTERS[interpolation or preprocess.interpolation])
+    if preprocess.fit == "crop":
+        return image.crop((-at.left, -at.top, size - at.left, size - at.top))
+    canvas = Image.new(image.mode, (size, size), border if image.mode == "L" else (border,) * 3)
+    canvas.paste(image, (at.left, at.top))
+    return canvas
+
+
+def upright(picture: Picture) -> Image.Image:
+    """The whole image in RGB. Raises one of DAMAGED."""
+    image: Image.Image = Image.open(picture, formats=FORMATS) if isinstance(picture, Path) else Image.fromarray(picture)
+    with image:
+        if image.width * image.height > MAX_PIXELS:  # the header's word: nothing was allocated yet
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def dimensions(picture: Picture) -> tuple[int, int]:
+    """Width and height of an image as it is seen upright, from its header; (0, 0) where it cannot be read."""
+    if not isinstance(picture, Path):
+        return picture.shape[1], picture.shape[0]
+    try:
+        with Image.open(picture, formats=FORMATS) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's orientation: a quarter turn
+            return (image.height, image.width) if turned else image.size
+    except DAMAGED:
+        return 0, 0

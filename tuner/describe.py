@@ -35,13 +35,14 @@ def describe(name: str, outputs: int = 1000) -> Described:
     fields = plugins.keys("model", name).fields
     options = {k: f.get_default(call_default_factory=True) for k, f in fields.items() if not f.is_required()}
     part = Part(name, options)
-    run = Run(Part("classification", {}), Part("synthetic", {}), part, Recipe(), 0)
+    task = plugins.tasks("model", name)[0] if ":" not in name else "classification"
+    run = Run(Part(task, {}), Part("synthetic", {}), part, Recipe(), 0)
     # built-in models need no numbers to be counted; a user's own may want them while it is built
     device = torch.device("cpu" if ":" in name else "meta")
     with device:
         staged = build(run.without_weights(), Path(), outputs)
         try:
-            work = measure(staged, wants(part).size)
+            work = measure(staged, wants(part))
         except ValueError as error:
             raise SpaceError(str(error)) from None
     parameters = [sum(p.numel() for p in stage.parameters()) for stage in staged.stages.values()]

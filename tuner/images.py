@@ -1,7 +1,7 @@
 """Decoded images as sources: split, augmented by (index, view), ready for a model's own preprocessing."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,51 +10,67 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuner.core import Batch, Data, Preprocess
+from tuner.core import Batch, Data
 from tuner.errors import DataError, SpaceError
 from tuner.run import ImageOptions
-from tuner.splits import PARTS, TEST, TRAIN, VALID, Items, divided
-from tuner.store import store
+from tuner.splits import PARTS, TEST, TRAIN, VALID, Items, checked, divided
+from tuner.store import Store, store
+from tuner.targets import Labels, Targets
+from tuner.wanted import Preprocess, Wanted
 
 
 @dataclass(frozen=True)
 class Images:
-    """Rows of a store as a Source: x uint8 (n, 3, size, size), y int64 (n,)."""
+    """Rows of a store as a Source: x uint8 (n, 3, size, size), y as the targets have it."""
 
     pixels: Tensor
-    labels: Tensor
+    targets: Targets
     rows: Tensor
     flip: bool
     views: int | None
     digest: str
+    lengths: None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, index: Tensor, view: int) -> Batch:
         rows = self.rows[index]
-        x = self.pixels[rows]
+        x, y = self.pixels[rows], self.targets.take(rows)
         if self.flip:
             # half of the images face the other way, and the other half in the next view: a function of (index, view)
             mirrored = ((rows * 2654435761 >> 7) + view) % 2 == 1
             x[mirrored] = x[mirrored].flip(3)
-        return Batch(x, self.labels[rows])
+            y = self.targets.mirror(y, mirrored)
+        return Batch(x, y)
 
 
-def dataset(home: Path, items: Items, options: ImageOptions, wanted: Preprocess, warnings: Sequence[str] = ()) -> Data:
-    """Items split, decoded and ready. Raises DataError on too few classes or images, and on unreadable images."""
+Truth = Callable[[Store, Items, Preprocess], Targets]
+"""From the images that could be read, and their items, to what is true of each."""
+
+
+def dataset(home: Path, items: Items, options: ImageOptions, wanted: Wanted, warnings: Sequence[str] = ()) -> Data:
+    """Items with one class each, split, decoded and ready. Raises DataError on too few classes, and as `assembled` does."""
+    checked(items)
+    return assembled(home, items, options, wanted, items.strata, lambda _, kept, __: Labels(torch.from_numpy(kept.labels)), warnings)
+
+
+def assembled(
+    home: Path, items: Items, options: ImageOptions, wanted: Wanted, classes: tuple[str, ...], truth: Truth, warnings: Sequence[str] = ()
+) -> Data:
+    """Items split, decoded and ready. Raises DataError on too few images, and on unreadable ones."""
     preprocess = resolve(options, wanted)
     items = divided(items, options)
     held = store(home, items.pictures, preprocess, options.on_bad_image)
     items = items.rows(held.kept)
-    labels = torch.from_numpy(items.labels)
-    content = digest(held.digest, items.labels.tobytes(), *items.classes)
+    targets = truth(held, items, preprocess)
+    content = digest(held.digest, *targets.content, *classes)
 
     def source(*parts: int, flip: bool = False) -> Images:
         rows = np.flatnonzero(np.isin(items.part, parts))
         return Images(
             held.pixels,
-            labels,
+            targets,
             torch.from_numpy(rows),
             flip,
             options.views if flip else 1,
@@ -64,14 +80,16 @@ def dataset(home: Path, items: Items, options: ImageOptions, wanted: Preprocess,
     flip = options.augment == "flip"
     train, valid, test, full = source(TRAIN, flip=flip), source(VALID), source(TEST), source(TRAIN, VALID, flip=flip)
     all_of_it = digest(content, str(preprocess), train.digest, valid.digest, test.digest)
-    return Data(train, valid, test, full, items.classes, preprocess, all_of_it, (*warnings, *held.warnings))
+    return Data(train, valid, test, full, classes, preprocess, all_of_it, (*warnings, *held.warnings))
 
 
-def resolve(options: ImageOptions, wanted: Preprocess) -> Preprocess:
+def resolve(options: ImageOptions, wanted: Wanted) -> Preprocess:
     """What the file says, and for what it leaves open what the weights want. A new size keeps the crop's proportion.
 
-    Raises SpaceError on a resize below the size and on a standard deviation of 0.
+    Raises SpaceError on a resize below the size, on a standard deviation of 0, and on a model that wants no images.
     """
+    if not isinstance(wanted, Preprocess):
+        raise SpaceError("data.name: these are images, but the model wants texts; use data: text, or a model of images")
     size = options.size or wanted.size
     if options.resize is not None and options.resize < size:
         raise SpaceError(f"data.resize: {options.resize}, but the crop of {size} must fit into it")
@@ -83,6 +101,7 @@ def resolve(options: ImageOptions, wanted: Preprocess) -> Preprocess:
         interpolation=options.interpolation or wanted.interpolation,
         mean=options.mean or wanted.mean,
         std=options.std or wanted.std,
+        fit=wanted.fit,
     )
 
 

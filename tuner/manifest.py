@@ -62,14 +62,15 @@ def model_card(m: Mapping[str, Any]) -> str:
     exports = "\n".join(
         f"| {e['file']} | {name} | {e['largest_difference']:.1e} | {e['milliseconds']:g} |" for name, e in m["exports"].items()
     )
-    classes = ", ".join(m["classes"][:50]) + (" …" if len(m["classes"]) > 50 else "")
+    listed = ", ".join(m["classes"][:50]) + (" …" if len(m["classes"]) > 50 else "")
+    classes = f", {len(m['classes'])} classes: {listed}" if m["classes"] else ""
     return f"""# {run["model"]["name"]} fine-tuned on {run["data"].get("path") or run["data"]["name"]}
 
 Found by `tuner` {m["tuner"]} in study `{m["study"]}` (trial {m["trial"]}), searched for {metric.replace("_", " ")}.
 
 | | |
 |---|---|
-| task | {run["task"]["name"]}, {len(m["classes"])} classes: {classes} |
+| task | {run["task"]["name"].replace("_", " ")}{classes} |
 | model | {run["model"]["name"]}, {m["parameters"]:,} parameters, weights: {run["model"].get("weights", "the model's own")} |
 | data | {m["examples"]["train"]} training, {m["examples"]["valid"]} validation, {m["examples"]["test"]} test examples |
 | recipe | {recipe["optimizer"]}, lr {recipe["lr"]:g}, momentum {recipe["momentum"]:g}, freeze depth {recipe["freeze_depth"]}, {recipe["stop_epoch"] or recipe["epochs"]} epochs, batch {recipe["batch_size"]}, learnt from {recipe["fit"]} |
@@ -82,13 +83,24 @@ Found by `tuner` {m["tuner"]} in study `{m["study"]}` (trial {m["trial"]}), sear
 
 ## Use
 
-Input: RGB in 0..1, float32, batch x 3 x {m["preprocess"]["size"]} x {m["preprocess"]["size"]}: shorter side resized to {m["preprocess"]["resize"]}
-({m["preprocess"]["interpolation"]}), centre crop. The normalisation is inside the model. Output: logits in the order of the classes above.
+{_usage(m)}
 
-| file | format | largest difference from the trained model | ms for one image, CPU |
+| file | format | largest difference from the trained model | ms for one example, CPU |
 |---|---|---|---|
 {exports}
 """
+
+
+def _usage(m: Mapping[str, Any]) -> str:
+    """What goes in and what comes out."""
+    p, output = m["preprocess"], f"Output: {m['output']['meaning']}."
+    if p["kind"] == "tokens":
+        return f"Input: {', '.join(p['leaves'])}, int64, batch x at most {p['length']} tokens, by the tokenizer in `tokenizer/`. {output}"
+    fits = {
+        "crop": f"shorter side resized to {p['resize']} ({p['interpolation']}), centre crop",
+        "letterbox": f"longer side resized to {p['size']} ({p['interpolation']}), the rest grey (114), centred",
+    }
+    return f"Input: RGB in 0..1, float32, batch x 3 x {p['size']} x {p['size']}: {fits[p['fit']]}. The normalisation is inside the model. {output}"
 
 
 def _number(value: float | None) -> str:

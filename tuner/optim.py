@@ -23,10 +23,12 @@ def optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim
 
 
 def factor(recipe: Recipe, step: int, steps: int) -> float:
-    """The share of `recipe.lr` at `step` (from 0) of `steps`: linear warmup, then constant or cosine to 0."""
+    """The share of `recipe.lr` at `step` (from 0) of `steps`: linear warmup, then constant, or linear or cosine to 0."""
     warm = recipe.warmup * steps
     if step < warm:
         return (step + 1) / (warm + 1)
     if recipe.schedule == "constant":
         return 1.0
+    if recipe.schedule == "linear":
+        return max(0.0, (steps - step) / max(1.0, steps - warm))
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))

@@ -1,7 +1,7 @@
 """What the coordinator tells workers and hears from them: values that need no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tuner.run import Engine, Run
 
@@ -30,7 +30,7 @@ class Facts:
     digest: str
     classes: tuple[str, ...]
     sizes: dict[str, int]
-    side: int  # of the square input, pixels
+    input: dict[str, Any]  # what the model takes, as the manifest says it
     parameters: int
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

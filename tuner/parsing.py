@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from tuner import conditions, document, leaves, plugins
+from tuner import conditions, document, fields, leaves, plugins
 from tuner.document import Document, dotted, kind
 from tuner.draft import Draft
 from tuner.errors import SpaceError, suggest
@@ -75,10 +75,11 @@ def parse(doc: Document) -> Space:
             draft.wrong((key,), f"unknown section{leaves.elsewhere(key)}{suggest(key, SECTIONS)}")
     for section in PARTS:
         part(draft, section)
+    fitting(draft)
     recipe = doc.tree.get("recipe")
     if recipe is not None and not isinstance(recipe, dict):
         draft.wrong(("recipe",), f"expected a mapping of keys, got {kind(recipe)}")
-    leaves.section(draft, ("recipe",), recipe if isinstance(recipe, dict) else {}, Recipe.model_fields)
+    leaves.section(draft, ("recipe",), recipe if isinstance(recipe, dict) else {}, recipe_fields(draft))
     if doc.tree.get("seed") is not None:
         draft.fix(("seed",), Top.model_fields["seed"], doc.tree["seed"])
     searched = conditions.dimensions(draft)
@@ -127,6 +128,40 @@ def names(draft: Draft, section: str, written: Any) -> list[str]:
         return []
     options = written.get("choices", []) if isinstance(written, dict) else written
     return [o for o in (options if isinstance(options, list) else [options]) if isinstance(o, str)]
+
+
+def fitting(draft: Draft) -> None:
+    """Whether data and models are for the task."""
+    task = draft.values.get(("task", "name"))
+    if not isinstance(task, str) or ":" in task or task not in plugins.names("task"):
+        return
+    for section in ("data", "model"):
+        for name in chosen(draft, section):
+            try:
+                for_ = plugins.tasks(section, name)
+            except SpaceError:
+                continue  # said where the name is read
+            if task not in for_:
+                others = [other for other in plugins.names(section) if task in plugins.tasks(section, other)]
+                draft.wrong(
+                    (section, "name"), f"{name} is for {fields.alternatives(for_)}, not for {task} (allowed: {', '.join(others[:20])})"
+                )
+
+
+def chosen(draft: Draft, section: str) -> list[str]:
+    """The built-in plug-ins that a section names."""
+    leaf = draft.leaves.get((section, "name"))
+    written = leaf.members() if leaf else [draft.values.get((section, "name"))]
+    return [name for name in written or () if isinstance(name, str) and ":" not in name]
+
+
+def recipe_fields(draft: Draft) -> dict[str, FieldInfo]:
+    """The recipe's keys; their defaults are what the people of the (first) model fine-tune it with, where its file says so."""
+    found = dict(Recipe.model_fields)
+    for name in chosen(draft, "model")[:1]:
+        for key, value in plugins.stated(name, "RECIPES", {}).get(draft.values.get(("task", "name")), {}).items():
+            found[key] = FieldInfo.merge_field_infos(found[key], default=value)
+    return found
 
 
 def gridded(draft: Draft, search: Search, searched: Sequence[Dimension]) -> None:

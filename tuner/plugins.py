@@ -1,8 +1,9 @@
 """The folders are the registry: a file's name is the YAML name, listed and read for its keys without being imported.
 
-    tasks/<name>.py     the class it names `Task...`   build(**keys) -> Task
-    data/<name>.py      load(home, wanted, **keys) -> Data
-    models/<family>.py  build(home, name, outputs, **keys) -> Staged or nn.Module, for each name in its NAMES
+    tasks/<name>.py     METRICS, build(classes, recipe, **keys) -> Task
+    data/<name>.py      TASKS, load(home, wanted, task, **keys) -> Data
+    models/<family>.py  TASKS, NAMES, wants(name, **keys) -> Wanted, build(home, name, task, outputs, **keys) -> Staged;
+                        RECIPES (task -> the recipe its people begin with) and EXPORTS (formats that hold it) where others than usual
     export/<name>.py    save(...), load(...)
     engines/<name>.py   run(...)
 
@@ -33,7 +34,7 @@ from tuner.errors import SpaceError, nearest, suggest
 KINDS = {"task": "tasks", "data": "data", "model": "models", "export": "export", "engine": "engines"}
 VERBS = {"task": "build", "data": "load", "model": "build", "export": "save", "engine": "run"}
 OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-_SCOPE = {"Annotated": Annotated, "Literal": Literal, "Field": Field, "ImageOptions": run.ImageOptions}
+_SCOPE = {"Annotated": Annotated, "Literal": Literal, "Field": Field, "ImageOptions": run.ImageOptions, "SplitOptions": run.SplitOptions}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,21 @@ def metrics(task: str) -> tuple[str, ...]:
         return tuple(constant("task", task, "METRICS"))
     attribute("task", task)
     return tuple(getattr(sys.modules[task.partition(":")[0]], "METRICS", ()))
+
+
+def tasks(kind: str, name: str) -> tuple[str, ...]:
+    """The tasks that a built-in data source or model is for: TASKS in its file. Raises SpaceError on an unknown name."""
+    keys(kind, name)
+    return tuple(constant(kind, str(family(name)) if kind == "model" else name, "TASKS"))
+
+
+def stated(name: str, constant_name: str, default: Any) -> Any:
+    """What a built-in model's file assigns to a name at its top; `default` where it does not, and for the user's own."""
+    file = family(name)
+    try:
+        return constant("model", file, constant_name) if file else default
+    except LookupError:
+        return default
 
 
 def family(name: str) -> str | None:

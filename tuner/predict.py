@@ -1,27 +1,32 @@
-"""Predictions by an export, for images, folders of images and globs."""
+"""Predictions by an export: for images, folders of images and globs, or for texts."""
 
 import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from tuner.core import Preprocess
-from tuner.decoding import SUFFIXES, attempt, quietly
+from tuner.building import task_of
+from tuner.core import Told
+from tuner.decoding import SUFFIXES, attempt, quietly, upright
 from tuner.errors import DataError, SpaceError, nearest, suggest
+from tuner.files import disk_errors
 from tuner.manifest import Published, read
+from tuner.wanted import Preprocess, Tokens, Tree, Wanted, wanted_of
 from tuner.winner import open_export
 
+BATCH = 16
 PREFERRED = ("safetensors", "torch_export", "onnx")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    path: Path
-    classes: tuple[tuple[str, float], ...]  # (name, probability), most likely first
+    name: str  # of the image, or the text itself
+    told: Told
 
 
 def find(studies: Path, name: str) -> Published:
@@ -58,26 +63,82 @@ def _inside(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
 
 
-def predict(published: Published, paths: Sequence[Path], kind: str | None = None, batch: int = 64) -> Iterator[Prediction | str]:
-    """A prediction for each path, or a sentence for one that cannot be read. Raises SpaceError on an unknown format."""
+def predict(published: Published, named: Sequence[str], kind: str | None = None) -> Iterator[Prediction | str]:
+    """A prediction for each image or text that `named` means, or a sentence for one that cannot be read.
+
+    Raises SpaceError on an unknown format, DataError for what is not there.
+    """
     exports = published.manifest["exports"]
     if kind is not None and kind not in exports:
         raise SpaceError(f"--format {kind!r} was not exported{suggest(kind, exports)}; make it with `tuner export`")
     kind = kind or next((k for k in PREFERRED if k in exports), next(iter(exports)))
     function = open_export(published, kind)
-    wanted = published.manifest["preprocess"]
-    preprocess = Preprocess(wanted["size"], wanted["resize"], wanted["interpolation"], tuple(wanted["mean"]), tuple(wanted["std"]))
-    classes = published.manifest["classes"]
-    for start in range(0, len(paths), batch):
-        chunk = paths[start : start + batch]
+    task = task_of(published.run, tuple(published.manifest["classes"]))
+    wanted = wanted_of(published.manifest["preprocess"], published.folder)
+    batches = of_texts(texts(named), wanted) if isinstance(wanted, Tokens) else of_images(images(named), wanted)
+    for batch in batches:
+        yield from batch.bad
+        if batch.names:
+            with torch.no_grad():
+                told = task.tell(function, batch.x, batch.originals, wanted)
+            yield from map(Prediction, batch.names, told)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Some of the examples to be predicted; `bad` says what could not be read."""
+
+    names: list[str]
+    x: Tree
+    originals: list[Any]
+    bad: list[str]
+
+
+def of_images(paths: Sequence[Path], wanted: Wanted) -> Iterator[Asked]:
+    assert isinstance(wanted, Preprocess)
+    for start in range(0, len(paths), BATCH):
+        names, pixels, originals, bad = [], [], [], []
         with quietly():
-            decoded = [attempt(path, preprocess) for path in chunk]
-        good = [pixels for pixels in decoded if not isinstance(pixels, str)]
-        with torch.no_grad():
-            probabilities = iter(function(torch.from_numpy(np.stack(good)).float() / 255).softmax(1).tolist() if good else [])
-        for path, pixels in zip(chunk, decoded, strict=True):
-            if isinstance(pixels, str):
-                yield pixels
-            else:
-                ranked = sorted(zip(classes, next(probabilities), strict=True), key=lambda pair: -pair[1])
-                yield Prediction(path, tuple(ranked))
+            for path in paths[start : start + BATCH]:
+                found = attempt(path, wanted)
+                if isinstance(found, str):
+                    bad.append(found)
+                else:
+                    names.append(str(path))
+                    pixels.append(found)
+                    originals.append(upright(path))
+        x = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
+        yield Asked(names, wanted.given(x), originals, bad)
+
+
+def texts(named: Sequence[str]) -> list[str]:
+    """Each argument is a text, or a file with one a line. Raises DataError on a file that is no text."""
+    found: list[str] = []
+    for words in named:
+        if not os.path.isfile(words):
+            found.append(words)
+            continue
+        try:
+            found += [line for line in Path(words).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise DataError(f"{words}: not a text file in UTF-8; give a file with one text a line, or the text itself") from None
+    return found
+
+
+def of_texts(asked: Sequence[str], wanted: Tokens) -> Iterator[Asked]:
+    from tuner.tokens import encode
+
+    for start in range(0, len(asked), BATCH):
+        chunk = list(asked[start : start + BATCH])
+        yield Asked(chunk, encode(wanted, chunk), list(chunk), [])
+
+
+def draw(prediction: Prediction, folder: Path, number: int) -> Path | None:
+    """Writes the picture of a prediction, where it has one, and says where. Raises StorageError."""
+    if prediction.told.picture is None:
+        return None
+    path = folder / f"{number:04d}-{Path(prediction.name).stem[:100]}.png"
+    with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(prediction.told.picture)
+    return path

@@ -33,8 +33,9 @@ class Recipe(Section):
     freeze_depth: int = Field(0, ge=0, description="stages frozen, counted from the input")
     epochs: int = Field(10, ge=1, le=100_000, description="passes over the training examples; the schedule's length")
     batch_size: int = Field(32, ge=1, le=65_536, description="examples per optimizer step")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate, per step")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of the learning rate, per step; the others end at 0")
     warmup: float = Field(0.0, ge=0, le=0.5, description="share of the steps in which lr rises linearly from 0")
+    clip_norm: float | None = Field(None, gt=0, description="gradients are scaled down to this norm; null: as they are")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
     head: Literal["fresh", "probe"] = Field("probe", description="probe: the last stage is first trained alone, once for all trials")
     patience: int | None = Field(None, ge=1, description="epochs without a better score after which training stops")
@@ -42,7 +43,20 @@ class Recipe(Section):
     fit: Literal["train", "train+valid"] = Field("train", description="what to learn from; best.yaml says train+valid")
 
 
-class ImageOptions(Section):
+class SplitOptions(Section):
+    """The keys every data source shares: what trains, what validates, what tests."""
+
+    valid: Fraction = Field(0.15, description="share for validation, where the data has no such part")
+    test: Fraction = Field(0.15, description="share for the final test, where the data has no such part")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the split")
+    limit: int | None = Field(None, ge=10, description="use so many examples of each part, classes in proportion")
+    folds: int = Field(
+        1, ge=1, le=20, description="cross-validation: a trial is trained so often, each time with another part of train and valid held out"
+    )
+    fold: int = Field(0, ge=0, le=19, description="which of the folds validates, where one is trained alone")
+
+
+class ImageOptions(SplitOptions):
     """The keys every source of images shares. What is null is taken from the weights' own transform."""
 
     size: int | None = Field(None, ge=8, le=2048, description="side of the square input, pixels")
@@ -52,10 +66,6 @@ class ImageOptions(Section):
     std: Triple | None = Field(None, description="divides RGB in 0..1 after the mean is subtracted")
     augment: Literal["none", "flip"] = Field("none", description="flip mirrors images left to right")
     views: int | None = Field(1, ge=1, le=64, description="augmented versions of each image; null: endless, not cached")
-    valid: Fraction = Field(0.15, description="share for validation, where the data has no such part")
-    test: Fraction = Field(0.15, description="share for the final test, where the data has no such part")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the split")
-    limit: int | None = Field(None, ge=10, description="use so many examples of each part, classes in proportion")
     on_bad_image: Literal["error", "skip"] = Field("error", description="skip leaves out unreadable images, up to 1 %")
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tuner import leaves, plugins
+from tuner import fields, leaves, plugins
 from tuner.document import kind
 from tuner.draft import Draft
 from tuner.errors import SpaceError, suggest
@@ -91,11 +91,15 @@ def database(draft: Draft) -> str | None:
 
 
 def export(draft: Draft) -> tuple[str, ...]:
-    written = draft.doc.tree.get("export", list(EXPORTS))
+    model = draft.values.get(("model", "name"))
+    holds = plugins.stated(model, "EXPORTS", EXPORTS) if isinstance(model, str) else EXPORTS
+    written = draft.doc.tree.get("export", [name for name in EXPORTS if name in holds])
     formats = [] if written is None else [written] if isinstance(written, str) else written
     if not isinstance(formats, list):
         draft.wrong(("export",), f"expected a list of formats ({', '.join(plugins.names('export'))}), got {kind(formats)}")
         return ()
     for i, name in enumerate(formats):
         known(draft, "export", ("export", i), name)
+        if name in EXPORTS and name not in holds:
+            draft.wrong(("export", i), f"{name} cannot hold {model}; {fields.alternatives(holds)} can")
     return tuple(dict.fromkeys(str(name) for name in formats))

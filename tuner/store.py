@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,50 +18,71 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner import decoding
-from tuner.core import Preprocess
 from tuner.decoding import Picture
 from tuner.errors import DataError
 from tuner.files import atomic_folder, disk_errors, lock_of, locked, sweep
+from tuner.wanted import Preprocess
 
-FORMAT = 3  # of the stored files; another number is another store
+FORMAT = 4  # of the stored files; another number is another store
 LISTED = 10  # unreadable pictures that a message names
 UNUSED_DAYS = 60  # after which a store goes when a new one is made
 
 
 @dataclass(frozen=True)
 class Store:
-    """`pixels`: uint8 (n, 3, size, size), mapped from a file. `kept`: which of the pictures could be read.
+    """`pixels`: uint8 (n, channels, size, size), mapped from a file. `kept`: which of the pictures could be read.
+
+    `sizes`: int64 (n, 2), width and height of each as it was, upright.
 
     Equal pixels have an equal `digest`, wherever the pictures lie.
     """
 
     pixels: Tensor
     kept: NDArray[np.int64]
+    sizes: NDArray[np.int64]
     digest: str
     warnings: tuple[str, ...]
 
 
-def store(home: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_bad_image: str) -> Store:
+@dataclass(frozen=True)
+class Reading:
+    """How a picture becomes `channels` planes of pixels, or one line that says why not. Equal `name`, equal function."""
+
+    name: str
+    channels: int
+    attempt: Callable[[Picture, Preprocess], NDArray[np.uint8] | str]
+
+
+def _colour(picture: Picture, preprocess: Preprocess) -> NDArray[np.uint8] | str:
+    return decoding.attempt(picture, preprocess)
+
+
+COLOUR = Reading("colour", 3, _colour)
+
+
+def store(home: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_bad_image: str, reading: Reading = COLOUR) -> Store:
     """The pictures decoded, from the cache where the same were decoded before. Raises DataError on unreadable ones."""
-    folder = home / "images" / _key(pictures, preprocess)
+    folder = home / "images" / _key(pictures, preprocess, reading)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if _whole(folder) is None:
             with locked(lock_of(folder)):
                 if _whole(folder) is None:
                     _sweep(folder.parent)
-                    _build(folder, pictures, preprocess, on_bad_image)
+                    _build(folder, pictures, preprocess, on_bad_image, reading)
         meta = _whole(folder)
         assert meta is not None
         os.utime(folder)
     pixels = torch.from_file(str(folder / "pixels.bin"), shared=False, size=math.prod(meta["shape"]), dtype=torch.uint8)
     warnings = _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
-    return Store(pixels.view(meta["shape"]), np.array(meta["kept"], np.int64), meta["digest"], tuple(warnings))
+    kept, sizes = (np.array(meta[key], np.int64) for key in ("kept", "sizes"))
+    return Store(pixels.view(meta["shape"]), kept, sizes.reshape(-1, 2), meta["digest"], tuple(warnings))
 
 
-def _key(pictures: Sequence[Picture], preprocess: Preprocess) -> str:
+def _key(pictures: Sequence[Picture], preprocess: Preprocess, reading: Reading) -> str:
     """Names a decoded set by path, size and time of each file (by content, for arrays) and by the geometry."""
-    seen = hashlib.sha256(f"{FORMAT} {preprocess.size} {preprocess.resize} {preprocess.interpolation}\n".encode())
+    geometry = f"{preprocess.size} {preprocess.resize} {preprocess.interpolation} {preprocess.fit}"
+    seen = hashlib.sha256(f"{FORMAT} {reading.name} {geometry}\n".encode())
     for picture in pictures:
         if isinstance(picture, Path):
             try:
@@ -84,22 +105,23 @@ def _whole(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _build(folder: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_bad_image: str) -> None:
+def _build(folder: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_bad_image: str, reading: Reading) -> None:
     with atomic_folder(folder) as temporary:
-        meta = _decode_all(temporary / "pixels.bin", pictures, preprocess)
+        meta = _decode_all(temporary / "pixels.bin", pictures, preprocess, reading)
         _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
         (temporary / "unreadable.txt").write_text("".join(f"{line}\n" for line in meta["bad"]), errors="surrogateescape")
         (temporary / "meta.json").write_text(json.dumps(meta))
 
 
-def _decode_all(path: Path, pictures: Sequence[Picture], preprocess: Preprocess) -> dict[str, Any]:
+def _decode_all(path: Path, pictures: Sequence[Picture], preprocess: Preprocess, reading: Reading) -> dict[str, Any]:
     kept: list[int] = []
+    sizes: list[tuple[int, int]] = []
     bad: list[str] = []
     seen = hashlib.sha256()
     with decoding.quietly(), open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(pictures), 512):  # bounded, so that a large set does not fill the memory
             chunk = pictures[start : start + 512]
-            for i, result in enumerate(pool.map(lambda picture: decoding.attempt(picture, preprocess), chunk), start):
+            for i, result in enumerate(pool.map(lambda picture: reading.attempt(picture, preprocess), chunk), start):
                 if isinstance(result, str):
                     bad.append(result)
                 else:
@@ -107,7 +129,9 @@ def _decode_all(path: Path, pictures: Sequence[Picture], preprocess: Preprocess)
                     seen.update(data)
                     file.write(data)
                     kept.append(i)
-    return {"shape": [len(kept), 3, preprocess.size, preprocess.size], "kept": kept, "bad": bad, "digest": seen.hexdigest()}
+                    sizes.append(decoding.dimensions(pictures[i]))
+    shape = [len(kept), reading.channels, preprocess.size, preprocess.size]
+    return {"shape": shape, "kept": kept, "sizes": sizes, "bad": bad, "digest": seen.hexdigest()}
 
 
 def _judge(bad: Sequence[str], total: int, on_bad_image: str, place: Path) -> list[str]:

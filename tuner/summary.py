@@ -71,7 +71,7 @@ def lines(s: Summary) -> Iterator[str]:
 
 def outcome(published: Published, spoken: str, metric: str) -> Iterator[str]:
     m = published.manifest
-    yield f"test     {spoken} {m['scores']['test'][metric]:.4f} on {m['examples']['test']:,} images used for nothing else"
+    yield f"test     {spoken} {m['scores']['test'][metric]:.4f} on {m['examples']['test']:,} examples used for nothing else"
     yield f"export   {published.folder}"
     width = max((len(e["file"]) for e in m["exports"].values()), default=0)
     for kind, e in m["exports"].items():
@@ -85,7 +85,12 @@ def next_steps(s: Summary) -> Iterator[str]:
     name = shlex.quote(s.folder.name)
     steps = [(f"tuner dashboard {name}{studies}", "every trial in the browser")]
     if s.published is not None:
-        steps.append((f"tuner predict {name} IMAGE…{studies}", "classify your own images"))
+        steps.append(
+            (
+                f"tuner predict {name} {'TEXT' if s.published.manifest['preprocess']['kind'] == 'tokens' else 'IMAGE'}…{studies}",
+                "what it says of your own",
+            )
+        )
     steps.append((f"tuner export {name} --trial N{studies}", "another trial's model"))
     steps.append((f"tuner train {shlex.quote(str(s.folder / 'best.yaml'))}", "repeat the winner"))
     yield "next:"

@@ -24,7 +24,8 @@ from tuner.optim import factor, optimizer
 from tuner.orders import Epoch
 from tuner.run import Recipe, Run
 
-EVAL_BATCH = 64
+EVAL_BATCH = 64  # at most; and no more than four training batches, which memory is sized for
+BUCKET = 32  # batches whose examples are sorted by length together
 PROBE = Recipe(optimizer="adamw", lr=1e-3, epochs=20, batch_size=64, schedule="cosine", head="fresh")
 
 
@@ -39,6 +40,7 @@ class Best:
     epoch: Epoch | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
     pairs: list[tuple[Any, Any]] = field(default_factory=list)
+    latest: list[tuple[Any, Any]] = field(default_factory=list)  # of the epoch that ended last
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,14 @@ def prepare(run: Run, place: Place, metric: str) -> Bench:
         frozen = cache.Prefix(list(prefix.children()), names[:depth], place.device, place.autocast)
 
         def feed(source: Source) -> Source:
-            return cache.through(frozen, Ready(source, data.preprocess, place), place.limits)
+            return cache.through(frozen, Ready(source, data.wanted, place), place.limits)
 
-        task = task_of(replace(run, recipe=recipe), len(data.classes))
+        task = task_of(replace(run, recipe=recipe), data.classes)
         return Bench(task, staged, net, data, feed(learn), feed(data.valid), feed(data.test), place, metric)
 
-    if run.recipe.head == "probe" and staged.max_depth > 0 and run.model.options.get("weights") != "none":
+    if run.recipe.head == "probe" and staged.probe and staged.max_depth > 0 and run.model.options.get("weights") != "none":
         recipe = PROBE.model_copy(update={"fit": run.recipe.fit})
-        key = f"{names[-2:]} {learn.digest} {data.valid.digest} {data.preprocess} {run.task.tree()} {metric} {recipe}"
+        key = f"{names[-2:]} {learn.digest} {data.valid.digest} {data.wanted} {run.task.tree()} {metric} {recipe}"
         head = list(staged.stages.values())[-1]
         probe(head, place.home / "probes", key, lambda: fit(bench(staged.max_depth, recipe), recipe, 0))
     return bench(depth, run.recipe)
@@ -114,12 +116,12 @@ def fit(bench: Bench, recipe: Recipe, seed: int, best: Best | None = None) -> It
     best = best if best is not None else Best()
     validated = recipe.fit == "train"
     opt = optimizer(bench.net.parameters(), recipe)
-    steps = recipe.epochs * len(batches(len(bench.train), recipe.batch_size, seed, 1))
+    steps = recipe.epochs * len(batches(len(bench.train), recipe.batch_size, seed, 1, bench.train.lengths))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: factor(recipe, step, steps))
     for number in range(1, min(recipe.epochs, recipe.stop_epoch or recipe.epochs) + 1):
         start = time.monotonic()
         loss = learn(bench, recipe, opt, schedule, seed, number)
-        pairs = predictions(bench, bench.valid) if validated else []
+        pairs = best.latest = predictions(bench, bench.valid, recipe.batch_size) if validated else []
         scores = bench.task.score(pairs) if validated else {}
         if not math.isfinite(loss) or not all(map(math.isfinite, scores.values())):
             raise Diverged(f"loss {loss:g} in epoch {number}")
@@ -147,13 +149,15 @@ def learn(
     bench.net.train()
     view = (epoch - 1) % bench.train.views if bench.train.views else epoch - 1
     total = torch.zeros((), device=bench.place.device)
-    chunks = batches(len(bench.train), recipe.batch_size, seed, epoch)
+    chunks = batches(len(bench.train), recipe.batch_size, seed, epoch, bench.train.lengths)
     for step, index in enumerate(chunks):
         batch = bench.train.take(index, view)
         with bench.place.autocast():
             loss = bench.task.loss(bench.net, batch)
         opt.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        if recipe.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(bench.net.parameters(), recipe.clip_norm)
         opt.step()
         schedule.step()
         total += loss.detach() * len(index)
@@ -162,21 +166,30 @@ def learn(
     return float(total) / len(bench.train)
 
 
-def batches(length: int, size: int, seed: int, epoch: int) -> list[Tensor]:
-    """A permutation by (seed, epoch), in batches. A last batch of one joins the one before: BatchNorm needs two."""
+def batches(length: int, size: int, seed: int, epoch: int, lengths: Tensor | None = None) -> list[Tensor]:
+    """A permutation by (seed, epoch), in batches. A last batch of one joins the one before: BatchNorm needs two.
+
+    With `lengths`, examples of like length share a batch, so that little is padded: each run of `BUCKET` batches of the permutation
+    is sorted, cut, and the batches are shuffled.
+    """
     generator = torch.Generator().manual_seed(seed * 7_368_787 + epoch)
-    chunks = list(torch.split(torch.randperm(length, generator=generator), size))
+    order = torch.randperm(length, generator=generator)
+    if lengths is not None:
+        order = torch.cat([run[lengths[run].argsort(stable=True)] for run in torch.split(order, BUCKET * size)])
+    chunks = list(torch.split(order, size))
     if len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [torch.cat(chunks[-2:])]
+    if lengths is not None:
+        chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()]
     return chunks
 
 
 @torch.no_grad()
-def predictions(bench: Bench, source: Source) -> list[tuple[Any, Any]]:
+def predictions(bench: Bench, source: Source, size: int) -> list[tuple[Any, Any]]:
     """(prediction, truth) of each batch of `source`, in order, in eval mode."""
     bench.net.eval()
     pairs = []
-    for index in torch.split(torch.arange(len(source)), EVAL_BATCH):
+    for index in torch.split(torch.arange(len(source)), min(EVAL_BATCH, 4 * size)):
         batch = source.take(index, 0)
         with bench.place.autocast():
             predicted = bench.task.predict(bench.net, batch.x)
@@ -188,7 +201,7 @@ def check_batches(data: Data, run: Run) -> list[str]:
     """Warnings about a batch size that the data cannot fill. Raises DataError when there is nothing to train on."""
     count = len(data.train)
     if count < 2:
-        raise DataError(f"data: {count} training images; at least 2 are needed")
+        raise DataError(f"data: {count} training examples; at least 2 are needed")
     if run.recipe.batch_size > count:
-        return [f"recipe.batch_size: {run.recipe.batch_size}, but there are {count} training images; each epoch is one batch of {count}"]
+        return [f"recipe.batch_size: {run.recipe.batch_size}, but there are {count} training examples; each epoch is one batch of {count}"]
     return []

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 from torchvision.models._api import WeightsEnum
 
-from tuner.core import Preprocess
 from tuner.errors import DataError, SpaceError, suggest
 from tuner.files import atomic_path, disk_errors, download, locked, sha256
+from tuner.wanted import Preprocess
 
 State = dict[str, Tensor]
 

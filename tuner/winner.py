@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import tuner
 from tuner import plugins
-from tuner.building import build, load
-from tuner.core import Data, Normalised
+from tuner.building import build, load, task_of
+from tuner.core import Data, Staged, Task
 from tuner.devices import place
 from tuner.errors import ExportMismatch, NoUsableTrial
 from tuner.files import disk_errors, fsync, sha256
 from tuner.manifest import MANIFEST, Published, model_card, read
 from tuner.orders import Assignment, Crown, Epoch
+from tuner.portable import Portable
 from tuner.run import Run
 from tuner.trial import Bench, Best, Diverged, fit, predictions, prepare
+from tuner.wanted import Tree, leaves, wanted_of
 
 TOLERANCE = 1e-3
 SAMPLES = 16
@@ -39,7 +40,7 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
     data = load(a.run, Path(a.home))
     held = reuse(folder, a)
     if held is not None:
-        model, scores, seconds = held
+        staged, scores, seconds = held
     else:
         start = time.monotonic()
         bench = prepare(a.run, place(a.engine, Path(a.home), slot), a.metric)
@@ -48,43 +49,61 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
             for epoch in fit(bench, a.run.recipe, a.run.seed, best):
                 if not report(epoch):
                     return None
-            tested = test(bench)
+            tested = test(bench, a.run.recipe.batch_size)
         except Diverged as error:
             raise NoUsableTrial(f"training diverged ({error}); {WAY_OUT}") from None
         scores = {"valid": best.epoch.scores if best.epoch else dict(order.valid), "test": tested}
-        model, seconds = bench.staged.model, time.monotonic() - start
-    portable = Normalised(model.cpu().float().to(memory_format=torch.contiguous_format), data.preprocess).eval()
-    return publish(order, portable, data, scores, seconds)
+        staged, seconds = bench.staged, time.monotonic() - start
+    staged.model.cpu().float().to(memory_format=torch.contiguous_format)
+    return publish(order, Portable(staged, data.wanted).eval(), data, scores, seconds)
 
 
-def test(bench: Bench) -> dict[str, float]:
+def test(bench: Bench, size: int) -> dict[str, float]:
     """The scores on the test examples; called once per winner. Raises Diverged."""
-    scores = bench.task.score(predictions(bench, bench.test))
+    scores = bench.task.score(predictions(bench, bench.test, size))
     if not all(map(math.isfinite, scores.values())):
         raise Diverged("the test scores are not finite")
     return scores
 
 
-def reuse(folder: Path, a: Assignment) -> tuple[torch.nn.Module, dict[str, Any], float] | None:
+def reuse(folder: Path, a: Assignment) -> tuple[Staged, dict[str, Any], float] | None:
     """The model of an earlier export of the same run, so that a further format needs no training."""
     published = read(folder)
     if published is None or published.manifest["run_digest"] != a.run.digest():
         return None
-    function = open_export(published, "safetensors")
-    assert isinstance(function, Normalised)
-    return function.model, published.manifest["scores"], published.manifest["training_seconds"]
+    model = blank(published)
+    exporter("safetensors").restore(published.folder / published.manifest["exports"]["safetensors"]["file"], model)
+    return model.staged[0], published.manifest["scores"], published.manifest["training_seconds"]
 
 
-def open_export(published: Published, name: str) -> Callable[[Tensor], Tensor]:
-    """An export as a function of RGB in 0..1, float32 (n, 3, size, size)."""
+def blank(published: Published) -> Portable:
+    """The exported model without its weights."""
     manifest = published.manifest
-    run = published.run
+    staged = build(published.run.without_weights(), published.folder, len(manifest["classes"]))
+    return Portable(staged, wanted_of(manifest["preprocess"], published.folder))
 
-    def blank() -> torch.nn.Module:
-        return build(run.without_weights(), published.folder, len(manifest["classes"])).model
 
-    found: Callable[[Tensor], Tensor] = exporter(name).load(published.folder / manifest["exports"][name]["file"], blank)
-    return found
+def open_export(published: Published, name: str) -> Callable[[Tree], Tree]:
+    """An export as a function of examples as it takes them, any number at once."""
+    entry = published.manifest["exports"][name]
+    function: Callable[[Tree], Tree] = exporter(name).load(published.folder / entry["file"], lambda: blank(published))
+    return function if entry.get("batched", True) else one_by_one(function)
+
+
+def one_by_one(function: Callable[[Tree], Tree]) -> Callable[[Tree], Tree]:
+    """A function of one example as one of many."""
+
+    def many(x: Tree) -> Tree:
+        count = len(next(iter(leaves(x).values())))
+        outputs = [leaves(function(rows(x, slice(i, i + 1)))) for i in range(count)]
+        joined = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        return joined[""] if set(joined) == {""} else joined
+
+    return many
+
+
+def rows(x: Tree, which: slice) -> Tree:
+    return {name: leaf[which] for name, leaf in x.items()} if isinstance(x, dict) else x[which]
 
 
 def exporter(name: str) -> Any:
@@ -92,19 +111,23 @@ def exporter(name: str) -> Any:
     return plugins.attribute("export", name) if ":" in name else plugins.module("export", name)
 
 
-def publish(order: Crown, model: Normalised, data: Data, scores: Mapping[str, Any], seconds: float) -> Published:
+def publish(order: Crown, model: Portable, data: Data, scores: Mapping[str, Any], seconds: float) -> Published:
     """Writes every format beside the export folder, verifies each, and only then puts the folder in place."""
     folder = Path(order.folder)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".export-", suffix=".tmp", dir=folder.parent))
         try:
-            exports = save_all(order, model, data, temporary)
-            manifest = describe(order, model, data, scores, seconds, exports)
+            for name, path in data.wanted.files().items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, temporary / name)
+            manifest = describe(order, model, data, scores, seconds)
+            manifest["exports"] = save_all(order, model, data, Published(temporary, manifest))
             (temporary / "model.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
             (temporary / "MODEL_CARD.md").write_text(model_card(manifest))
-            manifest["files"] = {p.name: sha256(p) for p in sorted(temporary.iterdir())}
-            for path in temporary.iterdir():
+            written = sorted(p for p in temporary.rglob("*") if p.is_file())
+            manifest["files"] = {str(p.relative_to(temporary)): sha256(p) for p in written}
+            for path in written:
                 fsync(path)
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False))  # last: it vouches for the rest
             fsync(temporary / MANIFEST)
@@ -135,59 +158,52 @@ def recover(folder: Path) -> None:
         shutil.rmtree(rest, ignore_errors=True)
 
 
-def samples(data: Data) -> Tensor:
-    """Real test images as RGB in 0..1, float32 (n, 3, size, size)."""
-    batch = data.test.take(torch.arange(min(SAMPLES, len(data.test))), 0)
-    assert isinstance(batch.x, Tensor)
-    return batch.x.float() / 255
+def samples(data: Data) -> Tree:
+    """Real test examples as an export takes them."""
+    return data.wanted.given(data.test.take(torch.arange(min(SAMPLES, len(data.test))), 0).x)
 
 
 @torch.no_grad()
-def save_all(order: Crown, model: Normalised, data: Data, folder: Path) -> dict[str, Any]:
-    """Saves each format, reads it back, compares it with the model on real images. Raises ExportMismatch."""
-    images = samples(data)
-    expected = model(images)
+def save_all(order: Crown, model: Portable, data: Data, unpublished: Published) -> dict[str, Any]:
+    """Saves each format, reads it back, compares it with the model on real examples. Raises ExportMismatch."""
+    task = task_of(order.assignment.run, data.classes)
+    examples, batched = samples(data), model.staged[0].batched
+    first = rows(examples, slice(0, 1))
+    expected = model(examples)
     exports: dict[str, Any] = {}
     for name in dict.fromkeys(["safetensors", *order.formats]):
         module = exporter(name)
-        path = folder / module.FILE
-        module.save(model, images, path)
-        exports[name] = {"file": module.FILE}
-        again = open_export(
-            Published(folder, {"run": order.assignment.run.tree(), "classes": list(data.classes), "exports": exports}), name
-        )
-        difference = compare(name, expected, again(images), again(images[:1]))
-        exports[name] |= {"largest_difference": difference, "milliseconds": latency(again, images[:1])}
+        module.save(model, examples if batched else first, unpublished.folder / module.FILE)
+        exports[name] = {"file": module.FILE, "batched": batched}
+        again = open_export(Published(unpublished.folder, {**unpublished.manifest, "exports": exports}), name)
+        difference = max(compare(name, task, expected, again(examples)), compare(name, task, rows(expected, slice(0, 1)), again(first)))
+        exports[name] |= {"largest_difference": difference, "milliseconds": latency(again, first)}
     return exports
 
 
-def compare(name: str, expected: Tensor, got: Tensor, first: Tensor) -> float:
-    """The largest difference of the outputs. Raises ExportMismatch above the tolerance, relative to the largest output."""
-    scale = max(1.0, float(expected.abs().max()))
-    difference = max(float((expected - got).abs().max()), float((expected[:1] - first).abs().max()))
-    if not difference <= TOLERANCE * scale:  # NaN is a disagreement too
+def compare(name: str, task: Task, expected: Tree, got: Tree) -> float:
+    """The relative difference of the outputs. Raises ExportMismatch above the tolerance."""
+    difference = task.difference(expected, got)
+    if not difference <= TOLERANCE:  # NaN is a disagreement too
         raise ExportMismatch(
-            f"export {name}: read back, it differs from the model by {difference:g} on real images (allowed: {TOLERANCE * scale:g}); nothing was published"
+            f"export {name}: read back, it differs from the model by {difference:g} on real examples (allowed: {TOLERANCE:g}); nothing was published"
         )
     return difference
 
 
-def latency(function: Callable[[Tensor], Tensor], image: Tensor) -> float:
-    """Median milliseconds for one image on this machine's CPU, of 10 calls after 2."""
+def latency(function: Callable[[Tree], Tree], example: Tree) -> float:
+    """Median milliseconds for one example on this machine's CPU, of 10 calls after 2."""
     times = []
     for _ in range(12):
         start = time.perf_counter()
-        function(image)
+        function(example)
         times.append(1000 * (time.perf_counter() - start))
     return round(statistics.median(times[2:]), 3)
 
 
-def describe(
-    order: Crown, model: Normalised, data: Data, scores: Mapping[str, Any], seconds: float, exports: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The manifest: all that someone who ships the model must know."""
+def describe(order: Crown, model: Portable, data: Data, scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """The manifest, but for its exports: all that someone who ships the model must know."""
     run: Run = order.assignment.run
-    p = data.preprocess
     return {
         "tuner": tuner.__version__,
         "study": order.study,
@@ -197,13 +213,12 @@ def describe(
         "data_digest": data.digest,
         "classes": list(data.classes),
         "examples": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-        "input": {"shape": ["batch", 3, p.size, p.size], "dtype": "float32", "range": "RGB in 0..1; normalised inside the model"},
-        "output": {"shape": ["batch", len(data.classes)], "meaning": "logits; softmax gives probabilities"},
-        "preprocess": {"resize": p.resize, "size": p.size, "interpolation": p.interpolation, "mean": p.mean, "std": p.std},
+        "input": data.wanted.describe(),
+        "output": {"meaning": task_of(run, data.classes).output},
+        "preprocess": data.wanted.tree(),
         "metric": order.assignment.metric,
         "scores": dict(scores),
-        "parameters": sum(v.numel() for v in model.model.parameters()),
+        "parameters": sum(v.numel() for v in model.staged[0].model.parameters()),
         "training_seconds": round(seconds, 3),
-        "exports": dict(exports),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }

@@ -12,8 +12,9 @@ from tuner import figures
 from tuner.building import build, load, task_of
 from tuner.devices import place
 from tuner.files import OFFLINE
+from tuner.folds import crossed, folds_of
 from tuner.orders import Assignment, Epoch, Facts, Result, Survey
-from tuner.trial import Best, Diverged, check_batches, fit, prepare
+from tuner.trial import Best, Diverged, check_batches
 from tuner.weights import is_path
 
 
@@ -34,7 +35,8 @@ def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], 
     notes: list[str] = []
     for a in assignments:
         OFFLINE.set(not a.fetch)
-        data = load(a.run, Path(a.home))
+        for run in folds_of(a.run):
+            data = load(run, Path(a.home))
         local = is_path(str(a.run.model.options.get("weights", "")))
         staged = build(a.run if a.fetch or local else a.run.without_weights(), Path(a.home), len(data.classes))
         warnings += [*data.warnings, *check_batches(data, a.run)]
@@ -43,7 +45,7 @@ def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], 
         digest=data.digest,
         classes=data.classes,
         sizes={"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-        side=data.preprocess.size,
+        input=data.wanted.describe(),
         parameters=sum(p.numel() for p in staged.model.parameters()),
         warnings=tuple(dict.fromkeys(warnings)),
         notes=tuple(dict.fromkeys(notes)),
@@ -58,8 +60,7 @@ def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:
     state: Literal["complete", "stopped", "diverged", "oom"] = "complete"
     reason = ""
     try:
-        bench = prepare(a.run, place(a.engine, Path(a.home), slot), a.metric)
-        for epoch in fit(bench, a.run.recipe, a.run.seed, best):
+        for epoch in crossed(a.run, place(a.engine, Path(a.home), slot), a.metric, best):
             epochs.append(epoch)
             if not report(epoch):
                 state = "stopped"
@@ -82,9 +83,9 @@ def show(a: Assignment, epochs: list[Epoch], best: Best) -> dict[str, bytes]:
     if best.epoch is None:
         return {}
     data = load(a.run, Path(a.home))
-    task = task_of(a.run, len(data.classes))
+    task = task_of(a.run, data.classes)
     curve = figures.later("curve", losses=[e.loss for e in epochs], scores=[e.scores for e in epochs], metric=a.metric)
-    return {"curve.png": curve, **task.show(best.pairs, data.classes)}
+    return {"curve.png": curve, **task.show(best.pairs, data)}
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

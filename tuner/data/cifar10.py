@@ -7,15 +7,18 @@ import numpy as np
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
-from tuner.core import Data, Preprocess
+from tuner.core import Data
 from tuner.errors import DataError
 from tuner.files import disk_errors, download, locked
 from tuner.images import dataset
 from tuner.run import ImageOptions
 from tuner.splits import TEST, UNSPLIT, Items
+from tuner.wanted import Wanted
+
+TASKS = ("classification",)
 
 
-def load(home: Path, wanted: Preprocess, *, path: str | None = None, image: ImageOptions) -> Data:
+def load(home: Path, wanted: Wanted, task: str, *, path: str | None = None, image: ImageOptions) -> Data:
     """`path` is the folder that holds or shall hold `cifar-10-batches-py`; by default it lies in tuner's cache."""
     root = Path(path).expanduser() if path else home / "data"
     if root.name == CIFAR10.base_folder:

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tuner.core import Data, Preprocess
+from tuner.core import Data
 from tuner.images import dataset
 from tuner.run import ImageOptions
 from tuner.splits import UNSPLIT, Items
+from tuner.wanted import Wanted
+
+TASKS = ("classification",)
 
 
-def load(home: Path, wanted: Preprocess, *, image: ImageOptions) -> Data:
+def load(home: Path, wanted: Wanted, task: str, *, image: ImageOptions) -> Data:
     from sklearn.datasets import load_digits  # here, so that listing the sources stays cheap
 
     pixels, labels = load_digits(return_X_y=True)

@@ -7,19 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
-from tuner.core import Data, Preprocess
+from tuner.core import Data
 from tuner.decoding import SUFFIXES
 from tuner.errors import DataError, nearest
 from tuner.images import dataset
 from tuner.run import ImageOptions
 from tuner.splits import TEST, TRAIN, UNSPLIT, VALID, Items
+from tuner.wanted import Wanted
+
+TASKS = ("classification",)
 
 NAMES = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
 Identity = tuple[int, int]  # of a folder, however it is reached: device and inode
 Classes = dict[str, list[Path]]
 
 
-def load(home: Path, wanted: Preprocess, *, path: str, image: ImageOptions) -> Data:
+def load(home: Path, wanted: Wanted, task: str, *, path: str, image: ImageOptions) -> Data:
     root = Path(path).expanduser()
     loops: list[str] = []
     try:

@@ -6,15 +6,19 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from tuner.core import Data, Preprocess
+from tuner.core import Data
 from tuner.images import dataset
 from tuner.run import ImageOptions
 from tuner.splits import UNSPLIT, Items
+from tuner.wanted import Wanted
+
+TASKS = ("classification",)
 
 
 def load(
     home: Path,
-    wanted: Preprocess,
+    wanted: Wanted,
+    task: str,
     *,
     examples: Annotated[int, Field(ge=12, le=1_000_000)] = 300,
     classes: Annotated[int, Field(ge=2, le=100)] = 3,

@@ -1,4 +1,4 @@
-"""ONNX with a free batch size, input `image` and output `output`, for onnxruntime and whatever else reads ONNX."""
+"""ONNX with a free batch size, input `image` (or the token leaves by name) and output `output` (or the leaves by name)."""
 
 import contextlib
 import io
@@ -7,36 +7,42 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from tuner.core import Normalised
+from tuner.portable import Portable, free
+from tuner.wanted import Tree, leaves
 
 FILE = "model.onnx"
+INPUT, OUTPUT = "image", "output"  # names where there is only one
 
 
-def save(model: Normalised, example: Tensor, path: Path) -> None:
+def save(model: Portable, example: Tree, path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with torch.no_grad():
+        given = leaves(model(example))
     with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
         program = torch.onnx.export(
             model,
             (example,),
             dynamo=True,
             verbose=False,
-            input_names=["image"],
-            output_names=["output"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65_536)},),
+            input_names=[name or INPUT for name in leaves(example)],
+            output_names=[name or OUTPUT for name in given],
+            dynamic_shapes=(free(model, example),),
         )
     assert program is not None
     program.save(path, external_data=False)
 
 
-def load(path: Path, blank: Callable[[], nn.Module]) -> Callable[[Tensor], Tensor]:
-    """A function of RGB in 0..1, carried out by onnxruntime on the CPU."""
+def load(path: Path, blank: Callable[[], Portable]) -> Callable[[Tree], Tree]:
+    """A function of what the export takes, carried out by onnxruntime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
 
-    def call(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"image": x.contiguous().numpy()})[0])
+    def call(x: Tree) -> Tree:
+        outputs = session.run(None, {name or INPUT: leaf.contiguous().numpy() for name, leaf in leaves(x).items()})
+        found = {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}
+        return found[OUTPUT] if names == [OUTPUT] else found
 
     return call

@@ -4,19 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from tuner.core import Normalised
+from tuner.portable import Portable, free
+from tuner.wanted import Tree
 
 FILE = "model.pt2"
 
 
-def save(model: Normalised, example: Tensor, path: Path) -> None:
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65_536)},))
+def save(model: Portable, example: Tree, path: Path) -> None:
+    program = torch.export.export(model, (example,), dynamic_shapes=(free(model, example),))
     torch.export.save(program, path)
 
 
-def load(path: Path, blank: Callable[[], nn.Module]) -> Callable[[Tensor], Tensor]:
-    """A function of RGB in 0..1. Loading may unpickle: for files of your own only."""
-    module: Callable[[Tensor], Tensor] = torch.export.load(path).module()
+def load(path: Path, blank: Callable[[], Portable]) -> Callable[[Tree], Tree]:
+    """A function of what the export takes. Loading may unpickle: for files of your own only."""
+    module: Callable[[Tree], Tree] = torch.export.load(path).module()
     return module

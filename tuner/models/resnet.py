@@ -9,10 +9,12 @@ from pathlib import Path
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from tuner.core import Preprocess, Staged
+from tuner.core import Staged
 from tuner.errors import SpaceError, suggest
+from tuner.wanted import Preprocess
 from tuner.weights import adopt, is_path, read, torchvision_model, torchvision_preprocess
 
+TASKS = ("classification",)
 NAMES = (
     "resnet18_slim",
     "resnet18",
@@ -33,7 +35,7 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return GREY if name == "resnet18_slim" else torchvision_preprocess(name, weights)
 
 
-def build(home: Path, name: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
     """Model `name` with `outputs` classes; depth 1 freezes the stem, 2..5 one residual layer more each."""
     if name == "resnet18_slim":
         model, notes = _slim(outputs, weights)

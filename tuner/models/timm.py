@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.core import Preprocess, Staged, cut
+from tuner.core import Staged, cut
 from tuner.errors import SpaceError, nearest
+from tuner.wanted import Preprocess
 from tuner.weights import adopt, fetch, is_path, read
 
+TASKS = ("classification",)
 NAMES = ("timm/*",)
 
 
@@ -27,7 +29,7 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return Preprocess(size, int(size / stated["crop_pct"]), stated["interpolation"], mean, std)  # type: ignore[arg-type]
 
 
-def build(home: Path, name: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
     """Model `name` with `outputs` classes: depth 1 freezes the stem, then one stage of blocks more each; others have one cut.
 
     Raises SpaceError on a name or weights that timm does not have, DataError on weights that do not fit.

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from tuner.core import Preprocess, Staged
+from tuner.core import Staged
+from tuner.wanted import Preprocess
 from tuner.weights import torchvision_model, torchvision_preprocess
 
+TASKS = ("classification",)
 NAMES = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
 
 
@@ -17,7 +19,7 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return torchvision_preprocess(name, weights)
 
 
-def build(home: Path, name: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
     """Model `name` with `outputs` classes; depths 1..5 freeze convolution blocks, 6 and 7 the fully connected layers."""
     model, notes = torchvision_model(home, name, outputs, weights, head="classifier.6")
     stages: dict[str, nn.Module] = {}

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix, multiclass_f1_score
 
 from tuner import figures
-from tuner.core import Batch, Task, Tree
+from tuner.core import Batch, Data, Task, Told, apart
 from tuner.run import Recipe
+from tuner.wanted import Tree, Wanted
 
 METRICS = ("accuracy", "balanced_accuracy", "f1", "log_likelihood")
 
 
-def build(outputs: int, recipe: Recipe) -> Task:
-    return Classification(outputs, recipe.label_smoothing)
+def build(classes: tuple[str, ...], recipe: Recipe) -> Task:
+    return Classification(classes, recipe.label_smoothing)
 
 
 class Classification(Task):
@@ -26,10 +27,13 @@ class Classification(Task):
 
     metrics = METRICS
 
-    def __init__(self, classes: int, label_smoothing: float) -> None:
+    output = "logits in the order of the classes; softmax gives probabilities"
+
+    def __init__(self, classes: tuple[str, ...], label_smoothing: float) -> None:
         self.classes, self.label_smoothing = classes, label_smoothing
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(batch.y, Tensor)
         return F.cross_entropy(net(batch.x), batch.y, label_smoothing=self.label_smoothing)
 
     def predict(self, net: nn.Module, x: Tree) -> Tensor:
@@ -38,7 +42,7 @@ class Classification(Task):
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Accuracy, its mean over classes, macro F1, and the mean log-likelihood of the true class."""
         logits, truth = _joined(pairs)
-        n = self.classes
+        n = len(self.classes)
         return {
             "accuracy": float(multiclass_accuracy(logits, truth, n, average="micro")),
             "balanced_accuracy": float(multiclass_accuracy(logits, truth, n, average="macro")),
@@ -46,13 +50,30 @@ class Classification(Task):
             "log_likelihood": -float(F.cross_entropy(logits, truth)),
         }
 
-    def show(self, pairs: Iterable[tuple[Any, Any]], classes: tuple[str, ...]) -> dict[str, bytes]:
+    def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
         logits, truth = _joined(pairs)
-        matrix = multiclass_confusion_matrix(logits, truth, self.classes)
+        matrix = multiclass_confusion_matrix(logits, truth, len(self.classes))
         return {
-            "confusion.png": figures.later("confusion", matrix=matrix.tolist(), classes=classes),
-            "per_class.csv": _per_class(matrix, classes),
+            "confusion.png": figures.later("confusion", matrix=matrix.tolist(), classes=self.classes),
+            "per_class.csv": _per_class(matrix, self.classes),
         }
+
+    def difference(self, expected: Tree, got: Tree) -> float:
+        return apart(expected, got)
+
+    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+        logits = function(x)
+        assert isinstance(logits, Tensor)
+        return [said(self.classes, probabilities) for probabilities in logits.softmax(1).tolist()]
+
+
+SAID = 3  # classes that a line names
+
+
+def said(classes: Sequence[str], probabilities: Sequence[float]) -> Told:
+    """The classes with their probabilities, most likely first."""
+    ranked = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
+    return Told("  ".join(f"{name} {p:.3f}" for name, p in ranked[:SAID]), {"classes": dict(ranked)})
 
 
 def _joined(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
