@@ -35,7 +35,7 @@ def paint(root: Path, tree: Mapping[str, int]) -> Path:
 
 
 def load(root: Path, **options: Any) -> Data:
-    return folder.load(root.parent / "home", WANTED, path=str(root), image=ImageOptions(**options))
+    return folder.load(root.parent / "home", WANTED, "classification", path=str(root), image=ImageOptions(**options))
 
 
 def sizes(data: Data) -> tuple[int, int, int, int]:
@@ -172,7 +172,7 @@ def test_real_photographs_as_they_lie_on_a_disk(tmp_path: Path, shared: Path) ->
 
 
 def test_digits_are_scikit_learns(tmp_path: Path) -> None:
-    data = digits.load(tmp_path, WANTED, image=ImageOptions(size=8))
+    data = digits.load(tmp_path, WANTED, "classification", image=ImageOptions(size=8))
     assert sizes(data) == (1259, 269, 269, 1528)
     assert data.classes == tuple("0123456789")
     x, y = data.full.take(torch.arange(len(data.full)), 0)
@@ -183,7 +183,7 @@ def test_digits_are_scikit_learns(tmp_path: Path) -> None:
 
 def test_stripes_follow_their_seed(tmp_path: Path) -> None:
     def made(seed: int, **options: Any) -> Data:
-        return synthetic.load(tmp_path, WANTED, image=ImageOptions(seed=seed), **options)
+        return synthetic.load(tmp_path, WANTED, "classification", image=ImageOptions(seed=seed), **options)
 
     assert made(0).digest == made(0).digest != made(1).digest
     assert sizes(made(0, examples=40, classes=4)) == (24, 8, 8, 32)

@@ -42,6 +42,8 @@ PARTS = [
     "store",
     "images",
     "tokens",
+    "detectors",
+    "pictures",
     "figures",
     "drawing",
     "weights",

@@ -88,9 +88,13 @@ def test_limit_leaves_no_class_out() -> None:
 )
 def test_too_few_classes_or_images(sizes: list[int], options: dict[str, int], message: str) -> None:
     with pytest.raises(DataError) as error:
-        checked(items(sizes))
-        divided(items(sizes), ImageOptions(**options))
+        _whole(items(sizes), ImageOptions(**options))
     assert str(error.value) == message
+
+
+def _whole(found: Items, options: ImageOptions) -> Items:
+    checked(found)
+    return divided(found, options)
 
 
 def test_enough_is_enough() -> None:
