@@ -1,4 +1,4 @@
-"""What YOLOX and YOLOv9 share: libreyolo's modules as stages, weights fitted to other classes, and non-maximum suppression of fixed shape.
+"""What YOLOX and YOLOv9 share: libreyolo's networks and weights, and non-maximum suppression of fixed shape.
 
 The networks and their losses are libreyolo's own (MIT), https://github.com/LibreYOLO/libreyolo.
 """
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from tuner.detectors import IMAGE, MOST, Objects, Stage
+from tuner.detectors import MOST, Objects
 from tuner.errors import SpaceError
 from tuner.targets import NO_OBJECT
 from tuner.weights import adopt, fetch, is_path, read
 
-STRIDE = 32  # of the coarsest map: canvases are multiples of it
 LEVELS = ("fine", "middle", "coarse")  # what a neck gives the head, 1/8, 1/16 and 1/32 of the canvas
 CANDIDATES = 1000  # the best before suppression, as torchvision's one-stage detectors keep them
 LEAST = 0.001  # scores below count as none, as in libreyolo's validation
@@ -56,44 +55,6 @@ def load(home: Path, model: nn.Module, weights: str, *, published: str, head: st
         raise SpaceError(f"model.weights: {weights!r} is not known for YOLO; default, none, or a path to a .safetensors, .pt or .pth file")
     state = {name: value for name, value in state.items() if not name.startswith(tuple(unused))}
     return adopt(model, state, head=head, where=f"weights: {where}")
-
-
-class Pixels(nn.Module):
-    """The canvas as the network takes it: RGB, or BGR where its weights were trained on OpenCV's order of colours."""
-
-    def __init__(self, name: str, *, bgr: bool) -> None:
-        super().__init__()
-        self.name, self.bgr = name, bgr
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Raises SpaceError where halving the canvas five times leaves a remainder."""
-        side = x.shape[-1]
-        if side % STRIDE:
-            raise SpaceError(
-                f"data.size: {side}, but {self.name} takes multiples of {STRIDE}; nearest: {max(1, round(side / STRIDE)) * STRIDE}"
-            )
-        return x.flip(1) if self.bgr else x
-
-
-class Step(Stage):
-    """One part of the backbone, from leaf `source` to leaf `name`; the leaves of `keep` go on beside it, for the neck."""
-
-    def __init__(self, body: nn.Module, source: str, name: str, keep: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.body, self.source, self.name, self.keep = body, source, name, tuple(keep)
-
-    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: x[name] for name in self.keep} | {self.name: self.body(x[self.source])}
-
-
-def steps(parts: dict[str, nn.Module], taps: Sequence[str]) -> dict[str, nn.Module]:
-    """A backbone's parts in a row; what those of `taps` give reaches the neck."""
-    found: dict[str, nn.Module] = {}
-    source = IMAGE
-    for name, body in parts.items():
-        found[name] = Step(body, source, name, [tap for tap in taps if tap in found])
-        source = name
-    return found
 
 
 def best(boxes: Tensor, scores: Tensor, overlap: float) -> Objects:

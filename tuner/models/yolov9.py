@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tuner.core import Staged
 from tuner.detectors import Head, Objects, Stage, padded
-from tuner.models._yolo import LEVELS, Pixels, each, load, network, rows, steps
+from tuner.models._backbone import Canvas, steps
+from tuner.models._yolo import LEVELS, each, load, network, rows
 from tuner.wanted import Preprocess, Tree
 
 TASKS = ("detection",)
@@ -55,7 +56,7 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
     notes = load(home, model, weights, published=f"LibreYOLO9{letter}", head="head.cv3", unused=unused)
     b = model.backbone
     parts: dict[str, nn.Module] = {
-        "stem": nn.Sequential(Pixels(name, bgr=False), b.conv0, b.conv1),
+        "stem": nn.Sequential(Canvas(name), b.conv0, b.conv1),
         "elan1": b.elan1,
         "elan2": nn.Sequential(b.down2, b.elan2),
         "elan3": nn.Sequential(b.down3, b.elan3),

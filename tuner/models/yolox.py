@@ -12,7 +12,8 @@ from torchvision.ops import box_convert
 
 from tuner.core import Staged
 from tuner.detectors import Head, Objects, Stage, padded
-from tuner.models._yolo import LEVELS, Pixels, each, load, network, rows, steps
+from tuner.models._backbone import Canvas, steps
+from tuner.models._yolo import LEVELS, each, load, network, rows
 from tuner.wanted import Preprocess, Tree
 
 TASKS = ("detection",)
@@ -53,7 +54,7 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
     model.head.export = True  # eval mode gives one decoded tensor
     notes = load(home, model, weights, published=f"LibreYOLOX{letter}", head="head.cls_preds")
     pyramid = model.backbone
-    parts: dict[str, nn.Module] = {"stem": nn.Sequential(Pixels(name, bgr=True), pyramid.backbone.stem)}
+    parts: dict[str, nn.Module] = {"stem": nn.Sequential(Canvas(name, bgr=True), pyramid.backbone.stem)}
     parts |= {part: getattr(pyramid.backbone, part) for part in ("dark2", *TAPS)}
     stages = {**steps(parts, TAPS), "neck": Neck(pyramid), "head": Decoupled(model.head)}
     return Staged(model, stages, notes, native=native, probe=False, batched=False)
