@@ -41,6 +41,7 @@ PARTS = [
     "targets",
     "store",
     "images",
+    "boxes",
     "tokens",
     "detectors",
     "pictures",

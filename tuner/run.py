@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 Triple = tuple[float, float, float]
+LATER = "later"  # stands for weights that are filled in after the model is built
 
 
 class Section(BaseModel):
@@ -157,10 +158,14 @@ class Run:
         }
 
     def without_weights(self) -> "Run":
-        """The same run with fresh parameters, where its model lets one say so."""
-        if "weights" not in self.model.options:
+        """The same run with fresh parameters, where its model lets one say so. Its layers may follow which weights it has: then LATER."""
+        options = self.model.options
+        if "weights" not in options:
             return self
-        return replace(self, model=Part(self.model.name, {**self.model.options, "weights": "none"}))
+        gone = {"weights": "none"}
+        if "backbone" in options:
+            gone = {key: "none" if options[key] == "none" else LATER for key in ("weights", "backbone")}
+        return replace(self, model=Part(self.model.name, {**options, **gone}))
 
     def digest(self) -> str:
         """SHA-256 of the run as JSON."""

@@ -1,0 +1,128 @@
+"""YOLO's text files: one an image, a line an object: class, centre x, centre y, width, height, in shares of the image's sides.
+
+The layout is that of Ultralytics and Darknet: data.yaml names classes and parts, or classes.txt the classes; labels/ lies beside images/.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from tuner.boxes import Annotated, Box, detection, listed, parts_of
+from tuner.core import Data
+from tuner.decoding import SUFFIXES
+from tuner.errors import DataError, nearest
+from tuner.run import ImageOptions
+from tuner.splits import TEST, TRAIN, UNSPLIT, VALID
+from tuner.wanted import Wanted
+
+TASKS = ("detection",)
+NAMES = {"train": TRAIN, "val": VALID, "valid": VALID, "test": TEST}
+LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
+LARGEST = 10_000_000  # bytes of one text file
+
+
+def load(home: Path, wanted: Wanted, task: str, *, path: str, image: ImageOptions) -> Data:
+    """`path`: a data.yaml, or a folder that holds one, or classes.txt beside images/ and labels/."""
+    root = Path(path).expanduser()
+    if not root.exists():
+        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+        raise DataError(f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}")
+    described = root if root.is_file() else next((root / name for name in ("data.yaml", "data.yml") if (root / name).is_file()), None)
+    if described is not None:
+        classes, pictures = _described(described)
+    else:
+        file = next((root / name for name in LISTS if (root / name).is_file()), None)
+        if file is None:
+            raise DataError(f"data.path: {path} has neither data.yaml nor {LISTS[0]}, which name the classes")
+        classes = [line.strip() for line in _text(file).splitlines() if line.strip()]
+        pictures = [(picture, UNSPLIT) for picture in _pictures(root / "images" if (root / "images").is_dir() else root)]
+    wrong: list[str] = []
+    found = [_annotated(picture, part, classes, wrong) for picture, part in pictures]
+    if wrong:
+        raise DataError(*listed(wrong), f"data: {len(wrong)} lines are wrong; mend or remove them")
+    return detection(home, found, classes, image, wanted)
+
+
+def _described(file: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Classes, and images with their parts, as a data.yaml has them. Raises DataError."""
+    try:
+        tree = yaml.safe_load(_text(file))
+    except yaml.YAMLError as error:
+        raise DataError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+    names = tree.get("names") if isinstance(tree, dict) else None
+    if isinstance(names, dict):
+        if sorted(names) != list(range(len(names))):
+            raise DataError(f"{file}: names: expected the numbers 0 to {len(names) - 1}, got {', '.join(map(str, list(names)[:20]))}")
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(tree, dict) or not isinstance(names, list) or not names:
+        raise DataError(f"{file}: expected a mapping with names, the list of classes")
+    base = file.parent / str(tree.get("path") or ".")
+    base = base if base.is_dir() else file.parent  # files travel, and their path stays behind
+    found: list[tuple[Path, int]] = []
+    for key, part in NAMES.items():
+        places = tree.get(key)
+        for place in places if isinstance(places, list) else [places] if places else []:
+            found += [(picture, part) for picture in _listed(base, str(place), f"{file}: {key}")]
+    if not any(part == TRAIN for _, part in found):
+        raise DataError(f"{file}: train: needs a folder or a list of images")
+    return list(map(str, names)), list(zip([picture for picture, _ in found], parts_of([part for _, part in found]), strict=True))
+
+
+def _listed(base: Path, place: str, where: str) -> list[Path]:
+    """The images that a folder holds or a text file lists."""
+    path = next((p for p in (base / place, base / place.removeprefix("../")) if p.exists()), None)
+    if path is None:
+        raise DataError(f"{where}: {base / place} does not exist")
+    if path.is_dir():
+        return list(_pictures(path))
+    return [base / line.strip() for line in _text(path).splitlines() if line.strip()]
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    return (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def _annotated(picture: Path, part: int, classes: list[str], wrong: list[str]) -> Annotated:
+    """An image with what its text file says; without one it has no objects. What cannot be read goes to `wrong`."""
+    parts = list(picture.parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    beside = [Path(*parts).with_suffix(".txt"), picture.with_suffix(".txt")]
+    file = next((path for path in beside if path.is_file()), None)
+    rows: list[tuple[Box, int, str]] = []
+    for number, line in enumerate(_text(file).splitlines() if file else (), 1):
+        if line.strip():
+            found = _row(line, classes)
+            if isinstance(found, str):
+                wrong.append(f"{file}:{number}: {found}")
+            else:
+                rows.append((*found, f"{file}:{number}"))
+    boxes, labels, places = zip(*rows, strict=True) if rows else ((), (), ())
+    return Annotated(picture, boxes, labels, places, part, relative=True)
+
+
+def _row(line: str, classes: list[str]) -> tuple[Box, int] | str:
+    """An object's box and label, or what is wrong with its line."""
+    words = line.split()
+    if len(words) != 5:
+        return f"expected class, centre x, centre y, width, height; got {len(words)} values"
+    try:
+        x, y, width, height = map(float, words[1:])
+    except ValueError:
+        return f"expected four numbers after the class, got {' '.join(words[1:])!r}"
+    if not words[0].isdecimal() or int(words[0]) >= len(classes):
+        return f"class {words[0]!r}, but there are {len(classes)} classes, 0 to {len(classes) - 1}"
+    if max(x, y, width, height) > 1.5:
+        return f"box {' '.join(words[1:])}: these are pixels; expected shares of the image's sides, 0 to 1"
+    return (x - width / 2, y - height / 2, x + width / 2, y + height / 2), int(words[0])
+
+
+def _text(file: Path) -> str:
+    """Raises DataError on what is no text."""
+    if file.stat().st_size > LARGEST:
+        raise DataError(f"{file}: {file.stat().st_size:,} bytes, more than {LARGEST:,}")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: not a text file in UTF-8") from None

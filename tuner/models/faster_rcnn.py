@@ -1,0 +1,33 @@
+"""torchvision's Faster R-CNN; cut at the backbone's stem and layers, the feature pyramid, and the head (proposals and regions).
+
+Ren et al., Faster R-CNN, NeurIPS 2015; Lin et al., Feature Pyramid Networks, CVPR 2017; v2: Li et al., 2021 (arXiv:2111.11429).
+"""
+
+from pathlib import Path
+
+from tuner.core import Staged
+from tuner.models._detectors import pyramid_stages, staged
+from tuner.models._pretrained import canvas, pyramid_detector
+from tuner.wanted import Preprocess
+
+TASKS = ("detection",)
+NAMES = (
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+)
+# TorchVision Object Detection Finetuning Tutorial: SGD, 0.005, 0.9, 0.0005, batches of 2, 10 epochs.
+# https://docs.pytorch.org/tutorials/intermediate/torchvision_tutorial.html
+RECIPES = {"detection": {"optimizer": "sgd", "lr": 0.005, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 2, "epochs": 10}}
+EXPORTS = ("safetensors", "onnx")  # torch.export cannot pool regions whose number depends on the image
+
+
+def wants(name: str, *, weights: str = "default", backbone: str = "default") -> Preprocess:
+    return canvas(320 if "_320_" in name else 800)
+
+
+def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default", backbone: str = "default") -> Staged:
+    """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
+    model, notes = pyramid_detector(home, name, outputs + 1, weights, backbone, "roi_heads.box_predictor")  # 0 is the background
+    return staged(model, pyramid_stages(model.backbone), 1, notes)

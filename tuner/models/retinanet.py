@@ -1,0 +1,37 @@
+"""torchvision's RetinaNet and FCOS; cut at the backbone's stem and layers, the feature pyramid, and the head.
+
+Lin et al., Focal Loss for Dense Object Detection, ICCV 2017; v2: Zhang et al., ATSS, CVPR 2020; Tian et al., FCOS, ICCV 2019.
+"""
+
+from pathlib import Path
+
+from tuner.core import Staged
+from tuner.models._detectors import pyramid_stages, staged
+from tuner.models._pretrained import canvas, pyramid_detector
+from tuner.wanted import Preprocess
+
+TASKS = ("detection",)
+NAMES = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")
+# torchvision's reference training: SGD, lr 0.01 for 16 images, here for 2; momentum 0.9, weight decay 0.0001.
+# https://github.com/pytorch/vision/tree/main/references/detection
+RECIPES = {
+    "detection": {
+        "optimizer": "sgd",
+        "lr": 0.00125,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "batch_size": 2,
+        "epochs": 10,
+    }
+}
+EXPORTS = ("safetensors", "onnx")  # torch.export cannot follow a number of objects that depends on the image
+
+
+def wants(name: str, *, weights: str = "default", backbone: str = "default") -> Preprocess:
+    return canvas(800)
+
+
+def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default", backbone: str = "default") -> Staged:
+    """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
+    model, notes = pyramid_detector(home, name, outputs, weights, backbone, "head.classification_head.cls_logits")
+    return staged(model, pyramid_stages(model.backbone), 0, notes)

@@ -1,0 +1,104 @@
+"""torchvision's Faster R-CNN, RetinaNet and FCOS over any convolutional backbone of timm's: `fasterrcnn/timm/<name>` and so on.
+
+Lin et al., Feature Pyramid Networks, CVPR 2017. So every classifier that timm has weights for can become a detector.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from tuner.core import Staged
+from tuner.errors import SpaceError
+from tuner.models._detectors import pyramid_stages, staged
+from tuner.models._pretrained import GIVEN, canvas, frozen
+from tuner.models._timm import config_of, download, fitted, package
+from tuner.wanted import Preprocess
+from tuner.weights import adopt, is_path, read
+
+TASKS = ("detection",)
+NAMES = ("fasterrcnn/timm/*", "retinanet/timm/*", "fcos/timm/*")
+# TorchVision Object Detection Finetuning Tutorial: SGD, 0.005, 0.9, 0.0005, batches of 2, 10 epochs.
+# https://docs.pytorch.org/tutorials/intermediate/torchvision_tutorial.html
+RECIPES = {"detection": {"optimizer": "sgd", "lr": 0.005, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 2, "epochs": 10}}
+EXPORTS = ("safetensors", "onnx")
+SIDE = 512
+CHANNELS = 256  # of the pyramid
+
+
+def wants(name: str, *, weights: str = "none", backbone: str = "default") -> Preprocess:
+    """The normalisation that timm states for the backbone's weights."""
+    timm = package()
+    stated = timm.data.resolve_data_config(pretrained_cfg=config_of(timm, name), model=None)
+    mean, std = (tuple(float(v) for v in stated[key]) for key in ("mean", "std"))
+    return canvas(SIDE, mean, std)  # type: ignore[arg-type]
+
+
+def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "none", backbone: str = "default") -> Staged:
+    """A detector for `outputs` classes. `weights`: a path to a whole detector's; `backbone`: ImageNet weights, used where that is none.
+
+    Raises SpaceError on a name that timm does not have, or whose features are no pyramid; DataError on weights that do not fit.
+    """
+    timm, bare = package(), name.partition("timm/")[2]
+    config = config_of(timm, name)
+    if weights not in GIVEN and not is_path(weights):
+        raise SpaceError(f"model.weights: {weights!r}: {name} as a whole has none; write none, or a path, and see model.backbone")
+    kind = name.partition("/")[0]
+    classifier = timm.create_model(bare, pretrained=False)
+    if weights == "none":
+        with_weights(home, name, classifier, config, backbone)
+    body = features(timm, classifier, name, [4, 8, 16, 32] if kind == "fasterrcnn" else [8, 16, 32])
+    if weights != "none" or backbone != "none":
+        still(timm, body)
+    model = over(kind, body, outputs)
+    notes: tuple[str, ...] = ()
+    if weights not in GIVEN:
+        head = "roi_heads.box_predictor" if kind == "fasterrcnn" else "head.classification_head.cls_logits"
+        notes = adopt(model, read(Path(weights)), head=head, where=f"weights: {weights}")
+    return staged(model, pyramid_stages(model.backbone), 1 if kind == "fasterrcnn" else 0, notes)
+
+
+def over(kind: str, body: Any, outputs: int) -> Any:
+    """torchvision's detector with its own default anchors over the body's features."""
+    taps = {name: str(i) for i, name in enumerate(body.return_layers)}
+    extra = LastLevelMaxPool() if kind == "fasterrcnn" else LastLevelP6P7(CHANNELS, CHANNELS)
+    backbone = BackboneWithFPN(body, taps, body.feature_info.channels(), CHANNELS, extra)
+    if kind == "fcos":
+        return FCOS(backbone, outputs)
+    if kind == "retinanet":
+        return RetinaNet(backbone, outputs)
+    sizes = tuple((side,) for side in (32, 64, 128, 256, 512)[: len(taps) + 1])
+    return FasterRCNN(backbone, outputs + 1, rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)))
+
+
+def features(timm: Any, model: nn.Module, name: str, strides: list[int]) -> Any:
+    """timm's classifier as layers in a row, with those named whose features have these strides. Raises SpaceError."""
+    stated = list(getattr(model, "feature_info", None) or [])
+    rows = str(getattr(model, "output_fmt", "NCHW")) == "NCHW"
+    which = [i for i, info in enumerate(stated) if rows and info.get("reduction") in strides]
+    deep = any("." in str(stated[i]["module"]) for i in which)  # features come from within a layer that is itself a row
+    try:
+        body = timm.models.FeatureDictNet(model, which, flatten_sequential=deep)
+        found = body.feature_info.reduction()
+    except (AssertionError, KeyError, TypeError):
+        found = []
+    if found != strides:
+        raise SpaceError(f"model.name: {name}: it has no features of strides {strides} in a row; take a convolutional model of timm's")
+    return body
+
+
+def with_weights(home: Path, name: str, model: nn.Module, config: dict[str, Any], backbone: str) -> None:
+    """Loads a classifier's weights. Raises DataError, SpaceError."""
+    if backbone not in GIVEN:
+        path = Path(backbone) if is_path(backbone) else download(home, name, backbone, config)
+        adopt(model, fitted(model, read(path)), head=str(config["classifier"]), where=f"backbone: {path}")
+
+
+def still(timm: Any, body: nn.Module) -> None:
+    """BatchNorm's statistics, scale and shift stand still, as in torchvision's pretrained backbones."""
+    timm.layers.freeze_batch_norm_2d(body)
+    frozen(body)
