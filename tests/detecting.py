@@ -26,16 +26,20 @@ BOXES = torch.tensor(
     ]
 )
 LABELS = torch.tensor([[0, 2], [1, NO_OBJECT], [NO_OBJECT, NO_OBJECT], [2, 0]])  # the third picture has none
-TRUTH: dict[str, Tensor] = {"boxes": BOXES, "labels": LABELS}
 
 
-def pixels(count: int = 4) -> Tensor:
-    """uint8 (count, 3, SIDE, SIDE)."""
-    return torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+def truth(side: int = SIDE) -> dict[str, Tensor]:
+    return {"boxes": BOXES * side / SIDE, "labels": LABELS}
 
 
-def ready(wanted: Preprocess) -> Tensor:
-    x = wanted.ready(pixels(), torch.device("cpu"))
+def pixels(side: int = SIDE) -> Tensor:
+    """uint8 (4, 3, side, side)."""
+    return torch.randint(0, 256, (4, 3, side, side), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+
+
+def ready(wanted: Preprocess, side: int = SIDE) -> Tensor:
+    """The pictures as a model takes them."""
+    x = wanted.ready(pixels(side), torch.device("cpu"))
     assert isinstance(x, Tensor)
     return x.contiguous()
 
@@ -44,14 +48,16 @@ class Pictures:
     """The four pictures as a source."""
 
     views: int | None = 1
-    digest = "four pictures"
     lengths: Tensor | None = None
+
+    def __init__(self, side: int) -> None:
+        self.side, self.digest = side, f"four pictures {side}"
 
     def __len__(self) -> int:
         return len(LABELS)
 
     def take(self, index: Tensor, view: int) -> Batch:
-        return Batch(pixels()[index], {name: leaf[index] for name, leaf in TRUTH.items()})
+        return Batch(pixels(self.side)[index], {name: leaf[index] for name, leaf in truth(self.side).items()})
 
 
 class Detecting(Task):
@@ -82,13 +88,13 @@ class Detecting(Task):
         return []
 
 
-def bench(staged: Staged, wanted: Preprocess, depth: int, home: Path, mode: str) -> Bench:
+def bench(staged: Staged, wanted: Preprocess, depth: int, home: Path, mode: str, side: int = SIDE) -> Bench:
     """The pictures seen through the first `depth` stages; `mode` is the cache's."""
     where: Place = place(Engine.model_validate({"device": "cpu", "cache": mode}), home)
     prefix, net = staged.split(depth)
     names = cache.names_of(list(staged.stages.values()), "test")
     frozen = cache.Prefix(list(prefix.children()), names[:depth], where.device)
-    source: Source = cache.through(frozen, Ready(Pictures(), wanted, where), where.limits)
+    source: Source = cache.through(frozen, Ready(Pictures(side), wanted, where), where.limits)
     return Bench(Detecting(), staged, net, None, source, source, source, where, "mean")  # type: ignore[arg-type]
 
 

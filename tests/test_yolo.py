@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import Said
-from tests.detecting import BOXES, LABELS, SIDE, TRUTH, bench, ready, trained
+from tests.detecting import BOXES, LABELS, SIDE, bench, ready, trained, truth
 from tests.serving import serving
 from tests.test_models import check_cut, check_partition
 from tuner import plugins
@@ -92,23 +92,23 @@ def libreyolos_own(name: str, state: dict[str, Tensor]) -> tuple[Any, Callable[[
         from libreyolo.models.yolox.nn import LibreYOLOXModel
 
         model = LibreYOLOXModel("n", nb_classes=3)
-        truth = torch.cat([LABELS[..., None].float(), centres(BOXES)], -1) * real
+        labels = torch.cat([LABELS[..., None].float(), centres(BOXES)], -1) * real
     else:
         from libreyolo.models.yolo9.nn import LibreYOLO9Model
 
         model = LibreYOLO9Model("t", nb_classes=3)
-        truth = torch.cat([LABELS[..., None].float(), BOXES / SIDE], -1)
+        labels = torch.cat([LABELS[..., None].float(), BOXES / SIDE], -1)
     model.load_state_dict(state)
-    return model, (lambda x: x[:, [2, 1, 0]]) if name == "yolox_nano" else (lambda x: x), truth
+    return model, (lambda x: x[:, [2, 1, 0]]) if name == "yolox_nano" else (lambda x: x), labels
 
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_losses_gradients_and_statistics_are_the_librarys_own(name: str) -> None:
     staged, x = made(name), ready(EVERY[name].wants(name))
-    model, order, truth = libreyolos_own(name, staged.model.state_dict())
-    native = model.train()(order(x), targets=truth)
+    model, order, labels = libreyolos_own(name, staged.model.state_dict())
+    native = model.train()(order(x), targets=labels)
     native["total_loss"].backward()
-    losses = staged.split(0)[1].train()(with_targets(x, TRUTH))
+    losses = staged.split(0)[1].train()(with_targets(x, truth()))
     total = sum(losses.values())
     total.backward()
     assert total.item() == pytest.approx(native["total_loss"].item(), rel=1e-6)

@@ -25,16 +25,15 @@ from tuner.weights import fetch, is_path, read
 CANVAS = Preprocess(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox")  # RGB of 0..1
 OF_CLASSES = ("class_embed.", "model.decoder.class_embed.", "model.enc_score_head.", "model.denoising_class_embed.")
 FILE = "model.safetensors"
+SWITCH = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
 def library() -> Any:
     """Raises SpaceError without transformers."""
     try:
-        import scipy  # noqa: F401  # its losses match queries to objects with it
-        import transformers
-    except ImportError as error:
-        raise SpaceError(f"model.name: needs the package {error.name}: pip install 'tuner-finetune[text]'") from None
-    return transformers
+        return importlib.import_module("transformers")
+    except ImportError:
+        raise SpaceError("model.name: RT-DETR and D-FINE need the package transformers: pip install 'tuner-finetune[text]'") from None
 
 
 def build(home: Path, name: str, kind: Any, config: Any, hub: str, weights: str) -> Staged:
@@ -62,24 +61,37 @@ def _least(config: Any) -> int:
 
 def _detector(home: Path, kind: Any, config: Any, hub: str, weights: str) -> tuple[Any, tuple[str, ...]]:
     if weights == "none":
-        return kind(config), ()
+        return still(kind(config)), ()
     path = _path(home, hub, weights)
     state = {k: v for k, v in read(path).items() if not k.startswith("tuner.")}  # what an export holds beside its weights
     broken = next((k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
     if broken:
         raise DataError(f"weights: {path}: {broken} holds NaN or infinite values")
-    if not is_path(weights):
+    scores = state.get("model.enc_score_head.weight")
+    if not is_path(weights) or scores is None or len(scores) != config.num_labels:
         state = {k: v for k, v in state.items() if not k.startswith(OF_CLASSES)}
-    with quietly():
-        detector, told = kind.from_pretrained(
-            None, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
-        )
+    options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": torch.float32}
+    try:
+        with quietly():
+            detector, told = kind.from_pretrained(None, config=config, state_dict=state, **options)
+    except (RuntimeError, ValueError) as error:  # it stumbles over tied parameters of other shapes
+        raise DataError(f"weights: {path}: these are another model's weights ({str(error).splitlines()[0]})") from None
     new = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
     body = [key for key in new if not key.startswith(OF_CLASSES)] + sorted(told["unexpected_keys"])
     if body:
         listed = ", ".join(body[:5]) + (f" and {len(body) - 5} more" if len(body) > 5 else "")
         raise DataError(f"weights: {path} differs from {config.model_type} in {listed}; these are another model's weights, or damaged")
-    return detector, ("classes: new, the weights have none for these",) if new else ()
+    return still(detector), ("classes: new, the weights have none for these",) if new else ()
+
+
+def still(detector: Any) -> Any:
+    """The detector with buffers for what its authors do not train, so that no optimizer finds it; the names stay."""
+    for module in detector.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.data)
+    return detector
 
 
 def _path(home: Path, hub: str, weights: str) -> Path:
@@ -108,6 +120,21 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """While a model is exported, transformers leaves out its assertions, for which ONNX has no operator."""
+    if not torch.compiler.is_exporting():
+        yield
+        return
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH)
+        os.environ.update({SWITCH: before} if before is not None else {})
 
 
 class Neck(Stage):
@@ -139,7 +166,8 @@ class Queries(Head):
         detector = self.owner[0]
         detector.training = detector.model.training = self.training  # they decide about denoising, and lie in no stage
         maps: Any = [x[f"map{i}"] for i in range(self.maps)]
-        return detector(None, inputs_embeds=maps[0], encoder_outputs=BaseModelOutput(last_hidden_state=maps), labels=labels)
+        with unchecked():
+            return detector(None, inputs_embeds=maps[0], encoder_outputs=BaseModelOutput(last_hidden_state=maps), labels=labels)
 
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
         side = self.stride * x["map0"].shape[-1]
