@@ -12,8 +12,8 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from tuner.errors import SpaceError
-from tuner.run import LATER
-from tuner.wanted import Preprocess, Triple
+from tuner.run import LATER, Triple
+from tuner.wanted import Preprocess
 from tuner.weights import adopt, fetch, is_path, read, torchvision_model
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

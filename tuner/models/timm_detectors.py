@@ -4,8 +4,9 @@ Lin et al., Feature Pyramid Networks, CVPR 2017. So every classifier that timm h
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -38,9 +39,20 @@ def wants(name: str, *, weights: str = "none", backbone: str = "default") -> Pre
     return canvas(SIDE, mean, std)  # type: ignore[arg-type]
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "none", backbone: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: str = "none",
+    backbone: str = "default",
+    regions: Annotated[int, Field(ge=8, le=4096)] = 512,
+    proposals: Annotated[int, Field(ge=8, le=4096)] = 1000,
+) -> Staged:
     """A detector for `outputs` classes. `weights`: a path to a whole detector's; `backbone`: ImageNet weights, used where that is none.
 
+    Faster R-CNN's head is most of its cost: it learns from `regions` an image and looks at as many as `proposals` when it predicts.
     Raises SpaceError on a name that timm does not have, or whose features are no pyramid; DataError on weights that do not fit.
     """
     timm, bare = package(), name.partition("timm/")[2]
@@ -54,7 +66,7 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "non
     body = features(timm, classifier, name, [4, 8, 16, 32] if kind == "fasterrcnn" else [8, 16, 32])
     if weights != "none" or backbone != "none":
         still(timm, body)
-    model = over(kind, body, outputs)
+    model = over(kind, body, outputs, regions, proposals)
     notes: tuple[str, ...] = ()
     if weights not in GIVEN:
         head = "roi_heads.box_predictor" if kind == "fasterrcnn" else "head.classification_head.cls_logits"
@@ -62,7 +74,7 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "non
     return staged(model, pyramid_stages(model.backbone), 1 if kind == "fasterrcnn" else 0, notes)
 
 
-def over(kind: str, body: Any, outputs: int) -> Any:
+def over(kind: str, body: Any, outputs: int, regions: int, proposals: int) -> Any:
     """torchvision's detector with its own default anchors over the body's features."""
     taps = {name: str(i) for i, name in enumerate(body.return_layers)}
     extra = LastLevelMaxPool() if kind == "fasterrcnn" else LastLevelP6P7(CHANNELS, CHANNELS)
@@ -72,7 +84,9 @@ def over(kind: str, body: Any, outputs: int) -> Any:
     if kind == "retinanet":
         return RetinaNet(backbone, outputs)
     sizes = tuple((side,) for side in (32, 64, 128, 256, 512)[: len(taps) + 1])
-    return FasterRCNN(backbone, outputs + 1, rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)))
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    sampled = {"box_batch_size_per_image": regions, "rpn_post_nms_top_n_test": proposals}
+    return FasterRCNN(backbone, outputs + 1, rpn_anchor_generator=anchors, **sampled)
 
 
 def features(timm: Any, model: nn.Module, name: str, strides: list[int]) -> Any:
