@@ -1,5 +1,6 @@
 """A `torch.export` program (.pt2): weights and graph, batch size free; runs without tuner and without the model's code."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,9 @@ FILE = "model.pt2"
 
 
 def save(model: Portable, example: Tree, path: Path) -> None:
-    program = torch.export.export(model, (example,), dynamic_shapes=(free(model, example),))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision's non-maximum suppression calls it
+        program = torch.export.export(model, (example,), dynamic_shapes=(free(model, example),))
     torch.export.save(program, path)
 
 

@@ -1,0 +1,193 @@
+"""What RT-DETR and D-FINE share: transformers' modules as stages, its own losses, and weights as safetensors.
+
+Wolf et al., Transformers: State-of-the-Art Natural Language Processing, EMNLP 2020, https://github.com/huggingface/transformers.
+"""
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from tuner.core import Staged
+from tuner.detectors import MOST, Head, Objects, Stage, padded
+from tuner.errors import DataError, SpaceError
+from tuner.models._backbone import STRIDE, Canvas, steps
+from tuner.wanted import Preprocess, Tree
+from tuner.weights import fetch, is_path, read
+
+CANVAS = Preprocess(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox")  # RGB of 0..1
+OF_CLASSES = ("class_embed.", "model.decoder.class_embed.", "model.enc_score_head.", "model.denoising_class_embed.")
+FILE = "model.safetensors"
+SWITCH = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+
+
+def library() -> Any:
+    """Raises SpaceError without transformers."""
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        raise SpaceError("model.name: RT-DETR and D-FINE need the package transformers: pip install 'tuner-finetune[text]'") from None
+
+
+def build(home: Path, name: str, kind: Any, config: Any, hub: str, weights: str) -> Staged:
+    """A detector of class `kind`; depth 1 freezes the stem, 2..5 a stage of the backbone more each, 6 the hybrid encoder too.
+
+    `weights`: default, those of `hub`; none; or a path to a .safetensors file or a folder with one. Raises SpaceError, DataError.
+    """
+    config.anchor_image_size = config.eval_size = None  # anchors and positions follow the canvas, whatever its size
+    detector, notes = _detector(home, kind, config, hub, weights)
+    backbone, maps = detector.model.backbone.model, len(config.feat_strides)
+    parts: dict[str, nn.Module] = {"stem": nn.Sequential(Canvas(name, least=_least(config)), backbone.embedder)}
+    parts |= {f"stage{i}": stage for i, stage in enumerate(backbone.encoder.stages, 1)}
+    taps = tuple(backbone.out_features)
+    stages = {**steps(parts, taps), "neck": Neck(detector.model, taps), "head": Queries(detector, maps, config.feat_strides[0])}
+    return Staged(detector, stages, notes, native=native, probe=False, batched=False)
+
+
+def _least(config: Any) -> int:
+    """The smallest canvas whose maps have a place for each query."""
+    side = STRIDE
+    while sum((side // stride) ** 2 for stride in config.feat_strides) < config.num_queries:
+        side += STRIDE
+    return side
+
+
+def _detector(home: Path, kind: Any, config: Any, hub: str, weights: str) -> tuple[Any, tuple[str, ...]]:
+    if weights == "none":
+        return still(kind(config)), ()
+    path = _path(home, hub, weights)
+    state = {k: v for k, v in read(path).items() if not k.startswith("tuner.")}  # what an export holds beside its weights
+    broken = next((k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
+    if broken:
+        raise DataError(f"weights: {path}: {broken} holds NaN or infinite values")
+    scores = state.get("model.enc_score_head.weight")
+    if not is_path(weights) or scores is None or len(scores) != config.num_labels:
+        state = {k: v for k, v in state.items() if not k.startswith(OF_CLASSES)}
+    options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": torch.float32}
+    try:
+        with quietly():
+            detector, told = kind.from_pretrained(None, config=config, state_dict=state, **options)
+    except (RuntimeError, ValueError) as error:  # it stumbles over tied parameters of other shapes
+        raise DataError(f"weights: {path}: these are another model's weights ({str(error).splitlines()[0]})") from None
+    new = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
+    body = [key for key in new if not key.startswith(OF_CLASSES)] + sorted(told["unexpected_keys"])
+    if body:
+        listed = ", ".join(body[:5]) + (f" and {len(body) - 5} more" if len(body) > 5 else "")
+        raise DataError(f"weights: {path} differs from {config.model_type} in {listed}; these are another model's weights, or damaged")
+    return still(detector), ("classes: new, the weights have none for these",) if new else ()
+
+
+def still(detector: Any) -> Any:
+    """The detector with buffers for what its authors do not train, so that no optimizer finds it; the names stay."""
+    for module in detector.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.data)
+    return detector
+
+
+def _path(home: Path, hub: str, weights: str) -> Path:
+    """The file with the weights. Raises SpaceError on one that could run code, DataError where it is not there."""
+    if weights == "default":
+        base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        return fetch(home, f"{base}/{hub}/resolve/main/{FILE}", name=f"{hub.replace('/', '-')}.safetensors")
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        return path / FILE
+    if path.suffix != ".safetensors":
+        raise SpaceError(f"model.weights: {weights!r}: default, none, a .safetensors file, or a folder with {FILE}")
+    return path
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """transformers' reports of what fits and what not, and its progress bars, are silenced: what matters is noted."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """While a model is exported, transformers leaves out its assertions, for which ONNX has no operator."""
+    if not torch.compiler.is_exporting():
+        yield
+        return
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH)
+        os.environ.update({SWITCH: before} if before is not None else {})
+
+
+class Neck(Stage):
+    """Projections to one width, attention within the coarsest map, and fusion across the maps."""
+
+    def __init__(self, model: Any, taps: tuple[str, ...]) -> None:
+        super().__init__()
+        self.projections, self.encoder, self.taps = model.encoder_input_proj, model.encoder, taps
+
+    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        maps = [project(x[tap]) for project, tap in zip(self.projections, self.taps, strict=True)]
+        return {f"map{i}": found for i, found in enumerate(self.encoder(maps).last_hidden_state)}
+
+
+class Queries(Head):
+    """Selection of queries and the decoder: the detector's own forward pass, which is given what its encoder would compute."""
+
+    def __init__(self, detector: Any, maps: int, stride: int) -> None:
+        super().__init__()
+        self.owner = (detector,)  # in a tuple, so that the whole model is not taken for a child
+        self.maps, self.stride = maps, stride
+        for name, child in chain(detector.model.named_children(), detector.named_children()):
+            if name not in ("model", "backbone", "encoder_input_proj", "encoder"):
+                self.add_module(name, child)
+
+    def answer(self, x: dict[str, Tensor], labels: list[dict[str, Tensor]] | None) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        detector = self.owner[0]
+        detector.training = detector.model.training = self.training  # they decide about denoising, and lie in no stage
+        maps: Any = [x[f"map{i}"] for i in range(self.maps)]
+        with unchecked():
+            return detector(None, inputs_embeds=maps[0], encoder_outputs=BaseModelOutput(last_hidden_state=maps), labels=labels)
+
+    def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
+        side = self.stride * x["map0"].shape[-1]
+        labels = [{"class_labels": t["labels"], "boxes": box_convert(t["boxes"], "xyxy", "cxcywh") / side} for t in targets]
+        found: dict[str, Tensor] = self.answer(x, labels).loss_dict
+        return found
+
+    def detect(self, x: dict[str, Tensor]) -> list[Objects]:
+        return objects(self.answer(x, None), self.stride * x["map0"].shape[-1])
+
+
+def objects(outputs: Any, side: int) -> list[Objects]:
+    """The best (query, class) pairs of each image; a query stands for one object, so that nothing is suppressed."""
+    scores, at = outputs.logits.sigmoid().flatten(1).topk(min(MOST, outputs.logits[0].numel()))
+    classes = outputs.logits.shape[-1]
+    boxes = (side * box_convert(outputs.pred_boxes, "cxcywh", "xyxy")).clamp(0, side)
+    return [{"boxes": b[i // classes], "scores": s, "labels": i % classes} for b, s, i in zip(boxes, scores, at, strict=True)]
+
+
+def native(model: nn.Module, x: Tree) -> Tree:
+    """The detector as transformers calls it, from pixels to objects."""
+    assert isinstance(x, Tensor)
+    return padded(objects(model(x), x.shape[-1]))

@@ -1,0 +1,50 @@
+"""RT-DETR through transformers (extra `text`), cut at the stem, each stage of the backbone, and the hybrid encoder.
+
+Zhao et al., DETRs Beat YOLOs on Real-time Object Detection, CVPR 2024.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tuner.core import Staged
+from tuner.models import _detr
+from tuner.wanted import Preprocess
+
+TASKS = ("detection",)
+NAMES = ("rtdetr_r18", "rtdetr_r34", "rtdetr_r50", "rtdetr_r101")
+EXPORTS = ("safetensors", "torch_export", "onnx")
+# the paper's table A: AdamW, lr 0.0001, weight decay 0.0001, gradients clipped at 0.1, batches of 16, warm-up, then constant
+RECIPES = {
+    "detection": {
+        "optimizer": "adamw",
+        "lr": 0.0001,
+        "weight_decay": 0.0001,
+        "clip_norm": 0.1,
+        "batch_size": 16,
+        "warmup": 0.05,
+        "epochs": 30,
+    }
+}
+BASIC = {"hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}
+# how each differs from the library's default, which is ResNet-50: of the backbone, and of the rest
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "r18": (BASIC | {"depths": [2, 2, 2, 2]}, {"encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5, "decoder_layers": 3}),
+    "r34": (BASIC | {"depths": [3, 4, 6, 3]}, {"encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5, "decoder_layers": 4}),
+    "r50": ({}, {}),
+    "r101": ({"depths": [3, 4, 23, 3]}, {"encoder_ffn_dim": 2048, "encoder_hidden_dim": 384, "decoder_in_channels": [384, 384, 384]}),
+}
+
+
+def wants(name: str, *, weights: str = "default") -> Preprocess:
+    """RGB of 0..1, 640 pixels a side."""
+    return _detr.CANVAS
+
+
+def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+    """Model `name` for `outputs` classes; see `_detr.build`."""
+    library = _detr.library()
+    size = name.removeprefix("rtdetr_")
+    backbone, rest = SIZES[size]
+    inner = library.RTDetrResNetConfig(**{"out_indices": [2, 3, 4], **backbone})
+    config = library.RTDetrConfig(backbone_config=inner, num_labels=outputs, **rest)
+    return _detr.build(home, name, library.RTDetrForObjectDetection, config, f"PekingU/rtdetr_{size}vd", weights)

@@ -1,0 +1,104 @@
+"""YOLOv9 by libreyolo (extra `yolo`), cut at the stem, each part of the backbone, and the neck; without the auxiliary branch.
+
+Wang et al., YOLOv9: Learning What You Want to Learn Using Programmable Gradient Information, ECCV 2024; the networks are those of the
+MIT-licensed release, https://github.com/MultimediaTechLab/YOLO.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner.core import Staged
+from tuner.detectors import Head, Objects, Stage, padded
+from tuner.models._backbone import Canvas, steps
+from tuner.models._yolo import LEVELS, each, load, network, rows
+from tuner.wanted import Preprocess, Tree
+
+TASKS = ("detection",)
+NAMES = ("yolov9_t", "yolov9_s", "yolov9_m", "yolov9_c")
+EXPORTS = ("safetensors", "torch_export", "onnx")
+# the paper's appendix A: SGD, lr 0.01 for 64 images falling linearly, momentum 0.937, weight decay 0.0005, 3 epochs of warm-up
+RECIPES = {
+    "detection": {
+        "optimizer": "sgd",
+        "lr": 0.0025,
+        "batch_size": 16,
+        "momentum": 0.937,
+        "nesterov": True,
+        "weight_decay": 0.0005,
+        "schedule": "linear",
+        "warmup": 0.1,
+        "epochs": 30,
+    }
+}
+OVERLAP = 0.6  # as libreyolo validates
+TAPS = ("elan2", "elan3", "elan4")
+
+
+def wants(name: str, *, weights: str = "default") -> Preprocess:
+    """RGB of 0..1, 640 pixels a side."""
+    return Preprocess(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox")
+
+
+def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+    """Model `name` for `outputs` classes; depth 1 freezes the stem, 2..5 a part of the backbone more each, 6 the neck too.
+
+    Raises SpaceError without libreyolo or on unknown weights, DataError on weights that do not fit.
+    """
+    letter = name.removeprefix("yolov9_")
+    with torch.device("cpu"):  # it reads its strides while it is built, which the meta device does not have
+        model: Any = network("yolo9").LibreYOLO9Model(letter, nb_classes=outputs)
+    model.to(torch.get_default_device())
+    model.head.export = True  # eval mode gives one decoded tensor
+    unused = ("aux.", "aux_head.", "head.dfl.")
+    notes = load(home, model, weights, published=f"LibreYOLO9{letter}", head="head.cv3", unused=unused)
+    b = model.backbone
+    parts: dict[str, nn.Module] = {
+        "stem": nn.Sequential(Canvas(name), b.conv0, b.conv1),
+        "elan1": b.elan1,
+        "elan2": nn.Sequential(b.down2, b.elan2),
+        "elan3": nn.Sequential(b.down3, b.elan3),
+        "elan4": nn.Sequential(b.down4, b.elan4, b.spp),
+    }
+    stages = {**steps(parts, TAPS), "neck": Neck(model.neck), "head": Aligned(model.head)}
+    return Staged(model, stages, notes, native=native, probe=False, batched=False)
+
+
+class Neck(Stage):
+    def __init__(self, neck: nn.Module) -> None:
+        super().__init__()
+        self.neck = neck
+
+    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(LEVELS, self.neck(*(x[tap] for tap in TAPS)), strict=True))
+
+
+class Aligned(Head):
+    """YOLOv9's head; its losses match objects to anchors by task alignment."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
+        side = 8 * x[LEVELS[0]].shape[-1]
+        truth = rows([t["boxes"] for t in targets], [t["labels"] for t in targets], -1, lambda boxes: boxes / side)
+        found = self.head([x[level] for level in LEVELS], targets=truth, img_size=(side, side))
+        return {name: found[name] for name in ("box_loss", "dfl_loss", "cls_loss")}
+
+    def detect(self, x: dict[str, Tensor]) -> list[Objects]:
+        decoded, _ = self.head([x[level] for level in LEVELS])
+        return objects(decoded, 8 * x[LEVELS[0]].shape[-1])
+
+
+def objects(decoded: Tensor, side: int) -> list[Objects]:
+    """From (n, 4 + classes, anchors): corners and the probability of each class. An anchor may have several."""
+    return each(decoded[:, :4].transpose(1, 2), decoded[:, 4:].transpose(1, 2), side, OVERLAP)
+
+
+def native(model: nn.Module, x: Tree) -> Tree:
+    """The model as libreyolo calls it, from RGB of 0..1 to objects."""
+    assert isinstance(x, Tensor)
+    return padded(objects(model(x), x.shape[-1]))

@@ -1,0 +1,111 @@
+"""YOLOX by libreyolo (extra `yolo`), cut at the stem, each part of the backbone, and the neck.
+
+Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv:2107.08430.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from tuner.core import Staged
+from tuner.detectors import Head, Objects, Stage, padded
+from tuner.models._backbone import Canvas, steps
+from tuner.models._yolo import LEVELS, each, load, network, rows
+from tuner.wanted import Preprocess, Tree
+
+TASKS = ("detection",)
+NAMES = ("yolox_nano", "yolox_tiny", "yolox_s", "yolox_m", "yolox_l", "yolox_x")
+EXPORTS = ("safetensors", "torch_export", "onnx")
+# the paper's section 2.1: SGD with lr 0.01 x batch / 64, Nesterov's momentum 0.9, weight decay 0.0005, cosine schedule with warm-up
+RECIPES = {
+    "detection": {
+        "optimizer": "sgd",
+        "lr": 0.0025,
+        "batch_size": 16,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0.0005,
+        "schedule": "cosine",
+        "warmup": 0.05,
+        "epochs": 30,
+    }
+}
+OVERLAP = 0.65  # intersection over union above which the lower score goes: the authors' value for COCO
+TAPS = ("dark3", "dark4", "dark5")
+
+
+def wants(name: str, *, weights: str = "default") -> Preprocess:
+    """Pixels of 0..255: 416 a side for nano and tiny, 640 for the others."""
+    size = 416 if name in ("yolox_nano", "yolox_tiny") else 640
+    return Preprocess(size, size, "bilinear", (0.0,) * 3, (1 / 255,) * 3, fit="letterbox")
+
+
+def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+    """Model `name` for `outputs` classes; depth 1 freezes the stem, 2..5 a part of the backbone more each, 6 the neck too.
+
+    Raises SpaceError without libreyolo or on unknown weights, DataError on weights that do not fit.
+    """
+    letter = name.removeprefix("yolox_")[0]
+    model: Any = network("yolox").LibreYOLOXModel(letter, nb_classes=outputs)
+    model.init_weights()
+    model.head.export = True  # eval mode gives one decoded tensor
+    notes = load(home, model, weights, published=f"LibreYOLOX{letter}", head="head.cls_preds")
+    pyramid = model.backbone
+    parts: dict[str, nn.Module] = {"stem": nn.Sequential(Canvas(name, bgr=True), pyramid.backbone.stem)}
+    parts |= {part: getattr(pyramid.backbone, part) for part in ("dark2", *TAPS)}
+    stages = {**steps(parts, TAPS), "neck": Neck(pyramid), "head": Decoupled(model.head)}
+    return Staged(model, stages, notes, native=native, probe=False, batched=False)
+
+
+class Neck(Stage):
+    """The pyramid: libreyolo's own forward pass, which is given the backbone's maps for what its backbone would compute."""
+
+    def __init__(self, pyramid: Any) -> None:
+        super().__init__()
+        self.run, self.in_features = type(pyramid).forward, pyramid.in_features
+        for name, child in pyramid.named_children():
+            if name != "backbone":
+                self.add_module(name, child)
+
+    def backbone(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return x
+
+    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(LEVELS, self.run(self, x), strict=True))
+
+
+class Decoupled(Head):
+    """YOLOX's head; its losses match objects to anchors by SimOTA."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
+        truth = rows([t["boxes"] for t in targets], [t["labels"] for t in targets], 0, centred)
+        found = self.head([x[level] for level in LEVELS], labels=truth)
+        return {name: found[name] for name in ("iou_loss", "obj_loss", "cls_loss")}
+
+    def detect(self, x: dict[str, Tensor]) -> list[Objects]:
+        return objects(self.head([x[level] for level in LEVELS]), 8 * x[LEVELS[0]].shape[-1])
+
+
+def centred(boxes: Tensor) -> Tensor:
+    found: Tensor = box_convert(boxes, "xyxy", "cxcywh")
+    return found
+
+
+def objects(decoded: Tensor, side: int) -> list[Objects]:
+    """From (n, anchors, 5 + classes): box around its centre, probability of an object, of each class. An anchor has its best class."""
+    scores = decoded[..., 4:5] * decoded[..., 5:]
+    scores = scores.where(torch.arange(scores.shape[-1], device=scores.device) == scores.argmax(-1, keepdim=True), 0.0)
+    return each(box_convert(decoded[..., :4], "cxcywh", "xyxy"), scores, side, OVERLAP)
+
+
+def native(model: nn.Module, x: Tree) -> Tree:
+    """The model as libreyolo calls it, from RGB of 0..255 to objects."""
+    assert isinstance(x, Tensor)
+    return padded(objects(model(x.flip(1)), x.shape[-1]))
