@@ -3,7 +3,6 @@
 Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tuner.core import Staged, cut
-from tuner.errors import SpaceError, nearest
+from tuner.models._timm import config_of, download, fitted, timm_package
 from tuner.wanted import Preprocess
-from tuner.weights import adopt, fetch, is_path, read
+from tuner.weights import adopt, is_path, read
 
 TASKS = ("classification",)
 NAMES = ("timm/*",)
@@ -22,8 +21,8 @@ NAMES = ("timm/*",)
 
 def wants(name: str, *, weights: str = "default") -> Preprocess:
     """The transform that timm states for the model's weights."""
-    timm = _timm()
-    stated = timm.data.resolve_data_config(pretrained_cfg=_config(timm, name), model=None)
+    timm = timm_package()
+    stated = timm.data.resolve_data_config(pretrained_cfg=config_of(timm, name), model=None)
     size = stated["input_size"][-1]
     mean, std = (tuple(float(v) for v in stated[key]) for key in ("mean", "std"))
     return Preprocess(size, int(size / stated["crop_pct"]), stated["interpolation"], mean, std)  # type: ignore[arg-type]
@@ -34,60 +33,16 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
 
     Raises SpaceError on a name or weights that timm does not have, DataError on weights that do not fit.
     """
-    timm = _timm()
-    config = _config(timm, name)
+    timm = timm_package()
+    config = config_of(timm, name)
     model: nn.Module = timm.create_model(name.partition("/")[2], pretrained=False, num_classes=outputs)
     notes: tuple[str, ...] = ()
     if weights != "none":
-        path = Path(weights) if is_path(weights) else _download(home, name, weights, config)
+        path = Path(weights) if is_path(weights) else download(home, name, weights, config)
         head = str(config["classifier"])
-        state = {k: v for k, v in _fitted(model, read(path)).items() if is_path(weights) or not k.startswith(f"{head}.")}
+        state = {k: v for k, v in fitted(model, read(path)).items() if is_path(weights) or not k.startswith(f"{head}.")}
         notes = adopt(model, state, head=head, where=f"weights: {weights if is_path(weights) else path.name}")
     return Staged(model, stages_of(model, config), notes)
-
-
-def _timm() -> Any:
-    try:
-        import timm
-        import timm.data
-    except ImportError:
-        raise SpaceError("model.name: timm/… needs the package timm: pip install 'tuner-finetune[timm]'") from None
-    return timm
-
-
-def _config(timm: Any, name: str) -> dict[str, Any]:
-    """What timm knows of the model's weights. Raises SpaceError on a name that it does not have."""
-    bare = name.partition("/")[2]
-    known = timm.list_models()
-    if bare.partition(".")[0] not in known:
-        raise SpaceError(f"model.name: {name!r} is not known to timm {timm.__version__}{nearest(bare, known)}")
-    try:
-        found = timm.models.get_pretrained_cfg(bare)
-    except RuntimeError:  # an unknown tag
-        tags = [tagged for tagged in timm.list_pretrained() if tagged.startswith(f"{bare.partition('.')[0]}.")]
-        raise SpaceError(
-            f"model.name: {name!r}: timm has no such weights{nearest(bare, tags)}; timm has {', '.join(tags) or 'none'}"
-        ) from None
-    return {"classifier": "head", **(found.to_dict() if found else {})}
-
-
-def _download(home: Path, name: str, weights: str, config: dict[str, Any]) -> Path:
-    """timm's own weights: from its hub, as safetensors, or from the address that it states."""
-    if weights != "default":
-        raise SpaceError(f"model.weights: {weights!r} is not known for {name}; default, none, or a path to a .safetensors or .pth file")
-    hub = config.get("hf_hub_id")
-    if hub:
-        base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        return fetch(home, f"{base}/{hub}/resolve/main/model.safetensors", name=f"{str(hub).replace('/', '-')}.safetensors")
-    if config.get("url"):
-        return fetch(home, str(config["url"]))
-    raise SpaceError(f"model.weights: timm has no weights for {name}; write weights: none, a path, or a name with a tag")
-
-
-def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under this version's names and shapes, where the model's file says how."""
-    convert = getattr(__import__(type(model).__module__, fromlist=["_"]), "checkpoint_filter_fn", None)
-    return dict(convert(state, model)) if convert and not set(state) <= set(model.state_dict()) else state
 
 
 def stages_of(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
