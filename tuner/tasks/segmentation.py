@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -157,7 +158,8 @@ def _sheet(pairs: Sequence[tuple[Any, Any]], data: Data) -> bytes:
     rows = []
     for pixels, true, said in zip(x.numpy(), truth, predicted, strict=True):
         image = pictures.of_pixels(pixels)
-        rows.append([image, pictures.with_mask(image, true), pictures.with_mask(image, np.where(true == IGNORED, IGNORED, said))])
+        views = [image, pictures.with_mask(image, true), pictures.with_mask(image, np.where(true == IGNORED, IGNORED, said))]
+        rows.append([view.resize((pictures.EDGE, pictures.EDGE), Image.Resampling.NEAREST) for view in views])
     return pictures.sheet(rows, ["image", "truth", "prediction"])
 
 
