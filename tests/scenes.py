@@ -39,7 +39,7 @@ def scenes(folder: Path, count: int = 12, classes: int = 2) -> Path:
 SPACE = """
 task: segmentation
 data: {name: masks, path: x, size: 32, valid: 0.2, test: 0.2}
-model: {name: unet/resnet18, weights: none}
+model: {name: unet/tu-mobilenetv3_small_050, weights: none}
 recipe: {lr: 0.003, batch_size: 4, epochs: 2}
 search: {trials: 2}
 engine: {name: inline, device: cpu}

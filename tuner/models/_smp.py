@@ -53,7 +53,7 @@ def stages_of(model: Any, only: int) -> dict[str, nn.Module]:
 
 def _cut(encoder: Any, real: int, taps: tuple[str, ...]) -> dict[str, nn.Module] | None:
     """The encoder's stages; None where it has no shape that is known here, or does more than its modules tell."""
-    groups = _groups(encoder)
+    groups = _groups(encoder, real)
     if groups is None or sum(tapped for *_, tapped in groups) != real or not groups[-1][-1]:
         return None
     stages: dict[str, nn.Module] = {}
@@ -66,7 +66,7 @@ def _cut(encoder: Any, real: int, taps: tuple[str, ...]) -> dict[str, nn.Module]
     return stages if _agree(encoder, stages, taps) else None
 
 
-def _groups(encoder: Any) -> list[Group] | None:
+def _groups(encoder: Any, real: int) -> list[Group] | None:
     inner = getattr(encoder, "model", encoder)
     parts = dict(inner.named_children())
     if getattr(encoder, "_is_channel_last", False):
@@ -84,11 +84,11 @@ def _groups(encoder: Any) -> list[Group] | None:
             ("stem", stem, 0 in tapped),
             *((f"blocks{i}", [block], i + 1 in tapped) for i, block in enumerate(parts["blocks"].children())),
         ]
-    if "features" in parts and len(parts) == 1 and getattr(encoder, "_out_indexes", None):
+    if "features" in parts and getattr(encoder, "_out_indexes", None):
         ends = list(encoder._out_indexes)
-        return _ended(list(parts["features"].children()), ends, skipped=len(ends) - 5)
+        return _ended(list(parts["features"].children()), ends, skipped=len(ends) - real)
     returned = getattr(inner, "return_layers", None)
-    return _ended(list(parts.values()), [list(parts).index(name) for name in returned], 0) if returned else None
+    return _ended(list(parts.values()), [list(parts).index(name) for name in returned], len(returned) - real) if returned else None
 
 
 def _named(parts: dict[str, nn.Module], stages: Iterable[tuple[str, list[str]]]) -> list[Group] | None:

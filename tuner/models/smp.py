@@ -32,15 +32,16 @@ SIZE, MULTIPLE = 256, 32  # encoders halve the image five times
 
 def wants(name: str, *, weights: str = "default") -> Preprocess:
     """256 pixels, letterboxed so that every pixel of an image is on the canvas; mean and standard deviation are the encoder's."""
-    encoder, size = name.partition("/")[2], SIZE
+    encoder, size, multiple = name.partition("/")[2], SIZE, MULTIPLE
     mean, std = next((stated for begin, stated in OTHERS.items() if encoder.startswith(begin)), (IMAGENET.mean, IMAGENET.std))
     if encoder.startswith("tu-"):
         timm = timm_package()
         config = config_of(timm, _of_timm(encoder))
         stated = timm.data.resolve_data_config(pretrained_cfg=config, model=None)
-        size = stated["input_size"][-1] if config.get("fixed_input_size") else SIZE
+        if config.get("fixed_input_size"):
+            size = multiple = stated["input_size"][-1]
         mean, std = (tuple(float(v) for v in stated[key]) for key in ("mean", "std"))  # type: ignore[assignment]
-    return Preprocess(size, size, "bilinear", mean, std, "letterbox", MULTIPLE)
+    return Preprocess(size, size, "bilinear", mean, std, "letterbox", multiple)
 
 
 def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
