@@ -30,7 +30,7 @@ def accuracy(weights: str, lr: float, seed: int, home: Path) -> tuple[float, int
     run = parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(None)
     bench = prepare(run, place(Engine(device="cpu"), home), "accuracy")
     list(fit(bench, run.recipe, run.seed))
-    return bench.task.score(predictions(bench, bench.test))["accuracy"], len(bench.train)
+    return bench.task.score(predictions(bench, bench.test, run.recipe.batch_size))["accuracy"], len(bench.train)
 
 
 def main() -> None:

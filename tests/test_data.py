@@ -235,7 +235,7 @@ def check_cifar(data: Data) -> None:
 @pytest.fixture
 def cifar(tmp_path: Path) -> Callable[..., Data]:
     return lambda path=None: cifar10.load(
-        tmp_path / "home", Preprocess(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3), path=path, image=ImageOptions()
+        tmp_path / "home", Preprocess(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3), "classification", path=path, image=ImageOptions()
     )
 
 

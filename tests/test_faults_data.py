@@ -112,7 +112,7 @@ REFUSED = {
     ),
     "14 one class": (classes(5), "", "data: classification needs at least 2 classes, found 1 ('a')"),
     "15 classes differ": (unlike, "", "train has 'cat', 'dog'; valid has 'cat', 'fox' (only in train: 'dog'; only in valid: 'fox')"),
-    "16 class of 1": (classes(5, 1, 5), "", "data: each class needs at least 3 images to be split, but 'b' has 1; add images or give"),
+    "16 class of 1": (classes(5, 1, 5), "", "data: each class needs at least 3 examples to be split, but 'b' has 1; add some or give"),
     "17 corrupt": (
         both(classes(5, 5), content("photos/a/text.jpg", b"hello")),
         "",
@@ -181,7 +181,7 @@ def test_16_fewer_images_than_a_batch_is_said_and_trained(tuner: Tuner, tmp_path
     classes(3, 4)(tmp_path)
     said = tuner("train", "space.yaml", "recipe.batch_size=512")
     assert said.code == 0
-    assert "recipe.batch_size: 512, but there are 3 training images; each epoch is one batch of 3" in said.err
+    assert "recipe.batch_size: 512, but there are 3 training examples; each epoch is one batch of 3" in said.err
 
 
 def test_16_a_last_batch_of_one_is_trained(tuner: Tuner, tmp_path: Path) -> None:

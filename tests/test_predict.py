@@ -47,7 +47,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Stripes of class0, class1, class2 as files, one in a folder of its own, with a text file among them."""
-    data = synthetic.load(tmp_path, wants_slim(), examples=90, classes=3, noise=0.1, image=ImageOptions(size=32))
+    data = synthetic.load(tmp_path, wants_slim(), "classification", examples=90, classes=3, noise=0.1, image=ImageOptions(size=32))
     x, y = data.test.take(torch.arange(len(data.test)), 0)
     folder = tmp_path / "my photos"
     (folder / "more").mkdir(parents=True)
@@ -75,10 +75,10 @@ def test_each_image_gets_its_class(tuner: Tuner, studies: Path, photos: Path) ->
 
 
 def test_plain_lines_show_the_likeliest(tuner: Tuner, studies: Path, photos: Path) -> None:
-    said = tuner("predict", studies / "stripes", photos / "more/c.png", "--top", 1)
-    path, answer = said.out.rstrip("\n").split("  ")
-    assert path == str(photos / "more/c.png")
-    name, probability = answer.split()
+    said = tuner("predict", studies / "stripes", photos / "more/c.png")
+    path, *answers = said.out.rstrip("\n").split("  ")
+    assert path == str(photos / "more/c.png") and len(answers) == 3
+    name, probability = answers[0].split()
     assert name == "class2" and 1 / 3 < float(probability) <= 1
 
 
@@ -123,14 +123,14 @@ def test_a_pattern_without_an_image(photos: Path, monkeypatch: pytest.MonkeyPatc
         images([pattern])
 
 
-def test_a_batch_is_no_limit(studies: Path, photos: Path) -> None:
-    paths = images([str(photos)])
+def test_a_batch_is_no_limit(studies: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = find(studies, "stripes")
-    one_by_one, together = (list(predict(published, paths, batch=batch)) for batch in (1, 64))
-    for a, b in zip(one_by_one, together, strict=True):
+    together = list(predict(published, [str(photos)]))
+    monkeypatch.setattr("tuner.predict.BATCH", 1)
+    for a, b in zip(predict(published, [str(photos)]), together, strict=True):
         assert isinstance(a, Prediction) and isinstance(b, Prediction)
-        assert (a.path, [name for name, _ in a.classes]) == (b.path, [name for name, _ in b.classes])
-        assert [p for _, p in a.classes] == pytest.approx([p for _, p in b.classes], abs=1e-5)
+        assert (a.name, list(a.told.values["classes"])) == (b.name, list(b.told.values["classes"]))
+        assert list(a.told.values["classes"].values()) == pytest.approx(list(b.told.values["classes"].values()), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,13 @@ def test_the_format_that_is_used(
 
     monkeypatch.setattr("tuner.predict.open_export", record)
     asked = Published(published.folder, {**published.manifest, "exports": {kind: {} for kind in exported}})
-    assert len(list(predict(asked, images([str(photos)]), wanted))) == 3
+    assert len(list(predict(asked, [str(photos)], wanted))) == 3
     assert opened == [used]
 
 
 def test_a_format_that_was_not_exported(studies: Path, photos: Path) -> None:
     with pytest.raises(SpaceError) as error:
-        list(predict(find(studies, "stripes"), images([str(photos)]), "safetensor"))
+        list(predict(find(studies, "stripes"), [str(photos)], "safetensor"))
     assert str(error.value) == (
         "--format 'safetensor' was not exported; did you mean 'safetensors'? (allowed: safetensors); make it with `tuner export`"
     )

@@ -42,7 +42,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def accuracy(bench: trial.Bench) -> float:
-    return bench.task.score(predictions(bench, bench.valid))["accuracy"]
+    return bench.task.score(predictions(bench, bench.valid, 16))["accuracy"]
 
 
 def head(bench: trial.Bench) -> dict[str, torch.Tensor]:

@@ -32,13 +32,13 @@ def hub(tmp_path: Path) -> Path:
 def test_default_weights_are_fetched_once_and_all_but_the_head_is_taken(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(hub) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
-        staged = ours.build(tmp_path / "home", NAME, 3)
+        staged = ours.build(tmp_path / "home", NAME, "classification", 3)
     torch.manual_seed(5)
     given = timm.create_model("mobilenetv3_small_050", pretrained=False).state_dict()
     found = staged.model.state_dict()
     assert all(torch.equal(found[k], v) for k, v in given.items() if not k.startswith("classifier."))
     assert found["classifier.weight"].shape[0] == 3 and staged.notes == ("classifier: new, the weights have none for these classes",)
-    again = ours.build(tmp_path / "home", NAME, 3)  # the server is gone
+    again = ours.build(tmp_path / "home", NAME, "classification", 3)  # the server is gone
     assert torch.equal(again.model.state_dict()["conv_stem.weight"], given["conv_stem.weight"])
 
 
@@ -46,7 +46,7 @@ def test_without_a_network_the_address_is_named(tmp_path: Path, monkeypatch: pyt
     with serving(tmp_path) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
     with pytest.raises(DataError) as error:
-        ours.build(tmp_path / "home", NAME, 3)
+        ours.build(tmp_path / "home", NAME, "classification", 3)
     assert f"{address}/{HUB}/resolve/main/model.safetensors" in str(error.value)
 
 

@@ -57,7 +57,7 @@ def test_the_weights_kept_are_the_best_epochs_and_not_the_last(here: Place, monk
     kept = bench.net.state_dict()
     assert all(torch.equal(kept[k], seen[1][k]) for k in kept)
     assert any(not torch.equal(kept[k], seen[2][k]) for k in kept)
-    again = [p for p, _ in predictions(bench, bench.valid)]
+    again = [p for p, _ in predictions(bench, bench.valid, r.recipe.batch_size)]
     assert torch.allclose(torch.cat(again), torch.cat([p for p, _ in best.pairs]))
 
 

@@ -275,7 +275,7 @@ def test_an_unknown_name_lists_the_known() -> None:
         "(allowed: default, none, IMAGENET1K_V1, IMAGENET1K_V2); or give a path to a .safetensors or .pth file"
     )
     with pytest.raises(SpaceError, match=r"'bundle' is not known for resnet18_slim; did you mean 'bundled'"):
-        resnet.build(Path(), "resnet18_slim", 3, weights="bundle")
+        resnet.build(Path(), "resnet18_slim", "classification", 3, weights="bundle")
 
 
 # -- none, bundled, a path
@@ -284,8 +284,10 @@ def test_an_unknown_name_lists_the_known() -> None:
 def test_the_bundled_weights_are_those_of_the_card(tmp_path: Path) -> None:
     folder = Path(resnet.__file__).parent
     assert sha256(folder / "resnet18_slim.safetensors") in (folder / "resnet18_slim.md").read_text()
-    first, second = (resnet.build(tmp_path, "resnet18_slim", 5, weights=w).model.state_dict() for w in ("bundled", "default"))
-    fresh = resnet.build(tmp_path, "resnet18_slim", 5, weights="none").model.state_dict()
+    first, second = (
+        resnet.build(tmp_path, "resnet18_slim", "classification", 5, weights=w).model.state_dict() for w in ("bundled", "default")
+    )
+    fresh = resnet.build(tmp_path, "resnet18_slim", "classification", 5, weights="none").model.state_dict()
     assert torch.equal(first["conv1.weight"], second["conv1.weight"])
     assert not torch.equal(first["conv1.weight"], fresh["conv1.weight"])
     assert first["fc.weight"].shape == (5, 128)
@@ -294,11 +296,11 @@ def test_the_bundled_weights_are_those_of_the_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_weights_by_path(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"own{suffix}"
-    fresh = resnet.build(tmp_path, "resnet18_slim", 5, weights="none").model.state_dict()
+    fresh = resnet.build(tmp_path, "resnet18_slim", "classification", 5, weights="none").model.state_dict()
     exported = {**fresh, "tuner.mean": torch.zeros(1, 3, 1, 1)}  # as an export holds it beside the weights
     save_file(exported, path) if suffix == ".safetensors" else torch.save(exported, path)
     assert is_path(str(path))
     for outputs, notes in ((5, ()), (6, ("fc: new, the weights have none for these classes",))):
-        staged = resnet.build(tmp_path, "resnet18_slim", outputs, weights=str(path))
+        staged = resnet.build(tmp_path, "resnet18_slim", "classification", outputs, weights=str(path))
         assert torch.equal(staged.model.state_dict()["conv1.weight"], fresh["conv1.weight"])
         assert staged.notes == notes

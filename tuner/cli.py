@@ -151,7 +151,7 @@ def predict(
             continue
         picture = predicting.draw(found, out, number)
         if json_:
-            typer.echo(json.dumps({"example": found.name, **found.told.values, **({"picture": str(picture)} if picture else {})}))
+            typer.echo(json.dumps({found.kind: found.name, **found.told.values, **({"picture": str(picture)} if picture else {})}))
         else:
             typer.echo(f"{found.name}  {found.told.line}{f'  -> {picture}' if picture else ''}")
     if bad:

@@ -25,6 +25,7 @@ PREFERRED = ("safetensors", "torch_export", "onnx")
 
 @dataclass(frozen=True)
 class Prediction:
+    kind: str  # image or text
     name: str  # of the image, or the text itself
     told: Told
 
@@ -81,7 +82,8 @@ def predict(published: Published, named: Sequence[str], kind: str | None = None)
         if batch.names:
             with torch.no_grad():
                 told = task.tell(function, batch.x, batch.originals, wanted)
-            yield from map(Prediction, batch.names, told)
+            kind = "text" if isinstance(wanted, Tokens) else "image"
+            yield from (Prediction(kind, name, one) for name, one in zip(batch.names, told, strict=True))
 
 
 @dataclass(frozen=True)
