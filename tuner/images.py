@@ -86,11 +86,15 @@ def assembled(
 def resolve(options: ImageOptions, wanted: Wanted) -> Preprocess:
     """What the file says, and for what it leaves open what the weights want. A new size keeps the crop's proportion.
 
-    Raises SpaceError on a resize below the size, on a standard deviation of 0, and on a model that wants no images.
+    Raises SpaceError on a size that is not the model's, a resize below it, a standard deviation of 0, and a model that wants no images.
     """
     if not isinstance(wanted, Preprocess):
         raise SpaceError("data.name: these are images, but the model wants texts; use data: text, or a model of images")
     size = options.size or wanted.size
+    if size % wanted.multiple:
+        below = size // wanted.multiple * wanted.multiple
+        either = " or ".join(str(side) for side in (below, below + wanted.multiple) if side)
+        raise SpaceError(f"data.size: {size}, but the model wants a multiple of {wanted.multiple}: {either}")
     if options.resize is not None and options.resize < size:
         raise SpaceError(f"data.resize: {options.resize}, but the crop of {size} must fit into it")
     if options.std is not None and min(options.std) <= 0:
@@ -102,6 +106,7 @@ def resolve(options: ImageOptions, wanted: Wanted) -> Preprocess:
         mean=options.mean or wanted.mean,
         std=options.std or wanted.std,
         fit=wanted.fit,
+        multiple=wanted.multiple,
     )
 
 

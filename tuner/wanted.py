@@ -53,6 +53,7 @@ class Preprocess:
     """How an image becomes a model's input: brought to `size` x `size` pixels, RGB in 0..1, (x - mean) / std.
 
     `fit`: crop resizes the shorter side to `resize` and takes the centre; letterbox resizes the longer side to `size` and pads.
+    `multiple`: what the model wants `size` to be a multiple of.
     """
 
     size: int
@@ -61,6 +62,7 @@ class Preprocess:
     mean: Triple
     std: Triple
     fit: str = "crop"
+    multiple: int = 1
 
     @property
     def longest(self) -> int | None:

@@ -15,7 +15,7 @@ def package() -> Any:
         import timm
         import timm.data
     except ImportError:
-        raise SpaceError("model.name: timm/… needs the package timm: pip install 'tuner-finetune[timm]'") from None
+        raise SpaceError("model.name: timm's models need the package timm: pip install 'tuner-finetune[timm]'") from None
     return timm
 
 

@@ -1,0 +1,175 @@
+"""A class per pixel: cross-entropy or Dice loss, and scores over all pixels by one confusion matrix.
+
+Cross-entropy with half of the auxiliary head's is the criterion of torchvision's references/segmentation; the Dice loss (Milletari et
+al., V-Net, 3DV 2016) is segmentation_models_pytorch's, multiclass.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from tuner import figures, pictures
+from tuner.core import Batch, Data, Task, Told, apart
+from tuner.geometry import placed
+from tuner.run import Recipe
+from tuner.targets import IGNORED
+from tuner.wanted import Preprocess, Tree, Wanted, leaves
+
+METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")
+AUXILIARY = 0.5  # weight of the loss of an output `aux`, as torchvision's
+SHOWN = 8  # validation examples on a contact sheet
+EDGE = 1024  # longer side of a picture, pixels
+
+
+def build(classes: tuple[str, ...], recipe: Recipe, *, loss: Literal["cross_entropy", "dice", "both"] = "cross_entropy") -> Task:
+    return Segmentation(classes, recipe.label_smoothing, loss)
+
+
+class Segmentation(Task):
+    """y is uint8 (n, h, w) with IGNORED where nothing is asked; a model gives logits (n, classes, h, w), or a dict of them with `out`
+    and maybe `aux`; predictions are uint8 (n, h, w) on the CPU."""
+
+    metrics = METRICS
+
+    output = "logits (batch, class, height, width) in the order of the classes; the class of a pixel is the argmax over them"
+
+    def __init__(self, classes: tuple[str, ...], label_smoothing: float, kind: str) -> None:
+        self.classes, self.label_smoothing, self.kind = classes, label_smoothing, kind
+
+    def loss(self, net: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(batch.y, Tensor)
+        outputs, truth = leaves(net(batch.x)), batch.y.long()
+        whole = self._loss(_main(outputs), truth)
+        return whole + AUXILIARY * self._loss(outputs["aux"], truth) if "aux" in outputs else whole
+
+    def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
+        total = logits.new_zeros(())
+        if self.kind != "dice":
+            total = total + F.cross_entropy(logits, truth, ignore_index=IGNORED, label_smoothing=self.label_smoothing)
+        return total if self.kind == "cross_entropy" else total + dice_loss(logits, truth)
+
+    def predict(self, net: nn.Module, x: Tree) -> Tensor:
+        return _main(leaves(net(x))).argmax(1).to(torch.uint8).cpu()
+
+    def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
+        """Means over the classes that are true or predicted somewhere, of IoU, Dice (F1) and recall, and the share of right pixels."""
+        matrix = self._confusion(pairs)
+        found = {name: values[~values.isnan()].mean() for name, values in per_class(matrix).items()}
+        right = matrix.diag().sum() / matrix.sum()
+        scores = {"mean_iou": found["iou"], "dice": found["dice"], "pixel_accuracy": right, "mean_accuracy": found["recall"]}
+        return {name: float(value) for name, value in scores.items()}
+
+    def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
+        matrix = self._confusion(pairs)
+        return {
+            "predictions.png": _sheet(pairs, data),
+            "confusion.png": figures.later("confusion", matrix=matrix.tolist(), classes=self.classes),
+            "per_class.csv": _table(matrix, self.classes),
+        }
+
+    def difference(self, expected: Tree, got: Tree) -> float:
+        return apart(expected, got)
+
+    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+        assert isinstance(wanted, Preprocess)
+        logits = _main(leaves(function(x)))
+        return [self._said(one, original, wanted) for one, original in zip(logits, originals, strict=True)]
+
+    def _said(self, logits: Tensor, original: Any, preprocess: Preprocess) -> Told:
+        mask = on_image(logits, original.width, original.height, preprocess)
+        counts = np.bincount(mask.ravel(), minlength=256)[: len(self.classes)]
+        shares = {name: float(count) / max(1, int(counts.sum())) for name, count in zip(self.classes, counts, strict=True)}
+        line = "  ".join(f"{name} {share:.1%}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1]) if share > 0)
+        small = original.copy()
+        small.thumbnail((EDGE, EDGE))
+        marked = mask[_nearest(small.height, mask.shape[0])][:, _nearest(small.width, mask.shape[1])]
+        return Told(line, {"shares": shares}, pictures.png(pictures.with_mask(small, marked)))
+
+    def _confusion(self, pairs: Iterable[tuple[Any, Any]]) -> Tensor:
+        """int64 (classes, classes): true class down, predicted class across, over all pixels that are not ignored."""
+        n = len(self.classes)
+        matrix = torch.zeros(n, n, dtype=torch.int64)
+        for predicted, truth in pairs:
+            matrix += multiclass_confusion_matrix(predicted.long(), truth.cpu().long(), n, ignore_index=IGNORED, validate_args=False)
+        return matrix
+
+
+def _main(outputs: dict[str, Tensor]) -> Tensor:
+    return outputs["out"] if "out" in outputs else next(iter(outputs.values()))
+
+
+def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """1 - Dice of the softmax over the whole batch, mean over the classes; a class that is nowhere true adds nothing."""
+    asked = (truth != IGNORED).unsqueeze(1)
+    said = logits.softmax(1) * asked
+    true = F.one_hot(truth.where(asked[:, 0], 0), logits.shape[1]).permute(0, 3, 1, 2) * asked
+    both, all_said, all_true = (v.sum((0, 2, 3)) for v in (said * true, said, true))
+    return ((1 - 2 * both / (all_said + all_true).clamp_min(1e-7)) * (all_true > 0)).mean()
+
+
+def per_class(matrix: Tensor) -> dict[str, Tensor]:
+    """IoU, Dice, recall and precision of each class, float64 (classes,); NaN where there is nothing to count."""
+    hits, true, said = (v.double() for v in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
+    return {"iou": hits / (true + said - hits), "dice": 2 * hits / (true + said), "recall": hits / true, "precision": hits / said}
+
+
+def on_image(logits: Tensor, width: int, height: int, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """The class of each pixel of an image of width x height, from logits (classes, size, size) of its canvas.
+
+    Logits are resized, not classes, so that edges are smooth. Pixels that the canvas crops away are IGNORED.
+    """
+    at, size = placed(width, height, preprocess), logits.shape[-1]
+    left, top, right, bottom = max(0, at.left), max(0, at.top), min(size, at.left + at.width), min(size, at.top + at.height)
+    across, down = width / at.width, height / at.height
+    x0, x1 = round((left - at.left) * across), round((right - at.left) * across)
+    y0, y1 = round((top - at.top) * down), round((bottom - at.top) * down)
+    seen = logits[:, top:bottom, left:right].float()
+    best = torch.full((y1 - y0, x1 - x0), -torch.inf)
+    found = torch.zeros(best.shape, dtype=torch.uint8)
+    for label, plane in enumerate(seen):  # one class at a time: all of them at a photograph's size would fill the memory
+        values = F.interpolate(plane[None, None], size=best.shape, mode="bilinear", align_corners=False)[0, 0]
+        better = values > best
+        best, found = values.where(better, best), found.masked_fill(better, label)
+    whole = np.full((height, width), IGNORED, np.uint8)
+    whole[y0:y1, x0:x1] = found.numpy()
+    return whole
+
+
+def _nearest(small: int, large: int) -> NDArray[np.int64]:
+    """For each of `small` pixels the one of `large` that lies at its middle."""
+    return ((np.arange(small) + 0.5) * large / small).astype(np.int64)
+
+
+def _sheet(pairs: Sequence[tuple[Any, Any]], data: Data) -> bytes:
+    """Image, truth and prediction of the first validation examples: the same in every trial, so that trials compare."""
+    predicted, truth = (torch.cat([pair[i].cpu() for pair in pairs])[:SHOWN].numpy() for i in (0, 1))
+    x = data.valid.take(torch.arange(len(predicted)), 0).x
+    assert isinstance(x, Tensor)
+    rows = []
+    for pixels, true, said in zip(x.numpy(), truth, predicted, strict=True):
+        image = pictures.of_pixels(pixels)
+        views = [image, pictures.with_mask(image, true), pictures.with_mask(image, np.where(true == IGNORED, IGNORED, said))]
+        rows.append([view.resize((pictures.EDGE, pictures.EDGE), Image.Resampling.NEAREST) for view in views])
+    return pictures.sheet(rows, ["image", "truth", "prediction"])
+
+
+def _table(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
+    """IoU, Dice, recall, precision and true pixels of each class, as CSV; empty where there is nothing to count."""
+    found = per_class(matrix)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["class", *found, "pixels"])
+    for i, name in enumerate(classes):
+        values = [float(column[i]) for column in found.values()]
+        writer.writerow([name, *("" if math.isnan(value) else f"{value:.4f}" for value in values), int(matrix[i].sum())])
+    return text.getvalue().encode()
