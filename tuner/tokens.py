@@ -57,14 +57,20 @@ def tokenizer(folder: str) -> Any:
         raise SpaceError(NEED) from None
     try:
         with quietly():
-            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_fast=True, padding_side="right")
+            found = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, use_fast=True, padding_side="right"
+            )
     except Exception as error:  # the package and the Rust below it raise whatever a broken file leads them to
-        raise DataError(f"model.folder: {folder}: its tokenizer cannot be read ({_first(error)}); it needs a whole tokenizer.json") from None
+        raise DataError(
+            f"model.folder: {folder}: its tokenizer cannot be read ({_first(error)}); it needs a whole tokenizer.json"
+        ) from None
     if not found.is_fast:
         raise DataError(f"model.folder: {folder}: it has no tokenizer.json; save the tokenizer anew with save_pretrained, which writes one")
     if found.pad_token_id is None:
         if found.eos_token_id is None:
-            raise DataError(f"model.folder: {folder}: its tokenizer has neither a padding nor an end token; name one in tokenizer_config.json")
+            raise DataError(
+                f"model.folder: {folder}: its tokenizer has neither a padding nor an end token; name one in tokenizer_config.json"
+            )
         found.pad_token = found.eos_token  # as is usual with GPT-2, which came without; the attention mask tells them apart
     return found
 
@@ -76,8 +82,9 @@ def _first(error: Exception) -> str:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without the log and the progress bars of transformers; what is wrong is said by exceptions. For the whole process."""
-    from transformers.utils import logging
+    from transformers.utils import logging as found
 
+    logging: Any = found
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -89,7 +89,9 @@ def _table(path: Path, text: str, kind: str, header: bool | None, names: Sequenc
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice:
         raise DataError(f"data.path: {path}:{read[0][0]}: the column {twice[0]!r} is there twice; rename one")
-    broken = [f"{path}:{line}: {len(cells)} columns, the first row has {len(columns)}" for line, cells in body if len(cells) != len(columns)]
+    broken = [
+        f"{path}:{line}: {len(cells)} columns, the first row has {len(columns)}" for line, cells in body if len(cells) != len(columns)
+    ]
     if broken:
         raise DataError(*_listed(broken), f"data.path: {len(broken)} of {len(body)} rows are broken; {_mend(kind)}")
     return Rows(path, columns, [tuple(cells) for _, cells in body], [line for line, _ in body])
@@ -146,7 +148,7 @@ def _objects(path: Path, text: str) -> Rows:
         if isinstance(value, dict):
             found.append((number, value))
         else:
-            broken.append(f"{path}:{number}: expected an object such as {{\"text\": \"…\", \"label\": \"…\"}}, got {type(value).__name__}")
+            broken.append(f'{path}:{number}: expected an object such as {{"text": "…", "label": "…"}}, got {type(value).__name__}')
     if broken:
         raise DataError(*_listed(broken), f"data.path: {len(broken)} lines of {path} are broken")
     columns = tuple(dict.fromkeys(key for _, value in found for key in value))

@@ -41,7 +41,9 @@ def load(
         raise SpaceError("data.name: these are texts, but the model wants images; use a model of texts, such as bert")
     labelled = task == "text_classification"
     names = [name for name in (text, second, label) if name is not None]
-    found = {part: _examples(rows(file, header, names or (*TEXT, *LABEL)), text, second, label, labelled) for part, file in _files(path).items()}
+    found = {
+        part: _examples(rows(file, header, names or (*TEXT, *LABEL)), text, second, label, labelled) for part, file in _files(path).items()
+    }
     items, warnings = _items(found, labelled)
     if labelled:
         checked(items)
@@ -87,7 +89,9 @@ def _files(path: str) -> dict[int, Path]:
             named.setdefault(FILES[file.stem.lower()], []).append(file)
     if TRAIN not in named:
         seen = ", ".join(sorted(p.name for p in root.iterdir())[:LISTED]) or "nothing"
-        raise DataError(f"data.path: {path} has no train file, such as train.csv (it holds {seen}); name the file itself where there is one")
+        raise DataError(
+            f"data.path: {path} has no train file, such as train.csv (it holds {seen}); name the file itself where there is one"
+        )
     for twins in named.values():
         if len(twins) > 1:
             raise DataError(f"data.path: {path} has {' and '.join(p.name for p in twins)}, which mean the same part; keep one")
@@ -192,11 +196,15 @@ def _shared(items: Items) -> list[str]:
         texts = of(part)
         again = sum(text in seen for text in texts)
         if again:
-            warnings.append(f"data: {again} of {len(texts)} {PARTS[part]} texts are also training texts, so scores flatter; remove duplicates")
+            warnings.append(
+                f"data: {again} of {len(texts)} {PARTS[part]} texts are also training texts, so scores flatter; remove duplicates"
+            )
     return warnings
 
 
 def _cut(cut: int, total: int, wanted: Tokens) -> list[str]:
     if cut == 0:
         return []
-    return [f"data: {cut} of {total} texts ({cut / total:.1%}) are longer than {wanted.length} tokens and are cut; raise model.length to keep more"]
+    return [
+        f"data: {cut} of {total} texts ({cut / total:.1%}) are longer than {wanted.length} tokens and are cut; raise model.length to keep more"
+    ]

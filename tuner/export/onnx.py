@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def save(model: Portable, example: Tree, path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad():
         given = leaves(model(example))
-    with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # the exporter prints its progress
+        warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)  # leaves share theirs, as they should
         program = torch.onnx.export(
             model,
             kwargs={"x": example},  # by name: a dict that ends the positional arguments would be taken for keywords

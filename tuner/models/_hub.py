@@ -42,10 +42,14 @@ def own(folder: str, name: str) -> Path:
         what = "is a file; give the folder that it lies in" if root.is_file() else f"does not exist{nearest(root.name, beside)}"
         raise DataError(f"model.folder: {folder} {what}")
     if not (root / CONFIG).is_file():
-        raise DataError(f"model.folder: {folder} has no {CONFIG}; it needs {CONFIG}, {WEIGHTS} and tokenizer.json, as save_pretrained writes")
+        raise DataError(
+            f"model.folder: {folder} has no {CONFIG}; it needs {CONFIG}, {WEIGHTS} and tokenizer.json, as save_pretrained writes"
+        )
     kind = stated(root).get("model_type")
     if name in HUB and kind != name:
-        raise SpaceError(f"model.name: {name}, but {folder} holds a model of type {kind}; write model.name: {kind if kind in HUB else 'hf/own'}")
+        raise SpaceError(
+            f"model.name: {name}, but {folder} holds a model of type {kind}; write model.name: {kind if kind in HUB else 'hf/own'}"
+        )
     return root
 
 

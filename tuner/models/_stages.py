@@ -4,7 +4,6 @@ Masks follow from the attention mask and positions from the place of a token, so
 A model that tells tokens also passes its `input_ids` on: they are what its predictions are held against.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,10 +25,13 @@ def staged_of(model: Any, task: str, notes: tuple[str, ...]) -> Staged:
         return Staged(model, _encoder(model, getattr(model, ENCODERS[kind])), notes, _logits)
     if kind == "gpt2":
         return Staged(model, _decoder(model, generating), notes, _logits if generating else _logits_of_last, probe=not generating)
-    return Staged(model, {"model": Whole(model)}, (*notes, f"{kind}: its blocks are not known here, so nothing of it can be frozen"), _logits, False)
+    return Staged(
+        model, {"model": Whole(model)}, (*notes, f"{kind}: its blocks are not known here, so nothing of it can be frozen"), _logits, False
+    )
 
 
 def _logits(model: Any, x: Tree) -> Tree:
+    assert isinstance(x, dict)
     found: Tensor = model(**x).logits
     return found
 
@@ -110,17 +112,15 @@ class Block(nn.Module):
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**x, "hidden": self.layer(x["hidden"], attention_mask=self.mask(x["hidden"], x["attention_mask"]))}
 
-    def mask(self, hidden: Tensor, attention_mask: Tensor) -> Tensor | None:
+    def mask(self, hidden: Tensor, attention_mask: Tensor) -> Any:
         from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
         if hidden.is_meta:  # whose mask cannot be looked at, and need not be
             return None
         if not self.causal:
-            found: Tensor | None = create_bidirectional_mask(self.config, hidden, attention_mask)
-            return found
+            return create_bidirectional_mask(self.config, hidden, attention_mask)
         places = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        found = create_causal_mask(self.config, hidden, attention_mask, None, places)
-        return found
+        return create_causal_mask(self.config, hidden, attention_mask, None, places)
 
 
 class First(nn.Module):
@@ -181,6 +181,3 @@ class Whole(nn.Module):
     def forward(self, x: dict[str, Tensor]) -> Tensor:
         found: Tensor = self.model(**x).logits
         return found
-
-
-Native = Callable[[Any, Tree], Tree]

@@ -157,7 +157,9 @@ def _pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...
     body = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
     if body:
         listed = ", ".join(body[:5]) + (f" and {len(body) - 5} more" if len(body) > 5 else "")
-        raise DataError(f"model.folder: {root / _hub.WEIGHTS} has no {listed} as {config.model_type} wants; these are another model's weights")
+        raise DataError(
+            f"model.folder: {root / _hub.WEIGHTS} has no {listed} as {config.model_type} wants; these are another model's weights"
+        )
     broken = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
     if broken:
         raise DataError(f"model.folder: {root / _hub.WEIGHTS}: {broken[0]} holds NaN or infinite values")
