@@ -42,7 +42,7 @@ def load(
     labelled = task == "text_classification"
     names = [name for name in (text, second, label) if name is not None]
     found = {
-        part: _examples(rows(file, header, names or (*TEXT, *LABEL)), text, second, label, labelled) for part, file in _files(path).items()
+        part: _examples(rows(file, header, (*names, *TEXT, *LABEL)), text, second, label, labelled) for part, file in _files(path).items()
     }
     items, warnings = _items(found, labelled)
     if labelled:
