@@ -69,7 +69,8 @@ def problems(model: str, more: str = "", task: str = "classification") -> list[s
 
 
 def test_the_folders_are_listed_without_importing() -> None:
-    assert "classification" in plugins.names("task")
+    tasks = {"classification", "detection", "segmentation", "text_classification", "text_generation"}
+    assert set(plugins.names("task")) == tasks
     assert {"digits", "folder", "cifar10", "synthetic"} <= set(plugins.names("data"))
     assert plugins.names("export") == ["onnx", "safetensors", "torch_export"]
     assert {"inline", "local"} <= set(plugins.names("engine")) and not any(n.startswith("_") for n in plugins.names("engine"))

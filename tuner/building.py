@@ -29,7 +29,7 @@ _loaded: dict[str, Data] = {}
 
 def load(run: Run, home: Path) -> Data:
     """The run's data; kept for the next run of this process that names the same, one a fold."""
-    wanted = wants(run.model)
+    wanted = wants(run.model, home)
     options = {k: v for k, v in run.data.options.items() if k != "fold"}
     name, fold = f"{run.task.name} {run.data.name} {options} {wanted} {home}", run.data.options.get("fold", 0)
     if not any(known.startswith(name) for known in _loaded):
@@ -41,13 +41,17 @@ def load(run: Run, home: Path) -> Data:
     return _loaded[key]
 
 
-def wants(model: Part) -> Wanted:
-    """How the model's weights want their examples; ImageNet's way for a model of the user's own."""
+def wants(model: Part, home: Path | None = None) -> Wanted:
+    """How the model's weights want their examples; ImageNet's way for a model of the user's own.
+
+    What a family must fetch to know, such as a tokenizer, it keeps in `home`; without one nothing is fetched.
+    """
     if ":" in model.name:
         return IMAGENET
     module = plugins.module("model", model.name)
     known = inspect.signature(module.wants).parameters
-    found: Wanted = module.wants(model.name, **{k: v for k, v in model.options.items() if k in known})
+    options = {"home": home, **model.options}
+    found: Wanted = module.wants(model.name, **{k: v for k, v in options.items() if k in known})
     return found
 
 

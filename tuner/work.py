@@ -37,7 +37,7 @@ def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], 
         OFFLINE.set(not a.fetch)
         for run in folds_of(a.run):
             data = load(run, Path(a.home))
-        local = is_path(str(a.run.model.options.get("weights", "")))
+        local = is_path(str(a.run.model.options.get("weights", ""))) or a.run.model.options.get("folder") is not None
         staged = build(a.run if a.fetch or local else a.run.without_weights(), Path(a.home), len(data.classes))
         warnings += [*data.warnings, *check_batches(data, a.run)]
         notes += [f"{a.run.model.name}: {note}" for note in staged.notes]

@@ -22,14 +22,15 @@ def save(model: Portable, example: Tree, path: Path) -> None:
         given = leaves(model(example))
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # the exporter prints its progress
         warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision's non-maximum suppression calls it
+        warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)  # leaves share theirs, as they should
         program = torch.onnx.export(
             model,
-            (example,),
+            kwargs={"x": example},  # by name: a dict that ends the positional arguments would be taken for keywords
             dynamo=True,
             verbose=False,
             input_names=[name or INPUT for name in leaves(example)],
             output_names=[name or OUTPUT for name in given],
-            dynamic_shapes=(free(model, example),),
+            dynamic_shapes={"x": free(model, example)},
         )
     assert program is not None
     program.save(path, external_data=False)

@@ -1,18 +1,15 @@
 """One class per example: cross-entropy, and scores by torchmetrics."""
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix, multiclass_f1_score
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
-from tuner import figures
 from tuner.core import Batch, Data, Task, Told, apart
 from tuner.run import Recipe
+from tuner.verdicts import joined, said, tables
 from tuner.wanted import Tree, Wanted
 
 METRICS = ("accuracy", "balanced_accuracy", "f1", "log_likelihood")
@@ -41,7 +38,7 @@ class Classification(Task):
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Accuracy, its mean over classes, macro F1, and the mean log-likelihood of the true class."""
-        logits, truth = _joined(pairs)
+        logits, truth = joined(pairs)
         n = len(self.classes)
         return {
             "accuracy": float(multiclass_accuracy(logits, truth, n, average="micro")),
@@ -51,12 +48,7 @@ class Classification(Task):
         }
 
     def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
-        logits, truth = _joined(pairs)
-        matrix = multiclass_confusion_matrix(logits, truth, len(self.classes))
-        return {
-            "confusion.png": figures.later("confusion", matrix=matrix.tolist(), classes=self.classes),
-            "per_class.csv": _per_class(matrix, self.classes),
-        }
+        return tables(*joined(pairs), self.classes)
 
     def difference(self, expected: Tree, got: Tree) -> float:
         return apart(expected, got)
@@ -65,29 +57,3 @@ class Classification(Task):
         logits = function(x)
         assert isinstance(logits, Tensor)
         return [said(self.classes, probabilities) for probabilities in logits.softmax(1).tolist()]
-
-
-SAID = 3  # classes that a line names
-
-
-def said(classes: Sequence[str], probabilities: Sequence[float]) -> Told:
-    """The classes with their probabilities, most likely first."""
-    ranked = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
-    return Told("  ".join(f"{name} {p:.3f}" for name, p in ranked[:SAID]), {"classes": dict(ranked)})
-
-
-def _joined(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-    logits, truth = zip(*pairs, strict=True)
-    return torch.cat(logits).cpu(), torch.cat(truth).cpu()
-
-
-def _per_class(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
-    """Precision, recall, F1 and count of each class, as CSV."""
-    hits, true, said = matrix.diag(), matrix.sum(1), matrix.sum(0)
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["class", "precision", "recall", "f1", "examples"])
-    for name, hit, of_class, of_said in zip(classes, hits.tolist(), true.tolist(), said.tolist(), strict=True):
-        values = (hit / max(1, of_said), hit / max(1, of_class), 2 * hit / max(1, of_said + of_class))
-        writer.writerow([name, *(f"{v:.4f}" for v in values), of_class])
-    return text.getvalue().encode()

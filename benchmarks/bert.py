@@ -1,0 +1,134 @@
+"""What a frozen backbone saves on texts, and what tuner's loop costs beside a bare one of PyTorch and transformers.
+
+    python benchmarks/bert.py FILE FOLDER [--limit 2000] [--length 64] [--batch 16] [--repeats 3]
+
+FILE holds texts with labels, such as SMSSpamCollection; FOLDER a BERT with its tokenizer, such as all-MiniLM-L6-v2. In one process,
+in turn, after one epoch of each that is not counted; an epoch trains and looks at the validation texts; medians, least to most.
+
+(a) An epoch with all but the head frozen and remembered, against an epoch with nothing frozen.
+(b) The same epoch with nothing frozen, against the library's own model, tokenizer and loss in a bare loop over the same batches,
+    padded alike: to the longest text of the batch, rounded up to 8.
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuner import document, machine, parsing, tokens, trial
+from tuner.devices import place
+from tuner.optim import factor, optimizer
+from tuner.run import Engine, Run
+
+machine.keep_memory()  # for all: it is the worker's setting
+SPACE = """
+task: text_classification
+data: {name: text, path: x}
+model: {name: bert, folder: x}
+recipe: {head: fresh}
+"""
+
+
+def run(args: argparse.Namespace, depth: int) -> Run:
+    words = [f"data.path={args.file}", f"data.limit={args.limit}", f"model.folder={args.folder}", f"model.length={args.length}"]
+    words += [f"recipe.freeze_depth={depth}", f"recipe.epochs={args.repeats + 1}", f"recipe.batch_size={args.batch}"]
+    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(None, seed=1)
+
+
+def bench(args: argparse.Namespace, depth: int, cache: str, home: Path) -> trial.Bench:
+    return trial.prepare(run(args, depth), place(Engine.model_validate({"device": "cpu", "cache": cache}), home), "accuracy")
+
+
+def ours(made: trial.Bench, r: Run) -> Iterator[float]:
+    """Seconds of each epoch by tuner."""
+    for epoch in trial.fit(made, r.recipe, r.seed):
+        yield epoch.seconds
+
+
+def bare(args: argparse.Namespace, made: trial.Bench, r: Run) -> Iterator[float]:
+    """Seconds of each epoch by hand: the library's model and loss over tensors that lie ready in memory, each batch cut to its longest."""
+    from transformers import AutoModelForSequenceClassification
+
+    with tokens.quietly():
+        model: Any = AutoModelForSequenceClassification.from_pretrained(args.folder, num_labels=len(made.data.classes), dtype=torch.float32)
+    train, valid = (source.take(torch.arange(len(source)), 0) for source in (made.data.train, made.data.valid))
+    lengths = made.data.train.lengths
+    opt = optimizer(model.parameters(), r.recipe)
+    steps = r.recipe.epochs * len(trial.batches(len(train.y), args.batch, r.seed, 1, lengths))
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: factor(r.recipe, step, steps))
+
+    def inputs(x: Any, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        longest = int(x["attention_mask"][index].sum(1).max())
+        keep = min(args.length, -(-longest // 8) * 8)
+        return {name: leaf[index, :keep] for name, leaf in x.items()}
+
+    for epoch in range(1, r.recipe.epochs + 1):
+        start = time.monotonic()
+        model.train()
+        for index in trial.batches(len(train.y), args.batch, r.seed, epoch, lengths):
+            loss = model(**inputs(train.x, index), labels=train.y[index]).loss  # type: ignore[call-overload]
+            opt.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), r.recipe.clip_norm or 1.0)
+            opt.step()
+            schedule.step()
+        model.eval()
+        with torch.no_grad():
+            chunks = torch.arange(len(valid.y)).split(trial.EVAL_BATCH)
+            said = torch.cat([model(**inputs(valid.x, index)).logits for index in chunks])
+        float((said.argmax(1) == valid.y).float().mean())  # type: ignore[union-attr]
+        yield time.monotonic() - start
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--limit", type=int, default=2000)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    print(
+        f"{args.folder.name}, {args.length} tokens, up to {args.limit} training texts, batches of {args.batch}, "
+        f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch {torch.__version__}, n = {args.repeats} epochs\n"
+    )
+    with tempfile.TemporaryDirectory() as home:
+        whole = bench(args, 0, "never", Path(home))
+        depth = whole.staged.max_depth
+        frozen = bench(args, depth, "always", Path(home))
+        start = time.monotonic()
+        for source in (frozen.train, frozen.valid):
+            source.take(torch.tensor([0]), 0)  # fills what is to be remembered
+        filling = time.monotonic() - start
+        turns: dict[str, tuple[list[float], Callable[[], float]]] = {
+            "frozen": ([], ours(frozen, run(args, depth)).__next__),
+            "whole": ([], ours(whole, run(args, 0)).__next__),
+            "bare": ([], bare(args, whole, run(args, 0)).__next__),
+        }
+        for number in range(args.repeats + 1):
+            for found, turn in list(turns.values())[:: 1 if number % 2 else -1]:
+                found.append(turn())
+    seconds = {name: found[1:] for name, (found, _) in turns.items()}
+    middle = {name: statistics.median(found) for name, found in seconds.items()}
+    print("| epoch | seconds | ratio |\n|---|---|---|")
+    print(
+        f"| (a) frozen up to the head (depth {depth}), remembered | {spread(seconds['frozen'])} | {middle['frozen'] / middle['whole']:.4f} |"
+    )
+    print(f"| nothing frozen | {spread(seconds['whole'])} | 1 |")
+    print(f"| (b) the library's own, bare loop | {spread(seconds['bare'])} | tuner / bare {middle['whole'] / middle['bare']:.3f} |")
+    print(f"\nfilling what is remembered took {filling:.1f} s, once")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""transformers' models of texts (extra `text`): BERT, DistilBERT, RoBERTa and GPT-2 cut at every block, others by `hf/<name>`.
+
+Wolf et al., Transformers: State-of-the-Art Natural Language Processing, EMNLP 2020. Devlin et al., BERT, NAACL 2019; Sanh et al.,
+DistilBERT, 2019; Liu et al., RoBERTa, 2019; Radford et al., Language Models are Unsupervised Multitask Learners (GPT-2), 2019.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from tuner.core import Staged
+from tuner.errors import DataError, SpaceError
+from tuner.models import _hub
+from tuner.models._stages import staged_of
+from tuner.tokens import quietly, tokenizer
+from tuner.wanted import Tokens
+
+TASKS = ("text_classification", "text_generation")
+NAMES = ("bert", "distilbert", "roberta", "gpt2", "hf/*")
+RECIPES = {
+    # Devlin et al., section A.3: batch 16 or 32, lr 5e-5, 3e-5 or 2e-5, 3 or 4 epochs, decay 0.01, warmup, linear; Mosbach et al.,
+    # On the Stability of Fine-tuning BERT, ICLR 2021: 2e-5, batch 16, warmup over a tenth of the steps, gradients clipped at 1
+    "text_classification": {
+        "optimizer": "adamw",
+        "lr": 2e-5,
+        "weight_decay": 0.01,
+        "epochs": 3,
+        "batch_size": 16,
+        "schedule": "linear",
+        "warmup": 0.1,
+        "clip_norm": 1.0,
+    },
+    # the defaults of the library's examples/pytorch/language-modeling/run_clm.py, which are those of its TrainingArguments
+    "text_generation": {"optimizer": "adamw", "lr": 5e-5, "epochs": 3, "batch_size": 8, "schedule": "linear", "clip_norm": 1.0},
+}
+SPARE = {"roberta": 2, "camembert": 2, "xlm-roberta": 2}  # positions that no token gets: theirs begin after the padding's
+
+
+def wants(
+    name: str,
+    home: Path | None = None,
+    *,
+    folder: str | None = None,
+    length: int = 128,
+) -> Tokens:
+    """The tokenizer beside the model, and what the model takes of it. Without `home` nothing is fetched: only what a name tells.
+
+    Raises SpaceError on a length that the model has no positions for, DataError on a folder that lacks something.
+    """
+    library = _hub.library()
+    if folder is not None:
+        root: Path | None = _hub.own(folder, name)
+        tokenizer(str(root))  # read before anything else is
+    else:
+        root = _hub.hub(home, _repository(name), weights=False) if home is not None else None
+    config = _config(library, name, root)
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most - SPARE.get(config.model_type, 0):
+        raise SpaceError(f"model.length: {length}, but the model has places for {most - SPARE.get(config.model_type, 0)} tokens")
+    leaves = ("input_ids", "attention_mask", "token_type_ids")
+    return Tokens(str(root or ""), length, leaves if config.model_type == "bert" and config.type_vocab_size > 1 else leaves[:2])
+
+
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    folder: str | None = None,
+    weights: Literal["default", "none"] = "default",
+    length: Annotated[int, Field(ge=2, le=1_000_000)] = 128,
+) -> Staged:
+    """The model with a head of `outputs` classes, or as it tells the next token. Depth 1 freezes the embeddings, then a block more each.
+
+    Raises SpaceError on a model that is not for the task, DataError on weights that are missing, damaged or of another model.
+    """
+    library = _hub.library()
+    generating = task == "text_generation"
+    root = _hub.exported(home) if weights == "none" else None
+    if root is None and folder is not None:
+        root = _hub.own(folder, name)
+    elif root is None and (weights == "default" or name.startswith("hf/")):
+        root = _hub.hub(home, _repository(name), weights=weights == "default", tokenizer=weights == "default")
+    elif root is None and (_hub.place(home, _repository(name)) / _hub.CONFIG).exists():
+        root = _hub.place(home, _repository(name))  # its tokenizer's vocabulary is counted there
+    config = _config(library, name, root)
+    if generating and config.model_type in ("bert", "distilbert", "roberta", "camembert", "xlm-roberta"):
+        raise SpaceError(f"model.name: {name} reads texts in both directions and cannot continue them; text_generation wants gpt2 or hf/…")
+    if not generating:
+        config.num_labels = outputs
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = getattr(config, "eos_token_id", None)
+    auto = library.AutoModelForCausalLM if generating else library.AutoModelForSequenceClassification
+    notes: tuple[str, ...] = ()
+    try:
+        with quietly():
+            if weights == "none":
+                model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            else:
+                assert root is not None
+                model, notes = _pretrained(auto, root, config)
+    except ValueError as error:
+        raise SpaceError(f"model.name: {name}: transformers {library.__version__}: {_short(error)}") from None
+    model.config.use_cache = False  # of keys and values, which only waste memory in training
+    return staged_of(model, task, notes)
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
+
+
+def _repository(name: str) -> str:
+    """The hub's name. Raises SpaceError on hf/ without an owner."""
+    repository = _hub.HUB.get(name) or name.partition("/")[2]
+    if repository.count("/") != 1 or not all(part and part.strip(".") for part in repository.split("/")):
+        raise SpaceError(f"model.name: {name!r} is no model of the hub's; write hf/<owner>/<model>, or give model.folder")
+    return repository
+
+
+def _config(library: Any, name: str, root: Path | None) -> Any:
+    """The configuration in a folder, or what the library builds without one. Raises SpaceError on a type that it does not know."""
+    if root is None:
+        return library.AutoConfig.for_model(name if name in _hub.HUB else "bert")
+    kind = _hub.stated(root)["model_type"]
+    try:
+        with quietly():
+            return library.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise SpaceError(f"model.name: {name}: transformers {library.__version__} builds no {kind} from {root}: {_short(error)}") from None
+
+
+def _pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
+    """The model with the folder's weights, and what is new in it. Raises DataError."""
+    from safetensors import SafetensorError
+
+    if not (root / _hub.WEIGHTS).is_file() and not (root / _hub.SHARDS).is_file():
+        others = sorted(p.name for p in root.glob("*.bin"))
+        also = f" ({', '.join(others)} may run code when loaded: convert it)" if others else ""
+        raise DataError(f"model.folder: {root} has no {_hub.WEIGHTS}{also}; write model.weights: none to begin with fresh parameters")
+    try:
+        model, told = auto.from_pretrained(
+            root,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise DataError(f"model.folder: {root / _hub.WEIGHTS} is damaged or of another model ({_short(error)})") from None
+    new = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
+    body = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
+    if body:
+        listed = ", ".join(body[:5]) + (f" and {len(body) - 5} more" if len(body) > 5 else "")
+        raise DataError(
+            f"model.folder: {root / _hub.WEIGHTS} has no {listed} as {config.model_type} wants; these are another model's weights"
+        )
+    broken = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise DataError(f"model.folder: {root / _hub.WEIGHTS}: {broken[0]} holds NaN or infinite values")
+    parts = sorted({key.rpartition(".")[0] for key in new})
+    return model, tuple(f"{part}: new, the weights have none that fit" for part in parts)

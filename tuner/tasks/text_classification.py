@@ -1,0 +1,72 @@
+"""One class per text: cross-entropy, and scores by torchmetrics."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_matthews_corrcoef
+
+from tuner.core import Batch, Data, Task, Told, apart
+from tuner.run import Recipe
+from tuner.tokens import decoded, trimmed
+from tuner.verdicts import joined, said, table, tables
+from tuner.wanted import Tree, Wanted
+
+METRICS = ("accuracy", "f1", "matthews", "balanced_accuracy", "log_likelihood")
+MISTAKES = 50  # listed, the most confident first
+
+
+def build(classes: tuple[str, ...], recipe: Recipe) -> Task:
+    return TextClassification(classes, recipe.label_smoothing)
+
+
+class TextClassification(Task):
+    """y is int64, (n,); predictions are logits, float32 (n, classes). Batches are cut to their longest text before the net sees them."""
+
+    metrics = METRICS
+
+    output = "logits in the order of the classes; softmax gives probabilities"
+
+    def __init__(self, classes: tuple[str, ...], label_smoothing: float) -> None:
+        self.classes, self.label_smoothing = classes, label_smoothing
+
+    def loss(self, net: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(batch.y, Tensor)
+        return F.cross_entropy(net(trimmed(batch.x)), batch.y, label_smoothing=self.label_smoothing)
+
+    def predict(self, net: nn.Module, x: Tree) -> Tensor:
+        return net(trimmed(x)).float()  # type: ignore[no-any-return]
+
+    def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
+        """Accuracy, macro F1, Matthews' correlation (1975; Gorodkin, 2004), accuracy averaged over classes, mean log-likelihood."""
+        logits, truth = joined(pairs)
+        n = len(self.classes)
+        return {
+            "accuracy": float(multiclass_accuracy(logits, truth, n, average="micro")),
+            "f1": float(multiclass_f1_score(logits, truth, n, average="macro")),
+            "matthews": float(multiclass_matthews_corrcoef(logits, truth, n)),
+            "balanced_accuracy": float(multiclass_accuracy(logits, truth, n, average="macro")),
+            "log_likelihood": -float(F.cross_entropy(logits, truth)),
+        }
+
+    def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
+        """The confusion matrix, each class's scores, and the most confident mistakes with their texts as the model saw them."""
+        logits, truth = joined(pairs)
+        sure, said_ = logits.softmax(1).max(1)
+        wrong = (said_ != truth).nonzero().flatten()
+        wrong = wrong[sure[wrong].argsort(descending=True, stable=True)][:MISTAKES]
+        texts = decoded(data.wanted, data.valid.take(wrong, 0).x) if len(wrong) else []
+        rows = [
+            [self.classes[truth[i]], self.classes[said_[i]], f"{sure[i]:.4f}", text] for i, text in zip(wrong.tolist(), texts, strict=True)
+        ]
+        mistakes = table(["truth", "predicted", "probability", "text"], rows)
+        return {**tables(logits, truth, self.classes), "mistakes.csv": mistakes}
+
+    def difference(self, expected: Tree, got: Tree) -> float:
+        return apart(expected, got)
+
+    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+        logits = function(trimmed(x))
+        assert isinstance(logits, Tensor)
+        return [said(self.classes, probabilities) for probabilities in logits.softmax(1).tolist()]
