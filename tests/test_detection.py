@@ -39,7 +39,12 @@ FAMILIES = {
     "retinanet/timm/resnet10t": (64, 7),
     "fcos/timm/mobilenetv3_small_050": (64, 9),
 }
-QUICK = ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large", "fcos/timm/mobilenetv3_small_050", "retinanet/timm/resnet10t"]
+QUICK = [
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "ssdlite320_mobilenet_v3_large",
+    "fcos/timm/mobilenetv3_small_050",
+    "retinanet/timm/resnet10t",
+]
 SLOW = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
@@ -144,7 +149,10 @@ def test_what_an_export_is_read_into_has_the_layers_of_what_was_trained(name: st
 
 
 def test_imagenets_weights_go_into_the_backbone(tmp_path: Path) -> None:
-    for name, architecture in (("fasterrcnn_mobilenet_v3_large_320_fpn", "mobilenet_v3_large"), ("ssdlite320_mobilenet_v3_large", "mobilenet_v3_large")):
+    for name, architecture in (
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", "mobilenet_v3_large"),
+        ("ssdlite320_mobilenet_v3_large", "mobilenet_v3_large"),
+    ):
         torch.manual_seed(5)
         classifier: Any = get_model(architecture, weights=None)
         torch.save(classifier.state_dict(), tmp_path / "weights.pth")
@@ -167,7 +175,11 @@ def task(classes: tuple[str, ...] = ("cat", "dog", "cow")) -> Task:
 
 def found(*rows: tuple[list[float], float, int]) -> dict[str, Tensor]:
     boxes, scores, labels = zip(*rows, strict=True) if rows else ((), (), ())
-    one = {"boxes": torch.tensor(boxes).reshape(-1, 4).float(), "scores": torch.tensor(scores).float(), "labels": torch.tensor(labels).long()}
+    one = {
+        "boxes": torch.tensor(boxes).reshape(-1, 4).float(),
+        "scores": torch.tensor(scores).float(),
+        "labels": torch.tensor(labels).long(),
+    }
     return padded([one])
 
 
@@ -252,7 +264,9 @@ def test_what_is_told_is_in_pixels_of_the_original() -> None:
 )
 def test_what_is_read_back_finds_the_same_objects(name: str, format_: Any, side: int, tmp_path: Path) -> None:
     staged = lively(name)
-    assert format_.FILE.replace("model.pt2", "torch_export").replace("model.onnx", "onnx") in plugins.stated(name, "EXPORTS", ("torch_export", "onnx"))
+    assert format_.FILE.replace("model.pt2", "torch_export").replace("model.onnx", "onnx") in plugins.stated(
+        name, "EXPORTS", ("torch_export", "onnx")
+    )
     model = Portable(staged, Preprocess(side, side, "bilinear", (0.5,) * 3, (0.5,) * 3, "letterbox")).eval()
     x = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(2))
     format_.save(model, x[:1], tmp_path / format_.FILE)
