@@ -434,3 +434,15 @@ def test_an_architecture_whose_blocks_are_not_known_is_one_stage(folders: Path, 
     assert (staged.max_depth, staged.probe) == (0, False) and "its blocks are not known here" in staged.notes[0]
     outputs = staged.call(batch(folders, "gpt2"))
     assert isinstance(outputs, torch.Tensor) and outputs.shape == shape
+
+
+def test_another_tokenizer_in_the_same_place_is_read_anew(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    said = []
+    for kind in ("bert", "gpt2"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.chdir(tmp_path / kind)  # as two commands in one process
+        shutil.copytree(folders / kind, "tokenizer")
+        said.append(tokens.tokenizer("tokenizer")("a dull grey film").input_ids)
+    assert said[0] != said[1]
