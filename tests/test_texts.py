@@ -408,3 +408,41 @@ def test_real_messages_on_a_real_encoder(shared: Path, tuner: Callable[..., Said
         "predict", "bert", "WINNER!! Claim your free prize now, text WIN to 87121", "ok see you at home then", "--json"
     ).out.splitlines()
     assert json.loads(spam)["classes"]["spam"] > json.loads(ham)["classes"]["spam"]
+
+
+@pytest.mark.parametrize(("task", "shape"), [("text_classification", (4, 3)), ("text_generation", (4, LENGTH, 200))])
+def test_an_architecture_whose_blocks_are_not_known_is_one_stage(folders: Path, task: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    import shutil
+
+    config = transformers.LlamaConfig(
+        vocab_size=200,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=3,
+        eos_token_id=3,
+        max_position_embeddings=48,
+    )
+    shutil.copytree(folders / "gpt2", tmp_path / "llama")
+    (tmp_path / "llama" / "model.safetensors").unlink()
+    config.save_pretrained(tmp_path / "llama")
+    options = {"folder": str(tmp_path / "llama"), "weights": "none", "length": LENGTH}
+    staged = build(Run(Part(task, {}), Part("text", {}), Part("hf/own/llama", options), Recipe(), 0), tmp_path, 3)
+    check_partition(staged)
+    check_cut(staged, batch(folders, "gpt2"))
+    assert (staged.max_depth, staged.probe) == (0, False) and "its blocks are not known here" in staged.notes[0]
+    outputs = staged.call(batch(folders, "gpt2"))
+    assert isinstance(outputs, torch.Tensor) and outputs.shape == shape
+
+
+def test_another_tokenizer_in_the_same_place_is_read_anew(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    said = []
+    for kind in ("bert", "gpt2"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.chdir(tmp_path / kind)  # as two commands in one process
+        shutil.copytree(folders / kind, "tokenizer")
+        said.append(tokens.tokenizer("tokenizer")("a dull grey film").input_ids)
+    assert said[0] != said[1]

@@ -45,12 +45,18 @@ def _encoded(wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None)
     return leaves, sum(bool(one.overflowing) for one in found.encodings)
 
 
-@functools.lru_cache(maxsize=4)
 def tokenizer(folder: str) -> Any:
     """The tokenizer in a folder, never run from code that lies there. It pads on the right, with the end of text where it has no padding.
 
     Raises SpaceError where transformers is not installed, DataError where the folder holds no tokenizer that can be read.
     """
+    files = [path.stat() for path in Tokens(folder, 0).files().values()] if Path(folder).is_dir() else []
+    return _read(str(Path(folder).absolute()), tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in files))
+
+
+@functools.lru_cache(maxsize=4)
+def _read(folder: str, state: tuple[tuple[int, ...], ...]) -> Any:
+    """`state` is that of the folder's files: others in the same place are another tokenizer."""
     try:
         from transformers import AutoTokenizer
     except ImportError:
