@@ -147,7 +147,7 @@ def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        theirs.append(float(loss))
+        theirs.append(float(loss.detach()))
     staged = built("fcn_resnet50")
     _, net = staged.split(0)
     net.train()
@@ -159,7 +159,7 @@ def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        mine.append(float(loss))
+        mine.append(float(loss.detach()))
     assert mine == theirs
 
 
