@@ -50,7 +50,7 @@ def test_what_tuner_takes_the_schema_takes(more: dict[str, object], check: jsons
     "more",
     [
         {"recipes": {}},
-        {"task": "segmentation"},
+        {"task": "segmentatoin"},
         {"model": {"weights": "none"}},
         {"model": "resnet81"},
         {"data": {"name": "folder"}},
