@@ -120,7 +120,7 @@ def _state(smp: Any, home: Path, encoder: str, weights: str) -> tuple[State, str
         )
     hub, revision = (str(settings[wanted][key]) for key in ("repo_id", "revision"))
     base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    path = fetch(home, f"{base}/{hub}/resolve/{revision}/model.safetensors", name=f"{hub.replace('/', '-')}-{revision[:8]}.safetensors")
+    path = fetch(home, f"{base}/{hub}/resolve/{revision}/model.safetensors", name=f"{hub.replace('/', '-')}.{revision[:8]}.safetensors")
     return read(path), f"weights: {path.name}"
 
 
