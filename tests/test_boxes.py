@@ -42,7 +42,9 @@ def test_boxes_lie_where_the_pixels_do_on_the_canvas_and_in_the_mirror(size: tup
         objects: list[scenes.Object] = [("red", (2 * i, 4, 2 * i + 12, 20)), ("blue", (8, 24 + i // 4 * 2, 40, 40))]
         scenes.picture(tmp_path / "images" / f"{i}.png", objects, size)
         (tmp_path / "annotations" / f"{i}.xml").write_text(scenes.xml(objects, size))
-    source = loaded("voc", tmp_path, tmp_path / "home", Preprocess(side, side, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox"), augment="flip").train
+    source = loaded(
+        "voc", tmp_path, tmp_path / "home", Preprocess(side, side, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox"), augment="flip"
+    ).train
     for view in (0, 1):
         x, y = source.take(torch.arange(len(source)), view)
         assert isinstance(x, torch.Tensor) and isinstance(y, dict)
@@ -170,7 +172,10 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbb"><!ENTITY c "&b;&b;">]><annotation><object
         (BOMB, "refused: it declares a DOCTYPE or entities"),
         ("<annotation><object>", r"not well-formed XML \(no element found: line 1, column 20\)"),
         ("<annotation><object><bndbox/></object></annotation>", "object 1: it has no <name>"),
-        ("<annotation><object><name>red</name><bndbox><xmin>1</xmin></bndbox></object></annotation>", "<bndbox> needs a number as <ymin>, got None"),
+        (
+            "<annotation><object><name>red</name><bndbox><xmin>1</xmin></bndbox></object></annotation>",
+            "<bndbox> needs a number as <ymin>, got None",
+        ),
         ("<a><object><name>red</name><bndbox><xmin>one</xmin></bndbox></object></a>", "a number as <xmin>, got 'one'"),
     ],
 )
@@ -249,7 +254,9 @@ def test_images_without_a_text_file_have_no_objects(tmp_path: Path) -> None:
 def test_the_command_says_it_without_a_traceback(tuner: Callable[..., Said], tmp_path: Path) -> None:
     root = scenes.voc(tmp_path / "voc")
     (root / "annotations" / "05.xml").write_text("<annotation>")
-    (tmp_path / "x.yaml").write_text(f"task: detection\ndata: {{name: voc, path: {root}}}\nmodel: {{name: ssd300_vgg16, weights: none, backbone: none}}\n")
+    (tmp_path / "x.yaml").write_text(
+        f"task: detection\ndata: {{name: voc, path: {root}}}\nmodel: {{name: ssd300_vgg16, weights: none, backbone: none}}\n"
+    )
     said = tuner("check", tmp_path / "x.yaml", "engine.name=inline")
     assert said.code == 3
     assert "05.xml: not well-formed XML" in said.err and "Traceback" not in said.err

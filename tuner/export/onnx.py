@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tuner.portable import Portable, free
+from tuner.portable import Portable, free, tracing
 from tuner.wanted import Tree, leaves
 
 FILE = "model.onnx"
@@ -19,7 +19,7 @@ def save(model: Portable, example: Tree, path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad():
         given = leaves(model(example))
-    with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
+    with tracing(), contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
         program = torch.onnx.export(
             model,
             (example,),

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 
-from tuner.portable import Portable, free
+from tuner.portable import Portable, free, tracing
 from tuner.wanted import Tree
 
 FILE = "model.pt2"
 
 
 def save(model: Portable, example: Tree, path: Path) -> None:
-    program = torch.export.export(model, (example,), dynamic_shapes=(free(model, example),))
+    with tracing():
+        program = torch.export.export(model, (example,), dynamic_shapes=(free(model, example),))
     torch.export.save(program, path)
 
 
