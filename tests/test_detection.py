@@ -106,8 +106,10 @@ def reference(name: str, classes: int, side: int) -> Any:
     [
         "fasterrcnn_mobilenet_v3_large_320_fpn",
         "ssdlite320_mobilenet_v3_large",
-        "fcos_resnet50_fpn",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssd300_vgg16")),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssd300_vgg16")
+        ),
     ],
 )
 def test_the_loss_is_the_sum_of_torchvisions_own(name: str) -> None:
@@ -254,10 +256,10 @@ def test_what_is_told_is_in_pixels_of_the_original() -> None:
     ("name", "format_", "side"),
     [
         ("ssdlite320_mobilenet_v3_large", torch_export, 64),
-        ("fasterrcnn/timm/mobilenetv3_small_050", onnx, 64),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in (
+                ("fasterrcnn/timm/mobilenetv3_small_050", onnx, 64),
                 ("ssdlite320_mobilenet_v3_large", onnx, 64),
                 ("ssd300_vgg16", onnx, 300),
                 ("ssd300_vgg16", torch_export, 300),
