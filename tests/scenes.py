@@ -68,8 +68,8 @@ def yolo(root: Path, count: int = 20) -> Path:
     for i, objects in enumerate(scenes(count)):
         picture(root / "images" / f"{i:02d}.png", objects, seed=i)
         lines = [
-            f"{['blue', 'red'].index(name)} {(l + r) / 2 / 64:.9f} {(t + b) / 2 / 48:.9f} {(r - l) / 64:.9f} {(b - t) / 48:.9f}\n"
-            for name, (l, t, r, b) in objects
+            f"{['blue', 'red'].index(name)} {(x + r) / 2 / 64:.9f} {(y + b) / 2 / 48:.9f} {(r - x) / 64:.9f} {(b - y) / 48:.9f}\n"
+            for name, (x, y, r, b) in objects
         ]
         (root / "labels" / f"{i:02d}.txt").write_text("".join(lines))
     return root

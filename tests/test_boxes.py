@@ -70,7 +70,7 @@ def test_three_ways_to_write_the_same(name: str, tmp_path: Path) -> None:
     )
     expected = []
     for objects in scenes.scenes(20):
-        boxes = [[l / 2, t / 2 + 4, r / 2, b / 2 + 4] for _, (l, t, r, b) in objects]
+        boxes = [[x / 2, y / 2 + 4, r / 2, b / 2 + 4] for _, (x, y, r, b) in objects]
         labels = [["blue", "red"].index(ink) for ink, _ in objects]
         filling = 2 - len(labels)
         expected.append(json.dumps([boxes + [[0.0] * 4] * filling, labels + [NO_OBJECT] * filling]))

@@ -1,6 +1,8 @@
 """What is exported of a model, and how two exports are compared."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,3 +54,12 @@ def free(model: Portable, example: Tree) -> Any:
         return {0: batch}
     length = torch.export.Dim("length", min=2, max=model.longest)
     return {name: {0: batch, 1: length} for name in example}
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """While an exporter traces a model: what torch and torchvision tell each other is of no use to who exports."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*create_unbacked_symint.* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # leaves share theirs, as they should
+        yield

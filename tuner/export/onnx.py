@@ -3,13 +3,12 @@
 import contextlib
 import io
 import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from tuner.portable import Portable, free
+from tuner.portable import Portable, free, tracing
 from tuner.wanted import Tree, leaves
 
 FILE = "model.onnx"
@@ -20,9 +19,7 @@ def save(model: Portable, example: Tree, path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad():
         given = leaves(model(example))
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # the exporter prints its progress
-        warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision's non-maximum suppression calls it
-        warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)  # leaves share theirs, as they should
+    with tracing(), contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
         program = torch.onnx.export(
             model,
             kwargs={"x": example},  # by name: a dict that ends the positional arguments would be taken for keywords

@@ -1,20 +1,18 @@
 """A `torch.export` program (.pt2): weights and graph, batch size free; runs without tuner and without the model's code."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from tuner.portable import Portable, free
+from tuner.portable import Portable, free, tracing
 from tuner.wanted import Tree
 
 FILE = "model.pt2"
 
 
 def save(model: Portable, example: Tree, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision's non-maximum suppression calls it
+    with tracing():
         program = torch.export.export(model, (example,), dynamic_shapes=(free(model, example),))
     torch.export.save(program, path)
 

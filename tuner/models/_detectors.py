@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import boxes as box_ops
+from torchvision.ops import poolers
 
 from tuner import detectors
 from tuner.core import Staged
@@ -85,7 +86,7 @@ class Head(detectors.Head):
         rest._modules = {**self._modules, "transform": Canvas(), "backbone": Given(found)}
         side, first = x[CANVAS].shape[-1], next(iter(found.values()))
         images = list(first.new_zeros(()).expand(len(first), 3, side, side))
-        with straight_nms() if torch.compiler.is_exporting() else nullcontext():
+        with straight() if torch.compiler.is_exporting() else nullcontext():
             return rest(images, targets)
 
 
@@ -96,15 +97,26 @@ def nms_of_classes(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: fl
     return kept
 
 
+def pooled(levels: list[Tensor], boxes: list[Tensor], size: Any, sampling: int, scales: list[float] | None, mapper: Any) -> Tensor:
+    """Features of regions from the level that fits each: torchvision's pooling, with every level asked for all of them."""
+    assert scales is not None
+    rois = poolers._convert_to_roi_format(boxes)
+    aligned = [poolers.roi_align(f, rois, size, scale, sampling) for f, scale in zip(levels, scales, strict=True)]
+    which, found = mapper(boxes), aligned[0]
+    for level, values in enumerate(aligned[1:], 1):
+        found = torch.where((which == level)[:, None, None, None], values, found)
+    return found  # type: ignore[no-any-return]
+
+
 @contextmanager
-def straight_nms() -> Iterator[None]:
+def straight() -> Iterator[None]:
     """While a model is exported: torchvision asks how many boxes there are and branches, which no graph can hold."""
-    original = box_ops.batched_nms
-    box_ops.batched_nms = nms_of_classes
+    originals = box_ops.batched_nms, poolers._multiscale_roi_align
+    box_ops.batched_nms, poolers._multiscale_roi_align = nms_of_classes, pooled
     try:
         yield
     finally:
-        box_ops.batched_nms = original
+        box_ops.batched_nms, poolers._multiscale_roi_align = originals
 
 
 class Given(nn.Module):

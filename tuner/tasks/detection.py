@@ -129,7 +129,7 @@ def original(boxes: Tensor, width: int, height: int, preprocess: Preprocess) -> 
 
 
 def sure(found: Objects, confidence: float) -> Objects:
-    return {name: leaf[found["scores"] >= confidence] for name, leaf in found.items()}
+    return {name: found[name][found["scores"] >= confidence] for name in ("boxes", "scores", "labels")}
 
 
 def apart(expected: Objects, got: Objects) -> float:
