@@ -22,7 +22,7 @@ WANTED = Preprocess(32, 32, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox")
 
 
 def loaded(name: str, path: Path, home: Path, wanted: Preprocess = WANTED, **options: Any) -> Data:
-    own = {key: options.pop(key) for key in ("difficult", "images") if key in options}
+    own = {key: options.pop(key) for key in ("classes", "difficult", "images") if key in options}
     found: Data = plugins.attribute("data", name)(home, wanted, "detection", path=str(path), image=ImageOptions(**options), **own)
     return found
 
@@ -91,6 +91,14 @@ def test_parts_are_taken_from_the_lists_of_voc(tmp_path: Path) -> None:
         loaded("voc", root, tmp_path / "home")
 
 
+def test_classes_of_voc_are_the_ones_found_or_those_that_are_named(tmp_path: Path) -> None:
+    root = scenes.voc(tmp_path / "voc")
+    assert loaded("voc", root, tmp_path / "home").classes == ("blue", "red")
+    assert loaded("voc", root, tmp_path / "home", classes=["red", "green", "blue"]).classes == ("red", "green", "blue")
+    with pytest.raises(DataError, match=r"01\.xml: object 2: class 'blue'; did you mean 'blu'\? \(allowed: red, blu\)"):
+        loaded("voc", root, tmp_path / "home", classes=["red", "blu"])
+
+
 def test_parts_are_taken_from_the_files_of_coco_and_from_data_yaml(tmp_path: Path) -> None:
     for name, ids in (("train", range(12)), ("val", range(12, 16))):
         tree = json.loads((scenes.coco(tmp_path / "all") / "instances.json").read_text())
@@ -142,7 +150,7 @@ def test_what_is_odd_but_harmless_is_a_warning(tmp_path: Path) -> None:
     assert "1 of 19 images have no objects" in said
     assert "1 boxes reach beyond their image and are clipped" in said and "00.xml: object 1: box (50, 10, 80, 30)" in said
     assert "03.xml: object 1: the image is said to be 640 x 480 pixels, but is 64 x 48" in said
-    assert "1 images are in more than one part; scores flatter" in said and "04.png (training)" in said
+    assert "1 image lies in two parts with the same content" in said and "04.png (training)" in said
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tests.conftest import Said
 from tests.masked import INKS, SPACE, drawn, painted, scenes
 from tuner.core import Data
 from tuner.data.masks import load
+from tuner.data.voc import load as load_voc
 from tuner.duplicates import shared_between_parts
 from tuner.errors import DataError, SpaceError
 from tuner.masks import of_voc
@@ -230,10 +231,11 @@ def voc(folder: Path, lists: dict[str, list[int]]) -> Path:
 
 def test_vocs_folders_and_lists(tmp_path: Path) -> None:
     root = voc(tmp_path / "v", {"train": [0, 1, 2, 3, 4], "val": [5, 6, 7], "test": [8, 9]})
-    data = of_voc(tmp_path / "home", root, CANVAS, ImageOptions())
+    data = load_voc(tmp_path / "home", CANVAS, "segmentation", path=str(root), image=ImageOptions())
     assert [len(source) for source in (data.train, data.valid, data.test)] == [5, 3, 2]
     assert len(data.classes) == 21 and data.classes[:2] == ("background", "aeroplane")
-    data = of_voc(tmp_path / "home", voc(tmp_path / "w", {}), CANVAS, ImageOptions(), ["none", "one", "two"])
+    names, other = ["none", "one", "two"], voc(tmp_path / "w", {})
+    data = load_voc(tmp_path / "home", CANVAS, "segmentation", path=str(other), classes=names, image=ImageOptions())
     assert [len(source) for source in (data.train, data.valid, data.test)] == [8, 2, 2]
     assert data.classes == ("none", "one", "two")
 

@@ -1,6 +1,5 @@
 """Images with the boxes of what is on them: checked, brought to the model's canvas, split, and ready."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from tuner.core import Data
+from tuner.duplicates import shared_between_parts
 from tuner.errors import DataError
 from tuner.geometry import placed
 from tuner.images import assembled
@@ -55,7 +55,7 @@ def detection(
 
     def truth(store: Store, items: Items, preprocess: Preprocess) -> Boxes:
         kept = [by_picture[picture] for picture in items.pictures]
-        found.extend(twins(items))
+        found.extend(shared_between_parts(items.pictures, items.part))
         return on_canvas(kept, store.sizes, preprocess, found)
 
     data = assembled(home, _items(annotated), options, wanted, tuple(classes), truth)
@@ -147,18 +147,3 @@ def listed(problems: Sequence[str]) -> list[str]:
     """The first few, and how many more there are."""
     more = [f"… and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
     return [*problems[:LISTED], *more]
-
-
-def twins(items: Items) -> list[str]:
-    """Warnings about files of equal content in different parts: the scores of such parts flatter."""
-    by_size: dict[int, list[int]] = defaultdict(list)
-    for row, picture in enumerate(items.pictures):
-        by_size[picture.stat().st_size].append(row)
-    by_content: dict[str, list[int]] = defaultdict(list)
-    for rows in by_size.values():
-        for row in rows if len(rows) > 1 else ():
-            by_content[hashlib.sha256(items.pictures[row].read_bytes()).hexdigest()].append(row)
-    parts = items.part.tolist()
-    found = [rows for rows in by_content.values() if len({parts[row] for row in rows}) > 1]
-    said = [" and ".join(f"{items.pictures[row]} ({PARTS[parts[row]]})" for row in rows[:3]) for rows in found]
-    return [f"data: {len(found)} images are in more than one part; scores flatter", *listed(said)] if found else []

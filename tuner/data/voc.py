@@ -1,4 +1,4 @@
-"""Pascal VOC: a folder of images and a folder of XML files, one an image; ImageSets/Main says what trains, where it is there.
+"""Pascal VOC: a folder of images with XML files for their objects, or masks for the class of each pixel; ImageSets says what trains.
 
 Everingham et al., The Pascal Visual Object Classes Challenge, IJCV 2010.
 """
@@ -12,36 +12,56 @@ from xml.etree import ElementTree
 from tuner.boxes import Annotated, Box, detection, listed, parts_of
 from tuner.core import Data
 from tuner.decoding import SUFFIXES
-from tuner.errors import DataError, nearest
+from tuner.errors import DataError, nearest, suggest
+from tuner.masks import of_voc
 from tuner.run import ImageOptions
 from tuner.splits import TEST, TRAIN, VALID
 from tuner.wanted import Wanted
 
-TASKS = ("detection",)
+TASKS = ("detection", "segmentation")
 LARGEST = 10_000_000  # bytes of one XML file
 IMAGES, ANNOTATIONS = ("JPEGImages", "images"), ("Annotations", "annotations")
 Named = list[tuple[str, Box, str]]  # class, box, place
 
 
-def load(home: Path, wanted: Wanted, task: str, *, path: str, difficult: bool = False, image: ImageOptions) -> Data:
-    """`difficult`: objects that are marked so count as well."""
+def load(
+    home: Path,
+    wanted: Wanted,
+    task: str,
+    *,
+    path: str,
+    classes: list[str] | None = None,
+    difficult: bool = False,
+    image: ImageOptions,
+) -> Data:
+    """`classes`: the names in order, where others than found (for masks: than VOC's 21). `difficult`: objects marked so count as well.
+
+    For segmentation the folders are JPEGImages and SegmentationClass.
+    """
     root = folder(path)
+    if task == "segmentation":
+        return of_voc(home, root, wanted, image, classes)
     pictures = pictures_in(_inside(root, IMAGES))
     files = {file.stem: file for file in sorted(_inside(root, ANNOTATIONS).glob("*.xml")) if not file.name.startswith(".")}
     if not files:
         raise DataError(f"data.path: {_inside(root, ANNOTATIONS)} holds no .xml files")
     parts = _parts(root, files)
     read = {stem: _read(file, difficult=difficult) for stem, file in files.items() if stem in parts}
-    classes = sorted({name for named, _ in read.values() for name, _, _ in named})
+    names = classes or sorted({name for named, _ in read.values() for name, _, _ in named})
+    unknown = [
+        f"{place}: class {name!r}{suggest(name, names)}" for named, _ in read.values() for name, _, place in named if name not in names
+    ]
+    if unknown:
+        raise DataError(*listed(unknown), f"data.classes: {len(unknown)} objects are of classes that it does not name; add or mend them")
     found = []
     for stem, (named, size) in read.items():
         picture = pictures.get(stem, _inside(root, IMAGES) / f"{stem}.jpg")
-        labels = [classes.index(name) for name, _, _ in named]
+        labels = [names.index(name) for name, _, _ in named]
         found.append(Annotated(picture, [box for _, box, _ in named], labels, [place for *_, place in named], parts[stem], size=size))
     alone = [str(picture) for stem, picture in pictures.items() if stem not in files]
     warnings = [f"data: {len(alone)} images have no annotation and are left out", *listed(alone)] if alone else []
     found = [replace(one, part=part) for one, part in zip(found, parts_of([one.part for one in found]), strict=True)]
-    return detection(home, found, classes, image, wanted, warnings)
+    return detection(home, found, names, image, wanted, warnings)
 
 
 def folder(path: str) -> Path:
