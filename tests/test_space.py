@@ -102,7 +102,12 @@ def test_a_problem_says_where_what_and_what_is_allowed(text: str, says: str) -> 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", ["task: needs a name: classification, or your own as package.module:attribute"]),
+        (
+            "",
+            [
+                "task: needs a name: classification, detection, segmentation, text_classification, text_generation, or your own as package.module:attribute"
+            ],
+        ),
         ("task: {nmae: classification}", ["task.nmae: unknown key; did you mean 'name'? (allowed: name)"]),
         ("task: [classification]", ["task.name: one task per study; scores on different ones do not compare"]),
         ("task: 3", ["task: expected a name or a mapping of keys, got 3"]),

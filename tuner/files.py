@@ -20,6 +20,16 @@ OFFLINE: ContextVar[bool] = ContextVar("OFFLINE", default=False)  # set where no
 PATIENCE = 30.0  # seconds without a byte after which a download is given up
 
 
+@contextlib.contextmanager
+def offline(on: bool) -> Iterator[None]:
+    """Nothing is downloaded within, where `on`."""
+    token = OFFLINE.set(on)
+    try:
+        yield
+    finally:
+        OFFLINE.reset(token)
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

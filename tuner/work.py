@@ -11,7 +11,7 @@ import torch
 from tuner import figures
 from tuner.building import build, load, task_of
 from tuner.devices import place
-from tuner.files import OFFLINE
+from tuner.files import offline
 from tuner.folds import crossed, folds_of
 from tuner.orders import Assignment, Epoch, Facts, Result, Survey
 from tuner.trial import Best, Diverged, check_batches
@@ -34,11 +34,11 @@ def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], 
     warnings: list[str] = []
     notes: list[str] = []
     for a in assignments:
-        OFFLINE.set(not a.fetch)
-        for run in folds_of(a.run):
-            data = load(run, Path(a.home))
         local = is_path(str(a.run.model.options.get("weights", ""))) or a.run.model.options.get("folder") is not None
-        staged = build(a.run if a.fetch or local else a.run.without_weights(), Path(a.home), len(data.classes))
+        with offline(not a.fetch):
+            for run in folds_of(a.run):
+                data = load(run, Path(a.home))
+            staged = build(a.run if a.fetch or local else a.run.without_weights(), Path(a.home), len(data.classes))
         warnings += [*data.warnings, *check_batches(data, a.run)]
         notes += [f"{a.run.model.name}: {note}" for note in staged.notes]
     return Facts(
