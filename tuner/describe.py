@@ -37,8 +37,8 @@ def describe(name: str, outputs: int = 1000) -> Described:
     part = Part(name, options)
     task = plugins.tasks("model", name)[0] if ":" not in name else "classification"
     run = Run(Part(task, {}), Part("synthetic", {}), part, Recipe(), 0)
-    # built-in models need no numbers to be counted; a user's own may want them while it is built
-    device = torch.device("cpu" if ":" in name else "meta")
+    # built-in models need no numbers to be counted; a user's own may want them while it is built, detectors while they count objects
+    device = torch.device("cpu" if ":" in name or task == "detection" else "meta")
     with device:
         staged = build(run.without_weights(), Path(), outputs)
         try:

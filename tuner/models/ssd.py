@@ -27,7 +27,7 @@ NAMES = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
 # torchvision's reference training of SSD300: SGD, lr 0.002 for 32 images, here for 8; momentum 0.9, weight decay 0.0005.
 # https://github.com/pytorch/vision/tree/main/references/detection
 RECIPES = {"detection": {"optimizer": "sgd", "lr": 0.0005, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 8, "epochs": 20}}
-LEAST = 260  # pixels, below which nothing is left for SSD300's last layer
+LEAST = 268  # pixels, below which nothing is left for SSD300's last layer
 
 
 def wants(name: str, *, weights: str = "default", backbone: str = "default") -> Preprocess:
