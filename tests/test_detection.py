@@ -16,6 +16,7 @@ from tests.conftest import SHARED, Said
 from tests.test_models import check_cut, check_partition
 from tuner import plugins
 from tuner.core import Batch, Staged, Task
+from tuner.describe import describe
 from tuner.detectors import padded, with_targets
 from tuner.errors import SpaceError
 from tuner.export import onnx, torch_export
@@ -377,3 +378,9 @@ export: [safetensors]
     said = tuner("run", tmp_path / "raccoon.yaml")
     assert said.code == 0, said.err
     assert json.loads((tmp_path / "studies/raccoon/export/manifest.json").read_text())["scores"]["test"]["map_50"] > 0.05
+
+
+def test_a_detector_is_described_with_numbers_in_it() -> None:
+    found = describe("ssdlite320_mobilenet_v3_large", outputs=3)
+    assert (found.size, [row.stage for row in found.depths][-1]) == (320, "extra")
+    assert 0.5 < found.depths[-1].flops < 1
