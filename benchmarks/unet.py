@@ -15,12 +15,13 @@ from pathlib import Path
 
 from arms import hardware, spread
 
-from tuner import document, parsing
+from tuner import document, machine, parsing
 from tuner.devices import place
 from tuner.orders import Epoch
 from tuner.run import Engine, Run
 from tuner.trial import fit, prepare
 
+machine.keep_memory()  # for all: it is the worker's setting
 SPACE = """
 task: {name: segmentation, loss: dice}
 data: {name: masks, path: x}
