@@ -257,7 +257,7 @@ def test_numbers_agree_with_torchvisions_own(name: str, millions: float, gflops:
     assert round(found.parameters / 1e6, 2) == millions
     assert found.flops / 1e9 == pytest.approx(gflops, abs=0.006)
     assert found.flops / 2e9 == pytest.approx(meta["_ops"], rel=0.01)
-    assert found.size == 224
+    assert found.example == "224 x 224 image"
 
 
 def test_shares_grow_with_depth_from_nothing_to_less_than_all() -> None:
@@ -270,7 +270,7 @@ def test_shares_grow_with_depth_from_nothing_to_less_than_all() -> None:
 
 def test_a_users_model_is_described_at_a_size_that_passes(own: Callable[[str], str]) -> None:
     found = describe(own("Whole"), outputs=10)
-    assert (found.size, found.parameters, found.flops) == (32, 30_730, 2 * 30_720)
+    assert (found.example, found.parameters, found.flops) == ("32 x 32 image", 30_730, 2 * 30_720)
     assert describe(own("sequential"), outputs=10).depths[1].parameters == pytest.approx(112 / (112 + 8 + 50))
 
 

@@ -196,7 +196,7 @@ def models(
 
     found = describe(name)
     typer.echo(
-        f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.size} x {found.size} image (1000 classes)"
+        f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.example} (1000 classes)"
     )
     typer.echo("depth  frozen up to    parameters  FLOPs")
     for d in found.depths:

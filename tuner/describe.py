@@ -25,8 +25,8 @@ class Depth:
 @dataclass(frozen=True)
 class Described:
     parameters: int
-    flops: int  # of one image's forward pass; a multiply-add counts as two
-    size: int
+    flops: int  # of one example's forward pass; a multiply-add counts as two
+    example: str  # what that was, in words
     depths: list[Depth]
 
 
@@ -55,4 +55,5 @@ def describe(name: str, outputs: int = 1000) -> Described:
         )
         for depth in range(staged.max_depth + 1)
     ]
-    return Described(sum(parameters), sum(work.flops), work.size, rows)
+    example = f"text of {work.size} tokens" if wants(part).longest else f"{work.size} x {work.size} image"
+    return Described(sum(parameters), sum(work.flops), example, rows)
