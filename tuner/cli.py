@@ -195,9 +195,7 @@ def models(
     from tuner.describe import describe
 
     found = describe(name)
-    typer.echo(
-        f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.example} (1000 classes)"
-    )
+    typer.echo(f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.example} (1000 classes)")
     typer.echo("depth  frozen up to    parameters  FLOPs")
     for d in found.depths:
         typer.echo(f"{d.depth:>5}  {d.stage:<14}  {d.parameters:>9.1%}  {d.flops:>5.1%}")

@@ -19,6 +19,7 @@ from tuner.core import Staged
 from tuner.detectors import MOST, Head, Objects, Stage, padded
 from tuner.errors import DataError, SpaceError
 from tuner.models._backbone import STRIDE, Canvas, steps
+from tuner.tokens import quietly
 from tuner.wanted import Preprocess, Tree
 from tuner.weights import fetch, is_path, read
 
@@ -105,21 +106,6 @@ def _path(home: Path, hub: str, weights: str) -> Path:
     if path.suffix != ".safetensors":
         raise SpaceError(f"model.weights: {weights!r}: default, none, a .safetensors file, or a folder with {FILE}")
     return path
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """transformers' reports of what fits and what not, and its progress bars, are silenced: what matters is noted."""
-    logging: Any = importlib.import_module("transformers.utils.logging")
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
