@@ -67,7 +67,7 @@ def study_note(space: Space, name: str, metric: str) -> str:
     return f"""Searches {searched or "nothing"} for the best **{spoken(metric)}** on the validation examples.
 
 - One trial is the default recipe, so that the best can be compared with it.
-- A trial's value is its best epoch's; its learning curve, confusion matrix and scores per class are its artifacts.
+- A trial's value is its best epoch's; its learning curve, its predictions and its scores per class are its artifacts.
 - `tuner export {name} --trial N` retrains and exports any of them.
 
 ```yaml
