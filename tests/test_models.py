@@ -60,7 +60,8 @@ def check_cut(staged: Staged, x: Tree) -> None:
     staged.model.eval()
     with torch.no_grad():
         expected = staged.call(x)
-        assert all(leaf.isfinite().all() and leaf.float().std() > 0 for leaf in leaves(expected).values())
+        assert all(leaf.isfinite().all() for leaf in leaves(expected).values())
+        assert all(leaf.std() > 0 for leaf in leaves(expected).values() if leaf.is_floating_point())  # all objects may be of one class
         for depth in range(staged.max_depth + 1):
             prefix, suffix = staged.split(depth)
             assert equal(suffix.eval()(prefix(x)), expected), depth
