@@ -382,5 +382,5 @@ export: [safetensors]
 
 def test_a_detector_is_described_with_numbers_in_it() -> None:
     found = describe("ssdlite320_mobilenet_v3_large", outputs=3)
-    assert (found.size, [row.stage for row in found.depths][-1]) == (320, "extra")
+    assert (found.example, [row.stage for row in found.depths][-1]) == ("320 x 320 image", "extra")
     assert 0.5 < found.depths[-1].flops < 1
