@@ -23,6 +23,7 @@ from tuner.models import _yolo, yolov9, yolox
 from tuner.portable import Portable
 
 pytest.importorskip("libreyolo")
+pytest.importorskip("cv2", exc_type=ImportError, reason="libreyolo loads OpenCV, which lacks a system library here (libGL or glib)")
 SMALLEST = {"yolox_nano": yolox, "yolov9_t": yolov9}
 EVERY = {name: family for family in (yolox, yolov9) for name in family.NAMES}
 
