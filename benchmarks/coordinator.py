@@ -138,7 +138,7 @@ def ours(folder: Path, space: Space, finished: int, trials: int) -> list[float]:
     listener = Both(console, Artifacts(study, folder, "accuracy"))
     order = lambda run: Assignment(run, "accuracy", space.settings.engine, "home")  # noqa: E731
     coordinator = Coordinator(study, space, order, listener, lambda: False)
-    facts = Facts("d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, 32, 1)
+    facts = Facts("d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, {"shape": ["batch", 3, 32, 32]}, 1)
     console.begin(coordinator, facts, Survey({"resnet18_slim": 5}, 0), 1)
     seconds = []
     for _ in range(trials + 2):

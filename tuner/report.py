@@ -73,7 +73,7 @@ class Console:
         self.event("begin", **known, trials_left=left)
         sizes = ", ".join(f"{n:,} {part}" for part, n in facts.sizes.items())
         classes = f", {len(facts.classes)} classes" if facts.classes else ""
-        self.say(f"data   {sizes} examples{classes}, {' x '.join(map(str, facts.input['shape']))}")
+        self.say(f"data   {sizes} examples{classes}, {' x '.join(map(str, facts.input['shape'][1:]))}")
         self.say(f"model  {', '.join(survey.depths)}, {facts.parameters / 1e6:.2f} M parameters, freeze depth 0..{depth}")
         trials = f"{coordinator.closed} of {budget} trials done" if coordinator.closed else f"{budget} trials"
         crew = f"{workers} {'worker' if workers == 1 else 'workers'} on {f'{survey.gpus} GPU' if survey.gpus else 'CPU'}"

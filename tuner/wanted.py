@@ -130,7 +130,7 @@ class Tokens:
         return {"kind": "tokens", "length": self.length, "leaves": list(self.leaves)}
 
     def describe(self) -> dict[str, Any]:
-        return {"leaves": list(self.leaves), "shape": ["batch", f"length, at most {self.length}"], "dtype": "int64"}
+        return {"leaves": list(self.leaves), "shape": ["batch", f"at most {self.length} tokens"], "dtype": "int64"}
 
     def files(self) -> dict[str, Path]:
         return {f"{TOKENIZER}/{path.name}": path for path in sorted(Path(self.folder).iterdir()) if path.name in TOKENIZER_FILES}
