@@ -1,5 +1,6 @@
 """What the tests of detectors share: pictures with known objects, the least of a task, and a training over them."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,15 @@ def trained(b: Bench, lr: float) -> list[tuple[float, float]]:
     """Loss and score of each of two epochs."""
     recipe = Recipe(lr=lr, epochs=2, batch_size=2)
     return [(epoch.loss, epoch.scores["mean"]) for epoch in fit(b, recipe, seed=1)]
+
+
+def lively(staged: Staged) -> Staged:
+    """Numbers everywhere, so that there are objects to be found and no layer can be left out unseen."""
+    generator = torch.Generator().manual_seed(0)
+    for value in staged.model.state_dict().values():
+        if value.dim() > 1:
+            bound = math.sqrt(3 / value[0].numel())
+            value.uniform_(-bound, bound, generator=generator)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1.5, generator=generator)
+    return staged

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.detecting import BOXES, LABELS, SIDE, bench, ready, trained, truth
+from tests.detecting import BOXES, LABELS, SIDE, bench, lively, ready, trained, truth
 from tests.serving import serving
 from tests.test_models import check_cut, check_partition
 from tuner import plugins
@@ -69,18 +69,6 @@ def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()
         )
         kind, config = transformers.DFineForObjectDetection, transformers.DFineConfig(backbone_config=backbone, num_labels=outputs, **REST)
     return _detr.build(home, name, kind, config, f"owner/{name}", weights)
-
-
-def lively(staged: Staged) -> Staged:
-    """Numbers everywhere, so that no layer can be left out unseen."""
-    generator = torch.Generator().manual_seed(0)
-    for value in staged.model.state_dict().values():
-        if value.dim() > 1:
-            bound = math.sqrt(3 / value[0].numel())
-            value.uniform_(-bound, bound, generator=generator)
-        elif value.is_floating_point():
-            value.uniform_(0.5, 1.5, generator=generator)
-    return staged
 
 
 # -- the laws

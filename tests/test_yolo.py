@@ -1,6 +1,5 @@
 """YOLOX and YOLOv9: cut by both laws, losses and objects as libreyolo itself computes them, weights, exports."""
 
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import Said
-from tests.detecting import BOXES, LABELS, SIDE, bench, ready, trained, truth
+from tests.detecting import BOXES, LABELS, SIDE, bench, lively, ready, trained, truth
 from tests.serving import serving
 from tests.test_models import check_cut, check_partition
 from tuner import plugins
@@ -31,18 +30,6 @@ EVERY = {name: family for family in (yolox, yolov9) for name in family.NAMES}
 def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()) -> Staged:
     torch.manual_seed(0)
     staged: Staged = EVERY[name].build(home, name, "detection", outputs, weights=weights)
-    return staged
-
-
-def lively(staged: Staged) -> Staged:
-    """Numbers everywhere, so that there are objects to be found and no layer can be left out unseen."""
-    generator = torch.Generator().manual_seed(0)
-    for value in staged.model.state_dict().values():
-        if value.dim() > 1:
-            bound = math.sqrt(3 / value[0].numel())
-            value.uniform_(-bound, bound, generator=generator)
-        elif value.is_floating_point():
-            value.uniform_(0.5, 1.5, generator=generator)
     return staged
 
 
