@@ -15,6 +15,7 @@ ROOT = Path(tuner.__file__).parent
 VALUES = [
     "errors",
     "document",
+    "crash",
     "files",
     "run",
     "plugins",

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
+from tuner.crash import crash
 from tuner.errors import DataError, StorageError
 
 OFFLINE: ContextVar[bool] = ContextVar("OFFLINE", default=False)  # set where nothing may be downloaded
@@ -48,22 +49,26 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
+def atomic_path(path: Path, mode: int = 0o644, what: str = "file") -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Raises StorageError when the disk is full or the place cannot be written.
+    `what` begins the names of its crash points. Raises StorageError when the disk is full or the place cannot be written.
     """
     with disk_errors(path):
         handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
+            crash(f"{what}.begun")
             yield temporary
+            crash(f"{what}.written")
             fsync(temporary)  # data first
+            crash(f"{what}.synced")
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(mode & ~mask)
             temporary.replace(path)  # then the name
+            crash(f"{what}.renamed")
             fsync(path.parent)  # then the entry
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -7,11 +7,15 @@ from typing import Any, Literal, Protocol
 
 @dataclass(frozen=True)
 class Job:
-    """`work` names the function a worker calls, as module:function(argument, report, slot)."""
+    """`work` names the function a worker calls, as module:function(argument, report, slot).
+
+    `keep` is a folder, at the same path wherever the job is carried out, whose files the job's next attempt must find.
+    """
 
     number: int
     work: str
     argument: Any
+    keep: str | None = None
 
 
 @dataclass(frozen=True)
