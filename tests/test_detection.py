@@ -317,6 +317,7 @@ export: [safetensors, torch_export]
 """
 
 
+@pytest.mark.slow
 def test_a_study_from_files_to_drawn_boxes(tuner: Callable[..., Said], tmp_path: Path) -> None:
     root = scenes.voc(tmp_path / "voc")
     (tmp_path / "boxes.yaml").write_text(STUDY.format(root=root))

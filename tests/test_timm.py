@@ -50,6 +50,7 @@ def test_without_a_network_the_address_is_named(tmp_path: Path, monkeypatch: pyt
     assert f"{address}/{HUB}/resolve/main/model.safetensors" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_study_of_it_ends_in_exports_that_predict(tuner: Callable[..., Said], tmp_path: Path) -> None:
     Path("mobile.yaml").write_text(
         f"task: classification\ndata: {{name: synthetic, size: 32, examples: 40}}\nmodel: {{name: {NAME}, weights: none}}\n"
