@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint.py [--size 64] [--repeats 7]
 
-One run, the three kinds interleaved, medians over the repeats. A head over remembered activations (epochs of milliseconds, the whole
+One run, the three kinds interleaved, medians over the repeats; `saving` is timed by itself, as a busy machine blurs the rest. A head over remembered activations (epochs of milliseconds, the whole
 training is shorter than what is at stake), and the whole network trained (weights, AdamW's two moments and the best epoch's weights are
-written). Data: scikit-learn's digits; model: resnet18_slim. `written` counts the files of one training.
+written). Data: scikit-learn's digits; model: resnet18_slim.
 """
 
 import argparse
@@ -12,8 +12,11 @@ import platform
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +24,7 @@ from tuner import checkpoints, document, machine, parsing
 from tuner.checkpoints import Checkpoints
 from tuner.devices import place
 from tuner.run import Engine, Run
-from tuner.trial import checkpoints_of, fit, prepare
+from tuner.trial import fit, prepare
 
 SPACE = """
 task: classification
@@ -38,44 +41,58 @@ def run(args: argparse.Namespace, depth: int, epochs: int) -> Run:
     return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(None, seed=1)
 
 
-def training(r: Run, home: Path, stake: float | None) -> tuple[float, int, float]:
-    """Seconds of an epoch, checkpoints written, and megabytes of the last."""
+@dataclass
+class Took:
+    """Milliseconds an epoch, of which `saving`; checkpoints `written`, and the largest in megabytes."""
+
+    epoch: float
+    saving: float
+    written: int
+    size: float
+
+
+class Timed(Checkpoints):
+    """Checkpoints that say what they take."""
+
+    spent, files = 0.0, 0
+
+    def save(self, *words: Any) -> None:
+        start = time.perf_counter()
+        super().save(*words)
+        self.spent += time.perf_counter() - start
+
+    def write(self, *words: Any, **more: Any) -> Path:
+        self.files += 1
+        return super().write(*words, **more)
+
+
+def training(r: Run, home: Path, stake: float | None) -> Took:
     bench = prepare(r, place(Engine(), home), "accuracy")
     with tempfile.TemporaryDirectory(dir=home) as folder:
-        kept = checkpoints_of(r, bench, Path(folder) / "kept") if stake is not None else None
+        kept = Timed(Path(folder) / "kept", "this") if stake is not None else None
         checkpoints.STAKE = stake or 0.0
-        count = counted(kept)
         start = time.perf_counter()
-        for _ in fit(bench, r.recipe, r.seed, checkpoints=kept):
-            pass
-        seconds = (time.perf_counter() - start) / r.recipe.epochs
-        sizes = [path.stat().st_size / 1e6 for path in Path(folder).rglob("*.safetensors")]
-        return seconds, len(count), max(sizes, default=0.0)
-
-
-def counted(kept: Checkpoints | None) -> list[Path]:
-    """A list that grows with each file written."""
-    found: list[Path] = []
-    if kept is not None:
-        real = kept.write
-        kept.write = lambda *words, **more: found.append(real(*words, **more)) or found[-1]  # type: ignore[method-assign, func-returns-value]
-    return found
+        deque(fit(bench, r.recipe, r.seed, checkpoints=kept), maxlen=0)
+        took = time.perf_counter() - start
+        size = max((path.stat().st_size / 1e6 for path in Path(folder).rglob("*.safetensors")), default=0.0)
+    spent, written = (kept.spent, kept.files) if kept is not None else (0.0, 0)
+    return Took(1000 * took / r.recipe.epochs, 1000 * spent / r.recipe.epochs, written, size)
 
 
 def rows(args: argparse.Namespace, home: Path) -> Iterator[str]:
     for name, (depth, epochs) in CASES.items():
         r = run(args, depth, epochs)
         training(r, home, None)  # fills the cache
-        took: dict[str, list[tuple[float, int, float]]] = {kind: [] for kind in KINDS}
+        found: dict[str, list[Took]] = {kind: [] for kind in KINDS}
         for _ in range(args.repeats):
             for kind, stake in KINDS.items():
-                took[kind].append(training(r, home, stake))
-        plain = statistics.median(seconds for seconds, _, _ in took["none"])
-        for kind, found in took.items():
-            seconds = statistics.median(seconds for seconds, _, _ in found)
-            spread = f"{1000 * min(found)[0]:.1f} to {1000 * max(found)[0]:.1f}"
-            written, size = found[-1][1:]
-            yield f"| {name} | {kind} | {1000 * seconds:.1f} | {spread} | {seconds / plain - 1:+.1%} | {written} of {epochs} | {size:.1f} |"
+                found[kind].append(training(r, home, stake))
+        for kind, took in found.items():
+            each = sorted(t.epoch for t in took)
+            epoch, saving = statistics.median(each), statistics.median(t.saving for t in took)
+            share = statistics.median(t.saving / t.epoch for t in took)
+            written = f"{took[-1].written} of {epochs}"
+            yield f"| {name} | {kind} | {epoch:.1f} ({each[0]:.1f} to {each[-1]:.1f}) | {saving:.2f} | {share:.1%} | {written} | {took[-1].size:.1f} |"
 
 
 def main() -> None:
@@ -86,7 +103,7 @@ def main() -> None:
     machine.keep_memory()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
     print(f"resnet18_slim, digits at {args.size} px, {device}, torch {torch.__version__}, n = {args.repeats}\n")
-    print("| trained | checkpoints | ms an epoch | lowest to highest | more | written | MB |\n|---|---|---|---|---|---|---|")
+    print("| trained | checkpoints | ms an epoch | of these saving | share | written | MB |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as home:
         for row in rows(args, Path(home)):
             print(row, flush=True)

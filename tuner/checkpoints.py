@@ -60,7 +60,7 @@ class Checkpoints:
         self.folder, self.key, self.keep = folder, key, keep
         self.notes: list[str] = []
         self.written = self.synced = time.monotonic()
-        self.safe: Path | None = None  # the last that was synced
+        self.safe: Path | None = None  # the last that was synced; the first, until one is
 
     def save(self, training: Training, epochs: list[Epoch], best: int, weights: dict[str, Tensor]) -> None:
         """Writes what `load` gives back, if enough is at stake. Raises StorageError."""
@@ -75,8 +75,10 @@ class Checkpoints:
         path = self.write(f"{len(epochs):06d}", tensors, values, sync=sync)
         remove(p for p in generations(self.folder) if p not in (path, self.safe))
         self.written = time.monotonic()
+        if sync or self.safe is None:
+            self.safe = path
         if sync:
-            self.safe, self.synced = path, self.written
+            self.synced = self.written
 
     def write(self, what: str, tensors: dict[str, Tensor], values: dict[str, Any], *, sync: bool) -> Path:
         header = {"format": FORMAT, "tuner": tuner.__version__, "torch": torch.__version__, "run": self.key, **values}

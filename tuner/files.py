@@ -49,7 +49,7 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, mode: int = 0o644, what: str = "file", *, need: int = 0, sync: bool = True) -> Iterator[Path]:
+def atomic_path(path: Path, mode: int = 0o644, what: str = "file", *, need: float | None = None, sync: bool = True) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
     `what` begins the names of its crash points, `need` is the bytes to be written, where they are known. Without `sync` a power
@@ -111,14 +111,16 @@ def sweep(parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
-    """Turns a full disk, a quota or a missing permission into a StorageError that names the path, and the `need` in bytes where it is known."""
+def disk_errors(path: Path, need: float | None = None) -> Iterator[None]:
+    """Turns a full disk, a quota or a missing permission into a StorageError that names the path, and the bytes where they are known."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            why = f"{max(1, round(need / 1e6)):,} MB needed" if need else error.strerror
-            raise StorageError(f"disk full while writing {path} ({why}); free some space and run the same command") from error
+            needed = f"{max(1, round(need / 1e6)):,} MB needed: " if need is not None else ""
+            raise StorageError(
+                f"disk full while writing {path} ({needed}{error.strerror}); free some space and run the same command"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
         raise
