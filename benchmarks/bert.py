@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tuner import document, machine, parsing, tokens, trial
+from tuner import document, learning, machine, parsing, tokens, trial
 from tuner.devices import place
 from tuner.optim import factor, optimizer
 from tuner.run import Engine, Run
@@ -80,7 +80,7 @@ def bare(args: argparse.Namespace, made: trial.Bench, r: Run) -> Iterator[float]
             schedule.step()
         model.eval()
         with torch.no_grad():
-            chunks = torch.arange(len(valid.y)).split(trial.EVAL_BATCH)
+            chunks = torch.arange(len(valid.y)).split(learning.EVAL_BATCH)
             said = torch.cat([model(**inputs(valid.x, index)).logits for index in chunks])
         float((said.argmax(1) == valid.y).float().mean())  # type: ignore[union-attr]
         yield time.monotonic() - start

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tuner import machine, parsing, trial
+from tuner import learning, machine, parsing, trial
 from tuner.core import Source
 from tuner.devices import place
 from tuner.optim import optimizer
@@ -54,7 +54,7 @@ def bare(net: nn.Module, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tens
             total += loss.detach() * len(index)
         net.eval()
         with torch.no_grad():
-            said = torch.cat([net(taken(vx, index)) for index in torch.arange(len(vy)).split(trial.EVAL_BATCH)])
+            said = torch.cat([net(taken(vx, index)) for index in torch.arange(len(vy)).split(learning.EVAL_BATCH)])
         float((said.argmax(1) == vy).float().mean()), float(total)
         yield time.monotonic() - start
 

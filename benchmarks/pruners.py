@@ -41,7 +41,7 @@ def write(folder: Path, data: str, search: dict[str, Any], args: argparse.Namesp
         "data": source,
         "model": {"name": "resnet18_slim", "weights": "bundled"},
         "recipe": {**arms.SPACE, "freeze_depth": {"low": 0, "high": 5}, "epochs": {"low": 1, "high": 8}, "batch_size": 32},
-        "search": {"retrain": False, **search},
+        "search": {"retrain": False, "keep": 0, **search},
         "export": ["safetensors"],
     }
     file = folder / "race.yaml"

@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of three trials over synthetic images, made by the command."""
     place = tmp_path_factory.mktemp("browser")
     (place / "small.yaml").write_text(SMALL)
-    words = ["search.trials=3", "recipe.epochs={low: 1, high: 2}", "search.pruner=none", "search.retrain=false"]
+    words = ["search.trials=3", "recipe.epochs={low: 1, high: 2}", "search.pruner=none", "search.retrain=false", "search.keep=0"]
     environ = os.environ | {"TUNER_HOME": str(place / "home")}
     subprocess.run([*TUNER, "run", "small.yaml", *words, "--quiet"], cwd=place, env=environ, check=True)
     return place

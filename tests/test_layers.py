@@ -32,6 +32,7 @@ VALUES = [
     "manifest",
     "signals",
     "machine",
+    "keeping",
 ]
 PARTS = [
     "wanted",
@@ -64,6 +65,9 @@ PARTS = [
     "devices",
     "building",
     "costs",
+    "memory",
+    "checkpoints",
+    "learning",
     "trial",
     "folds",
     "winner",

@@ -8,6 +8,10 @@ POINTS = (
     "file.written",  # it is whole, perhaps only in memory
     "file.synced",  # it is on the disk, under its temporary name
     "file.renamed",  # it has its name
+    "checkpoint.begun",  # the same of a checkpoint, which is not always synced
+    "checkpoint.written",
+    "checkpoint.synced",
+    "checkpoint.renamed",
 )
 
 

@@ -49,12 +49,13 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, mode: int = 0o644, what: str = "file") -> Iterator[Path]:
+def atomic_path(path: Path, mode: int = 0o644, what: str = "file", *, need: float | None = None, sync: bool = True) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
-    `what` begins the names of its crash points. Raises StorageError when the disk is full or the place cannot be written.
+    `what` begins the names of its crash points, `need` is the bytes to be written, where they are known. Without `sync` a power
+    cut may tear it. Raises StorageError when the disk is full or the place cannot be written.
     """
-    with disk_errors(path):
+    with disk_errors(path, need):
         handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
@@ -62,14 +63,16 @@ def atomic_path(path: Path, mode: int = 0o644, what: str = "file") -> Iterator[P
             crash(f"{what}.begun")
             yield temporary
             crash(f"{what}.written")
-            fsync(temporary)  # data first
+            if sync:
+                fsync(temporary)  # data first
             crash(f"{what}.synced")
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(mode & ~mask)
             temporary.replace(path)  # then the name
             crash(f"{what}.renamed")
-            fsync(path.parent)  # then the entry
+            if sync:
+                fsync(path.parent)  # then the entry
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -108,13 +111,16 @@ def sweep(parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk, a quota or a missing permission into a StorageError that names the path."""
+def disk_errors(path: Path, need: float | None = None) -> Iterator[None]:
+    """Turns a full disk, a quota or a missing permission into a StorageError that names the path, and the bytes where they are known."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StorageError(f"disk full while writing {path} ({error.strerror}); free some space and run the same command") from error
+            needed = f"{max(1, round(need / 1e6)):,} MB needed: " if need is not None else ""
+            raise StorageError(
+                f"disk full while writing {path} ({needed}{error.strerror}); free some space and run the same command"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
         raise

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from tuner.devices import Place
 from tuner.orders import Epoch
 from tuner.run import Part, Run
-from tuner.trial import Best, fit, prepare
+from tuner.trial import Best, checkpoints_of, fit, prepare
 
 
 def folds_of(run: Run) -> list[Run]:
@@ -17,15 +18,23 @@ def folds_of(run: Run) -> list[Run]:
     return [replace(run, data=Part(run.data.name, {**run.data.options, "fold": fold})) for fold in range(count)]
 
 
-def crossed(run: Run, place: Place, metric: str, best: Best) -> Iterator[Epoch]:
-    """The epochs of a run: over its folds the mean of loss and scores, and the seconds of all. Raises what `prepare` and `fit` do."""
+def crossed(run: Run, place: Place, metric: str, best: Best, checkpoints: Path | None = None, *, keep: bool = False) -> Iterator[Epoch]:
+    """The epochs of a run: over its folds the mean of loss and scores, and the seconds of all. Raises what `prepare` and `fit` do.
+
+    Each fold continues from a folder of its own in `checkpoints`; epochs it remembers are yielded again, so the folds stay in step.
+    `keep`: the best epoch's weights are left there, where there is one fold.
+    """
     runs = folds_of(run)
     if len(runs) == 1:
-        yield from fit(prepare(run, place, metric), run.recipe, run.seed, best)
+        bench = prepare(run, place, metric)
+        yield from fit(bench, run.recipe, run.seed, best, checkpoints_of(run, bench, checkpoints, keep=keep))
         return
-    bests = [Best() for _ in runs]
     whole = run.recipe.model_copy(update={"patience": None})  # the mean decides, not a fold of its own
-    fits = [fit(prepare(fold, place, metric), whole, run.seed, own) for fold, own in zip(runs, bests, strict=True)]
+    bests, fits = [Best() for _ in runs], []
+    for number, (fold, own) in enumerate(zip(runs, bests, strict=True)):
+        bench = prepare(fold, place, metric)
+        folder = checkpoints / f"fold-{number}" if checkpoints is not None else None
+        fits.append(fit(bench, whole, run.seed, own, checkpoints_of(fold, bench, folder)))
     for epochs in zip(*fits, strict=True):
         epoch = mean(epochs)
         if best.epoch is None or epoch.scores[metric] > best.epoch.scores[metric]:
@@ -38,4 +47,5 @@ def crossed(run: Run, place: Place, metric: str, best: Best) -> Iterator[Epoch]:
 def mean(epochs: tuple[Epoch, ...]) -> Epoch:
     n = len(epochs)
     scores = {name: sum(e.scores[name] for e in epochs) / n for name in epochs[0].scores}
-    return Epoch(epochs[0].number, sum(e.loss for e in epochs) / n, scores, sum(e.seconds for e in epochs))
+    notes = tuple(dict.fromkeys(note for e in epochs for note in e.notes))
+    return Epoch(epochs[0].number, sum(e.loss for e in epochs) / n, scores, sum(e.seconds for e in epochs), notes)

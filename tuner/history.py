@@ -44,6 +44,13 @@ def best(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
     return winner, [t.number for t in tied if t.number != winner.number]
 
 
+def rank(t: FrozenTrial) -> tuple[float, int, int] | None:
+    """A completed trial's place among all, by the rule of `best`: smaller is better. None where it has none of its own."""
+    if t.state != TrialState.COMPLETE or SAME_AS in t.user_attrs:
+        return None
+    return (-float(t.value or 0.0), int(t.user_attrs.get(BEST_EPOCH, 0)), t.number)
+
+
 def default(study: optuna.Study) -> FrozenTrial | None:
     """The trial of the default recipe, if it has completed; in studies from before it was marked, trial 0."""
     found = completed(study)

@@ -8,13 +8,18 @@ from tuner.run import Engine, Run
 
 @dataclass(frozen=True)
 class Assignment:
-    """A run and where to carry it out. `fetch`: weights may be downloaded."""
+    """A run and where to carry it out. `fetch`: weights may be downloaded.
+
+    `checkpoints` is the folder that the run continues from and leaves its state in; `keep`: the best epoch's weights too, at its end.
+    """
 
     run: Run
     metric: str
     engine: Engine
     home: str
     fetch: bool = True
+    checkpoints: str | None = None
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Epoch:
-    """`number` counts from 1; `scores` are of the validation examples, larger is better."""
+    """`number` counts from 1; `scores` are of the validation examples, larger is better. `notes`: what the user must hear before it."""
 
     number: int
     loss: float
     scores: dict[str, float]
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Crown:
-    """Retrain, test, export: the winner's assignment, where to publish, and what the search knows of it."""
+    """Retrain, test, export: the winner's assignment, where to publish, and what the search knows of it.
+
+    `weights`: not retrained, but given what its trial has left there.
+    """
 
     assignment: Assignment
     formats: tuple[str, ...]
@@ -68,3 +77,4 @@ class Crown:
     study: str
     trial: int
     valid: tuple[tuple[str, float], ...] = ()
+    weights: str | None = None

@@ -92,6 +92,8 @@ class Console:
 
     def epoch(self, live: Live, epoch: Epoch) -> None:
         number, total = live.trial.number, live.run.recipe.epochs
+        for note in epoch.notes:
+            self.warn(f"trial {number}: {note}")
         values = {"loss": epoch.loss, "scores": epoch.scores, "seconds": epoch.seconds}
         self.event("epoch", trial=number, epoch=epoch.number, of=total, **values)
         if self.bar is None or self.coordinator is None:
@@ -163,6 +165,8 @@ class Console:
         row = self.bar.add_task("winner", total=total, state="") if self.bar is not None else None
 
         def show(epoch: Epoch) -> None:
+            for note in epoch.notes:
+                self.warn(note)
             self.event("retrain", epoch=epoch.number, of=total, loss=epoch.loss, scores=epoch.scores)
             if self.bar is not None and row is not None:
                 state = "testing and exporting" if epoch.number == total else f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}"

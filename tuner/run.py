@@ -112,7 +112,10 @@ class Search(Section):
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of the sampler and, with the trial's number, of each training")
     name: Annotated[str | None, AfterValidator(_study_name)] = Field(None, description="of the study; null: the file's")
     retries: int = Field(2, ge=0, le=10, description="further attempts for a trial whose worker died")
-    retrain: bool = Field(True, description="retrain the best on train and validation, test it and export it")
+    retrain: bool = Field(
+        True, description="retrain the best on train and validation before it is tested and exported; false: as its trial left it"
+    )
+    keep: int = Field(3, ge=0, le=1000, description="trials whose best epoch's weights stay on the disk: the best so many")
 
 
 class Engine(Section):

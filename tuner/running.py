@@ -8,6 +8,7 @@ import optuna
 
 from tuner import history, manifest, storage
 from tuner.artifacts import Artifacts
+from tuner.keeping import FOLDER, Keeping, best_weights
 from tuner.manifest import Published
 from tuner.report import Console
 from tuner.run import Run
@@ -76,7 +77,8 @@ def open_coordinator(s: Session, folder: Path, data_digest: str) -> Coordinator:
     write_yaml(folder / "space.yaml", space.tree(), f"what study {study_name(space)!r} searches, with every default")
     artifacts = Artifacts(study, folder, str(search.metric))
     artifacts.describe(space)
-    return Coordinator(study, space, s.assignment, Both(s.console, artifacts), Stopping(s))
+    keeping = Keeping((folder / FOLDER).absolute(), search.keep)
+    return Coordinator(study, space, s.assignment, Both(s.console, artifacts), Stopping(s), keeping)
 
 
 def longest(space: Space) -> int:
@@ -103,9 +105,9 @@ def identity(space: Space) -> dict[str, Any]:
     }
 
 
-def best_run(run: Run, epoch: int) -> Run:
-    """The winner's run, to be retrained on train and validation up to its best epoch."""
-    return replace(run, recipe=run.recipe.model_copy(update={"fit": "train+valid", "stop_epoch": epoch, "patience": None}))
+def best_run(run: Run, epoch: int, fit: str = "train+valid") -> Run:
+    """The winner's run up to its best epoch: to be retrained on train and validation, or, with fit: train, as its trial went."""
+    return replace(run, recipe=run.recipe.model_copy(update={"fit": fit, "stop_epoch": epoch, "patience": None}))
 
 
 def run_tree(run: Run, s: Session) -> dict[str, Any]:
@@ -120,11 +122,16 @@ def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: boo
     run = best_run(found, winner.user_attrs[history.BEST_EPOCH])
     write_yaml(folder / "best.yaml", run_tree(run, s), f"trial {winner.number} of study {study_name(s.space)!r}; `tuner train` repeats it")
     summary = Summary(folder, coordinator, winner, tied, run, None, fresh)
+    weights = None
     if not s.settings.search.retrain:
-        return summary
+        run = best_run(found, winner.user_attrs[history.BEST_EPOCH], fit="train")
+        weights = best_weights(Path(str(coordinator.keeping.place(history.roots(coordinator.study)[winner.number]))))
     published = manifest.read(folder / "export")
     if published is None or stale(published, run, s.settings.export):
-        published = s.crown(run, folder / "export", s.settings.export, winner.number, winner.user_attrs[history.SCORES])
+        if weights is None and not s.settings.search.retrain:
+            s.console.note(f"nothing is exported: search.retrain is false, and no weights of trial {winner.number} are kept (search.keep)")
+            return summary
+        published = s.crown(run, folder / "export", s.settings.export, winner.number, winner.user_attrs[history.SCORES], weights)
         summary = replace(summary, fresh=True)
     return replace(summary, published=published)
 

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import optuna
@@ -12,8 +12,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from tuner import errors, history
 from tuner.asking import Asker
 from tuner.errors import NoUsableTrial, TunerError
-from tuner.history import ATTEMPT, BEST_EPOCH, DEFAULT, FINAL, REASON, ROOT, SAME_AS, SCORES, TRACE, key_of
+from tuner.history import ATTEMPT, BEST_EPOCH, DEFAULT, FINAL, REASON, ROOT, SAME_AS, SCORES, TRACE, key_of, rank
 from tuner.jobs import Job, Outcome
+from tuner.keeping import Keeping
 from tuner.orders import Assignment, Epoch, Result
 from tuner.run import Run, seconds
 from tuner.samplers import mix
@@ -55,6 +56,7 @@ class Coordinator:
         order: Callable[[Run], Assignment],
         listener: Listener,
         stopping: Callable[[], bool],
+        keeping: Keeping | None = None,
     ) -> None:
         self.study = WindowedStudy(study)
         self.space, self.order, self.listener, self.stopping = space, order, listener, stopping
@@ -66,6 +68,7 @@ class Coordinator:
         self.known: dict[str, int] = {}  # parameters -> number of the trial that ended with them
         self.roots = 0  # root trials asked so far
         self.closed = 0  # trials that count against the budget
+        self.keeping = keeping or Keeping(None, 0)
         self.recover()
 
     # -- history
@@ -86,6 +89,7 @@ class Coordinator:
                 self.known.setdefault(key_of(t.params), t.number)
             elif t.state == TrialState.FAIL and t.user_attrs.get(FINAL):
                 self.closed += 1
+        self.keeping.begin({draws[t.number]: rank(t) for t in trials if t.state in ENDED or t.user_attrs.get(FINAL)})
 
     def requeue(self, number: int, params: dict[str, Any], root: int, attrs: dict[str, Any], reason: str, *, count: bool) -> None:
         """Records a lost attempt and asks for the same parameters again. `count`: it was one of the limited attempts."""
@@ -114,7 +118,9 @@ class Coordinator:
                 return None
             live = self.begin(trial)
             if live is not None:
-                return Job(trial.number, "tuner.work:carry", self.order(live.run))
+                kept = self.keeping.place(live.root)
+                assignment = replace(self.order(live.run), checkpoints=kept, keep=self.search.keep > 0)
+                return Job(trial.number, "tuner.work:carry", assignment, keep=kept)
         return None
 
     def wanted(self) -> bool:
@@ -198,6 +204,7 @@ class Coordinator:
             self.failures.clear()
         else:
             ended = self.study.tell(number, state=TrialState.PRUNED)
+        self.keeping.ended(live.root, rank(ended))
         self.closed += 1
         self.known.setdefault(key_of(trial.params), number)
         self.listener.ended(ended, live.run, result)
@@ -210,6 +217,7 @@ class Coordinator:
         if outcome.trace:
             live.trial.set_user_attr(TRACE, outcome.trace[-4000:])
         self.fail(live.trial.number, outcome.reason)
+        self.keeping.ended(live.root)
         self.closed += 1
         self.listener.ended(self.study.get_trials(deepcopy=False)[live.trial.number], live.run, None)
         self.count_failure(outcome.reason, alike=True)

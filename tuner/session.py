@@ -6,11 +6,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner import plugins
+from tuner import keeping, plugins
 from tuner.document import Document
 from tuner.errors import DataError, Interrupted, SpaceError, TunerError
 from tuner.files import atomic_path
@@ -61,12 +61,14 @@ class Session:
     def assignment(self, run: Run, *, fetch: bool = True) -> Assignment:
         return Assignment(run, str(self.settings.search.metric), self.settings.engine, str(self.places.home), fetch)
 
-    def call(self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None, *, finish: bool = False) -> Any:
+    def call(
+        self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None, *, finish: bool = False, keep: str | None = None
+    ) -> Any:
         """Has a worker carry out one job and returns its value. Raises what it refused with, and Interrupted.
 
-        `finish`: the first signal lets the job come to its next report; otherwise it ends the job.
+        `finish`: the first signal lets the job come to its next report; otherwise it ends the job. `keep`: as in `Job`.
         """
-        jobs = iter([Job(-1, work, argument)])
+        jobs = iter([Job(-1, work, argument, keep)])
         found: list[Outcome] = []
 
         def heard(job: Job, value: Any) -> bool:
@@ -106,13 +108,24 @@ class Session:
             self.console.note(f"note   {note}")
         return facts
 
-    def crown(self, run: Run, folder: Path, formats: tuple[str, ...], trial: int, valid: dict[str, float]) -> Any:
-        """Retrains, tests and exports in a worker; returns what was published."""
-        order = Crown(self.assignment(run), formats, str(folder), study_name(self.space), trial, tuple(valid.items()))
+    def crown(
+        self, run: Run, folder: Path, formats: tuple[str, ...], trial: int, valid: dict[str, float], weights: Path | None = None
+    ) -> Any:
+        """Retrains, tests and exports in a worker; returns what was published. With `weights` it takes these, of the run's trial.
+
+        A training that is killed is continued by the next crowning for the same folder.
+        """
+        kept = str((folder.parent / keeping.FOLDER / folder.name).absolute())
+        assignment = replace(self.assignment(run), checkpoints=kept)
+        given = str(weights.absolute()) if weights else None
+        order = Crown(assignment, formats, str(folder), study_name(self.space), trial, tuple(valid.items()), given)
         try:
-            return self.call("tuner.winner:crown", order, self.console.retraining(run), finish=True)
+            heard = self.console.retraining(run) if weights is None else lambda _: None
+            published = self.call("tuner.winner:crown", order, heard, finish=True, keep=kept)
         finally:
             self.console.pause()
+        keeping.discard(Path(kept))
+        return published
 
 
 @contextlib.contextmanager

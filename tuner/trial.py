@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,16 +15,17 @@ from torch import Tensor, nn
 
 from tuner import cache
 from tuner.building import Ready, built, load, task_of
-from tuner.core import Data, Source, Staged, Task
+from tuner.checkpoints import Checkpoints, Training
+from tuner.core import Data, Source
 from tuner.devices import Place
 from tuner.errors import DataError, SpaceError
 from tuner.files import atomic_path, disk_errors
+from tuner.learning import Bench, Pairs, batches, learn, predictions
+from tuner.memory import room
 from tuner.optim import factor, optimizer
 from tuner.orders import Epoch
 from tuner.run import Recipe, Run
 
-EVAL_BATCH = 64  # at most; and no more than four training batches, which memory is sized for
-BUCKET = 32  # batches whose examples are sorted by length together
 PROBE = Recipe(optimizer="adamw", lr=1e-3, epochs=20, batch_size=64, schedule="cosine", head="fresh")
 
 
@@ -39,23 +39,8 @@ class Best:
 
     epoch: Epoch | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)
-    pairs: list[tuple[Any, Any]] = field(default_factory=list)
-    latest: list[tuple[Any, Any]] = field(default_factory=list)  # of the epoch that ended last
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Everything a training works with: the model and its trainable suffix `net`, and what feeds it."""
-
-    task: Task
-    staged: Staged
-    net: nn.Module
-    data: Data
-    train: Source
-    valid: Source
-    test: Source
-    place: Place
-    metric: str
+    pairs: Pairs = field(default_factory=list)
+    latest: Pairs = field(default_factory=list)  # of the epoch that ended last
 
 
 def prepare(run: Run, place: Place, metric: str) -> Bench:
@@ -107,94 +92,80 @@ def probe(head: nn.Module, folder: Path, key: str, training: Callable[[], Iterat
                 save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary)
 
 
-def fit(bench: Bench, recipe: Recipe, seed: int, best: Best | None = None) -> Iterator[Epoch]:
+def checkpoints_of(run: Run, bench: Bench, folder: Path | None, *, keep: bool = False) -> Checkpoints | None:
+    """The checkpoints in `folder` of this run on this data, searched for this metric."""
+    key = f"{run.digest()} {bench.data.digest} {bench.metric}"
+    return Checkpoints(folder, hashlib.sha256(key.encode()).hexdigest(), keep=keep) if folder is not None else None
+
+
+def fit(bench: Bench, recipe: Recipe, seed: int, best: Best | None = None, checkpoints: Checkpoints | None = None) -> Iterator[Epoch]:
     """Trains `bench.net`, yielding each epoch as it ends, and leaves the best epoch's weights in place.
 
-    Without validation (fit: train+valid) the last epoch is the best. Equal seeds give equal epochs on one machine.
-    Raises Diverged when the loss or a score is not finite.
+    With `checkpoints` it goes on where an earlier attempt was killed, and first yields again the epochs that this one got through: what
+    decides on pruning and early stopping hears all of them. Without validation (fit: train+valid) the last epoch is the best. Equal
+    seeds give equal epochs on one machine. Raises Diverged when the loss or a score is not finite, StorageError.
     """
     best = best if best is not None else Best()
-    validated = recipe.fit == "train"
     opt = optimizer(bench.net.parameters(), recipe)
     steps = recipe.epochs * len(batches(len(bench.train), recipe.batch_size, seed, 1, bench.train.lengths))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: factor(recipe, step, steps))
+    training = Training(bench.net, opt, schedule, room(bench.net, recipe.batch_size))
+    past = remembered(bench, training, recipe.batch_size, checkpoints)
+    epochs: list[Epoch] = []
     for number in range(1, min(recipe.epochs, recipe.stop_epoch or recipe.epochs) + 1):
-        start = time.monotonic()
-        loss = learn(bench, recipe, opt, schedule, seed, number)
-        pairs = best.latest = predictions(bench, bench.valid, recipe.batch_size) if validated else []
-        scores = bench.task.score(pairs) if validated else {}
-        if not math.isfinite(loss) or not all(map(math.isfinite, scores.values())):
-            raise Diverged(f"loss {loss:g} in epoch {number}")
-        epoch = Epoch(number, loss, scores, time.monotonic() - start)
-        if validated and (best.epoch is None or scores[bench.metric] > best.epoch.scores[bench.metric]):
-            best.epoch, best.pairs = epoch, pairs
-            best.weights = {k: v.detach().clone() for k, v in bench.net.state_dict().items()}
-        yield epoch
+        again = number <= len(past)
+        epoch, best.latest, weights = past[number - 1] if again else trained(bench, recipe, training, seed, number)
+        epochs.append(epoch)
+        if epoch.scores and (best.epoch is None or epoch.scores[bench.metric] > best.epoch.scores[bench.metric]):
+            best.epoch, best.pairs = epoch, best.latest
+            best.weights = weights if again else {k: v.detach().clone() for k, v in bench.net.state_dict().items()}
+        if checkpoints is not None and not again:
+            checkpoints.save(training, epochs, best.epoch.number if best.epoch else 0, best.weights)
+        yield replace(epoch, notes=taken(training.room.notes, checkpoints.notes if checkpoints is not None else []))
         if recipe.patience and best.epoch and number - best.epoch.number >= recipe.patience:
             break
     if best.epoch:
         bench.net.load_state_dict(best.weights)
+        if checkpoints is not None:
+            checkpoints.finish(bench.staged.model, bench.net)
 
 
-def learn(
-    bench: Bench,
-    recipe: Recipe,
-    opt: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    seed: int,
-    epoch: int,
-) -> float:
-    """One pass over the training examples; the mean loss, or the first that is not finite."""
-    torch.manual_seed(seed * 1_000_003 + epoch)  # dropout follows (seed, epoch), not what ran before
-    bench.net.train()
-    view = (epoch - 1) % bench.train.views if bench.train.views else epoch - 1
-    total = torch.zeros((), device=bench.place.device)
-    chunks = batches(len(bench.train), recipe.batch_size, seed, epoch, bench.train.lengths)
-    for step, index in enumerate(chunks):
-        batch = bench.train.take(index, view)
-        with bench.place.autocast():
-            loss = bench.task.loss(bench.net, batch)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(bench.net.parameters(), recipe.clip_norm)
-        opt.step()
-        schedule.step()
-        total += loss.detach() * len(index)
-        if step % 50 == 49 and not math.isfinite(float(total)):  # reading it waits for the GPU, so not at every step
-            break
-    return float(total) / len(bench.train)
+Ended = tuple[Epoch, Pairs, dict[str, Tensor]]
+"""An epoch, its predictions, and the weights after it. Of those remembered only the best one has them, the others none."""
 
 
-def batches(length: int, size: int, seed: int, epoch: int, lengths: Tensor | None = None) -> list[Tensor]:
-    """A permutation by (seed, epoch), in batches. A last batch of one joins the one before: BatchNorm needs two.
-
-    With `lengths`, examples of like length share a batch, so that little is padded: each run of `BUCKET` batches of the permutation
-    is sorted, cut, and the batches are shuffled.
-    """
-    generator = torch.Generator().manual_seed(seed * 7_368_787 + epoch)
-    order = torch.randperm(length, generator=generator)
-    if lengths is not None:
-        order = torch.cat([run[lengths[run].argsort(stable=True)] for run in torch.split(order, BUCKET * size)])
-    chunks = list(torch.split(order, size))
-    if len(chunks) > 1 and len(chunks[-1]) == 1:
-        chunks[-2:] = [torch.cat(chunks[-2:])]
-    if lengths is not None:
-        chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()]
-    return chunks
+def remembered(bench: Bench, training: Training, size: int, checkpoints: Checkpoints | None) -> list[Ended]:
+    """The epochs of an earlier attempt, after whose last one `training` then is."""
+    found = checkpoints.load(training) if checkpoints is not None else None
+    if found is None:
+        return []
+    best: tuple[Pairs, dict[str, Tensor]] = [], found.weights
+    if found.best:  # what it predicted is not kept, but predicted again
+        latest = {k: v.clone() for k, v in bench.net.state_dict().items()}
+        bench.net.load_state_dict(found.weights)
+        best = predictions(bench, bench.valid, min(size, training.room.size)), found.weights
+        bench.net.load_state_dict(latest)
+    return [(epoch, *(best if epoch.number == found.best else ([], {}))) for epoch in found.epochs]
 
 
-@torch.no_grad()
-def predictions(bench: Bench, source: Source, size: int) -> list[tuple[Any, Any]]:
-    """(prediction, truth) of each batch of `source`, in order, in eval mode."""
-    bench.net.eval()
-    pairs = []
-    for index in torch.split(torch.arange(len(source)), min(EVAL_BATCH, 4 * size)):
-        batch = source.take(index, 0)
-        with bench.place.autocast():
-            predicted = bench.task.predict(bench.net, batch.x)
-        pairs.append((predicted, batch.y))
-    return pairs
+def trained(bench: Bench, recipe: Recipe, training: Training, seed: int, number: int) -> Ended:
+    """One epoch more. Raises Diverged."""
+    start = time.monotonic()
+    loss = learn(bench, recipe, training, seed, number)
+    validated, size = recipe.fit == "train", min(recipe.batch_size, training.room.size)
+    pairs = predictions(bench, bench.valid, size) if validated else []
+    scores = bench.task.score(pairs) if validated else {}
+    if not math.isfinite(loss) or not all(map(math.isfinite, scores.values())):
+        raise Diverged(f"loss {loss:g} in epoch {number}")
+    return Epoch(number, loss, scores, time.monotonic() - start), pairs, {}
+
+
+def taken(*places: list[str]) -> tuple[str, ...]:
+    """What there is to say, once."""
+    found = tuple(note for notes in places for note in notes)
+    for notes in places:
+        notes.clear()
+    return found
 
 
 def check_batches(data: Data, run: Run) -> list[str]:

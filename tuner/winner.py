@@ -7,7 +7,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import torch
 import tuner
 from tuner import plugins
 from tuner.building import build, load, task_of
+from tuner.checkpoints import put
 from tuner.core import Data, Staged, Task
 from tuner.devices import place
-from tuner.errors import ExportMismatch, NoUsableTrial
+from tuner.errors import DataError, ExportMismatch, NoUsableTrial
 from tuner.files import disk_errors, fsync, sha256
+from tuner.learning import Bench, predictions
 from tuner.manifest import MANIFEST, Published, model_card, read
 from tuner.orders import Assignment, Crown, Epoch
 from tuner.portable import Portable
 from tuner.run import Run
-from tuner.trial import Bench, Best, Diverged, fit, predictions, prepare
+from tuner.trial import Best, Diverged, checkpoints_of, fit, prepare
 from tuner.wanted import Tree, leaves, wanted_of
 
 TOLERANCE = 1e-3
@@ -46,9 +48,11 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
         bench = prepare(a.run, place(a.engine, Path(a.home), slot), a.metric)
         best = Best()
         try:
-            for epoch in fit(bench, a.run.recipe, a.run.seed, best):
+            for epoch in [] if order.weights else retraining(a, bench, best):
                 if not report(epoch):
                     return None
+            if order.weights and not put(Path(order.weights), bench.staged.model, bench.net):
+                raise DataError(f"{order.weights}: damaged or of another model; remove it, and raise search.trials or retrain")
             tested = test(bench, a.run.recipe.batch_size)
         except Diverged as error:
             raise NoUsableTrial(f"training diverged ({error}); {WAY_OUT}") from None
@@ -56,6 +60,11 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
         staged, seconds = bench.staged, time.monotonic() - start
     staged.model.cpu().float().to(memory_format=torch.contiguous_format)
     return publish(order, Portable(staged, data.wanted).eval(), data, scores, seconds)
+
+
+def retraining(a: Assignment, bench: Bench, best: Best) -> Iterator[Epoch]:
+    """The winner's epochs; a training that was killed goes on."""
+    return fit(bench, a.run.recipe, a.run.seed, best, checkpoints_of(a.run, bench, Path(a.checkpoints) if a.checkpoints else None))
 
 
 def test(bench: Bench, size: int) -> dict[str, float]:
@@ -208,6 +217,7 @@ def describe(order: Crown, model: Portable, data: Data, scores: Mapping[str, Any
         "tuner": tuner.__version__,
         "study": order.study,
         "trial": order.trial,
+        "retrained": order.weights is None,
         "run": run.tree(),
         "run_digest": run.digest(),
         "data_digest": data.digest,

@@ -1,6 +1,5 @@
 """What workers do: survey a model, inspect data and weights, carry out a trial. Values in, values out."""
 
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from tuner.building import build, load, task_of
 from tuner.devices import place
 from tuner.files import offline
 from tuner.folds import crossed, folds_of
+from tuner.memory import out_of_memory, release
 from tuner.orders import Assignment, Epoch, Facts, Result, Survey
 from tuner.trial import Best, Diverged, check_batches
 from tuner.weights import is_path
@@ -60,7 +60,8 @@ def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:
     state: Literal["complete", "stopped", "diverged", "oom"] = "complete"
     reason = ""
     try:
-        for epoch in crossed(a.run, place(a.engine, Path(a.home), slot), a.metric, best):
+        there, checkpoints = place(a.engine, Path(a.home), slot), Path(a.checkpoints) if a.checkpoints else None
+        for epoch in crossed(a.run, there, a.metric, best, checkpoints, keep=a.keep):
             epochs.append(epoch)
             if not report(epoch):
                 state = "stopped"
@@ -68,7 +69,7 @@ def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:
     except Diverged as error:
         state, reason = "diverged", str(error)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         state, reason = "oom", str(error).splitlines()[0]
     if state == "oom":  # outside of the except block, whose traceback holds tensors
@@ -85,14 +86,4 @@ def show(a: Assignment, epochs: list[Epoch], best: Best) -> dict[str, bytes]:
     data = load(a.run, Path(a.home))
     task = task_of(a.run, data.classes)
     curve = figures.later("curve", losses=[e.loss for e in epochs], scores=[e.scores for e in epochs], metric=a.metric)
-    return {"curve.png": curve, **task.show(best.pairs, data)}
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return {"curve.png": curve, **(task.show(best.pairs, data) if best.pairs else {})}

@@ -1,0 +1,60 @@
+"""A batch that the memory does not hold at once is computed in parts, their gradients added up."""
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@dataclass
+class Room:
+    """How many examples the memory holds at once: `size`, halved whenever it runs out, never below `least`.
+
+    `notes` says of each halving, until someone takes it.
+    """
+
+    size: int
+    least: int = 1
+    notes: list[str] = field(default_factory=list)
+
+    def parts(self, index: Tensor) -> tuple[Tensor, ...]:
+        """`index` in parts of like length, of at most `size`, but of at least `least`."""
+        count = min(math.ceil(len(index) / self.size), max(1, len(index) // self.least))
+        return torch.tensor_split(index, count)
+
+
+def room(net: nn.Module, batch_size: int) -> Room:
+    """Room for whole batches, as long as nothing says otherwise; BatchNorm cannot train on one example."""
+    normed = any(isinstance(module, _BatchNorm) for module in net.modules())
+    return Room(batch_size + 1, 2 if normed else 1)  # the last batch may have one more
+
+
+def fitting(work: Callable[[], Tensor], room: Room, count: int) -> Tensor:
+    """What `work` gives, called again with half the room each time that the memory does not hold it; `count` is the examples it wants.
+
+    Raises what it raises at the last.
+    """
+    while True:
+        try:
+            return work()
+        except RuntimeError as error:
+            if not out_of_memory(error) or min(room.size, count) <= room.least:
+                raise
+        # out here, since the traceback, gone now, held what the failed attempt had computed
+        before, room.size = min(room.size, count), max(room.least, min(room.size, count) // 2)
+        room.notes.append(f"out of memory with {before} examples at once; batches go on in parts of {room.size}, their gradients added up")
+        release()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
