@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from tuner import plugins
+from tuner.engines import local as local_engine
 from tuner.jobs import Carry, Job, Outcome
 
 ENGINES = plugins.names("engine")
@@ -121,3 +124,111 @@ def test_leaving_the_engine_leaves_no_process() -> None:
         ended, _ = carry_all(carry, [Job(0, "tests.works:pid", None)])
     with pytest.raises(ProcessLookupError), contextlib.suppress(PermissionError):
         os.kill(ended[0][1].value, 0)
+
+
+# -- workers that fall silent
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Carry]:
+    """The local engine, whose workers may be silent for a second."""
+    with plugins.attribute("engine", "local")(silence=1.0) as carry:
+        yield carry
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_stopped_worker_is_given_up_another_takes_over_and_it_never_comes_back(strict: Carry) -> None:
+    ended, heard = carry_all(strict, [Job(0, "tests.works:stop", 5), Job(1, "tests.works:count", 2)])
+    assert [(o.kind, o.reason, o.value) for _, o in ended] == [("lost", "worker silent for 1 s", None), ("done", "", 2)]
+    zombie, *rest = heard
+    assert rest == [1, 2]  # of the second job alone
+    with pytest.raises(ProcessLookupError):
+        os.kill(zombie, signal.SIGCONT)
+
+
+def test_a_worker_that_computes_without_a_word_is_not_taken_for_a_silent_one(strict: Carry) -> None:
+    ended, _ = carry_all(strict, [Job(0, "tests.works:sleep", 2.5), Job(1, "tests.works:pid", None)])
+    assert [o.kind for _, o in ended] == ["done", "done"] and ended[0][1].value == ended[1][1].value
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_was_busy_for_long_takes_nobody_for_silent(strict: Carry) -> None:
+    def report(job: Job, value: Any) -> bool:
+        heard.append(value)
+        if len(heard) == 1:
+            time.sleep(2.5)  # no look in this time
+        return True
+
+    jobs, heard = iter([Job(0, "tests.works:ticks", 4)]), list[Any]()
+    ended: list[Outcome] = []
+    strict(lambda: next(jobs, None), report, lambda job, outcome: ended.append(outcome), lambda: True, 1)
+    assert [o.kind for o in ended] == ["done"] and len(heard) == 4
+
+
+def test_a_zombie_whose_pipe_is_closed_stops_itself() -> None:
+    worker = local_engine.hire(0, 1.0)
+    worker.pipe.send((Job(0, "tests.works:ticks", 1000), 1))
+    while worker.pipe.recv()[0] != "report":
+        pass
+    os.kill(worker.process.pid or 0, signal.SIGSTOP)
+    worker.pipe.close()  # its job has gone to another
+    os.kill(worker.process.pid or 0, signal.SIGCONT)
+    worker.process.join(20)
+    assert worker.process.exitcode == 0
+
+
+COORDINATOR = """
+from tuner import plugins
+from tuner.jobs import Job
+if __name__ == "__main__":
+    def report(job, value):
+        print(value[0], flush=True)
+        return True
+    jobs, ended = iter([Job(0, "tests.works:ticks", 15)]), []
+    with plugins.attribute("engine", "local")(silence=2.0) as carry:
+        carry(lambda: next(jobs, None), report, lambda job, outcome: ended.append(outcome.kind), lambda: True, 1)
+    print(*ended)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [False, True])
+def test_a_coordinator_that_was_stopped_finds_its_workers_waiting(both: bool, tmp_path: Path) -> None:
+    """Stopped for longer than a worker may be silent; `both`: the worker too, and it goes on a little later."""
+    (tmp_path / "coordinator.py").write_text(COORDINATOR)
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "coordinator.py"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        stopped = [process.pid, worker] if both else [process.pid]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(4)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.5)
+        *said, end = process.stdout.read().splitlines()
+    assert end == "done" and said == [str(worker)] * 14  # each report once, all from the same worker
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_does_not_outlive_its_coordinator(tmp_path: Path) -> None:
+    (tmp_path / "coordinator.py").write_text(COORDINATOR)
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "coordinator.py"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        os.kill(worker, signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 10
+        while not gone(worker) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert gone(worker)

@@ -1,6 +1,7 @@
 """What the engine tests have workers do, and a model that diverges."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -61,3 +62,24 @@ def linear(outputs: int) -> Any:
     from torch import nn
 
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, outputs))
+
+
+def stop(argument: int, report: Callable[[Any], bool], slot: int) -> int:
+    """Reports its process, stops it, and reports up to `argument` times more once it goes on."""
+    report(os.getpid())
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return count(argument, report, slot)
+
+
+def sleep(argument: float, report: Callable[[Any], bool], slot: int) -> int:
+    """Says nothing for so many seconds."""
+    time.sleep(argument)
+    return os.getpid()
+
+
+def ticks(argument: int, report: Callable[[Any], bool], slot: int) -> int:
+    """Reports (its process, a count) five times a second."""
+    for i in range(argument):
+        report((os.getpid(), i))
+        time.sleep(0.2)
+    return os.getpid()

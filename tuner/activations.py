@@ -79,7 +79,8 @@ def _leaf(path: Path, leaf: Leaf, length: int) -> Tensor:
 
 
 def fits_on_gpu(values: dict[str, Tensor], device: torch.device) -> bool:
-    free, _ = torch.cuda.mem_get_info(device)
+    free, whole = torch.cuda.mem_get_info(device)
+    free = min(free, int(whole * torch.cuda.get_per_process_memory_fraction(device)))  # of a GPU that is shared, this worker's part
     return sum(v.nbytes for v in values.values()) < 0.25 * free
 
 

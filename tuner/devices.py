@@ -1,5 +1,6 @@
 """The device a run is carried out on, its precision, and the cache beside it."""
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,11 @@ class Place:
 
 
 def place(engine: Engine, home: Path, slot: int = 0) -> Place:
-    """Where the worker in `slot` computes. Raises StorageError when the device asked for is not there."""
-    device = _device(engine.device, slot)
+    """Where the worker in `slot` computes: the GPUs in use are dealt out in turn. Raises StorageError when the device asked for is not there."""
+    found = gpus(engine)
+    device = torch.device("cuda", found[slot % len(found)]) if found else _other(engine.device)
+    if found:
+        _share_memory(engine, device, len(found))
     precision = engine.precision
     if precision == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -33,19 +37,40 @@ def place(engine: Engine, home: Path, slot: int = 0) -> Place:
     return Place(home, device, precision, Limits(home, engine.cache_gb, engine.cache))
 
 
-def _device(wanted: str, slot: int) -> torch.device:
+def gpus(engine: Engine) -> tuple[int, ...]:
+    """The numbers of the GPUs in use; none where the device is another. Raises StorageError when one asked for is not there."""
+    kind, _, number = engine.device.partition(":")
+    if kind not in ("auto", "cuda"):
+        return ()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0 and kind == "cuda":
+        raise StorageError(f"engine.device: {engine.device}, but torch {torch.__version__} sees no GPU here; use auto or cpu")
+    if count == 0 and engine.gpus is not None:
+        raise StorageError(f"engine.gpus: {engine.gpus}, but torch {torch.__version__} sees no GPU here; leave gpus out")
+    if number:
+        wanted = [int(number)]
+    elif isinstance(engine.gpus, list):
+        wanted = engine.gpus
+    else:
+        wanted = list(range(engine.gpus or count))
+    if max(wanted, default=-1) >= count:
+        asked = f"device: {engine.device}" if number else f"gpus: {engine.gpus}"
+        there = "1 GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
+        raise StorageError(f"engine.{asked}, but torch sees {there}")
+    return tuple(wanted)
+
+
+def _share_memory(engine: Engine, device: torch.device, count: int) -> None:
+    """Keeps a worker that shares its GPU within its part: out of memory is then its own doing, and not its neighbour's."""
+    workers = engine.workers if isinstance(engine.workers, int) else 1
+    sharing = max(engine.per_gpu, math.ceil(workers / count))
+    if sharing > 1:
+        torch.cuda.set_per_process_memory_fraction(1 / sharing, device)
+
+
+def _other(wanted: str) -> torch.device:
     if wanted == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", slot % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    kind, _, number = wanted.partition(":")
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise StorageError(f"engine.device: {wanted}, but torch {torch.__version__} sees no GPU here; use auto or cpu")
-        if number and int(number) >= count:
-            raise StorageError(f"engine.device: {wanted}, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")
-        return torch.device("cuda", int(number) if number else slot % count)
-    if kind == "mps" and not torch.backends.mps.is_available():
+    if wanted == "mps" and not torch.backends.mps.is_available():
         raise StorageError("engine.device: mps, but torch sees no Apple GPU here; use auto or cpu")
-    return torch.device(kind)
+    return torch.device(wanted)

@@ -1,11 +1,13 @@
-"""What a process asks of the machine before torch is loaded: memory that stays, and threads that wait as the load allows."""
+"""What a process asks of the machine before torch is loaded: memory that stays, threads that wait as the load allows, an end."""
 
 import ctypes
 import os
+import signal
 import time
 from pathlib import Path
 
 LOOKS, BETWEEN = 10, 0.01  # seconds
+PR_SET_PDEATHSIG = 1  # prctl.h of Linux
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 KEEP, PAD = 2**31 - 1, 64 * 2**20  # bytes
 
@@ -21,6 +23,18 @@ def keep_memory() -> bool:
     except (OSError, AttributeError, TypeError):  # no glibc
         return False
     return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, KEEP), mallopt(M_TOP_PAD, PAD)])
+
+
+def end_with_parent() -> bool:
+    """Has the kernel kill this process when the thread that started it ends, however it ends. False where no kernel does.
+
+    A stopped process cannot see to that itself: it would outlive a killed parent for ever.
+    """
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError, TypeError):  # no Linux
+        return False
+    return bool(prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL)) == 0)
 
 
 def quiet_threads() -> None:

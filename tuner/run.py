@@ -118,11 +118,25 @@ class Search(Section):
     keep: int = Field(3, ge=0, le=1000, description="trials whose best epoch's weights stay on the disk: the best so many")
 
 
+def _gpus(value: int | list[int] | None) -> int | list[int] | None:
+    if isinstance(value, int) and value < 1:
+        raise ValueError("write how many GPUs, at least 1, or their numbers, such as [0, 2]; for none, device: cpu")
+    if isinstance(value, list) and (not value or min(value) < 0 or len(set(value)) < len(value)):
+        raise ValueError("write the GPUs' numbers, each once and from 0, such as [0, 2]")
+    return value
+
+
 class Engine(Section):
     """Where trials are carried out."""
 
     name: str = Field("local", description="inline, local")
-    workers: int | Literal["auto"] = Field("auto", description="auto: one per GPU, or one on the CPU")
+    workers: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = Field(
+        "auto", description="auto: per_gpu for each GPU, or one on the CPU"
+    )
+    gpus: Annotated[int | list[int] | None, AfterValidator(_gpus)] = Field(
+        None, description="how many of a machine's GPUs, or a list of their numbers; null: all"
+    )
+    per_gpu: int = Field(1, ge=1, le=64, description="workers that share a GPU, each with its part of the memory")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 autocast on GPUs that have it")
     cache: Literal["auto", "always", "never"] = Field("auto", description="remember what frozen stages compute")

@@ -56,11 +56,9 @@ class Stopping:
 
 
 def workers_of(space: Space, gpus: int) -> int:
-    """One per GPU, or one on the CPU, unless the file says otherwise."""
-    wanted = space.settings.engine.workers
-    if isinstance(wanted, int):
-        return wanted
-    return max(1, gpus) if space.settings.engine.device in ("auto", "cuda") else 1
+    """`per_gpu` for each of the GPUs in use, or one on the CPU, unless the file says otherwise."""
+    engine = space.settings.engine
+    return engine.workers if isinstance(engine.workers, int) else max(1, gpus * engine.per_gpu)
 
 
 def open_coordinator(s: Session, folder: Path, data_digest: str) -> Coordinator:

@@ -19,6 +19,7 @@ def settings(draft: Draft) -> Settings | None:
     plain(draft, "search", Search)
     plain(draft, "engine", Engine)
     known(draft, "engine", ("engine", "name"), draft.values.get(("engine", "name"), "local"))
+    sharing(draft)
     study_name(draft)
     metric(draft)
     storage, formats = database(draft), export(draft)
@@ -36,10 +37,24 @@ def plain(draft: Draft, section: str, schema: type[Search] | type[Engine]) -> No
     if written is not None and not isinstance(written, dict):
         draft.wrong((section,), f"expected a mapping of keys, got {kind(written)}")
     given = written if isinstance(written, dict) else {}
-    several = [key for key, value in given.items() if isinstance(value, (list, dict)) and key in schema.model_fields]
+    known_keys = schema.model_fields
+    several = [
+        key
+        for key, value in given.items()
+        if key in known_keys and (isinstance(value, dict) or (isinstance(value, list) and not fields.is_sequence(known_keys[key])))
+    ]
     for key in several:
         draft.wrong((section, key), f"{section} holds no ranges or choices; expected one value, got {kind(given[key])}")
     leaves.section(draft, (section,), {k: v for k, v in given.items() if k not in several}, schema.model_fields)
+
+
+def sharing(draft: Draft) -> None:
+    """`gpus` and `per_gpu` say nothing where the device is no GPU, or one by its number."""
+    device, gpus, share = (draft.values.get(("engine", key)) for key in ("device", "gpus", "per_gpu"))
+    if gpus is not None and device not in ("auto", "cuda"):
+        draft.wrong(("engine", "gpus"), f"which GPUs is already said by device: {device}; keep one of the two, or write device: cuda")
+    if isinstance(share, int) and share > 1 and device in ("cpu", "mps"):
+        draft.wrong(("engine", "per_gpu"), f"is for GPUs, and device is {device}; for several workers write workers: {share}")
 
 
 def known(draft: Draft, what: str, path: tuple[str | int, ...], name: Any) -> None:

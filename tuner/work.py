@@ -9,7 +9,7 @@ import torch
 
 from tuner import figures
 from tuner.building import build, load, task_of
-from tuner.devices import place
+from tuner.devices import gpus, place
 from tuner.files import offline
 from tuner.folds import crossed, folds_of
 from tuner.memory import out_of_memory, release
@@ -19,14 +19,14 @@ from tuner.weights import is_path
 
 
 def survey(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Survey:
-    """How deep each model can be frozen, and how many workers this machine feeds. Nothing is fetched or written."""
+    """How deep each model can be frozen, and how many GPUs are used. Nothing is fetched or written."""
     depths: dict[str, int] = {}
     for a in assignments:
         place(a.engine, Path(a.home), slot)  # names a missing device before anything else happens
         run = a.run.without_weights()
         staged = build(run, Path(a.home), 2)
         depths[a.run.model.name] = staged.max_depth
-    return Survey(depths, gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return Survey(depths, gpus=len(gpus(assignments[0].engine)))
 
 
 def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Facts:
