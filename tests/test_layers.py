@@ -17,6 +17,7 @@ VALUES = [
     "document",
     "crash",
     "files",
+    "entries",
     "run",
     "plugins",
     "fields",

@@ -8,6 +8,7 @@ import optuna
 
 from tuner import history, manifest, storage
 from tuner.artifacts import Artifacts
+from tuner.files import sweep
 from tuner.manifest import Published
 from tuner.report import Console
 from tuner.run import Run
@@ -26,6 +27,7 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
         facts = s.inspect()
         folder = places.folder(space)
         with storage.lock(folder), storage.database_errors(storage.shown(s.settings.storage, folder)):
+            sweep(folder)  # what a killed search left
             coordinator = open_coordinator(s, folder, facts.digest)
             before = coordinator.closed
             workers = workers_of(space, survey.gpus)

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner import errors, history
 from tuner.asking import Asker
+from tuner.crash import crash
 from tuner.errors import NoUsableTrial, TunerError
 from tuner.history import ATTEMPT, BEST_EPOCH, DEFAULT, FINAL, REASON, ROOT, SAME_AS, SCORES, TRACE, key_of
 from tuner.jobs import Job, Outcome
@@ -94,6 +95,7 @@ class Coordinator:
         waiting = [t for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if t.user_attrs.get(ROOT) == marks[ROOT]]
         if not waiting:
             self.study.enqueue_trial(params, user_attrs=marks)
+        crash("search.requeued")
         self.fail(number, reason)
 
     def again(self, live: Live, reason: str, *, count: bool) -> None:
@@ -102,6 +104,7 @@ class Coordinator:
     def fail(self, number: int, reason: str) -> None:
         storage, trial_id = self.study._storage, self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
         storage.set_trial_user_attr(trial_id, REASON, reason)
+        crash("search.failing")
         self.study.tell(number, state=TrialState.FAIL)
 
     # -- what an engine calls
@@ -112,6 +115,7 @@ class Coordinator:
             trial = self.asker.ask(self.roots)
             if trial is None:
                 return None
+            crash("search.asked")
             live = self.begin(trial)
             if live is not None:
                 return Job(trial.number, "tuner.work:carry", self.order(live.run))
@@ -132,6 +136,7 @@ class Coordinator:
         with self.study.window():
             run = self.space.sample(trial, seed=mix(self.search.seed, root))
         self.study.write(trial, now=True)
+        crash("search.drawn")
         twin = self.known.get(key_of(trial.params))
         if twin is not None:
             self.repeat(trial, run, twin)
@@ -149,6 +154,7 @@ class Coordinator:
         trial.set_user_attr(SAME_AS, twin)
         for step, value in sorted(found.intermediate_values.items()):
             trial.report(value, step)
+        crash("search.repeating")
         values = found.values if found.state == TrialState.COMPLETE else None
         ended = self.study.tell(trial.number, values, found.state)
         self.closed += 1
@@ -160,6 +166,7 @@ class Coordinator:
         live.trial.report(epoch.scores[str(self.search.metric)], epoch.number)
         self.listener.epoch(live, epoch)
         self.study.write(live.trial)
+        crash("search.reported")
         live.pruned = not live.default and self.study.prunes(live.trial)  # what all are compared with is seen to its end
         return not (live.pruned or self.stopping())
 
@@ -193,11 +200,13 @@ class Coordinator:
         if result.state in ("diverged", "oom"):
             trial.set_user_attr(REASON, f"{result.state}: {result.reason}")
         self.listener.files(trial, live.run, result)  # artifacts can be attached only while a trial is running
+        crash("search.files")
         if result.state == "complete":
             ended = self.study.tell(number, result.epochs[result.best - 1].scores[str(self.search.metric)])
             self.failures.clear()
         else:
             ended = self.study.tell(number, state=TrialState.PRUNED)
+        crash("search.told")
         self.closed += 1
         self.known.setdefault(key_of(trial.params), number)
         self.listener.ended(ended, live.run, result)

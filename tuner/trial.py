@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,14 +17,16 @@ from tuner import cache
 from tuner.building import Ready, built, load, task_of
 from tuner.core import Data, Source, Staged, Task
 from tuner.devices import Place
+from tuner.entries import hold, seal, tidy
 from tuner.errors import DataError, SpaceError
-from tuner.files import atomic_path, disk_errors
+from tuner.files import atomic_folder, disk_errors, lock_of, locked
 from tuner.optim import factor, optimizer
 from tuner.orders import Epoch
 from tuner.run import Recipe, Run
 
 EVAL_BATCH = 64  # at most; and no more than four training batches, which memory is sized for
 BUCKET = 32  # batches whose examples are sorted by length together
+PROBED = "head.safetensors"
 PROBE = Recipe(optimizer="adamw", lr=1e-3, epochs=20, batch_size=64, schedule="cosine", head="fresh")
 
 
@@ -92,19 +93,24 @@ def probe(head: nn.Module, folder: Path, key: str, training: Callable[[], Iterat
     Linear probing before fine-tuning: the gradients of a random head would distort what the other stages have learnt
     (Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022).
     """
-    path = folder / f"{hashlib.sha256(f'2 {key}'.encode()).hexdigest()[:32]}.safetensors"
-    try:
-        head.load_state_dict(load_file(path))
-    except (FileNotFoundError, SafetensorError, RuntimeError):
-        for linear in [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]:
-            nn.init.zeros_(linear.weight)  # a head drawn at random is a guess that the probe would have to unlearn
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        deque(training(), maxlen=0)
-        with disk_errors(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
-                save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary)
+    place = folder / hashlib.sha256(f"3 {key}".encode()).hexdigest()[:32]
+    held = hold(place)
+    if held is not None:
+        head.load_state_dict(load_file(place / PROBED))
+        return
+    for linear in [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]:
+        nn.init.zeros_(linear.weight)  # a head drawn at random is a guess that the probe would have to unlearn
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    deque(training(), maxlen=0)
+    with disk_errors(place):
+        folder.mkdir(parents=True, exist_ok=True)
+        tidy(folder, 0.0)
+        with locked(lock_of(place)):
+            if hold(place) is None:  # another worker may have made it meanwhile
+                with atomic_folder(place, what="probe") as temporary:
+                    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary / PROBED)
+                    seal(temporary)
 
 
 def fit(bench: Bench, recipe: Recipe, seed: int, best: Best | None = None) -> Iterator[Epoch]:

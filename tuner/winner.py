@@ -17,6 +17,7 @@ import tuner
 from tuner import plugins
 from tuner.building import build, load, task_of
 from tuner.core import Data, Staged, Task
+from tuner.crash import crash
 from tuner.devices import place
 from tuner.errors import ExportMismatch, NoUsableTrial
 from tuner.files import disk_errors, fsync, sha256
@@ -125,12 +126,14 @@ def publish(order: Crown, model: Portable, data: Data, scores: Mapping[str, Any]
             manifest["exports"] = save_all(order, model, data, Published(temporary, manifest))
             (temporary / "model.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
             (temporary / "MODEL_CARD.md").write_text(model_card(manifest))
+            crash("export.filled")
             written = sorted(p for p in temporary.rglob("*") if p.is_file())
             manifest["files"] = {str(p.relative_to(temporary)): sha256(p) for p in written}
             for path in written:
                 fsync(path)
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False))  # last: it vouches for the rest
             fsync(temporary / MANIFEST)
+            crash("export.written")
             temporary.chmod(0o755)
             replace(temporary, folder)
         finally:
@@ -144,7 +147,9 @@ def replace(new: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
+        crash("export.moved")
     new.rename(folder)
+    crash("export.renamed")
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
