@@ -4,6 +4,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,15 +103,19 @@ def ended_alike(folder: Path, calm: Path) -> None:
     found, expected = manifest.read(folder / "studies/s/export"), manifest.read(calm / "studies/s/export")  # raises on a file that differs
     assert found is not None and expected is not None
     assert found.manifest["files"]["model.safetensors"] == expected.manifest["files"]["model.safetensors"]
-    first, second = ((where / "studies/s/best.yaml").read_text().splitlines()[1:] for where in (folder, calm))
-    assert first == second  # but for the trial's number, which retries take
+    assert chosen(folder) == chosen(calm)
     with contextlib.closing(sqlite3.connect(folder / "studies/s/study.db")) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert [str(path) for path in folder.rglob(".*") if path.suffix in (".tmp", ".old")] == []
 
 
+def chosen(folder: Path) -> list[str]:
+    """best.yaml, but for the trial's number, which retries take, and the engine."""
+    return [line for line in (folder / "studies/s/best.yaml").read_text().splitlines()[1:] if not line.startswith("engine:")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("point", [*PASSED, "file.begun:2", "file.renamed:2", "search.drawn:3", "activations.filled:3", "search.told:6"])
+@pytest.mark.parametrize("point", [*PASSED, "file.begun:2", "file.renamed:2", "search.drawn:3", "activations.filled:3", "search.told:4"])
 def test_27_killed_at_a_point_and_started_again_a_study_ends_as_the_calm_one(
     point: str, forking: Forks, calm: Path, tmp_path: Path
 ) -> None:
@@ -141,8 +146,7 @@ def test_27_killed_again_while_the_first_kill_is_mended(point: str, forking: For
 def test_27_killed_while_an_export_is_replaced_the_old_or_the_new_one_is_there(
     point: str, forking: Forks, calm: Path, tmp_path: Path
 ) -> None:
-    begun(tmp_path)
-    assert forking.tuner(tmp_path, "run", "study.yaml")[0] == 0
+    shutil.copytree(calm, tmp_path, dirs_exist_ok=True)
     words = ("export", "s", "--format", "torch_export")
     code, said = forking.tuner(tmp_path, *words, TUNER_CRASH_AT=point)
     assert code == 137, f"{point} was not passed: {said}"
@@ -155,21 +159,17 @@ def test_27_killed_while_an_export_is_replaced_the_old_or_the_new_one_is_there(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", ["activations.filled", "export.written"])
+@pytest.mark.parametrize("point", ["activations.filled:2", "export.written"])
 def test_27_a_worker_that_dies_at_a_point_is_noticed_and_replaced(point: str, forking: Forks, calm: Path, tmp_path: Path) -> None:
     begun(tmp_path)
-    # the last entry: the worker that comes after has only that one to fill, and lives
-    count = len([path for path in (calm / "home/activations").iterdir() if path.is_dir()])
-    at = f"{point}:{count - 2}" if point == "activations.filled" else point
-    code, said = forking.tuner(tmp_path, "run", "study.yaml", "engine.name=local", TUNER_CRASH_AT=at)
-    if point == "activations.filled":
-        assert (code, said.count("worker ended with exit code 137")) == (0, 0), said
-        reasons = failures(tmp_path)
-        assert reasons == ["worker ended with exit code 137"]
-    else:
+    code, said = forking.tuner(tmp_path, "run", "study.yaml", "engine.name=local", TUNER_CRASH_AT=point)
+    lost = failures(tmp_path)
+    if point.startswith("activations"):  # each worker that comes after has fewer entries left to fill, and gets further
+        assert lost and set(lost) == {"worker ended with exit code 137"}
+    if code != 0:  # it died while the winner was made
         assert code == 3 and "a worker died" in said and "exit code 137" in said
         code, said = forking.tuner(tmp_path, "run", "study.yaml", "engine.name=local")
-        assert code == 0, said
+    assert code == 0, said
     ended_alike(tmp_path, calm)
 
 

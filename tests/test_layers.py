@@ -90,6 +90,7 @@ SEARCH = [
     "running",
     "dashboard",
     "exporting",
+    "cleaning",
     "waiting",
     "cli",
 ]

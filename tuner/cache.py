@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tuner.activations import Entry, Reader, Writer, channels_last, truth
 from tuner.core import Batch, Source, digest_of
-from tuner.entries import hold, make_room
+from tuner.entries import hold, make_room, opened
 from tuner.files import atomic_folder, atomic_path, disk_errors, lock_of, locked, sweep
 from tuner.wanted import Tree, leaves
 
@@ -178,18 +178,10 @@ class Remembered:
     def _open(self, view: int) -> Reader:
         depth = len(self.live.prefix.stages)
         place = self.place(depth, view)
-        held = hold(place)
-        if held is None:
-            with locked(lock_of(place)):
-                held = hold(place)
-                if held is None:
-                    sweep(self.folder)
-                    try:
-                        self._fill(depth, view)
-                    except NoRoom:
-                        return lambda index: self.live.take(index, view)
-                    held = hold(place, written=True)
-        assert held is not None  # nobody removes what its lock's holder has just made
+        try:
+            held = opened(place, lambda: self._fill(depth, view))
+        except NoRoom:
+            return lambda index: self.live.take(index, view)
         return Entry(held, len(self), self.device, into_memory=True)
 
     def _fill(self, depth: int, view: int) -> None:
@@ -197,6 +189,7 @@ class Remembered:
 
         Raises NoRoom.
         """
+        sweep(self.folder)
         begin, take = self._begin(depth, view)
         writers: dict[int, Writer] = {}
         with ExitStack() as stack:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tuner.files import lock_of, locked, sha256, sweep
@@ -35,16 +35,30 @@ def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
     (folder / SUMS).write_text(json.dumps({name: known.get(name) or sha256(folder / name) for name in names}))
 
 
+def opened(folder: Path, make: Callable[[], None]) -> Held:
+    """The entry in `folder`, made where there is none, or a damaged one, which is said on stderr; by one process where several ask."""
+    held = hold(folder)
+    if held is None:
+        with locked(lock_of(folder)):
+            held = hold(folder)
+            if held is None:
+                if folder.is_dir():
+                    warning = f"{folder} is damaged ({wrong_with(folder) or 'locked'}); it is made anew"
+                    print(f"tuner: warning: {warning}", file=sys.stderr, flush=True)
+                make()
+                held = hold(folder, written=True)
+    assert held is not None  # nobody removes what its lock's holder has just made
+    return held
+
+
 def hold(folder: Path, *, written: bool = False) -> Held | None:
-    """The entry in `folder`, checked when this process opens it first. None: there is none, or a damaged one, which is said on stderr.
+    """The entry in `folder`, checked when this process opens it first. None: there is none, or a damaged one.
 
     `written`: by this process just now, so that it need not be read again.
     """
     try:
         handle = os.open(folder / SUMS, os.O_RDONLY)
     except OSError:
-        if folder.is_dir():
-            _warn(folder, f"{SUMS} is missing")
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -53,17 +67,11 @@ def hold(folder: Path, *, written: bool = False) -> Held | None:
     except (BlockingIOError, FileNotFoundError):  # it is being removed
         os.close(handle)
         return None
-    problem = wrong_with(folder, written=written)
-    if problem:
+    if wrong_with(folder, written=written):
         os.close(handle)
-        _warn(folder, problem)
         return None
     os.utime(folder)
     return Held(folder, handle)
-
-
-def _warn(folder: Path, problem: str) -> None:
-    print(f"tuner: warning: {folder} is damaged ({problem}); it is made anew", file=sys.stderr, flush=True)
 
 
 def wrong_with(folder: Path, *, written: bool = False) -> str:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tuner import decoding
 from tuner.decoding import Picture
-from tuner.entries import Held, hold, seal, tidy
+from tuner.entries import Held, opened, seal, tidy
 from tuner.errors import DataError
-from tuner.files import atomic_folder, disk_errors, lock_of, locked
+from tuner.files import atomic_folder, disk_errors
 from tuner.wanted import Preprocess
 
 FORMAT = 4  # of the stored files; another number is another store
@@ -64,14 +64,7 @@ def store(home: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_ba
     folder = home / "images" / _key(pictures, preprocess, reading)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        held = hold(folder)
-        if held is None:
-            with locked(lock_of(folder)):
-                held = hold(folder)
-                if held is None:
-                    _build(folder, pictures, preprocess, on_bad_image, reading)
-                    held = hold(folder, written=True)
-        assert held is not None  # nobody removes what its lock's holder has just made
+        held = opened(folder, lambda: _build(folder, pictures, preprocess, on_bad_image, reading))
         meta = json.loads((folder / "meta.json").read_text())
     pixels = torch.from_file(str(folder / "pixels.bin"), shared=False, size=math.prod(meta["shape"]), dtype=torch.uint8)
     warnings = _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tuner.activations import Writer, mapped
 from tuner.core import Batch
-from tuner.entries import Held, hold, tidy
+from tuner.entries import Held, opened, tidy
 from tuner.errors import DataError, SpaceError
-from tuner.files import atomic_folder, disk_errors, lock_of, locked, sha256
+from tuner.files import atomic_folder, disk_errors, sha256
 from tuner.wanted import Tokens, Tree, Wanted
 
 FORMAT = 1  # of the stored files; another number is another store
@@ -155,14 +155,7 @@ def store(home: Path, wanted: Tokens, texts: Sequence[str], second: Sequence[str
     folder = home / "tokens" / key
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        held = hold(folder)
-        if held is None:
-            with locked(lock_of(folder)):
-                held = hold(folder)
-                if held is None:
-                    _build(folder, wanted, texts, second)
-                    held = hold(folder, written=True)
-        assert held is not None  # nobody removes what its lock's holder has just made
+        held = opened(folder, lambda: _build(folder, wanted, texts, second))
         note = json.loads((folder / "note.json").read_text())
     leaves = mapped(held, len(texts))
     return Encoded(held, leaves, length_of(leaves["attention_mask"]), note["cut"], key)

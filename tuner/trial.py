@@ -17,9 +17,9 @@ from tuner import cache
 from tuner.building import Ready, built, load, task_of
 from tuner.core import Data, Source, Staged, Task
 from tuner.devices import Place
-from tuner.entries import hold, seal, tidy
+from tuner.entries import opened, seal, tidy
 from tuner.errors import DataError, SpaceError
-from tuner.files import atomic_folder, disk_errors, lock_of, locked
+from tuner.files import atomic_folder, disk_errors
 from tuner.optim import factor, optimizer
 from tuner.orders import Epoch
 from tuner.run import Recipe, Run
@@ -94,23 +94,22 @@ def probe(head: nn.Module, folder: Path, key: str, training: Callable[[], Iterat
     (Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022).
     """
     place = folder / hashlib.sha256(f"3 {key}".encode()).hexdigest()[:32]
-    held = hold(place)
-    if held is not None:
-        head.load_state_dict(load_file(place / PROBED))
-        return
-    for linear in [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]:
-        nn.init.zeros_(linear.weight)  # a head drawn at random is a guess that the probe would have to unlearn
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
-    deque(training(), maxlen=0)
+
+    def make() -> None:
+        for linear in [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]:
+            nn.init.zeros_(linear.weight)  # a head drawn at random is a guess that the probe would have to unlearn
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        deque(training(), maxlen=0)
+        tidy(folder, 0.0)
+        with atomic_folder(place, what="probe") as temporary:
+            save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary / PROBED)
+            seal(temporary)
+
     with disk_errors(place):
         folder.mkdir(parents=True, exist_ok=True)
-        tidy(folder, 0.0)
-        with locked(lock_of(place)):
-            if hold(place) is None:  # another worker may have made it meanwhile
-                with atomic_folder(place, what="probe") as temporary:
-                    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary / PROBED)
-                    seal(temporary)
+        held = opened(place, make)
+    head.load_state_dict(load_file(held.folder / PROBED))
 
 
 def fit(bench: Bench, recipe: Recipe, seed: int, best: Best | None = None) -> Iterator[Epoch]:

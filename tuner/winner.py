@@ -21,7 +21,7 @@ from tuner.crash import crash
 from tuner.devices import place
 from tuner.errors import ExportMismatch, NoUsableTrial
 from tuner.files import disk_errors, fsync, sha256
-from tuner.manifest import MANIFEST, Published, model_card, read
+from tuner.manifest import MANIFEST, Published, model_card, read, recover
 from tuner.orders import Assignment, Crown, Epoch
 from tuner.portable import Portable
 from tuner.run import Run
@@ -152,15 +152,6 @@ def replace(new: Path, folder: Path) -> None:
     crash("export.renamed")
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(folder: Path) -> None:
-    """Undoes what a killed export left: the older export comes back, half-written ones go."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for rest in [old, *folder.parent.glob(".export-*.tmp")]:
-        shutil.rmtree(rest, ignore_errors=True)
 
 
 def samples(data: Data) -> Tree:
