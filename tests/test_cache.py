@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tuner.activations import make_room
 from tuner.cache import Limits, Live, Prefix, Remembered, names_of, through
 from tuner.core import Batch
+from tuner.entries import make_room
 
 
 class Counting:

@@ -53,14 +53,20 @@ def test_a_real_write_limit_is_a_full_disk(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert str(error.value) == f"disk full while writing {path} (File too large); free some space and run the same command"
+    assert (
+        str(error.value)
+        == f"disk full while writing {path} (File too large); free some space, such as by `tuner clean`, and run the same command"
+    )
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, "disk full while writing a (No space left on device); free some space and run the same command"),
+        (
+            errno.ENOSPC,
+            "disk full while writing a (No space left on device); free some space, such as by `tuner clean`, and run the same command",
+        ),
         (errno.EROFS, "cannot write a: Read-only file system"),
         (errno.EACCES, "cannot write a: Permission denied"),
     ],

@@ -17,6 +17,7 @@ VALUES = [
     "document",
     "crash",
     "files",
+    "entries",
     "run",
     "plugins",
     "fields",
@@ -93,6 +94,7 @@ SEARCH = [
     "running",
     "dashboard",
     "exporting",
+    "cleaning",
     "waiting",
     "cli",
 ]

@@ -12,6 +12,7 @@ from tests.conftest import SMALL
 from tuner import document, parsing, trial
 from tuner.building import build
 from tuner.devices import Place, place
+from tuner.entries import entries
 from tuner.run import Engine, Part, Run
 from tuner.trial import fit, predictions, prepare
 
@@ -53,7 +54,7 @@ def test_a_trial_begins_where_linear_probing_ends(here: Place, trainings: list[i
     fresh, probed = prepare(run(head="fresh"), here, "accuracy"), prepare(run(), here, "accuracy")
     assert len(trainings) == trial.PROBE.epochs  # for the second alone
     assert accuracy(probed) > accuracy(fresh)
-    assert not (here.home / "probes").exists() or len(list((here.home / "probes").iterdir())) == 1
+    assert not (here.home / "probes").exists() or len(entries(here.home / "probes")) == 1
     deep = prepare(run(freeze_depth=5), here, "accuracy")  # the same probe at every depth
     assert all(torch.equal(v, head(probed)[k]) for k, v in head(deep).items()) and len(trainings) == trial.PROBE.epochs
 
@@ -68,8 +69,8 @@ def test_a_probe_that_was_kept_and_one_that_is_trained_again_give_equal_epochs(h
 @pytest.mark.parametrize("harm", [b"", b"x" * 100])
 def test_a_damaged_probe_is_trained_again(harm: bytes, here: Place, trainings: list[int]) -> None:
     before = head(prepare(run(), here, "accuracy"))
-    (kept,) = (here.home / "probes").iterdir()
-    kept.write_bytes(harm)
+    (kept,) = entries(here.home / "probes")
+    (kept / trial.PROBED).write_bytes(harm)
     after = head(prepare(run(), here, "accuracy"))
     assert len(trainings) == 2 * trial.PROBE.epochs and all(torch.equal(v, after[k]) for k, v in before.items())
 

@@ -127,7 +127,7 @@ def test_a_kill_half_way_leaves_nothing_that_passes_for_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "attempt", dying)
-        patch.setattr(storing.shutil, "rmtree", lambda *a, **k: None)
+        patch.setattr("tuner.files.shutil.rmtree", lambda *a, **k: None)
         with pytest.raises(Killed):
             store(tmp_path, pictures, SMALL, "error")
     (left,) = (tmp_path / "images").glob(".*.tmp")

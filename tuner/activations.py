@@ -1,9 +1,8 @@
 """Remembered activations as files: one folder an entry, a memory-mapped file a leaf, written whole or not at all."""
 
+import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ import torch
 from torch import Tensor
 
 from tuner.core import Batch
+from tuner.entries import Held, seal
 from tuner.wanted import Tree, leaves
 
 Reader = Callable[[Tensor], Batch]
 Leaf = dict[str, Any]  # name, shape of one example, dtype
+META = "meta.json"  # the leaves of an entry, in the order of its files 0.bin, 1.bin, …
 
 
 # A picture's activations are kept channels-last, which is how they are computed and how the suffix wants them.
@@ -29,47 +30,35 @@ def channels_first(value: Tensor) -> Tensor:
     return value.permute(0, 3, 1, 2) if value.dim() == 4 else value
 
 
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.bin"), key=lambda path: int(path.stem))
-
-
-def whole(folder: Path) -> list[Leaf] | None:
-    """What a finished entry holds; None when there is none, or a damaged one."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        leaves_: list[Leaf] = meta["leaves"]
-        return leaves_ if meta["bytes"] == [f.stat().st_size for f in files(folder)] else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
 class Writer:
     """Fills one entry, chunk by chunk; `close` says what it holds, and only then it is whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta: list[Leaf] = []
+        self.seen: list[Any] = []  # the SHA-256 of each file so far
+        self.bytes = 0
 
     def add(self, chunk: dict[str, Tensor]) -> None:
         if not self.meta:
+            self.seen = [hashlib.sha256() for _ in chunk]
             self.meta = [{"name": k, "shape": list(v.shape[1:]), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in chunk.items()]
         for i, value in enumerate(chunk.values()):
+            data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            self.seen[i].update(data)
+            self.bytes += len(data)
             with open(self.folder / f"{i}.bin", "ab") as file:
-                file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                file.write(data)
 
-    def close(self) -> int:
-        """The bytes written."""
-        sizes = [f.stat().st_size for f in files(self.folder)]
-        (self.folder / "meta.json").write_text(json.dumps({"bytes": sizes, "leaves": self.meta}))
-        return sum(sizes)
+    def close(self) -> None:
+        (self.folder / META).write_text(json.dumps(self.meta))
+        seal(self.folder, {f"{i}.bin": seen.hexdigest() for i, seen in enumerate(self.seen)})
 
 
-def mapped(folder: Path, length: int) -> dict[str, Tensor]:
-    """The leaves of a finished entry, each mapped from its file; the entry counts as used."""
-    meta = whole(folder)
-    assert meta is not None
-    os.utime(folder)
-    return {leaf["name"]: _leaf(folder / f"{i}.bin", leaf, length) for i, leaf in enumerate(meta)}
+def mapped(held: Held, length: int) -> dict[str, Tensor]:
+    """The leaves of an entry, each mapped from its file. Whoever uses them keeps `held`."""
+    meta: list[Leaf] = json.loads((held.folder / META).read_text())
+    return {leaf["name"]: _leaf(held.folder / f"{i}.bin", leaf, length) for i, leaf in enumerate(meta)}
 
 
 def _leaf(path: Path, leaf: Leaf, length: int) -> Tensor:
@@ -84,18 +73,6 @@ def fits_on_gpu(values: dict[str, Tensor], device: torch.device) -> bool:
     return sum(v.nbytes for v in values.values()) < 0.25 * free
 
 
-def make_room(folder: Path, need: float, limit: float) -> None:
-    """Removes the least recently used entries until `need` more bytes fit `limit`. Mapped files stay readable on POSIX."""
-    entries = sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.stat().st_mtime)
-    sizes = {p: sum(f.stat().st_size for f in p.iterdir()) for p in entries}
-    used = sum(sizes.values())
-    for entry in entries:
-        if used + need <= limit:
-            break
-        shutil.rmtree(entry, ignore_errors=True)
-        used -= sizes[entry]
-
-
 TRUTH = "y."  # begins the names of the leaves of a batch's y
 
 
@@ -108,14 +85,19 @@ def _tree(found: dict[str, Tensor]) -> Tree:
     return found[""] if set(found) == {""} else found
 
 
-def reader(values: dict[str, Tensor], device: torch.device) -> Reader:
-    """Batches of what an entry holds."""
-    inputs = {name: value for name, value in values.items() if not name.startswith(TRUTH)}
-    truths = {name.removeprefix(TRUTH): value for name, value in values.items() if name.startswith(TRUTH)}
+class Entry:
+    """Batches of what an entry holds, on `device`. The entry stays as long as this object lives."""
 
-    def read(index: Tensor) -> Batch:
-        x = {name: channels_first(value[index.to(value.device)].to(device)) for name, value in inputs.items()}
-        y = {name: value[index.to(value.device)].to(device) for name, value in truths.items()}
+    def __init__(self, held: Held, length: int, device: torch.device, *, into_memory: bool = False) -> None:
+        """`into_memory`: on a GPU, in its memory, where it fits."""
+        self.held, self.device = held, device
+        values = mapped(held, length)
+        if into_memory and device.type == "cuda" and fits_on_gpu(values, device):
+            values = {name: value.to(device) for name, value in values.items()}
+        self.inputs = {name: value for name, value in values.items() if not name.startswith(TRUTH)}
+        self.truths = {name.removeprefix(TRUTH): value for name, value in values.items() if name.startswith(TRUTH)}
+
+    def __call__(self, index: Tensor) -> Batch:
+        x = {name: channels_first(value[index.to(value.device)].to(self.device)) for name, value in self.inputs.items()}
+        y = {name: value[index.to(value.device)].to(self.device) for name, value in self.truths.items()}
         return Batch(_tree(x), _tree(y))
-
-    return read

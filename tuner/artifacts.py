@@ -9,6 +9,7 @@ import yaml
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import Trial
 
+from tuner.crash import crash
 from tuner.files import disk_errors
 from tuner.orders import Epoch, Result
 from tuner.run import Run
@@ -45,6 +46,7 @@ class Artifacts:
                 path.write_bytes(content)
                 with disk_errors(self.folder):
                     upload_artifact(artifact_store=self.store, file_path=str(path), study_or_trial=trial, mimetype=TYPES.get(path.suffix))
+                crash("artifact.kept")
         write_note(self.study, trial, note(run, result, self.metric))
 
 

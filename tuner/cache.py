@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.activations import Reader, Writer, channels_last, fits_on_gpu, make_room, mapped, reader, truth, whole
+from tuner.activations import Entry, Reader, Writer, channels_last, truth
 from tuner.core import Batch, Source, digest_of
+from tuner.entries import hold, make_room, opened
 from tuner.files import atomic_folder, atomic_path, disk_errors, lock_of, locked, sweep
 from tuner.wanted import Tree, leaves
 
@@ -104,7 +105,7 @@ def timed(live: "Live", folder: Path) -> dict[str, float]:
     reading, _ = _seconds(lambda: [leaf[torch.randperm(len(leaf)).to(leaf.device)] for leaf in held], live.prefix.device)
     found = {"computing": computing, "reading": reading, "bytes": float(sum(leaf.nbytes for leaf in held))}
     found = {key: value / len(index) for key, value in found.items()}
-    with disk_errors(note), atomic_path(note) as temporary:
+    with disk_errors(note), atomic_path(note, what="note") as temporary:
         temporary.write_text(json.dumps(found))
     return found
 
@@ -145,8 +146,15 @@ class Live:
         return Batch(self.prefix.compute(x), y)
 
 
+class NoRoom(Exception):
+    """What others read leaves no room within the limit."""
+
+
 class Remembered:
-    """A source seen through a prefix, computed once per view and kept in `folder` for every later trial and worker."""
+    """A source seen through a prefix, computed once per view and kept in `folder` for every later trial and worker.
+
+    Where what others are reading leaves no room for it, it is computed at each take.
+    """
 
     def __init__(self, live: Live, folder: Path, limit: float) -> None:
         self.live, self.folder, self.limit, self.device = live, folder, limit, live.prefix.device
@@ -170,18 +178,18 @@ class Remembered:
     def _open(self, view: int) -> Reader:
         depth = len(self.live.prefix.stages)
         place = self.place(depth, view)
-        if whole(place) is None:
-            with locked(lock_of(place)):
-                if whole(place) is None:
-                    sweep(self.folder)
-                    self._fill(depth, view)
-        values = mapped(place, len(self))
-        if self.device.type == "cuda" and fits_on_gpu(values, self.device):
-            values = {name: value.to(self.device) for name, value in values.items()}
-        return reader(values, self.device)
+        try:
+            held = opened(place, lambda: self._fill(depth, view))
+        except NoRoom:
+            return lambda index: self.live.take(index, view)
+        return Entry(held, len(self), self.device, into_memory=True)
 
     def _fill(self, depth: int, view: int) -> None:
-        """One pass over the source, beginning at the nearest shallower stage that is kept; keeps what it passes if small."""
+        """One pass over the source, beginning at the nearest shallower stage that is kept; keeps what it passes if small.
+
+        Raises NoRoom.
+        """
+        sweep(self.folder)
         begin, take = self._begin(depth, view)
         writers: dict[int, Writer] = {}
         with ExitStack() as stack:
@@ -193,18 +201,26 @@ class Remembered:
                     if not writers or reached in writers:
                         passed[reached] = x
                 if not writers:
-                    kept = self._small(passed, depth, _size(first))
-                    writers = {at: Writer(folder) for at in kept if (folder := self._claim(stack, at, view, at == depth)) is not None}
+                    needs = {at: len(self) * (_size(passed[at]) + _size(y)) for at in self._small(passed, depth, _size(first))}
+                    self._make_room(sum(needs.values()))
+                    claims = {at: self._claim(stack, at, view, need, at == depth) for at, need in needs.items()}
+                    writers = {at: Writer(folder) for at, folder in claims.items() if folder is not None}
                 for at, writer in writers.items():
                     writer.add({**{k: channels_last(v) for k, v in leaves(passed[at]).items()}, **truth(y)})
-            make_room(self.folder, sum(writer.close() for writer in writers.values()), self.limit)
+            for writer in writers.values():
+                writer.close()
+            self._make_room(0.0)  # others may have filled theirs meanwhile
+
+    def _make_room(self, need: float) -> None:
+        if not make_room(self.folder, need, self.limit):
+            raise NoRoom
 
     def _begin(self, depth: int, view: int) -> tuple[int, Reader]:
         """The deepest stage before `depth` that is kept, and how its outputs are had; the source itself is stage 0."""
         for kept in range(depth - 1, 0, -1):
-            place = self.place(kept, view)
-            if whole(place) is not None:
-                return kept, reader(mapped(place, len(self)), self.device)
+            held = hold(self.place(kept, view))
+            if held is not None:
+                return kept, Entry(held, len(self), self.device)
         return 0, lambda index: self.live.source.take(index, view)
 
     def _small(self, passed: dict[int, Tree], depth: int, largest: float) -> list[int]:
@@ -217,12 +233,12 @@ class Remembered:
                 kept.append(at)
         return kept
 
-    def _claim(self, stack: ExitStack, depth: int, view: int, held: bool) -> Path | None:
+    def _claim(self, stack: ExitStack, depth: int, view: int, need: float, held: bool) -> Path | None:
         """A folder to fill until `stack` closes. None: it is there, or being filled. `held`: its lock is ours already."""
         place = self.place(depth, view)
-        if not held and (not stack.enter_context(locked(lock_of(place), wait=False)) or whole(place) is not None):
+        if not held and (not stack.enter_context(locked(lock_of(place), wait=False)) or hold(place) is not None):
             return None
-        return stack.enter_context(atomic_folder(place))
+        return stack.enter_context(atomic_folder(place, need, "activations"))
 
 
 def _size(x: Tree) -> float:

@@ -96,6 +96,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Carry out one run, such as a study's best.yaml: train, test, export."""
+    from tuner.running import preflight
     from tuner.session import session, study_name
 
     space, places, console = opened(file, overrides, studies, quiet, json_)
@@ -104,7 +105,7 @@ def train(
         raise SpaceError(f"{file}: {names} still to be chosen; search with `tuner run {file}`, or set them: {space.dimensions[0].name}=…")
     with session(space, places, console) as s:
         s.survey()
-        s.inspect()
+        preflight(places, s.inspect())
         chosen = space.sample(None, seed=space.settings.search.seed)
         folder = out or studies / study_name(space) / "train"
         published = s.crown(chosen, folder, space.settings.export, -1, {})
@@ -182,15 +183,28 @@ def dashboard(
 
 
 @app.command()
-def models(
-    name: Annotated[str | None, typer.Argument(help="a model, or your own as package.module:attribute")] = None, debug: Debug = False
+def clean(
+    study: Annotated[str | None, typer.Argument(help="a study's name; may be left out with --cache")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="remove the whole study: trials, pictures, exports")] = False,
+    cache: Annotated[bool, typer.Option("--cache", help="remove the caches that studies share, but for what is being read")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be removed")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask before --all")] = False,
+    studies: Studies = Path("studies"),
+    debug: Debug = False,
 ) -> None:
+    """Show what a study takes up, and remove its checkpoints and what killed runs left."""
+    from tuner.cleaning import carry_out
+
+    carry_out(studies, study, all_=all_, cache=cache, dry=dry_run, sure=yes)
+
+
+@app.command()
+def models(name: Annotated[str | None, typer.Argument(help="or your own: package.module:attribute")] = None, debug: Debug = False) -> None:
     """List the models, or one model's stages and what each freeze depth saves."""
     from tuner import plugins
 
     if name is None:
-        for known in plugins.names("model"):
-            typer.echo(known)
+        typer.echo("\n".join(plugins.names("model")))
         return
     from tuner.describe import describe
 
@@ -281,7 +295,6 @@ def complain(error: TunerError, debug: bool) -> int:
 def bug(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print(
-        f"tuner: error: a bug in tuner: {type(error).__name__}: {error}; run again with --debug and report what it prints", file=sys.stderr
-    )
+    said = f"{type(error).__name__}: {error}; run again with --debug and report what it prints"
+    print(f"tuner: error: a bug in tuner: {said}", file=sys.stderr)
     return 1

@@ -4,14 +4,28 @@ import os
 
 ENVIRONMENT = "TUNER_CRASH_AT"
 POINTS = (
-    "file.begun",  # the temporary file is there, empty
-    "file.written",  # it is whole, perhaps only in memory
-    "file.synced",  # it is on the disk, under its temporary name
-    "file.renamed",  # it has its name
-    "checkpoint.begun",  # the same of a checkpoint, which is not always synced
-    "checkpoint.written",
-    "checkpoint.synced",
-    "checkpoint.renamed",
+    # files.atomic_path: a study's YAML (file), what computing costs (note), a download, the digests of downloads (pins), a checkpoint
+    *(
+        f"{what}.{step}"
+        for what in ("file", "note", "download", "pins", "checkpoint")
+        for step in ("begun", "written", "synced", "renamed")
+    ),
+    # files.atomic_folder: entries of the caches
+    *(f"{what}.{step}" for what in ("images", "tokens", "activations", "probe") for step in ("begun", "filled", "renamed")),
+    "study.created",  # the study is in its database, but nothing says of what
+    "search.asked",  # a trial is RUNNING, without parameters
+    "search.drawn",  # its parameters are written
+    "search.reported",  # an epoch was heard
+    "search.files",  # its pictures lie there, its end is not told
+    "search.told",  # its end is written, nothing else knows
+    "search.repeating",  # a trial has the epochs of its twin, its end is not told
+    "search.requeued",  # a lost trial is asked for again, its end is not told
+    "search.failing",  # why a trial failed is written, that it did is not
+    "artifact.kept",  # a picture lies in the study's folder, its trial does not know
+    "export.filled",  # every format is written and compared, nothing vouches for them
+    "export.written",  # the manifest does
+    "export.moved",  # the older export is moved away, the new one not yet there
+    "export.renamed",  # it is there, the older one not yet removed
 )
 
 

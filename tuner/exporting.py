@@ -34,6 +34,7 @@ def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int 
         chosen = _choose(study, trial)
         run = best_run(history.run_of(space, study, chosen), chosen.user_attrs[history.BEST_EPOCH])
         place = folder / ("export" if trial is None else f"export-{trial}")
+        manifest.recover(place)
         before = manifest.read(place)
         kept = tuple(before.manifest["exports"]) if before is not None and before.manifest["run_digest"] == run.digest() else ()
         if kept and set(formats) <= set(kept) and before is not None:

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import IO, Any
 
 from tuner.crash import crash
 from tuner.errors import DataError, StorageError
@@ -53,12 +54,10 @@ def atomic_path(path: Path, mode: int = 0o644, what: str = "file", *, need: floa
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
     `what` begins the names of its crash points, `need` is the bytes to be written, where they are known. Without `sync` a power
-    cut may tear it. Raises StorageError when the disk is full or the place cannot be written.
+    cut may tear it. What a killed process left is removed by the next `sweep`. Raises StorageError when the disk is full or the
+    place cannot be written.
     """
-    with disk_errors(path, need):
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+    with disk_errors(path, need), _temporary(path.parent) as temporary:
         try:
             crash(f"{what}.begun")
             yield temporary
@@ -79,21 +78,45 @@ def atomic_path(path: Path, mode: int = 0o644, what: str = "file", *, need: floa
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A new file, locked while it is being written, so that `sweep` lets it be."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+        with open(handle, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is(file, Path(name)):  # else it was swept before it was locked
+                yield Path(name)
+                return
+
+
+def _is(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is still the one at `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path, need: float | None = None, what: str = "folder") -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well; only who holds `folder`'s lock may build it.
 
-    A killed build leaves a `.tmp` that the next build of the same folder, or `sweep`, removes.
+    A killed build leaves a `.tmp` that the next build of the same folder, or `sweep`, removes. `need`: the bytes that it will hold,
+    where they are known; `what` begins the names of its crash points.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    with disk_errors(folder):
+    with disk_errors(folder, need):
         for rest in (temporary, folder):
             shutil.rmtree(rest, ignore_errors=True)
         temporary.mkdir()
+        crash(f"{what}.begun")
         try:
             yield temporary
+            crash(f"{what}.filled")
             for path in (*temporary.iterdir(), temporary):
                 fsync(path)
             temporary.rename(folder)
+            crash(f"{what}.renamed")
+            fsync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -103,11 +126,26 @@ def lock_of(folder: Path) -> Path:
 
 
 def sweep(parent: Path) -> None:
-    """Removes what killed builds left in `parent`."""
+    """Removes what killed processes left in `parent`: half-written files and folders, and locks of what is not there."""
     for rest in parent.glob(".*.tmp"):
-        with locked(parent / f"{rest.name[1:-4]}.lock", wait=False) as ours:
-            if ours:  # else it is being built right now
-                shutil.rmtree(rest, ignore_errors=True)
+        if rest.is_dir():
+            with locked(parent / f"{rest.name[1:-4]}.lock", wait=False) as ours:
+                if ours:  # else it is being built right now
+                    shutil.rmtree(rest, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError), open(rest, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is being written right now
+                rest.unlink()
+    for lock in parent.glob("[!.]*.lock"):
+        if not lock.with_suffix("").exists():
+            unlock(lock)
+
+
+def unlock(lock: Path) -> None:
+    """Removes a lock that nobody holds."""
+    with locked(lock, wait=False) as ours:
+        if ours:
+            lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -119,7 +157,8 @@ def disk_errors(path: Path, need: float | None = None) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             needed = f"{max(1, round(need / 1e6)):,} MB needed: " if need is not None else ""
             raise StorageError(
-                f"disk full while writing {path} ({needed}{error.strerror}); free some space and run the same command"
+                f"disk full while writing {path} ({needed}{error.strerror}); free some space, such as by `tuner clean`, "
+                "and run the same command"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
@@ -132,13 +171,27 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
     With `wait` it is true inside; without, it may be false: someone else has the lock.
     """
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    while True:
+        with open(path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if _is(file, path):  # else its last holder removed it, and others lock the next
+                yield True
+                return
+
+
+def require_space(folder: Path, need: float, why: str) -> None:
+    """Raises StorageError, saying why, unless `need` bytes are free where `folder` is or will be."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < need:
+        raise StorageError(
+            f"disk: {folder} has {free / 1e6:,.0f} MB free, but {need / 1e6:,.0f} MB are needed ({why}); "
+            "free some space, such as by `tuner clean`, or use another disk"
+        )
 
 
 def download(url: str, path: Path, what: str, algorithm: str = "sha256", begin: str = "") -> None:
@@ -153,7 +206,7 @@ def download(url: str, path: Path, what: str, algorithm: str = "sha256", begin: 
     by_hand = f"fetch it elsewhere{known} and place it at {path}"
     request = urllib.request.Request(url, headers={"User-Agent": "tuner"})
     try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer, atomic_path(path) as temporary:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer, atomic_path(path, what="download") as temporary:
             digest = _copy(answer, temporary, algorithm)
             if not digest.startswith(begin):
                 raise DataError(f"{what}: {url} has {name} {digest}, expected {begin}…; nothing was kept; {by_hand}")

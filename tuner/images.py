@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.core import Batch, Data
+from tuner.entries import Held
 from tuner.errors import DataError, SpaceError
 from tuner.run import ImageOptions
 from tuner.splits import PARTS, TEST, TRAIN, VALID, Items, checked, divided
@@ -23,6 +24,7 @@ from tuner.wanted import Preprocess, Wanted
 class Images:
     """Rows of a store as a Source: x uint8 (n, 3, size, size), y as the targets have it."""
 
+    held: Held
     pixels: Tensor
     targets: Targets
     rows: Tensor
@@ -69,6 +71,7 @@ def assembled(
     def source(*parts: int, flip: bool = False) -> Images:
         rows = np.flatnonzero(np.isin(items.part, parts))
         return Images(
+            held.held,
             held.pixels,
             targets,
             torch.from_numpy(rows),

@@ -1,6 +1,7 @@
 """A published export as it lies on disk: its manifest, checked against its files."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,15 @@ def read(folder: Path) -> Published | None:
         if sha256(folder / name) != digest:
             raise DataError(f"{folder / name}: changed since it was exported (its SHA-256 differs from {MANIFEST}); export again")
     return Published(folder, manifest)
+
+
+def recover(folder: Path) -> None:
+    """Undoes what a killed export left: the older export comes back, half-written ones go."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for rest in [old, *folder.parent.glob(".export-*.tmp")]:
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def model_card(m: Mapping[str, Any]) -> str:

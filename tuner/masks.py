@@ -73,7 +73,7 @@ def masked(
         stored = store(
             home, listed, preprocess, "error", reading(name, inks, lambda mask, values, at: laid(ids[values], of_images[mask], at))
         )
-        return Masks(stored.pixels[:, 0], stored.digest)
+        return Masks(stored.held, stored.pixels[:, 0], stored.digest)
 
     items = Items([image for image, _ in pairs], np.zeros(len(pairs), np.int64), ("images",), part)
     return assembled(home, items, options, wanted, classes, truth, said)

@@ -8,8 +8,10 @@ import optuna
 
 from tuner import history, manifest, storage
 from tuner.artifacts import Artifacts
+from tuner.files import require_space, sweep
 from tuner.keeping import FOLDER, Keeping, best_weights
 from tuner.manifest import Published
+from tuner.orders import Facts
 from tuner.report import Console
 from tuner.run import Run
 from tuner.samplers import PRUNERS
@@ -17,6 +19,8 @@ from tuner.search import Coordinator
 from tuner.session import Places, Session, interrupted, session, study_name, write_yaml
 from tuner.space import Range, Space
 from tuner.summary import Summary
+
+RESERVE = 100_000_000  # bytes that must be free beside what is written, for the database and the cache's small things
 
 
 def run_study(space: Space, places: Places, console: Console) -> Summary:
@@ -26,7 +30,9 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
         survey = s.survey()
         facts = s.inspect()
         folder = places.folder(space)
+        preflight(places, facts)
         with storage.lock(folder), storage.database_errors(storage.shown(s.settings.storage, folder)):
+            sweep(folder)  # what a killed search left
             coordinator = open_coordinator(s, folder, facts.digest)
             before = coordinator.closed
             workers = workers_of(space, survey.gpus)
@@ -40,6 +46,13 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
             if coordinator.error is not None:
                 raise coordinator.error
             return crown_best(s, coordinator, folder, fresh=coordinator.closed > before)
+
+
+def preflight(places: Places, facts: Facts) -> None:
+    """Room for the export and for what is written beside it, before anything is begun. Raises StorageError."""
+    need = 3 * 4 * facts.parameters + RESERVE
+    for place in (places.studies, places.home):
+        require_space(place, need, f"three times the model's size, and {RESERVE / 1e6:.0f} MB in reserve")
 
 
 class Stopping:
@@ -124,6 +137,7 @@ def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: boo
     if not s.settings.search.retrain:
         run = best_run(found, winner.user_attrs[history.BEST_EPOCH], fit="train")
         weights = best_weights(Path(str(coordinator.keeping.place(history.roots(coordinator.study)[winner.number]))))
+    manifest.recover(folder / "export")
     published = manifest.read(folder / "export")
     if published is None or stale(published, run, s.settings.export):
         if weights is None and not s.settings.search.retrain:

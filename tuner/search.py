@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner import errors, history
 from tuner.asking import Asker
+from tuner.crash import crash
 from tuner.errors import NoUsableTrial, TunerError
 from tuner.history import ATTEMPT, BEST_EPOCH, DEFAULT, FINAL, REASON, ROOT, SAME_AS, SCORES, TRACE, key_of, rank
 from tuner.jobs import Job, Outcome
@@ -98,6 +99,7 @@ class Coordinator:
         waiting = [t for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if t.user_attrs.get(ROOT) == marks[ROOT]]
         if not waiting:
             self.study.enqueue_trial(params, user_attrs=marks)
+        crash("search.requeued")
         self.fail(number, reason)
 
     def again(self, live: Live, reason: str, *, count: bool) -> None:
@@ -106,6 +108,7 @@ class Coordinator:
     def fail(self, number: int, reason: str) -> None:
         storage, trial_id = self.study._storage, self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
         storage.set_trial_user_attr(trial_id, REASON, reason)
+        crash("search.failing")
         self.study.tell(number, state=TrialState.FAIL)
 
     # -- what an engine calls
@@ -116,6 +119,7 @@ class Coordinator:
             trial = self.asker.ask(self.roots)
             if trial is None:
                 return None
+            crash("search.asked")
             live = self.begin(trial)
             if live is not None:
                 kept = self.keeping.place(live.root)
@@ -138,6 +142,7 @@ class Coordinator:
         with self.study.window():
             run = self.space.sample(trial, seed=mix(self.search.seed, root))
         self.study.write(trial, now=True)
+        crash("search.drawn")
         twin = self.known.get(key_of(trial.params))
         if twin is not None:
             self.repeat(trial, run, twin)
@@ -155,6 +160,7 @@ class Coordinator:
         trial.set_user_attr(SAME_AS, twin)
         for step, value in sorted(found.intermediate_values.items()):
             trial.report(value, step)
+        crash("search.repeating")
         values = found.values if found.state == TrialState.COMPLETE else None
         ended = self.study.tell(trial.number, values, found.state)
         self.closed += 1
@@ -166,6 +172,7 @@ class Coordinator:
         live.trial.report(epoch.scores[str(self.search.metric)], epoch.number)
         self.listener.epoch(live, epoch)
         self.study.write(live.trial)
+        crash("search.reported")
         live.pruned = not live.default and self.study.prunes(live.trial)  # what all are compared with is seen to its end
         return not (live.pruned or self.stopping())
 
@@ -199,11 +206,13 @@ class Coordinator:
         if result.state in ("diverged", "oom"):
             trial.set_user_attr(REASON, f"{result.state}: {result.reason}")
         self.listener.files(trial, live.run, result)  # artifacts can be attached only while a trial is running
+        crash("search.files")
         if result.state == "complete":
             ended = self.study.tell(number, result.epochs[result.best - 1].scores[str(self.search.metric)])
             self.failures.clear()
         else:
             ended = self.study.tell(number, state=TrialState.PRUNED)
+        crash("search.told")
         self.keeping.ended(live.root, rank(ended))
         self.closed += 1
         self.known.setdefault(key_of(trial.params), number)

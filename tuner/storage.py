@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 
+from tuner.crash import crash
 from tuner.errors import SpaceError, StorageError
 from tuner.files import disk_errors
 
@@ -110,12 +111,13 @@ def open_study(
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
     except KeyError:
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", sampler=sampler, pruner=pruner)
-        study.set_user_attr(SPACE, json.dumps(identity))
-        study.set_user_attr(DATA, data)
-        return study
+        crash("study.created")
+        return _marked(study, identity, data)
     direction = study.direction.name.lower()
     if direction != "maximize":
         raise SpaceError(f"study {name!r} was created with direction={direction}, this file maximises; use another search.name")
+    if SPACE not in study.user_attrs and not study.get_trials(deepcopy=False):
+        return _marked(study, identity, data)  # made by a search that was killed at once
     if SPACE not in study.user_attrs:
         raise SpaceError(f"study {name!r} was not made by tuner; use another search.name")
     made = flat(json.loads(study.user_attrs[SPACE]))
@@ -129,6 +131,13 @@ def open_study(
         problems = [f"study {name!r} was created with other data: the images, their labels or their split have changed"]
     if problems:
         raise SpaceError(*problems, f"study {name!r}: put these back, or use another search.name; the study is untouched")
+    return study
+
+
+def _marked(study: optuna.Study, identity: Mapping[str, Any], data: str) -> optuna.Study:
+    """The study, which says of what space and data it is."""
+    study.set_user_attr(DATA, data)
+    study.set_user_attr(SPACE, json.dumps(identity))  # last: it says that the study is tuner's
     return study
 
 

@@ -4,8 +4,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +17,13 @@ from torch import Tensor
 
 from tuner import decoding
 from tuner.decoding import Picture
+from tuner.entries import Held, opened, seal, tidy
 from tuner.errors import DataError
-from tuner.files import atomic_folder, disk_errors, lock_of, locked, sweep
+from tuner.files import atomic_folder, disk_errors
 from tuner.wanted import Preprocess
 
 FORMAT = 4  # of the stored files; another number is another store
 LISTED = 10  # unreadable pictures that a message names
-UNUSED_DAYS = 60  # after which a store goes when a new one is made
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,10 @@ class Store:
 
     `sizes`: int64 (n, 2), width and height of each as it was, upright.
 
-    Equal pixels have an equal `digest`, wherever the pictures lie.
+    Equal pixels have an equal `digest`, wherever the pictures lie. Whoever uses the pixels keeps `held`, lest they be removed.
     """
 
+    held: Held
     pixels: Tensor
     kept: NDArray[np.int64]
     sizes: NDArray[np.int64]
@@ -65,18 +64,12 @@ def store(home: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_ba
     folder = home / "images" / _key(pictures, preprocess, reading)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if _whole(folder) is None:
-            with locked(lock_of(folder)):
-                if _whole(folder) is None:
-                    _sweep(folder.parent)
-                    _build(folder, pictures, preprocess, on_bad_image, reading)
-        meta = _whole(folder)
-        assert meta is not None
-        os.utime(folder)
+        held = opened(folder, lambda: _build(folder, pictures, preprocess, on_bad_image, reading))
+        meta = json.loads((folder / "meta.json").read_text())
     pixels = torch.from_file(str(folder / "pixels.bin"), shared=False, size=math.prod(meta["shape"]), dtype=torch.uint8)
     warnings = _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
     kept, sizes = (np.array(meta[key], np.int64) for key in ("kept", "sizes"))
-    return Store(pixels.view(meta["shape"]), kept, sizes.reshape(-1, 2), meta["digest"], tuple(warnings))
+    return Store(held, pixels.view(meta["shape"]), kept, sizes.reshape(-1, 2), meta["digest"], tuple(warnings))
 
 
 def _key(pictures: Sequence[Picture], preprocess: Preprocess, reading: Reading) -> str:
@@ -96,21 +89,15 @@ def _key(pictures: Sequence[Picture], preprocess: Preprocess, reading: Reading) 
     return seen.hexdigest()[:32]
 
 
-def _whole(folder: Path) -> dict[str, Any] | None:
-    """What a finished store says of itself; None when there is none, or a damaged one."""
-    try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-        return meta if (folder / "pixels.bin").stat().st_size == math.prod(meta["shape"]) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _build(folder: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_bad_image: str, reading: Reading) -> None:
-    with atomic_folder(folder) as temporary:
+    need = len(pictures) * reading.channels * preprocess.size**2
+    tidy(folder.parent, need)
+    with atomic_folder(folder, need, "images") as temporary:
         meta = _decode_all(temporary / "pixels.bin", pictures, preprocess, reading)
         _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
         (temporary / "unreadable.txt").write_text("".join(f"{line}\n" for line in meta["bad"]), errors="surrogateescape")
         (temporary / "meta.json").write_text(json.dumps(meta))
+        seal(temporary, {"pixels.bin": meta["digest"]})
 
 
 def _decode_all(path: Path, pictures: Sequence[Picture], preprocess: Preprocess, reading: Reading) -> dict[str, Any]:
@@ -148,11 +135,3 @@ def _judge(bad: Sequence[str], total: int, on_bad_image: str, place: Path) -> li
     if on_bad_image == "skip":
         way_out = "skip leaves out 1 % at most (of fewer than 100, one); mend or remove them"
     raise DataError(*listed, f"{said}; {way_out}")
-
-
-def _sweep(images: Path) -> None:
-    """Removes what killed builds left, and stores that nothing has used for long."""
-    sweep(images)
-    for old in images.glob("[0-9a-f]*"):
-        if old.is_dir() and time.time() - old.stat().st_mtime > UNUSED_DAYS * 86_400:
-            shutil.rmtree(old, ignore_errors=True)

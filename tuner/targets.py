@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tuner.entries import Held
 from tuner.wanted import Tree
 
 NO_OBJECT = -1  # label of the rows that fill up an image's boxes
@@ -44,6 +45,7 @@ class Labels:
 class Masks:
     """A class per pixel: uint8 (n, size, size), IGNORED where nothing is asked."""
 
+    held: Held
     masks: Tensor
     digest: str
 

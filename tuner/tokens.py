@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuner.activations import Writer, mapped, whole
+from tuner.activations import Writer, mapped
 from tuner.core import Batch
+from tuner.entries import Held, opened, tidy
 from tuner.errors import DataError, SpaceError
-from tuner.files import atomic_folder, disk_errors, lock_of, locked, sha256, sweep
+from tuner.files import atomic_folder, disk_errors, sha256
 from tuner.wanted import Tokens, Tree, Wanted
 
 FORMAT = 1  # of the stored files; another number is another store
@@ -141,6 +142,7 @@ def trimmed(x: Tree) -> Tree:
 class Encoded:
     """`leaves`: int32 (n, length) each, mapped from files; `lengths`: int64 (n,); `cut`: how many texts were longer than the length."""
 
+    held: Held
     leaves: dict[str, Tensor]
     lengths: Tensor
     cut: int
@@ -153,14 +155,10 @@ def store(home: Path, wanted: Tokens, texts: Sequence[str], second: Sequence[str
     folder = home / "tokens" / key
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if whole(folder) is None:
-            with locked(lock_of(folder)):
-                if whole(folder) is None:
-                    sweep(folder.parent)
-                    _build(folder, wanted, texts, second)
+        held = opened(folder, lambda: _build(folder, wanted, texts, second))
         note = json.loads((folder / "note.json").read_text())
-    leaves = mapped(folder, len(texts))
-    return Encoded(leaves, length_of(leaves["attention_mask"]), note["cut"], key)
+    leaves = mapped(held, len(texts))
+    return Encoded(held, leaves, length_of(leaves["attention_mask"]), note["cut"], key)
 
 
 def _key(wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None) -> str:
@@ -179,8 +177,9 @@ def _key(wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None) -> 
 
 def _build(folder: Path, wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    cut = 0
-    with atomic_folder(folder) as temporary:
+    cut, need = 0, 4 * len(wanted.leaves) * len(texts) * wanted.length
+    tidy(folder.parent, need)
+    with atomic_folder(folder, need, "tokens") as temporary:
         writer = Writer(temporary)
         for start in range(0, len(texts), CHUNK):
             chunk = slice(start, start + CHUNK)

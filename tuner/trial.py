@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,14 +17,16 @@ from tuner.building import Ready, built, load, task_of
 from tuner.checkpoints import Checkpoints, Training
 from tuner.core import Data, Source
 from tuner.devices import Place
+from tuner.entries import opened, seal, tidy
 from tuner.errors import DataError, SpaceError
-from tuner.files import atomic_path, disk_errors
+from tuner.files import atomic_folder, disk_errors
 from tuner.learning import Bench, Pairs, batches, learn, predictions
 from tuner.memory import room
 from tuner.optim import factor, optimizer
 from tuner.orders import Epoch
 from tuner.run import Recipe, Run
 
+PROBED = "head.safetensors"
 PROBE = Recipe(optimizer="adamw", lr=1e-3, epochs=20, batch_size=64, schedule="cosine", head="fresh")
 
 
@@ -77,19 +78,23 @@ def probe(head: nn.Module, folder: Path, key: str, training: Callable[[], Iterat
     Linear probing before fine-tuning: the gradients of a random head would distort what the other stages have learnt
     (Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022).
     """
-    path = folder / f"{hashlib.sha256(f'2 {key}'.encode()).hexdigest()[:32]}.safetensors"
-    try:
-        head.load_state_dict(load_file(path))
-    except (FileNotFoundError, SafetensorError, RuntimeError):
+    place = folder / hashlib.sha256(f"3 {key}".encode()).hexdigest()[:32]
+
+    def make() -> None:
         for linear in [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]:
             nn.init.zeros_(linear.weight)  # a head drawn at random is a guess that the probe would have to unlearn
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         deque(training(), maxlen=0)
-        with disk_errors(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
-                save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary)
+        tidy(folder, 0.0)
+        with atomic_folder(place, what="probe") as temporary:
+            save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary / PROBED)
+            seal(temporary)
+
+    with disk_errors(place):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = opened(place, make)
+    head.load_state_dict(load_file(held.folder / PROBED))
 
 
 def checkpoints_of(run: Run, bench: Bench, folder: Path | None, *, keep: bool = False) -> Checkpoints | None:

@@ -16,7 +16,7 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.models._api import WeightsEnum
 
 from tuner.errors import DataError, SpaceError, suggest
-from tuner.files import atomic_path, disk_errors, download, locked, sha256
+from tuner.files import atomic_path, disk_errors, download, locked, sha256, sweep
 from tuner.wanted import Preprocess
 
 State = dict[str, Tensor]
@@ -117,7 +117,8 @@ def _pinned(home: Path, path: Path) -> Path:
                     f"or, where the new one is wanted, its line in {pins}"
                 )
             if path.name not in known:
-                with atomic_path(pins) as temporary:
+                sweep(pins.parent)
+                with atomic_path(pins, what="pins") as temporary:
                     temporary.write_text(json.dumps({**known, path.name: digest}, indent=2))
     return path
 

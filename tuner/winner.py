@@ -18,11 +18,12 @@ from tuner import plugins
 from tuner.building import build, load, task_of
 from tuner.checkpoints import put
 from tuner.core import Data, Staged, Task
+from tuner.crash import crash
 from tuner.devices import place
 from tuner.errors import DataError, ExportMismatch, NoUsableTrial
 from tuner.files import disk_errors, fsync, sha256
 from tuner.learning import Bench, predictions
-from tuner.manifest import MANIFEST, Published, model_card, read
+from tuner.manifest import MANIFEST, Published, model_card, read, recover
 from tuner.orders import Assignment, Crown, Epoch
 from tuner.portable import Portable
 from tuner.run import Run
@@ -134,12 +135,14 @@ def publish(order: Crown, model: Portable, data: Data, scores: Mapping[str, Any]
             manifest["exports"] = save_all(order, model, data, Published(temporary, manifest))
             (temporary / "model.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
             (temporary / "MODEL_CARD.md").write_text(model_card(manifest))
+            crash("export.filled")
             written = sorted(p for p in temporary.rglob("*") if p.is_file())
             manifest["files"] = {str(p.relative_to(temporary)): sha256(p) for p in written}
             for path in written:
                 fsync(path)
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False))  # last: it vouches for the rest
             fsync(temporary / MANIFEST)
+            crash("export.written")
             temporary.chmod(0o755)
             replace(temporary, folder)
         finally:
@@ -153,18 +156,11 @@ def replace(new: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
+        crash("export.moved")
     new.rename(folder)
+    crash("export.renamed")
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(folder: Path) -> None:
-    """Undoes what a killed export left: the older export comes back, half-written ones go."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for rest in [old, *folder.parent.glob(".export-*.tmp")]:
-        shutil.rmtree(rest, ignore_errors=True)
 
 
 def samples(data: Data) -> Tree:
