@@ -30,7 +30,7 @@ def study(tuner: Tuner, small: Path, finished: Path, monkeypatch: pytest.MonkeyP
     """A finished study, with what a killed run may leave in its folder."""
     monkeypatch.setenv("TUNER_HOME", str(small.parent / "home"))
     if not (finished / "studies").exists():
-        assert tuner("run", small, "search.trials=1", "recipe.freeze_depth=3", "engine.cache=always", "--quiet").code == 0
+        assert tuner("run", small, "search.trials=1", "recipe.freeze_depth=3", "engine.cache=always", "search.keep=0", "--quiet").code == 0
         for made in ("studies", "home"):
             shutil.copytree(small.parent / made, finished / made)
     for made in ("studies", "home"):
@@ -39,7 +39,7 @@ def study(tuner: Tuner, small: Path, finished: Path, monkeypatch: pytest.MonkeyP
     (folder / ".export-abc.tmp").mkdir()
     (folder / ".export-abc.tmp" / "model.safetensors").write_bytes(bytes(2_000_000))
     (folder / ".xyz.tmp").write_bytes(bytes(10))
-    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "checkpoints" / "0.pt").write_bytes(bytes(1_000_000))
     return folder
 
