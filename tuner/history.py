@@ -16,6 +16,7 @@ from tuner.space import Space
 ROOT, ATTEMPT, REASON, SAME_AS = "tuner:root", "tuner:attempt", "tuner:reason", "tuner:same_as"
 BEST_EPOCH, SCORES = "best_epoch", "scores"
 FINAL, TRACE = "tuner:final", "tuner:trace"
+OWNER = "tuner:owner"  # which coordinator runs a trial, where there may be several
 DEFAULT = "tuner:default"  # whether a trial that was asked for at the beginning is the default recipe
 
 
