@@ -8,10 +8,11 @@ from typing import Any
 
 import optuna
 
-from tuner import history, leases, manifest, server, storage
+from tuner import history, leases, manifest, server, storage, urls
 from tuner.artifacts import Artifacts
 from tuner.errors import StorageError
 from tuner.manifest import Published
+from tuner.parsing import COMMAND_LINE
 from tuner.report import Console
 from tuner.run import Run
 from tuner.samplers import PRUNERS
@@ -88,6 +89,12 @@ def open_coordinator(s: Session, folder: Path, data_digest: str, stack: contextl
     space, search = s.space, s.settings.search
     database = storage.connect(s.settings.storage, folder, s.console.warn, lambda: s.stop.now)
     place = server.of(database)
+    if urls.written_password(s.settings.storage or ""):
+        seen = ", and shows in the list of processes" if space.document.where(("storage",)) == COMMAND_LINE else ""
+        s.console.warn(
+            f"storage: the password that is written there is not kept{seen}; `tuner dashboard` and `tuner export` will ask for it: "
+            "write ${NAME} in its place, or use PGPASSWORD or ~/.pgpass"
+        )
 
     def open_it() -> tuple[optuna.Study, Artifacts]:
         sampler = optuna.samplers.RandomSampler()  # each ask brings its own
