@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import postgres
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the command line does
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -78,3 +80,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"real data is not there: {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session", name="postgres")
+def _postgres() -> Iterator[postgres.Server]:
+    """A PostgreSQL server of the tests' own; skips, saying so, where none is installed."""
+    binaries = postgres.programs()
+    if binaries is None:
+        pytest.skip("PostgreSQL's server programs are not installed (Debian: apt-get install postgresql)")
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'tuner-finetune[postgres]'")
+    with postgres.serving(binaries) as server:
+        yield server

@@ -137,7 +137,7 @@ def test_a_killed_and_continued_search_draws_what_an_undisturbed_one_draws(sampl
         c = coordinator(space(trials=14, sampler=sampler), storage)
         drive(c, most=1)
         if c.wanted():
-            c.next_job() if drawn else c.asker.ask(c.roots)  # with its parameters drawn, or not yet
+            c.next_job() if drawn else c.asker.ask(c.ledger.roots)  # with its parameters drawn, or not yet
     c = coordinator(space(trials=14, sampler=sampler), storage)
     drive(c)
 

@@ -10,6 +10,8 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import Trial
 
+from tuner.server import Server
+
 WAIT = 1.0  # seconds that a value may wait, so that who watches a long trial sees its epochs
 
 
@@ -19,8 +21,8 @@ class Batched:
     Each key is written once, as a trial that is carried out once does. Nothing that has ended waits: see WindowedStudy.tell.
     """
 
-    def __init__(self, inner: BaseStorage, database: RDBStorage) -> None:
-        self.inner, self.database = inner, database
+    def __init__(self, inner: BaseStorage, database: RDBStorage | Server, trial_id: int) -> None:
+        self.inner, self.database, self.trial_id = inner, database, trial_id
         self.rows: dict[Any, list[dict[str, Any]]] = {}
         self.written = time.monotonic()
 
@@ -54,8 +56,11 @@ class Batched:
         return time.monotonic() - self.written > WAIT
 
     def flush(self) -> None:
+        """Raises UpdateFinishedTrialError where other coordinators may take a trial, and one has."""
         rows, self.rows = self.rows, {}
-        if rows:
+        if rows and isinstance(self.database, Server):
+            self.database.insert(self.trial_id, rows)
+        elif rows:
             with self.database.engine.begin() as connection:
                 for kind, found in rows.items():
                     connection.execute(sqlalchemy.insert(kind), found)
@@ -66,8 +71,8 @@ def batch(trial: Trial) -> Batched | None:
     """Has the trial's writes collected, where its study lies in a database; None where it does not."""
     inner = trial.storage
     database = getattr(inner, "_backend", inner)  # Optuna wraps a database into a cache of what has ended
-    if not isinstance(database, RDBStorage):
+    if not isinstance(database, (RDBStorage, Server)):
         return None
-    found = Batched(inner, database)
+    found = Batched(inner, database, trial._trial_id)
     trial.storage = found  # type: ignore[assignment]
     return found

@@ -16,8 +16,9 @@ import sqlalchemy
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import RDBStorage
 
-from tuner import storage
+from tuner import storage, urls
 from tuner.errors import DataError, StorageError, nearest
+from tuner.server import options
 
 Environment = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -72,17 +73,23 @@ def reader(url: str | None, folder: Path) -> RDBStorage:
 
     Raises StorageError.
     """
-    place = sqlalchemy.engine.make_url(url) if url else sqlalchemy.engine.URL.create("sqlite", database=str(folder / "study.db"))
+    try:
+        place = (
+            sqlalchemy.engine.make_url(urls.expanded(url))
+            if url
+            else sqlalchemy.engine.URL.create("sqlite", database=str(folder / "study.db"))
+        )
+    except sqlalchemy.exc.ArgumentError as error:
+        raise storage.cannot("read", error, url, folder) from None
     if place.get_backend_name() == "sqlite" and place.database:
         quoted = urllib.parse.quote(str(Path(place.database).absolute()))
         place = place.set(database=f"file:{quoted}", query={"mode": "ro", "uri": "true"})
     rendered = storage.escaped(place.render_as_string(hide_password=False))
-    options = {"pool_pre_ping": True, "execution_options": {"postgresql_readonly": True}}
+    how = {"pool_pre_ping": True, "execution_options": {"postgresql_readonly": True}, "connect_args": options(place)}
     try:
-        return RDBStorage(rendered, engine_kwargs=options, skip_table_creation=True)
+        return RDBStorage(rendered, engine_kwargs=how, skip_table_creation=True)
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise StorageError(f"storage: {(url and place) or folder / 'study.db'} cannot be read: {cause}") from error
+        raise storage.cannot("read", error, url, folder) from None
 
 
 class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
@@ -135,7 +142,7 @@ def find(studies: Path, name: str | None) -> Path:
 
 def serve(folder: Path, url: str | None, port: int, *, write: bool, announce: Callable[[str], None]) -> None:
     """Serves one study until interrupted. `announce` is told the address of the study's page."""
-    database = storage.connect(url, folder) if write else reader(url, folder)
+    database = storage.connect(url, folder, print) if write else reader(url, folder)
     name = folder.resolve().name
     try:
         page = f"/dashboard/studies/{database.get_study_id_from_name(name)}"

@@ -27,7 +27,7 @@ def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int 
         if ":" not in wanted and wanted not in known:
             raise SpaceError(f"--format {wanted!r} is not known{suggest(wanted, known)}")
     with storage.lock(folder), session(space, Places(studies, home_folder(console.warn)), console) as s:
-        database = storage.connect(space.settings.storage, folder)
+        database = storage.connect(space.settings.storage, folder, console.warn)
         study = optuna.load_study(
             study_name=folder.name, storage=database, sampler=optuna.samplers.RandomSampler(), pruner=PRUNERS["none"](1)
         )

@@ -16,6 +16,7 @@ from tuner.space import Space
 ROOT, ATTEMPT, REASON, SAME_AS = "tuner:root", "tuner:attempt", "tuner:reason", "tuner:same_as"
 BEST_EPOCH, SCORES = "best_epoch", "scores"
 FINAL, TRACE = "tuner:final", "tuner:trace"
+OWNER = "tuner:owner"  # which coordinator runs a trial, where there may be several
 DEFAULT = "tuner:default"  # whether a trial that was asked for at the beginning is the default recipe
 
 
@@ -49,6 +50,13 @@ def rank(t: FrozenTrial) -> tuple[float, int, int] | None:
     if t.state != TrialState.COMPLETE or SAME_AS in t.user_attrs:
         return None
     return (-float(t.value or 0.0), int(t.user_attrs.get(BEST_EPOCH, 0)), t.number)
+
+
+def over(study: optuna.Study) -> dict[int, tuple[float, int, int] | None]:
+    """Every draw that is over, with its rank where it has one."""
+    draws = roots(study)
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    return {draws[t.number]: rank(t) for t in study.get_trials(deepcopy=False) if t.state in ended or t.user_attrs.get(FINAL)}
 
 
 def default(study: optuna.Study) -> FrozenTrial | None:

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from tuner import errors
+from tuner.errors import TunerError
+
 
 @dataclass(frozen=True)
 class Job:
@@ -32,6 +35,12 @@ class Outcome:
     trace: str = ""
     problems: tuple[str, ...] = ()
     code: int = 0
+
+
+def refusal(outcome: Outcome) -> TunerError:
+    """A worker's TunerError, with its exit code, in this process."""
+    kind: type[TunerError] = getattr(errors, outcome.reason, TunerError)
+    return kind(*outcome.problems)
 
 
 NextJob = Callable[[], Job | None]

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from tuner import urls
+
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 Triple = tuple[float, float, float]
 LATER = "later"  # stands for weights that are filled in after the model is built
@@ -191,7 +193,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Settings:
-    """The sections that hold no ranges."""
+    """The sections that hold no ranges. `tree` leaves out a password that is written in `storage`."""
 
     search: Search
     engine: Engine
@@ -202,6 +204,6 @@ class Settings:
         return {
             "search": self.search.model_dump(),
             "engine": self.engine.model_dump(),
-            "storage": self.storage,
+            "storage": self.storage and urls.kept(self.storage),
             "export": list(self.export),
         }

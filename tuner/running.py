@@ -1,17 +1,21 @@
 """`tuner run`: the whole way from a space to a published model."""
 
+import contextlib
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 
-from tuner import history, manifest, storage
+from tuner import history, leases, manifest, server, storage, urls
 from tuner.artifacts import Artifacts
+from tuner.errors import StorageError
 from tuner.files import require_space, sweep
 from tuner.keeping import FOLDER, Keeping, best_weights
 from tuner.manifest import Published
 from tuner.orders import Facts
+from tuner.parsing import COMMAND_LINE
 from tuner.report import Console
 from tuner.run import Run
 from tuner.samplers import PRUNERS
@@ -30,22 +34,40 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
         survey = s.survey()
         facts = s.inspect()
         folder = places.folder(space)
+        place = s.settings.storage
         preflight(places, facts)
-        with storage.lock(folder), storage.database_errors(storage.shown(s.settings.storage, folder)):
+        with storage.held(place, folder), storage.database_errors(storage.shown(place, folder)), contextlib.ExitStack() as stack:
             sweep(folder)  # what a killed search left
-            coordinator = open_coordinator(s, folder, facts.digest)
+            coordinator = open_coordinator(s, folder, facts.digest, stack)
             before = coordinator.closed
             workers = workers_of(space, survey.gpus)
             console.begin(coordinator, facts, survey, workers)
             try:
-                s.carry(coordinator.next_job, coordinator.report, coordinator.ended, lambda: not s.stop.now, workers)
+                search(s, coordinator, workers)
+            except StorageError:
+                if s.stop:  # the database went away, and who waited for it had enough
+                    raise interrupted(s.stop, space) from None
+                raise
             finally:
                 console.pause()
             if s.stop:
                 raise interrupted(s.stop, space)
             if coordinator.error is not None:
                 raise coordinator.error
-            return crown_best(s, coordinator, folder, fresh=coordinator.closed > before)
+            return crown_once(s, coordinator, folder, fresh=coordinator.closed > before)
+
+
+def search(s: Session, coordinator: Coordinator, workers: int) -> None:
+    """Until the budget is spent, also by other coordinators: what these leave behind when they die is taken up."""
+    said = False
+    while True:
+        s.carry(coordinator.next_job, coordinator.report, coordinator.ended, lambda: not s.stop.now, workers)
+        if s.stop or coordinator.error is not None or not coordinator.waits():
+            return
+        if not said:
+            said = True
+            s.console.note("the budget is handed out; waiting for the trials that other coordinators run")
+        time.sleep(0.2)
 
 
 def preflight(places: Places, facts: Facts) -> None:
@@ -74,22 +96,33 @@ def workers_of(space: Space, gpus: int) -> int:
     return engine.workers if isinstance(engine.workers, int) else max(1, gpus * engine.per_gpu)
 
 
-def open_coordinator(s: Session, folder: Path, data_digest: str) -> Coordinator:
+def open_coordinator(s: Session, folder: Path, data_digest: str, stack: contextlib.ExitStack) -> Coordinator:
+    """`stack` is where its lease ends, if it needs one."""
     space, search = s.space, s.settings.search
-    database = storage.connect(s.settings.storage, folder)
-    study = storage.open_study(
-        database,
-        study_name(space),
-        optuna.samplers.RandomSampler(),  # each ask brings its own
-        PRUNERS[search.pruner](longest(space)),
-        identity(space),
-        data_digest,
-    )
+    database = storage.connect(s.settings.storage, folder, s.console.warn, lambda: s.stop.now)
+    place = server.of(database)
+    if urls.written_password(s.settings.storage or ""):
+        seen = ", and shows in the list of processes" if space.document.where(("storage",)) == COMMAND_LINE else ""
+        s.console.warn(
+            f"storage: the password that is written there is not kept{seen}; `tuner dashboard` and `tuner export` will ask for it: "
+            "write ${NAME} in its place, or use PGPASSWORD or ~/.pgpass"
+        )
+
+    def open_it() -> tuple[optuna.Study, Artifacts]:
+        sampler = optuna.samplers.RandomSampler()  # each ask brings its own
+        pruner = PRUNERS[search.pruner](longest(space))
+        study = storage.open_study(database, study_name(space), sampler, pruner, identity(space), data_digest)
+        artifacts = Artifacts(study, folder, str(search.metric))
+        artifacts.describe(space)
+        return study, artifacts
+
+    study, artifacts = place.exclusively(0, open_it) if place else open_it()
     write_yaml(folder / "space.yaml", space.tree(), f"what study {study_name(space)!r} searches, with every default")
-    artifacts = Artifacts(study, folder, str(search.metric))
-    artifacts.describe(space)
+    lease = stack.enter_context(leases.leased(place, study._study_id, folder))
+    for other in lease.others():
+        s.console.note(f"study {study.study_name!r} is also being run by {other} since {other.since}")
     keeping = Keeping((folder / FOLDER).absolute(), search.keep)
-    return Coordinator(study, space, s.assignment, Both(s.console, artifacts), Stopping(s), keeping)
+    return Coordinator(study, space, s.assignment, Both(s.console, artifacts), Stopping(s), lease, keeping)
 
 
 def longest(space: Space) -> int:
@@ -125,6 +158,22 @@ def run_tree(run: Run, s: Session) -> dict[str, Any]:
     """best.yaml: the same form as a space file, with nothing left to choose."""
     search = {"name": study_name(s.space), "metric": s.settings.search.metric}
     return run.tree() | {"search": search, "engine": s.settings.engine.model_dump(), "export": list(s.settings.export)}
+
+
+def crown_once(s: Session, coordinator: Coordinator, folder: Path, *, fresh: bool) -> Summary:
+    """Of several coordinators one makes the winner; the others say which, once it has been claimed."""
+    if not coordinator.leases.shared:
+        return crown_best(s, coordinator, folder, fresh=fresh)
+    winner, tied = history.best(coordinator.study)
+    busy = [other for other in coordinator.leases.others() if other.crown is None] if coordinator.late() else []
+    other = busy[0] if busy else coordinator.leases.crown(winner.number)
+    if other is not None:
+        run = best_run(history.run_of(s.space, coordinator.study, winner), winner.user_attrs[history.BEST_EPOCH])
+        return Summary(folder, coordinator, winner, tied, run, None, True, other)
+    with storage.lock(folder):  # `tuner export` writes here too
+        found = crown_best(s, coordinator, folder, fresh=fresh)
+    coordinator.leases.crowned()
+    return found
 
 
 def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: bool) -> Summary:

@@ -1,29 +1,32 @@
 """The coordinator: the one owner of a study. It asks Optuna, hands out runs, hears epochs, prunes, and crowns the winner."""
 
+import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tuner import errors, history
+from tuner import history
 from tuner.asking import Asker
 from tuner.crash import crash
-from tuner.errors import NoUsableTrial, TunerError
+from tuner.errors import TunerError
+from tuner.failures import Failures
 from tuner.history import ATTEMPT, BEST_EPOCH, DEFAULT, FINAL, REASON, ROOT, SAME_AS, SCORES, TRACE, key_of, rank
-from tuner.jobs import Job, Outcome
+from tuner.jobs import Job, Outcome, refusal
 from tuner.keeping import Keeping
+from tuner.leases import Alone, Leases
+from tuner.ledger import Ledger
 from tuner.orders import Assignment, Epoch, Result
 from tuner.run import Run, seconds
 from tuner.samplers import mix
 from tuner.space import Space
 from tuner.window import WindowedStudy
 
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
-MAX_ALIKE, MAX_FAILURES = 3, 10
+LOOK = 1.0  # seconds between looks at whether other coordinators left something to do
 
 
 class Listener(Protocol):
@@ -57,93 +60,87 @@ class Coordinator:
         order: Callable[[Run], Assignment],
         listener: Listener,
         stopping: Callable[[], bool],
+        leases: Alone | Leases | None = None,
         keeping: Keeping | None = None,
     ) -> None:
         self.study = WindowedStudy(study)
         self.space, self.order, self.listener, self.stopping = space, order, listener, stopping
         self.search, self.asker = space.settings.search, Asker(self.study, space)
+        self.leases = leases or Alone()
+        self.ledger = Ledger(self.study, self.asker, self.leases)
         self.live: dict[int, Live] = {}
         self.error: TunerError | None = None
         self.begun = time.monotonic()
-        self.failures: list[str] = []  # reasons, since the last trial that completed
-        self.known: dict[str, int] = {}  # parameters -> number of the trial that ended with them
-        self.roots = 0  # root trials asked so far
-        self.closed = 0  # trials that count against the budget
+        self.failures = Failures()
+        self.looked = float("-inf")  # when there was nothing to hand out, where others may change that
+        self.leases.exclusively(lambda: self.ledger.read(set()))
         self.keeping = keeping or Keeping(None, 0)
-        self.recover()
+        self.keeping.begin(history.over(self.study))
 
-    # -- history
+    @property
+    def closed(self) -> int:
+        """Trials that count against the budget."""
+        return self.ledger.closed
 
-    def recover(self) -> None:
-        """Reads the study. Whatever is RUNNING has lost its coordinator: recorded as failed, and asked again."""
-        trials = self.study.get_trials(deepcopy=False)
-        if not trials:
-            self.asker.begin()
-        draws = history.roots(self.study)
-        for t in trials:
-            self.roots += ROOT not in t.user_attrs and t.state != TrialState.WAITING
-            if t.state == TrialState.RUNNING:
-                params = {**t.system_attrs.get("fixed_params", {}), **t.params}  # enqueued, but perhaps not drawn yet
-                self.requeue(t.number, params, draws[t.number], t.user_attrs, "orphaned: the search was killed", count=False)
-            elif t.state in ENDED:
-                self.closed += 1
-                self.known.setdefault(key_of(t.params), t.number)
-            elif t.state == TrialState.FAIL and t.user_attrs.get(FINAL):
-                self.closed += 1
-        self.keeping.begin({draws[t.number]: rank(t) for t in trials if t.state in ENDED or t.user_attrs.get(FINAL)})
-
-    def requeue(self, number: int, params: dict[str, Any], root: int, attrs: dict[str, Any], reason: str, *, count: bool) -> None:
-        """Records a lost attempt and asks for the same parameters again. `count`: it was one of the limited attempts."""
-        marks = {ROOT: root, ATTEMPT: int(attrs.get(ATTEMPT, 1)) + count} | {k: v for k, v in attrs.items() if k == DEFAULT}
-        # first the new one, then the end of the old one: a crash in between leaves an orphan that is swept again
-        waiting = [t for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if t.user_attrs.get(ROOT) == marks[ROOT]]
-        if not waiting:
-            self.study.enqueue_trial(params, user_attrs=marks)
-        crash("search.requeued")
-        self.fail(number, reason)
-
-    def again(self, live: Live, reason: str, *, count: bool) -> None:
-        self.requeue(live.trial.number, live.trial.params, live.root, live.trial.user_attrs, reason, count=count)
-
-    def fail(self, number: int, reason: str) -> None:
-        storage, trial_id = self.study._storage, self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
-        storage.set_trial_user_attr(trial_id, REASON, reason)
-        crash("search.failing")
-        self.study.tell(number, state=TrialState.FAIL)
+    def held(self) -> set[int]:
+        """Our running trials: those that workers carry out, and those that drew the same."""
+        return {*self.live, *(follower.number for live in self.live.values() for follower, _ in live.followers)}
 
     # -- what an engine calls
 
     def next_job(self) -> Job | None:
         """The next trial as a job; None when the budget is handed out, time is up or the search is stopping."""
-        while self.wanted():
-            trial = self.asker.ask(self.roots)
+        while self.willing():
+            trial = self.leases.exclusively(self.ask)
             if trial is None:
+                self.looked = time.monotonic() if self.leases.shared else self.looked
                 return None
             crash("search.asked")
-            live = self.begin(trial)
+            try:
+                live = self.begin(trial)
+            except UpdateFinishedTrialError:
+                self.study.lose(trial.number)  # another coordinator took the trial while this one was not heard of
+                continue
             if live is not None:
                 kept = self.keeping.place(live.root)
                 assignment = replace(self.order(live.run), checkpoints=kept, keep=self.search.keep > 0)
                 return Job(trial.number, "tuner.work:carry", assignment, keep=kept)
         return None
 
-    def wanted(self) -> bool:
+    def willing(self) -> bool:
+        """Whether to look for a trial: nobody stops the search, it is not too late, and it was not looked just now."""
         if self.stopping() or self.error is not None:
             return False
-        if self.search.timeout is not None and time.monotonic() - self.begun > seconds(self.search.timeout):
+        if self.leases.shared and time.monotonic() - self.looked < LOOK:
             return False
-        return self.closed + len(self.live) + sum(len(v.followers) for v in self.live.values()) < self.asker.budget()
+        return not self.late()
+
+    def ask(self) -> Trial | None:
+        """A trial of the study, while the budget has room for one."""
+        if self.leases.shared:
+            self.ledger.read(self.held())
+        return self.asker.ask(self.ledger.roots) if self.wanted() else None
+
+    def wanted(self) -> bool:
+        return self.closed + self.ledger.elsewhere + len(self.held()) < self.asker.budget()
+
+    def late(self) -> bool:
+        return self.search.timeout is not None and time.monotonic() - self.begun > seconds(self.search.timeout)
+
+    def waits(self) -> bool:
+        """Whether other coordinators run trials that we would make again if they died."""
+        return self.ledger.elsewhere > 0 and not self.late()
 
     def begin(self, trial: Trial) -> Live | None:
         """The trial with its parameters fixed; None when they are known already and their result is reused."""
         attrs = trial._cached_frozen_trial.user_attrs  # as it was asked for: reading it again costs 2 ms
-        root = int(attrs.get(ROOT, self.roots))
-        self.roots += ROOT not in attrs
+        root = int(attrs.get(ROOT, self.ledger.roots))
+        self.ledger.roots += ROOT not in attrs
         with self.study.window():
             run = self.space.sample(trial, seed=mix(self.search.seed, root))
         self.study.write(trial, now=True)
         crash("search.drawn")
-        twin = self.known.get(key_of(trial.params))
+        twin = self.ledger.known.get(key_of(trial.params))
         if twin is not None:
             self.repeat(trial, run, twin)
             return None
@@ -163,7 +160,7 @@ class Coordinator:
         crash("search.repeating")
         values = found.values if found.state == TrialState.COMPLETE else None
         ended = self.study.tell(trial.number, values, found.state)
-        self.closed += 1
+        self.ledger.close(ended)
         self.listener.ended(ended, run, None)
 
     def report(self, job: Job, epoch: Epoch) -> bool:
@@ -171,33 +168,43 @@ class Coordinator:
         live = self.live[job.number]
         live.trial.report(epoch.scores[str(self.search.metric)], epoch.number)
         self.listener.epoch(live, epoch)
-        self.study.write(live.trial)
-        crash("search.reported")
-        live.pruned = not live.default and self.study.prunes(live.trial)  # what all are compared with is seen to its end
+        try:
+            self.study.write(live.trial)
+            crash("search.reported")
+            live.pruned = not live.default and self.study.prunes(live.trial)  # what all are compared with is seen to its end
+        except UpdateFinishedTrialError:
+            return False  # as above
         return not (live.pruned or self.stopping())
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         """Records how a trial ended, once."""
         live = self.live.pop(job.number)
+        self.looked = float("-inf")
+        try:
+            self.record(live, outcome)
+        except UpdateFinishedTrialError:
+            self.study.lose(job.number)  # as above
+        for follower, root in live.followers:
+            self.follow(follower, root, live)
+
+    def record(self, live: Live, outcome: Outcome) -> None:
         if outcome.kind == "done":
             self.finish(live, outcome.value)
         elif outcome.kind == "refused":
             reason = "; ".join(outcome.problems)[:500]  # data or disk: the trial is asked again once that is mended
-            self.again(live, reason, count=False)
+            self.ledger.again(live.trial, live.root, reason, count=False)
             self.error = self.error or refusal(outcome)
         elif outcome.reason == "interrupted" or (outcome.kind == "lost" and self.stopping()):
-            self.again(live, "interrupted", count=False)
+            self.ledger.again(live.trial, live.root, "interrupted", count=False)
         elif outcome.kind == "lost" and live.attempt <= self.search.retries:
-            self.again(live, outcome.reason, count=True)
+            self.ledger.again(live.trial, live.root, outcome.reason, count=True)
         else:
             self.give_up(live, outcome)
-        for follower, root in live.followers:
-            self.follow(follower, root, live)
 
     def finish(self, live: Live, result: Result) -> None:
         trial, number = live.trial, live.trial.number
         if result.state == "stopped" and not live.pruned:
-            self.again(live, "interrupted", count=False)
+            self.ledger.again(live.trial, live.root, "interrupted", count=False)
             return
         trial.set_user_attr("seconds", round(result.seconds, 3))
         if result.best:
@@ -209,13 +216,12 @@ class Coordinator:
         crash("search.files")
         if result.state == "complete":
             ended = self.study.tell(number, result.epochs[result.best - 1].scores[str(self.search.metric)])
-            self.failures.clear()
+            self.failures.reasons.clear()
         else:
             ended = self.study.tell(number, state=TrialState.PRUNED)
         crash("search.told")
         self.keeping.ended(live.root, rank(ended))
-        self.closed += 1
-        self.known.setdefault(key_of(trial.params), number)
+        self.ledger.close(ended)
         self.listener.ended(ended, live.run, result)
         if result.state in ("diverged", "oom"):
             self.count_failure(f"{result.state}: {result.reason}", alike=False)
@@ -225,35 +231,20 @@ class Coordinator:
         live.trial.set_user_attr(FINAL, True)
         if outcome.trace:
             live.trial.set_user_attr(TRACE, outcome.trace[-4000:])
-        self.fail(live.trial.number, outcome.reason)
+        self.ledger.fail(live.trial.number, outcome.reason)
         self.keeping.ended(live.root)
-        self.closed += 1
-        self.listener.ended(self.study.get_trials(deepcopy=False)[live.trial.number], live.run, None)
+        ended = self.study.get_trials(deepcopy=False)[live.trial.number]
+        self.ledger.close(ended)
+        self.listener.ended(ended, live.run, None)
         self.count_failure(outcome.reason, alike=True)
 
     def count_failure(self, reason: str, *, alike: bool) -> None:
-        """Stops a search that goes nowhere: 3 failures alike in a row, or 10 of any kind and none completed."""
-        self.failures.append(reason)
-        same = self.failures[-MAX_ALIKE:]
-        if alike and len(same) == MAX_ALIKE and len(set(same)) == 1:
-            self.error = NoUsableTrial(
-                f"the last {MAX_ALIKE} trials failed alike: {reason}; nothing finished is lost, mend this and run the same command"
-            )
-        elif len(self.failures) >= MAX_FAILURES and not history.completed(self.study):
-            counts = ", ".join(f"{n} x {r}" for r, n in Counter(self.failures).most_common(3))
-            self.error = NoUsableTrial(
-                f"{len(self.failures)} trials failed and none completed; first: {self.failures[0]}; in all: {counts}"
-            )
+        self.error = self.failures.add(reason, alike=alike, completed=bool(history.completed(self.study))) or self.error
 
     def follow(self, trial: Trial, root: int, live: Live) -> None:
-        twin = self.known.get(key_of(live.trial.params))
+        twin = self.ledger.known.get(key_of(live.trial.params))
         if twin is not None:
-            self.repeat(trial, live.run, twin)
+            with contextlib.suppress(UpdateFinishedTrialError):  # as above
+                self.repeat(trial, live.run, twin)
         else:
-            self.requeue(trial.number, trial.params, root, trial.user_attrs, "its twin did not end", count=False)
-
-
-def refusal(outcome: Outcome) -> TunerError:
-    """A worker's TunerError, with its exit code, in this process."""
-    kind: type[TunerError] = getattr(errors, outcome.reason, TunerError)
-    return kind(*outcome.problems)
+            self.ledger.again(trial, root, "its twin did not end", count=False)

@@ -14,7 +14,7 @@ from tuner import keeping, plugins
 from tuner.document import Document
 from tuner.errors import DataError, Interrupted, SpaceError, TunerError
 from tuner.files import atomic_path
-from tuner.jobs import Carry, Job, Outcome
+from tuner.jobs import Carry, Job, Outcome, refusal
 from tuner.orders import Assignment, Crown, Facts, Survey
 from tuner.report import Console
 from tuner.run import Run
@@ -137,8 +137,6 @@ def session(space: Space, places: Places, console: Console, engine: str | None =
 
 def value_of(outcome: Outcome) -> Any:
     """What a job returned. Raises the TunerError it refused with; a failure in the user's code or ours with its traceback."""
-    from tuner.search import refusal
-
     if outcome.kind == "done":
         return outcome.value
     if outcome.kind == "refused":

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tuner import fields, leaves, plugins
+from tuner import fields, leaves, plugins, urls
 from tuner.document import kind
 from tuner.draft import Draft
 from tuner.errors import SpaceError, suggest
@@ -100,8 +100,8 @@ def database(draft: Draft) -> str | None:
     if value is not None and not isinstance(value, str):
         draft.wrong(("storage",), f"expected a database URL such as postgresql://host/name, got {kind(value)}")
         return None
-    if value is not None and value.startswith("postgres://"):
-        draft.wrong(("storage",), "the scheme is called postgresql://, not postgres://")
+    for problem in urls.problems(value or ""):
+        draft.wrong(("storage",), problem)
     return value
 
 

@@ -7,13 +7,14 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy
 
+from tuner import server, urls
 from tuner.crash import crash
 from tuner.errors import SpaceError, StorageError
 from tuner.files import disk_errors
@@ -22,12 +23,12 @@ SPACE, DATA = "tuner:space", "tuner:data"
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, name: str = "lock") -> Iterator[None]:
     """Holds the study; the kernel frees it however the holder ends. Raises StorageError when another process has it."""
+    make(folder)
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "lock").touch()
-    with open(folder / "lock", "r+") as file:
+        (folder / name).touch()
+    with open(folder / name, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -40,16 +41,60 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def connect(url: str | None, folder: Path) -> optuna.storages.RDBStorage:
-    """The study's database: SQLite in WAL mode in its folder, or any SQLAlchemy URL. Raises StorageError."""
+def make(folder: Path) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def held(url: str | None, folder: Path) -> Iterator[None]:
+    """The study's folder, and alone where its database is a file: a server has room for several coordinators."""
+    with contextlib.ExitStack() as stack:
+        if url is None or not on_server(url):
+            stack.enter_context(lock(folder))
+        if url is not None and (path := urls.sqlite_path(urls.expanded(url))):
+            stack.enter_context(lock(path.parent, f"{path.name}.lock"))  # another folder's study may lie in the same file
+        make(folder)
+        yield
+
+
+def on_server(url: str) -> bool:
+    return urls.expanded(url).startswith(("postgresql:", "postgresql+"))
+
+
+def connect(
+    url: str | None, folder: Path, tell: Callable[[str], None] = lambda text: None, hopeless: Callable[[], bool] = lambda: False
+) -> optuna.storages.BaseStorage:
+    """The study's database: SQLite in WAL mode in its folder, or any SQLAlchemy URL. Raises StorageError.
+
+    `tell` is told when a server goes away and comes back; once things are `hopeless`, it is not waited for.
+    """
     try:
-        if url is not None:
-            return optuna.storages.RDBStorage(escaped(url), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800})
-        _refuse_network(folder)
-        return _sqlite(folder / "study.db")
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise StorageError(f"storage: {shown(url, folder)} cannot be opened: {cause}") from error
+        real = None if url is None else urls.expanded(url)
+        path = folder / "study.db" if real is None else urls.sqlite_path(real)
+        if real is not None and on_server(real):
+            return server.open_server(real, shown(url, folder), tell, hopeless)
+        if path is not None:
+            _refuse_network(path.parent)
+            return _sqlite(path)
+        assert real is not None
+        found = optuna.storages.RDBStorage(escaped(real), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800})
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError, server.Lost) as error:
+        raise cannot("opened", error, url, folder) from None
+    tell(f"storage: {shown(url, folder)} is passed on as it is: tuner is tested with SQLite and PostgreSQL only")
+    return found
+
+
+def cannot(be: str, error: Exception, url: str | None, folder: Path) -> StorageError:
+    """The database's own words, without passwords, and what to do where that is known."""
+    cause = error.__cause__ or error
+    found = server.hidden_reason(cause, url) if url else server.reason(cause)
+    hint = ""
+    if isinstance(cause, ModuleNotFoundError):
+        hint = "; pip install 'tuner-finetune[postgres]'" if cause.name == "psycopg" else "; install its driver, or write postgresql://…"
+    elif url and urls.expanded(url).startswith("postgres:"):
+        hint = "; the scheme is called postgresql://, not postgres://"
+    return StorageError(f"storage: {shown(url, folder)} cannot be {be}: {found}{hint}")
 
 
 @contextlib.contextmanager
@@ -58,7 +103,7 @@ def database_errors(place: str) -> Iterator[None]:
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.OperationalError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
+        cause = server.reason(error.__cause__ or error)
         raise StorageError(
             f"storage: {place} failed while the search ran ({cause}); finished trials are kept: "
             "see to its disk or server and run the same command"
@@ -69,7 +114,7 @@ def shown(url: str | None, folder: Path) -> str:
     """Where the study's database is, without the password."""
     if url is None:
         return str(folder / "study.db")
-    return str(sqlalchemy.engine.make_url(url)) if "://" in url else url
+    return urls.kept(url)
 
 
 def escaped(url: str) -> str:

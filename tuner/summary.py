@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 
 from tuner import history
 from tuner.columns import shown
+from tuner.leases import Holder
 from tuner.manifest import Published
 from tuner.run import Run
 from tuner.search import Coordinator
@@ -17,7 +18,10 @@ from tuner.search import Coordinator
 
 @dataclass(frozen=True)
 class Summary:
-    """`tied`: the trials that scored the same as the winner. `fresh`: this command added something to the study."""
+    """`tied`: the trials that scored the same as the winner. `fresh`: this command added something to the study.
+
+    `elsewhere`: the coordinator that makes the winner, where that is another one.
+    """
 
     folder: Path
     coordinator: Coordinator
@@ -26,6 +30,7 @@ class Summary:
     run: Run
     published: Published | None
     fresh: bool
+    elsewhere: Holder | None = None
 
     @property
     def metric(self) -> str:
@@ -64,6 +69,8 @@ def lines(s: Summary) -> Iterator[str]:
         yield f"default  #{default.number}, {default.value:.4f}; the search bought {float(winner.value or 0) - default.value:+.4f}"
     if s.published is not None:
         yield from outcome(s.published, s.metric, str(coordinator.search.metric))
+    if s.elsewhere is not None:
+        yield f"export   by {s.elsewhere}, into {s.elsewhere.folder}/export; should it not come to that, run the same command"
     yield f"study    {s.folder}"
     yield ""
     yield from next_steps(s)
@@ -92,7 +99,8 @@ def next_steps(s: Summary) -> Iterator[str]:
             )
         )
     steps.append((f"tuner export {name} --trial N{studies}", "another trial's model"))
-    steps.append((f"tuner train {shlex.quote(str(s.folder / 'best.yaml'))}", "repeat the winner"))
+    if s.elsewhere is None:
+        steps.append((f"tuner train {shlex.quote(str(s.folder / 'best.yaml'))}", "repeat the winner"))
     yield "next:"
     width = max(len(command) for command, _ in steps)
     for command, why in steps:

@@ -30,8 +30,10 @@ class WindowedStudy(optuna.Study):
         self.batches: dict[int, Batched] = {}  # by trial number
         self.best: list[tuple[float, int, FrozenTrial]] = []  # by value, the worst first
         self.latest: list[FrozenTrial] = []
+        self.elsewhere: list[FrozenTrial] = []  # what other coordinators run
+        self.known: set[int] = set()  # the numbers of all that were ever in the window
         for trial in self.get_trials(deepcopy=False):
-            self._keep(trial)
+            self.keep(trial)
 
     @contextlib.contextmanager
     def window(self) -> Iterator[None]:
@@ -88,12 +90,19 @@ class WindowedStudy(optuna.Study):
             collected.flush()
         found = super().tell(trial, values, state, skip_if_finished)
         self.running.pop(found.number, None)
-        self._keep(found)
+        self.keep(found)
         return found
 
-    def _keep(self, trial: FrozenTrial) -> None:
-        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+    def lose(self, number: int) -> None:
+        """Another coordinator ended this trial; what it told and was not written is dropped."""
+        self.running.pop(number, None)
+        self.batches.pop(number, None)
+
+    def keep(self, trial: FrozenTrial) -> None:
+        """Takes a trial that has ended, here or elsewhere, into the window; once."""
+        if trial.number in self.known or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
             return
+        self.known.add(trial.number)
         self.latest.append(trial)
         if len(self.latest) > LATEST:
             old = self.latest.pop(0)
@@ -109,5 +118,5 @@ class WindowedStudy(optuna.Study):
             return super()._get_trials(deepcopy, states, use_cache)
         found = [*(trial for _, _, trial in self.best), *self.latest]
         if TrialState.RUNNING in states:
-            found += [trial._cached_frozen_trial for trial in self.running.values()]
+            found += [*(trial._cached_frozen_trial for trial in self.running.values()), *self.elsewhere]
         return sorted((trial for trial in found if trial.state in states), key=lambda trial: trial.number)

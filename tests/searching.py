@@ -1,0 +1,63 @@
+"""A coordinator in a process of its own, whose trials take a moment and train nothing: `python -m tests.searching URL FOLDER TRIALS SECONDS`.
+
+Prints a line per trial that it carried out, and what it found when the budget was spent.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import optuna
+
+from tests.test_search import Silent, quality, space
+from tuner import leases, server, storage
+from tuner.jobs import Job, Outcome
+from tuner.orders import Assignment, Epoch, Result
+from tuner.samplers import PRUNERS
+from tuner.search import Coordinator
+
+SHORT = {"VALID": 3.0, "RENEWAL": 0.5}
+
+
+def carry_out(c: Coordinator, job: Job, pause: float) -> Outcome:
+    """What a worker would do, and how long it would take, without training."""
+    run = job.argument.run
+    epochs: list[Epoch] = []
+    for number in range(1, run.recipe.epochs + 1):
+        time.sleep(pause)
+        epochs.append(Epoch(number, 1.0, {"accuracy": quality(run) * number / run.recipe.epochs}, pause))
+        if not c.report(job, epochs[-1]):
+            return Outcome("done", Result("stopped", tuple(epochs), number, {}, pause))
+    return Outcome("done", Result("complete", tuple(epochs), len(epochs), {}, pause))
+
+
+def main(url: str, folder: str, trials: str, pause: str) -> None:
+    for name, value in SHORT.items():
+        setattr(leases, name, value)
+    server.STALLED = 3
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    database = storage.connect(url, Path(folder), lambda text: print(json.dumps({"told": text}), flush=True))
+    place = server.of(database)
+    assert place is not None
+    s = space(trials=int(trials), sampler="random", pruner="none")
+    sampler, pruner = optuna.samplers.RandomSampler(), PRUNERS["none"](3)
+    study = place.exclusively(0, lambda: storage.open_study(database, "t", sampler, pruner, {}, "data"))
+    with leases.leased(place, study._study_id, Path(folder)) as lease:
+        c = Coordinator(study, s, lambda run: Assignment(run, "accuracy", s.settings.engine, "home"), Silent(), lambda: False, lease)
+        print(json.dumps({"begun": c.closed}), flush=True)
+        while True:
+            while (job := c.next_job()) is not None:
+                print(json.dumps({"carries": job.number}), flush=True)
+                c.ended(job, carry_out(c, job, float(pause)))
+            if not c.waits():
+                break
+            time.sleep(0.1)
+        other = lease.crown(0)
+        if other is None:
+            lease.crowned()
+        print(json.dumps({"closed": c.closed, "crowns": other is None, "error": str(c.error or "")}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,27 @@
+"""When a search that goes nowhere stops: failures that are alike, or many and nothing else."""
+
+from collections import Counter
+
+from tuner.errors import NoUsableTrial
+
+MAX_ALIKE, MAX_FAILURES = 3, 10
+
+
+class Failures:
+    """The reasons of this process's failed trials, since the last that completed."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def add(self, reason: str, *, alike: bool, completed: bool) -> NoUsableTrial | None:
+        """The end of the search: `alike` ones, 3 in a row, or 10 of any kind where no trial has `completed`. None: it goes on."""
+        self.reasons.append(reason)
+        same = self.reasons[-MAX_ALIKE:]
+        if alike and len(same) == MAX_ALIKE and len(set(same)) == 1:
+            return NoUsableTrial(
+                f"the last {MAX_ALIKE} trials failed alike: {reason}; nothing finished is lost, mend this and run the same command"
+            )
+        if len(self.reasons) >= MAX_FAILURES and not completed:
+            counts = ", ".join(f"{n} x {r}" for r, n in Counter(self.reasons).most_common(3))
+            return NoUsableTrial(f"{len(self.reasons)} trials failed and none completed; first: {self.reasons[0]}; in all: {counts}")
+        return None

@@ -1,0 +1,84 @@
+"""Where a study's database is: a URL whose ${NAME}s are filled in only to connect, and which is shown and kept without its password."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+PARTS = re.compile(r"(?P<begin>[^:]+://)(?:(?P<user>[^:/?@]*)(?::(?P<password>[^@]*))?@)?(?P<rest>.*)", re.DOTALL)
+SECRETS = ("password", "sslpassword")  # what a query may hold
+
+
+def problems(url: str) -> list[str]:
+    """What is wrong with a written URL, as far as no connection is needed to tell; never with its password."""
+    unset = [name for name in VARIABLE.findall(url) if not os.environ.get(name)]
+    found = [f"${{{name}}} is not set; export {name}=… before the command" for name in dict.fromkeys(unset)]
+    if url.startswith("postgres://"):
+        found.append("the scheme is called postgresql://, not postgres://")
+    if url.startswith("sqlite:") and not sqlite_path(url):
+        found.append("a database in memory ends with its process; leave storage out, or name a file as sqlite:///study.db")
+    match = PARTS.fullmatch(url)
+    if match and "@" in re.split(r"[/?]", match["rest"], maxsplit=1)[0]:
+        found.append("an @ in a user's name or password is written %40; better, write ${NAME} and set that variable")
+    return found
+
+
+def expanded(url: str) -> str:
+    """With the environment's values: a whole URL as it is, a user or password quoted as a URL wants it."""
+    match = PARTS.fullmatch(url)
+    if match is None or match["user"] is None:
+        return filled(url, os.environ)
+    quoted = {name: quote(value, safe="") for name, value in os.environ.items()}
+    user, word = filled(match["user"], quoted), match["password"]
+    return f"{match['begin']}{user}{'' if word is None else ':' + filled(word, quoted)}@{filled(match['rest'], os.environ)}"
+
+
+def filled(text: str, values: Mapping[str, str]) -> str:
+    return VARIABLE.sub(lambda found: values.get(found[1], ""), text)
+
+
+def kept(url: str) -> str:
+    """What may be shown and written: variables by their names, and no password that was written out."""
+    match = PARTS.fullmatch(url)
+    if match is None:
+        return url
+    word, rest = match["password"], match["rest"]
+    place, _, query = rest.partition("?")
+    words = [part for part in query.split("&") if part and not (part.partition("=")[0] in SECRETS and _literal(part.partition("=")[2]))]
+    user = "" if match["user"] is None else match["user"] + (f":{word}" if word and not _literal(word) else "") + "@"
+    return f"{match['begin']}{user}{place}{'?' + '&'.join(words) if words else ''}"
+
+
+def _literal(word: str) -> bool:
+    return VARIABLE.sub("", word) != ""
+
+
+def written_password(url: str) -> str | None:
+    """The password that a URL spells out; None where it leaves that to a variable, PGPASSWORD or ~/.pgpass."""
+    found = secrets(url)
+    return unquote(found[0]) if found and kept(url) != url else None
+
+
+def secrets(url: str) -> list[str]:
+    match = PARTS.fullmatch(url)
+    if match is None:
+        return []
+    query = match["rest"].partition("?")[2].split("&")
+    found = [match["password"] or "", *(part.partition("=")[2] for part in query if part.partition("=")[0] in SECRETS)]
+    return [word for word in found if word]
+
+
+def hidden(text: str, url: str) -> str:
+    """`text` without the passwords that `url` expands to."""
+    for word in secrets(expanded(url)):
+        for spelling in (word, unquote(word)):
+            text = text.replace(spelling, "***")
+    return text
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file of an SQLite database; None for any other URL, and for one in memory."""
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(\?.*)?", url)
+    return Path(match[1]) if match and match[1] != ":memory:" else None
