@@ -5,14 +5,13 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tuner as package
-from tests.conftest import SMALL, Said
+from tests.conftest import SMALL
 from tuner import checkpoints, keeping
 
 pytestmark = pytest.mark.slow
@@ -170,14 +169,3 @@ def test_26_a_full_disk_in_a_checkpoint_ends_with_4_and_with_space_again_it_fini
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-
-
-def test_without_retraining_the_best_trials_own_weights_are_exported(
-    tuner: Callable[..., Said], small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the bit what its training gave; nothing is trained for it."""
-    assert tuner("run", small, "search.retrain=false", "search.keep=1", "search.pruner=none").code == 0
-    study = small.parent / "studies" / "small"
-    manifest = json.loads((study / "export" / "manifest.json").read_text())
-    assert manifest["retrained"] is False and manifest["run"]["recipe"]["fit"] == "train"
-    assert len([p for p in (study / keeping.FOLDER).iterdir() if keeping.best_weights(p)]) == 1

@@ -8,7 +8,7 @@ import optuna
 
 from tuner import history, manifest, storage
 from tuner.artifacts import Artifacts
-from tuner.keeping import FOLDER, Keeping, best_weights
+from tuner.keeping import FOLDER, Keeping
 from tuner.manifest import Published
 from tuner.report import Console
 from tuner.run import Run
@@ -110,6 +110,11 @@ def best_run(run: Run, epoch: int, fit: str = "train+valid") -> Run:
     return replace(run, recipe=run.recipe.model_copy(update={"fit": fit, "stop_epoch": epoch, "patience": None}))
 
 
+def to_publish(retrain: bool, run: Run, epoch: int, weights: Path | None) -> tuple[Run, Path | None]:
+    """What is exported of a trial's run: it, retrained on train and validation; or, without retraining, as it went, with the weights it left."""
+    return (best_run(run, epoch), None) if retrain else (best_run(run, epoch, fit="train"), weights)
+
+
 def run_tree(run: Run, s: Session) -> dict[str, Any]:
     """best.yaml: the same form as a space file, with nothing left to choose."""
     search = {"name": study_name(s.space), "metric": s.settings.search.metric}
@@ -119,13 +124,11 @@ def run_tree(run: Run, s: Session) -> dict[str, Any]:
 def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: bool) -> Summary:
     winner, tied = history.best(coordinator.study)
     found = history.run_of(s.space, coordinator.study, winner)
+    draw = history.roots(coordinator.study)[winner.number]
     run = best_run(found, winner.user_attrs[history.BEST_EPOCH])
     write_yaml(folder / "best.yaml", run_tree(run, s), f"trial {winner.number} of study {study_name(s.space)!r}; `tuner train` repeats it")
     summary = Summary(folder, coordinator, winner, tied, run, None, fresh)
-    weights = None
-    if not s.settings.search.retrain:
-        run = best_run(found, winner.user_attrs[history.BEST_EPOCH], fit="train")
-        weights = best_weights(Path(str(coordinator.keeping.place(history.roots(coordinator.study)[winner.number]))))
+    run, weights = to_publish(s.settings.search.retrain, found, winner.user_attrs[history.BEST_EPOCH], coordinator.keeping.weights(draw))
     published = manifest.read(folder / "export")
     if published is None or stale(published, run, s.settings.export):
         if weights is None and not s.settings.search.retrain:
