@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,13 @@ def test_without_retraining_the_best_trials_own_weights_are_exported(tuner: Tune
     assert "nothing left to do" in tuner(*words).out
     assert tuner("export", "small", "--format", "torch_export").code == 0  # not retrained either
     assert set(manifest(study / "export")["exports"]) == {"safetensors", "torch_export"}
+    shutil.rmtree(study / "export")
+    for folder in kept:
+        (path,) = folder.iterdir()
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    said = tuner(*words)
+    assert said.code == 3 and "damaged or of another model; with search.retrain: true the run is trained again" in said.err
+    assert not (study / "export").exists()
 
 
 def test_a_model_of_the_users_own_is_searched(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

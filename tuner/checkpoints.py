@@ -121,7 +121,7 @@ class Checkpoints:
         values = about(content)
         if values.get("format") != FORMAT:
             return f"written by tuner {values.get('tuner', 'of unknown version')} in another format"
-        if values["run"] != self.key:
+        if values.get("run") != self.key:
             return "of another run, or of other data"
         tensors = safetensors.torch.load(content)
         if not fits(tensors, training.net):

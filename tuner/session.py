@@ -132,10 +132,11 @@ class Session:
         kept = str((folder.parent / keeping.FOLDER / folder.name).absolute())
         assignment = replace(self.assignment(run), checkpoints=kept)
         given = str(weights.absolute()) if weights else None
+        needed = kept if weights is None else str(weights.parent.absolute())
         order = Crown(assignment, formats, str(folder), study_name(self.space), trial, tuple(valid.items()), given)
         try:
             heard = self.console.retraining(run) if weights is None else lambda _: None
-            published = self.call("tuner.winner:crown", order, heard, finish=True, keep=kept, retries=self.settings.search.retries)
+            published = self.call("tuner.winner:crown", order, heard, finish=True, keep=needed, retries=self.settings.search.retries)
         finally:
             self.console.pause()
         keeping.discard(Path(kept))
