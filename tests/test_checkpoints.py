@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests import counting
+from tests import counting, scenes, texts
 from tests.conftest import SMALL
 from tuner import checkpoints, document, keeping, parsing, trial
 from tuner.checkpoints import Checkpoints
@@ -55,9 +55,11 @@ def run(seed: int = 3, model: str = "tests.counting:model", **recipe: Any) -> Ru
     return replace(found, model=Part(model, {})) if ":" in model else found
 
 
-def attempt(r: Run, here: Place, folder: Path | None, most: int | None = None) -> tuple[list[Any], list[str], Best, list[str]]:
+def attempt(
+    r: Run, here: Place, folder: Path | None, most: int | None = None, metric: str = "accuracy"
+) -> tuple[list[Any], list[str], Best, list[str]]:
     """Epochs, the SHA-256 of the weights after each and at the end, the best, and what was said; given up after `most` epochs."""
-    bench, best = prepare(r, here, "accuracy"), Best()
+    bench, best = prepare(r, here, metric), Best()
     kept = checkpoints_of(r, bench, folder)
     told, digests, notes = [], [], []
     for epoch in islice(fit(bench, r.recipe, r.seed, best, kept), most):
@@ -153,6 +155,34 @@ def test_every_random_state_follows_the_seed_and_the_epoch(here: Place) -> None:
     for draw in (random.random, np.random.rand, torch.rand(()).uniform_):
         draw()
         assert attempt(run(), here, None)[:2] == first[:2]
+
+
+@pytest.mark.slow
+def test_a_detector_goes_on(here: Place, tmp_path: Path) -> None:
+    root = scenes.voc(tmp_path / "voc")
+    text = f"task: detection\ndata: {{name: voc, path: {root}, size: 64, augment: flip, views: 2}}\n"
+    text += "model: {name: ssdlite320_mobilenet_v3_large, weights: none, backbone: none}\n"
+    text += "recipe: {optimizer: adamw, lr: 0.001, freeze_depth: 3, epochs: 3, batch_size: 8}\n"
+    r = parsing.parse(document.parse(text, "boxes.yaml")).sample(None, seed=2)
+    straight = attempt(r, here, None, metric="map")
+    attempt(r, here, tmp_path / "kept", most=1, metric="map")
+    again = attempt(r, here, tmp_path / "kept", metric="map")
+    assert again[0] == straight[0] and again[1][1:] == straight[1][1:] and again[3] == []
+
+
+@pytest.mark.slow
+def test_texts_go_on_with_embeddings_that_are_the_head_too(here: Place, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    texts.folder(tmp_path, "gpt2")
+    texts.write_csv(tmp_path / "messages.csv")
+    text = f"task: text_generation\ndata: {{name: text, path: {tmp_path / 'messages.csv'}}}\n"
+    text += f"model: {{name: gpt2, folder: {tmp_path / 'gpt2'}, length: 24}}\n"
+    text += "recipe: {optimizer: adamw, lr: 0.001, freeze_depth: 0, epochs: 3, batch_size: 8, schedule: cosine}\n"
+    r = parsing.parse(document.parse(text, "texts.yaml")).sample(None, seed=2)
+    straight = attempt(r, here, None, metric="negative_log_perplexity")
+    attempt(r, here, tmp_path / "kept", most=1, metric="negative_log_perplexity")
+    again = attempt(r, here, tmp_path / "kept", metric="negative_log_perplexity")
+    assert again[0] == straight[0] and again[1][1:] == straight[1][1:] and again[3] == []
 
 
 # -- what is written

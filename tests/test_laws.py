@@ -210,3 +210,5 @@ def test_resume_killed_and_continued_equals_undisturbed(calm: Path, who: str, mo
         json.loads((calm / "studies" / n / "export" / "manifest.json").read_text())["files"]["model.safetensors"] for n in (name, "calm")
     ]
     assert files[0] == files[1]  # the winner, retrained, is the same to the bit
+    left = [sorted(p.name.partition("-")[0] for p in kept.iterdir()) for kept in (calm / "studies" / name / "checkpoints").iterdir()]
+    assert left == [["best"]] * 3  # of all checkpoints the best three trials' weights stay; test_resume.py counts epochs

@@ -1,6 +1,8 @@
 """The commands from end to end, in this process: run, run again, train, export."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,11 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import Said
+from tuner import keeping, winner
+from tuner.devices import place
+from tuner.manifest import run_of
+from tuner.run import Engine
+from tuner.trial import fit, prepare
 
 Tuner = Callable[..., Said]
 
@@ -115,10 +122,39 @@ def test_quiet_prints_nothing(tuner: Tuner, small: Path) -> None:
     assert (said.code, said.out, said.err) == (0, "", "")
 
 
-def test_without_retraining_there_is_a_best_yaml_and_no_export(tuner: Tuner, small: Path) -> None:
-    assert tuner("run", small, "search.trials=1", "search.retrain=false").code == 0
+def test_without_retraining_and_kept_weights_there_is_a_best_yaml_and_no_export(tuner: Tuner, small: Path) -> None:
+    said = tuner("run", small, "search.trials=1", "search.retrain=false", "search.keep=0")
+    assert said.code == 0 and "nothing is exported: search.retrain is false, and no weights of trial 0 are kept" in said.out
     study = small.parent / "studies" / "small"
     assert (study / "best.yaml").exists() and not (study / "export").exists()
+
+
+def test_without_retraining_the_best_trials_own_weights_are_exported(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is trained for it, and they are to the bit what training that run again gives."""
+    monkeypatch.setattr(winner, "retraining", lambda *_: pytest.fail("it is retrained"))
+    words = ("run", small, "search.retrain=false", "search.keep=2", "search.pruner=none", "search.trials=3")
+    assert tuner(*words).code == 0
+    study = small.parent / "studies" / "small"
+    found = manifest(study / "export")
+    run = run_of(found["run"])
+    assert found["retrained"] is False and run.recipe.fit == "train"
+    kept = [p for p in (study / keeping.FOLDER).iterdir() if keeping.best_weights(p)]
+    assert len(kept) == 2 and all(len(list(p.iterdir())) == 1 for p in kept)
+    bench = prepare(run, place(Engine(device="cpu"), Path(os.environ["TUNER_HOME"])), "accuracy")
+    epochs = list(fit(bench, run.recipe, run.seed))
+    assert epochs[-1].scores == found["scores"]["valid"]
+    exported = load_file(study / "export" / "model.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in bench.staged.model.state_dict().items())
+    assert "nothing left to do" in tuner(*words).out
+    assert tuner("export", "small", "--format", "torch_export").code == 0  # not retrained either
+    assert set(manifest(study / "export")["exports"]) == {"safetensors", "torch_export"}
+    shutil.rmtree(study / "export")
+    for folder in kept:
+        (path,) = folder.iterdir()
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    said = tuner(*words)
+    assert said.code == 3 and "damaged or of another model; with search.retrain: true the run is trained again" in said.err
+    assert not (study / "export").exists()
 
 
 def test_a_model_of_the_users_own_is_searched(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

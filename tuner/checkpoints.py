@@ -60,6 +60,7 @@ class Checkpoints:
         self.folder, self.key, self.keep = folder, key, keep
         self.notes: list[str] = []
         self.written = self.synced = time.monotonic()
+        self.rooted = False  # whether a power cut leaves the folder
         self.safe: Path | None = None  # the last that was synced; the first, until one is
 
     def save(self, training: Training, epochs: list[Epoch], best: int, weights: dict[str, Tensor]) -> None:
@@ -85,11 +86,13 @@ class Checkpoints:
         content = safetensors.torch.save(apart(tensors), {"checkpoint": json.dumps(header)})
         path = self.folder / name_of(what, content)
         with disk_errors(self.folder):
-            if not self.folder.is_dir():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                fsync(self.folder.parent)
+            self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(path, what="checkpoint", need=len(content), sync=sync) as temporary:
             temporary.write_bytes(content)
+        if sync and not self.rooted:
+            for folder in (self.folder.parent, self.folder.parent.parent):  # the folders' own names, once
+                fsync(folder)
+            self.rooted = True
         return path
 
     def load(self, training: Training) -> Found | None:
@@ -118,7 +121,7 @@ class Checkpoints:
         values = about(content)
         if values.get("format") != FORMAT:
             return f"written by tuner {values.get('tuner', 'of unknown version')} in another format"
-        if values["run"] != self.key:
+        if values.get("run") != self.key:
             return "of another run, or of other data"
         tensors = safetensors.torch.load(content)
         if not fits(tensors, training.net):

@@ -6,13 +6,13 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial
 
-from tuner import history, manifest, parsing, plugins, storage
+from tuner import history, keeping, manifest, parsing, plugins, storage
 from tuner.dashboard import find
 from tuner.errors import DataError, SpaceError, suggest
 from tuner.history import REASON, SAME_AS
 from tuner.manifest import Published
 from tuner.report import Console
-from tuner.running import best_run
+from tuner.running import to_publish
 from tuner.samplers import PRUNERS
 from tuner.session import Places, home_folder, session
 
@@ -32,7 +32,9 @@ def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int 
             study_name=folder.name, storage=database, sampler=optuna.samplers.RandomSampler(), pruner=PRUNERS["none"](1)
         )
         chosen = _choose(study, trial)
-        run = best_run(history.run_of(space, study, chosen), chosen.user_attrs[history.BEST_EPOCH])
+        found, epoch = history.run_of(space, study, chosen), chosen.user_attrs[history.BEST_EPOCH]
+        left = keeping.best_weights(folder / keeping.FOLDER / str(history.roots(study)[chosen.number]))
+        run, weights = to_publish(trial is not None or space.settings.search.retrain, found, epoch, left)
         place = folder / ("export" if trial is None else f"export-{trial}")
         manifest.recover(place)
         before = manifest.read(place)
@@ -40,7 +42,7 @@ def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int 
         if kept and set(formats) <= set(kept) and before is not None:
             return before
         published: Published = s.crown(
-            run, place, (*kept, *(formats or space.settings.export)), chosen.number, chosen.user_attrs[history.SCORES]
+            run, place, (*kept, *(formats or space.settings.export)), chosen.number, chosen.user_attrs[history.SCORES], weights
         )
         return published
 

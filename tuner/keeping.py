@@ -32,10 +32,10 @@ def best_weights(folder: Path) -> Path | None:
 
 
 def whole(path: Path) -> bytes | None:
-    """A file's content; None where it is not what its name vouches for, or is gone."""
+    """A file's content; None where it is not what its name vouches for, is gone or cannot be read."""
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return None
     match = NAME.fullmatch(path.name)
     return content if match and hashlib.sha256(content).hexdigest() == match[2] else None
@@ -51,6 +51,10 @@ class Keeping:
 
     def place(self, draw: int) -> str | None:
         return str(self.folder / str(draw)) if self.folder is not None else None
+
+    def weights(self, draw: int) -> Path | None:
+        """Of a trial's best epoch, where they are kept."""
+        return best_weights(self.folder / str(draw)) if self.folder is not None else None
 
     def begin(self, ended: Mapping[int, Rank | None]) -> None:
         """Takes over what an earlier coordinator left; `ended` has every draw that is over, with its rank where it completed."""

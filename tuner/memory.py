@@ -36,7 +36,8 @@ def room(net: nn.Module, batch_size: int) -> Room:
 def fitting(work: Callable[[], Tensor], room: Room, count: int) -> Tensor:
     """What `work` gives, called again with half the room each time that the memory does not hold it; `count` is the examples it wants.
 
-    Raises what it raises at the last.
+    What a failed attempt has left in BatchNorm's running statistics and drawn of the random numbers stays so. Raises what `work` raises
+    at the last.
     """
     while True:
         try:

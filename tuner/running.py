@@ -12,7 +12,7 @@ from tuner import history, leases, manifest, server, storage, urls
 from tuner.artifacts import Artifacts
 from tuner.errors import StorageError
 from tuner.files import require_space, sweep
-from tuner.keeping import FOLDER, Keeping, best_weights
+from tuner.keeping import FOLDER, Keeping
 from tuner.manifest import Published
 from tuner.orders import Facts
 from tuner.parsing import COMMAND_LINE
@@ -154,6 +154,11 @@ def best_run(run: Run, epoch: int, fit: str = "train+valid") -> Run:
     return replace(run, recipe=run.recipe.model_copy(update={"fit": fit, "stop_epoch": epoch, "patience": None}))
 
 
+def to_publish(retrain: bool, run: Run, epoch: int, weights: Path | None) -> tuple[Run, Path | None]:
+    """What is exported of a trial's run: it, retrained on train and validation; or, without retraining, as it went, with the weights it left."""
+    return (best_run(run, epoch), None) if retrain else (best_run(run, epoch, fit="train"), weights)
+
+
 def run_tree(run: Run, s: Session) -> dict[str, Any]:
     """best.yaml: the same form as a space file, with nothing left to choose."""
     search = {"name": study_name(s.space), "metric": s.settings.search.metric}
@@ -179,13 +184,11 @@ def crown_once(s: Session, coordinator: Coordinator, folder: Path, *, fresh: boo
 def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: bool) -> Summary:
     winner, tied = history.best(coordinator.study)
     found = history.run_of(s.space, coordinator.study, winner)
+    draw = history.roots(coordinator.study)[winner.number]
     run = best_run(found, winner.user_attrs[history.BEST_EPOCH])
     write_yaml(folder / "best.yaml", run_tree(run, s), f"trial {winner.number} of study {study_name(s.space)!r}; `tuner train` repeats it")
     summary = Summary(folder, coordinator, winner, tied, run, None, fresh)
-    weights = None
-    if not s.settings.search.retrain:
-        run = best_run(found, winner.user_attrs[history.BEST_EPOCH], fit="train")
-        weights = best_weights(Path(str(coordinator.keeping.place(history.roots(coordinator.study)[winner.number]))))
+    run, weights = to_publish(s.settings.search.retrain, found, winner.user_attrs[history.BEST_EPOCH], coordinator.keeping.weights(draw))
     manifest.recover(folder / "export")
     published = manifest.read(folder / "export")
     if published is None or stale(published, run, s.settings.export):

@@ -62,14 +62,28 @@ class Session:
         return Assignment(run, str(self.settings.search.metric), self.settings.engine, str(self.places.home), fetch)
 
     def call(
-        self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None, *, finish: bool = False, keep: str | None = None
+        self,
+        work: str,
+        argument: Any,
+        report: Callable[[Any], None] = lambda _: None,
+        *,
+        finish: bool = False,
+        keep: str | None = None,
+        retries: int = 0,
     ) -> Any:
         """Has a worker carry out one job and returns its value. Raises what it refused with, and Interrupted.
 
-        `finish`: the first signal lets the job come to its next report; otherwise it ends the job. `keep`: as in `Job`.
+        `finish`: the first signal lets the job come to its next report; otherwise it ends the job. `keep`: as in `Job`. `retries`: further
+        attempts where its worker dies.
         """
-        jobs = iter([Job(-1, work, argument, keep)])
+        begun: list[Job] = []
         found: list[Outcome] = []
+
+        def next_job() -> Job | None:
+            if len(begun) > len(found) or len(begun) > retries or any(outcome.kind != "lost" for outcome in found):
+                return None
+            begun.append(Job(-1, work, argument, keep))
+            return begun[-1]
 
         def heard(job: Job, value: Any) -> bool:
             report(value)
@@ -78,10 +92,10 @@ class Session:
         def go_on() -> bool:
             return not self.stop.now if finish else not self.stop
 
-        self.carry(lambda: next(jobs, None), heard, lambda job, outcome: found.append(outcome), go_on, 1)
+        self.carry(next_job, heard, lambda job, outcome: found.append(outcome), go_on, 1)
         if self.stop:
             raise interrupted(self.stop, self.space)
-        return value_of(found[0])
+        return value_of(found[-1])
 
     def survey(self) -> Survey:
         """Checks against the models what the file alone cannot tell."""
@@ -118,10 +132,11 @@ class Session:
         kept = str((folder.parent / keeping.FOLDER / folder.name).absolute())
         assignment = replace(self.assignment(run), checkpoints=kept)
         given = str(weights.absolute()) if weights else None
+        needed = kept if weights is None else str(weights.parent.absolute())
         order = Crown(assignment, formats, str(folder), study_name(self.space), trial, tuple(valid.items()), given)
         try:
             heard = self.console.retraining(run) if weights is None else lambda _: None
-            published = self.call("tuner.winner:crown", order, heard, finish=True, keep=kept)
+            published = self.call("tuner.winner:crown", order, heard, finish=True, keep=needed, retries=self.settings.search.retries)
         finally:
             self.console.pause()
         keeping.discard(Path(kept))
@@ -142,7 +157,7 @@ def value_of(outcome: Outcome) -> Any:
     if outcome.kind == "refused":
         raise refusal(outcome)
     if outcome.kind == "lost":
-        raise DataError(f"a worker died while reading data and weights: {outcome.reason}; is there enough memory?")
+        raise DataError(f"a worker died: {outcome.reason}; is there enough memory?")
     raise Broken(outcome.reason, outcome.trace)
 
 

@@ -53,7 +53,7 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
                 if not report(epoch):
                     return None
             if order.weights and not put(Path(order.weights), bench.staged.model, bench.net):
-                raise DataError(f"{order.weights}: damaged or of another model; remove it, and raise search.trials or retrain")
+                raise DataError(f"{order.weights}: damaged or of another model; with search.retrain: true the run is trained again")
             tested = test(bench, a.run.recipe.batch_size)
         except Diverged as error:
             raise NoUsableTrial(f"training diverged ({error}); {WAY_OUT}") from None
