@@ -15,7 +15,7 @@ from tests.mutations import damaged, retyped
 from tuner import decoding, planes
 from tuner.data import coco, text, voc, yolo
 from tuner.data._rows import rows
-from tuner.errors import TunerError
+from tuner.errors import DataError, TunerError
 from tuner.run import ImageOptions, SplitOptions
 from tuner.splits import UNSPLIT, checked, divided
 from tuner.wanted import Preprocess

@@ -49,7 +49,7 @@ def connect(url: str | None, folder: Path) -> optuna.storages.RDBStorage:
         return _sqlite(folder / "study.db")
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
-        raise StorageError(f"storage: {shown(url, folder)} cannot be opened: {cause}") from error
+        raise full(error, shown(url, folder)) or StorageError(f"storage: {shown(url, folder)} cannot be opened: {cause}") from error
 
 
 @contextlib.contextmanager
@@ -59,10 +59,23 @@ def database_errors(place: str) -> Iterator[None]:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.OperationalError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
-        raise StorageError(
+        raise full(error, place) or StorageError(
             f"storage: {place} failed while the search ran ({cause}); finished trials are kept: "
             "see to its disk or server and run the same command"
         ) from error
+
+
+def full(error: BaseException, place: str) -> StorageError | None:
+    """A database's own words for a full disk as ours; None where it is something else."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "disk is full" in str(cause) or "disk I/O error" in str(cause) or "No space left" in str(cause):
+            said = str(cause.__cause__ or cause).splitlines()[0]
+            return StorageError(
+                f"disk full while writing {place} ({said}); finished trials are kept: free some space and run the same command"
+            )
+        cause = cause.__cause__
+    return None
 
 
 def shown(url: str | None, folder: Path) -> str:
