@@ -159,16 +159,16 @@ def test_27_killed_while_an_export_is_replaced_the_old_or_the_new_one_is_there(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", ["activations.filled:2", "export.written"])
+@pytest.mark.parametrize("point", ["activations.filled:4", "export.written"])
 def test_27_a_worker_that_dies_at_a_point_is_noticed_and_replaced(point: str, forking: Forks, calm: Path, tmp_path: Path) -> None:
     begun(tmp_path)
-    code, said = forking.tuner(tmp_path, "run", "study.yaml", "engine.name=local", TUNER_CRASH_AT=point)
+    code, said = forking.tuner(tmp_path, "run", "study.yaml", "engine.name=local", "search.retries=10", TUNER_CRASH_AT=point)
     lost = failures(tmp_path)
     if point.startswith("activations"):  # each worker that comes after has fewer entries left to fill, and gets further
         assert lost and set(lost) == {"worker ended with exit code 137"}
     if code != 0:  # it died while the winner was made
         assert code == 3 and "a worker died" in said and "exit code 137" in said
-        code, said = forking.tuner(tmp_path, "run", "study.yaml", "engine.name=local")
+        code, said = forking.tuner(tmp_path, "run", "study.yaml", "engine.name=local", "search.retries=10")
     assert code == 0, said
     ended_alike(tmp_path, calm)
 

@@ -147,7 +147,7 @@ def test_26_a_database_that_cannot_be_written_ends_in_order_and_continues(
 
         patch.setattr(Batched, "flush", full)
         said = tuner("run", small, "search.trials=2")
-    assert said.code == 4 and "study.db failed while the search ran (database or disk is full)" in said.err
+    assert said.code == 4 and "disk full while writing studies/small/study.db (database or disk is full)" in said.err
     assert finished(small.parent / "studies/small")[0] == (0, "COMPLETE")
     assert tuner("run", small, "search.trials=2").code == 0
 

@@ -143,6 +143,18 @@ def _said(box: NDArray[np.float64]) -> str:
     return f"({', '.join(f'{side:g}' for side in box.tolist())})"
 
 
+def inside(name: str, where: str) -> str:
+    """A name of a file as an annotation states it. Raises DataError on one that leaves its folder, or that no file can have."""
+    parts = name.replace("\\", "/").split("/")
+    if name.startswith(("/", "\\")) or ".." in parts or "\0" in name or not name.isprintable() or max(map(_bytes, parts)) > 255:
+        raise DataError(f"{where}: {name[:100]!r} leaves the folder of the images, or is no file's name; name files below it")
+    return name
+
+
+def _bytes(part: str) -> int:
+    return len(part.encode(errors="surrogatepass"))
+
+
 def listed(problems: Sequence[str]) -> list[str]:
     """The first few, and how many more there are."""
     more = [f"… and {len(problems) - LISTED} more"] if len(problems) > LISTED else []

@@ -42,8 +42,12 @@ def read(folder: Path) -> Published | None:
     try:
         manifest = json.loads(path.read_text())
         files = dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
+        loaded = [str(entry["file"]) for entry in manifest["exports"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({error}); remove the folder and run `tuner export` again") from None
+    strange = [name for name in (*files, *loaded) if name not in files or name.startswith("/") or ".." in Path(name).parts]
+    if strange:
+        raise DataError(f"{path}: names {strange[0]!r}, which is no file that it vouches for in its folder")
     for name, digest in files.items():
         if not (folder / name).is_file():
             raise DataError(f"{folder / name}: missing; remove the folder and run `tuner export` again")

@@ -172,7 +172,7 @@ def of_voc(home: Path, root: Path, wanted: Wanted, options: ImageOptions, classe
     """
     images, masks = (files(root / name, "JPEGImages and SegmentationClass") for name in ("JPEGImages", "SegmentationClass"))
     lists = {name: root / "ImageSets" / "Segmentation" / f"{name}.txt" for name in SETS}
-    named = {name: path.read_text().split() for name, path in lists.items() if path.is_file()}
+    named = {name: path.read_text(encoding="utf-8", errors="replace").split() for name, path in lists.items() if path.is_file()}
     named = {name: stems for name, stems in named.items() if any(stem in masks for stem in stems)}  # VOC keeps its test masks to itself
     if "train" not in named:
         named = {"train": sorted(images.keys() & masks.keys())}

@@ -80,7 +80,7 @@ def connect(
         assert real is not None
         found = optuna.storages.RDBStorage(escaped(real), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800})
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError, server.Lost) as error:
-        raise cannot("opened", error, url, folder) from None
+        raise full(error, shown(url, folder)) or cannot("opened", error, url, folder) from None
     tell(f"storage: {shown(url, folder)} is passed on as it is: tuner is tested with SQLite and PostgreSQL only")
     return found
 
@@ -104,10 +104,23 @@ def database_errors(place: str) -> Iterator[None]:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.OperationalError) as error:
         cause = server.reason(error.__cause__ or error)
-        raise StorageError(
+        raise full(error, place) or StorageError(
             f"storage: {place} failed while the search ran ({cause}); finished trials are kept: "
             "see to its disk or server and run the same command"
         ) from error
+
+
+def full(error: BaseException, place: str) -> StorageError | None:
+    """A database's own words for a full disk as ours; None where it is something else."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "disk is full" in str(cause) or "disk I/O error" in str(cause) or "No space left" in str(cause):
+            said = str(cause.__cause__ or cause).splitlines()[0]
+            return StorageError(
+                f"disk full while writing {place} ({said}); finished trials are kept: free some space and run the same command"
+            )
+        cause = cause.__cause__
+    return None
 
 
 def shown(url: str | None, folder: Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tuner.boxes import Annotated, Box, detection, listed, parts_of
+from tuner.boxes import Annotated, Box, detection, inside, listed, parts_of
 from tuner.core import Data
 from tuner.errors import DataError, nearest
 from tuner.run import ImageOptions
@@ -19,6 +19,7 @@ from tuner.wanted import Wanted
 TASKS = ("detection",)
 NAMES = {"train": TRAIN, "valid": VALID, "val": VALID, "test": TEST}
 PLACES = ("annotations/instances_{}*.json", "annotations/{}*.json", "{}*/_annotations.coco.json", "{}*.json")
+MOST = 1e9  # pixels that a side of a box may state
 Category = dict[int, str]
 
 
@@ -29,7 +30,9 @@ def load(home: Path, wanted: Wanted, task: str, *, path: str, images: str | None
     categories: Category = {}
     for part, tree in trees.items():
         for number, one in _by_id(tree, "categories", files[part]).items():
-            name = str(one.get("name", number))
+            name = one.get("name", str(number))
+            if not isinstance(name, str) or not name.isprintable():
+                raise DataError(f"{files[part]}: category {number}: name {_short(name)} is no text of one line")
             if categories.setdefault(number, name) != name:
                 raise DataError(f"{files[part]}: category {number} is {name!r}, but {categories[number]!r} in another part")
     found: list[Annotated] = []
@@ -93,12 +96,12 @@ def _annotated(tree: dict[str, Any], file: Path, images: Path | None, categories
     for number, one in enumerate(tree["annotations"]):
         place = f"{file}: annotations[{number}]"
         box = one.get("bbox") if isinstance(one, dict) else None
-        if not isinstance(box, list) or len(box) != 4 or not all(type(side) in (int, float) for side in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(type(side) in (int, float) and abs(side) < MOST for side in box):
             wrong.append(f"{place}: needs a bbox of four numbers: left, top, width, height")
-        elif one.get("image_id") not in pictures:
-            wrong.append(f"{place}: image_id {one.get('image_id')!r} is no image's id")
-        elif one.get("category_id") not in categories:
-            wrong.append(f"{place}: category_id {one.get('category_id')!r} is no category's id")
+        elif type(one.get("image_id")) is not int or one["image_id"] not in pictures:
+            wrong.append(f"{place}: image_id {_short(one.get('image_id'))} is no image's id")
+        elif type(one.get("category_id")) is not int or one["category_id"] not in categories:
+            wrong.append(f"{place}: category_id {_short(one.get('category_id'))} is no category's id")
         elif not one.get("iscrowd"):  # a crowd is no object
             left, top, width, height = map(float, box)
             objects[one["image_id"]].append(
@@ -110,10 +113,15 @@ def _annotated(tree: dict[str, Any], file: Path, images: Path | None, categories
     for key, one in pictures.items():
         if not isinstance(one.get("file_name"), str):
             raise DataError(f"{file}: image {key} has no file_name")
+        name = inside(one["file_name"], f"{file}: image {key}: file_name")
         size = (one["width"], one["height"]) if type(one.get("width")) is int and type(one.get("height")) is int else None
         boxes, labels, places = zip(*objects[key], strict=True) if objects[key] else ((), (), ())
-        found.append(Annotated(_picture(file, images, one["file_name"]), boxes, labels, places, part, size=size))
+        found.append(Annotated(_picture(file, images, name), boxes, labels, places, part, size=size))
     return found
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:100]
 
 
 def _name(pictures: dict[int, dict[str, Any]], one: dict[str, Any]) -> str:

@@ -124,7 +124,7 @@ def _read(file: Path, *, difficult: bool) -> tuple[Named, tuple[int, int] | None
             left, top, right, bottom = (_number(found, side, place) for side in ("xmin", "ymin", "xmax", "ymax"))
             named.append((name, (left - 1, top - 1, right, bottom), place))  # VOC counts pixels from 1, the last included
     sides = [(tree.findtext(f"size/{side}") or "0").strip() for side in ("width", "height")]
-    return named, (int(sides[0]), int(sides[1])) if all(side.isdecimal() and int(side) for side in sides) else None
+    return named, (int(sides[0]), int(sides[1])) if all(side.isdecimal() and len(side) < 10 and int(side) for side in sides) else None
 
 
 def _number(found: ElementTree.Element, side: str, place: str) -> float:

@@ -3,12 +3,14 @@
 The layout is that of Ultralytics and Darknet: data.yaml names classes and parts, or classes.txt the classes; labels/ lies beside images/.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from tuner.boxes import Annotated, Box, detection, listed, parts_of
+from tuner.boxes import Annotated, Box, detection, inside, listed, parts_of
 from tuner.core import Data
 from tuner.decoding import SUFFIXES
 from tuner.errors import DataError, nearest
@@ -19,7 +21,7 @@ from tuner.wanted import Wanted
 TASKS = ("detection",)
 NAMES = {"train": TRAIN, "val": VALID, "valid": VALID, "test": TEST}
 LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
-LARGEST = 10_000_000  # bytes of one text file
+LARGEST, LARGEST_YAML = 10_000_000, 200_000  # bytes of one text file, and of data.yaml
 
 
 def load(home: Path, wanted: Wanted, task: str, *, path: str, image: ImageOptions) -> Data:
@@ -44,25 +46,38 @@ def load(home: Path, wanted: Wanted, task: str, *, path: str, image: ImageOption
     return detection(home, found, classes, image, wanted)
 
 
+class _Plain(yaml.SafeLoader):
+    """Safe YAML without aliases, which can make a small file large."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are refused")
+        return super().compose_node(parent, index)
+
+
 def _described(file: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     """Classes, and images with their parts, as a data.yaml has them. Raises DataError."""
+    if file.stat().st_size > LARGEST_YAML:
+        raise DataError(f"{file}: {file.stat().st_size:,} bytes, more than {LARGEST_YAML:,}; it names classes and folders")
     try:
-        tree = yaml.safe_load(_text(file))
-    except yaml.YAMLError as error:
-        raise DataError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+        tree = yaml.load(_text(file), Loader=_Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML builds numbers and nests as deep as it is told
+        raise DataError(f"{file}: not YAML that names classes and folders ({' '.join(str(error).split())[:300]})") from None
     names = tree.get("names") if isinstance(tree, dict) else None
     if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
+        if set(names) != set(range(len(names))) or not all(type(number) is int for number in names):
             raise DataError(f"{file}: names: expected the numbers 0 to {len(names) - 1}, got {', '.join(map(str, list(names)[:20]))}")
         names = [names[i] for i in range(len(names))]
-    if not isinstance(tree, dict) or not isinstance(names, list) or not names:
+    if not isinstance(tree, dict) or not isinstance(names, list) or not names or not all(isinstance(n, (str, int, float)) for n in names):
         raise DataError(f"{file}: expected a mapping with names, the list of classes")
-    base = file.parent / str(tree.get("path") or ".")
-    base = base if base.is_dir() else file.parent  # files travel, and their path stays behind
+    base = file.parent / (tree["path"] if isinstance(tree.get("path"), str) else ".")
+    base = base if os.path.isdir(base) else file.parent  # files travel, and their path stays behind
     found: list[tuple[Path, int]] = []
     for key, part in NAMES.items():
         places = tree.get(key)
         for place in places if isinstance(places, list) else [places] if places else []:
+            if not isinstance(place, str):
+                raise DataError(f"{file}: {key}: expected folders or lists of images, got {type(place).__name__}")
             found += [(picture, part) for picture in _listed(base, str(place), f"{file}: {key}")]
     if not any(part == TRAIN for _, part in found):
         raise DataError(f"{file}: train: needs a folder or a list of images")
@@ -71,12 +86,17 @@ def _described(file: Path) -> tuple[list[str], list[tuple[Path, int]]]:
 
 def _listed(base: Path, place: str, where: str) -> list[Path]:
     """The images that a folder holds or a text file lists."""
-    path = next((p for p in (base / place, base / place.removeprefix("../")) if p.exists()), None)
+    path = next((p for p in (base / place, base / place.removeprefix("../")) if os.path.exists(p)), None)
     if path is None:
         raise DataError(f"{where}: {base / place} does not exist")
     if path.is_dir():
         return list(_pictures(path))
-    return [base / line.strip() for line in _text(path).splitlines() if line.strip()]
+    return [_inside(base, line.strip(), f"{path}:{number}") for number, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
+
+
+def _inside(base: Path, name: str, where: str) -> Path:
+    """An image that a list names; an absolute name must lead into the folder too, as Darknet writes them."""
+    return base / inside(name.removeprefix(f"{base.absolute()}/"), where)
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
@@ -110,9 +130,9 @@ def _row(line: str, classes: list[str]) -> tuple[Box, int] | str:
     try:
         x, y, width, height = map(float, words[1:])
     except ValueError:
-        return f"expected four numbers after the class, got {' '.join(words[1:])!r}"
-    if not words[0].isdecimal() or int(words[0]) >= len(classes):
-        return f"class {words[0]!r}, but there are {len(classes)} classes, 0 to {len(classes) - 1}"
+        return f"expected four numbers after the class, got {' '.join(words[1:])[:100]!r}"
+    if not words[0].isdecimal() or len(words[0]) > 9 or int(words[0]) >= len(classes):
+        return f"class {words[0][:100]!r}, but there are {len(classes)} classes, 0 to {len(classes) - 1}"
     if max(x, y, width, height) > 1.5:
         return f"box {' '.join(words[1:])}: these are pixels; expected shares of the image's sides, 0 to 1"
     return (x - width / 2, y - height / 2, x + width / 2, y + height / 2), int(words[0])

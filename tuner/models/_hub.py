@@ -58,12 +58,15 @@ def stated(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"model.folder: {path} is damaged ({error})") from None
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise DataError(f"model.folder: {path} states no model_type, so nobody knows what to build")
     if "auto_map" in found:
         raise SpaceError(f"model.folder: {path} asks for code of its own to be run (auto_map), which is never done; use a model without")
+    kernels = [key for key, value in found.items() if "implementation" in key and "/" in str(value)]
+    if kernels:
+        raise SpaceError(f"model.folder: {path} asks for code from elsewhere ({kernels[0]}: {found[kernels[0]]}), which is never run")
     return found
 
 
