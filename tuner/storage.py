@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 
+from tuner.bulk import quick
 from tuner.errors import SpaceError, StorageError
 from tuner.files import disk_errors
 
@@ -43,7 +44,7 @@ def connect(url: str | None, folder: Path) -> optuna.storages.RDBStorage:
     """The study's database: SQLite in WAL mode in its folder, or any SQLAlchemy URL. Raises StorageError."""
     try:
         if url is not None:
-            return optuna.storages.RDBStorage(escaped(url), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800})
+            return quick(optuna.storages.RDBStorage(escaped(url), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800}))
         _refuse_network(folder)
         return _sqlite(folder / "study.db")
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError) as error:
@@ -84,7 +85,7 @@ def _sqlite(path: Path) -> optuna.storages.RDBStorage:
     storage = optuna.storages.RDBStorage(escaped(url), engine_kwargs={"connect_args": {"timeout": 60}})
     sqlalchemy.event.listen(storage.engine, "connect", pragmas)
     storage.engine.dispose()  # connections from before the hook
-    return storage
+    return quick(storage)
 
 
 def _refuse_network(folder: Path) -> None:
