@@ -137,16 +137,19 @@ def drawn(page: str) -> dict[str, float]:
         options.page_load_strategy = "none"
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(shutil.which("chromedriver"))))
         try:
+            driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
             start = time.monotonic()
             driver.set_script_timeout(600)
             driver.get(page)
             found = {}
             for name, script in {
-                "best_trial": "return document.body && document.body.innerText.includes('Best Trial (number=')",
+                "best_trial": "return document.body && document.body.textContent.includes('Best Trial (number=')",
                 "history": "return document.querySelectorAll('.plotly .scatterlayer path').length > 0",
             }.items():
                 WebDriverWait(driver, 600, 0.05).until(lambda d, script=script: d.execute_script(script))
                 found[name] = round(time.monotonic() - start, 3)
+            metrics = {m["name"]: m["value"] for m in driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]}
+            found["cpu"] = {name: round(metrics[f"{name}Duration"], 2) for name in ("Task", "Script", "Layout", "RecalcStyle")}
             timing = "return performance.getEntriesByType('resource').map(e => [e.name.replace(/^.*?\\/\\/[^/]+/, ''), e.startTime, e.responseEnd])"
             found["network"] = {name: [round(a / 1000, 3), round(b / 1000, 3)] for name, a, b in driver.execute_script(timing)}
             return found

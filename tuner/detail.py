@@ -14,8 +14,7 @@ from optuna.storages._rdb import models
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
-CURVES = 500  # up to so many trials the page draws every learning curve
-BEST, LATEST = 50, 50  # beyond, those of the best and of the latest: a browser needs a minute for ten thousand lines
+CURVES = 500  # up to so many trials the page has all learning curves in one chart; ten thousand take a browser a minute
 OF_TRIAL = re.compile(r"(?:dashboard|dashboard:artifacts):(\d+):")  # what a study keeps for one of its trials
 
 Attributes = dict[str, str]  # key -> JSON
@@ -30,7 +29,7 @@ class Detail:
         self.database, self.cached, self.study = database, cached, study
         self.cache = InMemoryCache()
         self.lock = threading.Lock()
-        self.words: dict[int, tuple[Attributes, str, str]] = {}  # trial id -> its attributes in the study, itself, its curve
+        self.words: dict[int, tuple[Attributes, str]] = {}  # trial id -> its attributes in the study, and what is said of it
         self.ended: set[int] = set()  # numbers of the trials that have ended and been counted in `cache`
 
     def answer(self, after: int) -> bytes:
@@ -40,8 +39,7 @@ class Detail:
         with self.lock:
             trials = _storage.get_trials(self.cache, self.cached, self.study)
             own, of_trials = self._attributes()
-            shown = curves(trials)
-            texts = [self._text(trial, of_trials.get(trial._trial_id, {}), shown) for trial in trials][after:]
+            texts = [self._text(trial, of_trials.get(trial._trial_id, {})) for trial in trials][after:]
             rest = self._rest(trials, own, of_trials)
         return f'{json.dumps(rest)[:-1]}, "trials": [{", ".join(texts)}]}}'.encode()
 
@@ -57,14 +55,13 @@ class Detail:
                 (of_trials.setdefault(int(match[1]), {}) if match else own)[key] = text
         return own, of_trials
 
-    def _text(self, trial: FrozenTrial, attributes: Attributes, shown: set[int] | None) -> str:
+    def _text(self, trial: FrozenTrial, attributes: Attributes) -> str:
         known = self.words.get(trial._trial_id)
         if known is None or known[0] != attributes:
-            known = attributes, *worded(self.study, trial, attributes)
+            known = attributes, json.dumps(worded(self.study, trial, attributes))
             if trial.state.is_finished():
                 self.words[trial._trial_id] = known
-        _, text, curve = known
-        return f'{text[:-1]}, "intermediate_values": {curve if shown is None or trial.number in shown else "[]"}}}'
+        return known[1]
 
     def _rest(self, trials: list[FrozenTrial], own: Attributes, of_trials: dict[int, Attributes]) -> dict[str, Any]:
         """Everything but the trials."""
@@ -82,27 +79,18 @@ class Detail:
         del rest["trials"]
         if any(trial.state == TrialState.COMPLETE for trial in trials):
             best = self.cached.get_best_trial(self.study)
-            rest["best_trials"] = [_serializer.serialize_frozen_trial(self.study, best, decoded(of_trials.get(best._trial_id, {})))]
+            rest["best_trials"] = [worded(self.study, best, of_trials.get(best._trial_id, {}))]
+        rest["has_intermediate_values"] &= len(trials) <= CURVES  # each trial's own page has its curve all the same
         return rest
 
 
-def worded(study: int, trial: FrozenTrial, attributes: Attributes) -> tuple[str, str]:
-    """A trial as the page has it, and its curve apart."""
+def worded(study: int, trial: FrozenTrial, attributes: Attributes) -> dict[str, Any]:
+    """A trial as the page has it."""
     from optuna_dashboard import _serializer
 
-    tree = _serializer.serialize_frozen_trial(study, trial, decoded(attributes))
-    curve = json.dumps(tree.pop("intermediate_values"))
-    return json.dumps(tree), curve
+    found: dict[str, Any] = _serializer.serialize_frozen_trial(study, trial, decoded(attributes))
+    return found
 
 
 def decoded(attributes: Attributes) -> dict[str, Any]:
     return {key: json.loads(text) for key, text in attributes.items()}
-
-
-def curves(trials: list[FrozenTrial]) -> set[int] | None:
-    """Numbers of the trials whose learning curves are drawn; None: all are."""
-    if len(trials) <= CURVES:
-        return None
-    completed = sorted((t for t in trials if t.state == TrialState.COMPLETE and t.values), key=lambda t: (float(t.values[0]), -t.number))
-    running = [t for t in trials if not t.state.is_finished()]
-    return {t.number for t in (*completed[-BEST:], *trials[-LATEST:], *running)}
