@@ -5,7 +5,8 @@
 Makes a study on disk as `tuner run` leaves it: 6 parameters, 10 epochs, three files and a note a trial, a third of them pruned.
 Then `tuner dashboard` is started on it anew for each repeat, and asked over HTTP for what the study's page loads.
 `--plain`: Optuna's dashboard over Optuna's own storage is the twin, once. `--browser`: headless chromium opens the page too;
-drawn is when the history's curve and the best trial are on it. Prints one JSON object a measurement; seconds of wall clock.
+drawn is when the history's curve and the best trial are on it. Prints one JSON object a measurement; seconds of wall clock, and of the CPU of the browser's main thread. Before that, the CPU
+seconds in which a coordinator begins on that study.
 """
 
 import argparse
@@ -31,9 +32,11 @@ from arms import hardware
 from coordinator import EPOCHS, SPACE, Drawn, score, study_with
 from optuna.storages._rdb import models
 
-from tuner import dashboard, document, parsing, storage
-from tuner.artifacts import PIECE, note
-from tuner.orders import Epoch, Result
+from tuner import dashboard, document, parsing, running, storage
+from tuner.artifacts import PIECE, Artifacts, note
+from tuner.orders import Assignment, Epoch, Result
+from tuner.report import Console
+from tuner.search import Coordinator
 
 FILES = {"curve.png": "image/png", "confusion.png": "image/png", "per_class.csv": "text/csv"}
 QUIET = "gpu background-networking component-update sync"  # what a browser does unasked
@@ -157,6 +160,25 @@ def drawn(page: str) -> dict[str, float]:
             driver.quit()
 
 
+def begun(folder: Path) -> dict[str, float]:
+    """CPU seconds until a coordinator has read the study and could ask, and for Optuna's own reading alone."""
+    space = parsing.load(folder / "space.yaml")
+    found = {}
+    for name, database in {
+        "tuner": storage.connect(None, folder),
+        "optuna": optuna.storages.RDBStorage(f"sqlite:///{folder}/study.db"),
+    }.items():
+        start = time.process_time()
+        study = optuna.load_study(study_name="bench", storage=database)
+        if name == "tuner":
+            listener = running.Both(Console("quiet"), Artifacts(study, folder, "accuracy"))
+            Coordinator(study, space, lambda run: Assignment(run, "accuracy", space.settings.engine, "home"), listener, lambda: False)
+        else:
+            study.get_trials(deepcopy=False)
+        found[name] = round(time.process_time() - start, 2)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=10_000)
@@ -172,6 +194,7 @@ def main() -> None:
         folder = place / "studies" / "bench"
         if not folder.exists():
             made(place, args.trials)
+        print(json.dumps({"coordinator_start_cpu": begun(folder)}), flush=True)
         arms = {"tuner": (ours, args.repeats), **({"plain": (plain, 1)} if args.plain else {})}
         for name, (arm, repeats) in arms.items():
             for repeat in range(repeats):

@@ -105,6 +105,12 @@ def test_trials_are_read_as_optuna_reads_them(states: tuple[TrialState, ...] | N
     assert {t.state for t in optunas.get_all_trials(2)} == set(TrialState)  # none was left out of the comparison
 
 
+def test_studies_are_read_as_optuna_reads_them(folder: Path) -> None:
+    optuna.create_study(storage=own(folder), study_name="several", directions=["minimize", "maximize"])
+    found, wanted = quick(own(folder)).get_all_studies(), own(folder).get_all_studies()
+    assert found == wanted and len(found) == 3
+
+
 def test_a_study_that_is_not_there_is_the_same_error(folder: Path) -> None:
     for database in (quick(own(folder)), own(folder)):
         with pytest.raises(KeyError, match="Record does not exist"):
