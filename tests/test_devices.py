@@ -59,6 +59,7 @@ def test_workers_are_dealt_out_over_the_gpus_in_use(
         ({"workers": 8}, 1 / 2),  # more workers than GPUs share them too
         ({"workers": 8, "gpus": 1}, 1 / 8),
         ({"workers": 4}, None),
+        ({"name": "ray", "workers": 8}, None),  # they are on other machines
         ({"workers": 2, "per_gpu": 2}, 1 / 2),
     ],
 )

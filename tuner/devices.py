@@ -62,7 +62,7 @@ def gpus(engine: Engine) -> tuple[int, ...]:
 
 def _share_memory(engine: Engine, device: torch.device, count: int) -> None:
     """Keeps a worker that shares its GPU within its part: out of memory is then its own doing, and not its neighbour's."""
-    workers = engine.workers if isinstance(engine.workers, int) else 1
+    workers = engine.workers if isinstance(engine.workers, int) and engine.name == "local" else 1  # elsewhere not all of them are here
     sharing = max(engine.per_gpu, math.ceil(workers / count))
     if sharing > 1:
         torch.cuda.set_per_process_memory_fraction(1 / sharing, device)

@@ -49,8 +49,11 @@ def plain(draft: Draft, section: str, schema: type[Search] | type[Engine]) -> No
 
 
 def sharing(draft: Draft) -> None:
-    """`gpus` and `per_gpu` say nothing where the device is no GPU, or one by its number."""
-    device, gpus, share = (draft.values.get(("engine", key)) for key in ("device", "gpus", "per_gpu"))
+    """`gpus` and `per_gpu` say nothing where the device is no GPU, or one by its number, or where a cluster deals them out."""
+    name, device, gpus, share = (draft.values.get(("engine", key)) for key in ("name", "device", "gpus", "per_gpu"))
+    for key, default in (("gpus", None), ("per_gpu", 1)) if name == "ray" else ():
+        if draft.values.get(("engine", key)) != default:
+            draft.wrong(("engine", key), f"Ray deals out the GPUs; drop {key}, and write gpus_per_trial for a part of one")
     if gpus is not None and device not in ("auto", "cuda"):
         draft.wrong(("engine", "gpus"), f"which GPUs is already said by device: {device}; keep one of the two, or write device: cuda")
     if isinstance(share, int) and share > 1 and device in ("cpu", "mps"):

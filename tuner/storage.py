@@ -15,6 +15,7 @@ import optuna
 import sqlalchemy
 
 from tuner import server, urls
+from tuner.bulk import quick
 from tuner.crash import crash
 from tuner.errors import SpaceError, StorageError
 from tuner.files import disk_errors
@@ -143,7 +144,7 @@ def _sqlite(path: Path) -> optuna.storages.RDBStorage:
     storage = optuna.storages.RDBStorage(escaped(url), engine_kwargs={"connect_args": {"timeout": 60}})
     sqlalchemy.event.listen(storage.engine, "connect", pragmas)
     storage.engine.dispose()  # connections from before the hook
-    return storage
+    return quick(storage)
 
 
 def _refuse_network(folder: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -16,6 +16,7 @@ from typing import Any
 from tuner import machine
 from tuner.engines._worker import carry_out
 from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport, Outcome
+from tuner.run import Engine
 
 POLL = 0.2  # seconds between looks at `go_on`
 SILENCE = 120.0  # seconds without a sign of life after which a worker is given up
@@ -34,7 +35,7 @@ class Worker:
 
 
 @contextlib.contextmanager
-def run(silence: float = SILENCE) -> Iterator[Carry]:
+def run(engine: Engine = Engine(), warn: Callable[[str], None] = lambda _: None, *, silence: float = SILENCE) -> Iterator[Carry]:
     """Workers live as long as the `with` block, but for one that is `silent` for so many seconds (stopped, or stuck)."""
     crew: list[Worker] = []
 

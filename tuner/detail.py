@@ -1,0 +1,96 @@
+"""A study as the dashboard's page loads it, for thousands of trials: each is put into words once, and not at every look.
+
+Optuna's own way reads every value as an object, and searches the notes of all trials for those of each.
+"""
+
+import json
+import re
+import threading
+from typing import Any
+
+import sqlalchemy
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb import models
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial, TrialState
+
+CURVES = 500  # up to so many trials the page has all learning curves in one chart; ten thousand take a browser a minute
+OF_TRIAL = re.compile(r"(?:dashboard|dashboard:artifacts):(\d+):")  # what a study keeps for one of its trials
+
+Attributes = dict[str, str]  # key -> JSON
+
+
+class Detail:
+    """One study's answers. `cached` is `database` behind Optuna's cache of what has ended."""
+
+    def __init__(self, database: RDBStorage, cached: BaseStorage, study: int) -> None:
+        from optuna_dashboard._inmemory_cache import InMemoryCache
+
+        self.database, self.cached, self.study = database, cached, study
+        self.cache = InMemoryCache()
+        self.lock = threading.Lock()
+        self.words: dict[int, tuple[Attributes, str]] = {}  # trial id -> its attributes in the study, and what is said of it
+        self.ended: set[int] = set()  # numbers of the trials that have ended and been counted in `cache`
+
+    def answer(self, after: int) -> bytes:
+        """The JSON that the page asks for: the study, and its trials from number `after` on."""
+        from optuna_dashboard import _storage
+
+        with self.lock:
+            trials = _storage.get_trials(self.cache, self.cached, self.study)
+            own, of_trials = self._attributes()
+            texts = [self._text(trial, of_trials.get(trial._trial_id, {})) for trial in trials][after:]
+            rest = self._rest(trials, own, of_trials)
+        return f'{json.dumps(rest)[:-1]}, "trials": [{", ".join(texts)}]}}'.encode()
+
+    def _attributes(self) -> tuple[Attributes, dict[int, Attributes]]:
+        """The study's own attributes, and those that it keeps for its trials: notes."""
+        kind = models.StudySystemAttributeModel
+        query = sqlalchemy.select(kind.key, kind.value_json).where(kind.study_id == self.study)
+        own: Attributes = {}
+        of_trials: dict[int, Attributes] = {}
+        with self.database.engine.connect() as connection:
+            for key, text in connection.execute(query.order_by(kind.study_system_attribute_id)):
+                match = OF_TRIAL.match(key)
+                (of_trials.setdefault(int(match[1]), {}) if match else own)[key] = text
+        return own, of_trials
+
+    def _text(self, trial: FrozenTrial, attributes: Attributes) -> str:
+        known = self.words.get(trial._trial_id)
+        if known is None or known[0] != attributes:
+            known = attributes, json.dumps(worded(self.study, trial, attributes))
+            if trial.state.is_finished():
+                self.words[trial._trial_id] = known
+        return known[1]
+
+    def _rest(self, trials: list[FrozenTrial], own: Attributes, of_trials: dict[int, Attributes]) -> dict[str, Any]:
+        """Everything but the trials."""
+        from optuna_dashboard import _serializer
+        from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
+        from optuna_dashboard._inmemory_cache import get_cached_extra_study_property
+
+        directions = self.cached.get_study_directions(self.study)
+        attributes = decoded(own)
+        name, user = self.cached.get_study_name_from_id(self.study), self.cached.get_study_user_attrs(self.study)
+        study = FrozenStudy(name, None, user, attributes, self.study, directions=directions)
+        extra = get_cached_extra_study_property(self.cache, self.study, [t for t in trials if t.number not in self.ended])
+        self.ended |= {t.number for t in trials if t.state.is_finished()}
+        rest: dict[str, Any] = _serializer.serialize_study_detail(study, [], [], *extra, get_plotly_graph_objects(attributes), [])
+        del rest["trials"]
+        if any(trial.state == TrialState.COMPLETE for trial in trials):
+            best = self.cached.get_best_trial(self.study)
+            rest["best_trials"] = [worded(self.study, best, of_trials.get(best._trial_id, {}))]
+        rest["has_intermediate_values"] &= len(trials) <= CURVES  # each trial's own page has its curve all the same
+        return rest
+
+
+def worded(study: int, trial: FrozenTrial, attributes: Attributes) -> dict[str, Any]:
+    """A trial as the page has it."""
+    from optuna_dashboard import _serializer
+
+    found: dict[str, Any] = _serializer.serialize_frozen_trial(study, trial, decoded(attributes))
+    return found
+
+
+def decoded(attributes: Attributes) -> dict[str, Any]:
+    return {key: json.loads(text) for key, text in attributes.items()}
