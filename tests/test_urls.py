@@ -98,7 +98,7 @@ def test_20_a_server_that_is_down_is_named_within_ten_seconds_without_password(t
         closed.bind(("127.0.0.1", 0))  # bound but not listening: refused
         url = f"postgresql://tuner:secret@127.0.0.1:{closed.getsockname()[1]}/db"
         begun = time.monotonic()
-        with pytest.raises(StorageError, match="cannot be opened: .*[Rr]efused") as error:
+        with pytest.raises(StorageError, match=r"cannot be opened: .*[Rr]efused") as error:
             storage.connect(url, small.parent)
     assert time.monotonic() - begun < 10 and "secret" not in str(error.value) and error.value.code == 4
 
@@ -107,7 +107,7 @@ def test_20_a_server_that_never_answers_is_given_up_within_ten_seconds(tmp_path:
     pytest.importorskip("psycopg")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begun = time.monotonic()
-        with pytest.raises(StorageError, match="cannot be opened: .*timeout"):
+        with pytest.raises(StorageError, match=r"cannot be opened: .*timeout"):
             storage.connect(f"postgresql://tuner:secret@127.0.0.1:{silent.getsockname()[1]}/db?connect_timeout=2", tmp_path)
     assert time.monotonic() - begun < 10
 
