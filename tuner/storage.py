@@ -86,6 +86,13 @@ def connect(
     return found
 
 
+def close(database: optuna.storages.BaseStorage) -> None:
+    """Ends the connections to a server."""
+    place = server.of(database)
+    if place is not None:
+        place.engine.dispose()
+
+
 def cannot(be: str, error: Exception, url: str | None, folder: Path) -> StorageError:
     """The database's own words, without passwords, and what to do where that is known."""
     cause = error.__cause__ or error
