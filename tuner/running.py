@@ -8,6 +8,7 @@ import optuna
 
 from tuner import history, manifest, storage
 from tuner.artifacts import Artifacts
+from tuner.jobs import AS_MANY
 from tuner.manifest import Published
 from tuner.report import Console
 from tuner.run import Run
@@ -55,8 +56,10 @@ class Stopping:
 
 
 def workers_of(space: Space, gpus: int) -> int:
-    """One per GPU, or one on the CPU, unless the file says otherwise."""
+    """One per GPU, or one on the CPU, unless the file says otherwise; on a Ray cluster as many as it has room for."""
     wanted = space.settings.engine.workers
+    if space.settings.engine.name == "ray" and wanted == "auto":
+        return AS_MANY
     if isinstance(wanted, int):
         return wanted
     return max(1, gpus) if space.settings.engine.device in ("auto", "cuda") else 1

@@ -61,12 +61,12 @@ class Session:
     def assignment(self, run: Run, *, fetch: bool = True) -> Assignment:
         return Assignment(run, str(self.settings.search.metric), self.settings.engine, str(self.places.home), fetch)
 
-    def call(self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None, *, finish: bool = False) -> Any:
+    def call(self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None, *, finish: bool = False, **more: Any) -> Any:
         """Has a worker carry out one job and returns its value. Raises what it refused with, and Interrupted.
 
-        `finish`: the first signal lets the job come to its next report; otherwise it ends the job.
+        `finish`: the first signal lets the job come to its next report; otherwise it ends the job. `more`: what else the Job says.
         """
-        jobs = iter([Job(-1, work, argument)])
+        jobs = iter([Job(-1, work, argument, **more)])
         found: list[Outcome] = []
 
         def heard(job: Job, value: Any) -> bool:
@@ -94,10 +94,10 @@ class Session:
         return found
 
     def inspect(self, *, fetch: bool = True) -> Facts:
-        """Reads data and weights before anything is made."""
+        """Reads data and weights on every node before anything is made."""
         corners = tuple(self.assignment(run, fetch=fetch) for run in self.space.corners())
         try:
-            facts: Facts = self.call("tuner.work:inspect", corners)
+            facts: Facts = self.call("tuner.work:inspect", corners, everywhere=True, folders=folders_of(corners))
         except SpaceError as error:
             raise SpaceError(*placed(self.space.document, error.problems)) from None
         for warning in facts.warnings:
@@ -110,7 +110,7 @@ class Session:
         """Retrains, tests and exports in a worker; returns what was published."""
         order = Crown(self.assignment(run), formats, str(folder), study_name(self.space), trial, tuple(valid.items()))
         try:
-            return self.call("tuner.winner:crown", order, self.console.retraining(run), finish=True)
+            return self.call("tuner.winner:crown", order, self.console.retraining(run), finish=True, keep=str(folder))
         finally:
             self.console.pause()
 
@@ -118,8 +118,15 @@ class Session:
 @contextlib.contextmanager
 def session(space: Space, places: Places, console: Console, engine: str | None = None) -> Iterator[Session]:
     name = engine or space.settings.engine.name
-    with stoppable(abrupt=name == "inline") as stop, plugins.attribute("engine", name)() as carry:
+    with stoppable(abrupt=name == "inline") as stop, plugins.attribute("engine", name)(space.settings.engine, console.warn) as carry:
         yield Session(space, places, console, carry, stop)
+
+
+def folders_of(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
+    """What these runs read that is there under a name of the file: folders and files of data, weights."""
+    values = [value for a in assignments for part in (a.run.data, a.run.model) for value in part.options.values()]
+    paths = [v for v in values if isinstance(v, str) and os.path.exists(v)]  # a word such as a split's name is seldom a path
+    return tuple(dict.fromkeys(paths))
 
 
 def value_of(outcome: Outcome) -> Any:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -15,6 +15,7 @@ from typing import Any
 from tuner import machine
 from tuner.engines._worker import carry_out
 from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport, Outcome
+from tuner.run import Engine
 
 POLL = 0.2  # seconds between looks at `go_on`
 
@@ -28,7 +29,7 @@ class Worker:
 
 
 @contextlib.contextmanager
-def run() -> Iterator[Carry]:
+def run(engine: Engine = Engine(), warn: Callable[[str], None] = lambda _: None) -> Iterator[Carry]:
     """Workers live as long as the `with` block."""
     crew: list[Worker] = []
 
