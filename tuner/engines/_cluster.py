@@ -53,7 +53,7 @@ def connected(engine: Engine) -> Iterator[Any]:
                     guard(address)
             yield ray
         finally:
-            ray.shutdown()
+            leave(ray)
 
 
 def library(*, local: bool) -> Any:
@@ -69,6 +69,8 @@ def library(*, local: bool) -> Any:
         import ray
     except ImportError:
         raise StorageError("engine.name: ray needs the package ray: pip install 'tuner-finetune[ray]'") from None
+    ray._raylet.Config.initialize("")  # as Ray's own start does: where it was loaded before, it has read the environment already
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
     return ray
 
 
@@ -105,6 +107,19 @@ def init(ray: Any, address: str, **options: Any) -> None:
         if "ersion mismatch" in said:
             raise StorageError(f"engine.address: {address}: {said}; install the same versions of Ray and Python on every machine") from None
         raise StorageError(f"engine.address: {address}: {said}") from None
+
+
+def leave(ray: Any) -> None:
+    """Disconnects, and sees a cluster that was started here to its end: no process of it is left."""
+    node = ray._private.worker._global_node
+    started = [info.process for infos in node.all_processes.values() for info in infos] if node is not None else []
+    ray.shutdown()
+    for process in started:
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def find(ray: Any, wanted: str) -> str:
