@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,7 +92,11 @@ def joined(cluster: Any, warnings: list[str] | None = None, **settings: Any) -> 
 
 
 def carry_all(
-    carry: Carry, jobs: list[Job], report: Callable[[Job, Any], bool] = lambda job, value: True, workers: int = 2
+    carry: Carry,
+    jobs: list[Job],
+    report: Callable[[Job, Any], bool] = lambda job, value: True,
+    workers: int = 2,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> dict[int, Outcome]:
     ended: dict[int, Outcome] = {}
     queue = iter(jobs)
@@ -102,7 +105,7 @@ def carry_all(
         assert job.number not in ended  # once
         ended[job.number] = outcome
 
-    carry(lambda: next(queue, None), report, over, lambda: True, workers)
+    carry(lambda: next(queue, None), report, over, go_on, workers)
     return ended
 
 
@@ -135,19 +138,23 @@ def test_a_killed_worker_costs_its_job_an_attempt_and_the_next_job_gets_a_new_on
 
 def test_when_all_nodes_are_gone_jobs_wait_for_one_that_comes(whole: Any) -> None:
     warnings: list[str] = []
-    came: list[threading.Thread] = []
+    left: list[float] = []
 
     def report(job: Job, pid: int) -> bool:
-        if job.number == 0 and not came:
+        if job.number == 0 and not left:
+            gone(whole, node_of(whole, pid))
             while whole.worker_nodes:
                 gone(whole)
-            came.append(threading.Timer(6, lambda: whole.add_node(num_cpus=1, object_store_memory=MEMORY)))
-            came[0].start()
+            left.append(time.monotonic())
+        return True
+
+    def go_on() -> bool:
+        if left and not whole.worker_nodes and time.monotonic() - left[0] > 6:
+            whole.add_node(num_cpus=1, object_store_memory=MEMORY)
         return True
 
     with joined(whole, warnings) as carry:
-        ended = carry_all(carry, [Job(i, "tests.works:steps", (2, 0.2, None)) for i in range(3)], report, workers=1)
-    came[0].join()
+        ended = carry_all(carry, [Job(i, "tests.works:steps", (3, 1, None)) for i in range(3)], report, 1, go_on)
     assert ended[0].kind == "lost" and [ended[i].kind for i in (1, 2)] == ["done", "done"]
     assert sum("waiting for one to join" in w for w in warnings) == 1
 
@@ -212,6 +219,7 @@ def test_a_zombie_is_fenced(whole: Any, tmp_path: Path) -> None:
         before = len(heard)
         for each in stopped:
             os.kill(each, signal.SIGCONT)
+        until(lambda: left[0].all_processes["raylet"][0].process.poll() is not None)  # Ray ends a node that was given up
         until(lambda: not alive(pids[0]))
         carry_all(carry, [Job(2, "tests.works:count", 1)])
         assert heard[before:] == [2]
@@ -388,10 +396,11 @@ def blind(cluster: Any, folder: Path) -> Iterator[None]:
         pytest.skip("needs root, to give a node a mount of its own")
     while cluster.worker_nodes:
         gone(cluster)
-    start = f"{sys.executable} -m ray.scripts.scripts start --address={cluster.address} --num-cpus=1 --object-store-memory={MEMORY} --block"
-    script = f"mount -t tmpfs none '{folder}' && exec {start}"
+    start = f"{sys.executable} -m ray.scripts.scripts start --address={cluster.address} --node-ip-address=127.0.0.1 --num-cpus=1"
+    script = f"mount -t tmpfs none '{folder}' && exec {start} --object-store-memory={MEMORY} --disable-usage-stats --block"
+    env = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}  # which keeps the cluster on loopback, but lets no program join
     process = subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        ["unshare", "-m", "sh", "-c", script], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
         yield
