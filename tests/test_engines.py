@@ -1,6 +1,7 @@
 """Every engine carries the same jobs to the same ends; the local one outlives its workers."""
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -15,8 +16,10 @@ import pytest
 from tuner import plugins
 from tuner.engines import local as local_engine
 from tuner.jobs import Carry, Job, Outcome
+from tuner.run import Engine
 
-ENGINES = plugins.names("engine")
+ENGINES = [pytest.param(name, marks=pytest.mark.slow) if name == "ray" else name for name in plugins.names("engine")]
+SETTINGS = {"ray": Engine(name="ray", address="local")}
 
 
 def carry_all(carry: Carry, jobs: list[Job], answer: bool = True, workers: int = 1) -> tuple[list[tuple[Job, Outcome]], list[Any]]:
@@ -34,7 +37,9 @@ def carry_all(carry: Carry, jobs: list[Job], answer: bool = True, workers: int =
 
 @pytest.fixture(scope="module", params=ENGINES)
 def carry(request: pytest.FixtureRequest) -> Iterator[Carry]:
-    with plugins.attribute("engine", request.param)() as carry:
+    if request.param == "ray" and importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    with plugins.attribute("engine", request.param)(SETTINGS.get(request.param, Engine())) as carry:
         yield carry
 
 

@@ -136,6 +136,15 @@ def test_engines_the_same_study_whichever_carries_it(calm: Path) -> None:
     assert trials(calm, "inline") == trials(calm, "calm")
 
 
+@pytest.mark.slow
+def test_engines_ray_carries_the_same_study(calm: Path) -> None:
+    pytest.importorskip("ray")
+    cores = len(os.sched_getaffinity(0))  # of one local worker: sums of floats follow the number of threads
+    said = finish(start(calm, "ray", "engine.name=ray", "engine.address=local", "engine.workers=1", f"engine.cpus_per_trial={cores}"))
+    assert trials(calm, "ray") == trials(calm, "calm")
+    assert "raylet" not in said  # what Ray says stays out of what tuner says
+
+
 # -- resume: killed and continued equals undisturbed
 
 

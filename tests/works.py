@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tuner.errors import DataError
@@ -83,3 +84,79 @@ def ticks(argument: int, report: Callable[[Any], bool], slot: int) -> int:
         report((os.getpid(), i))
         time.sleep(0.2)
     return os.getpid()
+
+
+def where(argument: Any, report: Callable[[Any], bool], slot: int) -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def same(argument: Any, report: Callable[[Any], bool], slot: int) -> Any:
+    return argument
+
+
+def listing(argument: str, report: Callable[[Any], bool], slot: int) -> dict[str, bytes]:
+    """The files below a folder. Raises DataError where it is missing."""
+    folder = Path(argument)
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def steps(argument: tuple[int, float, str | None], report: Callable[[Any], bool], slot: int) -> int:
+    """Takes so many steps of so many seconds; reports the pid at each, and writes the step to a file where one is named."""
+    number, length, path = argument
+    for i in range(1, number + 1):
+        if path is not None:
+            with open(path, "a") as file:
+                file.write(f"{i} {time.time()}\n")
+        if not report(os.getpid()):
+            return i
+        for _ in range(round(length / 0.05)):
+            time.sleep(0.05)
+    return number
+
+
+def held(argument: str, report: Callable[[Any], bool], slot: int) -> None:
+    """Holds a temporary file until asked to end, and can be asked at any time."""
+    try:
+        with open(argument, "w"):
+            report(os.getpid())
+            while True:
+                time.sleep(0.05)
+    finally:
+        os.unlink(argument)
+
+
+def remember(argument: tuple[str, int], report: Callable[[Any], bool], slot: int) -> list[str]:
+    """Keeps a file per step in a folder, drops the step before, and says what was there at first. Ends its process at step -`last`."""
+    folder, last = Path(argument[0]), argument[1]
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(len(found), abs(last)):
+        (folder / f"step{i}").write_bytes(bytes([i]) * 1000)
+        (folder / f"step{i - 2}").unlink(missing_ok=True)
+        report(i)
+    if last < 0:
+        os._exit(1)
+    return found
+
+
+def filling(argument: tuple[Any, str], report: Callable[[Any], bool], slot: int) -> int:
+    """A trial that notes each folder of remembered activations that it builds."""
+    from tuner import cache, work
+
+    assignment, path = argument
+    real = cache.atomic_folder
+
+    def build(folder: Path) -> Any:
+        with open(path, "a") as file:
+            file.write(f"{folder.name}\n")
+        return real(folder)
+
+    cache.atomic_folder = build
+    try:
+        return len(work.carry(assignment, report, slot).epochs)
+    finally:
+        cache.atomic_folder = real

@@ -13,12 +13,16 @@ class Job:
     """`work` names the function a worker calls, as module:function(argument, report, slot).
 
     `keep` is a folder, at the same path wherever the job is carried out, whose files the job's next attempt must find.
+    `everywhere`: carried out once on every node, before any other job is there; the values must be equal, and the first is the
+    job's. `folders` are what a node needs for it that may have to be shipped there.
     """
 
     number: int
     work: str
     argument: Any
     keep: str | None = None
+    everywhere: bool = False
+    folders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ def refusal(outcome: Outcome) -> TunerError:
     return kind(*outcome.problems)
 
 
+AS_MANY = 1_000_000  # workers: as many as there is room for
+
 NextJob = Callable[[], Job | None]
 """The next job; None: nothing now, and nothing ever once no job is running."""
 OnReport = Callable[[Job, Any], bool]
@@ -53,6 +59,9 @@ GoOn = Callable[[], bool]
 
 
 class Carry(Protocol):
-    """What an engine's `run()` gives inside `with`: carries out jobs until there are none."""
+    """What an engine's `run()` gives inside `with`: carries out jobs until there are none.
+
+    `workers`: at most so many at once.
+    """
 
     def __call__(self, jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int) -> None: ...

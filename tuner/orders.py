@@ -1,6 +1,6 @@
 """What the coordinator tells workers and hears from them: values that need no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tuner.run import Engine, Run
@@ -30,15 +30,15 @@ class Survey:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was found when data and weights were read."""
+    """What was found when data and weights were read. Warnings and notes are not compared: nodes that agree may word them apart."""
 
     digest: str
     classes: tuple[str, ...]
     sizes: dict[str, int]
     input: dict[str, Any]  # what the model takes, as the manifest says it
     parameters: int
-    warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from tuner import summary
 from tuner.columns import METRICS, Columns, reached, spoken
 from tuner.history import REASON, SAME_AS
+from tuner.jobs import AS_MANY
 from tuner.orders import Epoch, Facts, Result, Survey
 from tuner.run import Run, seconds
 from tuner.search import Coordinator, Live
@@ -76,7 +77,12 @@ class Console:
         self.say(f"data   {sizes} examples{classes}, {' x '.join(map(str, facts.input['shape'][1:]))}")
         self.say(f"model  {', '.join(survey.depths)}, {facts.parameters / 1e6:.2f} M parameters, freeze depth 0..{depth}")
         trials = f"{coordinator.closed} of {budget} trials done" if coordinator.closed else f"{budget} trials"
-        crew = f"{workers} {'worker' if workers == 1 else 'workers'} on {f'{survey.gpus} GPU' if survey.gpus else 'CPU'}"
+        many = "as many workers as the cluster has room for"
+        crew = (
+            many
+            if workers == AS_MANY
+            else f"{workers} {'worker' if workers == 1 else 'workers'} on {f'{survey.gpus} GPU' if survey.gpus else 'CPU'}"
+        )
         self.say(f"search {trials}, {search.sampler} sampler, {search.pruner} pruner, {crew}")
         if left > 0:
             self.open_bar()

@@ -128,17 +128,35 @@ def _gpus(value: int | list[int] | None) -> int | list[int] | None:
     return value
 
 
+ADDRESS = re.compile(r"auto|local|[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+
+
+def _address(text: str) -> str:
+    if "://" in text:
+        raise ValueError(
+            "Ray's client protocol hides which node fails, and its port runs anyone's code; start the command on a machine of the "
+            "cluster and write auto, or HOST:PORT of its head"
+        )
+    if not ADDRESS.fullmatch(text):
+        raise ValueError("write auto, local, or HOST:PORT of the cluster's head, such as 10.0.0.1:6379")
+    return text
+
+
 class Engine(Section):
     """Where trials are carried out."""
 
-    name: str = Field("local", description="inline, local")
+    name: str = Field("local", description="inline, local, ray")
     workers: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = Field(
-        "auto", description="auto: per_gpu for each GPU, or one on the CPU"
+        "auto", description="auto: per_gpu for each GPU, or one on the CPU; ray: as many as the cluster has room for"
     )
     gpus: Annotated[int | list[int] | None, AfterValidator(_gpus)] = Field(
         None, description="how many of a machine's GPUs, or a list of their numbers; null: all"
     )
     per_gpu: int = Field(1, ge=1, le=64, description="workers that share a GPU, each with its part of the memory")
+    address: Annotated[str, AfterValidator(_address)] = Field("auto", description="ray: auto finds a running cluster; local; or HOST:PORT")
+    gpus_per_trial: float | None = Field(None, ge=0, le=1, description="ray: 1, or a fraction; null: 1 where the cluster has GPUs")
+    cpus_per_trial: int = Field(1, ge=1, le=1024, description="ray: cores of a trial")
+    ship: bool = Field(False, description="ray: send data and weights to nodes that do not have them")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 autocast on GPUs that have it")
     cache: Literal["auto", "always", "never"] = Field("auto", description="remember what frozen stages compute")

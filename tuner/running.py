@@ -12,6 +12,7 @@ from tuner import history, leases, manifest, server, storage, urls
 from tuner.artifacts import Artifacts
 from tuner.errors import StorageError
 from tuner.files import require_space, sweep
+from tuner.jobs import AS_MANY
 from tuner.keeping import FOLDER, Keeping
 from tuner.manifest import Published
 from tuner.orders import Facts
@@ -91,9 +92,11 @@ class Stopping:
 
 
 def workers_of(space: Space, gpus: int) -> int:
-    """`per_gpu` for each of the GPUs in use, or one on the CPU, unless the file says otherwise."""
+    """`per_gpu` for each of the GPUs in use, or one on the CPU, unless the file says otherwise; on a Ray cluster as many as it has room for."""
     engine = space.settings.engine
-    return engine.workers if isinstance(engine.workers, int) else max(1, gpus * engine.per_gpu)
+    if isinstance(engine.workers, int):
+        return engine.workers
+    return AS_MANY if engine.name == "ray" else max(1, gpus * engine.per_gpu)
 
 
 def open_coordinator(s: Session, folder: Path, data_digest: str, stack: contextlib.ExitStack) -> Coordinator:

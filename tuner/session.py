@@ -68,13 +68,13 @@ class Session:
         report: Callable[[Any], None] = lambda _: None,
         *,
         finish: bool = False,
-        keep: str | None = None,
         retries: int = 0,
+        **more: Any,
     ) -> Any:
         """Has a worker carry out one job and returns its value. Raises what it refused with, and Interrupted.
 
-        `finish`: the first signal lets the job come to its next report; otherwise it ends the job. `keep`: as in `Job`. `retries`: further
-        attempts where its worker dies.
+        `finish`: the first signal lets the job come to its next report; otherwise it ends the job. `retries`: further attempts
+        where its worker dies. `more`: what else the Job says.
         """
         begun: list[Job] = []
         found: list[Outcome] = []
@@ -82,7 +82,7 @@ class Session:
         def next_job() -> Job | None:
             if len(begun) > len(found) or len(begun) > retries or any(outcome.kind != "lost" for outcome in found):
                 return None
-            begun.append(Job(-1, work, argument, keep))
+            begun.append(Job(-1, work, argument, **more))
             return begun[-1]
 
         def heard(job: Job, value: Any) -> bool:
@@ -110,10 +110,10 @@ class Session:
         return found
 
     def inspect(self, *, fetch: bool = True) -> Facts:
-        """Reads data and weights before anything is made."""
+        """Reads data and weights on every node before anything is made."""
         corners = tuple(self.assignment(run, fetch=fetch) for run in self.space.corners())
         try:
-            facts: Facts = self.call("tuner.work:inspect", corners)
+            facts: Facts = self.call("tuner.work:inspect", corners, everywhere=True, folders=folders_of(corners))
         except SpaceError as error:
             raise SpaceError(*placed(self.space.document, error.problems)) from None
         for warning in facts.warnings:
@@ -146,8 +146,15 @@ class Session:
 @contextlib.contextmanager
 def session(space: Space, places: Places, console: Console, engine: str | None = None) -> Iterator[Session]:
     name = engine or space.settings.engine.name
-    with stoppable(abrupt=name == "inline") as stop, plugins.attribute("engine", name)() as carry:
+    with stoppable(abrupt=name == "inline") as stop, plugins.attribute("engine", name)(space.settings.engine, console.warn) as carry:
         yield Session(space, places, console, carry, stop)
+
+
+def folders_of(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
+    """What these runs read that is there under a name of the file: folders and files of data, weights."""
+    values = [value for a in assignments for part in (a.run.data, a.run.model) for value in part.options.values()]
+    paths = [v for v in values if isinstance(v, str) and os.path.exists(v)]  # a word such as a split's name is seldom a path
+    return tuple(dict.fromkeys(paths))
 
 
 def value_of(outcome: Outcome) -> Any:

@@ -9,6 +9,7 @@ from tuner.draft import Draft
 from tuner.errors import SpaceError, suggest
 from tuner.run import Engine, Search, Settings
 
+RAY = ("address", "gpus_per_trial", "cpus_per_trial", "ship")  # engine keys that only ray has
 EXPORTS = ("safetensors", "torch_export", "onnx")
 MAX_NAME = 255  # bytes, of a folder's name
 
@@ -20,6 +21,7 @@ def settings(draft: Draft) -> Settings | None:
     plain(draft, "engine", Engine)
     known(draft, "engine", ("engine", "name"), draft.values.get(("engine", "name"), "local"))
     sharing(draft)
+    foreign(draft)
     study_name(draft)
     metric(draft)
     storage, formats = database(draft), export(draft)
@@ -70,6 +72,15 @@ def known(draft: Draft, what: str, path: tuple[str | int, ...], name: Any) -> No
             plugins.attribute(what, name)
         except SpaceError as error:
             draft.problems.extend(draft.doc.problem(path, problem) for problem in error.problems)
+
+
+def foreign(draft: Draft) -> None:
+    """Keys that mean nothing to the engine that is chosen; one at its default says nothing."""
+    name = draft.values.get(("engine", "name"), "local")
+    for key in RAY if name != "ray" and name in plugins.names("engine") else ():
+        value = draft.values.get(("engine", key))
+        if value != Engine.model_fields[key].default:
+            draft.wrong(("engine", key), f"{value!r}, but only the engine ray has this key; drop it, or write engine: {{name: ray, …}}")
 
 
 def study_name(draft: Draft) -> None:

@@ -1,15 +1,16 @@
 """Jobs in the coordinator's own process, one after another: for debugging and tests."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tuner.engines._worker import carry_out
 from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport
+from tuner.run import Engine
 
 
 @contextlib.contextmanager
-def run() -> Iterator[Carry]:
+def run(engine: Engine = Engine(), warn: Callable[[str], None] = lambda _: None) -> Iterator[Carry]:
     yield carry
 
 
