@@ -434,11 +434,11 @@ def test_a_kept_folder_survives_its_node(cluster: Any, tmp_path: Path) -> None:
     keep = unseen / "study" / "trial0"
     unseen.mkdir()
     with blind(cluster, unseen), joined(cluster) as carry:
-        first = carry_all(carry, [Job(0, "tests.works:remember", (str(keep), -3), keep=str(keep))])[0]
+        first = carry_all(carry, [Job(0, "tests.works:remember", (str(keep), -3), keep=(str(keep),))])[0]
         assert first.kind == "lost"
         assert sorted(p.name for p in keep.iterdir()) == ["step1", "step2"] and (keep / "step2").read_bytes() == b"\2" * 1000
     with blind(cluster, unseen), joined(cluster) as carry:  # another node
-        second = carry_all(carry, [Job(0, "tests.works:remember", (str(keep), 2), keep=str(keep))])[0]
+        second = carry_all(carry, [Job(0, "tests.works:remember", (str(keep), 2), keep=(str(keep),))])[0]
     assert second.value == ["step1", "step2"]
 
 

@@ -12,7 +12,8 @@ from tuner.errors import TunerError
 class Job:
     """`work` names the function a worker calls, as module:function(argument, report, slot).
 
-    `keep` is a folder, at the same path wherever the job is carried out, whose files the job's next attempt must find.
+    `keep` are folders, at the same path wherever the job is carried out, whose files must outlive the place: the job's next
+    attempt finds them, and so does who handed it out.
     `everywhere`: carried out once on every node, before any other job is there; the values must be equal, and the first is the
     job's. `folders` are what a node needs for it that may have to be shipped there.
     """
@@ -20,7 +21,7 @@ class Job:
     number: int
     work: str
     argument: Any
-    keep: str | None = None
+    keep: tuple[str, ...] = ()
     everywhere: bool = False
     folders: tuple[str, ...] = ()
 

@@ -104,7 +104,7 @@ class Coordinator:
             if live is not None:
                 kept = self.keeping.place(live.root)
                 assignment = replace(self.order(live.run), checkpoints=kept, keep=self.search.keep > 0)
-                return Job(trial.number, "tuner.work:carry", assignment, keep=kept)
+                return Job(trial.number, "tuner.work:carry", assignment, (kept,) if kept else ())
         return None
 
     def willing(self) -> bool:

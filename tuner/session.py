@@ -132,7 +132,7 @@ class Session:
         kept = str((folder.parent / keeping.FOLDER / folder.name).absolute())
         assignment = replace(self.assignment(run), checkpoints=kept)
         given = str(weights.absolute()) if weights else None
-        needed = kept if weights is None else str(weights.parent.absolute())
+        needed = (kept if weights is None else str(weights.parent.absolute()), str(folder.absolute()))
         order = Crown(assignment, formats, str(folder), study_name(self.space), trial, tuple(valid.items()), given)
         try:
             heard = self.console.retraining(run) if weights is None else lambda _: None

@@ -23,24 +23,24 @@ class Errands:
         self.looked: set[tuple[str, str]] = set()  # (node, folder): it is there
         self.shares: dict[tuple[str, Path], bool] = {}  # (node, folder): its files are ours
 
-    def before(self, actor: Any, node: Node, job: Job) -> "concurrent.futures.Future[bool] | None":
-        """Begins what a job needs first. Its result: whether what changes in `job.keep` must be brought back. None: nothing to do."""
+    def before(self, actor: Any, node: Node, job: Job) -> "concurrent.futures.Future[list[str]] | None":
+        """Begins what a job needs first. Its result: the folders of `job.keep` whose changes must be brought back. None: nothing to do."""
         folders = [f for f in job.folders if self.ship and (node.id, f) not in self.looked]
-        if not folders and job.keep is None:
+        if not folders and not job.keep:
             return None
         return self.threads.submit(self.run, actor, node, folders, job.keep)
 
-    def run(self, actor: Any, node: Node, folders: list[str], keep: str | None) -> bool:
+    def run(self, actor: Any, node: Node, folders: list[str], keep: tuple[str, ...]) -> list[str]:
         with self.locks[node.id]:
             for path in self.ray.get(actor.missing.remote(folders)) if folders else ():
                 self.send(actor, Path(path))
             self.looked.update((node.id, f) for f in folders)
-            if keep is None or self.shared(actor, node, Path(keep).parent):
-                return False
-        self.ray.get(actor.clear.remote(keep))  # what an earlier attempt left there is older than what came back
-        for parcel in parcels(Path(keep), seen(Path(keep))):
-            self.ray.get(actor.take.remote(keep, parcel))
-        return True
+            apart = [folder for folder in keep if not self.shared(actor, node, Path(folder).parent)]
+        for folder in apart:
+            self.ray.get(actor.clear.remote(folder))  # what an earlier attempt left there is older than what came back
+            for parcel in parcels(Path(folder), seen(Path(folder))):
+                self.ray.get(actor.take.remote(folder, parcel))
+        return apart
 
     def send(self, actor: Any, path: Path) -> None:
         """A file or a folder, to the same path; it is there whole or not at all. One parcel at a time is in the object store."""
@@ -66,9 +66,8 @@ class Errands:
                 marker.unlink(missing_ok=True)
         return self.shares[node.id, folder]
 
-    def arrived(self, job: Job, kind: str, value: Any) -> None:
-        """Files that changed in `job.keep` on its node, or their names where they are gone. Raises StorageError."""
-        folder = Path(str(job.keep))
+    def arrived(self, kind: str, folder: Path, value: Any) -> None:
+        """Files that changed in a kept folder on a job's node, or their names where they are gone. Raises StorageError."""
         if kind == "kept":
             unpack(folder, value)
         else:

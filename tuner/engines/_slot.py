@@ -68,24 +68,24 @@ class Slot:
 
     # -- a job
 
-    def carry(self, job: Job, token: str, keeping: bool) -> Iterator[Message]:
-        """Carries out a job in a thread beside this one. `keeping`: what changes in the job's folder is sent along."""
+    def carry(self, job: Job, token: str, keeping: list[str]) -> Iterator[Message]:
+        """Carries out a job in a thread beside this one. What changes in the folders `keeping` is sent along."""
         with self.heard:
             self.token, self.reports, self.answers, self.go_on = token, 0, 0, True
         said: SimpleQueue[Message] = SimpleQueue()
-        keep = Kept(job, said, token) if keeping else None
-        self.thread.submit(self.work, job, token, said, keep)
+        kept = [Kept(folder, said, token) for folder in keeping]
+        self.thread.submit(self.work, job, token, said, kept)
         while True:
             message = said.get()
             yield message
             if message[0] == "ended":
                 return
 
-    def work(self, job: Job, token: str, said: "SimpleQueue[Message]", keep: "Kept | None") -> None:
+    def work(self, job: Job, token: str, said: "SimpleQueue[Message]", kept: "list[Kept]") -> None:
         def report(value: Any) -> bool:
             behind = self.answers < self.reports
-            if keep is not None and not behind:  # nobody takes files now; the newest go when someone does
-                keep.send()
+            for folder in kept if not behind else ():  # else nobody takes files now; the newest go when someone does
+                folder.send()
             said.put(("report", token, value))
             return self.answered(behind)
 
@@ -93,8 +93,8 @@ class Slot:
         try:
             self.share()
             outcome = carry_out(job, report, 0)  # Ray shows a slot only its own GPU
-            if keep is not None:
-                keep.send()
+            for folder in kept:
+                folder.send()
         except Exception as error:
             outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}"[:300])
         finally:
@@ -135,16 +135,16 @@ class Slot:
 
 
 class Kept:
-    """The folder whose files must outlive this node: what has changed since it was last sent."""
+    """A folder whose files must outlive this node: what has changed since it was last sent."""
 
-    def __init__(self, job: Job, said: "SimpleQueue[Message]", token: str) -> None:
-        self.folder, self.said, self.token = Path(str(job.keep)), said, token
+    def __init__(self, folder: str, said: "SimpleQueue[Message]", token: str) -> None:
+        self.folder, self.said, self.token = Path(folder), said, token
         self.sent: Seen = seen(self.folder)
 
     def send(self) -> None:
         now = seen(self.folder)
         for parcel in parcels(self.folder, [name for name, state in now.items() if self.sent.get(name) != state]):
-            self.said.put(("kept", self.token, parcel))
+            self.said.put(("kept", self.token, (self.folder, parcel)))
         if gone := self.sent.keys() - now.keys():
-            self.said.put(("gone", self.token, sorted(gone)))
+            self.said.put(("gone", self.token, (self.folder, sorted(gone))))
         self.sent = now

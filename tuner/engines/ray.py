@@ -117,9 +117,9 @@ class Fleet:
         worker.work, worker.token = work, uuid.uuid4().hex
         worker.errand = self.errands.before(worker.actor, worker.node, work.job)
         if worker.errand is None:
-            self.begin(worker, keeping=False)
+            self.begin(worker, [])
 
-    def begin(self, worker: Worker, *, keeping: bool) -> None:
+    def begin(self, worker: Worker, keeping: list[str]) -> None:
         assert worker.work is not None
         worker.errand = None
         worker.stream = worker.actor.carry.options(num_returns="streaming").remote(worker.work.job, worker.token, keeping)
@@ -137,7 +137,7 @@ class Fleet:
             time.sleep(POLL)
         for worker in [w for w in self.crew.workers if w.errand is not None and w.errand.done()]:
             try:
-                self.begin(worker, keeping=worker.errand.result())
+                self.begin(worker, worker.errand.result())
             except TunerError as error:
                 self.finish(worker, Outcome("refused", reason=type(error).__name__, problems=tuple(error.problems), code=error.code))
             except self.ray.exceptions.RayError as error:
@@ -173,7 +173,7 @@ class Fleet:
         elif kind == "ended":
             self.finish(worker, value)
         else:
-            self.errands.arrived(work.job, kind, value)
+            self.errands.arrived(kind, *value)
 
     def finish(self, worker: Worker, outcome: Outcome) -> None:
         work, worker.work, worker.stream, worker.errand, worker.token = worker.work, None, None, None, ""
