@@ -167,6 +167,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(export: Path) -> None:
         manifest.read(export)
 
 
+@pytest.mark.slow
 def test_an_exports_other_formats_are_not_opened_unasked(export: Path, tuner: Tuner) -> None:
     whole = json.loads((export / "manifest.json").read_text())
     for name, file in (("torch_export", "model.pt2"), ("onnx", "model.onnx")):

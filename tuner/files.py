@@ -150,16 +150,35 @@ def disk_errors(path: Path, need: float | None = None) -> Iterator[None]:
     """Turns a full disk, a quota or a missing permission into a StorageError that names the path, and the bytes where they are known."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except StorageError:
+        raise
+    except Exception as error:  # libraries written in other languages say a full disk in words of their own
+        reason = _full(error)
+        if reason:
             needed = f"{max(1, round(need / 1e6)):,} MB needed: " if need is not None else ""
             raise StorageError(
-                f"disk full while writing {path} ({needed}{error.strerror}); free some space, such as by `tuner clean`, "
-                "and run the same command"
+                f"disk full while writing {path} ({needed}{reason}); free some space, such as by `tuner clean`, and run the same command"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _full(error: BaseException | None) -> str:
+    """Why a disk takes no more, where that is what an error or what led to it says; else ''."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return os.strerror(error.errno)
+        for number in FULL:
+            if f"os error {number}" in str(error) or os.strerror(number) in str(error):  # safetensors, tokenizers
+                return os.strerror(number)
+        if "PytorchStreamWriter failed writing" in str(error):
+            return "torch could not write all of it"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 @contextlib.contextmanager
