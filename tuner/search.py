@@ -176,8 +176,7 @@ class Coordinator:
         if outcome.kind == "done":
             self.finish(live, outcome.value)
         elif outcome.kind == "refused":
-            reason = "; ".join(outcome.problems)[:500]  # data or disk: the trial is asked again once that is mended
-            self.again(live, reason, count=False)
+            self.again(live, "; ".join(outcome.problems)[:500], count=False)  # data or disk: asked again once that is mended
             self.error = self.error or refusal(outcome)
         elif outcome.reason == "interrupted" or (outcome.kind == "lost" and self.stopping()):
             self.again(live, "interrupted", count=False)
