@@ -1,35 +1,18 @@
-"""Files that are whole or absent: written beside their place, synced, renamed; downloaded so; locked by the kernel; known by digest."""
+"""Files that are whole or absent: written beside their place, synced, renamed; locked by the kernel; known by digest."""
 
 import contextlib
 import errno
 import fcntl
 import hashlib
-import http.client
 import os
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
 from tuner.crash import crash
-from tuner.errors import DataError, StorageError
-
-OFFLINE: ContextVar[bool] = ContextVar("OFFLINE", default=False)  # set where nothing may be downloaded
-PATIENCE = 30.0  # seconds without a byte after which a download is given up
-
-
-@contextlib.contextmanager
-def offline(on: bool) -> Iterator[None]:
-    """Nothing is downloaded within, where `on`."""
-    token = OFFLINE.set(on)
-    try:
-        yield
-    finally:
-        OFFLINE.reset(token)
+from tuner.errors import StorageError
 
 
 def sha256(path: Path) -> str:
@@ -50,25 +33,27 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, mode: int = 0o644, what: str = "file") -> Iterator[Path]:
+def atomic_path(path: Path, mode: int = 0o644, what: str = "file", *, need: float | None = None, sync: bool = True) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
-    `what` begins the names of its crash points. What a killed process left is removed by the next `sweep`.
-    Raises StorageError when the disk is full or the place cannot be written.
+    `what` begins the names of its crash points, `need` is the bytes to be written, where they are known. Without `sync` a power cut may
+    tear it. What a killed process left is removed by the next `sweep`. Raises StorageError when the disk is full or the place cannot be written.
     """
-    with disk_errors(path), _temporary(path.parent) as temporary:
+    with disk_errors(path, need), _temporary(path.parent) as temporary:
         try:
             crash(f"{what}.begun")
             yield temporary
             crash(f"{what}.written")
-            fsync(temporary)  # data first
+            if sync:
+                fsync(temporary)  # data first
             crash(f"{what}.synced")
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(mode & ~mask)
             temporary.replace(path)  # then the name
             crash(f"{what}.renamed")
-            fsync(path.parent)  # then the entry
+            if sync:
+                fsync(path.parent)  # then the entry
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -208,40 +193,3 @@ def require_space(folder: Path, need: float, why: str) -> None:
             f"disk: {folder} has {free / 1e6:,.0f} MB free, but {need / 1e6:,.0f} MB are needed ({why}); "
             "free some space, such as by `tuner clean`, or use another disk"
         )
-
-
-def download(url: str, path: Path, what: str, algorithm: str = "sha256", begin: str = "") -> None:
-    """The file behind `url`, whole at `path` or not at all; its digest must begin with `begin`.
-
-    Raises DataError that says how to place the file by hand, StorageError when it cannot be written.
-    """
-    if OFFLINE.get():
-        raise DataError(f"{what}: {path} is not there yet; `tuner run` downloads it from {url}")
-    name = algorithm.upper().replace("SHA256", "SHA-256")
-    known = f" (its {name} begins with {begin})" if begin else ""
-    by_hand = f"fetch it elsewhere{known} and place it at {path}"
-    request = urllib.request.Request(url, headers={"User-Agent": "tuner"})
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer, atomic_path(path, what="download") as temporary:
-            digest = _copy(answer, temporary, algorithm)
-            if not digest.startswith(begin):
-                raise DataError(f"{what}: {url} has {name} {digest}, expected {begin}…; nothing was kept; {by_hand}")
-    except urllib.error.HTTPError as error:
-        error.close()  # it holds the connection
-        raise DataError(f"{what}: cannot download {url}: {error}; {by_hand}") from None
-    except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's URLError and time-outs
-        raise DataError(f"{what}: cannot download {url}: {error}; {by_hand}") from None
-
-
-def _copy(answer: http.client.HTTPResponse, path: Path, algorithm: str) -> str:
-    """Writes the answer's body and returns its digest. Raises OSError when the connection ended early."""
-    seen, size = hashlib.new(algorithm, usedforsecurity=False), 0
-    with open(path, "wb") as file:
-        while chunk := answer.read(1 << 20):
-            seen.update(chunk)
-            file.write(chunk)
-            size += len(chunk)
-    promised = answer.headers.get("Content-Length")
-    if promised is not None and size != int(promised):
-        raise ConnectionError(f"the connection ended after {size:,} of {int(promised):,} bytes")
-    return seen.hexdigest()

@@ -11,7 +11,7 @@ import torch
 from tuner import figures
 from tuner.building import build, load, task_of
 from tuner.devices import place
-from tuner.files import offline
+from tuner.downloads import offline
 from tuner.folds import crossed, folds_of
 from tuner.orders import Assignment, Epoch, Facts, Result, Survey
 from tuner.trial import Best, Diverged, check_batches
