@@ -63,6 +63,15 @@ def test_leftovers_and_checkpoints_go_and_what_a_study_is_made_of_stays(tuner: T
     assert tuner("run", study.parents[1] / "small.yaml", "search.trials=1", "recipe.freeze_depth=3", "engine.cache=always").code == 0
 
 
+def test_checkpoints_of_trials_that_will_go_on_stay(tuner: Tuner, study: Path) -> None:
+    import optuna
+
+    optuna.load_study(study_name="small", storage=f"sqlite:///{study}/study.db").enqueue_trial({})
+    said = tuner("clean", "small")
+    assert said.code == 0 and "1 trials were interrupted and will go on, so checkpoints are kept" in said.out
+    assert (study / "checkpoints" / "0.pt").exists() and not (study / ".xyz.tmp").exists()
+
+
 def test_a_dry_run_removes_nothing(tuner: Tuner, study: Path) -> None:
     before = sorted(str(p) for p in study.parents[1].rglob("*"))
     said = tuner("clean", "small", "--all", "--cache", "--dry-run")
@@ -81,6 +90,7 @@ def test_all_asks_first_and_then_removes_the_study(tuner: Tuner, study: Path, mo
     assert not study.exists()
 
 
+@pytest.mark.slow
 def test_all_takes_the_study_out_of_a_database_elsewhere(tuner: Tuner, small: Path) -> None:
     import optuna
 

@@ -197,7 +197,8 @@ def timing(folder: str) -> list[str]:
 
 
 def downloading(folder: str) -> str:
-    from tuner.files import download, sweep
+    from tuner.downloads import download
+    from tuner.files import sweep
 
     sweep(Path(folder))
     download(f"file://{folder}/origin", Path(folder) / "fetched", "weights")

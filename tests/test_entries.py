@@ -85,7 +85,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "tokens" else kind for kind in KINDS])
 def test_damage_to_any_file_of_an_entry_is_named_and_mended(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = KINDS[kind]
     expected = made(tmp_path)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.serving import serving
+from tuner.downloads import download
 from tuner.errors import DataError, StorageError
-from tuner.files import atomic_path, disk_errors, download, locked, sha256
+from tuner.files import atomic_path, disk_errors, locked, sha256
 
 HELLO = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
 
@@ -143,7 +144,7 @@ def test_a_download_to_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatc
     def full(*_: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tuner.files._copy", full)
+    monkeypatch.setattr("tuner.downloads._copy", full)
     with serving(tmp_path) as address, pytest.raises(StorageError, match="disk full"):
         download(f"{address}/a", tmp_path / "b", "weights")
     assert os.listdir(tmp_path) == ["a"]

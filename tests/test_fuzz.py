@@ -23,9 +23,12 @@ modest = settings(max_examples=150, deadline=None, suppress_health_check=[Health
 
 def answer(text: str, overrides: Sequence[str] = ()) -> Space | None:
     try:
-        return parsing.parse(parsing.override(document.parse(text, "f.yaml"), overrides))
+        space = parsing.parse(parsing.override(document.parse(text, "f.yaml"), overrides))
     except SpaceError as error:
         found = error.problems
+    else:
+        assert parsing.parse(document.parse(dump(space.tree()), "f.yaml")) == space
+        return space
     assert found and len(set(found)) == len(found)
     assert [problem for problem in found if not PLACE.match(problem) or "\n" in problem] == []
     return None

@@ -17,6 +17,7 @@ VALUES = [
     "document",
     "crash",
     "files",
+    "downloads",
     "entries",
     "urls",
     "failures",

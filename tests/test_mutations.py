@@ -21,7 +21,7 @@ from tuner.splits import UNSPLIT, checked, divided
 from tuner.wanted import Preprocess
 
 SIDE = Preprocess(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3)
-QUICK, MANY = 60, 1500  # files a kind
+QUICK, MANY = 40, 800  # files a kind
 SECONDS, BYTES = 10.0, 700_000_000  # that one file may take, and all of a kind together
 
 

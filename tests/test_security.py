@@ -95,7 +95,7 @@ def test_pickles_of_cifar_are_not_opened_unless_their_md5_is_the_published_one(t
     folder.mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
         (folder / name).write_bytes(pickle.dumps(Evil()))
-    from tuner.files import offline
+    from tuner.downloads import offline
 
     with offline(True), pytest.raises(DataError, match="is not there yet"):
         cifar10.load(tmp_path / "home", SIDE, "classification", path=str(tmp_path), image=ImageOptions())
@@ -167,6 +167,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(export: Path) -> None:
         manifest.read(export)
 
 
+@pytest.mark.slow
 def test_an_exports_other_formats_are_not_opened_unasked(export: Path, tuner: Tuner) -> None:
     whole = json.loads((export / "manifest.json").read_text())
     for name, file in (("torch_export", "model.pt2"), ("onnx", "model.onnx")):

@@ -17,8 +17,8 @@ from tuner import document, parsing, tokens
 from tuner.building import build, task_of, wants
 from tuner.core import Batch, Staged
 from tuner.devices import Place, place
+from tuner.downloads import OFFLINE
 from tuner.errors import DataError, SpaceError
-from tuner.files import OFFLINE
 from tuner.run import Engine, Part, Recipe, Run
 from tuner.trial import batches, fit, predictions, prepare
 from tuner.wanted import Tokens, Tree

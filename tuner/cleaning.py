@@ -10,7 +10,7 @@ import optuna
 import typer
 
 from tuner import parsing, storage
-from tuner.dashboard import find
+from tuner.dashboard import find, reader
 from tuner.entries import evict, size
 from tuner.errors import DataError, SpaceError, StorageError
 from tuner.files import disk_errors, sweep
@@ -81,8 +81,23 @@ def of_study(folder: Path, *, whole: bool) -> list[Item]:
     """What a study that nobody runs can do without: leftovers of killed runs and checkpoints; all of it where `whole`."""
     if whole:
         return [Item("study", folder, size(folder), lambda: _forget(folder) and delete(folder))]
-    found = [path for path in sorted(folder.iterdir()) if path.name == "checkpoints" or (_left(path) and not _needed(path))]
+    found = [
+        path
+        for path in sorted(folder.iterdir())
+        if (path.name == "checkpoints" and not to_go_on(folder)) or (_left(path) and not _needed(path))
+    ]
     return [Item("checkpoints" if path.name == "checkpoints" else "leftovers", path, size(path), _deleter(path)) for path in found]
+
+
+def to_go_on(folder: Path) -> int:
+    """How many of a study's trials were interrupted and will go on from their checkpoints."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        database = reader(parsing.load(folder / "space.yaml").settings.storage, folder)
+        trials = database.get_all_trials(database.get_study_id_from_name(folder.resolve().name), deepcopy=False)
+    except (StorageError, KeyError):  # it was killed before it had a trial
+        return 0
+    return sum(not trial.state.is_finished() for trial in trials)
 
 
 def _needed(path: Path) -> bool:
@@ -159,6 +174,8 @@ def carry_out(studies: Path, study: str | None, *, all_: bool, cache: bool, dry:
             if all_ and not dry and not sure and not typer.confirm(f"remove {folder} with {megabytes(sum(there.values()))}?"):
                 typer.echo("nothing was removed")
                 return
+            if (waiting := to_go_on(folder)) and not all_:
+                typer.echo(f"{waiting} trials were interrupted and will go on, so checkpoints are kept; finish them with `tuner run`")
             told(clean(of_study(folder, whole=all_), dry=dry), dry=dry)
     if cache:
         home = home_folder(lambda _: None)

@@ -1,35 +1,18 @@
-"""Files that are whole or absent: written beside their place, synced, renamed; downloaded so; locked by the kernel; known by digest."""
+"""Files that are whole or absent: written beside their place, synced, renamed; locked by the kernel; known by digest."""
 
 import contextlib
 import errno
 import fcntl
 import hashlib
-import http.client
 import os
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
 from tuner.crash import crash
-from tuner.errors import DataError, StorageError
-
-OFFLINE: ContextVar[bool] = ContextVar("OFFLINE", default=False)  # set where nothing may be downloaded
-PATIENCE = 30.0  # seconds without a byte after which a download is given up
-
-
-@contextlib.contextmanager
-def offline(on: bool) -> Iterator[None]:
-    """Nothing is downloaded within, where `on`."""
-    token = OFFLINE.set(on)
-    try:
-        yield
-    finally:
-        OFFLINE.reset(token)
+from tuner.errors import StorageError
 
 
 def sha256(path: Path) -> str:
@@ -153,16 +136,35 @@ def disk_errors(path: Path, need: float | None = None) -> Iterator[None]:
     """Turns a full disk, a quota or a missing permission into a StorageError that names the path, and the bytes where they are known."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except StorageError:
+        raise
+    except Exception as error:  # libraries written in other languages say a full disk in words of their own
+        reason = _full(error)
+        if reason:
             needed = f"{max(1, round(need / 1e6)):,} MB needed: " if need is not None else ""
             raise StorageError(
-                f"disk full while writing {path} ({needed}{error.strerror}); free some space, such as by `tuner clean`, "
-                "and run the same command"
+                f"disk full while writing {path} ({needed}{reason}); free some space, such as by `tuner clean`, and run the same command"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _full(error: BaseException | None) -> str:
+    """Why a disk takes no more, where that is what an error or what led to it says; else ''."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return os.strerror(error.errno)
+        for number in FULL:
+            if f"os error {number}" in str(error) or os.strerror(number) in str(error):  # safetensors, tokenizers
+                return os.strerror(number)
+        if "PytorchStreamWriter failed writing" in str(error):
+            return "torch could not write all of it"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 @contextlib.contextmanager
@@ -192,40 +194,3 @@ def require_space(folder: Path, need: float, why: str) -> None:
             f"disk: {folder} has {free / 1e6:,.0f} MB free, but {need / 1e6:,.0f} MB are needed ({why}); "
             "free some space, such as by `tuner clean`, or use another disk"
         )
-
-
-def download(url: str, path: Path, what: str, algorithm: str = "sha256", begin: str = "") -> None:
-    """The file behind `url`, whole at `path` or not at all; its digest must begin with `begin`.
-
-    Raises DataError that says how to place the file by hand, StorageError when it cannot be written.
-    """
-    if OFFLINE.get():
-        raise DataError(f"{what}: {path} is not there yet; `tuner run` downloads it from {url}")
-    name = algorithm.upper().replace("SHA256", "SHA-256")
-    known = f" (its {name} begins with {begin})" if begin else ""
-    by_hand = f"fetch it elsewhere{known} and place it at {path}"
-    request = urllib.request.Request(url, headers={"User-Agent": "tuner"})
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer, atomic_path(path, what="download") as temporary:
-            digest = _copy(answer, temporary, algorithm)
-            if not digest.startswith(begin):
-                raise DataError(f"{what}: {url} has {name} {digest}, expected {begin}…; nothing was kept; {by_hand}")
-    except urllib.error.HTTPError as error:
-        error.close()  # it holds the connection
-        raise DataError(f"{what}: cannot download {url}: {error}; {by_hand}") from None
-    except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's URLError and time-outs
-        raise DataError(f"{what}: cannot download {url}: {error}; {by_hand}") from None
-
-
-def _copy(answer: http.client.HTTPResponse, path: Path, algorithm: str) -> str:
-    """Writes the answer's body and returns its digest. Raises OSError when the connection ended early."""
-    seen, size = hashlib.new(algorithm, usedforsecurity=False), 0
-    with open(path, "wb") as file:
-        while chunk := answer.read(1 << 20):
-            seen.update(chunk)
-            file.write(chunk)
-            size += len(chunk)
-    promised = answer.headers.get("Content-Length")
-    if promised is not None and size != int(promised):
-        raise ConnectionError(f"the connection ended after {size:,} of {int(promised):,} bytes")
-    return seen.hexdigest()

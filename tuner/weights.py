@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 from torchvision.models._api import WeightsEnum
 
+from tuner.downloads import download
 from tuner.errors import DataError, SpaceError, suggest
-from tuner.files import atomic_path, disk_errors, download, locked, sha256, sweep
+from tuner.files import atomic_path, disk_errors, locked, sha256, sweep
 from tuner.wanted import Preprocess
 
 State = dict[str, Tensor]

@@ -124,7 +124,8 @@ def exporter(name: str) -> Any:
 def publish(order: Crown, model: Portable, data: Data, scores: Mapping[str, Any], seconds: float) -> Published:
     """Writes every format beside the export folder, verifies each, and only then puts the folder in place."""
     folder = Path(order.folder)
-    with disk_errors(folder):
+    need = 4 * sum(value.numel() for value in model.state().values()) * len({"safetensors", *order.formats})
+    with disk_errors(folder, need):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".export-", suffix=".tmp", dir=folder.parent))
         try:

@@ -10,7 +10,7 @@ import torch
 from tuner import figures
 from tuner.building import build, load, task_of
 from tuner.devices import gpus, place
-from tuner.files import offline
+from tuner.downloads import offline
 from tuner.folds import crossed, folds_of
 from tuner.memory import out_of_memory, release
 from tuner.orders import Assignment, Epoch, Facts, Result, Survey

@@ -8,8 +8,9 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
 from tuner.core import Data
+from tuner.downloads import download
 from tuner.errors import DataError
-from tuner.files import disk_errors, download, locked
+from tuner.files import disk_errors, locked
 from tuner.images import dataset
 from tuner.run import ImageOptions
 from tuner.splits import TEST, UNSPLIT, Items
