@@ -31,6 +31,15 @@ def test_the_space_file_shown_is_the_shipped_one() -> None:
     assert parsing.parse(document.parse(shown, "README.md")) == shipped
 
 
+def test_the_engines_and_storages_shown_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNER_DB_PASSWORD", "x")
+    base = (ROOT / "search_spaces/resnet.yaml").read_text()
+    shown = next(block for language, block in BLOCKS if language == "yaml" and "storage:" in block).splitlines()
+    assert len(shown) == 3
+    for line in shown:
+        parsing.parse(document.parse(f"{base}\n{line}", "README.md"))
+
+
 def test_every_link_and_picture_is_there() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
