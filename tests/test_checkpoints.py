@@ -98,6 +98,7 @@ def test_two_epochs_and_the_rest_are_all_of_them_to_the_bit(
     assert continued[2:] == digests[2:]  # after the third epoch, and after each that follows
     assert counted == list(range(3, len(straight) + 1)) and len(counted) == (1 if name == "patience" else 2)
     assert (found.epoch and found.epoch.number) == (best.epoch and best.epoch.number)
+    assert (len(best.pairs) > 0) == (name != "both")
     assert len(found.pairs) == len(best.pairs) and all(torch.equal(a, b) for (a, _), (b, _) in zip(found.pairs, best.pairs, strict=True))
 
 
