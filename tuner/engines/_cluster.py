@@ -69,8 +69,9 @@ def library(*, local: bool) -> Any:
         import ray
     except ImportError:
         raise StorageError("engine.name: ray needs the package ray: pip install 'tuner-finetune[ray]'") from None
-    ray._raylet.Config.initialize("")  # as Ray's own start does: where it was loaded before, it has read the environment already
-    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+    core: Any = ray._raylet
+    core.Config.initialize("")  # as Ray's own start does: where it was loaded before, it has read the environment already
+    core.AuthenticationTokenLoader.instance().reset_cache()
     return ray
 
 
