@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,13 @@ class Session:
         return Assignment(run, str(self.settings.search.metric), self.settings.engine, str(self.places.home), fetch)
 
     def call(self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None, *, finish: bool = False, **more: Any) -> Any:
-        """Has a worker carry out one job and returns its value. Raises what it refused with, and Interrupted.
+        """Has a worker carry out one job and returns its value; a lost one is carried out again, as a trial is.
+
+        Raises what the job refused with, and Interrupted.
 
         `finish`: the first signal lets the job come to its next report; otherwise it ends the job. `more`: what else the Job says.
         """
-        jobs = iter([Job(-1, work, argument, **more)])
+        job = Job(-1, work, argument, **more)
         found: list[Outcome] = []
 
         def heard(job: Job, value: Any) -> bool:
@@ -76,10 +79,14 @@ class Session:
         def go_on() -> bool:
             return not self.stop.now if finish else not self.stop
 
-        self.carry(lambda: next(jobs, None), heard, lambda job, outcome: found.append(outcome), go_on, 1)
-        if self.stop:
-            raise interrupted(self.stop, self.space)
-        return value_of(found[0])
+        for _ in range(1 + self.settings.search.retries):
+            jobs = [job]
+            self.carry(partial(taken, jobs), heard, lambda job, outcome: found.append(outcome), go_on, 1)
+            if self.stop:
+                raise interrupted(self.stop, self.space)
+            if found[-1].kind != "lost":
+                break
+        return value_of(found[-1])
 
     def survey(self) -> Survey:
         """Checks against the models what the file alone cannot tell."""
@@ -120,6 +127,10 @@ def session(space: Space, places: Places, console: Console, engine: str | None =
     name = engine or space.settings.engine.name
     with stoppable(abrupt=name == "inline") as stop, plugins.attribute("engine", name)(space.settings.engine, console.warn) as carry:
         yield Session(space, places, console, carry, stop)
+
+
+def taken(jobs: list[Job]) -> Job | None:
+    return jobs.pop() if jobs else None
 
 
 def folders_of(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
