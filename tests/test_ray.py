@@ -221,7 +221,7 @@ def test_a_zombie_is_fenced(whole: Any, tmp_path: Path) -> None:
             os.kill(each, signal.SIGCONT)
         until(lambda: left[0].all_processes["raylet"][0].process.poll() is not None)  # Ray ends a node that was given up
         until(lambda: not alive(pids[0]))
-        carry_all(carry, [Job(2, "tests.works:count", 1)])
+        carry_all(carry, [Job(2, "tests.works:count", 1)], report)
         assert heard[before:] == [2]
     for infos in left[0].all_processes.values():
         for info in infos:

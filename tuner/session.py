@@ -61,26 +61,18 @@ class Session:
     def assignment(self, run: Run, *, fetch: bool = True) -> Assignment:
         return Assignment(run, str(self.settings.search.metric), self.settings.engine, str(self.places.home), fetch)
 
-    def call(
-        self,
-        work: str,
-        argument: Any,
-        report: Callable[[Any], None] = lambda _: None,
-        *,
-        finish: bool = False,
-        retries: int = 0,
-        **more: Any,
-    ) -> Any:
-        """Has a worker carry out one job and returns its value. Raises what it refused with, and Interrupted.
+    def call(self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None, *, finish: bool = False, **more: Any) -> Any:
+        """Has a worker carry out one job and returns its value; one whose worker dies is carried out again, as a trial is.
 
-        `finish`: the first signal lets the job come to its next report; otherwise it ends the job. `retries`: further attempts
-        where its worker dies. `more`: what else the Job says.
+        Raises what the job refused with, and Interrupted.
+
+        `finish`: the first signal lets the job come to its next report; otherwise it ends the job. `more`: what else the Job says.
         """
         begun: list[Job] = []
         found: list[Outcome] = []
 
         def next_job() -> Job | None:
-            if len(begun) > len(found) or len(begun) > retries or any(outcome.kind != "lost" for outcome in found):
+            if len(begun) > len(found) or len(begun) > self.settings.search.retries or any(outcome.kind != "lost" for outcome in found):
                 return None
             begun.append(Job(-1, work, argument, **more))
             return begun[-1]
@@ -136,7 +128,7 @@ class Session:
         order = Crown(assignment, formats, str(folder), study_name(self.space), trial, tuple(valid.items()), given)
         try:
             heard = self.console.retraining(run) if weights is None else lambda _: None
-            published = self.call("tuner.winner:crown", order, heard, finish=True, keep=needed, retries=self.settings.search.retries)
+            published = self.call("tuner.winner:crown", order, heard, finish=True, keep=needed)
         finally:
             self.console.pause()
         keeping.discard(Path(kept))

@@ -7,13 +7,14 @@ that dies, costs its job an attempt. Nothing is restarted by Ray: the coordinato
 import contextlib
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tuner.engines import _cluster
 from tuner.engines._cluster import Node
-from tuner.engines._crew import Crew, Work, Worker
+from tuner.engines._crew import STRIKES, Crew, Work, Worker
 from tuner.engines._errands import Errands
 from tuner.errors import TunerError
 from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport, Outcome
@@ -30,6 +31,7 @@ class Check:
     work: Work
     passed: dict[str, str] = field(default_factory=dict)  # node id -> name
     running: set[str] = field(default_factory=set)
+    lost: Counter[str] = field(default_factory=Counter)  # node id -> workers that died of it
     found: Outcome | None = None  # of the first that passed
     over: bool = False  # the coordinator has been told
 
@@ -193,8 +195,9 @@ class Fleet:
 
         def ended(job: Job, outcome: Outcome) -> None:
             check.running.discard(node.id)
-            if outcome.kind == "lost" and node.id not in _cluster.nodes(self.ray):
-                return  # it cannot be asked any more, and gets no trial
+            check.lost[node.id] += outcome.kind == "lost"
+            if outcome.kind == "lost" and (check.lost[node.id] < STRIKES or node.id not in _cluster.nodes(self.ray)):
+                return  # it is asked again, if it is still there
             if outcome.kind == "done" and (check.found is None or check.found.value == outcome.value):
                 check.found = check.found or outcome
                 check.passed[node.id] = node.name
