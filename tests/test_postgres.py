@@ -374,7 +374,7 @@ def test_the_password_is_found_and_left_nowhere(
     process = start("a", place, *(words if how in ("variable", "written") else [*words[:2], "search.retrain=false"]))
     listed = ""
     while process.popen.poll() is None:
-        listed += subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        listed += subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
         time.sleep(0.1)
     assert process.wait() == 0, process.said()
     assert "small.yaml" in listed and ("tuner.waiting" in listed) == (how in ("variable", "written"))
