@@ -160,8 +160,11 @@ def open_study(
     """The study of that name, made if need be. Raises SpaceError when it was made from another space or other data."""
     try:
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
+        begun = bool(study.user_attrs or study.get_trials(deepcopy=False))  # else who made it ended, or lost the server, at that moment
     except KeyError:
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", sampler=sampler, pruner=pruner)
+        begun = False
+    if not begun and study.direction.name == "MAXIMIZE":
         study.set_user_attr(SPACE, json.dumps(identity))
         study.set_user_attr(DATA, data)
         return study
