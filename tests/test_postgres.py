@@ -232,7 +232,6 @@ def test_29_each_commit_in_turn_is_carried_out_and_not_heard_of(
 
     while count >= turn:  # until a study has fewer commits than this
         count, turn = 0, turn + 1
-        monkeypatch.setattr(sqlalchemy.engine.default.DefaultDialect, "do_commit", real)
         with searching.sharing(url, Path(), 2, f"t{turn}") as c:
             monkeypatch.setattr(sqlalchemy.engine.default.DefaultDialect, "do_commit", deaf)
             while (job := c.next_job()) is not None:
@@ -257,6 +256,14 @@ def test_29_patience_ends_and_says_what_to_do(url: str, database: str, postgres:
             postgres.control("start")
         assert error.value.code == 4 and postgres.password not in str(error.value) and len(told) == 1
         assert found.get_all_studies() == []
+
+
+def test_29_the_server_goes_away_when_a_study_was_just_made(url: str) -> None:
+    with opened(url) as database:
+        optuna.create_study(storage=database, study_name="t", direction="maximize")  # and nothing of what makes it tuner's
+    with searching.sharing(url, Path(), 2) as c:
+        drive(c)
+    assert len(draws(url, "t", 2)) == 2
 
 
 # -- several coordinators
@@ -374,7 +381,7 @@ def test_the_password_is_found_and_left_nowhere(
     process = start("a", place, *(words if how in ("variable", "written") else [*words[:2], "search.retrain=false"]))
     listed = ""
     while process.popen.poll() is None:
-        listed += subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        listed += subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
         time.sleep(0.1)
     assert process.wait() == 0, process.said()
     assert "small.yaml" in listed and ("tuner.waiting" in listed) == (how in ("variable", "written"))

@@ -178,7 +178,7 @@ def crown_once(s: Session, coordinator: Coordinator, folder: Path, *, fresh: boo
     other = busy[0] if busy else coordinator.leases.crown(winner.number)
     if other is not None:
         run = best_run(history.run_of(s.space, coordinator.study, winner), winner.user_attrs[history.BEST_EPOCH])
-        return Summary(folder, coordinator, winner, tied, run, None, True, other)
+        return Summary(folder, coordinator, winner, tied, run, None, True, history.default(coordinator.study), other)
     with storage.lock(folder):  # `tuner export` writes here too
         found = crown_best(s, coordinator, folder, fresh=fresh)
     coordinator.leases.crowned()
@@ -191,7 +191,7 @@ def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: boo
     draw = history.roots(coordinator.study)[winner.number]
     run = best_run(found, winner.user_attrs[history.BEST_EPOCH])
     write_yaml(folder / "best.yaml", run_tree(run, s), f"trial {winner.number} of study {study_name(s.space)!r}; `tuner train` repeats it")
-    summary = Summary(folder, coordinator, winner, tied, run, None, fresh)
+    summary = Summary(folder, coordinator, winner, tied, run, None, fresh, history.default(coordinator.study))
     run, weights = to_publish(s.settings.search.retrain, found, winner.user_attrs[history.BEST_EPOCH], coordinator.keeping.weights(draw))
     manifest.recover(folder / "export")
     published = manifest.read(folder / "export")

@@ -183,7 +183,7 @@ def open_study(
     if direction != "maximize":
         raise SpaceError(f"study {name!r} was created with direction={direction}, this file maximises; use another search.name")
     if SPACE not in study.user_attrs and not study.get_trials(deepcopy=False):
-        return _marked(study, identity, data)  # made by a search that was killed at once
+        return _marked(study, identity, data)  # who made it was killed, or lost the server, at that moment
     if SPACE not in study.user_attrs:
         raise SpaceError(f"study {name!r} was not made by tuner; use another search.name")
     made = flat(json.loads(study.user_attrs[SPACE]))

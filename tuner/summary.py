@@ -8,7 +8,6 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from tuner import history
 from tuner.columns import shown
 from tuner.leases import Holder
 from tuner.manifest import Published
@@ -20,7 +19,7 @@ from tuner.search import Coordinator
 class Summary:
     """`tied`: the trials that scored the same as the winner. `fresh`: this command added something to the study.
 
-    `elsewhere`: the coordinator that makes the winner, where that is another one.
+    `default`: the trial of the default recipe. `elsewhere`: the coordinator that makes the winner, where that is another one.
     """
 
     folder: Path
@@ -30,6 +29,7 @@ class Summary:
     run: Run
     published: Published | None
     fresh: bool
+    default: FrozenTrial | None = None
     elsewhere: Holder | None = None
 
     @property
@@ -39,7 +39,7 @@ class Summary:
 
 def values(s: Summary) -> dict[str, Any]:
     """The summary as --json prints it."""
-    default = history.default(s.coordinator.study)
+    default = s.default
     return {
         "study": s.folder.name,
         "folder": str(s.folder),
@@ -64,7 +64,7 @@ def lines(s: Summary) -> Iterator[str]:
         yield f"         {'  '.join(f'{k} {shown(v)}' for k, v in winner.params.items())}"
     if s.tied:
         yield f"         tied with {', '.join(f'#{n}' for n in s.tied)}; chosen for fewer epochs, then the lower number"
-    default = history.default(coordinator.study)
+    default = s.default
     if default is not None and default.value is not None:
         yield f"default  #{default.number}, {default.value:.4f}; the search bought {float(winner.value or 0) - default.value:+.4f}"
     if s.published is not None:
