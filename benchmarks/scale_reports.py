@@ -1,6 +1,6 @@
 """A thousand simulated workers on one real coordinator: how many reports a second it answers, and how long an answer takes.
 
-    python benchmarks/scale_reports.py [--workers 1000] [--epoch-seconds 60 20 10 5] [--seconds 30] [--postgresql]
+    python benchmarks/scale_reports.py [--workers 1000] [--epoch-seconds 60 20 10] [--seconds 20] [--postgresql]
 
 Workers are asyncio tasks that sleep through epochs of exponential length, 10 a trial, and ask a real coordinator (TPE, median
 pruner, notes, files, 6 parameters) over one queue, as an engine does; the coordinator has a thread of its own, and its study lies in
@@ -218,8 +218,8 @@ def postgresql() -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=1000)
-    parser.add_argument("--epoch-seconds", type=float, nargs="+", default=[60.0, 20.0, 10.0, 5.0])
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--epoch-seconds", type=float, nargs="+", default=[60.0, 20.0, 10.0])
+    parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--postgresql", action="store_true")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

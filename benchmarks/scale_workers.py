@@ -116,7 +116,8 @@ def local() -> Iterator[Carry]:
 @contextlib.contextmanager
 def ray() -> Iterator[Carry]:
     """Two nodes of one core on this machine."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # a process has one for good
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # of the nodes
     from ray.cluster_utils import Cluster
 

@@ -23,7 +23,7 @@ from tuner import dashboard, history
 
 BUDGET = 8
 ROUNDS = 10  # of each case
-PATIENCE = 120.0  # seconds for whatever is waited for
+PATIENCE = 240.0  # seconds for whatever is waited for
 DEAD_WORKER = 3  # the exit code when a worker dies while data and weights are read, or the winner is made
 
 
@@ -38,9 +38,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         .replace("trials: 4", f"trials: {BUDGET}, retries: 10")
     )
     (place / "chaos.yaml").write_text(text)
-    calm = Search(place, "calm", 1)
-    calm.start()
-    assert calm.process.wait(PATIENCE) == 0
+    with Search(place, "calm", 1) as calm:
+        calm.start()
+        assert calm.process.wait(PATIENCE) == 0
     return place
 
 
@@ -52,6 +52,15 @@ class Search:
         self.folder = place / "studies" / name
         self.outputs: list[Path] = []
         self.process: subprocess.Popen[bytes]
+
+    def __enter__(self) -> "Search":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A test that fails leaves nothing running either."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def start(self) -> None:
         words = [f"search.name={self.name}", f"engine.workers={self.workers}", "--json"]
@@ -179,6 +188,28 @@ def winner(folder: Path) -> tuple[Any, ...]:
     return manifest["scores"], manifest["files"]["model.safetensors"]
 
 
+def carry_through(search: Search, chance: random.Random, most: int) -> int:
+    """One study to its end, under so many blows at most; how many fell."""
+    fell = 0
+    search.start()
+    while True:
+        struck = blow(search, chance) if fell < most else None
+        if struck is not None:
+            fell += 1
+            if "SIGKILL to coordinator" in struck:
+                search.over()
+            check(search)
+            if search.process.poll() is not None and search.process.returncode < 0:
+                search.start()
+            continue
+        search.over()
+        said = search.outputs[-1].read_text()
+        if search.process.returncode == 0:
+            return fell
+        assert search.process.returncode == DEAD_WORKER and "a worker died while reading data and weights" in said, said
+        search.start()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("seed", "workers"), [(0, 1), (1, 1), (2, 2)])
@@ -186,25 +217,7 @@ def test_no_blow_loses_doubles_or_leaves_anything(seed: int, workers: int, place
     chance = random.Random(seed)
     left, number = ROUNDS, 0
     while left:
-        search = Search(place, f"chaos-{seed}-{number}", workers)
+        with Search(place, f"chaos-{seed}-{number}", workers) as search:
+            left -= carry_through(search, chance, left)
+            done(search)
         number += 1
-        search.start()
-        while True:
-            struck = blow(search, chance) if left else None
-            left -= struck is not None
-            if struck is not None and "SIGKILL to coordinator" not in struck:
-                check(search)
-            if struck is not None and "SIGKILL to coordinator" in struck:
-                search.over()
-                check(search)
-            elif struck is None:
-                search.over()
-                said = search.outputs[-1].read_text()
-                assert search.process.returncode in (0, DEAD_WORKER), said
-                if search.process.returncode == 0:
-                    break
-                assert "a worker died while reading data and weights" in said, said
-            else:
-                continue
-            search.start()
-        done(search)

@@ -158,6 +158,7 @@ def test_a_stopped_worker_is_given_up_another_takes_over_and_it_never_comes_back
         os.kill(zombie, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_worker_that_computes_without_a_word_is_not_taken_for_a_silent_one(strict: Carry) -> None:
     ended, _ = carry_all(strict, [Job(0, "tests.works:pid", None), Job(1, "tests.works:sleep", 2.5), Job(2, "tests.works:pid", None)])
     assert [o.kind for _, o in ended] == ["done"] * 3 and len({o.value for _, o in ended}) == 1
@@ -177,6 +178,7 @@ def test_a_coordinator_that_was_busy_for_long_takes_nobody_for_silent(strict: Ca
     assert [o.kind for o in ended] == ["done"] and len(heard) == 4
 
 
+@pytest.mark.slow
 def test_a_zombie_whose_pipe_is_closed_stops_itself() -> None:
     worker = local_engine.hire(0, 1.0)
     worker.pipe.send((Job(0, "tests.works:ticks", 1000), 1))

@@ -1,7 +1,7 @@
 """Studies and trials read in bulk: a handful of statements and plain rows, where Optuna makes an object of each value."""
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -69,12 +69,15 @@ def trials(
     if after > -1:
         older = sorted(number for number in included if number <= after)
         wanted &= sqlalchemy.or_(trial.trial_id > after, trial.trial_id.in_(older)) if older else trial.trial_id > after
+    if states is not None:
+        assert isinstance(states, Iterable)
+        wanted &= trial.state.in_(list(states))
     columns = (trial.trial_id, trial.number, trial.state, trial._datetime_start_utc, trial._datetime_complete_utc)
     found = connection.execute(sqlalchemy.select(*columns).where(wanted).order_by(trial.trial_id)).all()
     if not found:
         return []
     rows = {kind: values(connection, kind, names, wanted) for kind, names in VALUES.items()}
-    return [frozen(row, rows) for row in found if states is None or row[2] in states]
+    return [frozen(row, rows) for row in found]
 
 
 VALUES = {

@@ -48,6 +48,7 @@ class Live:
     default: bool = False  # what all others are compared with is seen to its end
     pruned: bool = False
     followers: list[tuple[Trial, int]] = field(default_factory=list)  # with their roots
+    key: str = ""  # of its parameters
 
 
 class Coordinator:
@@ -144,11 +145,12 @@ class Coordinator:
         if twin is not None:
             self.repeat(trial, run, twin)
             return None
+        key = key_of(trial.params)
         for other in self.live.values():
-            if key_of(other.trial.params) == key_of(trial.params):
+            if other.key == key:
                 other.followers.append((trial, root))
                 return None
-        live = self.live[trial.number] = Live(trial, run, root, int(attrs.get(ATTEMPT, 1)), bool(attrs.get(DEFAULT)))
+        live = self.live[trial.number] = Live(trial, run, root, int(attrs.get(ATTEMPT, 1)), bool(attrs.get(DEFAULT)), key=key)
         return live
 
     def repeat(self, trial: Trial, run: Run, twin: int) -> None:

@@ -53,7 +53,8 @@ class WindowedStudy(optuna.Study):
 
     def next_waiting(self) -> FrozenTrial | None:
         """The enqueued trial that the next `ask` takes."""
-        self.waiting = self.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        database = getattr(self._storage, "_backend", self._storage)  # Optuna's cache would read all running trials again
+        self.waiting = database.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.WAITING,))
         return self.waiting[0] if self.waiting else None
 
     def enqueue_trial(self, params: dict[str, Any], user_attrs: dict[str, Any] | None = None, skip_if_exists: bool = False) -> None:
