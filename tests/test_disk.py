@@ -197,7 +197,8 @@ def test_memory_returns_to_where_it_was_trial_after_trial(model: str, small: Pat
             if line.startswith('{"event": "trial"'):
                 time.sleep(0.05)
                 workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True, check=False)
-                found += [memory(int(pid)) for pid in workers.stdout.split()]
+                with contextlib.suppress(OSError, StopIteration):  # after the last trial the worker may be gone
+                    found += [memory(int(pid)) for pid in workers.stdout.split()]
     assert process.returncode == 0 and len(found) >= 10, found
-    growth = found[-1] - found[4]
+    growth = max(found[5:]) - found[4]
     assert growth > 60 if "leak" in model else growth < 20, found

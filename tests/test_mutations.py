@@ -97,7 +97,7 @@ def test_damaged_annotations_and_tables_are_answered(kind: str, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_damaged_annotations_and_tables_are_answered(kind: str, tmp_path: Path) -> None:
-    tried(kind, tmp_path / "set", MANY)
+    tried(kind, tmp_path / "set", MANY // 4 if kind == "yolo yaml" else MANY)  # PyYAML takes its time
 
 
 VOC, COCO = "<annotation><object><name>cat</name><bndbox><xmin>2</xmin><ymin>1</ymin><xmax>9</xmax><ymax>20</ymax></bndbox></object>{}</annotation>", (
