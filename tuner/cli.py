@@ -253,7 +253,7 @@ def show_published(console: "Console", published: Any) -> None:
 def start_dashboard(space: "Space", places: "Places", port: int, console: "Console") -> "subprocess.Popen[bytes]":
     """A process of its own: a dashboard that fails must not take the search with it. It waits for the study to appear."""
     from tuner import dashboard as serving
-    from tuner import urls
+    from tuner import waiting
     from tuner.session import study_name
 
     found = serving.free_port(port)
@@ -261,10 +261,7 @@ def start_dashboard(space: "Space", places: "Places", port: int, console: "Conso
         console.warn(f"port {port} on 127.0.0.1 is taken; the dashboard is on {found}")
     console.event("dashboard", url=f"http://127.0.0.1:{found}/dashboard")
     console.say(f"browse http://127.0.0.1:{found}/dashboard while the search runs")
-    command = [sys.executable, "-m", "tuner.waiting", study_name(space), str(places.studies), str(found)]
-    word = urls.written_password(space.settings.storage or "")  # it is in no file that the process reads, and not on its command line
-    known = os.environ | ({"PGPASSWORD": word} if word else {})
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=known)  # Ctrl-C is the search's
+    return waiting.start(study_name(space), places.studies, found, space.settings.storage or "")
 
 
 def main() -> NoReturn:

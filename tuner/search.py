@@ -71,8 +71,7 @@ class Coordinator:
         self.ledger = Ledger(self.study, self.asker, self.leases)
         self.live: dict[int, Live] = {}
         self.error: TunerError | None = None
-        self.begun = time.monotonic()
-        self.failures = Failures()
+        self.failures, self.begun = Failures(), time.monotonic()
         self.looked = float("-inf")  # when there was nothing to hand out, where others may change that
         self.leases.exclusively(lambda: self.ledger.read(set()))
         self.keeping = keeping or Keeping(None, 0)
@@ -193,8 +192,7 @@ class Coordinator:
         if outcome.kind == "done":
             self.finish(live, outcome.value)
         elif outcome.kind == "refused":
-            reason = "; ".join(outcome.problems)[:500]  # data or disk: the trial is asked again once that is mended
-            self.ledger.again(live.trial, live.root, reason, count=False)
+            self.ledger.again(live.trial, live.root, "; ".join(outcome.problems)[:500], count=False)  # data or disk: until it is mended
             self.error = self.error or refusal(outcome)
         elif outcome.reason == "interrupted" or (outcome.kind == "lost" and self.stopping()):
             self.ledger.again(live.trial, live.root, "interrupted", count=False)

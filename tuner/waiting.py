@@ -1,6 +1,7 @@
 """The dashboard process of `tuner run --dashboard`: waits for the study to be made, serves it, ends with the search."""
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -8,8 +9,16 @@ from pathlib import Path
 
 import optuna
 
-from tuner import dashboard, parsing
+from tuner import dashboard, parsing, urls
 from tuner.errors import TunerError
+
+
+def start(name: str, studies: Path, port: int, url: str) -> "subprocess.Popen[bytes]":
+    """The process, which Ctrl-C does not reach: that is the search's. `url` is the database's as it is written."""
+    password = urls.written_password(url)  # it is in no file that the process reads, and not on its command line
+    known = os.environ | ({"PGPASSWORD": password} if password else {})
+    command = [sys.executable, "-m", "tuner.waiting", name, str(studies), str(port)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=known)
 
 
 def main(name: str, studies: str, port: str) -> None:
