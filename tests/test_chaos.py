@@ -206,7 +206,7 @@ def carry_through(search: Search, chance: random.Random, most: int) -> int:
         said = search.outputs[-1].read_text()
         if search.process.returncode == 0:
             return fell
-        assert search.process.returncode == DEAD_WORKER and "a worker died while reading data and weights" in said, said
+        assert search.process.returncode == DEAD_WORKER and "a worker died" in said, said
         search.start()
 
 
