@@ -233,7 +233,7 @@ def test_an_answer_to_a_job_that_is_gone_is_not_taken() -> None:
     from tuner.engines._slot import Slot
 
     slot = Slot(os.getcwd(), [], 1, 1)
-    stream = slot.carry(Job(0, "tests.works:count", 2), "new", False)
+    stream = slot.carry(Job(0, "tests.works:count", 2), "new", [])
     assert next(stream) == ("report", "new", 1)
     slot.answer("old", False)
     slot.answer("new", True)

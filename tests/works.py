@@ -150,10 +150,10 @@ def filling(argument: tuple[Any, str], report: Callable[[Any], bool], slot: int)
     assignment, path = argument
     real = cache.atomic_folder
 
-    def build(folder: Path) -> Any:
+    def build(folder: Path, **more: Any) -> Any:
         with open(path, "a") as file:
             file.write(f"{folder.name}\n")
-        return real(folder)
+        return real(folder, **more)
 
     cache.atomic_folder = build
     try:

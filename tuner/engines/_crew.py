@@ -17,7 +17,8 @@ from tuner.jobs import Job, OnEnd, OnReport
 from tuner.run import Engine
 
 LOOK = 1.0  # seconds between looks at the cluster
-STRIKES = 3  # slots in a row that a node cannot start
+STRIKES = 3  # times in a row that a node loses a check
+GRACE = 15.0  # seconds in which a node may fail to start slots: one that has just gone is still listed for a while, one that comes too soon
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Crew:
         self.slot = actor(Slot)
         self.workers: list[Worker] = []
         self.left_out: set[str] = set()  # ids of nodes that failed a check
-        self.strikes: Counter[str] = Counter()
+        self.failing: dict[str, tuple[float, float]] = {}  # by node: since when slots do not start there, and the latest
         self.looked, self.waited = time.monotonic(), False
         self.proved = False  # a slot has been greeted: from now on a bad node is left out, and not the command's end
 
@@ -78,6 +79,8 @@ class Crew:
         if not usable and not self.waited:
             self.warn("no node of the Ray cluster has room for a trial; waiting for one to join (Ctrl-C twice ends this)")
         self.waited = not usable
+        lately = time.monotonic() - LOOK  # a node that failed a moment ago is not asked again at once
+        usable = [n for n in usable if n.id not in self.failing or self.failing[n.id][1] <= lately]
         taken = Counter(w.node.id for w in self.workers)
         for node in usable:
             if not taken[node.id] and node.id in due:
@@ -102,15 +105,17 @@ class Crew:
             self.leave_out(worker.node, f"it has tuner {version}, this machine {tuner.__version__}; install the same version on both")
         else:
             self.proved = True
-            self.strikes[worker.node.id] = 0
+            self.failing.pop(worker.node.id, None)
 
     def unborn(self, worker: Worker, error: Exception) -> None:
         """A slot that did not start: tuner is not there, or the node fails in another way."""
-        self.strikes[worker.node.id] += 1
+        now = time.monotonic()
+        since, _ = self.failing.get(worker.node.id, (now, now))
+        self.failing[worker.node.id] = since, now
         last = str(error).strip().splitlines()[-1].strip()
         if "No module named 'tuner" in str(error):
             self.leave_out(worker.node, f"tuner is not installed there; install tuner {tuner.__version__} on every node")
-        elif self.strikes[worker.node.id] >= STRIKES and worker.node.id in self.nodes:
+        elif now - since > GRACE and worker.node.id in self.nodes:
             self.leave_out(worker.node, f"slots do not start there: {last[:300]}")
 
     def leave_out(self, node: Node, reason: str) -> None:
