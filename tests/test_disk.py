@@ -59,21 +59,27 @@ def sound(folder: Path) -> list[tuple[Any, ...]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "ready", "place"),
+    ("size", "ready", "more", "place"),
     [
-        (200_000, [], "home/images/"),
-        (100_000, ["check"], "studies/small/study.db"),
-        (400_000, ["run", "search.trials=1", "recipe.freeze_depth=1", "search.retrain=false"], "home/activations/"),
-        (1_500_000, [], "studies/small/export"),
+        (200_000, [], [], "home/images/"),
+        (100_000, ["check"], [], "studies/small/study.db"),
+        (
+            400_000,
+            ["run", "search.trials=1", "search.retrain=false"],
+            ["recipe.freeze_depth=1", "engine.cache=always"],
+            "home/activations/",
+        ),
+        (1_500_000, [], ["recipe.freeze_depth=0"], "studies/small/checkpoints/"),
+        (1_500_000, [], ["recipe.freeze_depth=5"], "studies/small/export"),  # a head: its checkpoints are small
     ],
-    ids=["images", "database", "activations", "export"],
+    ids=["images", "database", "activations", "checkpoints", "export"],
 )
 def test_26_a_file_that_may_not_grow_is_named_nothing_is_lost_and_the_same_command_goes_on(
-    size: int, ready: list[str], place: str, forking: Forks, folder: Path
+    size: int, ready: list[str], more: list[str], place: str, forking: Forks, folder: Path
 ) -> None:
-    words = ["run", "small.yaml", *(["recipe.freeze_depth=1"] if "activations" in place else [])]
+    words = ["run", "small.yaml", *more]
     if ready:  # what comes before is there already
-        code, said = forking.tuner(folder, ready[0], "small.yaml", *ready[1:])
+        code, said = forking.tuner(folder, ready[0], "small.yaml", *ready[1:], *more)
         assert code == 0, said
     if "activations" in place:
         for path in (folder / "home/activations").iterdir():
