@@ -64,7 +64,7 @@ def sound(folder: Path) -> list[tuple[Any, ...]]:
         (200_000, [], [], "home/images/"),
         (100_000, ["check"], [], "studies/small/study.db"),
         (
-            400_000,
+            320_000,
             ["run", "search.trials=1", "search.retrain=false"],
             ["recipe.freeze_depth=1", "engine.cache=always"],
             "home/activations/",
