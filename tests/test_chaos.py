@@ -115,7 +115,8 @@ class Search:
         self.process.wait(PATIENCE)
         while self.left() and time.monotonic() < end:
             time.sleep(0.05)
-        assert self.left() == [], "a process outlives its coordinator"
+        told = [f"{pid}: {Path(f'/proc/{pid}/stat').read_text()} {Path(f'/proc/{pid}/cmdline').read_text()}" for pid in self.left()]
+        assert told == [], "a process outlives its coordinator"
 
 
 def blow(search: Search, chance: random.Random) -> str | None:

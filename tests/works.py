@@ -150,10 +150,10 @@ def filling(argument: tuple[Any, str], report: Callable[[Any], bool], slot: int)
     assignment, path = argument
     real = cache.atomic_folder
 
-    def build(folder: Path, **more: Any) -> Any:
+    def build(folder: Path, *more: Any, **named: Any) -> Any:
         with open(path, "a") as file:
             file.write(f"{folder.name}\n")
-        return real(folder, **more)
+        return real(folder, *more, **named)
 
     cache.atomic_folder = build
     try:
