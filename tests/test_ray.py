@@ -30,7 +30,7 @@ ROOT = str(Path(tuner.__file__).parents[1])
 
 def alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # a dying process has no memory left
     except OSError:
         return False
 
