@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.dialects import postgresql
 
 from tuner import urls
+from tuner.bulk import quick
 from tuner.errors import StorageError
 from tuner.history import OWNER
 
@@ -195,7 +196,7 @@ def open_server(url: str, shown: str, tell: Callable[[str], None], hopeless: Cal
         RDBStorage(doubled, engine_kwargs={"connect_args": options(url)}).engine.dispose()
     gate.dispose()
     pool = {"pool_size": 1, "max_overflow": 0, "pool_pre_ping": True, "connect_args": options(url)}
-    database = RDBStorage(doubled, engine_kwargs=pool, skip_compatibility_check=True, skip_table_creation=True)
+    database = quick(RDBStorage(doubled, engine_kwargs=pool, skip_compatibility_check=True, skip_table_creation=True))
     storage = get_storage(database)
     storage._backend = Server(database, shown, tell, hopeless)  # type: ignore[attr-defined]
     return storage
