@@ -158,17 +158,22 @@ def test_every_random_state_follows_the_seed_and_the_epoch(here: Place) -> None:
         assert attempt(run(), here, None)[:2] == first[:2]
 
 
+def goes_on(text: str, metric: str, here: Place, kept: Path) -> None:
+    """One epoch and the rest are all of them to the bit."""
+    r = parsing.parse(document.parse(text, "run.yaml")).sample(None, seed=2)
+    straight = attempt(r, here, None, metric=metric)
+    attempt(r, here, kept, most=1, metric=metric)
+    again = attempt(r, here, kept, metric=metric)
+    assert again[0] == straight[0] and again[1][1:] == straight[1][1:] and again[3] == []
+
+
 @pytest.mark.slow
 def test_a_detector_goes_on(here: Place, tmp_path: Path) -> None:
     root = scenes.voc(tmp_path / "voc")
     text = f"task: detection\ndata: {{name: voc, path: {root}, size: 64, augment: flip, views: 2}}\n"
     text += "model: {name: ssdlite320_mobilenet_v3_large, weights: none, backbone: none}\n"
     text += "recipe: {optimizer: adamw, lr: 0.001, freeze_depth: 3, epochs: 3, batch_size: 8}\n"
-    r = parsing.parse(document.parse(text, "boxes.yaml")).sample(None, seed=2)
-    straight = attempt(r, here, None, metric="map")
-    attempt(r, here, tmp_path / "kept", most=1, metric="map")
-    again = attempt(r, here, tmp_path / "kept", metric="map")
-    assert again[0] == straight[0] and again[1][1:] == straight[1][1:] and again[3] == []
+    goes_on(text, "map", here, tmp_path / "kept")
 
 
 @pytest.mark.slow
@@ -179,11 +184,7 @@ def test_texts_go_on_with_embeddings_that_are_the_head_too(here: Place, tmp_path
     text = f"task: text_generation\ndata: {{name: text, path: {tmp_path / 'messages.csv'}}}\n"
     text += f"model: {{name: gpt2, folder: {tmp_path / 'gpt2'}, length: 24}}\n"
     text += "recipe: {optimizer: adamw, lr: 0.001, freeze_depth: 0, epochs: 3, batch_size: 8, schedule: cosine}\n"
-    r = parsing.parse(document.parse(text, "texts.yaml")).sample(None, seed=2)
-    straight = attempt(r, here, None, metric="negative_log_perplexity")
-    attempt(r, here, tmp_path / "kept", most=1, metric="negative_log_perplexity")
-    again = attempt(r, here, tmp_path / "kept", metric="negative_log_perplexity")
-    assert again[0] == straight[0] and again[1][1:] == straight[1][1:] and again[3] == []
+    goes_on(text, "negative_log_perplexity", here, tmp_path / "kept")
 
 
 # -- what is written

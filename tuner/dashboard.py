@@ -137,7 +137,7 @@ def reader(url: str | None, folder: Path) -> RDBStorage:
     if place.get_backend_name() == "sqlite" and place.database:
         quoted = urllib.parse.quote(str(Path(place.database).absolute()))
         place = place.set(database=f"file:{quoted}", query={"mode": "ro", "uri": "true"})
-    rendered = storage.escaped(place.render_as_string(hide_password=False))
+    rendered = urls.escaped(place.render_as_string(hide_password=False))
     how = {"pool_pre_ping": True, "execution_options": {"postgresql_readonly": True}, "connect_args": options(place)}
     try:
         return quick(RDBStorage(rendered, engine_kwargs=how, skip_table_creation=True))

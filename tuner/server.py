@@ -189,7 +189,7 @@ class Server:
 
 def open_server(url: str, shown: str, tell: Callable[[str], None], hopeless: Callable[[], bool]) -> BaseStorage:
     """Optuna's storage over a server. Raises what the driver raises when it cannot be reached now."""
-    doubled = url.replace("{", "{{").replace("}", "}}")  # RDBStorage runs str.format on it
+    doubled = urls.escaped(url)
     gate = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=options(url))
     with gate.connect() as connection:  # two that begin at once would both make the tables
         connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCKS}, 0)"))

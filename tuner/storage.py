@@ -79,7 +79,7 @@ def connect(
             _refuse_network(path.parent)
             return _sqlite(path)
         assert real is not None
-        found = optuna.storages.RDBStorage(escaped(real), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800})
+        found = optuna.storages.RDBStorage(urls.escaped(real), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800})
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError, server.Lost) as error:
         raise full(error, shown(url, folder)) or cannot("opened", error, url, folder) from None
     tell(f"storage: {shown(url, folder)} is passed on as it is: tuner is tested with SQLite and PostgreSQL only")
@@ -138,17 +138,13 @@ def shown(url: str | None, folder: Path) -> str:
     return urls.kept(url)
 
 
-def escaped(url: str) -> str:
-    return url.replace("{", "{{").replace("}", "}}")  # RDBStorage runs str.format on it
-
-
 def _sqlite(path: Path) -> optuna.storages.RDBStorage:
     def pragmas(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
 
     url = sqlalchemy.engine.URL.create("sqlite", database=str(path)).render_as_string()
-    storage = optuna.storages.RDBStorage(escaped(url), engine_kwargs={"connect_args": {"timeout": 60}})
+    storage = optuna.storages.RDBStorage(urls.escaped(url), engine_kwargs={"connect_args": {"timeout": 60}})
     sqlalchemy.event.listen(storage.engine, "connect", pragmas)
     storage.engine.dispose()  # connections from before the hook
     return quick(storage)

@@ -82,3 +82,7 @@ def sqlite_path(url: str) -> Path | None:
     """The file of an SQLite database; None for any other URL, and for one in memory."""
     match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(\?.*)?", url)
     return Path(match[1]) if match and match[1] != ":memory:" else None
+
+
+def escaped(url: str) -> str:
+    return url.replace("{", "{{").replace("}", "}}")  # RDBStorage runs str.format on it
