@@ -399,10 +399,14 @@ def blind(cluster: Any, folder: Path) -> Iterator[None]:
     start = f"{sys.executable} -m ray.scripts.scripts start --address={cluster.address} --node-ip-address=127.0.0.1 --num-cpus=1"
     script = f"mount -t tmpfs none '{folder}' && exec {start} --object-store-memory={MEMORY} --disable-usage-stats --block"
     env = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}  # which keeps the cluster on loopback, but lets no program join
-    process = subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", script], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    said = folder.with_name("node.log")
+    with said.open("w") as log:
+        process = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", script], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
+        until(lambda: process.poll() is not None or "Ray runtime started" in said.read_text())
+        assert process.poll() is None, said.read_text()
         yield
     finally:
         process.terminate()
