@@ -1,6 +1,7 @@
 """The Ray engine on a real cluster of this machine: nodes that come and go, what travels to them, and what is refused."""
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -303,13 +305,13 @@ def slots(cluster: Any) -> list[str]:
     return [line for line in found.splitlines() if line.startswith("ray::Slot")]
 
 
-@pytest.mark.timeout(300)
-def test_a_minute_of_random_kills(whole: Any, tmp_path: Path) -> None:
+@pytest.mark.timeout(480)
+def test_two_minutes_of_random_kills(whole: Any, tmp_path: Path) -> None:
     import random
 
     draw = random.Random(0)
-    process = study(tmp_path, whole, "search.trials=12", "recipe.epochs=3", "data.examples=400", "search.retries=10")
-    end = time.monotonic() + 60
+    process = study(tmp_path, whole, "search.trials=60", "recipe.epochs=6", "data.examples=400", "search.retries=10", "search.pruner=none")
+    end = time.monotonic() + 120
     kills = 0
     while time.monotonic() < end and process.poll() is None:
         time.sleep(draw.uniform(3, 9))
@@ -318,10 +320,10 @@ def test_a_minute_of_random_kills(whole: Any, tmp_path: Path) -> None:
             kills += 1
         if len(whole.worker_nodes) < 2:
             whole.add_node(num_cpus=1, object_store_memory=MEMORY)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0 and kills > 2, out
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and kills > 5, (kills, out)
     assert "raylet" not in out and "Traceback" not in out
-    counted(tmp_path, 12)
+    counted(tmp_path, 60)
 
 
 def test_ctrl_c_ends_a_local_ray_and_leaves_no_process(tmp_path: Path) -> None:
@@ -392,27 +394,27 @@ def test_slots_of_a_node_share_its_cache_which_is_filled_once(cluster: Any, tmp_
 @contextlib.contextmanager
 def blind(cluster: Any, folder: Path) -> Iterator[None]:
     """A node of its own whose `folder` is empty and its own: a mount that only it has."""
-    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode != 0:
-        pytest.skip("needs root, to give a node a mount of its own")
     while cluster.worker_nodes:
         gone(cluster)
-    start = f"{sys.executable} -m ray.scripts.scripts start --address={cluster.address} --node-ip-address=127.0.0.1 --num-cpus=1"
-    script = f"mount -t tmpfs none '{folder}' && exec {start} --object-store-memory={MEMORY} --disable-usage-stats --block"
-    env = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}  # which keeps the cluster on loopback, but lets no program join
-    said = folder.with_name("node.log")
-    with said.open("w") as log:
-        process = subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", script], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+
+    def start() -> Any:
+        private = 0x00020000  # CLONE_NEWNS: this thread's mounts, and those of what it starts, become its own
+        if ctypes.CDLL(None).unshare(private) != 0:
+            pytest.skip("needs root, to give a node a mount of its own")
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=True)
+        return cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
+
+    cluster._shutdown_at_exit = False  # signal handlers are for the main thread only
     try:
-        until(lambda: process.poll() is not None or "Ray runtime started" in said.read_text())
-        assert process.poll() is None, said.read_text()
+        with ThreadPoolExecutor(1) as thread:  # gone with its namespace afterwards
+            node = thread.submit(start).result()
+    finally:
+        cluster._shutdown_at_exit = True
+    try:
         yield
     finally:
-        process.terminate()
-        process.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        gone(cluster, node)
 
 
 def test_what_a_node_lacks_is_named_or_shipped(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
