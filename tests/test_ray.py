@@ -448,6 +448,31 @@ def test_a_kept_folder_survives_its_node(cluster: Any, tmp_path: Path) -> None:
     assert second.value == ["step1", "step2"]
 
 
+@pytest.mark.parametrize("retrain", [True, False])
+def test_a_whole_study_on_a_node_that_shares_no_file(cluster: Any, tmp_path: Path, retrain: bool) -> None:
+    """Photographs go there, checkpoints and the winner's weights come back: exported and verified as from this machine."""
+    import numpy
+    from PIL import Image
+
+    disk = tmp_path / "disk"
+    draw = numpy.random.default_rng(0)
+    for shade, name in enumerate(("dark", "grey", "light")):
+        (disk / "photos" / name).mkdir(parents=True)
+        for i in range(30):
+            Image.fromarray(draw.integers(80 * shade, 80 * shade + 70, (32, 32, 3), dtype="uint8")).save(
+                disk / "photos" / name / f"{i}.png"
+            )
+    text = SMALL.replace("{name: synthetic, examples: 60, classes: 3, size: 32}", "{name: folder, path: photos, size: 32}")
+    (disk / "small.yaml").write_text(text.replace("name: inline", f"name: ray, address: '{cluster.address}', ship: true"))
+    with blind(cluster, disk):
+        words = ["-u", "-m", "tuner", "run", "small.yaml", f"search.retrain={str(retrain).lower()}"]
+        process = child(words, disk, TUNER_HOME=str(disk / "home"))
+        out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and "model.safetensors" in out and "verified to" in out, out
+    counted(disk, 4)
+    assert (disk / "studies" / "small" / "export" / "model.safetensors").stat().st_size > 1e6
+
+
 # -- refused before the first trial
 
 
