@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,6 +294,22 @@ def test_22_a_second_tuner_run_joins_and_one_export_comes_out(url: str, start: C
     assert f"by pid {exported[0].popen.pid} on host" in line and str(exported[0].folder / "studies/small/export") in line
     again = start(other.folder.name, url, "search.trials=6", "search.sampler=random")  # its own copy, once it is asked for
     assert again.wait() == 0 and (other.folder / "studies/small/export/manifest.json").exists()
+
+
+def test_a_study_that_another_machine_runs_is_not_cleaned_away(
+    url: str, start: Callable[..., Process], tuner: Tuner, tmp_path: Path
+) -> None:
+    process = start("a", url, "search.trials=4", "search.retrain=false")
+    process.until("#0 ")
+    shutil.copytree(tmp_path / "a/studies/small", tmp_path / "b/small")  # a folder with a lock of its own, as elsewhere
+    words = ("clean", "small", "--all", "--yes", "--studies", tmp_path / "b")
+    said = tuner(*words)
+    assert said.code == 4 and f"small is being run by pid {process.popen.pid} on host" in said.err and "stop it first" in said.err
+    assert (tmp_path / "b/small").exists()
+    assert process.wait() == 0 and len(trials(url, "small")[0]) == 4
+    assert tuner(*words).code == 0 and not (tmp_path / "b/small").exists()
+    with pytest.raises(KeyError):
+        trials(url, "small")
 
 
 def test_of_two_coordinators_one_is_killed_and_the_other_finishes(

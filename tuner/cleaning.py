@@ -9,11 +9,12 @@ from pathlib import Path
 import optuna
 import typer
 
-from tuner import parsing, storage
+from tuner import parsing, server, storage
 from tuner.dashboard import find, reader
 from tuner.entries import evict, size
 from tuner.errors import DataError, SpaceError, StorageError
 from tuner.files import disk_errors, sweep
+from tuner.leases import leased
 from tuner.session import home_folder
 
 CACHES = {
@@ -94,7 +95,9 @@ def to_go_on(folder: Path) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         database = reader(parsing.load(folder / "space.yaml").settings.storage, folder)
-        trials = database.get_all_trials(database.get_study_id_from_name(folder.resolve().name), deepcopy=False)
+        with contextlib.ExitStack() as ends:
+            ends.callback(database.engine.dispose)
+            trials = database.get_all_trials(database.get_study_id_from_name(folder.resolve().name), deepcopy=False)
     except (StorageError, KeyError):  # it was killed before it had a trial
         return 0
     return sum(not trial.state.is_finished() for trial in trials)
@@ -110,14 +113,19 @@ def _deleter(path: Path) -> Callable[[], bool]:
 
 
 def _forget(folder: Path) -> bool:
-    """Removes the study from its database, where that is not in its folder."""
+    """Removes the study from its database, where that is not in its folder. Raises StorageError while others run it."""
     url = parsing.load(folder / "space.yaml").settings.storage
     if url is None:
         return True
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    database = storage.connect(url, folder)
-    with storage.database_errors(storage.shown(url, folder)), contextlib.suppress(KeyError):  # it is gone already
-        optuna.delete_study(study_name=folder.resolve().name, storage=database)
+    database, name = storage.connect(url, folder), folder.resolve().name
+    with contextlib.ExitStack() as ends, storage.database_errors(storage.shown(url, folder)), contextlib.suppress(KeyError):
+        ends.callback(storage.close, database)
+        study = database.get_study_id_from_name(name)  # KeyError: it is gone already
+        lease = ends.enter_context(leased(server.of(database), study, folder))
+        if others := lease.others():
+            raise StorageError(f"{name} is being run by {', '.join(map(str, others))}; stop it first")
+        optuna.delete_study(study_name=name, storage=database)
     return True
 
 
