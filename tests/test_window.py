@@ -89,6 +89,19 @@ def test_a_running_trial_and_one_that_waits_are_seen() -> None:
         assert [t.params for t in study.get_trials(states=(TrialState.RUNNING,))] == [{"lr": 0.02}]
 
 
+def test_of_many_running_trials_the_latest_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "UNDERWAY", 3)
+    study = WindowedStudy(fresh(None, "none"))
+    asked = [study.ask() for _ in range(6)]
+    elsewhere = study.ask()
+    study.elsewhere = [study.running.pop(elsewhere.number)._cached_frozen_trial]
+    study.tell(asked[4], 0.5)
+    with study.window():
+        assert [t.number for t in study.get_trials(states=(TrialState.RUNNING,))] == [3, 5, 6]
+        assert [t.number for t in study.get_trials(states=(TrialState.COMPLETE, TrialState.RUNNING))] == [3, 4, 5, 6]
+    assert len(study.get_trials(states=(TrialState.RUNNING,))) == 6  # outside of the window they all are
+
+
 def rows(folder: Path) -> dict[str, list[str]]:
     """All that a study's database holds of its trials, times apart."""
     engine = sqlalchemy.create_engine(f"sqlite:///{folder / 'study.db'}")

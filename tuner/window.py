@@ -11,12 +11,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from tuner.batching import Batched, batch
 from tuner.projection import ProjectionPruner
 
-BEST, LATEST = 100, 400
+BEST, LATEST, UNDERWAY = 100, 400, 100
 SEEN = frozenset({TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING})
 
 
 class WindowedStudy(optuna.Study):
-    """Inside `window()` only these trials are there: the running ones, the latest 400 that ended and, of the earlier ones,
+    """Inside `window()` only these trials are there: the latest 100 that run, the latest 400 that ended and, of the earlier ones,
     the best 100 that completed. While there are no more, a sampler proposes and a pruner decides as over the whole study.
 
     The window follows from the history, so that a search that was killed and continued has the same.
@@ -119,5 +119,6 @@ class WindowedStudy(optuna.Study):
             return super()._get_trials(deepcopy, states, use_cache)
         found = [*(trial for _, _, trial in self.best), *self.latest]
         if TrialState.RUNNING in states:
-            found += [*(trial._cached_frozen_trial for trial in self.running.values()), *self.elsewhere]
+            underway = [*(trial._cached_frozen_trial for trial in self.running.values()), *self.elsewhere]
+            found += sorted(underway, key=lambda trial: trial.number)[-UNDERWAY:]  # each makes TPE's next proposal dearer
         return sorted((trial for trial in found if trial.state in states), key=lambda trial: trial.number)
