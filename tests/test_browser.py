@@ -1,5 +1,6 @@
 """The dashboard in a real browser, over a real study: what a person sees, and no error in the console."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -48,16 +49,22 @@ def free() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def page(place: Path) -> Iterator[str]:
+@contextlib.contextmanager
+def served(place: Path, *tuner: str) -> Iterator[str]:
     """The address of the study's page, which `tuner dashboard` says."""
-    command = [*TUNER, "dashboard", "small", "--port", str(free())]
+    command = [sys.executable, *tuner, "dashboard", "small", "--port", str(free())]
     with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             yield process.stdout.readline().split()[2]
         finally:
             process.terminate()
+
+
+@pytest.fixture(scope="module")
+def page(place: Path) -> Iterator[str]:
+    with served(place, "-m", "tuner") as page:
+        yield page
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,16 @@ def test_the_studys_page_shows_its_name_metric_and_history(browser: Any, page: s
     assert "small (id=1)" in body(browser) and "accuracy" in body(browser)
     wait(browser, lambda b: b.find_elements(By.CSS_SELECTOR, ".plotly .scatterlayer path"))
     assert complaints(browser) == []
+
+
+@pytest.mark.parametrize("most", [2, 1000])
+def test_the_timeline_has_the_latest_trials(most: int, place: Path, browser: Any) -> None:
+    with served(place, "-c", f"from tuner import cli, detail; detail.BARS = {most}; cli.main()") as page:
+        browser.execute_cdp_cmd("Network.clearBrowserCache", {})
+        browser.get(page)
+        bars = "return document.querySelectorAll('#graph-timeline .barlayer .point path').length"
+        assert wait(browser, lambda b: b.execute_script(bars)) == min(most, 3)
+        assert complaints(browser) == []
 
 
 def test_a_trial_shows_its_note_and_its_pictures(browser: Any, page: str) -> None:

@@ -23,7 +23,7 @@ from optuna.storages import BaseStorage, RDBStorage
 
 from tuner import storage, urls
 from tuner.bulk import quick
-from tuner.detail import Detail
+from tuner.detail import Detail, script
 from tuner.errors import DataError, StorageError, nearest
 from tuner.server import options
 
@@ -48,11 +48,18 @@ def app(database: optuna.storages.BaseStorage, artifacts: Path, *, write: bool =
 
 
 def quickly(inner: App, database: RDBStorage, cached: BaseStorage) -> App:
-    """Answers with `Detail` for studies that tuner made; Optuna's dashboard answers all else."""
+    """Answers with `Detail` for studies that tuner made, and with a script that draws less; Optuna's dashboard answers all else."""
     details: dict[int, Detail] = {}
+    bundle = script()
+
+    def send(start_response: StartResponse, kind: str, body: bytes, *headers: tuple[str, str]) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), *headers])
+        return [body]
 
     def outer(environ: Environment, start_response: StartResponse) -> Iterable[bytes]:
         asked = STUDY.fullmatch(f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}?{environ.get('QUERY_STRING', '')}")
+        if asked is None and environ.get("PATH_INFO") == "/static/bundle.js":
+            return send(start_response, "text/javascript; charset=utf-8", bundle, ("Cache-Control", "max-age=600"))
         if asked is None:
             return inner(environ, start_response)
         study, after = int(asked[1]), int(asked[2])
@@ -62,8 +69,7 @@ def quickly(inner: App, database: RDBStorage, cached: BaseStorage) -> App:
             body = details[study].answer(after)
         except KeyError:  # there is no such study, or it is somebody else's
             return inner(environ, start_response)
-        start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
-        return [body]
+        return send(start_response, "application/json", body)
 
     return outer
 

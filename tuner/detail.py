@@ -6,6 +6,7 @@ Optuna's own way reads every value as an object, and searches the notes of all t
 import json
 import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy
@@ -15,6 +16,11 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 CURVES = 500  # up to so many trials the page has all learning curves in one chart; ten thousand take a browser a minute
+BARS = 1000  # so many trials, the latest, stand in the timeline; it shows a hundred and is as slow as if it showed all
+TIMELINE = re.compile(
+    r"=\((\w+),\w+\)=>\{if\(null===document\.getElementById\((\w+)\)\)return;"
+    r"(?=if\(0===\1\.length\)return void \w+\.react\(\2,\[\],\{template:\w+\}\);const \w+=\{Complete:)"
+)  # where the page's script begins to draw the timeline of a list of trials, whatever its inner names
 OF_TRIAL = re.compile(r"(?:dashboard|dashboard:artifacts):(\d+):")  # what a study keeps for one of its trials
 
 Attributes = dict[str, str]  # key -> JSON
@@ -41,7 +47,7 @@ class Detail:
             own, of_trials = self._attributes()
             texts = [self._text(trial, of_trials.get(trial._trial_id, {})) for trial in trials][after:]
             rest = self._rest(trials, own, of_trials)
-        return f'{json.dumps(rest)[:-1]}, "trials": [{", ".join(texts)}]}}'.encode()
+        return f'{json.dumps(rest)[:-1]}, "trials": [{",".join(texts)}]}}'.encode()
 
     def _attributes(self) -> tuple[Attributes, dict[int, Attributes]]:
         """The study's own attributes, and those that it keeps for its trials: notes."""
@@ -58,7 +64,7 @@ class Detail:
     def _text(self, trial: FrozenTrial, attributes: Attributes) -> str:
         known = self.words.get(trial._trial_id)
         if known is None or known[0] != attributes:
-            known = attributes, json.dumps(worded(self.study, trial, attributes))
+            known = attributes, json.dumps(worded(self.study, trial, attributes), separators=(",", ":"))
             if trial.state.is_finished():
                 self.words[trial._trial_id] = known
         return known[1]
@@ -82,6 +88,14 @@ class Detail:
             rest["best_trials"] = [worded(self.study, best, of_trials.get(best._trial_id, {}))]
         rest["has_intermediate_values"] &= len(trials) <= CURVES  # each trial's own page has its curve all the same
         return rest
+
+
+def script() -> bytes:
+    """The page's JavaScript. Where a later version of the dashboard draws its timeline otherwise, the script is as it was."""
+    import optuna_dashboard
+
+    text = (Path(optuna_dashboard.__file__).parent / "public" / "bundle.js").read_text(encoding="utf-8")
+    return TIMELINE.sub(rf"\g<0>\1=\1.slice(-{BARS});", text, count=1).encode()
 
 
 def worded(study: int, trial: FrozenTrial, attributes: Attributes) -> dict[str, Any]:
