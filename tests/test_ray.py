@@ -49,11 +49,11 @@ def until(happens: Callable[[], Any], seconds: float = 60) -> Any:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head without cores and two nodes with one core each; no process of it is left afterwards."""
-    from ray.cluster_utils import Cluster
-
     from tuner.engines import _cluster
 
-    _cluster.library(local=True)  # token and loopback
+    _cluster.library(local=True)  # token and loopback, which Ray reads when it is loaded
+    from ray.cluster_utils import Cluster
+
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": MEMORY, "_system_config": health}
     cluster = Cluster(initialize_head=True, head_node_args=head)
