@@ -4,25 +4,26 @@
 
 Makes a study on disk as `tuner run` leaves it: 6 parameters, 10 epochs, three files and a note a trial, a third of them pruned.
 Then `tuner dashboard` is started on it anew for each repeat, and asked over HTTP for what the study's page loads.
-`--plain`: Optuna's dashboard over Optuna's own storage is the twin, once. `--browser`: headless chromium opens the page too;
-drawn is when the history's curve and the best trial are on it. Prints one JSON object a measurement; seconds of wall clock, and of the CPU of the browser's main thread. Before that, the CPU
-seconds in which a coordinator begins on that study.
+`--plain`: Optuna's dashboard over Optuna's own storage is the twin, once. `--browser`: headless chromium opens the page too, and a
+script in it notes when the history's curve and the best trial are on it, in seconds since the address was opened. No debugger is
+attached: under one, V8 reads the page's script several times over, which takes a second. `--bars N`: as many trials in the timeline.
+Prints one JSON object a measurement, in seconds. Before that, the CPU seconds in which a coordinator begins on that study.
 """
 
 import argparse
 import contextlib
 import gzip
 import json
+import queue
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
-import wsgiref.simple_server
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,25 @@ from arms import hardware
 from coordinator import EPOCHS, SPACE, Drawn, score, study_with
 from optuna.storages._rdb import models
 
-from tuner import dashboard, document, parsing, running, storage
+from tuner import dashboard, detail, document, parsing, running, storage
 from tuner.artifacts import PIECE, Artifacts, note
 from tuner.orders import Assignment, Epoch, Result
 from tuner.report import Console
 from tuner.search import Coordinator
 
 FILES = {"curve.png": "image/png", "confusion.png": "image/png", "per_class.csv": "text/csv"}
+# tells the seconds since the page's address was opened
+PROBE = """(() => {
+  const seen = {}, note = name => seen[name] ??= Math.round(performance.now()) / 1000
+  const timer = setInterval(() => {
+    if (document.body?.textContent.includes('Best Trial (number=')) note('best_trial')
+    if (document.querySelectorAll('.plotly .scatterlayer path').length) note('history')
+    if (!seen.best_trial || !seen.history) return
+    clearInterval(timer)
+    const parts = performance.getEntriesByType('resource').map(e => [new URL(e.name).pathname, [e.startTime / 1000, e.responseEnd / 1000]])
+    fetch('/seen?' + encodeURIComponent(JSON.stringify({...seen, network: Object.fromEntries(parts)})))
+  }, 20)
+})()"""
 QUIET = "gpu background-networking component-update sync"  # what a browser does unasked
 FLAGS = ["headless=new", "no-sandbox", "no-first-run", "window-size=1400,1000", *(f"disable-{what}" for what in QUIET.split())]
 
@@ -87,17 +100,31 @@ def ours(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def plain(folder: Path) -> Iterator[str]:
-    """Optuna's own, in this process."""
+def served(app: dashboard.App) -> Iterator[str]:
+    httpd = dashboard.server(app, 0)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/dashboard/studies/1"
+    httpd.shutdown()
+
+
+def tuner_app(folder: Path) -> dashboard.App:
+    """What the command serves, as it serves it once the page's address has been said."""
+    found = dashboard.app(dashboard.reader(None, folder), folder / "artifacts")
+    dashboard.warm(found, 1)
+    return found
+
+
+def optuna_app(folder: Path) -> dashboard.App:
     import optuna_dashboard
 
-    own = optuna.storages.get_storage(f"sqlite:///{folder}/study.db")
-    server = wsgiref.simple_server.make_server(
-        "127.0.0.1", 0, optuna_dashboard.wsgi(own), server_class=dashboard._Server, handler_class=dashboard._Quiet
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/dashboard/studies/1"
-    server.shutdown()
+    return optuna_dashboard.wsgi(optuna.storages.get_storage(f"sqlite:///{folder}/study.db"))
+
+
+@contextlib.contextmanager
+def plain(folder: Path) -> Iterator[str]:
+    """Optuna's own, in this process."""
+    with served(optuna_app(folder)) as page:
+        yield page
 
 
 def answered(page: str) -> dict[str, Any]:
@@ -127,37 +154,40 @@ def answered(page: str) -> dict[str, Any]:
     return found
 
 
-def drawn(page: str) -> dict[str, float]:
-    """Seconds until a browser shows the study's page."""
-    from selenium import webdriver
-    from selenium.webdriver.support.ui import WebDriverWait
+def watched(inner: dashboard.App, seen: queue.Queue[dict[str, Any]]) -> dashboard.App:
+    """The page with a script that tells when things are drawn."""
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    with tempfile.TemporaryDirectory() as profile:
-        for flag in (*FLAGS, f"user-data-dir={profile}"):
-            options.add_argument(f"--{flag}")
-        options.page_load_strategy = "none"
-        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(shutil.which("chromedriver"))))
-        try:
-            driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
-            start = time.monotonic()
-            driver.set_script_timeout(600)
-            driver.get(page)
-            found = {}
-            for name, script in {
-                "best_trial": "return document.body && document.body.textContent.includes('Best Trial (number=')",
-                "history": "return document.querySelectorAll('.plotly .scatterlayer path').length > 0",
-            }.items():
-                WebDriverWait(driver, 600, 0.05).until(lambda d, script=script: d.execute_script(script))
-                found[name] = round(time.monotonic() - start, 3)
-            metrics = {m["name"]: m["value"] for m in driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]}
-            found["cpu"] = {name: round(metrics[f"{name}Duration"], 2) for name in ("Task", "Script", "Layout", "RecalcStyle")}
-            timing = "return performance.getEntriesByType('resource').map(e => [e.name.replace(/^.*?\\/\\/[^/]+/, ''), e.startTime, e.responseEnd])"
-            found["network"] = {name: [round(a / 1000, 3), round(b / 1000, 3)] for name, a, b in driver.execute_script(timing)}
-            return found
-        finally:
-            driver.quit()
+    def outer(environ: dashboard.Environment, start_response: dashboard.StartResponse) -> Iterable[bytes]:
+        path, body, kind = environ["PATH_INFO"], b"", "text/html"
+        if path == "/probe.js":
+            body, kind = PROBE.encode(), "text/javascript"
+        elif path == "/seen":
+            seen.put(json.loads(urllib.parse.unquote(environ["QUERY_STRING"])))
+        elif path.startswith("/dashboard"):
+            head: list[Any] = []
+            body = b"".join(inner(environ, lambda *words: head.extend(words)))
+            body = body.replace(b"<head>", b"<head><script src=/probe.js></script>")
+            policy = [(name, value) for name, value in head[1] if name.lower() == "content-security-policy"]
+            start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), *policy])
+            return [body]
+        else:
+            return inner(environ, start_response)
+        start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body)))])
+        return [body]
+
+    return outer
+
+
+def drawn(app: dashboard.App) -> dict[str, Any]:
+    """Seconds until a browser that is started for it shows the study's page."""
+    seen: queue.Queue[dict[str, Any]] = queue.Queue()
+    with served(watched(app, seen)) as page, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        command = ["chromium", *(f"--{flag}" for flag in (*FLAGS, f"user-data-dir={profile}")), page]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
+            try:
+                return seen.get(timeout=600)
+            finally:
+                browser.terminate()
 
 
 def begun(folder: Path) -> dict[str, float]:
@@ -185,6 +215,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--browser", action="store_true")
+    parser.add_argument("--bars", type=int, default=detail.BARS)
     parser.add_argument("--keep", type=Path, help="make the study here, or take the one that is here")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -195,14 +226,14 @@ def main() -> None:
         if not folder.exists():
             made(place, args.trials)
         print(json.dumps({"coordinator_start_cpu": begun(folder)}), flush=True)
-        arms = {"tuner": (ours, args.repeats), **({"plain": (plain, 1)} if args.plain else {})}
-        for name, (arm, repeats) in arms.items():
+        detail.BARS = args.bars
+        arms = {"tuner": (ours, tuner_app, args.repeats), **({"plain": (plain, optuna_app, 1)} if args.plain else {})}
+        for name, (arm, app, repeats) in arms.items():
             for repeat in range(repeats):
                 with arm(folder) as page:
                     print(json.dumps({"arm": name, "repeat": repeat, "answered": answered(page)}), flush=True)
-                if args.browser:
-                    with arm(folder) as page:
-                        print(json.dumps({"arm": name, "repeat": repeat, "drawn": drawn(page)}), flush=True)
+            for repeat in range(repeats if args.browser else 0):
+                print(json.dumps({"arm": name, "repeat": repeat, "drawn": drawn(app(folder))}), flush=True)
 
 
 if __name__ == "__main__":
