@@ -102,6 +102,20 @@ def test_of_many_running_trials_the_latest_are_seen(monkeypatch: pytest.MonkeyPa
     assert len(study.get_trials(states=(TrialState.RUNNING,))) == 6  # outside of the window they all are
 
 
+def test_a_proposal_reads_no_trial_from_the_database_but_those_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = WindowedStudy(fresh(tmp_path, "none"))
+    for n in range(12):
+        step(study, n, "tpe")
+
+    def read(*_: Any, **named: Any) -> Any:
+        raise AssertionError("all trials were read")
+
+    monkeypatch.setattr(type(study._storage), "get_all_trials", read)
+    for n in range(12, 15):
+        assert study.next_waiting() is None
+        step(study, n, "tpe")
+
+
 def rows(folder: Path) -> dict[str, list[str]]:
     """All that a study's database holds of its trials, times apart."""
     engine = sqlalchemy.create_engine(f"sqlite:///{folder / 'study.db'}")

@@ -24,7 +24,8 @@ class WindowedStudy(optuna.Study):
 
     def __init__(self, study: optuna.Study) -> None:
         super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
-        self.narrow = False
+        self.narrow = self.judging = False
+        self.ended: list[FrozenTrial] = []  # all that completed or were pruned
         self.running: dict[int, Trial] = {}  # by number
         self.waiting: list[FrozenTrial] | None = None  # what `next_waiting` found for the coming ask
         self.batches: dict[int, Batched] = {}  # by trial number
@@ -77,7 +78,11 @@ class WindowedStudy(optuna.Study):
             if isinstance(self.pruner, (optuna.pruners.MedianPruner, ProjectionPruner, optuna.pruners.NopPruner)):
                 return self.pruner.prune(self, trial._cached_frozen_trial)  # all they ask of a trial is in memory
             self.write(trial, now=True)
-            return trial.should_prune()
+            self.judging = True
+            try:
+                return trial.should_prune()
+            finally:
+                self.judging = False
 
     def tell(
         self,
@@ -104,6 +109,7 @@ class WindowedStudy(optuna.Study):
         if trial.number in self.known or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
             return
         self.known.add(trial.number)
+        self.ended.append(trial)
         self.latest.append(trial)
         if len(self.latest) > LATEST:
             old = self.latest.pop(0)
@@ -115,6 +121,8 @@ class WindowedStudy(optuna.Study):
         return self._get_trials(deepcopy, states)
 
     def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
+        if self.narrow and states is None and not self.judging:  # a sampler looks for the parameters that all trials have
+            return self.ended  # Optuna's cache would read every running trial again
         if not self.narrow or states is None or any(state in states for state in set(TrialState) - SEEN):
             return super()._get_trials(deepcopy, states, use_cache)
         found = [*(trial for _, _, trial in self.best), *self.latest]
