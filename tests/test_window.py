@@ -116,6 +116,23 @@ def test_a_proposal_reads_no_trial_from_the_database_but_those_that_wait(tmp_pat
         step(study, n, "tpe")
 
 
+def test_parameters_that_not_all_trials_have_are_proposed_as_by_optuna() -> None:
+    def trial(study: optuna.Study, number: int) -> dict[str, Any]:
+        study.sampler = SAMPLERS["tpe"](number)
+        found = study.ask()
+        if found.suggest_categorical("optimizer", ["sgd", "adamw"]) == "sgd":
+            found.suggest_float("momentum", 0.0, 1.0)
+        found.suggest_float("lr", 1e-4, 1e-1, log=True)
+        study.tell(found, abs(found.params["lr"] - 0.01) + found.params.get("momentum", 0.3))
+        return found.params
+
+    plain, windowed = fresh(None, "none"), WindowedStudy(fresh(None, "none"))
+    expected = [trial(plain, n) for n in range(40)]
+    with windowed.window():
+        assert [trial(windowed, n) for n in range(40)] == expected
+    assert len(windowed.kinds) == 2
+
+
 def rows(folder: Path) -> dict[str, list[str]]:
     """All that a study's database holds of its trials, times apart."""
     engine = sqlalchemy.create_engine(f"sqlite:///{folder / 'study.db'}")

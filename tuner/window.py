@@ -25,7 +25,7 @@ class WindowedStudy(optuna.Study):
     def __init__(self, study: optuna.Study) -> None:
         super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
         self.narrow = self.judging = False
-        self.ended: list[FrozenTrial] = []  # all that completed or were pruned
+        self.kinds: dict[Any, FrozenTrial] = {}  # of those that ended, one for each set of parameters and how it ended
         self.running: dict[int, Trial] = {}  # by number
         self.waiting: list[FrozenTrial] | None = None  # what `next_waiting` found for the coming ask
         self.batches: dict[int, Batched] = {}  # by trial number
@@ -109,7 +109,7 @@ class WindowedStudy(optuna.Study):
         if trial.number in self.known or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
             return
         self.known.add(trial.number)
-        self.ended.append(trial)
+        self.kinds.setdefault((trial.state, frozenset(trial.distributions.items())), trial)
         self.latest.append(trial)
         if len(self.latest) > LATEST:
             old = self.latest.pop(0)
@@ -122,7 +122,7 @@ class WindowedStudy(optuna.Study):
 
     def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
         if self.narrow and states is None and not self.judging:  # a sampler looks for the parameters that all trials have
-            return self.ended  # Optuna's cache would read every running trial again
+            return list(self.kinds.values())  # that is the same of one trial of each kind, and Optuna's cache reads running ones anew
         if not self.narrow or states is None or any(state in states for state in set(TrialState) - SEEN):
             return super()._get_trials(deepcopy, states, use_cache)
         found = [*(trial for _, _, trial in self.best), *self.latest]
