@@ -1,6 +1,8 @@
 """What several test files need: a home of their own, small real spaces, and the command line called in this process."""
 
+import contextlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +32,18 @@ search: {trials: 4, seed: 0}
 engine: {name: inline, device: cpu}
 export: [safetensors]
 """
+
+
+@contextlib.contextmanager
+def narrow(size: int) -> Iterator[None]:
+    """A real limit on the bytes of a file, as a full disk. For moments: pytest's own output may be a file that is larger already."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @dataclass(frozen=True)

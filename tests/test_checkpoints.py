@@ -1,11 +1,7 @@
 """Checkpoints: two epochs and two more are four, to the bit; damaged ones and others' are left aside; parts of a batch are the batch."""
 
-import contextlib
 import json
 import os
-import resource
-import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +12,7 @@ import torch
 from torch import nn
 
 from tests import counting, scenes, texts
-from tests.conftest import SMALL
+from tests.conftest import SMALL, narrow
 from tuner import checkpoints, document, keeping, parsing, trial
 from tuner.checkpoints import Checkpoints
 from tuner.core import digest_of
@@ -368,21 +364,9 @@ def test_what_has_no_digest_in_its_name_is_not_looked_at(here: Place, tmp_path: 
     assert not (tmp_path / "kept" / ".half.tmp").exists()  # what a killed write left goes
 
 
-@contextlib.contextmanager
-def narrow() -> Iterator[None]:
-    """A real limit on the size of files, as a full disk. For moments: pytest's own output may be a file that is larger already."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_26_a_full_disk_is_named_with_the_need_and_leaves_no_half_file(here: Place, tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path / "kept", "key")
-    with pytest.raises(StorageError) as error, narrow():
+    with pytest.raises(StorageError) as error, narrow(5000):
         kept.write("000001", {"a": torch.zeros(1_000_000)}, {}, sync=True)
     assert f"disk full while writing {tmp_path}/kept/000001-" in str(error.value) and "(4 MB needed: File too large)" in str(error.value)
     assert os.listdir(tmp_path / "kept") == []

@@ -3,8 +3,6 @@
 import errno
 import hashlib
 import os
-import resource
-import signal
 import stat
 import subprocess
 import sys
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import narrow
 from tests.serving import serving
 from tuner.downloads import download
 from tuner.errors import DataError, StorageError
@@ -45,15 +44,8 @@ def test_the_old_file_stays_when_it_does_not(tmp_path: Path) -> None:
 
 def test_a_real_write_limit_is_a_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(StorageError) as error, atomic_path(path) as temporary:
-            temporary.write_bytes(b"x" * 5000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with pytest.raises(StorageError) as error, narrow(1000), atomic_path(path) as temporary:
+        temporary.write_bytes(b"x" * 5000)
     assert (
         str(error.value)
         == f"disk full while writing {path} (File too large); free some space, such as by `tuner clean`, and run the same command"
