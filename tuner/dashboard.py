@@ -50,16 +50,16 @@ def app(database: optuna.storages.BaseStorage, artifacts: Path, *, write: bool =
 def quickly(inner: App, database: RDBStorage, cached: BaseStorage) -> App:
     """Answers with `Detail` for studies that tuner made, and with a script that draws less; Optuna's dashboard answers all else."""
     details: dict[int, Detail] = {}
-    bundle = script()
 
     def send(start_response: StartResponse, kind: str, body: bytes, *headers: tuple[str, str]) -> list[bytes]:
         start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), *headers])
         return [body]
 
     def outer(environ: Environment, start_response: StartResponse) -> Iterable[bytes]:
-        asked = STUDY.fullmatch(f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}?{environ.get('QUERY_STRING', '')}")
-        if asked is None and environ.get("PATH_INFO") == "/static/bundle.js":
-            return send(start_response, "text/javascript; charset=utf-8", bundle, ("Cache-Control", "max-age=600"))
+        line = f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}"
+        if line == "GET /static/bundle.js":
+            return send(start_response, "text/javascript; charset=utf-8", script(), ("Cache-Control", "max-age=600"))
+        asked = STUDY.fullmatch(f"{line}?{environ.get('QUERY_STRING', '')}")
         if asked is None:
             return inner(environ, start_response)
         study, after = int(asked[1]), int(asked[2])

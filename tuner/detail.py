@@ -3,6 +3,7 @@
 Optuna's own way reads every value as an object, and searches the notes of all trials for those of each.
 """
 
+import functools
 import json
 import re
 import threading
@@ -18,8 +19,8 @@ from optuna.trial import FrozenTrial, TrialState
 CURVES = 500  # up to so many trials the page has all learning curves in one chart; ten thousand take a browser a minute
 BARS = 1000  # so many trials, the latest, stand in the timeline; it shows a hundred and is as slow as if it showed all
 TIMELINE = re.compile(
-    r"=\((\w+),\w+\)=>\{if\(null===document\.getElementById\((\w+)\)\)return;"
-    r"(?=if\(0===\1\.length\)return void \w+\.react\(\2,\[\],\{template:\w+\}\);const \w+=\{Complete:)"
+    r"if\(null===document\.getElementById\((\w+)\)\)return;"
+    r"(?=if\(0===(\w+)\.length\)return void \w+\.react\(\1,\[\],\{template:\w+\}\);const \w+=\{Complete:)"
 )  # where the page's script begins to draw the timeline of a list of trials, whatever its inner names
 OF_TRIAL = re.compile(r"(?:dashboard|dashboard:artifacts):(\d+):")  # what a study keeps for one of its trials
 
@@ -90,12 +91,13 @@ class Detail:
         return rest
 
 
+@functools.cache
 def script() -> bytes:
     """The page's JavaScript. Where a later version of the dashboard draws its timeline otherwise, the script is as it was."""
     import optuna_dashboard
 
     text = (Path(optuna_dashboard.__file__).parent / "public" / "bundle.js").read_text(encoding="utf-8")
-    return TIMELINE.sub(rf"\g<0>\1=\1.slice(-{BARS});", text, count=1).encode()
+    return TIMELINE.sub(rf"\g<0>\2=\2.slice(-{BARS});", text, count=1).encode()
 
 
 def worded(study: int, trial: FrozenTrial, attributes: Attributes) -> dict[str, Any]:
