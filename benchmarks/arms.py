@@ -33,13 +33,39 @@ Lines = list[dict[str, Any]]
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options that every speed benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="images: FOLDER/{train,valid,test}/<class>/*.jpg; photographs.py makes one")
-    parser.add_argument("--weights", type=Path, help="ImageNet weights of tf_efficientnet_lite0, a .safetensors file with timm's names")
-    parser.add_argument("--model", default="timm/tf_efficientnet_lite0", help="tuner's name for that model")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes of the plain script; 0 can be faster: try both")
-    parser.add_argument("--scratch", type=Path, help="where TUNER_HOME and the studies lie meanwhile; default: the temporary folder")
-    parser.add_argument("--plot-only", action="store_true", help="measure nothing; show again what plots/*.json holds")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        help="images: FOLDER/{train,valid,test}/<class>/*.jpg; photographs.py makes one",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="ImageNet weights of tf_efficientnet_lite0, a .safetensors file with timm's names",
+    )
+    parser.add_argument(
+        "--model", default="timm/tf_efficientnet_lite0", help="tuner's name for that model"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="loader processes of the plain script; 0 can be faster: try both",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        help="where TUNER_HOME and the studies lie meanwhile; default: the temporary folder",
+    )
+    parser.add_argument(
+        "--plot-only",
+        action="store_true",
+        help="measure nothing; show again what plots/*.json holds",
+    )
     return parser
 
 
@@ -56,14 +82,22 @@ def stamped(command: Sequence[str | Path], home: Path | None = None) -> Lines:
     lines: Lines = []
     with tempfile.TemporaryFile("w+") as errors:
         start = time.monotonic()
-        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=env,
+        )
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith('{"event"'):
                 lines.append({**json.loads(line), "at": round(time.monotonic() - start, 3)})
         if process.wait() != 0:
             errors.seek(0)
-            raise SystemExit(f"{' '.join(map(str, command))}\nended with {process.returncode}:\n{errors.read()[-3000:]}")
+            raise SystemExit(
+                f"{' '.join(map(str, command))}\nended with {process.returncode}:\n{errors.read()[-3000:]}"
+            )
         lines.append({"event": "end", "at": round(time.monotonic() - start, 3)})
     return lines
 
@@ -77,16 +111,33 @@ def of(lines: Lines, event: str) -> Lines:
 
 def plain(script: str, args: argparse.Namespace, *more: str | Path) -> list[str | Path]:
     """The command of a plain script beside this file."""
-    return [sys.executable, HERE / script, args.folder, "--weights", args.weights, "--workers", str(args.workers), *more]
+    return [
+        sys.executable,
+        HERE / script,
+        args.folder,
+        "--weights",
+        args.weights,
+        "--workers",
+        str(args.workers),
+        *more,
+    ]
 
 
 def tuner(verb: str, file: Path, studies: Path, *overrides: str) -> list[str | Path]:
     return [sys.executable, "-m", "tuner", verb, file, *overrides, "--studies", studies, "--json"]
 
 
-def write_space(path: Path, args: argparse.Namespace, recipe: Mapping[str, Any], search: Mapping[str, Any]) -> Path:
+def write_space(
+    path: Path, args: argparse.Namespace, recipe: Mapping[str, Any], search: Mapping[str, Any]
+) -> Path:
     """A space file over the same images, prepared as the plain script's transforms do it, and the same model."""
-    pixels = {"size": 128, "resize": 146, "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    pixels = {
+        "size": 128,
+        "resize": 146,
+        "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    }
     tree = {
         "task": "classification",
         "data": {"name": "folder", "path": str(args.folder.resolve()), **pixels},
@@ -113,18 +164,30 @@ SPACE = {
 
 def hardware() -> str:
     """Cores, processor, what else the machine does, versions: in one line, to be taken before anything is measured."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     cores = len(os.sched_getaffinity(0))
     model = names[0] if names else platform.machine()
-    versions = f"Python {platform.python_version()}, torch {version('torch')}, timm {version('timm')}"
-    waiting = os.environ.get("OMP_WAIT_POLICY", "as each sets it")  # spinning threads on a crowded machine change everything
+    versions = (
+        f"Python {platform.python_version()}, torch {version('torch')}, timm {version('timm')}"
+    )
+    waiting = os.environ.get(
+        "OMP_WAIT_POLICY", "as each sets it"
+    )  # spinning threads on a crowded machine change everything
     return f"{cores} cores of {model}, load average {os.getloadavg()[0]:.1f} at the start, OMP_WAIT_POLICY {waiting}, {versions}"
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
     """The median; with the least and the most where there are several."""
     middle = f"{statistics.median(values):.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return (
+        middle
+        if len(values) == 1
+        else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    )
 
 
 def save(found: Mapping[str, Any], path: Path) -> None:

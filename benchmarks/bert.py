@@ -36,13 +36,28 @@ recipe: {head: fresh}
 
 
 def run(args: argparse.Namespace, depth: int) -> Run:
-    words = [f"data.path={args.file}", f"data.limit={args.limit}", f"model.folder={args.folder}", f"model.length={args.length}"]
-    words += [f"recipe.freeze_depth={depth}", f"recipe.epochs={args.repeats + 1}", f"recipe.batch_size={args.batch}"]
-    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(None, seed=1)
+    words = [
+        f"data.path={args.file}",
+        f"data.limit={args.limit}",
+        f"model.folder={args.folder}",
+        f"model.length={args.length}",
+    ]
+    words += [
+        f"recipe.freeze_depth={depth}",
+        f"recipe.epochs={args.repeats + 1}",
+        f"recipe.batch_size={args.batch}",
+    ]
+    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(
+        None, seed=1
+    )
 
 
 def bench(args: argparse.Namespace, depth: int, cache: str, home: Path) -> trial.Bench:
-    return trial.prepare(run(args, depth), place(Engine.model_validate({"device": "cpu", "cache": cache}), home), "accuracy")
+    return trial.prepare(
+        run(args, depth),
+        place(Engine.model_validate({"device": "cpu", "cache": cache}), home),
+        "accuracy",
+    )
 
 
 def ours(made: trial.Bench, r: Run) -> Iterator[float]:
@@ -56,8 +71,12 @@ def bare(args: argparse.Namespace, made: trial.Bench, r: Run) -> Iterator[float]
     from transformers import AutoModelForSequenceClassification
 
     with tokens.quietly():
-        model: Any = AutoModelForSequenceClassification.from_pretrained(args.folder, num_labels=len(made.data.classes), dtype=torch.float32)
-    train, valid = (source.take(torch.arange(len(source)), 0) for source in (made.data.train, made.data.valid))
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            args.folder, num_labels=len(made.data.classes), dtype=torch.float32
+        )
+    train, valid = (
+        source.take(torch.arange(len(source)), 0) for source in (made.data.train, made.data.valid)
+    )
     lengths = made.data.train.lengths
     opt = optimizer(model.parameters(), r.recipe)
     steps = r.recipe.epochs * len(trial.batches(len(train.y), args.batch, r.seed, 1, lengths))
@@ -91,7 +110,9 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--limit", type=int, default=2000)
@@ -126,7 +147,9 @@ def main() -> None:
         f"| (a) frozen up to the head (depth {depth}), remembered | {spread(seconds['frozen'])} | {middle['frozen'] / middle['whole']:.4f} |"
     )
     print(f"| nothing frozen | {spread(seconds['whole'])} | 1 |")
-    print(f"| (b) the library's own, bare loop | {spread(seconds['bare'])} | tuner / bare {middle['whole'] / middle['bare']:.3f} |")
+    print(
+        f"| (b) the library's own, bare loop | {spread(seconds['bare'])} | tuner / bare {middle['whole'] / middle['bare']:.3f} |"
+    )
     print(f"\nfilling what is remembered took {filling:.1f} s, once")
 
 

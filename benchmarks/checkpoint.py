@@ -32,13 +32,18 @@ data: {name: digits}
 model: {name: resnet18_slim, weights: bundled}
 recipe: {optimizer: adamw, lr: 0.001, batch_size: 64}
 """
-CASES = {"a head, remembered activations": (5, 100), "the whole network": (0, 3)}  # freeze depth, epochs
+CASES = {
+    "a head, remembered activations": (5, 100),
+    "the whole network": (0, 3),
+}  # freeze depth, epochs
 KINDS = {"none": None, "as they are": checkpoints.STAKE, "every epoch": 0.0}
 
 
 def run(args: argparse.Namespace, depth: int, epochs: int) -> Run:
     words = [f"data.size={args.size}", f"recipe.freeze_depth={depth}", f"recipe.epochs={epochs}"]
-    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(None, seed=1)
+    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(
+        None, seed=1
+    )
 
 
 @dataclass
@@ -74,7 +79,9 @@ def training(r: Run, home: Path, stake: float | None) -> Took:
         start = time.perf_counter()
         deque(fit(bench, r.recipe, r.seed, checkpoints=kept), maxlen=0)
         took = time.perf_counter() - start
-        size = max((path.stat().st_size / 1e6 for path in Path(folder).rglob("*.safetensors")), default=0.0)
+        size = max(
+            (path.stat().st_size / 1e6 for path in Path(folder).rglob("*.safetensors")), default=0.0
+        )
     spent, written = (kept.spent, kept.files) if kept is not None else (0.0, 0)
     return Took(1000 * took / r.recipe.epochs, 1000 * spent / r.recipe.epochs, written, size)
 
@@ -96,14 +103,24 @@ def rows(args: argparse.Namespace, home: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     machine.keep_memory()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    print(f"resnet18_slim, digits at {args.size} px, {device}, torch {torch.__version__}, n = {args.repeats}\n")
-    print("| trained | checkpoints | ms an epoch | of these saving | share | written | MB |\n|---|---|---|---|---|---|---|")
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    )
+    print(
+        f"resnet18_slim, digits at {args.size} px, {device}, torch {torch.__version__}, n = {args.repeats}\n"
+    )
+    print(
+        "| trained | checkpoints | ms an epoch | of these saving | share | written | MB |\n|---|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as home:
         for row in rows(args, Path(home)):
             print(row, flush=True)

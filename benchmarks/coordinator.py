@@ -52,18 +52,27 @@ recipe:
   epochs: 10
 search: {trials: 1000000, pruner: median}
 """
-FILES = {"curve.png": b'{"tuner:figure": "curve"}' * 20, "confusion.png": b'{"tuner:figure"}' * 60, "per_class.csv": b"class,f1\n" * 10}
+FILES = {
+    "curve.png": b'{"tuner:figure": "curve"}' * 20,
+    "confusion.png": b'{"tuner:figure"}' * 60,
+    "per_class.csv": b"class,f1\n" * 10,
+}
 
 
 def score(lr: float, depth: int, epoch: int) -> float:
     """A learning curve that depends on the parameters and a little on luck."""
-    return 1 / (1 + abs(math.log10(lr) + 2)) * (1 - 0.5**epoch) - 0.02 * depth + random.gauss(0, 0.01)
+    return (
+        1 / (1 + abs(math.log10(lr) + 2)) * (1 - 0.5**epoch) - 0.02 * depth + random.gauss(0, 0.01)
+    )
 
 
 def study_with(folder: Path, space: Space, finished: int) -> optuna.Study:
     """A study on disk with so many trials behind it, each written as rows: Optuna's own way would take many minutes."""
     study = optuna.create_study(
-        storage=storage.connect(None, folder), study_name="bench", direction="maximize", pruner=PRUNERS["median"](EPOCHS)
+        storage=storage.connect(None, folder),
+        study_name="bench",
+        direction="maximize",
+        pruner=PRUNERS["median"](EPOCHS),
     )
     rows: dict[Any, list[dict[str, Any]]] = {}
     now = datetime.datetime.now()
@@ -76,7 +85,9 @@ def study_with(folder: Path, space: Space, finished: int) -> optuna.Study:
     with study._storage._backend.engine.begin() as connection:  # type: ignore[attr-defined]
         for kind, found in rows.items():
             connection.execute(sqlalchemy.insert(kind), found)
-    return optuna.load_study(study_name="bench", storage=storage.connect(None, folder), pruner=study.pruner)
+    return optuna.load_study(
+        study_name="bench", storage=storage.connect(None, folder), pruner=study.pruner
+    )
 
 
 class Drawn:
@@ -86,14 +97,28 @@ class Drawn:
         self.chance = chance
         self.params: dict[str, tuple[Any, optuna.distributions.BaseDistribution]] = {}
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        value = math.exp(self.chance.uniform(math.log(low), math.log(high))) if log else self.chance.uniform(low, high)
-        self.params[name] = value, optuna.distributions.FloatDistribution(low, high, log=log, step=step)
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        value = (
+            math.exp(self.chance.uniform(math.log(low), math.log(high)))
+            if log
+            else self.chance.uniform(low, high)
+        )
+        self.params[name] = (
+            value,
+            optuna.distributions.FloatDistribution(low, high, log=log, step=step),
+        )
         return value
 
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
         value = self.chance.randint(low, high)
-        self.params[name] = value, optuna.distributions.IntDistribution(low, high, log=log, step=step)
+        self.params[name] = (
+            value,
+            optuna.distributions.IntDistribution(low, high, log=log, step=step),
+        )
         return value
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
@@ -102,17 +127,30 @@ class Drawn:
         return value
 
 
-def as_rows(number: int, study: int, drawn: Drawn, values: list[float], now: datetime.datetime) -> dict[Any, list[dict[str, Any]]]:
+def as_rows(
+    number: int, study: int, drawn: Drawn, values: list[float], now: datetime.datetime
+) -> dict[Any, list[dict[str, Any]]]:
     """A completed trial as Optuna's tables have it."""
     trial = number + 1
-    base = {"trial_id": trial, "number": number, "study_id": study, "datetime_start": now, "datetime_complete": now}
+    base = {
+        "trial_id": trial,
+        "number": number,
+        "study_id": study,
+        "datetime_start": now,
+        "datetime_complete": now,
+    }
     finite = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
     attrs = {"seconds": 1.0, "best_epoch": EPOCHS, "scores": {"accuracy": values[-1]}}
     params = drawn.params.items()
     return {
         models.TrialModel: [{**base, "state": optuna.trial.TrialState.COMPLETE}],
         models.TrialValueModel: [
-            {"trial_id": trial, "objective": 0, "value": max(values), "value_type": models.TrialValueModel.TrialValueType.FINITE}
+            {
+                "trial_id": trial,
+                "objective": 0,
+                "value": max(values),
+                "value_type": models.TrialValueModel.TrialValueType.FINITE,
+            }
         ],
         models.TrialParamModel: [
             {
@@ -124,10 +162,18 @@ def as_rows(number: int, study: int, drawn: Drawn, values: list[float], now: dat
             for name, (value, distribution) in params
         ],
         models.TrialIntermediateValueModel: [
-            {"trial_id": trial, "step": step, "intermediate_value": value, "intermediate_value_type": finite}
+            {
+                "trial_id": trial,
+                "step": step,
+                "intermediate_value": value,
+                "intermediate_value_type": finite,
+            }
             for step, value in enumerate(values, 1)
         ],
-        models.TrialUserAttributeModel: [{"trial_id": trial, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()],
+        models.TrialUserAttributeModel: [
+            {"trial_id": trial, "key": key, "value_json": json.dumps(value)}
+            for key, value in attrs.items()
+        ],
     }
 
 
@@ -138,7 +184,9 @@ def ours(folder: Path, space: Space, finished: int, trials: int) -> list[float]:
     listener = Both(console, Artifacts(study, folder, "accuracy"))
     order = lambda run: Assignment(run, "accuracy", space.settings.engine, "home")  # noqa: E731
     coordinator = Coordinator(study, space, order, listener, lambda: False)
-    facts = Facts("d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, {"shape": ["batch", 3, 32, 32]}, 1)
+    facts = Facts(
+        "d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, {"shape": ["batch", 3, 32, 32]}, 1
+    )
     console.begin(coordinator, facts, Survey({"resnet18_slim": 5}, 0), 1)
     seconds = []
     for _ in range(trials + 2):
@@ -155,7 +203,12 @@ def trained(coordinator: Coordinator, job: Job) -> Result:
     epochs: list[Epoch] = []
     for number in range(1, EPOCHS + 1):
         value = score(recipe.lr, recipe.freeze_depth, number)
-        scores = {"accuracy": value, "balanced_accuracy": value, "f1": value, "log_likelihood": value - 1}
+        scores = {
+            "accuracy": value,
+            "balanced_accuracy": value,
+            "f1": value,
+            "log_likelihood": value - 1,
+        }
         epochs.append(Epoch(number, 1 - value, scores, 0.1))
         if not coordinator.report(job, epochs[-1]):
             return Result("stopped", tuple(epochs), number, FILES, 1.0)
@@ -185,7 +238,9 @@ def plain(folder: Path, space: Space, finished: int, trials: int) -> list[float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--finished", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
@@ -200,9 +255,16 @@ def main() -> None:
             medians = []
             for repeat in range(args.repeats):
                 random.seed(repeat)
-                with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-                    medians.append(1000 * statistics.median(arm(Path(folder), space, finished, count)))
-            cells.append(f"{statistics.median(medians):.0f} ({min(medians):.0f} to {max(medians):.0f})")
+                with (
+                    tempfile.TemporaryDirectory() as folder,
+                    contextlib.redirect_stdout(io.StringIO()),
+                ):
+                    medians.append(
+                        1000 * statistics.median(arm(Path(folder), space, finished, count))
+                    )
+            cells.append(
+                f"{statistics.median(medians):.0f} ({min(medians):.0f} to {max(medians):.0f})"
+            )
         print(f"| {finished:,} | {' | '.join(cells)} |", flush=True)
 
 

@@ -28,9 +28,16 @@ recipe: {optimizer: sgd, lr: 0.01, batch_size: 64, head: fresh}
 
 
 def run(args: argparse.Namespace, depth: int) -> Run:
-    words = [f"data.path={args.folder}", f"data.limit={args.limit}", f"data.size={args.size}", f"model.name={args.model}"]
+    words = [
+        f"data.path={args.folder}",
+        f"data.limit={args.limit}",
+        f"data.size={args.size}",
+        f"model.name={args.model}",
+    ]
     words += [f"recipe.freeze_depth={depth}", f"recipe.epochs={args.repeats}"]
-    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(None, seed=1)
+    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(
+        None, seed=1
+    )
 
 
 def epochs(args: argparse.Namespace, depth: int, cache: str, home: Path) -> list[float]:
@@ -40,14 +47,20 @@ def epochs(args: argparse.Namespace, depth: int, cache: str, home: Path) -> list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--limit", type=int, default=3000)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--model", default="resnet18_slim")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    )
     print(
         f"{args.model}, {args.size} px, up to {args.limit} training images, {device}, torch {torch.__version__}, n = {args.repeats} epochs\n"
     )
@@ -60,7 +73,10 @@ def main() -> None:
             live = statistics.median(epochs(args, depth, "never", Path(home)))
             first, *_ = epochs(args, depth, "auto", Path(home))
             later = statistics.median(epochs(args, depth, "auto", Path(home)))
-            print(f"| {depth} | {live:.3f} | {first:.3f} | {later:.3f} | {later / whole:.3f} |", flush=True)
+            print(
+                f"| {depth} | {live:.3f} | {first:.3f} | {later:.3f} | {later / whole:.3f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def ours(bench: trial.Bench, recipe: Any) -> Iterator[float]:
         yield epoch.seconds
 
 
-def bare(net: nn.Module, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor], recipe: Any) -> Iterator[float]:
+def bare(
+    net: nn.Module, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor], recipe: Any
+) -> Iterator[float]:
     """Seconds of each epoch by hand."""
     opt = optimizer(net.parameters(), recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda _: 1.0)
@@ -54,7 +56,12 @@ def bare(net: nn.Module, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tens
             total += loss.detach() * len(index)
         net.eval()
         with torch.no_grad():
-            said = torch.cat([net(taken(vx, index)) for index in torch.arange(len(vy)).split(learning.EVAL_BATCH)])
+            said = torch.cat(
+                [
+                    net(taken(vx, index))
+                    for index in torch.arange(len(vy)).split(learning.EVAL_BATCH)
+                ]
+            )
         float((said.argmax(1) == vy).float().mean()), float(total)
         yield time.monotonic() - start
 
@@ -68,15 +75,24 @@ def taken(x: Tensor, index: Tensor) -> Tensor:
 def in_memory(source: Source) -> tuple[Tensor, Tensor]:
     parts = [source.take(index, 0) for index in torch.arange(len(source)).split(64)]
     x = torch.cat([part.x for part in parts])
-    return (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).contiguous(), torch.cat([part.y for part in parts])
+    return (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).contiguous(), torch.cat(
+        [part.y for part in parts]
+    )
 
 
 def measure(args: argparse.Namespace, depth: int, home: Path) -> tuple[list[float], list[float]]:
-    file = arms.write_space(home / "loop.yaml", args, {"lr": 1e-3, "freeze_depth": depth, "epochs": args.repeats + 1, "head": "fresh"}, {})
+    file = arms.write_space(
+        home / "loop.yaml",
+        args,
+        {"lr": 1e-3, "freeze_depth": depth, "epochs": args.repeats + 1, "head": "fresh"},
+        {},
+    )
     space = parsing.load(file)
     run = space.run({})
     where = place(space.settings.engine, home, 0)
-    where = replace(where, limits=replace(where.limits, mode="always"))  # this is about what remembering costs, not about when
+    where = replace(
+        where, limits=replace(where.limits, mode="always")
+    )  # this is about what remembering costs, not about when
     bench, other = (trial.prepare(run, where, "accuracy") for _ in range(2))
     for source in (bench.train, bench.valid):
         in_memory(source)  # fills what is to be remembered
@@ -101,7 +117,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.scratch) as home:
         for depth in args.depths:
             a, b = measure(args, depth, Path(home))
-            cells = [arms.spread(a, 3), arms.spread(b, 3), f"{statistics.median(a) / statistics.median(b):.3f}"]
+            cells = [
+                arms.spread(a, 3),
+                arms.spread(b, 3),
+                f"{statistics.median(a) / statistics.median(b):.3f}",
+            ]
             print(f"| {depth} | {' | '.join(cells)} |", flush=True)
 
 

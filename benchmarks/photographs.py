@@ -47,7 +47,9 @@ def place(chosen: list[tuple[str, Path]], folder: Path, copy: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path, help="made anew; must not exist")
     for part, count in (("train", 800), ("valid", 400), ("test", 400)):
@@ -64,7 +66,9 @@ def main() -> None:
     place(take(learn, args.train), args.out / "train", args.copy)
     place(take(learn, args.valid), args.out / "valid", args.copy)
     place(take(held_out, args.test), args.out / "test", args.copy)
-    print(f"{args.out}: {args.train} train, {args.valid} valid, {args.test} test images of {len(learn)} classes")
+    print(
+        f"{args.out}: {args.train} train, {args.valid} valid, {args.test} test images of {len(learn)} classes"
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ def search(args: argparse.Namespace, storage: str) -> None:
             epochs=trial.suggest_int("epochs", 1, 4),
         )
         best = 0.0
-        for epoch, score in enumerate(twins.train(params, args.weights, train_loader, valid_loader), 1):
+        for epoch, score in enumerate(
+            twins.train(params, args.weights, train_loader, valid_loader), 1
+        ):
             best = max(best, score)
             twins.tell("epoch", trial.number, params, epoch=epoch, score=score)
             trial.report(score, epoch)
@@ -40,7 +42,9 @@ def search(args: argparse.Namespace, storage: str) -> None:
         return best
 
     sampler = optuna.samplers.TPESampler(seed=args.seed)
-    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner(), storage=storage)
+    study = optuna.create_study(
+        direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner(), storage=storage
+    )
     study.optimize(objective, n_trials=args.trials)
 
 
@@ -55,8 +59,12 @@ def replay(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = twins.arguments(__doc__)
-    parser.add_argument("--replay", type=Path, metavar="FILE.json", help="train exactly these trials")
-    parser.add_argument("--storage", help="Optuna storage URL; default: SQLite in a temporary folder")
+    parser.add_argument(
+        "--replay", type=Path, metavar="FILE.json", help="train exactly these trials"
+    )
+    parser.add_argument(
+        "--storage", help="Optuna storage URL; default: SQLite in a temporary folder"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     if args.replay:

@@ -47,20 +47,39 @@ class Lines(tune.Callback):
         self.best: dict[str, float] = {}
         self.numbers: dict[str, int] = {}
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         number = self.numbers.setdefault(trial.trial_id, len(self.numbers))
         score = result["accuracy"]
         self.best[trial.trial_id] = max(score, self.best.get(trial.trial_id, 0.0))
-        twins.tell("epoch", number, twins.Params(**trial.config), epoch=result["training_iteration"], score=score)
+        twins.tell(
+            "epoch",
+            number,
+            twins.Params(**trial.config),
+            epoch=result["training_iteration"],
+            score=score,
+        )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         params, epochs = twins.Params(**trial.config), trial.last_result["training_iteration"]
         state = "complete" if epochs >= params.epochs else "pruned"
-        twins.tell("trial", self.numbers[trial.trial_id], params, state=state, score=self.best[trial.trial_id])
+        twins.tell(
+            "trial",
+            self.numbers[trial.trial_id],
+            params,
+            state=state,
+            score=self.best[trial.trial_id],
+        )
 
 
 def search(args: argparse.Namespace, folder: str, cores: int) -> None:
-    fixed = {"folder": args.folder.resolve(), "weights": args.weights.resolve(), "workers": args.workers, "seed": args.seed}
+    fixed = {
+        "folder": args.folder.resolve(),
+        "weights": args.weights.resolve(),
+        "workers": args.workers,
+        "seed": args.seed,
+    }
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trainable, **fixed), {"cpu": cores}),
         param_space=SPACE,

@@ -30,7 +30,9 @@ def accuracy(weights: str, lr: float, seed: int, home: Path) -> tuple[float, int
     run = parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(None)
     bench = prepare(run, place(Engine(device="cpu"), home), "accuracy")
     list(fit(bench, run.recipe, run.seed))
-    return bench.task.score(predictions(bench, bench.test, run.recipe.batch_size))["accuracy"], len(bench.train)
+    return bench.task.score(predictions(bench, bench.test, run.recipe.batch_size))["accuracy"], len(
+        bench.train
+    )
 
 
 def main() -> None:
@@ -38,7 +40,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     seeds = range(parser.parse_args().seeds)
     with tempfile.TemporaryDirectory() as home:
-        print("| weights | lr | test accuracy, mean | standard deviation | each seed |\n|---|---|---|---|---|")
+        print(
+            "| weights | lr | test accuracy, mean | standard deviation | each seed |\n|---|---|---|---|---|"
+        )
         best = {}
         for lr in RATES:
             for weights in ("bundled", "none"):
@@ -46,7 +50,10 @@ def main() -> None:
                 scores = [score for score, _ in found]
                 best[weights] = max(best.get(weights, (0.0, 0.0)), (statistics.mean(scores), lr))
                 told = " ".join(f"{s:.3f}" for s in scores)
-                print(f"| {weights} | {lr:g} | {statistics.mean(scores):.4f} | {statistics.stdev(scores):.4f} | {told} |", flush=True)
+                print(
+                    f"| {weights} | {lr:g} | {statistics.mean(scores):.4f} | {statistics.stdev(scores):.4f} | {told} |",
+                    flush=True,
+                )
     images = found[0][1]
     print(
         f"\nbest of {len(RATES)} learning rates, {images} training images, n = {len(seeds)}: "

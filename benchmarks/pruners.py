@@ -34,13 +34,20 @@ KINDS = {
 def write(folder: Path, data: str, search: dict[str, Any], args: argparse.Namespace) -> Path:
     """The space file of one study."""
     source = (
-        {"name": "digits", "size": 32} if data == "digits" else {"name": "folder", "path": str(Path(data).resolve()), "size": args.size}
+        {"name": "digits", "size": 32}
+        if data == "digits"
+        else {"name": "folder", "path": str(Path(data).resolve()), "size": args.size}
     )
     tree = {
         "task": "classification",
         "data": source,
         "model": {"name": "resnet18_slim", "weights": "bundled"},
-        "recipe": {**arms.SPACE, "freeze_depth": {"low": 0, "high": 5}, "epochs": {"low": 1, "high": 8}, "batch_size": 32},
+        "recipe": {
+            **arms.SPACE,
+            "freeze_depth": {"low": 0, "high": 5},
+            "epochs": {"low": 1, "high": 8},
+            "batch_size": 32,
+        },
         "search": {"retrain": False, "keep": 0, **search},
         "export": ["safetensors"],
     }
@@ -52,14 +59,24 @@ def write(folder: Path, data: str, search: dict[str, Any], args: argparse.Namesp
 def curves(data: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Parameters, scores and seconds of every trial of a search without pruning."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as place:
-        file = write(Path(place), data, {"sampler": "random", "pruner": "none", "seed": seed, "trials": args.trials}, args)
-        lines = arms.stamped(arms.tuner("run", file, Path(place) / "studies"), home=Path(place) / "home")
+        file = write(
+            Path(place),
+            data,
+            {"sampler": "random", "pruner": "none", "seed": seed, "trials": args.trials},
+            args,
+        )
+        lines = arms.stamped(
+            arms.tuner("run", file, Path(place) / "studies"), home=Path(place) / "home"
+        )
     trials, epochs = [], []
     for line in lines:
         if line["event"] == "epoch":
             epochs.append(line)
         elif line["event"] == "trial":
-            scores, seconds = [e["scores"]["accuracy"] for e in epochs], [e["seconds"] for e in epochs]
+            scores, seconds = (
+                [e["scores"]["accuracy"] for e in epochs],
+                [e["seconds"] for e in epochs],
+            )
             trials.append({"params": line["params"], "scores": scores, "seconds": seconds})
             epochs = []
     return trials
@@ -72,20 +89,30 @@ def pruned(trials: list[dict[str, Any]], pruner: str) -> tuple[float, float]:
     for known in trials:
         trial = study.ask(KINDS) if study.enqueue_trial(known["params"]) is None else None
         assert trial is not None and trial.params == known["params"]
-        for step, (value, seconds) in enumerate(zip(known["scores"], known["seconds"], strict=True), 1):
+        for step, (value, seconds) in enumerate(
+            zip(known["scores"], known["seconds"], strict=True), 1
+        ):
             trial.report(value, step)
             spent += seconds
-            if step < len(known["scores"]) and trial.number and trial.should_prune():  # the first is the default recipe
+            if (
+                step < len(known["scores"]) and trial.number and trial.should_prune()
+            ):  # the first is the default recipe
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 break
         else:
             best = max(best, *known["scores"])
             study.tell(trial, max(known["scores"]))
-    return 1 - spent / sum(sum(t["seconds"]) for t in trials), 100 * (max(max(t["scores"]) for t in trials) - best)
+    return 1 - spent / sum(sum(t["seconds"]) for t in trials), 100 * (
+        max(max(t["scores"]) for t in trials) - best
+    )
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {"hardware": arms.hardware(), "settings": {"trials": args.trials, "size": args.size}, "data": {}}
+    found: dict[str, Any] = {
+        "hardware": arms.hardware(),
+        "settings": {"trials": args.trials, "size": args.size},
+        "data": {},
+    }
     for seed in range(args.seeds):
         for data in args.data:
             found["data"].setdefault(Path(data).name, []).append(curves(data, seed, args))
@@ -96,24 +123,38 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> None:
     print(f"{found['hardware']}; {found['settings']}\n")
     names = [name for name in PRUNERS if name != "none"]
-    print(f"| data | n | {' | '.join(f'{name}: saved, % | lost, points' for name in names)} |\n|{'---|' * (2 + 2 * len(names))}")
+    print(
+        f"| data | n | {' | '.join(f'{name}: saved, % | lost, points' for name in names)} |\n|{'---|' * (2 + 2 * len(names))}"
+    )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for data, studies in [*found["data"].items(), ("**all**", [s for each in found["data"].values() for s in each])]:
+    for data, studies in [
+        *found["data"].items(),
+        ("**all**", [s for each in found["data"].values() for s in each]),
+    ]:
         cells = []
         for name in names:
             results = [pruned(trials, name) for trials in studies]
-            cells += [f"{100 * statistics.mean(r[0] for r in results):.0f}", f"{statistics.mean(r[1] for r in results):.2f}"]
+            cells += [
+                f"{100 * statistics.mean(r[0] for r in results):.0f}",
+                f"{statistics.mean(r[1] for r in results):.2f}",
+            ]
         print(f"| {data} | {len(studies)} | {' | '.join(cells)} |")
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", nargs="*", help="digits, or a folder of images")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--size", type=int, default=64, help="side of the folders' images, pixels")
     parser.add_argument("--scratch", type=Path)
-    parser.add_argument("--table-only", action="store_true", help="measure nothing; show again what plots/*.json holds")
+    parser.add_argument(
+        "--table-only",
+        action="store_true",
+        help="measure nothing; show again what plots/*.json holds",
+    )
     args = parser.parse_args()
     if not args.table_only and not args.data:
         parser.error("name at least one data set, unless --table-only")

@@ -24,17 +24,31 @@ DEPTHS = range(arms.MAX_DEPTH + 1)
 
 
 def plain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    listed = [{"lr": args.lr, "momentum": args.momentum, "freeze_depth": d, "epochs": args.epochs} for d in DEPTHS]
+    listed = [
+        {"lr": args.lr, "momentum": args.momentum, "freeze_depth": d, "epochs": args.epochs}
+        for d in DEPTHS
+    ]
     file = folder / "trials.json"
     file.write_text(json.dumps(listed))
     lines = arms.stamped(arms.plain("plain_optuna.py", args, "--replay", file))
     trials = arms.of(lines, "trial")
-    return {"trials": [t["took"] for t in trials], "scores": [t["score"] for t in trials], "decoding": 0.0, "whole": lines[-1]["at"]}
+    return {
+        "trials": [t["took"] for t in trials],
+        "scores": [t["score"] for t in trials],
+        "decoding": 0.0,
+        "whole": lines[-1]["at"],
+    }
 
 
 def tuner(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     depth = {"low": 0, "high": arms.MAX_DEPTH}
-    recipe = {"head": "fresh", "lr": args.lr, "momentum": args.momentum, "freeze_depth": depth, "epochs": args.epochs}
+    recipe = {
+        "head": "fresh",
+        "lr": args.lr,
+        "momentum": args.momentum,
+        "freeze_depth": depth,
+        "epochs": args.epochs,
+    }
     search = {"sampler": "grid", "pruner": "none", "trials": len(DEPTHS)}
     file = arms.write_space(folder / "replay.yaml", args, recipe, search)
     lines = arms.stamped(arms.tuner("run", file, folder / "studies"), home=folder / "home")
@@ -71,7 +85,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
                 found[name] = arm(args, Path(folder))
         repeats.append(found)
-    settings = {"epochs": args.epochs, "lr": args.lr, "momentum": args.momentum, "workers": args.workers}
+    settings = {
+        "epochs": args.epochs,
+        "lr": args.lr,
+        "momentum": args.momentum,
+        "workers": args.workers,
+    }
     return {"hardware": hardware, "settings": settings, "repeats": repeats}
 
 
@@ -81,16 +100,25 @@ def total(arm: dict[str, Any]) -> float:
 
 def table(found: dict[str, Any]) -> None:
     repeats = found["repeats"]
-    print(f"{found['hardware']}; {found['settings']}; medians (least to most) of n = {len(repeats)} repeats\n")
-    print("| freeze depth | plain, s | tuner, s | plain / tuner | accuracy, plain | accuracy, tuner |\n|---|---|---|---|---|---|")
+    print(
+        f"{found['hardware']}; {found['settings']}; medians (least to most) of n = {len(repeats)} repeats\n"
+    )
+    print(
+        "| freeze depth | plain, s | tuner, s | plain / tuner | accuracy, plain | accuracy, tuner |\n|---|---|---|---|---|---|"
+    )
 
     def row(label: object, measured: Any, scores: str) -> None:
         a, b = ([measured(r[name]) for r in repeats] for name in ("plain", "tuner"))
         ratios = [x / y for x, y in zip(a, b, strict=True) if x]
-        print(f"| {label} | {arms.spread(a)} | {arms.spread(b)} | {arms.spread(ratios, 2) if ratios else ''} | {scores} |")
+        print(
+            f"| {label} | {arms.spread(a)} | {arms.spread(b)} | {arms.spread(ratios, 2) if ratios else ''} | {scores} |"
+        )
 
     for depth in DEPTHS:
-        scores = (f"{statistics.median(r[name]['scores'][depth] for r in repeats):.3f}" for name in ("plain", "tuner"))
+        scores = (
+            f"{statistics.median(r[name]['scores'][depth] for r in repeats):.3f}"
+            for name in ("plain", "tuner")
+        )
         row(depth, lambda arm, d=depth: arm["trials"][d], " | ".join(scores))
     row("decoding", lambda arm: arm["decoding"], " | ")
     row("**all trials**", total, " | ")
@@ -103,13 +131,27 @@ def plot(found: dict[str, Any]) -> None:
     for place, name in ((-0.2, "plain"), (0.2, "tuner")):
         heights = [statistics.median(r[name]["trials"][d] for r in repeats) for d in DEPTHS]
         bars = axis.bar([d + place for d in DEPTHS], heights, 0.38, color=arms.COLOURS[name])
-        axis.bar_label(bars, [f"{h:.1f}" if h < 10 else f"{h:.0f}" for h in heights], fontsize=8, color=arms.COLOURS[name])
+        axis.bar_label(
+            bars,
+            [f"{h:.1f}" if h < 10 else f"{h:.0f}" for h in heights],
+            fontsize=8,
+            color=arms.COLOURS[name],
+        )
         axis.text(
-            0.98, 0.92 if name == "plain" else 0.84, _words(repeats, name), color=arms.COLOURS[name], ha="right", transform=axis.transAxes
+            0.98,
+            0.92 if name == "plain" else 0.84,
+            _words(repeats, name),
+            color=arms.COLOURS[name],
+            ha="right",
+            transform=axis.transAxes,
         )
     axis.set_xticks(list(DEPTHS))
     axis.set_xlabel("freeze depth")
-    axis.set_title(f"seconds per trial, identical parameters; epochs: {found['settings']['epochs']}", loc="left", fontsize=10)
+    axis.set_title(
+        f"seconds per trial, identical parameters; epochs: {found['settings']['epochs']}",
+        loc="left",
+        fontsize=10,
+    )
     axis.margins(y=0.12)
     fig.savefig(arms.PLOTS / "replay.png")
 

@@ -53,7 +53,13 @@ PROBE = """(() => {
   }, 20)
 })()"""
 QUIET = "gpu background-networking component-update sync"  # what a browser does unasked
-FLAGS = ["headless=new", "no-sandbox", "no-first-run", "window-size=1400,1000", *(f"disable-{what}" for what in QUIET.split())]
+FLAGS = [
+    "headless=new",
+    "no-sandbox",
+    "no-first-run",
+    "window-size=1400,1000",
+    *(f"disable-{what}" for what in QUIET.split()),
+]
 
 
 def made(place: Path, trials: int) -> Path:
@@ -69,16 +75,39 @@ def made(place: Path, trials: int) -> Path:
     trial_rows, study_rows = [], []
     for number in range(trials):
         run = space.sample(Drawn(random.Random(number)))
-        scores = [score(run.recipe.lr, run.recipe.freeze_depth, epoch) for epoch in range(1, EPOCHS + 1)]
-        epochs = tuple(Epoch(i, 1 - s, dict.fromkeys(("accuracy", "balanced_accuracy", "f1"), s), 0.1) for i, s in enumerate(scores, 1))
+        scores = [
+            score(run.recipe.lr, run.recipe.freeze_depth, epoch) for epoch in range(1, EPOCHS + 1)
+        ]
+        epochs = tuple(
+            Epoch(i, 1 - s, dict.fromkeys(("accuracy", "balanced_accuracy", "f1"), s), 0.1)
+            for i, s in enumerate(scores, 1)
+        )
         for name, kind in FILES.items():
-            artifact = {"artifact_id": f"{number}-{name}", "filename": name, "mimetype": kind, "encoding": None}
-            row = {"trial_id": number + 1, "key": f"artifacts:{number}-{name}", "value_json": json.dumps(json.dumps(artifact))}
+            artifact = {
+                "artifact_id": f"{number}-{name}",
+                "filename": name,
+                "mimetype": kind,
+                "encoding": None,
+            }
+            row = {
+                "trial_id": number + 1,
+                "key": f"artifacts:{number}-{name}",
+                "value_json": json.dumps(json.dumps(artifact)),
+            }
             trial_rows.append(row)
         body = note(run, Result("complete", epochs, EPOCHS, {}, 1.0), "accuracy")
-        pieces = {f"note_str:{i}": body[start : start + PIECE] for i, start in enumerate(range(0, len(body), PIECE))}
+        pieces = {
+            f"note_str:{i}": body[start : start + PIECE]
+            for i, start in enumerate(range(0, len(body), PIECE))
+        }
         for key, value in {**pieces, "note_ver": 1}.items():
-            study_rows.append({"study_id": study._study_id, "key": f"dashboard:{number + 1}:{key}", "value_json": json.dumps(value)})
+            study_rows.append(
+                {
+                    "study_id": study._study_id,
+                    "key": f"dashboard:{number + 1}:{key}",
+                    "value_json": json.dumps(value),
+                }
+            )
     with study._storage._backend.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.execute(sqlalchemy.insert(models.TrialSystemAttributeModel), trial_rows)
         connection.execute(sqlalchemy.insert(models.StudySystemAttributeModel), study_rows)
@@ -90,7 +119,17 @@ def made(place: Path, trials: int) -> Path:
 @contextlib.contextmanager
 def ours(folder: Path) -> Iterator[str]:
     """The address of the study's page, from the command."""
-    command = [sys.executable, "-m", "tuner", "dashboard", "bench", "--studies", str(folder.parent), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tuner",
+        "dashboard",
+        "bench",
+        "--studies",
+        str(folder.parent),
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -150,14 +189,18 @@ def answered(page: str) -> dict[str, Any]:
             text = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
             found["study_mb"] = round(len(text) / 1e6, 2)
             found["trials"] = len(json.loads(text)["trials"])
-    found["first_load"] = round(sum(found[name] for name in ("page", "bundle", "meta", "studies", "study")), 3)
+    found["first_load"] = round(
+        sum(found[name] for name in ("page", "bundle", "meta", "studies", "study")), 3
+    )
     return found
 
 
 def watched(inner: dashboard.App, seen: queue.Queue[dict[str, Any]]) -> dashboard.App:
     """The page with a script that tells when things are drawn."""
 
-    def outer(environ: dashboard.Environment, start_response: dashboard.StartResponse) -> Iterable[bytes]:
+    def outer(
+        environ: dashboard.Environment, start_response: dashboard.StartResponse
+    ) -> Iterable[bytes]:
         path, body, kind = environ["PATH_INFO"], b"", "text/html"
         if path == "/probe.js":
             body, kind = PROBE.encode(), "text/javascript"
@@ -167,8 +210,14 @@ def watched(inner: dashboard.App, seen: queue.Queue[dict[str, Any]]) -> dashboar
             head: list[Any] = []
             body = b"".join(inner(environ, lambda *words: head.extend(words)))
             body = body.replace(b"<head>", b"<head><script src=/probe.js></script>")
-            policy = [(name, value) for name, value in head[1] if name.lower() == "content-security-policy"]
-            start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), *policy])
+            policy = [
+                (name, value)
+                for name, value in head[1]
+                if name.lower() == "content-security-policy"
+            ]
+            start_response(
+                "200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), *policy]
+            )
             return [body]
         else:
             return inner(environ, start_response)
@@ -181,9 +230,18 @@ def watched(inner: dashboard.App, seen: queue.Queue[dict[str, Any]]) -> dashboar
 def drawn(app: dashboard.App) -> dict[str, Any]:
     """Seconds until a browser that is started for it shows the study's page."""
     seen: queue.Queue[dict[str, Any]] = queue.Queue()
-    with served(watched(app, seen)) as page, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = ["chromium", *(f"--{flag}" for flag in (*FLAGS, f"user-data-dir={profile}")), page]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
+    with (
+        served(watched(app, seen)) as page,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+    ):
+        command = [
+            "chromium",
+            *(f"--{flag}" for flag in (*FLAGS, f"user-data-dir={profile}")),
+            page,
+        ]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as browser:
             try:
                 return seen.get(timeout=600)
             finally:
@@ -202,7 +260,13 @@ def begun(folder: Path) -> dict[str, float]:
         study = optuna.load_study(study_name="bench", storage=database)
         if name == "tuner":
             listener = running.Both(Console("quiet"), Artifacts(study, folder, "accuracy"))
-            Coordinator(study, space, lambda run: Assignment(run, "accuracy", space.settings.engine, "home"), listener, lambda: False)
+            Coordinator(
+                study,
+                space,
+                lambda run: Assignment(run, "accuracy", space.settings.engine, "home"),
+                listener,
+                lambda: False,
+            )
         else:
             study.get_trials(deepcopy=False)
         found[name] = round(time.process_time() - start, 2)
@@ -210,13 +274,17 @@ def begun(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--browser", action="store_true")
     parser.add_argument("--bars", type=int, default=detail.BARS)
-    parser.add_argument("--keep", type=Path, help="make the study here, or take the one that is here")
+    parser.add_argument(
+        "--keep", type=Path, help="make the study here, or take the one that is here"
+    )
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     print(json.dumps({"hardware": hardware()}))
@@ -227,13 +295,22 @@ def main() -> None:
             made(place, args.trials)
         print(json.dumps({"coordinator_start_cpu": begun(folder)}), flush=True)
         detail.BARS = args.bars
-        arms = {"tuner": (ours, tuner_app, args.repeats), **({"plain": (plain, optuna_app, 1)} if args.plain else {})}
+        arms = {
+            "tuner": (ours, tuner_app, args.repeats),
+            **({"plain": (plain, optuna_app, 1)} if args.plain else {}),
+        }
         for name, (arm, app, repeats) in arms.items():
             for repeat in range(repeats):
                 with arm(folder) as page:
-                    print(json.dumps({"arm": name, "repeat": repeat, "answered": answered(page)}), flush=True)
+                    print(
+                        json.dumps({"arm": name, "repeat": repeat, "answered": answered(page)}),
+                        flush=True,
+                    )
             for repeat in range(repeats if args.browser else 0):
-                print(json.dumps({"arm": name, "repeat": repeat, "drawn": drawn(app(folder))}), flush=True)
+                print(
+                    json.dumps({"arm": name, "repeat": repeat, "drawn": drawn(app(folder))}),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

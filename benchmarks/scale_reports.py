@@ -55,7 +55,9 @@ class Tally:
     reports: list[float] = field(default_factory=list)  # seconds until each answer
     jobs: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
-    cpu: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("report", "job", "end"), 0.0))
+    cpu: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("report", "job", "end"), 0.0)
+    )
     busy: float = 0.0
 
 
@@ -81,7 +83,9 @@ class Server:
                 os._exit(1)
             self.tally.cpu[kind] += time.thread_time() - cpu
             self.tally.busy += time.monotonic() - wall
-            loop.call_soon_threadsafe(lambda answer=answer, found=found: answer.done() or answer.set_result(found))
+            loop.call_soon_threadsafe(
+                lambda answer=answer, found=found: answer.done() or answer.set_result(found)
+            )
 
     async def call(self, kind: str, *words: Any) -> Any:
         answer, start = asyncio.get_running_loop().create_future(), time.monotonic()
@@ -111,7 +115,9 @@ async def worker(server: Server, clock: Clock, chance: random.Random) -> None:
         skip = 0
 
 
-async def trial(server: Server, clock: Clock, chance: random.Random, job: Job, skip: int) -> Outcome:
+async def trial(
+    server: Server, clock: Clock, chance: random.Random, job: Job, skip: int
+) -> Outcome:
     recipe = job.argument.run.recipe
     dies = chance.randrange(1, EPOCHS + 1) if chance.random() < DYING else None
     epochs: list[Epoch] = []
@@ -122,7 +128,17 @@ async def trial(server: Server, clock: Clock, chance: random.Random, job: Job, s
             return Outcome("lost", reason="worker ended by SIGKILL (out of memory?)")
         value = score(recipe.lr, recipe.freeze_depth, number)
         epochs.append(
-            Epoch(number, 1 - value, {"accuracy": value, "balanced_accuracy": value, "f1": value, "log_likelihood": value - 1}, 1.0)
+            Epoch(
+                number,
+                1 - value,
+                {
+                    "accuracy": value,
+                    "balanced_accuracy": value,
+                    "f1": value,
+                    "log_likelihood": value - 1,
+                },
+                1.0,
+            )
         )
         if not await server.call("report", job, epochs[-1]):
             return Outcome("done", Result("stopped", tuple(epochs), number, FILES, 1.0))
@@ -131,25 +147,42 @@ async def trial(server: Server, clock: Clock, chance: random.Random, job: Job, s
 
 def coordinator(folder: Path, url: str | None) -> Coordinator:
     """As `tuner run` makes it, for trials that nobody carries out."""
-    space = parsing.parse(document.parse(SPACE.replace("pruner: median", "pruner: median, retries: 10"), "scale.yaml"))
+    space = parsing.parse(
+        document.parse(SPACE.replace("pruner: median", "pruner: median, retries: 10"), "scale.yaml")
+    )
     database, sampler = storage.connect(url, folder), optuna.samplers.RandomSampler()
-    study = storage.open_study(database, "scale", sampler, PRUNERS["median"](EPOCHS), running.identity(space), "d")
+    study = storage.open_study(
+        database, "scale", sampler, PRUNERS["median"](EPOCHS), running.identity(space), "d"
+    )
     console = Console("quiet")  # the lines that it prints are measured by coordinator.py
     listener = running.Both(console, Artifacts(study, folder, "accuracy"))
-    made = Coordinator(study, space, lambda run: Assignment(run, "accuracy", space.settings.engine, "home"), listener, lambda: False)
-    facts = Facts("d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, {"shape": ["batch", 3, 32, 32]}, 1)
+    made = Coordinator(
+        study,
+        space,
+        lambda run: Assignment(run, "accuracy", space.settings.engine, "home"),
+        listener,
+        lambda: False,
+    )
+    facts = Facts(
+        "d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, {"shape": ["batch", 3, 32, 32]}, 1
+    )
     console.begin(made, facts, Survey({"resnet18_slim": 5}, 0), 1)
     return made
 
 
 def percentile(values: list[float], share: float) -> float | None:
     """In milliseconds."""
-    return round(1000 * sorted(values)[min(len(values) - 1, int(share * len(values)))], 1) if values else None
+    return (
+        round(1000 * sorted(values)[min(len(values) - 1, int(share * len(values)))], 1)
+        if values
+        else None
+    )
 
 
 def shown(tally: Tally, mean: float, workers: int, seconds: float) -> dict[str, Any]:
     per = {
-        kind: tally.cpu[kind] / max(1, len(calls)) for kind, calls in (("report", tally.reports), ("job", tally.jobs), ("end", tally.ends))
+        kind: tally.cpu[kind] / max(1, len(calls))
+        for kind, calls in (("report", tally.reports), ("job", tally.jobs), ("end", tally.ends))
     }
     epochs = len(tally.reports) / max(1, len(tally.ends))  # of a trial, pruned ones included
     epoch = per["report"] + (per["job"] + per["end"]) / max(1.0, epochs)
@@ -158,7 +191,11 @@ def shown(tally: Tally, mean: float, workers: int, seconds: float) -> dict[str, 
         "offered_reports_s": round(workers / mean, 1),
         "reports_s": round(len(tally.reports) / seconds, 1),
         "trials_s": round(len(tally.ends) / seconds, 2),
-        "report_ms": {"p50": percentile(tally.reports, 0.5), "p99": percentile(tally.reports, 0.99), "max": percentile(tally.reports, 1)},
+        "report_ms": {
+            "p50": percentile(tally.reports, 0.5),
+            "p99": percentile(tally.reports, 0.99),
+            "max": percentile(tally.reports, 1),
+        },
         "job_ms": {"p50": percentile(tally.jobs, 0.5), "p99": percentile(tally.jobs, 0.99)},
         "busy": round(tally.busy / seconds, 3),
         "cpu": round(sum(tally.cpu.values()) / seconds, 3),
@@ -171,13 +208,20 @@ def shown(tally: Tally, mean: float, workers: int, seconds: float) -> dict[str, 
 async def measure(args: argparse.Namespace, folder: Path, url: str | None) -> None:
     server, clock = Server(lambda: coordinator(folder, url)), Clock()
     start = time.monotonic()
-    crew = [asyncio.create_task(worker(server, clock, random.Random(number))) for number in range(args.workers)]
+    crew = [
+        asyncio.create_task(worker(server, clock, random.Random(number)))
+        for number in range(args.workers)
+    ]
     while clock.ready < args.workers:
         await asyncio.sleep(0.05)
     took = time.monotonic() - start
     print(
         json.dumps(
-            {"first_jobs": args.workers, "seconds": round(took, 1), "cpu_ms": round(1000 * server.tally.cpu["job"] / args.workers, 1)}
+            {
+                "first_jobs": args.workers,
+                "seconds": round(took, 1),
+                "cpu_ms": round(1000 * server.tally.cpu["job"] / args.workers, 1),
+            }
         )
     )
     for mean in args.epoch_seconds:
@@ -185,7 +229,9 @@ async def measure(args: argparse.Namespace, folder: Path, url: str | None) -> No
         await asyncio.sleep(min(mean, 10))
         server.tally = tally = Tally()
         await asyncio.sleep(args.seconds)
-        print(json.dumps(shown(tally, mean, args.workers, args.seconds), sort_keys=False), flush=True)
+        print(
+            json.dumps(shown(tally, mean, args.workers, args.seconds), sort_keys=False), flush=True
+        )
     for task in crew:
         task.cancel()
     server.calls.put(None)
@@ -209,14 +255,25 @@ def postgresql() -> Iterator[str]:
         control = (str(BINARIES / "pg_ctl"), "-D", f"{place}/data", "-w", "-l", f"{place}/log")
         run(*control, "-o", options, "start")
         try:
-            run(str(BINARIES / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "tuner", "scale")
+            run(
+                str(BINARIES / "createdb"),
+                "-h",
+                "127.0.0.1",
+                "-p",
+                str(port),
+                "-U",
+                "tuner",
+                "scale",
+            )
             yield f"postgresql://tuner@127.0.0.1:{port}/scale"
         finally:
             run(*control, "-m", "fast", "stop")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--epoch-seconds", type=float, nargs="+", default=[60.0, 20.0, 10.0])
     parser.add_argument("--seconds", type=float, default=20.0)
@@ -224,7 +281,15 @@ def main() -> None:
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     random.seed(0)
-    print(json.dumps({"hardware": hardware(), "database": "postgresql" if args.postgresql else "sqlite", "workers": args.workers}))
+    print(
+        json.dumps(
+            {
+                "hardware": hardware(),
+                "database": "postgresql" if args.postgresql else "sqlite",
+                "workers": args.workers,
+            }
+        )
+    )
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         url = stack.enter_context(postgresql()) if args.postgresql else None

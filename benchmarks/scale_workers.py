@@ -50,7 +50,9 @@ def sleep(argument: float, report: Callable[[Epoch], bool], slot: int) -> Result
     epochs = []
     for number in range(1, EPOCHS + 1):
         time.sleep(argument / EPOCHS)
-        epochs.append(Epoch(number, 1.0, {"accuracy": number / 10, "log_likelihood": -1.0}, argument / EPOCHS))
+        epochs.append(
+            Epoch(number, 1.0, {"accuracy": number / 10, "log_likelihood": -1.0}, argument / EPOCHS)
+        )
         report(epochs[-1])
     return Result("complete", tuple(epochs), EPOCHS, FILES, argument)
 
@@ -61,13 +63,28 @@ def length(job: Job, mean: float) -> float:
 
 def study(folder: Path, trials: int) -> Coordinator:
     """As `tuner run` makes it."""
-    space = parsing.parse(document.parse(SPACE.replace("trials: 1000000, pruner: median", f"trials: {trials}, pruner: none"), "scale.yaml"))
+    space = parsing.parse(
+        document.parse(
+            SPACE.replace("trials: 1000000, pruner: median", f"trials: {trials}, pruner: none"),
+            "scale.yaml",
+        )
+    )
     database, sampler = storage.connect(None, folder), optuna.samplers.RandomSampler()
-    made = storage.open_study(database, "scale", sampler, PRUNERS["none"](EPOCHS), running.identity(space), "d")
+    made = storage.open_study(
+        database, "scale", sampler, PRUNERS["none"](EPOCHS), running.identity(space), "d"
+    )
     console = Console("quiet")
     listener = running.Both(console, Artifacts(made, folder, "accuracy"))
-    found = Coordinator(made, space, lambda run: Assignment(run, "accuracy", space.settings.engine, "home"), listener, lambda: False)
-    facts = Facts("d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, {"shape": ["batch", 3, 32, 32]}, 1)
+    found = Coordinator(
+        made,
+        space,
+        lambda run: Assignment(run, "accuracy", space.settings.engine, "home"),
+        listener,
+        lambda: False,
+    )
+    facts = Facts(
+        "d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, {"shape": ["batch", 3, 32, 32]}, 1
+    )
     console.begin(found, facts, Survey({"resnet18_slim": 5}, 0), 1)
     return found
 
@@ -78,7 +95,13 @@ def start(carry: Carry, workers: int) -> float:
     for seconds in (2.0, 10.0, 30.0, 60.0):
         pids: list[int] = []
         jobs = iter([Job(-1 - i, "scale_workers:nap", seconds) for i in range(workers)])
-        carry(lambda jobs=jobs: next(jobs, None), lambda *_: True, lambda _, o, pids=pids: pids.append(o.value), lambda: True, workers)
+        carry(
+            lambda jobs=jobs: next(jobs, None),
+            lambda *_: True,
+            lambda _, o, pids=pids: pids.append(o.value),
+            lambda: True,
+            workers,
+        )
         if len(set(pids)) == workers:
             return time.monotonic() - begun - seconds
     raise SystemExit(f"there are never {workers} workers at once: {pids}")
@@ -104,7 +127,12 @@ def timed(carry: Carry, workers: int, trials: int, mean: float) -> dict[str, flo
         begun, cpu = time.monotonic(), time.process_time()
         carry(jobs, coordinator.report, ended, lambda: True, workers)
         took = time.monotonic() - begun
-        return {"seconds": took, "slept": slept / workers / took, "start_seconds": started, "cpu": (time.process_time() - cpu) / took}
+        return {
+            "seconds": took,
+            "slept": slept / workers / took,
+            "start_seconds": started,
+            "cpu": (time.process_time() - cpu) / took,
+        }
 
 
 @contextlib.contextmanager
@@ -118,21 +146,34 @@ def ray() -> Iterator[Carry]:
     """Two nodes of one core on this machine."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # a process has one for good
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # of the nodes
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )  # of the nodes
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "object_store_memory": 80 * 2**20,
+        },
+    )
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-        with plugins.attribute("engine", "ray")(Engine.model_validate({"name": "ray", "address": cluster.address})) as carry:
+        with plugins.attribute("engine", "ray")(
+            Engine.model_validate({"name": "ray", "address": cluster.address})
+        ) as carry:
             yield carry
     finally:
         cluster.shutdown()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engine", nargs="+", default=["local"], choices=["local", "ray"])
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=1.0)
@@ -149,10 +190,28 @@ def main() -> None:
                     said = timed(carry, workers, args.trials, args.seconds)
                 took[workers] = said["seconds"]
                 shown = {key: round(value, 3) for key, value in said.items()}
-                print(json.dumps({"engine": name, "repeat": repeat, "workers": workers, "trials": args.trials, **shown}), flush=True)
+                print(
+                    json.dumps(
+                        {
+                            "engine": name,
+                            "repeat": repeat,
+                            "workers": workers,
+                            "trials": args.trials,
+                            **shown,
+                        }
+                    ),
+                    flush=True,
+                )
             found.append(took[1] / (2 * took[2]))
         print(
-            json.dumps({"engine": name, "efficiency": round(statistics.median(found), 3), "all": [round(e, 3) for e in found]}), flush=True
+            json.dumps(
+                {
+                    "engine": name,
+                    "efficiency": round(statistics.median(found), 3),
+                    "all": [round(e, 3) for e in found],
+                }
+            ),
+            flush=True,
         )
 
 

@@ -25,7 +25,9 @@ Curve = list[list[float]]  # seconds, score of every epoch, in order
 
 
 def plain(script: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    lines = arms.stamped(arms.plain(script, args, "--trials", str(args.trials), "--seed", str(seed)))
+    lines = arms.stamped(
+        arms.plain(script, args, "--trials", str(args.trials), "--seed", str(seed))
+    )
     epochs = [[line["at"], line["score"]] for line in arms.of(lines, "epoch")]
     states = [line["state"] for line in arms.of(lines, "trial")]
     return {"epochs": epochs, "states": states, "whole": lines[-1]["at"]}
@@ -39,7 +41,12 @@ def tuner(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         lines = arms.stamped(arms.tuner("run", file, folder / "studies"), home=folder / "home")
     epochs = [[line["at"], line["scores"]["accuracy"]] for line in arms.of(lines, "epoch")]
     states = [line["state"] for line in arms.of(lines, "trial")]
-    return {"epochs": epochs, "states": states, "whole": lines[-1]["at"], "begin": arms.of(lines, "begin")[0]["at"]}
+    return {
+        "epochs": epochs,
+        "states": states,
+        "whole": lines[-1]["at"],
+        "begin": arms.of(lines, "begin")[0]["at"],
+    }
 
 
 ARMS = {
@@ -66,7 +73,9 @@ def best(arm: dict[str, Any]) -> float:
 
 def reached(arm: dict[str, Any], bar: float) -> float:
     """Seconds until the first epoch at or above `bar`; infinite where there is none."""
-    return min((seconds for seconds, score in arm["epochs"] if score >= bar - 1e-6), default=math.inf)
+    return min(
+        (seconds for seconds, score in arm["epochs"] if score >= bar - 1e-6), default=math.inf
+    )
 
 
 def table(found: dict[str, Any]) -> None:
@@ -74,17 +83,36 @@ def table(found: dict[str, Any]) -> None:
     names = [name for name in arms.NAMES if all(name in arm for arm in seeds.values())]
     others = [name for name in names if name != "plain"]
     print(f"{found['hardware']}; {found['settings']}; n = {len(seeds)} seeds\n")
-    head = ["bar: plain's best", *(f"{name} there, s" for name in names), *(f"plain / {name}" for name in others)]
+    head = [
+        "bar: plain's best",
+        *(f"{name} there, s" for name in names),
+        *(f"plain / {name}" for name in others),
+    ]
     head += [f"best, {name}" for name in others] + [f"whole command, {name}, s" for name in names]
-    formats = ["{:.4f}", *["{:.0f}"] * len(names), *["{:.2f}"] * len(others), *["{:.4f}"] * len(others), *["{:.0f}"] * len(names)]
+    formats = [
+        "{:.4f}",
+        *["{:.0f}"] * len(names),
+        *["{:.2f}"] * len(others),
+        *["{:.4f}"] * len(others),
+        *["{:.0f}"] * len(names),
+    ]
     print(f"| seed | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}")
     rows = [row(seed, names) for seed in seeds.values()]
-    for seed, cells in [*zip(seeds, rows, strict=True), ("**median**", [statistics.median(column) for column in zip(*rows, strict=True)])]:
-        print(f"| {seed} | {' | '.join(shown(cell, form) for cell, form in zip(cells, formats, strict=True))} |")
+    for seed, cells in [
+        *zip(seeds, rows, strict=True),
+        ("**median**", [statistics.median(column) for column in zip(*rows, strict=True)]),
+    ]:
+        print(
+            f"| {seed} | {' | '.join(shown(cell, form) for cell, form in zip(cells, formats, strict=True))} |"
+        )
     for name in others:
-        missed = sum(math.isinf(reached(seed[name], best(seed["plain"]))) for seed in seeds.values())
+        missed = sum(
+            math.isinf(reached(seed[name], best(seed["plain"]))) for seed in seeds.values()
+        )
         if missed:
-            print(f"\n{name} missed plain's best score within its budget in {missed} of {len(seeds)} seeds.")
+            print(
+                f"\n{name} missed plain's best score within its budget in {missed} of {len(seeds)} seeds."
+            )
 
 
 def row(seed: dict[str, Any], names: list[str]) -> list[float]:
@@ -92,7 +120,13 @@ def row(seed: dict[str, Any], names: list[str]) -> list[float]:
     times = {name: reached(seed[name], bar) for name in names}
     others = [name for name in names if name != "plain"]
     ratios = [times["plain"] / times[name] for name in others]
-    return [bar, *times.values(), *ratios, *(best(seed[name]) for name in others), *(seed[name]["whole"] for name in names)]
+    return [
+        bar,
+        *times.values(),
+        *ratios,
+        *(best(seed[name]) for name in others),
+        *(seed[name]["whole"] for name in names),
+    ]
 
 
 def shown(cell: float, form: str) -> str:
@@ -109,7 +143,14 @@ def plot(found: dict[str, Any]) -> None:
     for name in names:
         for number, seed in enumerate(seeds):
             xs, ys = climb(seed[name])
-            left.step(xs, ys, where="post", color=arms.COLOURS[name], lw=1.6 if number == 0 else 1.0, alpha=0.9 if number == 0 else 0.45)
+            left.step(
+                xs,
+                ys,
+                where="post",
+                color=arms.COLOURS[name],
+                lw=1.6 if number == 0 else 1.0,
+                alpha=0.9 if number == 0 else 0.45,
+            )
     label(left, names)
     left.set_xlabel("wall seconds since the command began")
     left.set_title("best validation accuracy so far, each seed", loc="left", fontsize=10)
@@ -132,7 +173,15 @@ def climb(arm: dict[str, Any]) -> tuple[list[float], list[float]]:
 def label(axis: Axes, names: list[str]) -> None:
     """Each arm's name in its colour, below the curves."""
     for place, name in enumerate(names):
-        axis.text(0.98, 0.06 + 0.08 * place, arms.NAMES[name], color=arms.COLOURS[name], ha="right", transform=axis.transAxes, fontsize=10)
+        axis.text(
+            0.98,
+            0.06 + 0.08 * place,
+            arms.NAMES[name],
+            color=arms.COLOURS[name],
+            ha="right",
+            transform=axis.transAxes,
+            fontsize=10,
+        )
 
 
 def waits(axis: Axes, seeds: list[dict[str, Any]], names: list[str]) -> None:
@@ -141,11 +190,25 @@ def waits(axis: Axes, seeds: list[dict[str, Any]], names: list[str]) -> None:
     for height, name in enumerate(reversed(names)):
         times = [reached(seed[name], best(seed["plain"])) for seed in seeds]
         middle = statistics.median(times)
-        axis.plot([min(t, edge) for t in times], [height] * len(times), "o", color=arms.COLOURS[name], ms=6, alpha=0.6)
-        axis.plot([min(middle, edge)] * 2, [height - 0.22, height + 0.22], color=arms.COLOURS[name], lw=2)
+        axis.plot(
+            [min(t, edge) for t in times],
+            [height] * len(times),
+            "o",
+            color=arms.COLOURS[name],
+            ms=6,
+            alpha=0.6,
+        )
+        axis.plot(
+            [min(middle, edge)] * 2, [height - 0.22, height + 0.22], color=arms.COLOURS[name], lw=2
+        )
         words = f"{arms.NAMES[name]}: {'never' if math.isinf(middle) else f'{middle:.0f} s'}"
         axis.text(
-            min(middle, edge), height + 0.28, words, color=arms.COLOURS[name], ha="center" if middle < 0.7 * edge else "right", fontsize=10
+            min(middle, edge),
+            height + 0.28,
+            words,
+            color=arms.COLOURS[name],
+            ha="center" if middle < 0.7 * edge else "right",
+            fontsize=10,
         )
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
@@ -160,7 +223,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), default=["plain", "ray", "tuner"])
+    parser.add_argument(
+        "--arms", nargs="+", choices=sorted(ARMS), default=["plain", "ray", "tuner"]
+    )
     args = arms.parse(parser)
     found = json.loads(RAW.read_text()) if args.plot_only else measure(args)
     table(found)

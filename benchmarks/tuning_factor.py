@@ -30,13 +30,24 @@ def one(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     best = folder / "studies" / "factor" / "best.yaml"
     recipe = yaml.safe_load(best.read_text())["recipe"]
     params = {key: recipe[key] for key in KEYS}
-    full = ["recipe.fit=train", "recipe.stop_epoch=null"]  # best.yaml says: train and valid together, up to the best epoch
-    train = arms.stamped(arms.tuner("train", best, folder / "studies", *full), home=folder / "home2")
+    full = [
+        "recipe.fit=train",
+        "recipe.stop_epoch=null",
+    ]  # best.yaml says: train and valid together, up to the best epoch
+    train = arms.stamped(
+        arms.tuner("train", best, folder / "studies", *full), home=folder / "home2"
+    )
     listed = folder / "trials.json"
     listed.write_text(json.dumps([params]))
     plain = arms.stamped(arms.plain("plain_optuna.py", args, "--replay", listed))
     states = [line["state"] for line in arms.of(study, "trial")]
-    return {"params": params, "states": states, "study": study[-1]["at"], "train": train[-1]["at"], "plain": plain[-1]["at"]}
+    return {
+        "params": params,
+        "states": states,
+        "study": study[-1]["at"],
+        "train": train[-1]["at"],
+        "plain": plain[-1]["at"],
+    }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,16 +63,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> None:
     seeds = found["seeds"]
     print(f"{found['hardware']}; {found['settings']}; n = {len(seeds)} seeds\n")
-    print("| seed | winner | trials pruned | search, s | winner by tuner, s | winner by hand, s | search / tuner | search / by hand |")
+    print(
+        "| seed | winner | trials pruned | search, s | winner by tuner, s | winner by hand, s | search / tuner | search / by hand |"
+    )
     print(f"|{'---|' * 8}")
     rows = []
     for seed, r in seeds.items():
-        numbers = [r["study"], r["train"], r["plain"], r["study"] / r["train"], r["study"] / r["plain"]]
+        numbers = [
+            r["study"],
+            r["train"],
+            r["plain"],
+            r["study"] / r["train"],
+            r["study"] / r["plain"],
+        ]
         rows.append(numbers)
         p, pruned = r["params"], r["states"].count("pruned")
         winner = f"depth {p['freeze_depth']}, {p['epochs']} epochs, lr {p['lr']:.2g}"
         print(f"| {seed} | {winner} | {pruned} of {len(r['states'])} | {shown(numbers)} |")
-    print(f"| **median** |  |  | {shown([statistics.median(column) for column in zip(*rows, strict=True)])} |")
+    print(
+        f"| **median** |  |  | {shown([statistics.median(column) for column in zip(*rows, strict=True)])} |"
+    )
 
 
 def shown(numbers: list[float]) -> str:

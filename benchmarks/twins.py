@@ -40,7 +40,9 @@ def loaders(folder: Path, workers: int) -> tuple[DataLoader, DataLoader]:
     wanted = timm.get_pretrained_cfg(MODEL)
     transform = transforms.Compose(
         [
-            transforms.Resize(round(SIZE / wanted.crop_pct), transforms.InterpolationMode(wanted.interpolation)),
+            transforms.Resize(
+                round(SIZE / wanted.crop_pct), transforms.InterpolationMode(wanted.interpolation)
+            ),
             transforms.CenterCrop(SIZE),
             transforms.ToTensor(),
             transforms.Normalize(wanted.mean, wanted.std),
@@ -55,20 +57,28 @@ def loaders(folder: Path, workers: int) -> tuple[DataLoader, DataLoader]:
 
 def build(weights: Path, classes: int) -> nn.Module:
     """EfficientNet-Lite0 with ImageNet weights from a file and a new head."""
-    model = timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, num_classes=classes)
+    model = timm.create_model(
+        MODEL, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, num_classes=classes
+    )
     return model.to(DEVICE)
 
 
 def freeze(model: nn.Module, depth: int) -> list[nn.Module]:
     """Freezes the first `depth` stages: stem, seven blocks, head convolution; never the classifier. Returns what is frozen."""
-    stages = [[model.conv_stem, model.bn1], *([block] for block in model.blocks), [model.conv_head, model.bn2]]
+    stages = [
+        [model.conv_stem, model.bn1],
+        *([block] for block in model.blocks),
+        [model.conv_head, model.bn2],
+    ]
     frozen = [module for stage in stages[:depth] for module in stage]
     for module in frozen:
         module.requires_grad_(False)
     return frozen
 
 
-def train(params: Params, weights: Path, train_loader: DataLoader, valid_loader: DataLoader) -> Iterator[float]:
+def train(
+    params: Params, weights: Path, train_loader: DataLoader, valid_loader: DataLoader
+) -> Iterator[float]:
     """One training; yields the validation accuracy after each epoch."""
     model = build(weights, len(train_loader.dataset.classes))
     frozen = freeze(model, params.freeze_depth)
@@ -90,7 +100,10 @@ def train(params: Params, weights: Path, train_loader: DataLoader, valid_loader:
 @torch.inference_mode()
 def accuracy(model: nn.Module, loader: DataLoader) -> float:
     model.eval()
-    hits = sum(int((model(images.to(DEVICE)).argmax(1) == labels.to(DEVICE)).sum()) for images, labels in loader)
+    hits = sum(
+        int((model(images.to(DEVICE)).argmax(1) == labels.to(DEVICE)).sum())
+        for images, labels in loader
+    )
     return hits / len(loader.dataset)
 
 
@@ -99,12 +112,28 @@ def accuracy(model: nn.Module, loader: DataLoader) -> float:
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options that both searches have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="images: FOLDER/{train,valid}/<class>/*.jpg; photographs.py makes one")
-    parser.add_argument("--weights", type=Path, required=True, help=f"ImageNet weights of {MODEL}, a .safetensors file with timm's names")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="images: FOLDER/{train,valid}/<class>/*.jpg; photographs.py makes one",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        required=True,
+        help=f"ImageNet weights of {MODEL}, a .safetensors file with timm's names",
+    )
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the sampler and of the training")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes; for small images on few cores 0 can be faster")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="loader processes; for small images on few cores 0 can be faster",
+    )
     return parser
 
 
@@ -116,5 +145,11 @@ def age() -> float:
 
 def tell(event: str, trial: int, params: Params, **values: object) -> None:
     """One JSON line on stdout; `seconds` are wall seconds since the command's start."""
-    line = {"event": event, "trial": trial, "params": asdict(params), **values, "seconds": round(age(), 3)}
+    line = {
+        "event": event,
+        "trial": trial,
+        "params": asdict(params),
+        **values,
+        "seconds": round(age(), 3),
+    }
     print(json.dumps(line), flush=True)

@@ -31,27 +31,50 @@ recipe: {optimizer: adamw, lr: 2.0e-4, batch_size: 16}
 
 
 def run(args: argparse.Namespace, depth: int) -> Run:
-    words = [f"data.path={args.folder}", f"data.images={args.images}", f"data.masks={args.masks}", f"data.size={args.size}"]
-    words += [f"model.name={args.model}", f"recipe.freeze_depth={depth}", f"recipe.epochs={args.repeats + 1}"]
-    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(None, seed=1)
+    words = [
+        f"data.path={args.folder}",
+        f"data.images={args.images}",
+        f"data.masks={args.masks}",
+        f"data.size={args.size}",
+    ]
+    words += [
+        f"model.name={args.model}",
+        f"recipe.freeze_depth={depth}",
+        f"recipe.epochs={args.repeats + 1}",
+    ]
+    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(
+        None, seed=1
+    )
 
 
 def arm(args: argparse.Namespace, depth: int, cache: str, home: Path) -> Iterator[Epoch]:
     r = run(args, depth)
-    return fit(prepare(r, place(Engine.model_validate({"cache": cache, "device": "cpu"}), home), "mean_iou"), r.recipe, r.seed)
+    return fit(
+        prepare(
+            r, place(Engine.model_validate({"cache": cache, "device": "cpu"}), home), "mean_iou"
+        ),
+        r.recipe,
+        r.seed,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", default="images")
     parser.add_argument("--masks", default="masks")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--model", default="unet/resnet18")
-    parser.add_argument("--encoder", type=int, default=5, help="the depth at which the whole encoder is frozen")
+    parser.add_argument(
+        "--encoder", type=int, default=5, help="the depth at which the whole encoder is frozen"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    print(f"{args.model}, {args.size} px, {hardware()}, n = {args.repeats} epochs: median (least to most), interleaved\n")
+    print(
+        f"{args.model}, {args.size} px, {hardware()}, n = {args.repeats} epochs: median (least to most), interleaved\n"
+    )
     arms = {
         "nothing frozen": (0, "never"),
         "encoder frozen, on the fly": (args.encoder, "never"),
@@ -59,7 +82,9 @@ def main() -> None:
         "encoder and decoder frozen, remembered": (args.encoder + 1, "always"),
     }
     with tempfile.TemporaryDirectory() as home:
-        running = {name: arm(args, depth, cache, Path(home)) for name, (depth, cache) in arms.items()}
+        running = {
+            name: arm(args, depth, cache, Path(home)) for name, (depth, cache) in arms.items()
+        }
         first = {name: next(epochs).seconds for name, epochs in running.items()}
         later: dict[str, list[float]] = {name: [] for name in arms}
         for _ in range(args.repeats):
@@ -68,7 +93,9 @@ def main() -> None:
     whole = statistics.median(later["nothing frozen"])
     print("| arm | first epoch, s | later epochs, s | ÷ nothing frozen |\n|---|---|---|---|")
     for name, seconds in later.items():
-        print(f"| {name} | {first[name]:.2f} | {spread(seconds, 2)} | {statistics.median(seconds) / whole:.2f} |")
+        print(
+            f"| {name} | {first[name]:.2f} | {spread(seconds, 2)} | {statistics.median(seconds) / whole:.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -33,20 +33,38 @@ def gaps(args: argparse.Namespace, folder: Path) -> list[float]:
         for line in arms.stamped(arms.tuner("run", file, folder / "studies"), home=folder / "home")
         if line["event"] in ("trial", "epoch")
     ]
-    return [b["at"] - b["seconds"] - a["at"] for a, b in itertools.pairwise(lines) if a["event"] == "trial" and b["event"] == "epoch"]
+    return [
+        b["at"] - b["seconds"] - a["at"]
+        for a, b in itertools.pairwise(lines)
+        if a["event"] == "trial" and b["event"] == "epoch"
+    ]
 
 
 def peak(command: Sequence[str | Path], home: Path | None = None) -> float:
     """MB of the largest process that the command starts, itself included."""
     env = [f"TUNER_HOME={home}"] if home else []
     words = [sys.executable, "-c", PEAK, "env", *env, *map(str, command)]
-    return int(subprocess.run(words, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout) / 1024
+    return (
+        int(
+            subprocess.run(
+                words, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            ).stdout
+        )
+        / 1024
+    )
 
 
 def memory(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """Peaks of the plain script and of tuner."""
     listed = folder / "trials.json"
-    listed.write_text(json.dumps([{"lr": 1e-3, "momentum": 0.9, "freeze_depth": d, "epochs": 1} for d in (0, arms.MAX_DEPTH)]))
+    listed.write_text(
+        json.dumps(
+            [
+                {"lr": 1e-3, "momentum": 0.9, "freeze_depth": d, "epochs": 1}
+                for d in (0, arms.MAX_DEPTH)
+            ]
+        )
+    )
     search = {"trials": 2, "sampler": "grid"}
     recipe = {"lr": 1e-3, "momentum": 0.9, "epochs": 1, "freeze_depth": [0, arms.MAX_DEPTH]}
     file = arms.write_space(folder / "memory.yaml", args, recipe, search)
@@ -69,7 +87,9 @@ def main() -> None:
     print(f"| gap between trials, s, {len(between)} gaps | {arms.spread(between, 3)} |")
     print(f"| peak memory, plain script, MB | {arms.spread([p for p, _ in peaks], 0)} |")
     print(f"| peak memory, tuner's largest process, MB | {arms.spread([t for _, t in peaks], 0)} |")
-    print(f"| difference of the medians, MB | {statistics.median(t for _, t in peaks) - statistics.median(p for p, _ in peaks):.0f} |")
+    print(
+        f"| difference of the medians, MB | {statistics.median(t for _, t in peaks) - statistics.median(p for p, _ in peaks):.0f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ def read_idx(path: Path) -> np.ndarray:
 
 def load(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """Normalised images, float32 (n, 3, 32, 32), and labels, int64 (n,)."""
-    pixels = torch.from_numpy(read_idx(folder / f"{part}-images-idx3-ubyte.gz").copy())[:, None].float() / 255
+    pixels = (
+        torch.from_numpy(read_idx(folder / f"{part}-images-idx3-ubyte.gz").copy())[:, None].float()
+        / 255
+    )
     pixels = F.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear", antialias=True)
     labels = torch.from_numpy(read_idx(folder / f"{part}-labels-idx1-ubyte.gz").copy()).long()
     return ((pixels - MEAN) / STD).expand(-1, 3, -1, -1), labels
@@ -49,20 +52,28 @@ def augment(x: Tensor) -> Tensor:
     shift = torch.randint(0, 7, (n, 2, 1))
     rows = shift[:, 0] + torch.arange(SIZE)
     cols = shift[:, 1] + torch.arange(SIZE)
-    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(
+        0, 3, 1, 2
+    )
 
 
 @torch.no_grad()
 def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     net.eval()
-    hits = sum(int((net(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
+    hits = sum(
+        int((net(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True)
+    )
     return hits / len(y)
 
 
 def train(net: nn.Module, x: Tensor, y: Tensor, epochs: int, batch: int = 128) -> None:
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     steps = epochs * (len(x) // batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))
+    )
     for epoch in range(epochs):
         net.train()
         start, losses = time.monotonic(), []
@@ -74,11 +85,16 @@ def train(net: nn.Module, x: Tensor, y: Tensor, epochs: int, batch: int = 128) -
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        print(f"epoch {epoch + 1}/{epochs} loss {np.mean(losses):.3f} {time.monotonic() - start:.0f}s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{epochs} loss {np.mean(losses):.3f} {time.monotonic() - start:.0f}s",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--epochs", type=int, default=30)
     args = parser.parse_args()
@@ -87,7 +103,10 @@ def main() -> None:
     train(net, *load(args.data, "train"), epochs=args.epochs)
     net.half().float()  # the accuracy on the card is that of the half-precision weights which ship
     score = accuracy(net, *load(args.data, "t10k"))
-    state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    state = {
+        k: v.half().contiguous() if v.is_floating_point() else v
+        for k, v in net.state_dict().items()
+    }
     save_file(state, OUT, metadata={"data": "Fashion-MNIST", "test_accuracy": f"{score:.4f}"})
     digest = hashlib.sha256(OUT.read_bytes()).hexdigest()
     OUT.with_suffix(".md").write_text(card(score, args.epochs, digest, OUT.stat().st_size))

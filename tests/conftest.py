@@ -13,7 +13,9 @@ import pytest
 
 from tests import postgres
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the command line does
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # before torch is loaded, as the command line does
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -37,7 +39,10 @@ export: [safetensors]
 @contextlib.contextmanager
 def narrow(size: int) -> Iterator[None]:
     """A real limit on the bytes of a file, as a full disk. For moments: pytest's own output may be a file that is larger already."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield
@@ -67,7 +72,9 @@ def small(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tuner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Callable[..., Said]]:
+def tuner(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Callable[..., Said]]:
     """The command line in this process, in a folder of its own."""
     from tuner.cli import main
 
@@ -101,7 +108,11 @@ def _postgres() -> Iterator[postgres.Server]:
     """A PostgreSQL server of the tests' own; skips, saying so, where none is installed."""
     binaries = postgres.programs()
     if binaries is None:
-        pytest.skip("PostgreSQL's server programs are not installed (Debian: apt-get install postgresql)")
-    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'tuner-finetune[postgres]'")
+        pytest.skip(
+            "PostgreSQL's server programs are not installed (Debian: apt-get install postgresql)"
+        )
+    pytest.importorskip(
+        "psycopg", reason="psycopg is not installed: pip install 'tuner-finetune[postgres]'"
+    )
     with postgres.serving(binaries) as server:
         yield server

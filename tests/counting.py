@@ -22,7 +22,9 @@ class Counted(nn.Module):
     def train(self, mode: bool = True) -> "Counted":
         file = os.environ.get("COUNTED")
         if mode and file:
-            checkpoints.STAKE = float(os.environ.get("STAKE", "0"))  # these epochs are short, and each shall count
+            checkpoints.STAKE = float(
+                os.environ.get("STAKE", "0")
+            )  # these epochs are short, and each shall count
             with open(file, "a") as lines:
                 lines.write(f"{os.getpid()}\n")
             self.kill(len(Path(file).read_text().splitlines()))
@@ -41,7 +43,9 @@ class Counted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        return x * (1 + 0.1 * random.random()) + 0.1 * float(np.random.rand()) + 0.1 * torch.rand(())
+        return (
+            x * (1 + 0.1 * random.random()) + 0.1 * float(np.random.rand()) + 0.1 * torch.rand(())
+        )
 
 
 def model(outputs: int) -> nn.Module:
@@ -49,6 +53,12 @@ def model(outputs: int) -> nn.Module:
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()),
         Counted(),
-        nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Sequential(
+            nn.Conv2d(8, 16, 3, 2, 1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ),
         nn.Sequential(nn.Dropout(0.3), nn.Linear(16, outputs)),
     )

@@ -26,7 +26,9 @@ BOXES = torch.tensor(
         [[30, 30, 62, 62], [2, 3, 20, 30]],
     ]
 )
-LABELS = torch.tensor([[0, 2], [1, NO_OBJECT], [NO_OBJECT, NO_OBJECT], [2, 0]])  # the third picture has none
+LABELS = torch.tensor(
+    [[0, 2], [1, NO_OBJECT], [NO_OBJECT, NO_OBJECT], [2, 0]]
+)  # the third picture has none
 
 
 def truth(side: int = SIDE) -> dict[str, Tensor]:
@@ -35,7 +37,9 @@ def truth(side: int = SIDE) -> dict[str, Tensor]:
 
 def pixels(side: int = SIDE) -> Tensor:
     """uint8 (4, 3, side, side)."""
-    return torch.randint(0, 256, (4, 3, side, side), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (4, 3, side, side), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
+    )
 
 
 def ready(wanted: Preprocess, side: int = SIDE) -> Tensor:
@@ -58,7 +62,9 @@ class Pictures:
         return len(LABELS)
 
     def take(self, index: Tensor, view: int) -> Batch:
-        return Batch(pixels(self.side)[index], {name: leaf[index] for name, leaf in truth(self.side).items()})
+        return Batch(
+            pixels(self.side)[index], {name: leaf[index] for name, leaf in truth(self.side).items()}
+        )
 
 
 class Detecting(Task):
@@ -85,11 +91,15 @@ class Detecting(Task):
     def difference(self, expected: Tree, got: Tree) -> float:
         return 0.0
 
-    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+    def tell(
+        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
+    ) -> list[Told]:
         return []
 
 
-def bench(staged: Staged, wanted: Preprocess, depth: int, home: Path, mode: str, side: int = SIDE) -> Bench:
+def bench(
+    staged: Staged, wanted: Preprocess, depth: int, home: Path, mode: str, side: int = SIDE
+) -> Bench:
     """The pictures seen through the first `depth` stages; `mode` is the cache's."""
     where: Place = place(Engine.model_validate({"device": "cpu", "cache": mode}), home)
     prefix, net = staged.split(depth)

@@ -14,10 +14,19 @@ from typing import Any
 
 class Forks:
     def __init__(self) -> None:
-        quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # no thread is there to be lost by a fork
+        quiet = {
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+        }  # no thread is there to be lost by a fork
         command = [sys.executable, "-m", "tests.forks"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **quiet}, cwd=Path(__file__).parents[1]
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **quiet},
+            cwd=Path(__file__).parents[1],
         )
 
     def tuner(self, folder: Path, *words: object, **environment: str) -> tuple[int, str]:
@@ -28,11 +37,15 @@ class Forks:
         """module:function(*arguments) in `folder`; what it returns is the last line said, as JSON."""
         return self._ask(folder, environment, {"work": name, "arguments": [*arguments]})
 
-    def _ask(self, folder: Path, environment: dict[str, str], what: dict[str, Any]) -> tuple[int, str]:
+    def _ask(
+        self, folder: Path, environment: dict[str, str], what: dict[str, Any]
+    ) -> tuple[int, str]:
         assert self.process.stdin is not None and self.process.stdout is not None
         (folder / "said").unlink(missing_ok=True)
         environment = {"TUNER_HOME": str(folder / "home"), "TUNER_CRASH_AT": "", **environment}
-        self.process.stdin.write(json.dumps({"folder": str(folder), "environment": environment, **what}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"folder": str(folder), "environment": environment, **what}) + "\n"
+        )
         self.process.stdin.flush()
         code = json.loads(self.process.stdout.readline())
         return os.waitstatus_to_exitcode(code), (folder / "said").read_text()
@@ -84,6 +97,15 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    for needed in ("running", "trial", "winner", "work", "engines.inline", "models.resnet", "data.synthetic", "tasks.classification"):
+    for needed in (
+        "running",
+        "trial",
+        "winner",
+        "work",
+        "engines.inline",
+        "models.resnet",
+        "data.synthetic",
+        "tasks.classification",
+    ):
         importlib.import_module(f"tuner.{needed}")
     serve()

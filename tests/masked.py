@@ -17,7 +17,15 @@ def drawn(number: int, classes: int = 2) -> tuple[Image.Image, Image.Image]:
     draw = ImageDraw.Draw(mask)
     for label in range(1, classes):
         left, top = rng.integers(0, width // 2), rng.integers(0, height // 2)
-        draw.rectangle((left, top, left + rng.integers(8, width // 2 + 4), top + rng.integers(6, height // 2 + 2)), fill=label)
+        draw.rectangle(
+            (
+                left,
+                top,
+                left + rng.integers(8, width // 2 + 4),
+                top + rng.integers(6, height // 2 + 2),
+            ),
+            fill=label,
+        )
     return painted(mask), mask
 
 

@@ -57,7 +57,9 @@ def recoded(data: bytes, draw: random.Random) -> bytes:
     text = data.decode("utf-8", errors="replace")
     to = draw.choice(("utf-16", "utf-32", "latin-1", "utf-8-sig", "crlf", "cr"))
     ends = {"crlf": "\r\n", "cr": "\r"}
-    return text.replace("\n", ends[to]).encode() if to in ends else text.encode(to, errors="replace")
+    return (
+        text.replace("\n", ends[to]).encode() if to in ends else text.encode(to, errors="replace")
+    )
 
 
 def retyped(data: bytes, draw: random.Random) -> bytes:
@@ -80,7 +82,13 @@ def retyped(data: bytes, draw: random.Random) -> bytes:
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) of a tree."""
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+    for key, value in (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    ):
         yield tree, key
         yield from _places(value)
 
@@ -170,14 +178,26 @@ def yolo_yaml(root: Path) -> Path:
 
 def table(root: Path, name: str) -> Path:
     root.mkdir(parents=True, exist_ok=True)
-    rows = [(f'a text, number {i}, "quoted"\nand more' if i % 5 == 0 else f"text {i} é", "ham" if i % 2 else "spam") for i in range(40)]
+    rows = [
+        (
+            f'a text, number {i}, "quoted"\nand more' if i % 5 == 0 else f"text {i} é",
+            "ham" if i % 2 else "spam",
+        )
+        for i in range(40)
+    ]
     path = root / name
     if name.endswith("csv"):
-        lines = ["text,label", *('"' + text.replace('"', '""') + f'",{label}' for text, label in rows)]
+        lines = [
+            "text,label",
+            *('"' + text.replace('"', '""') + f'",{label}' for text, label in rows),
+        ]
     elif name.endswith("tsv"):
         lines = ["text\tlabel", *(f"{' '.join(text.split())}\t{label}" for text, label in rows)]
     else:
-        lines = [json.dumps({"text": text, "label": label, "n": i}) for i, (text, label) in enumerate(rows)]
+        lines = [
+            json.dumps({"text": text, "label": label, "n": i})
+            for i, (text, label) in enumerate(rows)
+        ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin", "/usr/local/pgsql/bin")
-USERS = ("postgres", "nobody")  # whom the server may belong to where the tests are root, which it refuses
+PLACES = (
+    "/usr/lib/postgresql/*/bin",
+    "/usr/pgsql-*/bin",
+    "/opt/homebrew/opt/postgresql*/bin",
+    "/usr/local/pgsql/bin",
+)
+USERS = (
+    "postgres",
+    "nobody",
+)  # whom the server may belong to where the tests are root, which it refuses
 CONFIG = "fsync = off\nlisten_addresses = '127.0.0.1'\nmax_connections = 40\nlog_min_duration_statement = -1\n"
 
 
@@ -23,7 +31,12 @@ def programs() -> Path | None:
     found = shutil.which("initdb")
     if found and shutil.which("pg_ctl"):
         return Path(found).parent
-    folders = [folder for place in PLACES for folder in Path("/").glob(place[1:]) if (folder / "initdb").exists()]
+    folders = [
+        folder
+        for place in PLACES
+        for folder in Path("/").glob(place[1:])
+        if (folder / "initdb").exists()
+    ]
     return max(folders, default=None)
 
 
@@ -39,17 +52,37 @@ class Server:
 
     def url(self, database: str, password: str | None = None) -> str:
         """As a storage: URL; `password` in place of the server's own, such as ${NAME}."""
-        return f"postgresql://{self.user}:{password or self.password}@127.0.0.1:{self.port}/{database}"
+        return (
+            f"postgresql://{self.user}:{password or self.password}@127.0.0.1:{self.port}/{database}"
+        )
 
     def control(self, *words: str) -> None:
-        done = _run(self.bin / "pg_ctl", "-D", self.folder / "data", "-w", "-t", "60", "-l", self.folder / "log", *words)
-        assert done.returncode == 0, f"{done.stdout}{done.stderr}{(self.folder / 'log').read_text()[-2000:]}"
+        done = _run(
+            self.bin / "pg_ctl",
+            "-D",
+            self.folder / "data",
+            "-w",
+            "-t",
+            "60",
+            "-l",
+            self.folder / "log",
+            *words,
+        )
+        assert done.returncode == 0, (
+            f"{done.stdout}{done.stderr}{(self.folder / 'log').read_text()[-2000:]}"
+        )
 
     def query(self, statement: str, database: str = "postgres") -> list[Any]:
         """What a statement gives; runs outside a transaction."""
         import psycopg
 
-        place = {"host": "127.0.0.1", "port": self.port, "user": self.user, "password": self.password, "dbname": database}
+        place = {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "user": self.user,
+            "password": self.password,
+            "dbname": database,
+        }
         with psycopg.connect(**place, autocommit=True) as connection:  # type: ignore[arg-type]
             cursor = connection.execute(statement)  # type: ignore[call-overload]
             return list(cursor.fetchall()) if cursor.description else []
@@ -64,7 +97,9 @@ class Server:
 @contextmanager
 def serving(binaries: Path) -> Iterator[Server]:
     """Stopped, and its folder removed, at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="tuner-pg-", dir="/tmp"))  # a socket's path may have 107 bytes
+    folder = Path(
+        tempfile.mkdtemp(prefix="tuner-pg-", dir="/tmp")
+    )  # a socket's path may have 107 bytes
     server = Server(binaries, folder, _free_port(), f"pw{secrets.token_hex(8)}")
     try:
         (folder / "password").write_text(server.password)
@@ -72,7 +107,18 @@ def serving(binaries: Path) -> Iterator[Server]:
         for path in (folder, folder / "password", folder / "log"):
             if os.geteuid() == 0:
                 os.chown(path, *_owner())
-        words = ("-U", server.user, "--pwfile", folder / "password", "-A", "scram-sha-256", "-E", "UTF8", "--no-locale", "--no-sync")
+        words = (
+            "-U",
+            server.user,
+            "--pwfile",
+            folder / "password",
+            "-A",
+            "scram-sha-256",
+            "-E",
+            "UTF8",
+            "--no-locale",
+            "--no-sync",
+        )
         made = _run(binaries / "initdb", "-D", folder / "data", *words)
         assert made.returncode == 0, made.stdout + made.stderr
         with open(folder / "data" / "postgresql.conf", "a") as file:
@@ -90,7 +136,14 @@ def _run(program: Path, *words: object) -> "subprocess.CompletedProcess[str]":
     with tempfile.TemporaryFile("w+") as said:
         command = [str(word) for word in (program, *words)]
         done = subprocess.run(
-            command, stdout=said, stderr=said, check=False, cwd="/", user=user, group=group, extra_groups=[] if user else None
+            command,
+            stdout=said,
+            stderr=said,
+            check=False,
+            cwd="/",
+            user=user,
+            group=group,
+            extra_groups=[] if user else None,
         )
         said.seek(0)
         return subprocess.CompletedProcess(command, done.returncode, said.read(), "")

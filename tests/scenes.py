@@ -11,10 +11,14 @@ INK = {"red": (220, 20, 20), "blue": (20, 20, 220)}
 Object = tuple[str, tuple[int, int, int, int]]
 
 
-def picture(path: Path, objects: Sequence[Object], size: tuple[int, int] = (64, 48), seed: int = 0) -> None:
+def picture(
+    path: Path, objects: Sequence[Object], size: tuple[int, int] = (64, 48), seed: int = 0
+) -> None:
     """Filled rectangles (left, top, right, bottom; the last row and column outside) on noise, as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(90, 130, (size[1], size[0], 1), np.uint8).repeat(3, 2)
+    pixels = (
+        np.random.default_rng(seed).integers(90, 130, (size[1], size[0], 1), np.uint8).repeat(3, 2)
+    )
     for name, (left, top, right, bottom) in objects:
         pixels[top:bottom, left:right] = INK[name]
     Image.fromarray(pixels).save(path)
@@ -55,9 +59,13 @@ def coco(root: Path, count: int = 20) -> Path:
         images.append({"id": 100 + i, "file_name": f"{i:02d}.png", "width": 64, "height": 48})
         for name, (left, top, right, bottom) in objects:
             box = [left, top, right - left, bottom - top]
-            annotations.append({"image_id": 100 + i, "category_id": {"blue": 7, "red": 9}[name], "bbox": box})
+            annotations.append(
+                {"image_id": 100 + i, "category_id": {"blue": 7, "red": 9}[name], "bbox": box}
+            )
     categories = [{"id": 7, "name": "blue"}, {"id": 9, "name": "red"}]
-    (root / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    (root / "instances.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
     return root
 
 

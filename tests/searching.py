@@ -28,14 +28,22 @@ def carry_out(c: Coordinator, job: Job, pause: float) -> Outcome:
     epochs: list[Epoch] = []
     for number in range(1, run.recipe.epochs + 1):
         time.sleep(pause)
-        epochs.append(Epoch(number, 1.0, {"accuracy": quality(run) * number / run.recipe.epochs}, pause))
+        epochs.append(
+            Epoch(number, 1.0, {"accuracy": quality(run) * number / run.recipe.epochs}, pause)
+        )
         if not c.report(job, epochs[-1]):
             return Outcome("done", Result("stopped", tuple(epochs), number, {}, pause))
     return Outcome("done", Result("complete", tuple(epochs), len(epochs), {}, pause))
 
 
 @contextlib.contextmanager
-def sharing(url: str, folder: Path, trials: int, name: str = "t", tell: Callable[[str], None] = lambda text: None) -> Iterator[Coordinator]:
+def sharing(
+    url: str,
+    folder: Path,
+    trials: int,
+    name: str = "t",
+    tell: Callable[[str], None] = lambda text: None,
+) -> Iterator[Coordinator]:
     """A coordinator among others."""
     database = storage.connect(url, folder, tell)
     place = server.of(database)
@@ -43,9 +51,18 @@ def sharing(url: str, folder: Path, trials: int, name: str = "t", tell: Callable
     s = space(trials=trials, sampler="random", pruner="none")
     sampler, pruner = optuna.samplers.RandomSampler(), PRUNERS["none"](3)
     try:
-        study = place.exclusively(0, lambda: storage.open_study(database, name, sampler, pruner, {}, "data"))
+        study = place.exclusively(
+            0, lambda: storage.open_study(database, name, sampler, pruner, {}, "data")
+        )
         with leases.leased(place, study._study_id, folder) as lease:
-            yield Coordinator(study, s, lambda run: Assignment(run, "accuracy", s.settings.engine, "home"), Silent(), lambda: False, lease)
+            yield Coordinator(
+                study,
+                s,
+                lambda run: Assignment(run, "accuracy", s.settings.engine, "home"),
+                Silent(),
+                lambda: False,
+                lease,
+            )
     finally:
         storage.close(database)
 

@@ -23,7 +23,9 @@ WANTED = Preprocess(32, 32, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox")
 
 def loaded(name: str, path: Path, home: Path, wanted: Preprocess = WANTED, **options: Any) -> Data:
     own = {key: options.pop(key) for key in ("classes", "difficult", "images") if key in options}
-    found: Data = plugins.attribute("data", name)(home, wanted, "detection", path=str(path), image=ImageOptions(**options), **own)
+    found: Data = plugins.attribute("data", name)(
+        home, wanted, "detection", path=str(path), image=ImageOptions(**options), **own
+    )
     return found
 
 
@@ -36,21 +38,33 @@ def seen(pixels: torch.Tensor, ink: str) -> list[float]:
 
 @pytest.mark.parametrize("side", [64, 32, 128])
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (64, 64)])
-def test_boxes_lie_where_the_pixels_do_on_the_canvas_and_in_the_mirror(size: tuple[int, int], side: int, tmp_path: Path) -> None:
+def test_boxes_lie_where_the_pixels_do_on_the_canvas_and_in_the_mirror(
+    size: tuple[int, int], side: int, tmp_path: Path
+) -> None:
     (tmp_path / "annotations").mkdir()
     for i in range(8):
-        objects: list[scenes.Object] = [("red", (2 * i, 4, 2 * i + 12, 20)), ("blue", (8, 24 + i // 4 * 2, 40, 40))]
+        objects: list[scenes.Object] = [
+            ("red", (2 * i, 4, 2 * i + 12, 20)),
+            ("blue", (8, 24 + i // 4 * 2, 40, 40)),
+        ]
         scenes.picture(tmp_path / "images" / f"{i}.png", objects, size)
         (tmp_path / "annotations" / f"{i}.xml").write_text(scenes.xml(objects, size))
     source = loaded(
-        "voc", tmp_path, tmp_path / "home", Preprocess(side, side, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox"), augment="flip"
+        "voc",
+        tmp_path,
+        tmp_path / "home",
+        Preprocess(side, side, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox"),
+        augment="flip",
     ).train
     for view in (0, 1):
         x, y = source.take(torch.arange(len(source)), view)
         assert isinstance(x, torch.Tensor) and isinstance(y, dict)
         for pixels, boxes, labels in zip(x, y["boxes"], y["labels"], strict=True):
             assert labels.tolist() == [1, 0]  # red, blue: classes go by name
-            assert [boxes[0].tolist(), boxes[1].tolist()] == [seen(pixels, "red"), seen(pixels, "blue")]
+            assert [boxes[0].tolist(), boxes[1].tolist()] == [
+                seen(pixels, "red"),
+                seen(pixels, "blue"),
+            ]
     first, second = (source.take(torch.arange(len(source)), view).x for view in (0, 1))
     assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
     assert torch.equal(first, second.flip(3))  # each image is mirrored in one of the two
@@ -62,7 +76,9 @@ def test_three_ways_to_write_the_same(name: str, tmp_path: Path) -> None:
     assert data.classes == ("blue", "red")
     assert (len(data.train), len(data.valid), len(data.test), len(data.full)) == (14, 3, 3, 17)
     truths = sorted(
-        json.dumps([np.round(y["boxes"][0].numpy().astype(float), 4).tolist(), y["labels"][0].tolist()])
+        json.dumps(
+            [np.round(y["boxes"][0].numpy().astype(float), 4).tolist(), y["labels"][0].tolist()]
+        )
         for source in (data.full, data.test)
         for i in range(len(source))
         for y in [source.take(torch.tensor([i]), 0).y]
@@ -94,8 +110,15 @@ def test_parts_are_taken_from_the_lists_of_voc(tmp_path: Path) -> None:
 def test_classes_of_voc_are_the_ones_found_or_those_that_are_named(tmp_path: Path) -> None:
     root = scenes.voc(tmp_path / "voc")
     assert loaded("voc", root, tmp_path / "home").classes == ("blue", "red")
-    assert loaded("voc", root, tmp_path / "home", classes=["red", "green", "blue"]).classes == ("red", "green", "blue")
-    with pytest.raises(DataError, match=r"01\.xml: object 2: class 'blue'; did you mean 'blu'\? \(allowed: red, blu\)"):
+    assert loaded("voc", root, tmp_path / "home", classes=["red", "green", "blue"]).classes == (
+        "red",
+        "green",
+        "blue",
+    )
+    with pytest.raises(
+        DataError,
+        match=r"01\.xml: object 2: class 'blue'; did you mean 'blu'\? \(allowed: red, blu\)",
+    ):
         loaded("voc", root, tmp_path / "home", classes=["red", "blu"])
 
 
@@ -109,12 +132,17 @@ def test_parts_are_taken_from_the_files_of_coco_and_from_data_yaml(tmp_path: Pat
         folder.mkdir(exist_ok=True)
         (folder / f"instances_{name}2017.json").write_text(json.dumps(tree))
     data = loaded("coco", tmp_path / "all", tmp_path / "home")
-    assert (len(data.valid), len(data.train) + len(data.test)) == (4, 12)  # what is missing is taken from what trains
+    assert (len(data.valid), len(data.train) + len(data.test)) == (
+        4,
+        12,
+    )  # what is missing is taken from what trains
     root = scenes.yolo(tmp_path / "yolo")
     (root / "val.txt").write_text("images/00.png\nimages/01.png\n")
     (root / "train.txt").write_text("".join(f"images/{i:02d}.png\n" for i in range(2, 18)))
     (root / "test.txt").write_text("images/18.png\n")
-    (root / "data.yaml").write_text("train: train.txt\nval: val.txt\ntest: test.txt\nnames: {0: blue, 1: red}\n")
+    (root / "data.yaml").write_text(
+        "train: train.txt\nval: val.txt\ntest: test.txt\nnames: {0: blue, 1: red}\n"
+    )
     data = loaded("yolo", root, tmp_path / "home")
     assert (len(data.train), len(data.valid), len(data.test)) == (16, 2, 1)
 
@@ -148,7 +176,10 @@ def test_what_is_odd_but_harmless_is_a_warning(tmp_path: Path) -> None:
     said = "\n".join(loaded("voc", root, tmp_path / "home", seed=2).warnings)
     assert "1 images have no annotation and are left out" in said and "02.png" in said
     assert "1 of 19 images have no objects" in said
-    assert "1 boxes reach beyond their image and are clipped" in said and "00.xml: object 1: box (50, 10, 80, 30)" in said
+    assert (
+        "1 boxes reach beyond their image and are clipped" in said
+        and "00.xml: object 1: box (50, 10, 80, 30)" in said
+    )
     assert "03.xml: object 1: the image is said to be 640 x 480 pixels, but is 64 x 48" in said
     assert "1 image lies in two parts with the same content" in said and "04.png (training)" in said
 
@@ -161,14 +192,21 @@ def test_what_is_odd_but_harmless_is_a_warning(tmp_path: Path) -> None:
         ((64, 10, 80, 20), "lies wholly outside its image of 64 x 48 pixels"),
     ],
 )
-def test_useless_boxes_are_errors_with_their_file(box: tuple[int, int, int, int], said: str, tmp_path: Path) -> None:
+def test_useless_boxes_are_errors_with_their_file(
+    box: tuple[int, int, int, int], said: str, tmp_path: Path
+) -> None:
     root = scenes.voc(tmp_path / "voc")
     for i in range(12):
-        (root / "annotations" / f"{i:02d}.xml").write_text(scenes.xml([("red", (1, 1, 9, 9)), ("red", box)]))
+        (root / "annotations" / f"{i:02d}.xml").write_text(
+            scenes.xml([("red", (1, 1, 9, 9)), ("red", box)])
+        )
     with pytest.raises(DataError) as error:
         loaded("voc", root, tmp_path / "home")
     assert f"00.xml: object 2: box ({', '.join(map(str, box))}) {said}" in error.value.problems[0]
-    assert error.value.problems[10:] == ("… and 2 more", "data: 12 boxes are wrong; mend or remove them")
+    assert error.value.problems[10:] == (
+        "… and 2 more",
+        "data: 12 boxes are wrong; mend or remove them",
+    )
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY b "bbbb"><!ENTITY c "&b;&b;">]><annotation><object><name>&c;</name></object></annotation>'
@@ -184,7 +222,10 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbb"><!ENTITY c "&b;&b;">]><annotation><object
             "<annotation><object><name>red</name><bndbox><xmin>1</xmin></bndbox></object></annotation>",
             "<bndbox> needs a number as <ymin>, got None",
         ),
-        ("<a><object><name>red</name><bndbox><xmin>one</xmin></bndbox></object></a>", "a number as <xmin>, got 'one'"),
+        (
+            "<a><object><name>red</name><bndbox><xmin>one</xmin></bndbox></object></a>",
+            "a number as <xmin>, got 'one'",
+        ),
     ],
 )
 def test_xml_that_cannot_be_trusted_or_read(content: str, said: str, tmp_path: Path) -> None:
@@ -204,15 +245,33 @@ def test_huge_xml_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda tree: tree["annotations"][3].update(category_id=8), r"annotations\[3\]: category_id 8 is no category's id"),
-        (lambda tree: tree["annotations"][3].update(image_id=8), r"annotations\[3\]: image_id 8 is no image's id"),
-        (lambda tree: tree["annotations"][3].update(bbox=[1, 2, 3]), r"annotations\[3\]: needs a bbox of four numbers"),
-        (lambda tree: tree["annotations"][3].update(bbox=[1, 2, 0, 4]), r"annotations\[3\] \(02.png\): box \(1, 2, 1, 6\) is empty"),
+        (
+            lambda tree: tree["annotations"][3].update(category_id=8),
+            r"annotations\[3\]: category_id 8 is no category's id",
+        ),
+        (
+            lambda tree: tree["annotations"][3].update(image_id=8),
+            r"annotations\[3\]: image_id 8 is no image's id",
+        ),
+        (
+            lambda tree: tree["annotations"][3].update(bbox=[1, 2, 3]),
+            r"annotations\[3\]: needs a bbox of four numbers",
+        ),
+        (
+            lambda tree: tree["annotations"][3].update(bbox=[1, 2, 0, 4]),
+            r"annotations\[3\] \(02.png\): box \(1, 2, 1, 6\) is empty",
+        ),
         (lambda tree: tree["images"][3].update(id=100), r"images\[3\]: id 100 is there twice"),
-        (lambda tree: tree["images"][3].update(file_name="99.png"), r"images/99\.png: there is no such image"),
+        (
+            lambda tree: tree["images"][3].update(file_name="99.png"),
+            r"images/99\.png: there is no such image",
+        ),
         (lambda tree: tree["images"][3].update(file_name="02.png"), r"02\.png: named 2 times"),
         (lambda tree: tree["annotations"].clear(), r"20 images, but not one object on them"),
-        (lambda tree: tree.pop("categories"), r"expected a mapping with lists called images, annotations and categories"),
+        (
+            lambda tree: tree.pop("categories"),
+            r"expected a mapping with lists called images, annotations and categories",
+        ),
     ],
 )
 def test_what_is_wrong_in_coco(change: Callable[[Any], Any], said: str, tmp_path: Path) -> None:
@@ -259,7 +318,9 @@ def test_images_without_a_text_file_have_no_objects(tmp_path: Path) -> None:
     assert (y["labels"] == NO_OBJECT).all(1).sum() == 1  # each part has its share of them
 
 
-def test_the_command_says_it_without_a_traceback(tuner: Callable[..., Said], tmp_path: Path) -> None:
+def test_the_command_says_it_without_a_traceback(
+    tuner: Callable[..., Said], tmp_path: Path
+) -> None:
     root = scenes.voc(tmp_path / "voc")
     (root / "annotations" / "05.xml").write_text("<annotation>")
     (tmp_path / "x.yaml").write_text(
@@ -268,5 +329,7 @@ def test_the_command_says_it_without_a_traceback(tuner: Callable[..., Said], tmp
     said = tuner("check", tmp_path / "x.yaml", "engine.name=inline")
     assert said.code == 3
     assert "05.xml: not well-formed XML" in said.err and "Traceback" not in said.err
-    said = tuner("check", tmp_path / "x.yaml", "engine.name=inline", f"data.path={tmp_path / 'vok'}")
+    said = tuner(
+        "check", tmp_path / "x.yaml", "engine.name=inline", f"data.path={tmp_path / 'vok'}"
+    )
     assert said.code == 3 and "did you mean 'voc'" in said.err

@@ -16,7 +16,9 @@ import pytest
 
 from tests.conftest import SMALL
 
-selenium = pytest.importorskip("selenium", reason="selenium is not installed; it comes with the test extra")
+selenium = pytest.importorskip(
+    "selenium", reason="selenium is not installed; it comes with the test extra"
+)
 from selenium import webdriver  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
@@ -24,10 +26,19 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed (Debian: chromium, chromium-driver)"),
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER),
+        reason="chromium and chromedriver are not installed (Debian: chromium, chromium-driver)",
+    ),
 ]
 QUIET = "gpu quic background-networking component-update sync"  # what a browser does unasked
-FLAGS = ["--headless=new", "--no-sandbox", "--no-first-run", "--window-size=1400,1000", *(f"--disable-{what}" for what in QUIET.split())]
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--no-first-run",
+    "--window-size=1400,1000",
+    *(f"--disable-{what}" for what in QUIET.split()),
+]
 TUNER = [sys.executable, "-m", "tuner"]
 PATIENCE = 60
 
@@ -37,9 +48,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of three trials over synthetic images, made by the command."""
     place = tmp_path_factory.mktemp("browser")
     (place / "small.yaml").write_text(SMALL)
-    words = ["search.trials=3", "recipe.epochs={low: 1, high: 2}", "search.pruner=none", "search.retrain=false", "search.keep=0"]
+    words = [
+        "search.trials=3",
+        "recipe.epochs={low: 1, high: 2}",
+        "search.pruner=none",
+        "search.retrain=false",
+        "search.keep=0",
+    ]
     environ = os.environ | {"TUNER_HOME": str(place / "home")}
-    subprocess.run([*TUNER, "run", "small.yaml", *words, "--quiet"], cwd=place, env=environ, check=True)
+    subprocess.run(
+        [*TUNER, "run", "small.yaml", *words, "--quiet"], cwd=place, env=environ, check=True
+    )
     return place
 
 
@@ -94,7 +113,10 @@ def complaints(browser: Any) -> list[Any]:
 def test_the_studys_page_shows_its_name_metric_and_history(browser: Any, page: str) -> None:
     browser.get(page)
 
-    wait(browser, lambda b: "Best Trial (number=" in body(b) and "Hyperparameter Importance" in body(b))
+    wait(
+        browser,
+        lambda b: "Best Trial (number=" in body(b) and "Hyperparameter Importance" in body(b),
+    )
     assert "small (id=1)" in body(browser) and "accuracy" in body(browser)
     wait(browser, lambda b: b.find_elements(By.CSS_SELECTOR, ".plotly .scatterlayer path"))
     assert complaints(browser) == []
@@ -102,7 +124,9 @@ def test_the_studys_page_shows_its_name_metric_and_history(browser: Any, page: s
 
 @pytest.mark.parametrize("most", [2, 1000])
 def test_the_timeline_has_the_latest_trials(most: int, place: Path, browser: Any) -> None:
-    with served(place, "-c", f"from tuner import cli, detail; detail.BARS = {most}; cli.main()") as page:
+    with served(
+        place, "-c", f"from tuner import cli, detail; detail.BARS = {most}; cli.main()"
+    ) as page:
         browser.execute_cdp_cmd("Network.clearBrowserCache", {})
         browser.get(page)
         bars = "return document.querySelectorAll('#graph-timeline .barlayer .point path').length"
@@ -119,7 +143,10 @@ def test_a_trial_shows_its_note_and_its_pictures(browser: Any, page: str) -> Non
     wait(browser, lambda b: "Trial 2 (trial_id=3)" in body(b) and "Best accuracy" in body(b))
     assert all(name in body(browser) for name in ("curve.png", "confusion.png", "per_class.csv"))
     widths = "return [...document.querySelectorAll('img[src*=\"/artifacts/\"]')].map(i => i.naturalWidth)"
-    wait(browser, lambda b: len(b.execute_script(widths)) == 2 and min(b.execute_script(widths)) > 100)
+    wait(
+        browser,
+        lambda b: len(b.execute_script(widths)) == 2 and min(b.execute_script(widths)) > 100,
+    )
     assert complaints(browser) == []
 
 
@@ -132,9 +159,17 @@ def test_the_studys_note_is_shown(browser: Any, page: str) -> None:
 
 def test_the_dashboard_beside_a_search_shows_a_running_trial(place: Path, browser: Any) -> None:
     port = free()
-    words = ["search.name=beside", "engine.name=local", "data.examples=200", "recipe.epochs=500", "recipe.freeze_depth=0"]
+    words = [
+        "search.name=beside",
+        "engine.name=local",
+        "data.examples=200",
+        "recipe.epochs=500",
+        "recipe.freeze_depth=0",
+    ]
     command = [*TUNER, "run", "small.yaml", *words, "--dashboard", "--port", str(port), "--quiet"]
-    with subprocess.Popen(command, cwd=place, env=os.environ | {"TUNER_HOME": str(place / "home")}) as search:
+    with subprocess.Popen(
+        command, cwd=place, env=os.environ | {"TUNER_HOME": str(place / "home")}
+    ) as search:
         answers(f"http://127.0.0.1:{port}/api/meta", search)
         browser.get(f"http://127.0.0.1:{port}/dashboard/studies/1/trials")
         wait(browser, lambda b: "Running" in body(b))

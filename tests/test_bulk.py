@@ -36,12 +36,18 @@ def carried_out(study: optuna.Study, number: int, folder: Path) -> None:
         trial.report(value, step)
     if number % 3 == 0:
         store = optuna.artifacts.FileSystemArtifactStore(folder / "artifacts")
-        optuna.artifacts.upload_artifact(artifact_store=store, file_path=str(folder / "space.yaml"), study_or_trial=trial)
+        optuna.artifacts.upload_artifact(
+            artifact_store=store, file_path=str(folder / "space.yaml"), study_or_trial=trial
+        )
         write_note(study, trial, f"# trial {number}\n" + "long " * 1000)
     states = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE, None]
     state = states[number % 5]
     if state is not None:
-        values = [[math.inf, -math.inf, number / 9][number % 3]] if state == TrialState.COMPLETE else None
+        values = (
+            [[math.inf, -math.inf, number / 9][number % 3]]
+            if state == TrialState.COMPLETE
+            else None
+        )
         study.tell(trial, values, state)
 
 
@@ -54,7 +60,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     database = storage.connect(None, folder)
     other = optuna.create_study(storage=database, study_name="other", direction="minimize")
     other.tell(other.ask({"x": optuna.distributions.FloatDistribution(0, 1)}), 1.0)
-    study = optuna.create_study(storage=database, study_name="all", direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    study = optuna.create_study(
+        storage=database,
+        study_name="all",
+        direction="maximize",
+        sampler=optuna.samplers.RandomSampler(seed=0),
+    )
     study.set_user_attr(storage.SPACE, "{}")
     study.set_metric_names(["accuracy"])
     write_note(study, None, "what it is for")
@@ -73,12 +84,21 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(folder: Path) -> optuna.Study:
-    return optuna.load_study(study_name="all", storage=storage.connect(None, folder), sampler=optuna.samplers.RandomSampler(seed=0))
+    return optuna.load_study(
+        study_name="all",
+        storage=storage.connect(None, folder),
+        sampler=optuna.samplers.RandomSampler(seed=0),
+    )
 
 
 def everything(trial: optuna.trial.FrozenTrial) -> str:
     """In words, where NaN equals itself. Attributes in any order: Optuna asks the database for none."""
-    return repr({name: sorted(value.items()) if "attrs" in name else value for name, value in sorted(vars(trial).items())})
+    return repr(
+        {
+            name: sorted(value.items()) if "attrs" in name else value
+            for name, value in sorted(vars(trial).items())
+        }
+    )
 
 
 def own(folder: Path) -> optuna.storages.RDBStorage:
@@ -96,17 +116,23 @@ def own(folder: Path) -> optuna.storages.RDBStorage:
         ((), set(), -1),
     ],
 )
-def test_trials_are_read_as_optuna_reads_them(states: tuple[TrialState, ...] | None, included: set[int], after: int, folder: Path) -> None:
+def test_trials_are_read_as_optuna_reads_them(
+    states: tuple[TrialState, ...] | None, included: set[int], after: int, folder: Path
+) -> None:
     bulk, optunas = quick(own(folder)), own(folder)
     for study in (1, 2):
         found, wanted = (s._get_trials(study, states, included, after) for s in (bulk, optunas))
         assert [everything(t) for t in found] == [everything(t) for t in wanted]
         assert [list(t.params) for t in found] == [list(t.params) for t in wanted]
-    assert {t.state for t in optunas.get_all_trials(2)} == set(TrialState)  # none was left out of the comparison
+    assert {t.state for t in optunas.get_all_trials(2)} == set(
+        TrialState
+    )  # none was left out of the comparison
 
 
 def test_studies_are_read_as_optuna_reads_them(folder: Path) -> None:
-    optuna.create_study(storage=own(folder), study_name="several", directions=["minimize", "maximize"])
+    optuna.create_study(
+        storage=own(folder), study_name="several", directions=["minimize", "maximize"]
+    )
     found, wanted = quick(own(folder)).get_all_studies(), own(folder).get_all_studies()
     assert found == wanted and len(found) == 3
 
@@ -123,9 +149,9 @@ def apps(folder: Path) -> tuple[dashboard.App, dashboard.App]:
     import optuna_dashboard
 
     store = optuna.artifacts.FileSystemArtifactStore(folder / "artifacts")
-    return dashboard.app(dashboard.reader(None, folder), folder / "artifacts"), optuna_dashboard.wsgi(
-        optuna.storages.get_storage(own(folder)), artifact_store=store
-    )
+    return dashboard.app(
+        dashboard.reader(None, folder), folder / "artifacts"
+    ), optuna_dashboard.wsgi(optuna.storages.get_storage(own(folder)), artifact_store=store)
 
 
 def told(app: dashboard.App, path: str) -> tuple[int, str, Any]:
@@ -151,23 +177,32 @@ def told(app: dashboard.App, path: str) -> tuple[int, str, Any]:
         "/api/studies",
     ],
 )
-def test_the_page_is_told_what_optunas_dashboard_tells(path: str, apps: tuple[dashboard.App, dashboard.App]) -> None:
+def test_the_page_is_told_what_optunas_dashboard_tells(
+    path: str, apps: tuple[dashboard.App, dashboard.App]
+) -> None:
     ours, optunas = (told(app, path) for app in apps)
     assert ours == optunas
 
 
 def test_what_changes_is_told_anew(
-    made: optuna.Study, folder: Path, apps: tuple[dashboard.App, dashboard.App], monkeypatch: pytest.MonkeyPatch
+    made: optuna.Study,
+    folder: Path,
+    apps: tuple[dashboard.App, dashboard.App],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import optuna_dashboard
 
-    monkeypatch.setattr("optuna_dashboard._storage.timedelta", lambda seconds: timedelta(seconds=-1))  # nothing is young enough to be kept
+    monkeypatch.setattr(
+        "optuna_dashboard._storage.timedelta", lambda seconds: timedelta(seconds=-1)
+    )  # nothing is young enough to be kept
     before = [told(app, "/api/studies/2?after=0") for app in apps]
     running = next(t for t in made.trials if t.state == TrialState.RUNNING)
     made.tell(running.number, 3.0)
     carried_out(made, 4, folder)
     optuna_dashboard.save_note(made, "another purpose")
-    made._storage.set_study_system_attr(made._study_id, f"dashboard:{made.trials[1]._trial_id}:note_str:0", "another note")
+    made._storage.set_study_system_attr(
+        made._study_id, f"dashboard:{made.trials[1]._trial_id}:note_str:0", "another note"
+    )
     for path in ("/api/studies/2?after=0", "/api/studies/2?after=9"):
         ours, optunas = (told(app, path) for app in apps)
         assert ours == optunas and ours != before[0]
@@ -182,10 +217,14 @@ def test_with_many_trials_the_chart_of_all_curves_goes_and_all_else_stays(
     assert ours | {"has_intermediate_values": True} == optunas
 
 
-def test_the_page_is_read_before_it_is_announced(made: optuna.Study, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_read_before_it_is_announced(
+    made: optuna.Study, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     real = detail.Detail.answer
-    monkeypatch.setattr(detail.Detail, "answer", lambda self, after: said.append("read") or real(self, after))
+    monkeypatch.setattr(
+        detail.Detail, "answer", lambda self, after: said.append("read") or real(self, after)
+    )
     monkeypatch.setattr(dashboard._Server, "serve_forever", lambda self: None)
     dashboard.serve(folder, None, 0, write=False, announce=said.append)
     assert said[0] == "read" and said[-1].endswith("/dashboard/studies/2")

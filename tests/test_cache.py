@@ -64,9 +64,16 @@ def test_a_dict_of_tensors_is_remembered_with_its_shapes(tmp_path: Path) -> None
     index = torch.tensor([6, 1])
     for view in (0, 1, 3):
         got, wanted = cached.take(index, view), live.take(index, view % 2)
-        assert isinstance(got.x, dict) and isinstance(wanted.x, dict) and list(got.x) == ["skip", "map"]
+        assert (
+            isinstance(got.x, dict)
+            and isinstance(wanted.x, dict)
+            and list(got.x) == ["skip", "map"]
+        )
         assert got.x["map"].shape == (2, 3, 2, 4)
-        assert all(torch.allclose(got.x[k], wanted.x[k]) for k in wanted.x) and got.y.tolist() == [6, 1]
+        assert all(torch.allclose(got.x[k], wanted.x[k]) for k in wanted.x) and got.y.tolist() == [
+            6,
+            1,
+        ]
 
 
 def test_each_view_is_computed_once_and_later_sources_ask_nothing(tmp_path: Path) -> None:
@@ -92,7 +99,11 @@ def test_a_damaged_entry_is_computed_again(harm: str, tmp_path: Path) -> None:
     else:
         (entry / "0.bin").unlink()
     got = remembered(tmp_path, Counting()).take(index, 0).x
-    assert isinstance(got, dict) and isinstance(wanted, dict) and torch.equal(got["map"], wanted["map"])
+    assert (
+        isinstance(got, dict)
+        and isinstance(wanted, dict)
+        and torch.equal(got["map"], wanted["map"])
+    )
 
 
 def test_other_weights_other_data_or_another_precision_have_another_key(tmp_path: Path) -> None:
@@ -105,7 +116,11 @@ def test_other_weights_other_data_or_another_precision_have_another_key(tmp_path
         *(
             f.place(1, 0)
             for f in (
-                through(frozen(nn.Sequential(Taps()).eval()), Counting(), Limits(tmp_path, mode="always")),
+                through(
+                    frozen(nn.Sequential(Taps()).eval()),
+                    Counting(),
+                    Limits(tmp_path, mode="always"),
+                ),
                 through(frozen(prefix(), "bfloat16"), Counting(), Limits(tmp_path, mode="always")),
             )
             if isinstance(f, Remembered)
@@ -125,7 +140,9 @@ def test_the_least_recently_used_entry_goes_first(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_half_written_is_left_when_computing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_half_written_is_left_when_computing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cached = remembered(tmp_path, Counting())
     monkeypatch.setattr(json, "dumps", lambda *_: pytest.fail("stop"))
     with pytest.raises(BaseException, match="stop"):
@@ -160,11 +177,20 @@ def test_one_pass_keeps_what_it_passes_where_that_is_small(tmp_path: Path) -> No
     whole = chain(1, 5, 1, 1)
     through(frozen(whole), Counting(), every).take(torch.arange(8), 0)
     assert passed(whole) == [8, 8, 8, 8]
-    for depth, asked in ((1, 0), (3, 0), (2, 8)):  # what left the second stage is larger than what came in
+    for depth, asked in (
+        (1, 0),
+        (3, 0),
+        (2, 8),
+    ):  # what left the second stage is larger than what came in
         part, source = chain(1, 5, 1, 1)[:depth], Counting()
         found = through(frozen(part), source, every).take(torch.arange(8), 0).x
-        assert isinstance(found, Tensor) and torch.allclose(found, part(Counting().take(torch.arange(8), 0).x))
-        assert sum(stage.passed for stage in part if isinstance(stage, Step)) - 8 * depth == asked and source.taken == 0
+        assert isinstance(found, Tensor) and torch.allclose(
+            found, part(Counting().take(torch.arange(8), 0).x)
+        )
+        assert (
+            sum(stage.passed for stage in part if isinstance(stage, Step)) - 8 * depth == asked
+            and source.taken == 0
+        )
 
 
 def test_filling_begins_at_the_nearest_cut_that_is_kept(tmp_path: Path) -> None:
@@ -173,11 +199,15 @@ def test_filling_begins_at_the_nearest_cut_that_is_kept(tmp_path: Path) -> None:
     deeper, source = chain(3, 2, 2), Counting()
     found = through(frozen(deeper), source, every).take(torch.arange(8), 1).x
     assert passed(deeper) == [0, 0, 8] and source.taken == 0
-    assert isinstance(found, Tensor) and torch.allclose(found, deeper(Counting().take(torch.arange(8), 1).x))
+    assert isinstance(found, Tensor) and torch.allclose(
+        found, deeper(Counting().take(torch.arange(8), 1).x)
+    )
 
 
 @pytest.mark.parametrize(("computing", "kept"), [(1e-9, False), (1.0, True)])
-def test_what_is_sooner_computed_than_read_is_not_kept(computing: float, kept: bool, tmp_path: Path) -> None:
+def test_what_is_sooner_computed_than_read_is_not_kept(
+    computing: float, kept: bool, tmp_path: Path
+) -> None:
     stages, auto = frozen(chain(3)), Limits(tmp_path)
     through(stages, Counting(), auto)
     (note,) = (tmp_path / "activations").glob("*.cost.json")

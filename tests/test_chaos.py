@@ -24,7 +24,9 @@ from tuner import dashboard, history
 BUDGET = 8
 ROUNDS = 10  # of each case
 PATIENCE = 240.0  # seconds for whatever is waited for
-DEAD_WORKER = 3  # the exit code when a worker dies while data and weights are read, or the winner is made
+DEAD_WORKER = (
+    3  # the exit code when a worker dies while data and weights are read, or the winner is made
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,10 @@ class Search:
     def start(self) -> None:
         words = [f"search.name={self.name}", f"engine.workers={self.workers}", "--json"]
         self.outputs.append(self.place / f"{self.name}.{len(self.outputs)}.jsonl")
-        environ = os.environ | {"TUNER_HOME": str(self.place / f"home-{self.name}"), "OMP_NUM_THREADS": "1"}
+        environ = os.environ | {
+            "TUNER_HOME": str(self.place / f"home-{self.name}"),
+            "OMP_NUM_THREADS": "1",
+        }
         with open(self.outputs[-1], "wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tuner", "run", "chaos.yaml", *words],
@@ -96,7 +101,10 @@ class Search:
 
     def crew(self) -> list[int]:
         found = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid), "-f", "spawn_main"], capture_output=True, text=True, check=False
+            ["pgrep", "-P", str(self.process.pid), "-f", "spawn_main"],
+            capture_output=True,
+            text=True,
+            check=False,
         ).stdout.split()
         return [int(pid) for pid in found]
 
@@ -106,8 +114,12 @@ class Search:
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 session = path.read_text().rpartition(")")[2].split()[3]
-                alive = path.with_name("cmdline").read_bytes() != b""  # a dying process has no memory left
-                found += [int(path.parent.name)] if int(session) == self.process.pid and alive else []
+                alive = (
+                    path.with_name("cmdline").read_bytes() != b""
+                )  # a dying process has no memory left
+                found += (
+                    [int(path.parent.name)] if int(session) == self.process.pid and alive else []
+                )
         return found
 
     def over(self) -> None:
@@ -123,7 +135,9 @@ def blow(search: Search, chance: random.Random) -> str | None:
     """One blow at a moment by chance; None: the search had ended. Says what was done."""
     epochs = chance.choice([0, 1, 2, 3, 5, 8])
     wait = chance.uniform(0.0, 0.5 if epochs else 5.0)
-    who = chance.choice([("coordinator",), ("worker",), ("worker", "coordinator"), ("coordinator", "worker")])
+    who = chance.choice(
+        [("coordinator",), ("worker",), ("worker", "coordinator"), ("coordinator", "worker")]
+    )
     signals = [chance.choice([signal.SIGKILL, signal.SIGSTOP]) for _ in who]
     pause, pick = chance.uniform(0.1, 2.0), chance.random()
     if not search.reaches(epochs):
@@ -152,7 +166,9 @@ def check(search: Search) -> None:
     """What must hold at any moment."""
     if not (search.folder / "space.yaml").exists():
         return  # killed before there was a study
-    with contextlib.closing(sqlite3.connect(f"file:{search.folder}/study.db?mode=ro", uri=True)) as database:
+    with contextlib.closing(
+        sqlite3.connect(f"file:{search.folder}/study.db?mode=ro", uri=True)
+    ) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     study = optuna.load_study(study_name=search.name, storage=dashboard.reader(None, search.folder))
     draws = history.roots(study)
@@ -160,7 +176,9 @@ def check(search: Search) -> None:
     assert max(counted.values(), default=0) <= 1, "a draw was counted twice"
     assert counted.total() <= BUDGET
     assert sum(t.state == optuna.trial.TrialState.RUNNING for t in study.trials) <= search.workers
-    told = Counter(event["number"] for output in search.outputs for event in search.events("trial", output))
+    told = Counter(
+        event["number"] for output in search.outputs for event in search.events("trial", output)
+    )
     assert max(told.values(), default=0) <= 1, "a trial was told twice"
 
 

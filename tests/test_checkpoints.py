@@ -47,7 +47,14 @@ def here(tmp_path: Path) -> Place:
 
 def run(seed: int = 3, model: str = "tests.counting:model", **recipe: Any) -> Run:
     space = parsing.parse(document.parse(SMALL, "small.yaml"))
-    chosen = {"epochs": 4, "lr": 0.02, "freeze_depth": 0, "optimizer": "sgd", "momentum": 0.9, "head": "fresh"} | recipe
+    chosen = {
+        "epochs": 4,
+        "lr": 0.02,
+        "freeze_depth": 0,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "head": "fresh",
+    } | recipe
     found = space.run({("recipe", key): value for key, value in chosen.items()}, seed=seed)
     return replace(found, model=Part(model, {})) if ":" in model else found
 
@@ -93,43 +100,65 @@ def test_two_epochs_and_the_rest_are_all_of_them_to_the_bit(
     again, continued, found, notes = attempt(r, here, tmp_path / "kept")
     assert again == straight and notes == []
     assert continued[2:] == digests[2:]  # after the third epoch, and after each that follows
-    assert counted == list(range(3, len(straight) + 1)) and len(counted) == (1 if name == "patience" else 2)
+    assert counted == list(range(3, len(straight) + 1)) and len(counted) == (
+        1 if name == "patience" else 2
+    )
     assert (found.epoch and found.epoch.number) == (best.epoch and best.epoch.number)
     assert (len(best.pairs) > 0) == (name != "both")
-    assert len(found.pairs) == len(best.pairs) and all(torch.equal(a, b) for (a, _), (b, _) in zip(found.pairs, best.pairs, strict=True))
+    assert len(found.pairs) == len(best.pairs) and all(
+        torch.equal(a, b) for (a, _), (b, _) in zip(found.pairs, best.pairs, strict=True)
+    )
 
 
-def test_an_attempt_killed_when_all_was_trained_trains_nothing_more(here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attempt_killed_when_all_was_trained_trains_nothing_more(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     straight, _, best, _ = attempt(run(), here, tmp_path / "kept", most=4)
     counted = trained(tmp_path, monkeypatch)
     again, continued, found, _ = attempt(run(), here, tmp_path / "kept")
     assert again == straight and counted == [] and found.epoch == best.epoch
-    assert continued[-1] == attempt(run(), here, None)[1][-1]  # the best epoch's weights, which are not the last's
+    assert (
+        continued[-1] == attempt(run(), here, None)[1][-1]
+    )  # the best epoch's weights, which are not the last's
 
 
-def test_the_best_epochs_weights_survive_worse_ones(here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_epochs_weights_survive_worse_ones(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tuner.tasks.classification import Classification
 
     ends = []
     for folder, most in ((None, None), (tmp_path / "kept", 3), (tmp_path / "kept", None)):
         scripted = iter([0.1, 0.9, 0.3, 0.2] if most != None or folder is None else [0.2])  # noqa: E711
-        monkeypatch.setattr(Classification, "score", lambda self, pairs, s=scripted: {"accuracy": next(s)})
+        monkeypatch.setattr(
+            Classification, "score", lambda self, pairs, s=scripted: {"accuracy": next(s)}
+        )
         ends.append(attempt(run(), here, folder, most))
     (_, digests, best, _), _, (_, continued, found, _) = ends
-    assert best.epoch is not None and found.epoch is not None and best.epoch.number == found.epoch.number == 2
+    assert (
+        best.epoch is not None
+        and found.epoch is not None
+        and best.epoch.number == found.epoch.number == 2
+    )
     assert continued[-1] == digests[-1] == digests[1] != digests[2]
 
 
-def test_a_trial_stopped_while_it_remembers_shows_nothing_of_a_later_epoch(here: Place, tmp_path: Path) -> None:
+def test_a_trial_stopped_while_it_remembers_shows_nothing_of_a_later_epoch(
+    here: Place, tmp_path: Path
+) -> None:
     attempt(run(), here, tmp_path / "kept", most=3)
     told, _, best, _ = attempt(run(), here, tmp_path / "kept", most=1)
     assert len(told) == 1 and best.epoch is not None and best.epoch.number == 1
-    held = json.loads(json.dumps(checkpoints.about(keeping.generations(tmp_path / "kept")[0].read_bytes())))["best"]
+    held = json.loads(
+        json.dumps(checkpoints.about(keeping.generations(tmp_path / "kept")[0].read_bytes()))
+    )["best"]
     assert (best.pairs == []) == (held != 1)
 
 
 @pytest.mark.parametrize("after", [(2, 2), (2, 1)])
-def test_folds_continue_in_step(after: tuple[int, int], here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folds_continue_in_step(
+    after: tuple[int, int], here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed between two epochs, or when the second fold was an epoch behind."""
     whole = run(epochs=3)
     r = replace(whole, data=Part(whole.data.name, {**whole.data.options, "folds": 2}))
@@ -139,7 +168,10 @@ def test_folds_continue_in_step(after: tuple[int, int], here: Place, tmp_path: P
     if after == (2, 1):
         keeping.generations(tmp_path / "kept" / "fold-1")[0].unlink()
     counted = trained(tmp_path, monkeypatch)
-    assert [(e.number, e.loss, e.scores) for e in crossed(r, here, "accuracy", Best(), tmp_path / "kept")] == straight
+    assert [
+        (e.number, e.loss, e.scores)
+        for e in crossed(r, here, "accuracy", Best(), tmp_path / "kept")
+    ] == straight
     assert counted == ([3, 3] if after == (2, 2) else [2, 3, 3])
 
 
@@ -167,7 +199,9 @@ def goes_on(text: str, metric: str, here: Place, kept: Path) -> None:
 @pytest.mark.slow
 def test_a_detector_goes_on(here: Place, tmp_path: Path) -> None:
     root = scenes.voc(tmp_path / "voc")
-    text = f"task: detection\ndata: {{name: voc, path: {root}, size: 64, augment: flip, views: 2}}\n"
+    text = (
+        f"task: detection\ndata: {{name: voc, path: {root}, size: 64, augment: flip, views: 2}}\n"
+    )
     text += "model: {name: ssdlite320_mobilenet_v3_large, weights: none, backbone: none}\n"
     text += "recipe: {optimizer: adamw, lr: 0.001, freeze_depth: 3, epochs: 3, batch_size: 8}\n"
     goes_on(text, "map", here, tmp_path / "kept")
@@ -187,7 +221,9 @@ def test_texts_go_on_with_embeddings_that_are_the_head_too(here: Place, tmp_path
 # -- what is written
 
 
-def test_two_generations_stay_the_newest_and_the_last_that_was_synced(here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_generations_stay_the_newest_and_the_last_that_was_synced(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempt(run(), here, None)  # fills the caches
     synced: list[str] = []
     monkeypatch.setattr("tuner.files.fsync", lambda path: synced.append(path.name))
@@ -227,10 +263,16 @@ def test_a_file_says_what_it_is_and_its_name_vouches_for_it(here: Place, tmp_pat
     (path,) = (tmp_path / "kept").iterdir()
     assert path.name == f"000001-{sha256(path)}.safetensors"
     about = checkpoints.about(path.read_bytes())
-    assert (about["format"], about["tuner"], about["torch"]) == (1, tuner.__version__, torch.__version__) and len(about["run"]) == 64
+    assert (about["format"], about["tuner"], about["torch"]) == (
+        1,
+        tuner.__version__,
+        torch.__version__,
+    ) and len(about["run"]) == 64
 
 
-def test_short_epochs_are_not_written_one_by_one(here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_epochs_are_not_written_one_by_one(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoints, "STAKE", 1e9)
     attempt(run(), here, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
@@ -249,7 +291,9 @@ def test_the_optimizers_memory_lies_as_before(here: Place, tmp_path: Path) -> No
 def test_weights_in_two_places_are_written(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight
-    path = Checkpoints(tmp_path / "kept", "key").write("000001", dict(net.state_dict()), {}, sync=True)
+    path = Checkpoints(tmp_path / "kept", "key").write(
+        "000001", dict(net.state_dict()), {}, sync=True
+    )
     assert keeping.whole(path) is not None
 
 
@@ -260,7 +304,11 @@ def spoil(content: bytes, how: str) -> bytes:
     if how == "empty":
         return b""
     if how == "flipped":
-        return content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+        return (
+            content[: len(content) // 2]
+            + bytes([content[len(content) // 2] ^ 1])
+            + content[len(content) // 2 + 1 :]
+        )
     if how == "zeroed":
         return bytes(len(content))
     return content[: int(how)]
@@ -278,7 +326,9 @@ def test_30_a_damaged_checkpoint_gives_way_to_the_one_before(
     counted = trained(tmp_path, monkeypatch)
     told, digests, _, notes = attempt(run(), here, tmp_path / "kept")
     assert told == straight[0] and digests[-2:] == straight[1][-2:] and counted == [3, 4]
-    assert notes == [f"{newest}: damaged (its SHA-256 is not that of its name); left aside; going on from epoch 2"]
+    assert notes == [
+        f"{newest}: damaged (its SHA-256 is not that of its name); left aside; going on from epoch 2"
+    ]
 
 
 @pytest.mark.slow
@@ -296,7 +346,9 @@ def test_30_a_checkpoint_cut_anywhere_is_noticed(here: Place, tmp_path: Path) ->
     assert keeping.whole(path) == content
 
 
-def test_30_with_both_damaged_the_training_begins_again(here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_30_with_both_damaged_the_training_begins_again(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoints, "SYNC", 0.0)
     straight = attempt(run(), here, tmp_path / "kept", most=3)
     for path in keeping.generations(tmp_path / "kept"):
@@ -304,7 +356,9 @@ def test_30_with_both_damaged_the_training_begins_again(here: Place, tmp_path: P
     counted = trained(tmp_path, monkeypatch)
     told, _, _, notes = attempt(run(), here, tmp_path / "kept", most=3)
     assert told == straight[0] and counted == [1, 2, 3]
-    assert len(notes) == 2 and all(note.endswith("left aside; the training begins again") for note in notes)
+    assert len(notes) == 2 and all(
+        note.endswith("left aside; the training begins again") for note in notes
+    )
 
 
 def renamed(path: Path, change: dict[str, Any]) -> None:
@@ -312,7 +366,9 @@ def renamed(path: Path, change: dict[str, Any]) -> None:
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
-    header["__metadata__"]["checkpoint"] = json.dumps(json.loads(header["__metadata__"]["checkpoint"]) | change)
+    header["__metadata__"]["checkpoint"] = json.dumps(
+        json.loads(header["__metadata__"]["checkpoint"]) | change
+    )
     text = json.dumps(header).encode()
     changed = len(text).to_bytes(8, "little") + text + content[8 + size :]
     path.unlink()
@@ -339,20 +395,26 @@ def test_30_a_checkpoint_of_a_newer_tuner_or_another_run_is_never_taken(
 
 
 @pytest.mark.parametrize("other", [{"seed": 4}, {"lr": 0.03}, {"freeze_depth": 1}, {"epochs": 5}])
-def test_30_runs_that_differ_in_anything_share_no_checkpoint(other: dict[str, Any], here: Place, tmp_path: Path) -> None:
+def test_30_runs_that_differ_in_anything_share_no_checkpoint(
+    other: dict[str, Any], here: Place, tmp_path: Path
+) -> None:
     attempt(run(), here, tmp_path / "kept", most=2)
     alone = attempt(run(**other), here, None)
     found = attempt(run(**other), here, tmp_path / "kept")
     assert found[:2] == alone[:2] and "of another run" in found[3][0]
 
 
-def test_30_a_model_that_has_changed_begins_again(here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_30_a_model_that_has_changed_begins_again(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempt(run(), here, tmp_path / "kept", most=2)
     wider = nn.Sequential(nn.Flatten(), counting.Counted(), nn.Linear(3 * 32 * 32, 3))
     monkeypatch.setattr(counting, "model", lambda outputs: wider)
     monkeypatch.setattr("tuner.building._built", {})
     told, _, _, notes = attempt(run(), here, tmp_path / "kept", most=1)
-    assert [number for number, _, _ in told] == [1] and "of another model; left aside; the training begins again" in notes[0]
+    assert [number for number, _, _ in told] == [
+        1
+    ] and "of another model; left aside; the training begins again" in notes[0]
 
 
 def test_what_has_no_digest_in_its_name_is_not_looked_at(here: Place, tmp_path: Path) -> None:
@@ -364,11 +426,15 @@ def test_what_has_no_digest_in_its_name_is_not_looked_at(here: Place, tmp_path: 
     assert not (tmp_path / "kept" / ".half.tmp").exists()  # what a killed write left goes
 
 
-def test_26_a_full_disk_is_named_with_the_need_and_leaves_no_half_file(here: Place, tmp_path: Path) -> None:
+def test_26_a_full_disk_is_named_with_the_need_and_leaves_no_half_file(
+    here: Place, tmp_path: Path
+) -> None:
     kept = Checkpoints(tmp_path / "kept", "key")
     with pytest.raises(StorageError) as error, narrow(5000):
         kept.write("000001", {"a": torch.zeros(1_000_000)}, {}, sync=True)
-    assert f"disk full while writing {tmp_path}/kept/000001-" in str(error.value) and "(4 MB needed: File too large)" in str(error.value)
+    assert f"disk full while writing {tmp_path}/kept/000001-" in str(
+        error.value
+    ) and "(4 MB needed: File too large)" in str(error.value)
     assert os.listdir(tmp_path / "kept") == []
 
 
@@ -390,7 +456,9 @@ class Greedy(nn.Module):
 
 
 def greedy(outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), Greedy(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, outputs))
+    return nn.Sequential(
+        nn.Flatten(), Greedy(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, outputs)
+    )
 
 
 def by_hand(r: Run, here: Place, most: int) -> list[Any]:
@@ -410,20 +478,33 @@ def by_hand(r: Run, here: Place, most: int) -> list[Any]:
             bench.net.train()
             for part in torch.tensor_split(index, -(-len(index) // most)):
                 batch = bench.train.take(part, 0)
-                (nn.functional.cross_entropy(bench.net(batch.x), batch.y, reduction="sum") / len(index)).backward()
+                (
+                    nn.functional.cross_entropy(bench.net(batch.x), batch.y, reduction="sum")
+                    / len(index)
+                ).backward()
                 with torch.no_grad():
-                    total += float(nn.functional.cross_entropy(bench.net(batch.x), batch.y, reduction="sum"))
+                    total += float(
+                        nn.functional.cross_entropy(bench.net(batch.x), batch.y, reduction="sum")
+                    )
             opt.step()
             schedule.step()
-        told.append((total / len(bench.train), bench.task.score(predictions(bench, bench.valid, 4))))
+        told.append(
+            (total / len(bench.train), bench.task.score(predictions(bench, bench.valid, 4)))
+        )
     return told
 
 
-def test_what_does_not_fit_is_accumulated_and_means_the_same(here: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    r = run(model="tests.test_checkpoints:greedy", lr=0.01, epochs=2, schedule="cosine")  # batches of 16: 17, 8 and 4 are tried
+def test_what_does_not_fit_is_accumulated_and_means_the_same(
+    here: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    r = run(
+        model="tests.test_checkpoints:greedy", lr=0.01, epochs=2, schedule="cosine"
+    )  # batches of 16: 17, 8 and 4 are tried
     monkeypatch.setattr(Greedy, "asked", [])
     told, _, _, notes = attempt(r, here, None)
-    assert Greedy.asked[:2] == [16, 8] and max(Greedy.asked[2:]) == 4  # learnt once, kept for the whole trial
+    assert (
+        Greedy.asked[:2] == [16, 8] and max(Greedy.asked[2:]) == 4
+    )  # learnt once, kept for the whole trial
     assert notes == [
         "out of memory with 16 examples at once; batches go on in parts of 8, their gradients added up",
         "out of memory with 8 examples at once; batches go on in parts of 4, their gradients added up",
@@ -433,10 +514,14 @@ def test_what_does_not_fit_is_accumulated_and_means_the_same(here: Place, monkey
         assert loss == pytest.approx(expected, rel=1e-5)
         assert scores["log_likelihood"] == pytest.approx(of_hand["log_likelihood"], rel=1e-5)
     whole = attempt(r, here, None)[0]
-    assert [loss for _, loss, _ in told] == pytest.approx([loss for _, loss, _ in whole], rel=1e-4)  # as if all had fitted
+    assert [loss for _, loss, _ in told] == pytest.approx(
+        [loss for _, loss, _ in whole], rel=1e-4
+    )  # as if all had fitted
 
 
-def test_a_continued_trial_knows_how_much_fits(here: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_continued_trial_knows_how_much_fits(
+    here: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     r = run(model="tests.test_checkpoints:greedy", lr=0.01, epochs=3)
     straight = attempt(r, here, None)
     attempt(r, here, tmp_path / "kept", most=1)
@@ -447,7 +532,9 @@ def test_a_continued_trial_knows_how_much_fits(here: Place, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("normed", "least"), [(False, 1), (True, 2)])
-def test_where_nothing_fits_the_trial_ends_as_out_of_memory(normed: bool, least: int, here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_fits_the_trial_ends_as_out_of_memory(
+    normed: bool, least: int, here: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tuner import work
     from tuner.orders import Assignment
 
@@ -457,15 +544,25 @@ def test_where_nothing_fits_the_trial_ends_as_out_of_memory(normed: bool, least:
     if normed:
         monkeypatch.setattr(
             "tests.test_checkpoints.greedy",
-            lambda outputs: nn.Sequential(nn.Flatten(), Greedy(), nn.Linear(3072, 16), nn.BatchNorm1d(16), nn.Linear(16, outputs)),
+            lambda outputs: nn.Sequential(
+                nn.Flatten(),
+                Greedy(),
+                nn.Linear(3072, 16),
+                nn.BatchNorm1d(16),
+                nn.Linear(16, outputs),
+            ),
         )
     r = run(model="tests.test_checkpoints:greedy")
-    result = work.carry(Assignment(r, "accuracy", Engine(device="cpu"), str(here.home)), lambda epoch: True, 0)
+    result = work.carry(
+        Assignment(r, "accuracy", Engine(device="cpu"), str(here.home)), lambda epoch: True, 0
+    )
     assert (result.state, result.epochs) == ("oom", ()) and "out of memory" in result.reason
     assert min(Greedy.asked) == least and Greedy.asked == sorted(Greedy.asked, reverse=True)
 
 
-def test_an_error_that_is_not_of_memory_is_not_tried_again(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_is_not_of_memory_is_not_tried_again(
+    here: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong(self: Greedy, x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("shapes differ")
 
@@ -483,17 +580,26 @@ def test_only_the_best_keep_their_weights(tmp_path: Path) -> None:
         folder = tmp_path / str(draw) / "fold-0"
         folder.mkdir(parents=True)
         for what in ("000003", "best"):
-            (folder.parent / keeping.name_of(what, str(draw).encode())).write_bytes(str(draw).encode())
+            (folder.parent / keeping.name_of(what, str(draw).encode())).write_bytes(
+                str(draw).encode()
+            )
 
     def there() -> dict[str, list[str]]:
-        return {p.name: sorted(q.name.partition("-")[0] for q in p.iterdir()) for p in sorted(tmp_path.iterdir())}
+        return {
+            p.name: sorted(q.name.partition("-")[0] for q in p.iterdir())
+            for p in sorted(tmp_path.iterdir())
+        }
 
     found.ended(0, (-0.5, 3, 0))
     assert there()["0"] == ["best"]
     found.ended(1)  # pruned, or failed for good
     found.ended(2, (-0.7, 3, 2))
     found.ended(3, (-0.6, 3, 3))
-    assert there() == {"2": ["best"], "3": ["best"], "4": ["000003", "best", "fold"]}  # 0 fell out of the best; 4 is to go on
+    assert there() == {
+        "2": ["best"],
+        "3": ["best"],
+        "4": ["000003", "best", "fold"],
+    }  # 0 fell out of the best; 4 is to go on
     again = keeping.Keeping(tmp_path, 1)
     again.begin({0: (-0.5, 3, 0), 1: None, 2: (-0.7, 3, 2), 3: (-0.6, 3, 3)})
     assert there() == {"2": ["best"], "4": ["000003", "best", "fold"]}

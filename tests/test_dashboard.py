@@ -36,14 +36,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path / "studies" / "digits"
     (folder / "artifacts").mkdir(parents=True)
     (folder / "space.yaml").write_text("")
-    study = optuna.create_study(storage=storage.connect(None, folder), study_name="digits", direction="maximize")
+    study = optuna.create_study(
+        storage=storage.connect(None, folder), study_name="digits", direction="maximize"
+    )
     (tmp_path / "curve.png").write_bytes(PICTURE)
     for number in range(3):
         trial = study.ask()
         trial.report(trial.suggest_float("lr", 0, 1), 1)
         if number == 0:
             store = optuna.artifacts.FileSystemArtifactStore(folder / "artifacts")
-            optuna.artifacts.upload_artifact(artifact_store=store, file_path=str(tmp_path / "curve.png"), study_or_trial=trial)
+            optuna.artifacts.upload_artifact(
+                artifact_store=store, file_path=str(tmp_path / "curve.png"), study_or_trial=trial
+            )
         study.tell(trial, number / 2)
     return folder
 
@@ -54,8 +58,18 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "studies" / "digits"))
 
 
-def browse(app: dashboard.App, path: str, method: str = "GET", host: str | None = "127.0.0.1:8080", **headers: str) -> Answer:
-    environ: dict[str, Any] = {"REQUEST_METHOD": method, "HTTP_ACCEPT_ENCODING": "gzip", **{f"HTTP_{k}": v for k, v in headers.items()}}
+def browse(
+    app: dashboard.App,
+    path: str,
+    method: str = "GET",
+    host: str | None = "127.0.0.1:8080",
+    **headers: str,
+) -> Answer:
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": method,
+        "HTTP_ACCEPT_ENCODING": "gzip",
+        **{f"HTTP_{k}": v for k, v in headers.items()},
+    }
     environ["PATH_INFO"], _, environ["QUERY_STRING"] = path.partition("?")
     setup_testing_defaults(environ)
     environ.pop("HTTP_HOST")
@@ -89,7 +103,9 @@ def app(made: Path) -> dashboard.App:
         ("/favicon.ico", 200, b""),
     ],
 )
-def test_everything_the_page_asks_for_is_answered(app: dashboard.App, path: str, status: int, holds: bytes) -> None:
+def test_everything_the_page_asks_for_is_answered(
+    app: dashboard.App, path: str, status: int, holds: bytes
+) -> None:
     answer = browse(app, path)
 
     assert answer.status == status
@@ -101,12 +117,18 @@ def test_an_artifact_is_served_byte_by_byte(app: dashboard.App, made: Path) -> N
 
     answer = browse(app, f"/artifacts/1/1/{artifact.name}")
 
-    assert (answer.status, answer.headers["Content-Type"], answer.body) == (200, "image/png", PICTURE)
+    assert (answer.status, answer.headers["Content-Type"], answer.body) == (
+        200,
+        "image/png",
+        PICTURE,
+    )
 
 
 def test_a_picture_is_drawn_when_it_is_asked_for(folder: Path) -> None:
     (artifact,) = (folder / "artifacts").iterdir()
-    artifact.write_bytes(figures.later("curve", losses=[1.0], scores=[{"accuracy": 0.5}], metric="accuracy"))
+    artifact.write_bytes(
+        figures.later("curve", losses=[1.0], scores=[{"accuracy": 0.5}], metric="accuracy")
+    )
     served = dashboard.app(dashboard.reader(None, folder), folder / "artifacts")
 
     answer = browse(served, f"/artifacts/1/1/{artifact.name}")
@@ -124,7 +146,17 @@ def test_reading_is_all_one_may_do(app: dashboard.App, method: str) -> None:
     assert browse(app, "/api/studies/1?after=0").status == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "localhost@evil.example", "", None])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:8080",
+        "127.0.0.1.evil.example",
+        "localhost@evil.example",
+        "",
+        None,
+    ],
+)
 def test_a_foreign_host_is_refused(app: dashboard.App, host: str | None) -> None:
     assert browse(app, "/api/studies", host=host).status == 403
 
@@ -221,11 +253,15 @@ def test_the_process_beside_a_search_ends_when_the_search_does(tmp_path: Path) -
         assert waiting.wait(30) == 0
 
 
-def test_the_command_serves_until_interrupted(tuner: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_serves_until_interrupted(
+    tuner: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(_: Any) -> None:
         raise KeyboardInterrupt
 
-    (folder / "space.yaml").write_text("task: classification\ndata: {name: digits}\nmodel: {name: resnet18_slim}\n")
+    (folder / "space.yaml").write_text(
+        "task: classification\ndata: {name: digits}\nmodel: {name: resnet18_slim}\n"
+    )
     monkeypatch.setattr(dashboard._Server, "serve_forever", interrupted)
 
     said = tuner("dashboard", "digits", "--studies", folder.parent, "--port", 0)

@@ -35,7 +35,13 @@ def paint(root: Path, tree: Mapping[str, int]) -> Path:
 
 
 def load(root: Path, **options: Any) -> Data:
-    return folder.load(root.parent / "home", WANTED, "classification", path=str(root), image=ImageOptions(**options))
+    return folder.load(
+        root.parent / "home",
+        WANTED,
+        "classification",
+        path=str(root),
+        image=ImageOptions(**options),
+    )
 
 
 def sizes(data: Data) -> tuple[int, int, int, int]:
@@ -52,27 +58,48 @@ def sizes(data: Data) -> tuple[int, int, int, int]:
         ({"train/cat": 10, "train/dog": 10}, (14, 4, 2, 18)),
         ({"train/cat": 10, "train/dog": 10, "val/cat": 2, "val/dog": 3}, (18, 5, 2, 23)),
         ({"Train/cat": 10, "Train/dog": 10, "test/cat": 2, "test/dog": 3}, (16, 4, 5, 20)),
-        ({"train/cat": 4, "train/dog": 4, "valid/cat": 2, "valid/dog": 2, "test/cat": 1, "test/dog": 1}, (8, 4, 2, 12)),
+        (
+            {
+                "train/cat": 4,
+                "train/dog": 4,
+                "valid/cat": 2,
+                "valid/dog": 2,
+                "test/cat": 1,
+                "test/dog": 1,
+            },
+            (8, 4, 2, 12),
+        ),
         ({"bus": 5, "car": 5, "train": 5}, (9, 3, 3, 12)),  # 'train' is a class here
         ({"cat/2023": 3, "cat/2024/may": 2, "dog": 5, ".hidden": 0}, (6, 2, 2, 8)),
     ],
 )
-def test_layouts(tmp_path: Path, tree: Mapping[str, int], expected: tuple[int, int, int, int]) -> None:
+def test_layouts(
+    tmp_path: Path, tree: Mapping[str, int], expected: tuple[int, int, int, int]
+) -> None:
     assert sizes(load(paint(tmp_path / "photos", tree), valid=0.2, test=0.1)) == expected
 
 
 def test_classes_are_the_folders_in_order(tmp_path: Path) -> None:
-    assert load(paint(tmp_path / "photos", {"zebra": 5, "Ant": 5, "bee": 5})).classes == ("Ant", "bee", "zebra")
+    assert load(paint(tmp_path / "photos", {"zebra": 5, "Ant": 5, "bee": 5})).classes == (
+        "Ant",
+        "bee",
+        "zebra",
+    )
 
 
-@pytest.mark.parametrize("name", ["Kätzchen ünd 猫", "a b", "{}", "100 %", "#1", "%s%d", "q'uote\"", "x" * 255, "new\nline"])
+@pytest.mark.parametrize(
+    "name",
+    ["Kätzchen ünd 猫", "a b", "{}", "100 %", "#1", "%s%d", "q'uote\"", "x" * 255, "new\nline"],
+)
 def test_odd_names(tmp_path: Path, name: str) -> None:
     try:
         root = paint(tmp_path / (name[:250] if len(name) > 250 else name), {name: 5, "dog": 5})
     except OSError:
         pytest.skip("this file system has no such names")
     file = name if len(name) < 250 else name[:251] + ".png"
-    Image.new("L", (16, 16), 255).save(root / name / (file if file.endswith(".png") else f"{file}.png"))
+    Image.new("L", (16, 16), 255).save(
+        root / name / (file if file.endswith(".png") else f"{file}.png")
+    )
     assert set(load(root).classes) == {name, "dog"}
     assert sum(sizes(load(root))[:3]) == 11
 
@@ -125,7 +152,9 @@ def test_links_that_fork_at_every_level_are_read_once(tmp_path: Path) -> None:
 def test_a_broken_link_is_an_unreadable_image(tmp_path: Path) -> None:
     root = paint(tmp_path / "photos", {"cat": 3, "dog": 3})
     (root / "cat" / "gone.png").symlink_to("nowhere.png")
-    with pytest.raises(DataError, match=r"gone.png: No such file or directory\n(.|\n)*1 of 7 images cannot be read"):
+    with pytest.raises(
+        DataError, match=r"gone.png: No such file or directory\n(.|\n)*1 of 7 images cannot be read"
+    ):
         load(root)
 
 
@@ -145,7 +174,10 @@ def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_same_photographs_elsewhere_are_the_same_data(tmp_path: Path) -> None:
-    here, there = (load(paint(tmp_path / place / "photos", {"cat": 6, "dog": 6})) for place in ("here", "there"))
+    here, there = (
+        load(paint(tmp_path / place / "photos", {"cat": 6, "dog": 6}))
+        for place in ("here", "there")
+    )
     assert here.digest == there.digest
 
 
@@ -183,7 +215,9 @@ def test_digits_are_scikit_learns(tmp_path: Path) -> None:
 
 def test_stripes_follow_their_seed(tmp_path: Path) -> None:
     def made(seed: int, **options: Any) -> Data:
-        return synthetic.load(tmp_path, WANTED, "classification", image=ImageOptions(seed=seed), **options)
+        return synthetic.load(
+            tmp_path, WANTED, "classification", image=ImageOptions(seed=seed), **options
+        )
 
     assert made(0).digest == made(0).digest != made(1).digest
     assert sizes(made(0, examples=40, classes=4)) == (24, 8, 8, 32)
@@ -195,7 +229,9 @@ def test_stripes_follow_their_seed(tmp_path: Path) -> None:
 
 def batch(seed: int) -> bytes:
     rng = np.random.default_rng(seed)
-    return pickle.dumps({"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": [i % 10 for i in range(20)]})
+    return pickle.dumps(
+        {"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": [i % 10 for i in range(20)]}
+    )
 
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -217,9 +253,15 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             tar.addfile(info, io.BytesIO(content))
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", md5[f"data_batch_{i}"]] for i in range(1, 6)])
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [[f"data_batch_{i}", md5[f"data_batch_{i}"]] for i in range(1, 6)]
+    )
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]})
+    monkeypatch.setattr(
+        CIFAR10,
+        "meta",
+        {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]},
+    )
     return path
 
 
@@ -235,11 +277,17 @@ def check_cifar(data: Data) -> None:
 @pytest.fixture
 def cifar(tmp_path: Path) -> Callable[..., Data]:
     return lambda path=None: cifar10.load(
-        tmp_path / "home", Preprocess(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3), "classification", path=path, image=ImageOptions()
+        tmp_path / "home",
+        Preprocess(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        "classification",
+        path=path,
+        image=ImageOptions(),
     )
 
 
-def test_cifar10_is_downloaded_once(archive: Path, cifar: Callable[..., Data], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cifar10_is_downloaded_once(
+    archive: Path, cifar: Callable[..., Data], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with serving(archive.parent) as address:
         monkeypatch.setattr(CIFAR10, "url", f"{address}/{archive.name}")
         check_cifar(cifar())
@@ -248,7 +296,9 @@ def test_cifar10_is_downloaded_once(archive: Path, cifar: Callable[..., Data], m
     check_cifar(cifar(str(tmp_path / "home" / "data" / "cifar-10-batches-py")))
 
 
-def test_an_archive_placed_by_hand_is_unpacked(archive: Path, cifar: Callable[..., Data], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_placed_by_hand_is_unpacked(
+    archive: Path, cifar: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/none")
     check_cifar(cifar(str(archive.parent)))
 
@@ -266,15 +316,22 @@ def test_offline_the_message_says_where_to_place_the_archive(
     )
 
 
-def test_another_archive_is_not_kept(archive: Path, cifar: Callable[..., Data], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_archive_is_not_kept(
+    archive: Path, cifar: Callable[..., Data], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
     with serving(archive.parent) as address:
         monkeypatch.setattr(CIFAR10, "url", f"{address}/{archive.name}")
-        with pytest.raises(DataError, match=r"has MD5 [0-9a-f]{32}, expected 0{32}…; nothing was kept"):
+        with pytest.raises(
+            DataError, match=r"has MD5 [0-9a-f]{32}, expected 0{32}…; nothing was kept"
+        ):
             cifar(str(tmp_path / "place"))
     assert not (tmp_path / "place" / archive.name).exists()
 
 
 def test_a_file_for_a_folder(archive: Path, cifar: Callable[..., Data]) -> None:
-    with pytest.raises(DataError, match="is a file; expected the folder that holds or shall hold cifar-10-batches-py"):
+    with pytest.raises(
+        DataError,
+        match="is a file; expected the folder that holds or shall hold cifar-10-batches-py",
+    ):
         cifar(str(archive))

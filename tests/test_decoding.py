@@ -60,12 +60,18 @@ def animated(path: Path) -> None:
         ("la.png", flat("LA", (10, 255)), (10, 10, 10)),
         ("palette.png", see_through_palette, (255, 255, 255)),
         ("animated.gif", animated, (10, 10, 10)),
-        ("animated.webp", lambda p: Image.new("RGB", (8, 8), (9, 9, 9)).save(p, save_all=True, lossless=True), (9, 9, 9)),
+        (
+            "animated.webp",
+            lambda p: Image.new("RGB", (8, 8), (9, 9, 9)).save(p, save_all=True, lossless=True),
+            (9, 9, 9),
+        ),
         ("b.bmp", flat("RGB", (1, 2, 3)), (1, 2, 3)),
         ("p.ppm", flat("RGB", (1, 2, 3)), (1, 2, 3)),
     ],
 )
-def test_every_mode_becomes_rgb(tmp_path: Path, name: str, write: Callable[[Path], None], expected: tuple[int, ...] | None) -> None:
+def test_every_mode_becomes_rgb(
+    tmp_path: Path, name: str, write: Callable[[Path], None], expected: tuple[int, ...] | None
+) -> None:
     write(tmp_path / name)
     found = colour(tmp_path / name)
     assert len(found) == 3
@@ -90,22 +96,34 @@ def test_a_photograph_taken_sideways_is_turned_upright(tmp_path: Path) -> None:
 def test_resize_and_crop_are_torchvisions(shape: tuple[int, int], interpolation: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     mode = transforms.InterpolationMode(interpolation)
-    theirs = transforms.Compose([transforms.Resize(32, mode), transforms.CenterCrop(28), transforms.PILToTensor()])
+    theirs = transforms.Compose(
+        [transforms.Resize(32, mode), transforms.CenterCrop(28), transforms.PILToTensor()]
+    )
     ours = decode(pixels, Preprocess(28, 32, interpolation, (0.0,) * 3, (1.0,) * 3))
     assert torch.equal(torch.from_numpy(ours.copy()), theirs(Image.fromarray(pixels)))
 
 
 def png_header(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 def bmp_header(width: int, height: int) -> bytes:
     return (
-        b"BM" + struct.pack("<IHHI", 154, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0) + b"\0" * 100
+        b"BM"
+        + struct.pack("<IHHI", 154, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+        + b"\0" * 100
     )
 
 
@@ -125,13 +143,19 @@ def grey32_tiff(path: Path) -> None:
         ("bomb.png", png_header(50_000, 50_000), "2500000000 pixels"),
         ("bomb.bmp", bmp_header(50_000, 50_000), "2500000000 pixels"),
         ("large.png", png_header(10_000, 8_000), "10000 x 8000 pixels, more than 50,000,000"),
-        ("program.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "cannot identify image file its content"),
+        (
+            "program.jpg",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n",
+            "cannot identify image file its content",
+        ),
         ("missing.jpg", None, "No such file or directory"),
         ("float.tif", float_tiff, "floating-point"),
         ("grey32.tif", grey32_tiff, "grey values reach from 1000000 to 1000000"),
     ],
 )
-def test_what_cannot_be_read_says_why(tmp_path: Path, name: str, content: object, reason: str) -> None:
+def test_what_cannot_be_read_says_why(
+    tmp_path: Path, name: str, content: object, reason: str
+) -> None:
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -146,19 +170,36 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, name: str, content: object
 
 
 def test_a_thin_strip_is_not_blown_up() -> None:
-    found = attempt(np.zeros((1, 60_000), np.uint8), Preprocess(224, 256, "bilinear", (0.0,) * 3, (1.0,) * 3))
-    assert found == "array of shape (1, 60000): 60000 x 1 pixels, too long and narrow to be enlarged to 15360000 x 256"
+    found = attempt(
+        np.zeros((1, 60_000), np.uint8), Preprocess(224, 256, "bilinear", (0.0,) * 3, (1.0,) * 3)
+    )
+    assert (
+        found
+        == "array of shape (1, 60000): 60000 x 1 pixels, too long and narrow to be enlarged to 15360000 x 256"
+    )
 
 
 @pytest.mark.parametrize(
-    "error", [struct.error("unpack"), TypeError(), KeyError("tag"), zlib.error("data"), Image.DecompressionBombError("bomb")]
+    "error",
+    [
+        struct.error("unpack"),
+        TypeError(),
+        KeyError("tag"),
+        zlib.error("data"),
+        Image.DecompressionBombError("bomb"),
+    ],
 )
-def test_whatever_pillow_raises_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_whatever_pillow_raises_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def raising(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(Image, "open", raising)
-    assert attempt(tmp_path / "a.png", EIGHT) == f"{tmp_path / 'a.png'}: {str(error) or type(error).__name__}"
+    assert (
+        attempt(tmp_path / "a.png", EIGHT)
+        == f"{tmp_path / 'a.png'}: {str(error) or type(error).__name__}"
+    )
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tif", "webp", "bmp"])

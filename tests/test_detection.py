@@ -55,7 +55,9 @@ def built(name: str, outputs: int = 3, **options: Any) -> Staged:
         pytest.importorskip("timm")
     torch.manual_seed(0)
     made = plugins.module("model", name).build
-    staged: Staged = made(Path(), name, "detection", outputs, **{"weights": "none", "backbone": "none", **options})
+    staged: Staged = made(
+        Path(), name, "detection", outputs, **{"weights": "none", "backbone": "none", **options}
+    )
     return staged
 
 
@@ -100,7 +102,14 @@ def test_the_partition_law(name: str) -> None:
 def reference(name: str, classes: int, side: int) -> Any:
     """torchvision's own model, told to leave a canvas of this size as it is."""
     if name.startswith("ssd"):
-        return get_model(name, weights=None, weights_backbone=None, num_classes=classes, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+        return get_model(
+            name,
+            weights=None,
+            weights_backbone=None,
+            num_classes=classes,
+            image_mean=[0.0] * 3,
+            image_std=[1.0] * 3,
+        )
     sizes = {"min_size": side, "max_size": side, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     return get_model(name, weights=None, weights_backbone=None, num_classes=classes, **sizes)
 
@@ -112,28 +121,43 @@ def reference(name: str, classes: int, side: int) -> Any:
         "ssdlite320_mobilenet_v3_large",
         *(
             pytest.param(n, marks=pytest.mark.slow)
-            for n in ("fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssd300_vgg16")
+            for n in (
+                "fcos_resnet50_fpn",
+                "fasterrcnn_resnet50_fpn",
+                "retinanet_resnet50_fpn",
+                "ssd300_vgg16",
+            )
         ),
     ],
 )
 def test_the_loss_is_the_sum_of_torchvisions_own(name: str) -> None:
-    side, first = {"ssdlite320_mobilenet_v3_large": 320, "ssd300_vgg16": 300}.get(name, 64), 0 if name.startswith(("fcos", "retina")) else 1
+    side, first = (
+        {"ssdlite320_mobilenet_v3_large": 320, "ssd300_vgg16": 300}.get(name, 64),
+        0 if name.startswith(("fcos", "retina")) else 1,
+    )
     staged = built(name)
     model = reference(name, 3 + first, side).train()
     model.load_state_dict(staged.model.state_dict())
     x = images(side)
     boxes = torch.tensor([[[4.0, 4, 30, 40], [20, 10, 60, 50]], [[8, 8, 40, 30], [0, 0, 0, 0]]])
     labels = torch.tensor([[0, 2], [1, NO_OBJECT]])
-    targets = [{"boxes": boxes[0], "labels": labels[0] + first}, {"boxes": boxes[1, :1], "labels": labels[1, :1] + first}]
+    targets = [
+        {"boxes": boxes[0], "labels": labels[0] + first},
+        {"boxes": boxes[1, :1], "labels": labels[1, :1] + first},
+    ]
     torch.manual_seed(3)
     expected = model(list(x), targets)
     net = staged.split(0)[1].train()
     seed(3)
     found = net(with_targets(x, {"boxes": boxes, "labels": labels}))
-    assert {k: float(v.detach()) for k, v in found.items()} == pytest.approx({k: float(v.detach()) for k, v in expected.items()}, rel=1e-6)
+    assert {k: float(v.detach()) for k, v in found.items()} == pytest.approx(
+        {k: float(v.detach()) for k, v in expected.items()}, rel=1e-6
+    )
     seed(3)
     loss = task().loss(net, Batch(x, {"boxes": boxes, "labels": labels}))
-    assert float(loss.detach()) == pytest.approx(sum(float(v.detach()) for v in expected.values()), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(
+        sum(float(v.detach()) for v in expected.values()), rel=1e-4
+    )
     loss.backward()  # type: ignore[no-untyped-call]
     assert sum(p.grad is not None for p in net.parameters()) > 0.9 * len(list(net.parameters()))
 
@@ -146,7 +170,9 @@ def seed(number: int) -> None:
 
 
 def test_a_canvas_that_is_too_small_is_said() -> None:
-    with pytest.raises(SpaceError, match=r"data\.size: 200, but ssd300_vgg16 needs at least 268 pixels"):
+    with pytest.raises(
+        SpaceError, match=r"data\.size: 200, but ssd300_vgg16 needs at least 268 pixels"
+    ):
         built("ssd300_vgg16").split(0)[1](images(200))
 
 
@@ -155,10 +181,15 @@ def test_an_image_without_objects_can_be_learnt_from() -> None:
         net = built(name).split(0)[1].train()
         y = {"boxes": torch.zeros(2, 1, 4), "labels": torch.full((2, 1), NO_OBJECT)}
         loss = float(task().loss(net, Batch(images(64), y)).detach())
-        assert loss > 0 if "ssd" not in name else loss == 0  # SSD's background counts three times the objects
+        assert (
+            loss > 0 if "ssd" not in name else loss == 0
+        )  # SSD's background counts three times the objects
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fasterrcnn/timm/resnet10t", "ssdlite320_mobilenet_v3_large"])
+@pytest.mark.parametrize(
+    "name",
+    ["fasterrcnn_resnet50_fpn", "fasterrcnn/timm/resnet10t", "ssdlite320_mobilenet_v3_large"],
+)
 def test_what_an_export_is_read_into_has_the_layers_of_what_was_trained(name: str) -> None:
     """Pretrained backbones have frozen BatchNorm, as in torchvision's builders; without weights it is an ordinary one."""
     options = {"weights": "none", "backbone": "default"}
@@ -168,9 +199,13 @@ def test_what_an_export_is_read_into_has_the_layers_of_what_was_trained(name: st
     assert any("num_batches_tracked" in key for key in fresh.model.state_dict())
     if name.startswith("fasterrcnn"):
         assert not any("num_batches_tracked" in key for key in with_weights.model.state_dict())
-        assert any("FrozenBatchNorm" in type(module).__name__ for module in with_weights.model.modules())
+        assert any(
+            "FrozenBatchNorm" in type(module).__name__ for module in with_weights.model.modules()
+        )
     else:  # the tail of ImageNet's MobileNetV3 is twice as wide
-        widths = [sum(p.numel() for p in staged.model.parameters()) for staged in (with_weights, fresh)]
+        widths = [
+            sum(p.numel() for p in staged.model.parameters()) for staged in (with_weights, fresh)
+        ]
         assert widths[0] > 1.2 * widths[1]
 
 
@@ -189,7 +224,9 @@ def test_imagenets_weights_go_into_the_backbone(tmp_path: Path) -> None:
         names = list(staged.stages)
         found = staged.stages["stem"].eval()(x)
         found = staged.stages[names[1]].eval()(found)
-        assert torch.allclose(found["x"], expected, atol=0.01 * float(expected.abs().max().detach())), name  # BatchNorm's eps is another
+        assert torch.allclose(
+            found["x"], expected, atol=0.01 * float(expected.abs().max().detach())
+        ), name  # BatchNorm's eps is another
 
 
 # -- the task
@@ -210,7 +247,10 @@ def found(*rows: tuple[list[float], float, int]) -> dict[str, Tensor]:
 
 
 def true(*rows: tuple[list[float], int]) -> dict[str, Tensor]:
-    return {"boxes": torch.tensor([[box for box, _ in rows]]).float(), "labels": torch.tensor([[label for _, label in rows]])}
+    return {
+        "boxes": torch.tensor([[box for box, _ in rows]]).float(),
+        "labels": torch.tensor([[label for _, label in rows]]),
+    }
 
 
 A, B = [0.0, 0, 10, 10], [20.0, 20, 40, 40]
@@ -219,11 +259,27 @@ A, B = [0.0, 0, 10, 10], [20.0, 20, 40, 40]
 @pytest.mark.parametrize(
     ("said", "truth", "scores"),
     [
-        (found((A, 0.9, 0), (B, 0.8, 1)), true((A, 0), (B, 1)), {"map": 1.0, "map_50": 1.0, "map_75": 1.0, "mar_100": 1.0}),
-        (found((A, 0.9, 0)), true((A, 0), (B, 1)), {"map": 0.5, "map_50": 0.5, "map_75": 0.5, "mar_100": 0.5}),
+        (
+            found((A, 0.9, 0), (B, 0.8, 1)),
+            true((A, 0), (B, 1)),
+            {"map": 1.0, "map_50": 1.0, "map_75": 1.0, "mar_100": 1.0},
+        ),
+        (
+            found((A, 0.9, 0)),
+            true((A, 0), (B, 1)),
+            {"map": 0.5, "map_50": 0.5, "map_75": 0.5, "mar_100": 0.5},
+        ),
         # intersection over union 0.61: found at 0.5, 0.55 and 0.6 of the ten thresholds
-        (found(([0.0, 0, 10, 6.1], 0.9, 0)), true((A, 0)), {"map": 0.3, "map_50": 1.0, "map_75": 0.0, "mar_100": 0.3}),
-        (found((A, 0.9, 1)), true((A, 0)), {"map": 0.0, "map_50": 0.0, "map_75": 0.0, "mar_100": 0.0}),
+        (
+            found(([0.0, 0, 10, 6.1], 0.9, 0)),
+            true((A, 0)),
+            {"map": 0.3, "map_50": 1.0, "map_75": 0.0, "mar_100": 0.3},
+        ),
+        (
+            found((A, 0.9, 1)),
+            true((A, 0)),
+            {"map": 0.0, "map_50": 0.0, "map_75": 0.0, "mar_100": 0.0},
+        ),
         (found(), true((A, 0)), {"map": 0.0, "map_50": 0.0, "map_75": 0.0, "mar_100": 0.0}),
         (found(), true((A, NO_OBJECT)), {"map": 0.0, "map_50": 0.0, "map_75": 0.0, "mar_100": 0.0}),
     ],
@@ -234,19 +290,34 @@ def test_scores(said: Any, truth: Any, scores: dict[str, float]) -> None:
 
 def test_the_table_has_each_class(tmp_path: Path) -> None:
     rows = task().table([(found((A, 0.9, 0)), true((A, 0), (B, 1)))]).decode().splitlines()  # type: ignore[attr-defined]
-    assert rows == ["class,average precision,average recall,objects", "cat,1.0000,1.0000,1", "dog,0.0000,0.0000,1", "cow,0.0000,0.0000,0"]
+    assert rows == [
+        "class,average precision,average recall,objects",
+        "cat,1.0000,1.0000,1",
+        "dog,0.0000,0.0000,1",
+        "cow,0.0000,0.0000,0",
+    ]
 
 
 def test_difference_matches_boxes_whatever_their_order() -> None:
     one = found((A, 0.8, 0), (B, 0.8, 1))
     assert task().difference(one, found((B, 0.8, 1), (A, 0.8, 0))) == 0
-    assert task().difference(one, found((B, 0.8, 1), ([0.0, 0, 10, 10.4], 0.8, 0))) == pytest.approx(0.01)  # of 40 pixels
+    assert task().difference(
+        one, found((B, 0.8, 1), ([0.0, 0, 10, 10.4], 0.8, 0))
+    ) == pytest.approx(0.01)  # of 40 pixels
     assert task().difference(one, found((B, 0.7, 1), (A, 0.8, 0))) == pytest.approx(0.1)
     assert task().difference(one, found((A, 0.8, 0))) == pytest.approx(0.8)
     assert task().difference(found((A, 0.8, 0)), one) == pytest.approx(0.8)
-    assert task().difference(one, found((A, 0.8, 0), (B, 0.8, 2))) == pytest.approx(0.8)  # another class is another object
+    assert task().difference(one, found((A, 0.8, 0), (B, 0.8, 2))) == pytest.approx(
+        0.8
+    )  # another class is another object
     assert task().difference(found((A, 0.8, 0), (B, 0.04, 1)), found((A, 0.8, 0))) == 0  # noise
-    assert apart({**one_of(one), "full": torch.tensor(False)}, {**one_of(one), "full": torch.tensor(False)}) == 0
+    assert (
+        apart(
+            {**one_of(one), "full": torch.tensor(False)},
+            {**one_of(one), "full": torch.tensor(False)},
+        )
+        == 0
+    )
 
 
 def one_of(padded_: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -255,11 +326,20 @@ def one_of(padded_: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_what_is_told_is_in_pixels_of_the_original() -> None:
     wanted = Preprocess(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3, "letterbox")
-    assert original(torch.tensor([[2.0, 6, 18, 30]]), 128, 64, wanted).tolist() == [[8.0, 0.0, 72.0, 64.0]]  # scale 4, 8 rows above
+    assert original(torch.tensor([[2.0, 6, 18, 30]]), 128, 64, wanted).tolist() == [
+        [8.0, 0.0, 72.0, 64.0]
+    ]  # scale 4, 8 rows above
     image = Image.new("RGB", (128, 64), "grey")
-    told = task().tell(lambda _: found(([2.0, 10, 18, 20], 0.9, 1), (A, 0.4, 0)), torch.zeros(1, 3, 32, 32), [image], wanted)[0]
+    told = task().tell(
+        lambda _: found(([2.0, 10, 18, 20], 0.9, 1), (A, 0.4, 0)),
+        torch.zeros(1, 3, 32, 32),
+        [image],
+        wanted,
+    )[0]
     assert told.line == "dog 0.900 at 8, 8, 72, 48"
-    assert told.values == {"objects": [{"label": "dog", "score": pytest.approx(0.9), "box": [8.0, 8.0, 72.0, 48.0]}]}
+    assert told.values == {
+        "objects": [{"label": "dog", "score": pytest.approx(0.9), "box": [8.0, 8.0, 72.0, 48.0]}]
+    }
     assert told.picture is not None and told.picture.startswith(b"\x89PNG")
     nothing = task().tell(lambda _: found(), torch.zeros(1, 3, 32, 32), [image], wanted)[0]
     assert (nothing.line, nothing.values) == ("nothing with a score from 0.5", {"objects": []})
@@ -288,12 +368,16 @@ def test_what_is_told_is_in_pixels_of_the_original() -> None:
         ),
     ],
 )
-def test_what_is_read_back_finds_the_same_objects(name: str, format_: Any, side: int, tmp_path: Path) -> None:
+def test_what_is_read_back_finds_the_same_objects(
+    name: str, format_: Any, side: int, tmp_path: Path
+) -> None:
     staged = lively(name)
-    assert format_.FILE.replace("model.pt2", "torch_export").replace("model.onnx", "onnx") in plugins.stated(
-        name, "EXPORTS", ("torch_export", "onnx")
-    )
-    model = Portable(staged, Preprocess(side, side, "bilinear", (0.5,) * 3, (0.5,) * 3, "letterbox")).eval()
+    assert format_.FILE.replace("model.pt2", "torch_export").replace(
+        "model.onnx", "onnx"
+    ) in plugins.stated(name, "EXPORTS", ("torch_export", "onnx"))
+    model = Portable(
+        staged, Preprocess(side, side, "bilinear", (0.5,) * 3, (0.5,) * 3, "letterbox")
+    ).eval()
     x = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(2))
     format_.save(model, x[:1], tmp_path / format_.FILE)
     again = format_.load(tmp_path / format_.FILE, lambda: model)
@@ -335,7 +419,9 @@ def test_a_study_from_files_to_drawn_boxes(tuner: Callable[..., Said], tmp_path:
     assert len(rows) == 20 and all("objects" in row for row in rows)
 
 
-def test_cross_validation_and_a_cache_that_changes_nothing(tuner: Callable[..., Said], tmp_path: Path) -> None:
+def test_cross_validation_and_a_cache_that_changes_nothing(
+    tuner: Callable[..., Said], tmp_path: Path
+) -> None:
     """Memory and stillness: two folds over remembered activations give the losses of two folds without."""
     root = scenes.voc(tmp_path / "voc")
     (tmp_path / "boxes.yaml").write_text(STUDY.format(root=root))
@@ -378,7 +464,12 @@ export: [safetensors]
 """)
     said = tuner("run", tmp_path / "raccoon.yaml")
     assert said.code == 0, said.err
-    assert json.loads((tmp_path / "studies/raccoon/export/manifest.json").read_text())["scores"]["test"]["map_50"] > 0.05
+    assert (
+        json.loads((tmp_path / "studies/raccoon/export/manifest.json").read_text())["scores"][
+            "test"
+        ]["map_50"]
+        > 0.05
+    )
 
 
 def test_a_detector_is_described_with_numbers_in_it() -> None:

@@ -48,7 +48,11 @@ def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()
         return staged
     if name == "rtdetr":
         backbone = transformers.RTDetrResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1], layer_type="basic", out_indices=[2, 3, 4]
+            embedding_size=8,
+            hidden_sizes=[8, 16, 32, 64],
+            depths=[1, 1, 1, 1],
+            layer_type="basic",
+            out_indices=[2, 3, 4],
         )
         kind, config = (
             transformers.RTDetrForObjectDetection,
@@ -67,7 +71,10 @@ def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()
             use_learnable_affine_block=True,
             out_indices=[2, 3, 4],
         )
-        kind, config = transformers.DFineForObjectDetection, transformers.DFineConfig(backbone_config=backbone, num_labels=outputs, **REST)
+        kind, config = (
+            transformers.DFineForObjectDetection,
+            transformers.DFineConfig(backbone_config=backbone, num_labels=outputs, **REST),
+        )
     return _detr.build(home, name, kind, config, f"owner/{name}", weights)
 
 
@@ -105,9 +112,15 @@ def test_stillness_and_memory(name: str, depth: int, tmp_path: Path) -> None:
         assert type(b.train).__name__ == {"always": "Remembered", "never": "Live"}[mode]
         found[mode] = trained(b, lr=1e-4)
         assert all(torch.equal(v, before[k]) for k, v in prefix.state_dict().items())
-        assert any(not torch.equal(v, moving[k]) for k, v in staged.stages["head"].state_dict().items())
-    for (loss, score), (loss_again, score_again) in zip(found["always"], found["never"], strict=True):
-        assert loss == pytest.approx(loss_again, rel=1e-2) and score == pytest.approx(score_again, rel=1e-2)
+        assert any(
+            not torch.equal(v, moving[k]) for k, v in staged.stages["head"].state_dict().items()
+        )
+    for (loss, score), (loss_again, score_again) in zip(
+        found["always"], found["never"], strict=True
+    ):
+        assert loss == pytest.approx(loss_again, rel=1e-2) and score == pytest.approx(
+            score_again, rel=1e-2
+        )
 
 
 # -- the library's own losses and objects
@@ -119,12 +132,22 @@ def labels_of_the_library() -> list[dict[str, Tensor]]:
     for boxes, labels in zip(BOXES / SIDE, LABELS, strict=True):
         real = labels != NO_OBJECT
         b = boxes[real]
-        found.append({"class_labels": labels[real], "boxes": torch.cat([(b[:, :2] + b[:, 2:]) / 2, b[:, 2:] - b[:, :2]], 1)})
+        found.append(
+            {
+                "class_labels": labels[real],
+                "boxes": torch.cat([(b[:, :2] + b[:, 2:]) / 2, b[:, 2:] - b[:, :2]], 1),
+            }
+        )
     return found
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [("rtdetr", SIDE), ("dfine", SIDE), *(pytest.param(*i, marks=pytest.mark.slow) for i in SMALLEST.items())]
+    ("name", "side"),
+    [
+        ("rtdetr", SIDE),
+        ("dfine", SIDE),
+        *(pytest.param(*i, marks=pytest.mark.slow) for i in SMALLEST.items()),
+    ],
 )
 def test_losses_gradients_and_statistics_are_the_librarys_own(name: str, side: int) -> None:
     staged, x = made(name), ready(_detr.CANVAS, side)
@@ -137,11 +160,17 @@ def test_losses_gradients_and_statistics_are_the_librarys_own(name: str, side: i
     losses = suffix(with_targets(x, truth(side)))
     sum(losses.values()).backward()
     assert any("_dn_" in key for key in losses) and any("_aux_" in key for key in losses)
-    assert {k: v.item() for k, v in losses.items()} == {k: pytest.approx(v.item(), rel=1e-5) for k, v in native.loss_dict.items()}
+    assert {k: v.item() for k, v in losses.items()} == {
+        k: pytest.approx(v.item(), rel=1e-5) for k, v in native.loss_dict.items()
+    }
     assert sum(losses.values()).item() == pytest.approx(native.loss.item(), rel=1e-6)
-    for (key, ours), (_, theirs) in zip(staged.model.named_parameters(), model.named_parameters(), strict=True):
+    for (key, ours), (_, theirs) in zip(
+        staged.model.named_parameters(), model.named_parameters(), strict=True
+    ):
         assert (ours.grad is None) == (theirs.grad is None), key
-        assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6), key
+        assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6), (
+            key
+        )
     moved = model.state_dict()
     assert all(torch.equal(v, moved[k]) for k, v in staged.model.state_dict().items())
 
@@ -155,7 +184,9 @@ def test_objects_are_those_of_the_librarys_own_postprocessing(name: str) -> None
         found = staged.function()(x)
         process = transformers.RTDetrImageProcessor().post_process_object_detection
         native = process(model(x), threshold=-1.0, target_sizes=[(SIDE, SIDE)] * len(x))
-    for i, one in enumerate(native):  # its best 20, one for each query; here are all 60 pairs of query and class
+    for i, one in enumerate(
+        native
+    ):  # its best 20, one for each query; here are all 60 pairs of query and class
         assert torch.equal(found["scores"][i, :20], one["scores"])
         assert torch.equal(found["labels"][i, :20], one["labels"])
         assert torch.allclose(found["boxes"][i, :20], one["boxes"].clamp(0, SIDE), atol=1e-3)
@@ -172,7 +203,9 @@ def test_a_batch_without_objects_has_a_loss() -> None:
 
 @pytest.mark.parametrize(("name", "least"), SMALLEST.items())
 @pytest.mark.parametrize(("side", "nearest"), [(32, None), (300, 288)])
-def test_a_canvas_with_too_few_places_or_a_remainder_is_refused(name: str, least: int, side: int, nearest: int | None) -> None:
+def test_a_canvas_with_too_few_places_or_a_remainder_is_refused(
+    name: str, least: int, side: int, nearest: int | None
+) -> None:
     said = rf"^data.size: {side}, but {name} takes multiples of 32 from {least} on; nearest: {nearest or least}$"
     with pytest.raises(SpaceError, match=said):
         made(name).split(0)[1].eval()(torch.zeros(1, 3, side, side))
@@ -189,7 +222,9 @@ def test_weights_by_path_and_by_folder(name: str, tmp_path: Path) -> None:
     save(staged, tmp_path / "own.safetensors")
     for path in (tmp_path / "folder", tmp_path / "own.safetensors"):
         same = made(name, 3, str(path))
-        assert same.notes == () and all(torch.equal(v, state[k]) for k, v in same.model.state_dict().items())
+        assert same.notes == () and all(
+            torch.equal(v, state[k]) for k, v in same.model.state_dict().items()
+        )
         other = made(name, 5, str(path))
         assert other.notes == ("classes: new, the weights have none for these",)
         found = other.model.state_dict()
@@ -200,37 +235,59 @@ def test_weights_by_path_and_by_folder(name: str, tmp_path: Path) -> None:
 def save(staged: Staged, path: Path) -> None:
     """As an export has it: the normalisation beside the weights, and no two that share memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.clone() for k, v in staged.model.state_dict().items()} | {"tuner.mean": torch.zeros(1, 3, 1, 1)}, path)
+    save_file(
+        {k: v.clone() for k, v in staged.model.state_dict().items()}
+        | {"tuner.mean": torch.zeros(1, 3, 1, 1)},
+        path,
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_default_weights_come_from_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_weights_come_from_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = lively(made(name, 80))
     save(given, tmp_path / "hub" / "owner" / name / "resolve" / "main" / "model.safetensors")
     with serving(tmp_path / "hub") as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         staged = made(name, 80, "default", tmp_path / "home")
-    assert staged.notes == ("classes: new, the weights have none for these",)  # 80 of one's own are not COCO's
+    assert staged.notes == (
+        "classes: new, the weights have none for these",
+    )  # 80 of one's own are not COCO's
     key = "model.enc_bbox_head.layers.0.weight"
     assert torch.equal(staged.model.state_dict()[key], given.model.state_dict()[key])
     made(name, 3, "default", tmp_path / "home")  # the server is gone
-    with pytest.raises(DataError, match=f"cannot download {address}/owner/{name}/resolve/main/model.safetensors: .*place it at"):
+    with pytest.raises(
+        DataError,
+        match=f"cannot download {address}/owner/{name}/resolve/main/model.safetensors: .*place it at",
+    ):
         made(name, 3, "default", tmp_path / "another")
 
 
 @pytest.mark.parametrize(
     ("name", "address"),
-    [("rtdetr_r18", "PekingU/rtdetr_r18vd"), ("rtdetr_r101", "PekingU/rtdetr_r101vd"), ("dfine_n", "ustc-community/dfine-nano-coco")],
+    [
+        ("rtdetr_r18", "PekingU/rtdetr_r18vd"),
+        ("rtdetr_r101", "PekingU/rtdetr_r101vd"),
+        ("dfine_n", "ustc-community/dfine-nano-coco"),
+    ],
 )
-def test_published_weights_are_asked_for_by_their_name(name: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_are_asked_for_by_their_name(
+    name: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(tmp_path) as server:
         monkeypatch.setenv("HF_ENDPOINT", server)
-        with pytest.raises(DataError, match=f"cannot download {server}/{address}/resolve/main/model.safetensors"):
+        with pytest.raises(
+            DataError, match=f"cannot download {server}/{address}/resolve/main/model.safetensors"
+        ):
             made(name, 3, "default", tmp_path / "home")
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpaceError, match=r"^model.weights: 'own.pth': default, none, a .safetensors file, or a folder with"):
+    with pytest.raises(
+        SpaceError,
+        match=r"^model.weights: 'own.pth': default, none, a .safetensors file, or a folder with",
+    ):
         made("rtdetr", 3, "own.pth")
     save(made("dfine"), tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="these are another model's weights, or damaged"):
@@ -254,7 +311,9 @@ def test_without_transformers_the_way_to_have_it_is_told(monkeypatch: pytest.Mon
 
 def test_what_the_authors_do_not_train_is_no_parameter() -> None:
     staged = made("dfine")
-    assert {"model.decoder.reg_scale", "model.decoder.up"} <= set(dict(staged.model.named_buffers())) & set(staged.model.state_dict())
+    assert {"model.decoder.reg_scale", "model.decoder.up"} <= set(
+        dict(staged.model.named_buffers())
+    ) & set(staged.model.state_dict())
 
 
 # -- exports
@@ -262,7 +321,12 @@ def test_what_the_authors_do_not_train_is_no_parameter() -> None:
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize(
-    "kind", ["safetensors", pytest.param("torch_export", marks=pytest.mark.slow), pytest.param("onnx", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "safetensors",
+        pytest.param("torch_export", marks=pytest.mark.slow),
+        pytest.param("onnx", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_read_back_finds_the_same_objects(name: str, kind: str, tmp_path: Path) -> None:
     model = Portable(lively(made(name)), _detr.CANVAS).eval()
@@ -275,6 +339,9 @@ def test_what_is_read_back_finds_the_same_objects(name: str, kind: str, tmp_path
         other = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
         for image in (x, other):
             expected, got = model(image), again(image)
-            assert torch.equal(expected["labels"], got["labels"]) and (expected["labels"] != NO_OBJECT).sum() == 60
+            assert (
+                torch.equal(expected["labels"], got["labels"])
+                and (expected["labels"] != NO_OBJECT).sum() == 60
+            )
             assert torch.allclose(expected["scores"], got["scores"], atol=1e-4)
             assert torch.allclose(expected["boxes"], got["boxes"], atol=1e-2)

@@ -25,8 +25,14 @@ def four(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.update({str(device): share}))
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: shares.get(str(device), 1.0))
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: shares.update({str(device): share}),
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda device: shares.get(str(device), 1.0)
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80_000, 80_000))
     return shares
 
@@ -43,11 +49,17 @@ def four(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     ],
 )
 def test_workers_are_dealt_out_over_the_gpus_in_use(
-    engine: dict[str, Any], used: tuple[int, ...], of_slots: str, four: dict[str, float], tmp_path: Path
+    engine: dict[str, Any],
+    used: tuple[int, ...],
+    of_slots: str,
+    four: dict[str, float],
+    tmp_path: Path,
 ) -> None:
     asked = Engine.model_validate(engine)
     assert gpus(asked) == used
-    assert [str(place(asked, tmp_path, slot).device) for slot in range(5)] == [f"cuda:{n}" for n in of_slots.split()]
+    assert [str(place(asked, tmp_path, slot).device) for slot in range(5)] == [
+        f"cuda:{n}" for n in of_slots.split()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +82,9 @@ def test_workers_that_share_a_gpu_share_its_memory(
     assert four == ({} if share is None else {"cuda:0": pytest.approx(share)})
 
 
-def test_remembered_activations_move_into_a_quarter_of_the_workers_part(four: dict[str, float], tmp_path: Path) -> None:
+def test_remembered_activations_move_into_a_quarter_of_the_workers_part(
+    four: dict[str, float], tmp_path: Path
+) -> None:
     values = {"x": torch.zeros(10_000, dtype=torch.uint8)}
     assert activations.fits_on_gpu(values, place(Engine(per_gpu=1), tmp_path).device)
     assert not activations.fits_on_gpu(values, place(Engine(per_gpu=4), tmp_path).device)
@@ -87,12 +101,19 @@ def test_remembered_activations_move_into_a_quarter_of_the_workers_part(four: di
         (["device=cuda:1"], 1),
     ],
 )
-def test_one_worker_per_gpu_unless_the_file_says_otherwise(words: list[str], workers: int, four: dict[str, float], small: Path) -> None:
+def test_one_worker_per_gpu_unless_the_file_says_otherwise(
+    words: list[str], workers: int, four: dict[str, float], small: Path
+) -> None:
     from tuner import document, parsing
 
-    doc = parsing.override(document.read(small), ["engine={name: local}", *(f"engine.{word}" for word in words)])
+    doc = parsing.override(
+        document.read(small), ["engine={name: local}", *(f"engine.{word}" for word in words)]
+    )
     space = parsing.parse(doc)
-    orders = tuple(Assignment(run, "accuracy", space.settings.engine, str(small.parent)) for run in space.corners())
+    orders = tuple(
+        Assignment(run, "accuracy", space.settings.engine, str(small.parent))
+        for run in space.corners()
+    )
     found = work.survey(orders, lambda _: True, 0)
     assert workers_of(space, found.gpus) == workers
 
@@ -100,11 +121,18 @@ def test_one_worker_per_gpu_unless_the_file_says_otherwise(words: list[str], wor
 def test_without_a_gpu_there_is_one_worker_on_the_cpu(small: Path) -> None:
     from tuner import document, parsing
 
-    assert workers_of(parsing.parse(parsing.override(document.read(small), ["engine={per_gpu: 2}"])), 0) == 1
+    assert (
+        workers_of(
+            parsing.parse(parsing.override(document.read(small), ["engine={per_gpu: 2}"])), 0
+        )
+        == 1
+    )
 
 
 def test_a_gpu_that_is_not_there_is_named_with_those_that_are(four: dict[str, float]) -> None:
-    with pytest.raises(StorageError, match=r"engine.gpus: \[0, 7\], but torch sees 4 GPUs, cuda:0 to cuda:3"):
+    with pytest.raises(
+        StorageError, match=r"engine.gpus: \[0, 7\], but torch sees 4 GPUs, cuda:0 to cuda:3"
+    ):
         gpus(Engine(gpus=[0, 7]))
     with pytest.raises(StorageError, match=r"engine.gpus: 5, but torch sees 4 GPUs"):
         gpus(Engine(gpus=5))
@@ -115,7 +143,10 @@ def test_a_gpu_that_is_not_there_is_named_with_those_that_are(four: dict[str, fl
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["engine.gpus=0"], "engine.gpus: write how many GPUs, at least 1, or their numbers, such as [0, 2]; for none, device: cpu, got 0"),
+        (
+            ["engine.gpus=0"],
+            "engine.gpus: write how many GPUs, at least 1, or their numbers, such as [0, 2]; for none, device: cpu, got 0",
+        ),
         (["engine.gpus=[]"], "engine.gpus: write the GPUs' numbers"),
         (["engine.gpus=[1, 1]"], "engine.gpus: write the GPUs' numbers"),
         (["engine.gpus=[-1]"], "engine.gpus: write the GPUs' numbers"),
@@ -124,18 +155,28 @@ def test_a_gpu_that_is_not_there_is_named_with_those_that_are(four: dict[str, fl
         (["engine.per_gpu=0"], "engine.per_gpu: must be at least 1"),
         (["engine.device=auto", "engine.per_gpu=[1, 2]"], "engine holds no ranges or choices"),
         (["engine.gpus=1"], "engine.gpus: which GPUs is already said by device: cpu"),
-        (["engine.device=cuda:1", "engine.gpus=[0]"], "engine.gpus: which GPUs is already said by device: cuda:1"),
-        (["engine.per_gpu=2"], "engine.per_gpu: is for GPUs, and device is cpu; for several workers write workers: 2"),
+        (
+            ["engine.device=cuda:1", "engine.gpus=[0]"],
+            "engine.gpus: which GPUs is already said by device: cuda:1",
+        ),
+        (
+            ["engine.per_gpu=2"],
+            "engine.per_gpu: is for GPUs, and device is cpu; for several workers write workers: 2",
+        ),
         (["engine.workers=0"], "engine.workers: must be at least 1, got 0"),
     ],
 )
-def test_wrong_values_are_named_before_anything_is_made(words: list[str], message: str, tuner: Tuner, small: Path) -> None:
+def test_wrong_values_are_named_before_anything_is_made(
+    words: list[str], message: str, tuner: Tuner, small: Path
+) -> None:
     said = tuner("run", small, *words)
     assert said.code == 2 and message in said.err and not (small.parent / "studies").exists()
 
 
 @pytest.mark.parametrize("value", ["2", "[0]"])
-def test_31_gpus_where_there_are_none_end_before_anything_is_made(value: str, tuner: Tuner, small: Path) -> None:
+def test_31_gpus_where_there_are_none_end_before_anything_is_made(
+    value: str, tuner: Tuner, small: Path
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     said = tuner("run", small, "engine.device=auto", f"engine.gpus={value}")
@@ -147,6 +188,8 @@ def test_the_keys_survive_writing_and_reading(small: Path) -> None:
     from tuner import document, parsing
     from tuner.space import dump
 
-    space = parsing.parse(parsing.override(document.read(small), ["engine={name: local, gpus: [2, 0], per_gpu: 3}"]))
+    space = parsing.parse(
+        parsing.override(document.read(small), ["engine={name: local, gpus: [2, 0], per_gpu: 3}"])
+    )
     again = parsing.parse(document.parse(dump(space.tree()), "again.yaml"))
     assert again.settings.engine == space.settings.engine and space.settings.engine.gpus == [2, 0]

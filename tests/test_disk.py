@@ -19,7 +19,9 @@ from tuner import manifest
 
 ROOT = Path(__file__).parents[1]
 STUDY = (
-    SMALL.replace("examples: 60", "examples: 120").replace("trials: 4", "trials: 3").replace("device: cpu}", "device: cpu, cache: always}")
+    SMALL.replace("examples: 60", "examples: 120")
+    .replace("trials: 4", "trials: 3")
+    .replace("device: cpu}", "device: cpu, cache: always}")
 )
 Tuner = Callable[..., Said]
 
@@ -28,7 +30,9 @@ def limited(size: int, *words: str) -> None:
     """The command line, in a process that can write no file larger than `size`."""
     from tuner.cli import main
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # Python ignores SIGXFSZ, so that EFBIG comes
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size, size)
+    )  # Python ignores SIGXFSZ, so that EFBIG comes
     sys.argv = ["tuner", *words]
     main()
 
@@ -54,7 +58,9 @@ def sound(folder: Path) -> list[tuple[Any, ...]]:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         if not database.execute("select 1 from sqlite_master where name = 'trials'").fetchone():
             return []
-        return database.execute("select number, state from trials where state in ('COMPLETE', 'PRUNED') order by number").fetchall()
+        return database.execute(
+            "select number, state from trials where state in ('COMPLETE', 'PRUNED') order by number"
+        ).fetchall()
 
 
 @pytest.mark.slow
@@ -70,7 +76,12 @@ def sound(folder: Path) -> list[tuple[Any, ...]]:
             "home/activations/",
         ),
         (1_500_000, [], ["recipe.freeze_depth=0"], "studies/small/checkpoints/"),
-        (1_500_000, [], ["recipe.freeze_depth=5"], "studies/small/export"),  # a head: its checkpoints are small
+        (
+            1_500_000,
+            [],
+            ["recipe.freeze_depth=5"],
+            "studies/small/export",
+        ),  # a head: its checkpoints are small
     ],
     ids=["images", "database", "activations", "checkpoints", "export"],
 )
@@ -88,7 +99,9 @@ def test_26_a_file_that_may_not_grow_is_named_nothing_is_lost_and_the_same_comma
     code, said = forking.work(folder, "tests.test_disk:limited", size, *words)
     errors = [line for line in said.splitlines() if line.startswith("tuner: error: ")]
     assert code == 4 and len(errors) == 1 and "Traceback" not in said, said
-    assert errors[0].startswith("tuner: error: disk full while writing ") and place in errors[0], said
+    assert errors[0].startswith("tuner: error: disk full while writing ") and place in errors[0], (
+        said
+    )
     if place.startswith("home"):
         assert " MB needed: File too large)" in errors[0]
     assert sound(folder)[: len(before)] == before
@@ -105,12 +118,26 @@ def tmpfs(place: Path, megabytes: int) -> Iterator[tuple[Path, list[str]]]:
     """A file system of its own size, seen by nobody else: its folder, and what begins a command that shall see it at `place`."""
     place.mkdir()
     mount = f"mount -t tmpfs -o size={megabytes}m tuner '{place}' && echo ready && exec sleep 600"
-    with subprocess.Popen(["unshare", "-m", "sh", "-c", mount], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as holder:
+    with subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", mount],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as holder:
         assert holder.stdout is not None
         try:
             if holder.stdout.readline() != "ready\n":
                 pytest.skip("a file system can be mounted by root only")
-            inside = ["nsenter", "-t", str(holder.pid), "-m", "sh", "-c", 'cd "$0" && exec "$@"', str(place)]
+            inside = [
+                "nsenter",
+                "-t",
+                str(holder.pid),
+                "-m",
+                "sh",
+                "-c",
+                'cd "$0" && exec "$@"',
+                str(place),
+            ]
             yield Path(f"/proc/{holder.pid}/root{place}"), inside
         finally:
             holder.kill()
@@ -120,7 +147,10 @@ def test_26_too_little_room_is_said_before_anything_is_begun(tuner: Tuner, small
     with tmpfs(small.parent / "disk", 20) as (disk, _):
         said = tuner("run", small, "--studies", disk / "studies")
         assert said.code == 4 and said.err.count("\n") == 1
-        assert f"disk: {disk / 'studies'} has 2" in said.err and "MB free, but 108 MB are needed (three times the model's size" in said.err
+        assert (
+            f"disk: {disk / 'studies'} has 2" in said.err
+            and "MB free, but 108 MB are needed (three times the model's size" in said.err
+        )
         assert list(disk.iterdir()) == []
 
 
@@ -132,10 +162,24 @@ def copied(disk: Path, to: Path) -> Path:
 @pytest.mark.slow
 def test_26_a_disk_that_fills_up_while_a_study_runs(small: Path) -> None:
     with tmpfs(small.parent / "disk", 140) as (disk, enter):
-        (disk / "small.yaml").write_text(small.read_text().replace("high: 3}", "high: 6}").replace("trials: 4", "trials: 10"))
-        command = [*enter, "env", f"PYTHONPATH={ROOT}", f"TUNER_HOME={small.parent}/disk/home", sys.executable, "-u", "-m", "tuner", "run"]
+        (disk / "small.yaml").write_text(
+            small.read_text().replace("high: 3}", "high: 6}").replace("trials: 4", "trials: 10")
+        )
+        command = [
+            *enter,
+            "env",
+            f"PYTHONPATH={ROOT}",
+            f"TUNER_HOME={small.parent}/disk/home",
+            sys.executable,
+            "-u",
+            "-m",
+            "tuner",
+            "run",
+        ]
         command += ["small.yaml", "search.sampler=random", "search.pruner=none"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("#1 "):
@@ -144,7 +188,9 @@ def test_26_a_disk_that_fills_up_while_a_study_runs(small: Path) -> None:
             while True:
                 file.write(bytes(4096))
         _, err = process.communicate(timeout=120)
-        assert process.returncode == 4 and err.count("tuner: error: ") == 1 and "Traceback" not in err, err
+        assert (
+            process.returncode == 4 and err.count("tuner: error: ") == 1 and "Traceback" not in err
+        ), err
         assert "disk full while writing" in err, err
         (disk / "filler").unlink()
         assert len(sound(copied(disk, small.parent / "before"))) >= 2
@@ -193,7 +239,13 @@ def test_memory_returns_to_where_it_was_trial_after_trial(model: str, small: Pat
         "recipe.epochs=2",
         "recipe.optimizer=adamw",
     ]
-    words += ["recipe.momentum=0.9", "search.sampler=random", "search.pruner=none", "search.retrain=false", "--json"]
+    words += [
+        "recipe.momentum=0.9",
+        "search.sampler=random",
+        "search.pruner=none",
+        "search.retrain=false",
+        "--json",
+    ]
     environment = f"PYTHONPATH={ROOT}:{small.parent}"
     command = ["env", environment, sys.executable, "-u", "-m", "tuner", "run", str(small), *words]
     found = []
@@ -202,8 +254,15 @@ def test_memory_returns_to_where_it_was_trial_after_trial(model: str, small: Pat
         for line in process.stdout:
             if line.startswith('{"event": "trial"'):
                 time.sleep(0.05)
-                workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True, check=False)
-                with contextlib.suppress(OSError, StopIteration):  # after the last trial the worker may be gone
+                workers = subprocess.run(
+                    ["pgrep", "-P", str(process.pid), "-f", "spawn_main"],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                with contextlib.suppress(
+                    OSError, StopIteration
+                ):  # after the last trial the worker may be gone
                     found += [memory(int(pid)) for pid in workers.stdout.split()]
     assert process.returncode == 0 and len(found) >= 10, found
     growth = max(found[5:]) - found[4]

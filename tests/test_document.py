@@ -79,11 +79,17 @@ def test_a_message_stays_on_one_line_whatever_the_key_holds() -> None:
         ("", "f.yaml:1: the file is empty; see the examples in search_spaces/"),
         ("# nothing\n", "f.yaml:1: the file is empty; see the examples in search_spaces/"),
         ("- a\n", "f.yaml:1: expected a mapping (task:, data:, model:, …) at the top, got a list"),
-        ("a: 1\nb: &x 2\n", "f.yaml:2: anchors (&) and aliases (*) are not allowed; write the value out"),
+        (
+            "a: 1\nb: &x 2\n",
+            "f.yaml:2: anchors (&) and aliases (*) are not allowed; write the value out",
+        ),
         ("&x a: 1\n", "f.yaml:1: anchors (&) and aliases (*) are not allowed; write the value out"),
         ("a: *x\n", "f.yaml:1: anchors (&) and aliases (*) are not allowed; write the value out"),
         ("a:\n  <<: {b: 1}\n", "f.yaml:2: merge keys (<<) are not allowed; write the values out"),
-        ("a: !!python/object:os.system x\n", "f.yaml:1: tags such as 'tag:yaml.org,2002:python/object:os.system' are not allowed"),
+        (
+            "a: !!python/object:os.system x\n",
+            "f.yaml:1: tags such as 'tag:yaml.org,2002:python/object:os.system' are not allowed",
+        ),
         ("!x a: 1\n", "f.yaml:1: tags such as '!x' are not allowed"),
         ("a: 1\n---\nb: 2\n", "f.yaml:2: only one document per file"),
         ("? [a]\n: 1\n", "f.yaml:1: a key must be a word"),
@@ -91,7 +97,10 @@ def test_a_message_stays_on_one_line_whatever_the_key_holds() -> None:
         ("a: 1\nb: \x07\n", "f.yaml:2: not valid YAML: the character U+0007 is not allowed"),
         ('a: 1\nb: "\\0"\n', "f.yaml:2: the character U+0000 is not allowed"),
         ('a: "\\ud800"\n', "f.yaml:1: the character U+D800 is not allowed"),
-        ('a: "\\UFFFFFFFF"\n', "f.yaml:1: not valid YAML: an escape or directive holds a number that is too large"),
+        (
+            'a: "\\UFFFFFFFF"\n',
+            "f.yaml:1: not valid YAML: an escape or directive holds a number that is too large",
+        ),
         ("[" * 20_000, "f.yaml:1: nested deeper than 50 levels"),
         ("a: [" + "1, " * 20_001 + "]", "f.yaml:1: more than 20,000 values"),
     ],
@@ -114,7 +123,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (tmp_path, f"{tmp_path}: is a folder; name the YAML file in it"),
         (tmp_path / "no.yaml", f"{tmp_path / 'no.yaml'}: no such file"),
         (loop, f"{loop}: cannot be read (Too many levels of symbolic links)"),
-        (Path("/dev/zero"), "/dev/zero:1: the file is too large; a space file has at most 200,000 bytes"),
+        (
+            Path("/dev/zero"),
+            "/dev/zero:1: the file is too large; a space file has at most 200,000 bytes",
+        ),
     ):
         with pytest.raises(SpaceError) as caught:
             document.read(path)
@@ -153,5 +165,10 @@ sys.exit(f"{peak:.0f} MB" if peak > 100 else 0)
 
 
 def test_hostile_files_take_neither_time_nor_memory(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", HOSTILE, str(tmp_path / "f.yaml")], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", HOSTILE, str(tmp_path / "f.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (ended.returncode, ended.stderr) == (0, "")

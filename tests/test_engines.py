@@ -18,11 +18,16 @@ from tuner.engines import local as local_engine
 from tuner.jobs import Carry, Job, Outcome
 from tuner.run import Engine
 
-ENGINES = [pytest.param(name, marks=pytest.mark.slow) if name == "ray" else name for name in plugins.names("engine")]
+ENGINES = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "ray" else name
+    for name in plugins.names("engine")
+]
 SETTINGS = {"ray": Engine(name="ray", address="local")}
 
 
-def carry_all(carry: Carry, jobs: list[Job], answer: bool = True, workers: int = 1) -> tuple[list[tuple[Job, Outcome]], list[Any]]:
+def carry_all(
+    carry: Carry, jobs: list[Job], answer: bool = True, workers: int = 1
+) -> tuple[list[tuple[Job, Outcome]], list[Any]]:
     ended: list[tuple[Job, Outcome]] = []
     heard: list[Any] = []
     queue = iter(jobs)
@@ -31,7 +36,13 @@ def carry_all(carry: Carry, jobs: list[Job], answer: bool = True, workers: int =
         heard.append(value)
         return answer
 
-    carry(lambda: next(queue, None), report, lambda job, outcome: ended.append((job, outcome)), lambda: True, workers)
+    carry(
+        lambda: next(queue, None),
+        report,
+        lambda job, outcome: ended.append((job, outcome)),
+        lambda: True,
+        workers,
+    )
     return ended, heard
 
 
@@ -58,11 +69,24 @@ def test_an_engine_returns_values_and_carries_reports_and_answers(carry: Carry) 
 
 def test_what_a_job_raises_becomes_an_outcome_and_the_next_job_runs(carry: Carry) -> None:
     ended, _ = carry_all(
-        carry, [Job(0, "tests.works:fail", "no such layer"), Job(1, "tests.works:refuse", "gone"), Job(2, "tests.works:count", 1)]
+        carry,
+        [
+            Job(0, "tests.works:fail", "no such layer"),
+            Job(1, "tests.works:refuse", "gone"),
+            Job(2, "tests.works:count", 1),
+        ],
     )
     (_, failed), (_, refused), (_, done) = ended
-    assert (failed.kind, failed.reason) == ("failed", "ValueError: no such layer") and "Traceback" in failed.trace
-    assert (refused.kind, refused.reason, refused.problems, refused.code) == ("refused", "DataError", ("gone", "and more"), 3)
+    assert (failed.kind, failed.reason) == (
+        "failed",
+        "ValueError: no such layer",
+    ) and "Traceback" in failed.trace
+    assert (refused.kind, refused.reason, refused.problems, refused.code) == (
+        "refused",
+        "DataError",
+        ("gone", "and more"),
+        3,
+    )
     assert done.value == 1
 
 
@@ -73,7 +97,13 @@ def test_what_fails_in_the_coordinator_is_not_taken_for_a_failure_of_the_job(car
         raise ConnectionError("the database is gone")
 
     with pytest.raises(ConnectionError, match="the database is gone"):
-        carry(lambda: next(jobs, None), report, lambda job, outcome: pytest.fail(outcome.reason), lambda: True, 1)
+        carry(
+            lambda: next(jobs, None),
+            report,
+            lambda job, outcome: pytest.fail(outcome.reason),
+            lambda: True,
+            1,
+        )
 
 
 def test_a_worker_persists_between_jobs_and_calls(local: Carry) -> None:
@@ -91,15 +121,21 @@ def test_a_worker_persists_between_jobs_and_calls(local: Carry) -> None:
         ("leave", 7, "worker ended with exit code 7"),
     ],
 )
-def test_a_dead_worker_ends_its_job_as_lost_and_the_next_job_gets_a_new_one(local: Carry, work: str, argument: int, reason: str) -> None:
-    ended, _ = carry_all(local, [Job(0, f"tests.works:{work}", argument), Job(1, "tests.works:count", 1)])
+def test_a_dead_worker_ends_its_job_as_lost_and_the_next_job_gets_a_new_one(
+    local: Carry, work: str, argument: int, reason: str
+) -> None:
+    ended, _ = carry_all(
+        local, [Job(0, f"tests.works:{work}", argument), Job(1, "tests.works:count", 1)]
+    )
     assert [(o.kind, o.reason) for _, o in ended] == [("lost", reason), ("done", "")]
 
 
 def test_several_workers_carry_jobs_at_once_and_share_the_cores(local: Carry) -> None:
     ended, _ = carry_all(local, [Job(i, "tests.works:pid", None) for i in range(6)], workers=2)
     assert len({o.value for _, o in ended}) == 2
-    ended, _ = carry_all(local, [Job(0, "tests.works:torch_loaded", None)], workers=len(os.sched_getaffinity(0)))
+    ended, _ = carry_all(
+        local, [Job(0, "tests.works:torch_loaded", None)], workers=len(os.sched_getaffinity(0))
+    )
     assert ended[0][1].value == (True, 1)
 
 
@@ -149,9 +185,16 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_a_stopped_worker_is_given_up_another_takes_over_and_it_never_comes_back(strict: Carry) -> None:
-    ended, heard = carry_all(strict, [Job(0, "tests.works:stop", 5), Job(1, "tests.works:count", 2)])
-    assert [(o.kind, o.reason, o.value) for _, o in ended] == [("lost", "worker silent for 1 s", None), ("done", "", 2)]
+def test_a_stopped_worker_is_given_up_another_takes_over_and_it_never_comes_back(
+    strict: Carry,
+) -> None:
+    ended, heard = carry_all(
+        strict, [Job(0, "tests.works:stop", 5), Job(1, "tests.works:count", 2)]
+    )
+    assert [(o.kind, o.reason, o.value) for _, o in ended] == [
+        ("lost", "worker silent for 1 s", None),
+        ("done", "", 2),
+    ]
     zombie, *rest = heard
     assert rest == [1, 2]  # of the second job alone
     with pytest.raises(ProcessLookupError):
@@ -160,7 +203,14 @@ def test_a_stopped_worker_is_given_up_another_takes_over_and_it_never_comes_back
 
 @pytest.mark.slow
 def test_a_worker_that_computes_without_a_word_is_not_taken_for_a_silent_one(strict: Carry) -> None:
-    ended, _ = carry_all(strict, [Job(0, "tests.works:pid", None), Job(1, "tests.works:sleep", 2.5), Job(2, "tests.works:pid", None)])
+    ended, _ = carry_all(
+        strict,
+        [
+            Job(0, "tests.works:pid", None),
+            Job(1, "tests.works:sleep", 2.5),
+            Job(2, "tests.works:pid", None),
+        ],
+    )
     assert [o.kind for _, o in ended] == ["done"] * 3 and len({o.value for _, o in ended}) == 1
 
 
@@ -174,7 +224,13 @@ def test_a_coordinator_that_was_busy_for_long_takes_nobody_for_silent(strict: Ca
 
     jobs, heard = iter([Job(0, "tests.works:ticks", 4)]), list[Any]()
     ended: list[Outcome] = []
-    strict(lambda: next(jobs, None), report, lambda job, outcome: ended.append(outcome), lambda: True, 1)
+    strict(
+        lambda: next(jobs, None),
+        report,
+        lambda job, outcome: ended.append(outcome),
+        lambda: True,
+        1,
+    )
     assert [o.kind for o in ended] == ["done"] and len(heard) == 4
 
 
@@ -207,11 +263,19 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("both", [False, True])
-def test_a_coordinator_that_was_stopped_finds_its_workers_waiting(both: bool, tmp_path: Path) -> None:
+def test_a_coordinator_that_was_stopped_finds_its_workers_waiting(
+    both: bool, tmp_path: Path
+) -> None:
     """Stopped for longer than a worker may be silent; `both`: the worker too, and it goes on a little later."""
     (tmp_path / "coordinator.py").write_text(COORDINATOR)
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen([sys.executable, "coordinator.py"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "coordinator.py"],
+        cwd=tmp_path,
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
         stopped = [process.pid, worker] if both else [process.pid]
@@ -222,14 +286,22 @@ def test_a_coordinator_that_was_stopped_finds_its_workers_waiting(both: bool, tm
             os.kill(pid, signal.SIGCONT)
             time.sleep(0.5)
         *said, end = process.stdout.read().splitlines()
-    assert end == "done" and said == [str(worker)] * 14  # each report once, all from the same worker
+    assert (
+        end == "done" and said == [str(worker)] * 14
+    )  # each report once, all from the same worker
 
 
 @pytest.mark.slow
 def test_a_stopped_worker_does_not_outlive_its_coordinator(tmp_path: Path) -> None:
     (tmp_path / "coordinator.py").write_text(COORDINATOR)
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen([sys.executable, "coordinator.py"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "coordinator.py"],
+        cwd=tmp_path,
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
         os.kill(worker, signal.SIGSTOP)

@@ -48,7 +48,9 @@ def tokens(home: Path) -> Any:
 
     if not (home / "bert").exists():
         texts.folder(home, "bert", weights=False)
-    found = encoding.store(home, Tokens(str(home / "bert"), 40), [text for text, _ in texts.corpus(60)], None)
+    found = encoding.store(
+        home, Tokens(str(home / "bert"), 40), [text for text, _ in texts.corpus(60)], None
+    )
     return found.leaves["input_ids"].clone()
 
 
@@ -85,8 +87,13 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "tokens" else kind for kind in KINDS])
-def test_damage_to_any_file_of_an_entry_is_named_and_mended(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow) if kind == "tokens" else kind for kind in KINDS],
+)
+def test_damage_to_any_file_of_an_entry_is_named_and_mended(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = KINDS[kind]
     expected = made(tmp_path)
     (entry,) = entries.entries(tmp_path / kind)
@@ -99,14 +106,20 @@ def test_damage_to_any_file_of_an_entry_is_named_and_mended(kind: str, tmp_path:
             capsys.readouterr()
             assert torch.equal(made(tmp_path), expected), (name, harm)
             said = capsys.readouterr().err
-            assert said.startswith(f"tuner: warning: {entry} is damaged (") and said.endswith("; it is made anew\n"), (name, harm, said)
-            assert said.count("\n") == 1 and (name in said or "missing" in said or name == "sha256.json"), (name, harm, said)
+            assert said.startswith(f"tuner: warning: {entry} is damaged (") and said.endswith(
+                "; it is made anew\n"
+            ), (name, harm, said)
+            assert said.count("\n") == 1 and (
+                name in said or "missing" in said or name == "sha256.json"
+            ), (name, harm, said)
             again += 1
     assert again > 8
     assert made(tmp_path) is not None and capsys.readouterr().err == ""
 
 
-def test_an_entry_is_read_through_once_in_a_process_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_is_read_through_once_in_a_process_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images(tmp_path)
     (entry,) = entries.entries(tmp_path / "images")
     read: list[Path] = []
@@ -137,7 +150,9 @@ sys.stdin.read()
 def reader(entry: Path) -> "Iterator[subprocess.Popen[str]]":
     """Another process that reads an entry."""
     command = [sys.executable, "-c", HOLD, str(entry)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "True\n"
         try:
             yield process
@@ -153,8 +168,13 @@ def entry(parent: Path, name: str, size: int, age: float) -> Path:
     return parent / name
 
 
-def test_what_another_process_reads_stays_however_old_and_goes_when_that_is_killed(tmp_path: Path) -> None:
-    old, middle, new = (entry(tmp_path, name, 1000, age) for name, age in (("old", 300), ("middle", 200), ("new", 100)))
+def test_what_another_process_reads_stays_however_old_and_goes_when_that_is_killed(
+    tmp_path: Path,
+) -> None:
+    old, middle, new = (
+        entry(tmp_path, name, 1000, age)
+        for name, age in (("old", 300), ("middle", 200), ("new", 100))
+    )
     with reader(old) as process:
         os.utime(old, (1, 1))
         assert make_room(tmp_path, 0, limit=2500)
@@ -179,25 +199,39 @@ def test_several_may_read_and_a_reader_finds_nothing_once_it_is_gone(tmp_path: P
     assert evict(one) and hold(one) is None and not one.exists()
 
 
-def test_where_readers_leave_no_room_it_is_computed_on_the_fly_and_the_limit_holds(tmp_path: Path) -> None:
+def test_where_readers_leave_no_room_it_is_computed_on_the_fly_and_the_limit_holds(
+    tmp_path: Path,
+) -> None:
     def source(width: int) -> Remembered:
         (tmp_path / "activations").mkdir(exist_ok=True)
-        return Remembered(Live(frozen(chain(1, width)), Counting()), tmp_path / "activations", 60_000)
+        return Remembered(
+            Live(frozen(chain(1, width)), Counting()), tmp_path / "activations", 60_000
+        )
 
     index = torch.tensor([3, 1])
     first = source(1500)  # 48 kB a view
     first.take(index, 0)
-    (read,) = [path for path in entries.entries(tmp_path / "activations") if entries.size(path) > 40_000]
+    (read,) = [
+        path for path in entries.entries(tmp_path / "activations") if entries.size(path) > 40_000
+    ]
     second = source(1400)
     with reader(read):
         del first
         got, wanted = second.take(index, 0), second.live.take(index, 0)
         assert torch.equal(got.x, wanted.x) and torch.equal(got.y, wanted.y)  # type: ignore[arg-type]
-        assert not second.place(2, 0).exists() and read.exists() and entries.size(tmp_path / "activations") <= 60_000
+        assert (
+            not second.place(2, 0).exists()
+            and read.exists()
+            and entries.size(tmp_path / "activations") <= 60_000
+        )
         assert not list((tmp_path / "activations").glob(".*.tmp"))
     third = source(1400)
     third.take(index, 0)
-    assert third.place(2, 0).exists() and not read.exists() and entries.size(tmp_path / "activations") <= 60_000
+    assert (
+        third.place(2, 0).exists()
+        and not read.exists()
+        and entries.size(tmp_path / "activations") <= 60_000
+    )
 
 
 def test_a_trial_that_ends_lets_go_of_what_it_read(tmp_path: Path) -> None:
@@ -226,7 +260,9 @@ with atomic_path(Path(sys.argv[1])) as temporary:
 
 def test_a_file_that_is_being_written_is_not_swept_and_a_dead_writers_is(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITE, str(tmp_path / "a")]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         half = Path(process.stdout.readline().strip())
         sweep(tmp_path)

@@ -37,13 +37,27 @@ def commands(path: Path) -> list[list[str]]:
         shells = [path.read_text()]
     else:
         parts = [c for tree in yaml.safe_load_all(path.read_text()) for c in containers(tree)]
-        shells = [c["args"][0] if "args" in c else shlex.join(c["command"]) for c in parts if "command" in c]
-    lines = [line for shell in shells for line in shell.splitlines() if re.match(r"\s*(exec )?tuner ", line)]
-    return [[w for w in shlex.split(line.strip().removeprefix("exec ").removesuffix("&")) if w] for line in lines]
+        shells = [
+            c["args"][0] if "args" in c else shlex.join(c["command"])
+            for c in parts
+            if "command" in c
+        ]
+    lines = [
+        line
+        for shell in shells
+        for line in shell.splitlines()
+        if re.match(r"\s*(exec )?tuner ", line)
+    ]
+    return [
+        [w for w in shlex.split(line.strip().removeprefix("exec ").removesuffix("&")) if w]
+        for line in lines
+    ]
 
 
 def test_there_is_a_recipe_for_each_way() -> None:
-    assert [p.name for p in SCRIPTS] == ["postgres.sbatch", "ray.sbatch"] and [p.name for p in MANIFESTS] == ["postgres.yaml", "ray.yaml"]
+    assert [p.name for p in SCRIPTS] == ["postgres.sbatch", "ray.sbatch"] and [
+        p.name for p in MANIFESTS
+    ] == ["postgres.yaml", "ray.yaml"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
@@ -57,12 +71,16 @@ def test_manifests_are_whole(path: Path) -> None:
     trees = list(yaml.safe_load_all(path.read_text()))
     assert all({"apiVersion", "kind", "metadata", "spec"} <= tree.keys() for tree in trees)
     for tree in trees:
-        claimed = set(re.findall(r"'name': '(work|space)', '(?:persistentVolumeClaim|configMap)'", str(tree)))
+        claimed = set(
+            re.findall(r"'name': '(work|space)', '(?:persistentVolumeClaim|configMap)'", str(tree))
+        )
         assert {mount["name"] for c in containers(tree) for mount in c["volumeMounts"]} <= claimed
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *MANIFESTS], ids=lambda p: f"{p.parent.name}-{p.name}")
-def test_commands_exist_and_their_keys_are_known(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_exist_and_their_keys_are_known(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TUNER_DATABASE", "postgresql://host/studies")
     found = commands(path)
     assert found

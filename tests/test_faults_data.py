@@ -32,7 +32,9 @@ export: [safetensors]
 def paint(folder: Path, n: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        Image.new("RGB", (16, 16), (i * 20 % 256, len(folder.name) * 30 % 256, 0)).save(folder / f"{i}.png")
+        Image.new("RGB", (16, 16), (i * 20 % 256, len(folder.name) * 30 % 256, 0)).save(
+            folder / f"{i}.png"
+        )
 
 
 def classes(*counts: int, root: str = "photos") -> Write:
@@ -98,8 +100,16 @@ REFUSED = {
         "data.path=photos",
         "data.path: photos does not exist (looked in {here}); did you mean 'photoz'?",
     ),
-    "12 a file": (content("photos", b"x"), "", "data.path: photos is a file; expected a folder with one folder of images per class"),
-    "13 empty class": (classes(5, 0, 5, 0), "", "data.path: photos: classes with 0 images: 'b', 'd'; add images ("),
+    "12 a file": (
+        content("photos", b"x"),
+        "",
+        "data.path: photos is a file; expected a folder with one folder of images per class",
+    ),
+    "13 empty class": (
+        classes(5, 0, 5, 0),
+        "",
+        "data.path: photos: classes with 0 images: 'b', 'd'; add images (",
+    ),
     "13 no classes": (
         lambda here: paint(here / "photos", 3),
         "",
@@ -110,46 +120,84 @@ REFUSED = {
         "",
         "data.path: photos/train has no class folders; 3 images lie",
     ),
-    "14 one class": (classes(5), "", "data: classification needs at least 2 classes, found 1 ('a')"),
-    "15 classes differ": (unlike, "", "train has 'cat', 'dog'; valid has 'cat', 'fox' (only in train: 'dog'; only in valid: 'fox')"),
-    "16 class of 1": (classes(5, 1, 5), "", "data: each class needs at least 3 examples to be split, but 'b' has 1; add some or give"),
+    "14 one class": (
+        classes(5),
+        "",
+        "data: classification needs at least 2 classes, found 1 ('a')",
+    ),
+    "15 classes differ": (
+        unlike,
+        "",
+        "train has 'cat', 'dog'; valid has 'cat', 'fox' (only in train: 'dog'; only in valid: 'fox')",
+    ),
+    "16 class of 1": (
+        classes(5, 1, 5),
+        "",
+        "data: each class needs at least 3 examples to be split, but 'b' has 1; add some or give",
+    ),
     "17 corrupt": (
         both(classes(5, 5), content("photos/a/text.jpg", b"hello")),
         "",
         "photos/a/text.jpg: cannot identify image file its content\n",
     ),
-    "17 truncated": (both(classes(5, 5), truncated), "", "photos/a/cut.jpg: image file is truncated"),
+    "17 truncated": (
+        both(classes(5, 5), truncated),
+        "",
+        "photos/a/cut.jpg: image file is truncated",
+    ),
     "17 empty": (
         both(classes(5, 5), content("photos/a/empty.png", b"")),
         "",
         "data: 1 of 11 images cannot be read; mend or remove them, or set data",
     ),
-    "17 bomb": (header(50_000, 50_000), "", "photos/a/huge.png: Image size (2500000000 pixels) exceeds limit"),
-    "17 large": (header(10_000, 9_500), "", "photos/a/huge.png: 10000 x 9500 pixels, more than 50,000,000"),
+    "17 bomb": (
+        header(50_000, 50_000),
+        "",
+        "photos/a/huge.png: Image size (2500000000 pixels) exceeds limit",
+    ),
+    "17 large": (
+        header(10_000, 9_500),
+        "",
+        "photos/a/huge.png: 10000 x 9500 pixels, more than 50,000,000",
+    ),
     "18 shape": (
         weights(lambda state: state | {"layer1.0.conv1.weight": torch.zeros(2, 4)}),
         BY_PATH,
         "weights: ./w.pth: layer1.0.conv1.weight has shape (2,4), model wants (16,16,3,3)\n",
     ),
-    "18 architecture": (weights(lambda state: torch.nn.Linear(2, 2).state_dict()), BY_PATH, "weights: ./w.pth: conv1.weight is missing\n"),
+    "18 architecture": (
+        weights(lambda state: torch.nn.Linear(2, 2).state_dict()),
+        BY_PATH,
+        "weights: ./w.pth: conv1.weight is missing\n",
+    ),
     "18 truncated": (cut_weights, BY_PATH, "weights: w.pth is damaged or truncated ("),
     "18 page": (
         both(classes(5, 5), content("w.pth", b"<!doctype html>")),
         BY_PATH,
         "it is an HTML page, so the download link led to a web page",
     ),
-    "18 pickle": (both(classes(5, 5), evil_weights), BY_PATH, "w.pth refused: it is damaged or would run code when loaded"),
+    "18 pickle": (
+        both(classes(5, 5), evil_weights),
+        BY_PATH,
+        "w.pth refused: it is damaged or would run code when loaded",
+    ),
     "18 nan": (
         weights(lambda state: state | {"bn1.weight": torch.full((16,), float("nan"))}),
         BY_PATH,
         "bn1.weight holds NaN or infinite values",
     ),
-    "18 missing": (classes(5, 5), BY_PATH, "weights: w.pth does not exist; give a .safetensors or .pth file"),
+    "18 missing": (
+        classes(5, 5),
+        BY_PATH,
+        "weights: w.pth does not exist; give a .safetensors or .pth file",
+    ),
 }
 
 
 @pytest.mark.parametrize(("write", "override", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_before_anything_is_made(tuner: Tuner, tmp_path: Path, write: Write, override: str, message: str) -> None:
+def test_refused_before_anything_is_made(
+    tuner: Tuner, tmp_path: Path, write: Write, override: str, message: str
+) -> None:
     (tmp_path / "space.yaml").write_text(SPACE)
     write(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -160,18 +208,25 @@ def test_refused_before_anything_is_made(tuner: Tuner, tmp_path: Path, write: Wr
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_19_without_a_network(tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_19_without_a_network(
+    tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TUNER_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "space.yaml").write_text(SPACE)
     classes(5, 5)(tmp_path)
     with serving(tmp_path) as address:
-        monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", f"{address}/resnet18-f37072fd.pth")
+        monkeypatch.setattr(
+            ResNet18_Weights.IMAGENET1K_V1.value, "url", f"{address}/resnet18-f37072fd.pth"
+        )
     said = tuner("run", "space.yaml", "model={name: resnet18, weights: default}")
     assert said.code == 3
     assert f"weights: cannot download {address}/resnet18-f37072fd.pth: " in said.err
     place = tmp_path / "home" / "weights" / "resnet18-f37072fd.pth"
-    assert f"fetch it elsewhere (its SHA-256 begins with f37072fd) and place it at {place}\n" in said.err
+    assert (
+        f"fetch it elsewhere (its SHA-256 begins with f37072fd) and place it at {place}\n"
+        in said.err
+    )
     assert not (tmp_path / "studies").exists()
     assert [p.name for p in (tmp_path / "home" / "weights").iterdir() if p.suffix != ".lock"] == []
 
@@ -181,19 +236,26 @@ def test_16_fewer_images_than_a_batch_is_said_and_trained(tuner: Tuner, tmp_path
     classes(3, 4)(tmp_path)
     said = tuner("train", "space.yaml", "recipe.batch_size=512")
     assert said.code == 0
-    assert "recipe.batch_size: 512, but there are 3 training examples; each epoch is one batch of 3" in said.err
+    assert (
+        "recipe.batch_size: 512, but there are 3 training examples; each epoch is one batch of 3"
+        in said.err
+    )
 
 
 def test_16_a_last_batch_of_one_is_trained(tuner: Tuner, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(SPACE)
     classes(5, 4)(tmp_path)
-    assert tuner("train", "space.yaml", "recipe.batch_size=4").code == 0  # 5 images to train on: 4 and 1
+    assert (
+        tuner("train", "space.yaml", "recipe.batch_size=4").code == 0
+    )  # 5 images to train on: 4 and 1
 
 
 def odd_modes(here: Path) -> None:
     classes(4, 4)(here)
     for i, mode in enumerate(("CMYK", "I;16", "RGBA", "LA", "P", "1", "L")):
-        Image.new(mode, (16, 16)).save(here / "photos/a" / f"odd{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+        Image.new(mode, (16, 16)).save(
+            here / "photos/a" / f"odd{i}.{'jpg' if mode == 'CMYK' else 'png'}"
+        )
 
 
 def loops(here: Path) -> None:
@@ -214,14 +276,24 @@ GOES_ON = {
         "1 of 111 images cannot be read and are left out; ",
     ),
     "17 odd modes": (odd_modes, "", ""),
-    "18 another head": (weights(lambda state: {k: v for k, v in state.items() if k != "fc.bias"}), BY_PATH, ""),
-    "25 loops": (loops, "", "data.path: photos/a/up links to itself, or to a folder that is read anyway; left out"),
+    "18 another head": (
+        weights(lambda state: {k: v for k, v in state.items() if k != "fc.bias"}),
+        BY_PATH,
+        "",
+    ),
+    "25 loops": (
+        loops,
+        "",
+        "data.path: photos/a/up links to itself, or to a folder that is read anyway; left out",
+    ),
     "25 names": (odd_names, "search.name='Kätzchen {} % #'", ""),
 }
 
 
 @pytest.mark.parametrize(("write", "override", "warning"), GOES_ON.values(), ids=GOES_ON)
-def test_said_and_trained(tuner: Tuner, tmp_path: Path, write: Write, override: str, warning: str) -> None:
+def test_said_and_trained(
+    tuner: Tuner, tmp_path: Path, write: Write, override: str, warning: str
+) -> None:
     (tmp_path / "space.yaml").write_text(SPACE)
     write(tmp_path)
     said = tuner("train", "space.yaml", *filter(None, [override]))
@@ -234,7 +306,9 @@ def test_said_and_trained(tuner: Tuner, tmp_path: Path, write: Write, override: 
     assert said.out.count("\n") >= 8
 
 
-def test_24_a_cache_that_cannot_be_written(tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_24_a_cache_that_cannot_be_written(
+    tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "space.yaml").write_text(SPACE)
     classes(5, 5)(tmp_path)
     (tmp_path / "file").touch()
@@ -243,9 +317,13 @@ def test_24_a_cache_that_cannot_be_written(tuner: Tuner, tmp_path: Path, monkeyp
         monkeypatch.setenv("TUNER_HOME", str(tmp_path / home / "cache"))
         said = tuner("train", "space.yaml", "--studies", home + "-studies", "--quiet")
         assert said.code == 0
-        results.append(((tmp_path / f"{home}-studies/mine/train/model.safetensors").read_bytes(), said.err))
+        results.append(
+            ((tmp_path / f"{home}-studies/mine/train/model.safetensors").read_bytes(), said.err)
+        )
     assert results[0][0] == results[1][0]
     assert results[0][1] == ""
     (warning,) = results[1][1].splitlines()
-    assert warning.startswith(f"tuner: warning: the cache folder {tmp_path}/file/cache cannot be written")
+    assert warning.startswith(
+        f"tuner: warning: the cache folder {tmp_path}/file/cache cannot be written"
+    )
     assert warning.endswith("for this run only")

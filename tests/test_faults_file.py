@@ -47,9 +47,21 @@ ROWS = [
 ]  # fmt: skip
 
 MODELS = [
-    (10, "os:system", "3: model.name: 'os:system': system is not a function or class of yours; model needs one"),
-    (10, "mypkg:missing", "3: model.name: 'mypkg:missing': importing mypkg failed (ModuleNotFoundError: No module named 'mypkg')"),
-    (10, "faultymod:x", "3: model.name: 'faultymod:x': importing faultymod failed (ImportError: libfoo is missing)"),
+    (
+        10,
+        "os:system",
+        "3: model.name: 'os:system': system is not a function or class of yours; model needs one",
+    ),
+    (
+        10,
+        "mypkg:missing",
+        "3: model.name: 'mypkg:missing': importing mypkg failed (ModuleNotFoundError: No module named 'mypkg')",
+    ),
+    (
+        10,
+        "faultymod:x",
+        "3: model.name: 'faultymod:x': importing faultymod failed (ImportError: libfoo is missing)",
+    ),
     (11, "resnet81", "3: model.name: 'resnet81' is not known; did you mean 'resnet18'? (allowed: "),
 ]
 
@@ -63,13 +75,23 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def made(folder: Path) -> list[str]:
     """What a command left behind beside the files that a test wrote."""
-    return sorted(p.name for p in folder.iterdir() if p.suffix not in (".yaml", ".py") and p.name != "__pycache__")
+    return sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.suffix not in (".yaml", ".py") and p.name != "__pycache__"
+    )
 
 
 @pytest.mark.parametrize("command", ["run", "check", "train"])
 @pytest.mark.parametrize(("row", "text", "says"), ROWS, ids=lambda value: str(value)[:20])
 def test_a_faulty_file_is_refused_before_anything_is_made(
-    command: str, row: int, text: str, says: list[str], tuner: Callable[..., Said], home: Path, tmp_path: Path
+    command: str,
+    row: int,
+    text: str,
+    says: list[str],
+    tuner: Callable[..., Said],
+    home: Path,
+    tmp_path: Path,
 ) -> None:
     Path("space.yaml").write_text(PARTS + text)
     said = tuner(command, "space.yaml")
@@ -94,14 +116,22 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_made(
     ("content", "says"),
     [
         (b"", ":1: the file is empty; see the examples in search_spaces/"),
-        (b"- task\n- data\n", ":1: expected a mapping (task:, data:, model:, …) at the top, got a list"),
+        (
+            b"- task\n- data\n",
+            ":1: expected a mapping (task:, data:, model:, …) at the top, got a list",
+        ),
         (b"\x89PNG\r\n\x00", ":1: not a text file in UTF-8 (byte 0)"),
-        (b"# " + b"x" * 5_000_000, ":1: the file is too large; a space file has at most 200,000 bytes"),
+        (
+            b"# " + b"x" * 5_000_000,
+            ":1: the file is too large; a space file has at most 200,000 bytes",
+        ),
         (None, ": no such file"),
     ],
     ids=["empty", "list", "binary", "5MB", "missing"],
 )
-def test_row_7_what_is_no_space_file(content: bytes | None, says: str, tuner: Callable[..., Said], home: Path, tmp_path: Path) -> None:
+def test_row_7_what_is_no_space_file(
+    content: bytes | None, says: str, tuner: Callable[..., Said], home: Path, tmp_path: Path
+) -> None:
     if content is not None:
         Path("space.yaml").write_bytes(content)
     said = tuner("run", "space.yaml")
@@ -109,7 +139,9 @@ def test_row_7_what_is_no_space_file(content: bytes | None, says: str, tuner: Ca
     assert made(tmp_path) == []
 
 
-def test_every_fault_of_a_file_and_of_the_command_line_is_reported_at_once(tuner: Callable[..., Said], home: Path, tmp_path: Path) -> None:
+def test_every_fault_of_a_file_and_of_the_command_line_is_reported_at_once(
+    tuner: Callable[..., Said], home: Path, tmp_path: Path
+) -> None:
     text = "recipe:\n  lr: {low: 1, high: 0}\n  lr: 0.1\n  epocs: 3\nsearch: {trials: 0}\n"
     Path("space.yaml").write_text(PARTS + text)
     said = tuner("run", "space.yaml", "recipe.lr=abc", "recipe.warmup=2")
@@ -146,17 +178,23 @@ def test_row_3_numbers_that_yaml_takes_for_text(tuner: Callable[..., Said], home
 def test_row_9_a_freeze_depth_that_the_model_does_not_have(
     command: str, depth: str, says: str, tuner: Callable[..., Said], home: Path, tmp_path: Path
 ) -> None:
-    Path("space.yaml").write_text(PARTS.replace("resnet18_slim", "resnet18") + f"recipe: {{freeze_depth: {depth}}}\n" + INLINE)
+    Path("space.yaml").write_text(
+        PARTS.replace("resnet18_slim", "resnet18") + f"recipe: {{freeze_depth: {depth}}}\n" + INLINE
+    )
     said = tuner(command, "space.yaml")
     assert (said.code, said.out, said.err) == (2, "", f"tuner: error: space.yaml:4: {says}\n")
     assert made(tmp_path) == [] and not [path for path in home.rglob("*") if path.is_file()]
 
 
-def test_row_10_a_factory_that_returns_no_module(tuner: Callable[..., Said], home: Path, tmp_path: Path) -> None:
+def test_row_10_a_factory_that_returns_no_module(
+    tuner: Callable[..., Said], home: Path, tmp_path: Path
+) -> None:
     Path("ownfactory.py").write_text(OWN)
     Path("space.yaml").write_text(PARTS.replace("resnet18_slim", "'ownfactory:nothing'") + INLINE)
     said = tuner("run", "space.yaml")
-    says = "model.name: ownfactory:nothing returned int; expected an nn.Module or a tuner.core.Staged"
+    says = (
+        "model.name: ownfactory:nothing returned int; expected an nn.Module or a tuner.core.Staged"
+    )
     assert (said.code, said.out, said.err) == (2, "", f"tuner: error: space.yaml:3: {says}\n")
     assert made(tmp_path) == [] and not [path for path in home.rglob("*") if path.is_file()]
 
@@ -164,7 +202,10 @@ def test_row_10_a_factory_that_returns_no_module(tuner: Callable[..., Said], hom
 def test_row_10_a_factory_that_returns_one(tuner: Callable[..., Said], home: Path) -> None:
     Path("ownfactory.py").write_text(OWN)
     Path("space.yaml").write_text(
-        PARTS.replace("resnet18_slim", "'ownfactory:model'").replace("digits", "{name: digits, size: 8}") + INLINE
+        PARTS.replace("resnet18_slim", "'ownfactory:model'").replace(
+            "digits", "{name: digits, size: 8}"
+        )
+        + INLINE
     )
     said = tuner("check", "space.yaml")
     assert (said.code, said.err) == (0, "")
@@ -173,4 +214,6 @@ def test_row_10_a_factory_that_returns_one(tuner: Callable[..., Said], home: Pat
 
 def test_the_schema_is_printed(tuner: Callable[..., Said]) -> None:
     said = tuner("schema")
-    assert said.code == 0 and said.out.startswith('{\n  "$schema": "https://json-schema.org/draft/2020-12/schema"')
+    assert said.code == 0 and said.out.startswith(
+        '{\n  "$schema": "https://json-schema.org/draft/2020-12/schema"'
+    )

@@ -40,7 +40,9 @@ def finished(folder: Path) -> list[tuple[Any, ...]]:
         ("nodialect://h/db", "cannot be opened"),
     ],
 )
-def test_20_a_storage_url_that_cannot_be_used(url: str, message: str, tuner: Tuner, small: Path) -> None:
+def test_20_a_storage_url_that_cannot_be_used(
+    url: str, message: str, tuner: Tuner, small: Path
+) -> None:
     said = tuner("run", small, f"storage='{url}'")
     assert said.code in (2, 4) and message in said.err and "secret" not in said.err
 
@@ -69,7 +71,9 @@ def test_21_a_study_of_another_space_metric_or_data_is_refused_with_the_differin
 def test_21_a_study_of_another_direction_is_refused(tuner: Tuner, small: Path) -> None:
     folder = small.parent / "studies" / "small"
     folder.mkdir(parents=True)
-    optuna.create_study(storage=f"sqlite:///{folder}/study.db", study_name="small", direction="minimize")
+    optuna.create_study(
+        storage=f"sqlite:///{folder}/study.db", study_name="small", direction="minimize"
+    )
     said = tuner("run", small)
     assert said.code == 2 and "was created with direction=minimize" in said.err
 
@@ -94,7 +98,11 @@ def test_22_a_study_that_is_being_run_is_not_run_twice(tuner: Tuner, small: Path
     with open(small.parent / "studies/small/lock") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         said = tuner("run", small, "search.trials=2")
-    assert said.code == 4 and f"study 'small' is being run by pid {os.getpid()} on host" in said.err and "since" in said.err
+    assert (
+        said.code == 4
+        and f"study 'small' is being run by pid {os.getpid()} on host" in said.err
+        and "since" in said.err
+    )
     assert len(finished(small.parent / "studies/small")) == 1
 
 
@@ -104,18 +112,28 @@ def test_23_a_studies_folder_that_cannot_be_written(tuner: Tuner, small: Path) -
     assert said.code == 4 and "studies" in said.err
 
 
-def test_23_sqlite_on_a_network_file_system_points_to_postgresql(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_23_sqlite_on_a_network_file_system_points_to_postgresql(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = subprocess.run
 
     def stat(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
-        return subprocess.CompletedProcess(command, 0, "nfs\n", "") if command[0] == "stat" else real(command, **options)
+        return (
+            subprocess.CompletedProcess(command, 0, "nfs\n", "")
+            if command[0] == "stat"
+            else real(command, **options)
+        )
 
     monkeypatch.setattr("tuner.storage.subprocess.run", stat)
     said = tuner("run", small)
-    assert said.code == 4 and "network file system (nfs)" in said.err and "postgresql://" in said.err
+    assert (
+        said.code == 4 and "network file system (nfs)" in said.err and "postgresql://" in said.err
+    )
 
 
-@pytest.mark.parametrize("place", ["tuner.store._decode_all", "tuner.activations.Writer.add", "tuner.winner.save_all"])
+@pytest.mark.parametrize(
+    "place", ["tuner.store._decode_all", "tuner.activations.Writer.add", "tuner.winner.save_all"]
+)
 def test_26_a_full_disk_is_named_and_with_space_again_it_finishes(
     place: str, tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,14 +158,21 @@ def test_26_a_database_that_cannot_be_written_ends_in_order_and_continues(
         real = Batched.flush
 
         def full(self: Batched) -> None:
-            if any(row.get("trial_id") == 2 and "step" in row for rows in self.rows.values() for row in rows):
+            if any(
+                row.get("trial_id") == 2 and "step" in row
+                for rows in self.rows.values()
+                for row in rows
+            ):
                 cause = sqlite3.OperationalError("database or disk is full")
                 raise sqlalchemy.exc.OperationalError("INSERT", {}, cause) from cause
             real(self)
 
         patch.setattr(Batched, "flush", full)
         said = tuner("run", small, "search.trials=2")
-    assert said.code == 4 and "disk full while writing studies/small/study.db (database or disk is full)" in said.err
+    assert (
+        said.code == 4
+        and "disk full while writing studies/small/study.db (database or disk is full)" in said.err
+    )
     assert finished(small.parent / "studies/small")[0] == (0, "COMPLETE")
     assert tuner("run", small, "search.trials=2").code == 0
 
@@ -171,16 +196,25 @@ def test_28_when_every_trial_fails_alike_the_cause_is_named_and_nothing_exported
         "    def forward(self, x):\n        raise ValueError('no such layer')\n\n\ndef build(outputs):\n    return Broken()\n"
     )
     monkeypatch.syspath_prepend(str(small.parent))
-    said = tuner("run", small, "model={name: 'broken:build'}", "recipe.freeze_depth=0", "search.trials=9")
-    assert said.code == 5 and "the last 3 trials failed alike: ValueError: no such layer" in said.err
+    said = tuner(
+        "run", small, "model={name: 'broken:build'}", "recipe.freeze_depth=0", "search.trials=9"
+    )
+    assert (
+        said.code == 5 and "the last 3 trials failed alike: ValueError: no such layer" in said.err
+    )
     assert len(finished(small.parent / "studies/small")) == 3
     assert not (small.parent / "studies/small/export").exists()
 
 
-def test_28_when_every_trial_diverges_the_search_stops_with_the_count(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_28_when_every_trial_diverges_the_search_stops_with_the_count(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tuner.trial.learn", lambda *_: float("nan"))
     said = tuner("run", small, "search.trials=40")
-    assert said.code == 5 and "10 trials failed and none completed; first: diverged: loss nan in epoch 1" in said.err
+    assert (
+        said.code == 5
+        and "10 trials failed and none completed; first: diverged: loss nan in epoch 1" in said.err
+    )
 
 
 def test_28_a_winner_that_diverges_when_trained_again_is_named_and_not_exported(
@@ -189,19 +223,34 @@ def test_28_a_winner_that_diverges_when_trained_again_is_named_and_not_exported(
     from tuner import trial
 
     real = trial.learn
-    monkeypatch.setattr(trial, "learn", lambda bench, recipe, *rest: real(bench, recipe, *rest) if recipe.fit == "train" else float("nan"))
+    monkeypatch.setattr(
+        trial,
+        "learn",
+        lambda bench, recipe, *rest: (
+            real(bench, recipe, *rest) if recipe.fit == "train" else float("nan")
+        ),
+    )
     said = tuner("run", small, "search.trials=1")
     assert said.code == 5 and "training diverged (loss nan in epoch 1); lower recipe.lr" in said.err
-    assert not (small.parent / "studies/small/export").exists() and (small.parent / "studies/small/best.yaml").exists()
+    assert (
+        not (small.parent / "studies/small/export").exists()
+        and (small.parent / "studies/small/best.yaml").exists()
+    )
 
 
-def test_31_a_gpu_that_is_not_there_is_named_before_anything_is_made(tuner: Tuner, small: Path) -> None:
+def test_31_a_gpu_that_is_not_there_is_named_before_anything_is_made(
+    tuner: Tuner, small: Path
+) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     said = tuner("run", small, "engine.device=cuda:3")
-    assert said.code == 4 and "engine.device: cuda:3" in said.err and not (small.parent / "studies").exists()
+    assert (
+        said.code == 4
+        and "engine.device: cuda:3" in said.err
+        and not (small.parent / "studies").exists()
+    )
 
 
 def local(small: Path) -> "subprocess.Popen[str]":
@@ -217,7 +266,14 @@ def local(small: Path) -> "subprocess.Popen[str]":
         "recipe.epochs.low=2",
         "search.trials=3",
     ]
-    return subprocess.Popen(command, cwd=small.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=small.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def until(process: "subprocess.Popen[str]", begin: str) -> None:
@@ -228,13 +284,24 @@ def until(process: "subprocess.Popen[str]", begin: str) -> None:
     raise AssertionError(f"never printed {begin!r}: {process.communicate()}")
 
 
-@pytest.mark.parametrize(("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
-def test_32_a_signal_stops_in_order_and_the_same_command_continues(number: signal.Signals, code: int, small: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
+def test_32_a_signal_stops_in_order_and_the_same_command_continues(
+    number: signal.Signals, code: int, small: Path
+) -> None:
     process = local(small)
     until(process, "#0")
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # a terminal sends Ctrl-C to the group
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(
+        number
+    )  # a terminal sends Ctrl-C to the group
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code and "continues where it stopped" in err and "Traceback" not in err
+    assert (
+        process.returncode == code
+        and "continues where it stopped" in err
+        and "Traceback" not in err
+    )
     states = dict(finished(small.parent / "studies/small"))
     assert "RUNNING" not in states.values() and states[0] in ("COMPLETE", "PRUNED")
     again = local(small)
@@ -243,7 +310,9 @@ def test_32_a_signal_stops_in_order_and_the_same_command_continues(number: signa
     assert "1 of 3 trials done" in out and "#0 " not in out
 
 
-def test_32_a_signal_is_heard_at_the_next_epoch_inline_too(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_32_a_signal_is_heard_at_the_next_epoch_inline_too(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tuner.report import Console
 
     real = Console.epoch
@@ -297,20 +366,39 @@ def test_27_32_an_end_while_the_winner_is_made_leaves_an_export_that_is_whole_or
     again = local(small)
     _, err = again.communicate(timeout=120)
     assert again.returncode == 0, err
-    assert not list(study.glob(".export*")) and json.loads((study / "export/manifest.json").read_text())["trial"] >= 0
+    assert (
+        not list(study.glob(".export*"))
+        and json.loads((study / "export/manifest.json").read_text())["trial"] >= 0
+    )
 
 
-def test_33_a_tie_is_decided_by_rule_and_said(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_33_a_tie_is_decided_by_rule_and_said(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tuner.tasks.classification import Classification
 
     monkeypatch.setattr(
-        Classification, "score", lambda self, pairs: {"accuracy": 0.5, "balanced_accuracy": 0.5, "f1": 0.5, "log_likelihood": -1.0}
+        Classification,
+        "score",
+        lambda self, pairs: {
+            "accuracy": 0.5,
+            "balanced_accuracy": 0.5,
+            "f1": 0.5,
+            "log_likelihood": -1.0,
+        },
     )
     said = tuner("run", small, "search.pruner=none")
-    assert said.code == 0 and "best" in said.out and "tied with #" in said.out and "fewer epochs, then the lower number" in said.out
+    assert (
+        said.code == 0
+        and "best" in said.out
+        and "tied with #" in said.out
+        and "fewer epochs, then the lower number" in said.out
+    )
 
 
-def test_33_only_pruned_trials_leave_no_winner(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_33_only_pruned_trials_leave_no_winner(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tuner.trial.learn", lambda *_: float("nan"))
     said = tuner("run", small, "search.trials=3")
     assert said.code == 5 and "no trial completed (3 pruned)" in said.err
@@ -326,7 +414,9 @@ def test_34_an_export_that_disagrees_is_not_published_and_the_earlier_one_stays(
     from tuner.export import torch_export
 
     real = torch_export.load
-    monkeypatch.setattr(torch_export, "load", lambda path, blank: lambda x: real(path, blank)(x) + 0.5)
+    monkeypatch.setattr(
+        torch_export, "load", lambda path, blank: lambda x: real(path, blank)(x) + 0.5
+    )
     said = tuner("export", "small", "--format", "torch_export")
     assert (
         said.code == 1

@@ -10,7 +10,11 @@ from tuner import fields
 from tuner.run import Engine, ImageOptions, Recipe, Search
 
 LR, EPOCHS, OPTIMIZER = (Recipe.model_fields[key] for key in ("lr", "epochs", "optimizer"))
-MEAN, NAME, TIMEOUT = ImageOptions.model_fields["mean"], Search.model_fields["name"], Search.model_fields["timeout"]
+MEAN, NAME, TIMEOUT = (
+    ImageOptions.model_fields["mean"],
+    Search.model_fields["name"],
+    Search.model_fields["timeout"],
+)
 
 
 def sentence(field: FieldInfo, value: object) -> str:
@@ -39,20 +43,34 @@ def test_only_lossless_conversions() -> None:
         (EPOCHS, 1_000_000_000, "must be at most 100,000, got 1000000000"),
         (EPOCHS, 1.0, "expected a whole number, got 1.0"),
         (EPOCHS, True, "expected a whole number, got true"),
-        (Recipe.model_fields["patience"], "x", "expected a whole number or null, got the string 'x'"),
+        (
+            Recipe.model_fields["patience"],
+            "x",
+            "expected a whole number or null, got the string 'x'",
+        ),
         (OPTIMIZER, "adam", "expected sgd or adamw, got the string 'adam'; did you mean 'adamw'?"),
         (OPTIMIZER, 3, "expected sgd or adamw, got 3"),
         (MEAN, [0.1, 0.2], "expected a list of 3 numbers or null, got a list"),
         (NAME, 2024, "expected text or null, got 2024; put it in quotes"),
         (TIMEOUT, "0s", "a duration must be above 0, got the string '0s'"),
         (TIMEOUT, "soon", "write a duration such as 90s, 10m or 1h30m, got the string 'soon'"),
-        (Engine.model_fields["device"], "gpu", "expected auto, cpu, cuda, cuda:N or mps, got the string 'gpu'"),
+        (
+            Engine.model_fields["device"],
+            "gpu",
+            "expected auto, cpu, cuda, cuda:N or mps, got the string 'gpu'",
+        ),
         (Engine.model_fields["device"], 0, "expected auto, cpu, cuda, cuda:N or mps, got 0"),
-        (Engine.model_fields["workers"], "many", "expected a whole number or auto, got the string 'many'"),
+        (
+            Engine.model_fields["workers"],
+            "many",
+            "expected a whole number or auto, got the string 'many'",
+        ),
         (FieldInfo.from_annotation(list[int]), "x", "expected a list, got the string 'x'"),
     ],
 )
-def test_a_sentence_says_what_is_allowed_and_what_was_given(field: FieldInfo, value: object, says: str) -> None:
+def test_a_sentence_says_what_is_allowed_and_what_was_given(
+    field: FieldInfo, value: object, says: str
+) -> None:
     assert sentence(field, value) == says
 
 
@@ -64,11 +82,21 @@ def test_what_a_field_can_be_searched_as() -> None:
     field = FieldInfo.from_annotation
     assert fields.is_number(field(int | None)) and fields.is_integer(field(int | None))
     assert fields.is_number(field(int | float)) and not fields.is_integer(field(int | float))
-    assert fields.is_number(field(Any)) and not fields.is_number(field(bool)) and not fields.is_number(field(Literal["a"]))
+    assert (
+        fields.is_number(field(Any))
+        and not fields.is_number(field(bool))
+        and not fields.is_number(field(Literal["a"]))
+    )
     assert fields.is_integer(field(Annotated[int, Field(ge=1)]))
-    assert fields.is_sequence(field(tuple[int, ...])) and fields.is_sequence(field(list[int] | None)) and not fields.is_sequence(field(str))
+    assert (
+        fields.is_sequence(field(tuple[int, ...]))
+        and fields.is_sequence(field(list[int] | None))
+        and not fields.is_sequence(field(str))
+    )
 
 
-@pytest.mark.parametrize(("words", "says"), [(["a"], "a"), (["a", "b"], "a or b"), (["a", "b", "c"], "a, b or c")])
+@pytest.mark.parametrize(
+    ("words", "says"), [(["a"], "a"), (["a", "b"], "a or b"), (["a", "b", "c"], "a, b or c")]
+)
 def test_alternatives(words: list[str], says: str) -> None:
     assert fields.alternatives(words) == says

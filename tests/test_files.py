@@ -68,13 +68,18 @@ def test_disk_errors_name_the_path(number: int, message: str) -> None:
     with pytest.raises(StorageError) as error, disk_errors(Path("a")):
         raise OSError(number, os.strerror(number))
     assert str(error.value) == message
-    with pytest.raises(IsADirectoryError), disk_errors(Path("a")):  # what it does not know stays what it is
+    with (
+        pytest.raises(IsADirectoryError),
+        disk_errors(Path("a")),
+    ):  # what it does not know stays what it is
         raise IsADirectoryError
 
 
 def test_a_lock_excludes_and_is_freed_when_its_holder_is_killed(tmp_path: Path) -> None:
     hold = "import sys, time; from pathlib import Path; from tuner.files import locked\nwith locked(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "lock")], stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "lock")], stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
         with locked(tmp_path / "lock", wait=False) as ours:
@@ -95,7 +100,11 @@ def test_a_download_arrives_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "begin", "message"),
     [
-        ("none", "", "cannot download {url}: HTTP Error 404: File not found; fetch it elsewhere and place it at {path}"),
+        (
+            "none",
+            "",
+            "cannot download {url}: HTTP Error 404: File not found; fetch it elsewhere and place it at {path}",
+        ),
         (
             "short",
             "",
@@ -109,14 +118,18 @@ def test_a_download_arrives_whole(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_failed_download_keeps_nothing(tmp_path: Path, name: str, begin: str, message: str) -> None:
+def test_a_failed_download_keeps_nothing(
+    tmp_path: Path, name: str, begin: str, message: str
+) -> None:
     (tmp_path / "other").write_bytes(b"hello")
     (tmp_path / "short").write_bytes(b"x" * 1_000_000)
     place = tmp_path / "place"
     place.mkdir()
     with serving(tmp_path) as address, pytest.raises(DataError) as error:
         download(f"{address}/{name}", place / "a", "weights", begin=begin)
-    assert str(error.value) == "weights: " + message.format(url=f"{address}/{name}", path=place / "a")
+    assert str(error.value) == "weights: " + message.format(
+        url=f"{address}/{name}", path=place / "a"
+    )
     assert os.listdir(place) == []
 
 
@@ -125,12 +138,19 @@ def test_without_a_network_the_message_says_how_to_go_on(tmp_path: Path) -> None
         pass  # nothing listens there any more
     with pytest.raises(DataError) as error:
         download(f"{address}/a-0123abcd.pth", tmp_path / "a", "weights", begin="0123abcd")
-    for part in (f"cannot download {address}/a-0123abcd.pth", "refused", "SHA-256 begins with 0123abcd", f"place it at {tmp_path / 'a'}"):
+    for part in (
+        f"cannot download {address}/a-0123abcd.pth",
+        "refused",
+        "SHA-256 begins with 0123abcd",
+        f"place it at {tmp_path / 'a'}",
+    ):
         assert part in str(error.value)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_download_to_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_to_a_full_disk_is_a_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a").write_bytes(b"hello")
 
     def full(*_: object) -> str:

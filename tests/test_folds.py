@@ -12,11 +12,19 @@ from tuner.folds import crossed, folds_of
 from tuner.run import Engine, Run
 from tuner.trial import Best, fit, prepare
 
-FIXED = ["recipe.lr=0.01", "recipe.optimizer=sgd", "recipe.momentum=0.9", "recipe.freeze_depth=4", "recipe.epochs=3"]
+FIXED = [
+    "recipe.lr=0.01",
+    "recipe.optimizer=sgd",
+    "recipe.momentum=0.9",
+    "recipe.freeze_depth=4",
+    "recipe.epochs=3",
+]
 
 
 def run(*words: str) -> Run:
-    return parsing.parse(parsing.override(document.parse(SMALL, "small.yaml"), [*FIXED, *words])).sample(None, seed=5)
+    return parsing.parse(
+        parsing.override(document.parse(SMALL, "small.yaml"), [*FIXED, *words])
+    ).sample(None, seed=5)
 
 
 @pytest.fixture
@@ -27,17 +35,27 @@ def here(tmp_path: Path) -> Place:
 def test_an_epoch_is_the_mean_of_the_folds(here: Place) -> None:
     best = Best()
     found = list(crossed(run("data.folds=3"), here, "accuracy", best))
-    alone = [list(fit(prepare(fold, here, "accuracy"), fold.recipe, fold.seed)) for fold in folds_of(run("data.folds=3"))]
+    alone = [
+        list(fit(prepare(fold, here, "accuracy"), fold.recipe, fold.seed))
+        for fold in folds_of(run("data.folds=3"))
+    ]
     assert [e.number for e in found] == [1, 2, 3]
     for i, epoch in enumerate(found):
         for name, value in epoch.scores.items():
             assert value == pytest.approx(sum(fold[i].scores[name] for fold in alone) / 3, abs=1e-5)
-    assert len({fold[0].scores["log_likelihood"] for fold in alone}) == 3  # they are not one fold three times
-    assert best.epoch is not None and best.epoch.scores["accuracy"] == max(e.scores["accuracy"] for e in found)
+    assert (
+        len({fold[0].scores["log_likelihood"] for fold in alone}) == 3
+    )  # they are not one fold three times
+    assert best.epoch is not None and best.epoch.scores["accuracy"] == max(
+        e.scores["accuracy"] for e in found
+    )
 
 
 def test_one_fold_is_no_cross_validation(here: Place) -> None:
-    plain, crossed_ = list(fit(prepare(run(), here, "accuracy"), run().recipe, 5)), list(crossed(run(), here, "accuracy", Best()))
+    plain, crossed_ = (
+        list(fit(prepare(run(), here, "accuracy"), run().recipe, 5)),
+        list(crossed(run(), here, "accuracy", Best())),
+    )
     assert [(e.loss, e.scores) for e in plain] == [(e.loss, e.scores) for e in crossed_]
 
 

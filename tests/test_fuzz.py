@@ -16,7 +16,10 @@ from tuner.errors import SpaceError
 from tuner.run import Recipe, Search
 from tuner.space import Space, dump
 
-SHIPPED = [path.read_text() for path in sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))]
+SHIPPED = [
+    path.read_text()
+    for path in sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
+]
 PLACE = re.compile(r"(f\.yaml:[1-9]\d*|command line): \S")
 modest = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -59,36 +62,76 @@ def mutated(draw: st.DrawFn) -> str:
 
 @modest
 @given(
-    mutated(), st.lists(st.tuples(st.sampled_from(["recipe.lr", "search.trials", "model", "data.x.y", "recipe", ""]), PIECES), max_size=2)
+    mutated(),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["recipe.lr", "search.trials", "model", "data.x.y", "recipe", ""]),
+            PIECES,
+        ),
+        max_size=2,
+    ),
 )
 def test_a_mutated_file_is_answered(text: str, overrides: list[tuple[str, str]]) -> None:
     answer(text, [f"{key}={value}" for key, value in overrides])
 
 
 PLAIN = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["sgd", "digits", "resnet18", 10**299])
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["sgd", "digits", "resnet18", 10**299])
 )
-KEYS = st.sampled_from([*Recipe.model_fields, *Search.model_fields, "low", "high", "log", "step", "choices", "when", "name"])
-TREES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12)
+KEYS = st.sampled_from(
+    [
+        *Recipe.model_fields,
+        *Search.model_fields,
+        "low",
+        "high",
+        "log",
+        "step",
+        "choices",
+        "when",
+        "name",
+    ]
+)
+TREES = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
 
 
 @modest
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(parsing.SECTIONS, TREES)), TREES, st.sampled_from(list(Recipe.model_fields)))
+@given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys(parsing.SECTIONS, TREES)),
+    TREES,
+    st.sampled_from(list(Recipe.model_fields)),
+)
 def test_any_tree_is_answered(tree: dict[str, Any], value: Any, key: str) -> None:
     answer(yaml.safe_dump(tree, allow_unicode=True))
-    answer(yaml.safe_dump({"task": "classification", "data": "digits", "model": "vgg11", "recipe": {key: value}}))
+    answer(
+        yaml.safe_dump(
+            {"task": "classification", "data": "digits", "model": "vgg11", "recipe": {key: value}}
+        )
+    )
 
 
 def numbers(low: float, high: float, *, whole: bool = False) -> st.SearchStrategy[Any]:
     """A value, a list of choices or a range of numbers in [low, high]."""
-    one: st.SearchStrategy[Any] = st.integers(math.ceil(low), int(high)) if whole else st.floats(low, high)
+    one: st.SearchStrategy[Any] = (
+        st.integers(math.ceil(low), int(high)) if whole else st.floats(low, high)
+    )
     pair = st.tuples(one, one).filter(lambda ends: ends[0] != ends[1]).map(sorted)
     steps = st.integers(1, 5) if whole else st.floats(1e-3, 1)
     return (
         one
         | st.lists(one, min_size=1, max_size=3, unique=True)
         | pair.map(lambda ends: {"low": ends[0], "high": ends[1]})
-        | pair.filter(lambda ends: ends[0] > 0).map(lambda ends: {"low": ends[0], "high": ends[1], "log": True})
+        | pair.filter(lambda ends: ends[0] > 0).map(
+            lambda ends: {"low": ends[0], "high": ends[1], "log": True}
+        )
         | st.builds(lambda ends, step: {"low": ends[0], "high": ends[1], "step": step}, pair, steps)
     )
 
@@ -123,10 +166,18 @@ class Draws:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        return self.rng.uniform(low, high) if step is None else low + step * self.rng.randint(0, int((high - low) / step))
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        return (
+            self.rng.uniform(low, high)
+            if step is None
+            else low + step * self.rng.randint(0, int((high - low) / step))
+        )
 
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
         return self.rng.randrange(low, high + 1, step)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
@@ -135,7 +186,9 @@ class Draws:
 
 @modest
 @given(SPACES, st.randoms(use_true_random=False))
-def test_a_space_survives_its_dump_and_so_does_each_of_its_runs(tree: dict[str, Any], rng: random.Random) -> None:
+def test_a_space_survives_its_dump_and_so_does_each_of_its_runs(
+    tree: dict[str, Any], rng: random.Random
+) -> None:
     space = parsing.parse(document.parse(dump(tree), "f.yaml"))
     assert parsing.parse(document.parse(dump(space.tree()), "f.yaml")) == space
     run = space.sample(Draws(rng), seed=3)
@@ -144,4 +197,6 @@ def test_a_space_survives_its_dump_and_so_does_each_of_its_runs(tree: dict[str, 
     assert set(space.default()) <= {d.name for d in space.dimensions}
     for dimension in space.dimensions:
         members, default = dimension.leaf.members(), space.values[dimension.path]
-        assert default in members if members is not None else dimension.leaf.clip(default) == default
+        assert (
+            default in members if members is not None else dimension.leaf.clip(default) == default
+        )

@@ -36,17 +36,27 @@ def pixels(source: Any, view: int = 0) -> torch.Tensor:
 
 def test_a_batch_is_uint8_channels_first_with_its_labels(tmp_path: Path) -> None:
     listed = items()
-    data = made(tmp_path, listed=Items(listed.pictures, listed.labels, listed.strata, np.repeat([TRAIN, VALID, TEST], N // 3)))
+    data = made(
+        tmp_path,
+        listed=Items(
+            listed.pictures, listed.labels, listed.strata, np.repeat([TRAIN, VALID, TEST], N // 3)
+        ),
+    )
     x, y = data.train.take(torch.tensor([2, 0]), 0)
     assert isinstance(x, torch.Tensor)
     assert x.dtype == torch.uint8 and x.shape == (2, 3, 16, 16)
-    assert torch.equal(x[0], torch.from_numpy(np.asarray(listed.pictures[2]).copy()).permute(2, 0, 1))
+    assert torch.equal(
+        x[0], torch.from_numpy(np.asarray(listed.pictures[2]).copy()).permute(2, 0, 1)
+    )
     assert y.tolist() == [2, 0]
 
 
 def test_parts_never_overlap_and_full_is_train_and_valid(tmp_path: Path) -> None:
     data = made(tmp_path)
-    seen = {name: {p.numpy().tobytes() for p in pixels(getattr(data, name))} for name in ("train", "valid", "test", "full")}
+    seen = {
+        name: {p.numpy().tobytes() for p in pixels(getattr(data, name))}
+        for name in ("train", "valid", "test", "full")
+    }
     assert not seen["train"] & seen["valid"]
     assert not seen["train"] & seen["test"]
     assert not seen["valid"] & seen["test"]
@@ -60,7 +70,9 @@ def test_equal_arguments_give_an_equal_batch(tmp_path: Path) -> None:
     batches = [first.take(index, view) for view in (1, 0, 1)]
     assert torch.equal(batches[0].x, batches[2].x)
     assert torch.equal(batches[0].x, again.take(index, 1).x)
-    assert torch.equal(first.take(index.flip(0), 1).x, batches[0].x.flip(0))  # whatever else is in the batch
+    assert torch.equal(
+        first.take(index.flip(0), 1).x, batches[0].x.flip(0)
+    )  # whatever else is in the batch
 
 
 def test_with_flip_and_two_views_each_image_is_seen_both_ways(tmp_path: Path) -> None:
@@ -69,7 +81,10 @@ def test_with_flip_and_two_views_each_image_is_seen_both_ways(tmp_path: Path) ->
     plain = pixels(made(tmp_path).train)
     one, other = pixels(data.train, 0), pixels(data.train, 1)
     for image, first, second in zip(plain, one, other, strict=True):
-        assert {first.numpy().tobytes(), second.numpy().tobytes()} == {image.numpy().tobytes(), image.flip(2).numpy().tobytes()}
+        assert {first.numpy().tobytes(), second.numpy().tobytes()} == {
+            image.numpy().tobytes(),
+            image.flip(2).numpy().tobytes(),
+        }
     mirrored = sum(not torch.equal(a, b) for a, b in zip(plain, one, strict=True))
     assert 0.25 * len(plain) < mirrored < 0.75 * len(plain)
 
@@ -94,7 +109,12 @@ def test_the_digest_follows_content_labels_and_split(tmp_path: Path) -> None:
         made(tmp_path, {"limit": 10}),
         made(tmp_path, listed=items(seed=1)),
         made(tmp_path, listed=items(classes=("a", "b", "x"))),
-        made(tmp_path, listed=Items(swapped.pictures, swapped.labels[::-1].copy(), swapped.strata, swapped.part)),
+        made(
+            tmp_path,
+            listed=Items(
+                swapped.pictures, swapped.labels[::-1].copy(), swapped.strata, swapped.part
+            ),
+        ),
     ]
     assert len({same, *(d.digest for d in others)}) == 8
 
@@ -104,12 +124,23 @@ def test_the_digest_follows_content_labels_and_split(tmp_path: Path) -> None:
     [
         ({}, Preprocess(224, 256, "bilinear", (0.485,) * 3, (0.229,) * 3)),
         ({"size": 64}, Preprocess(64, 73, "bilinear", (0.485,) * 3, (0.229,) * 3)),
-        ({"size": 64, "resize": 64, "interpolation": "bicubic"}, Preprocess(64, 64, "bicubic", (0.485,) * 3, (0.229,) * 3)),
-        ({"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}, Preprocess(224, 256, "bilinear", (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))),
+        (
+            {"size": 64, "resize": 64, "interpolation": "bicubic"},
+            Preprocess(64, 64, "bicubic", (0.485,) * 3, (0.229,) * 3),
+        ),
+        (
+            {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)},
+            Preprocess(224, 256, "bilinear", (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)),
+        ),
     ],
 )
 def test_the_file_wins_over_the_weights(options: dict[str, Any], expected: Preprocess) -> None:
-    assert resolve(ImageOptions(**options), Preprocess(224, 256, "bilinear", (0.485,) * 3, (0.229,) * 3)) == expected
+    assert (
+        resolve(
+            ImageOptions(**options), Preprocess(224, 256, "bilinear", (0.485,) * 3, (0.229,) * 3)
+        )
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,4 +162,6 @@ def test_a_part_whose_only_image_is_unreadable_is_named(tmp_path: Path) -> None:
     pictures[0] = tmp_path / "missing.png"
     part = np.array([VALID] + [TRAIN] * (N - 2) + [TEST])
     with pytest.raises(DataError, match=r"^data: no validation image can be read$"):
-        made(tmp_path, {"on_bad_image": "skip"}, Items(pictures, listed.labels, listed.strata, part))
+        made(
+            tmp_path, {"on_bad_image": "skip"}, Items(pictures, listed.labels, listed.strata, part)
+        )

@@ -33,7 +33,9 @@ def run(model: str, depth: int, **data: Any) -> Run:
         "recipe.optimizer=sgd",
         "recipe.momentum=0.9",
     ]
-    doc = parsing.override(document.parse(SMALL, "small.yaml"), [*words, *(f"data.{k}={v}" for k, v in data.items())])
+    doc = parsing.override(
+        document.parse(SMALL, "small.yaml"), [*words, *(f"data.{k}={v}" for k, v in data.items())]
+    )
     return parsing.parse(doc).sample(None, seed=5)
 
 
@@ -41,8 +43,13 @@ def here(home: Path, cache: str) -> Place:
     return place(Engine.model_validate({"device": "cpu", "cache": cache}), home)
 
 
-@pytest.mark.parametrize(("model", "depth"), [("resnet18_slim", 1), ("resnet18_slim", 3), ("resnet18_slim", 5), ("vgg11_bn", 6)])
-def test_stillness_after_fit_the_prefix_is_bit_identical(model: str, depth: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "depth"),
+    [("resnet18_slim", 1), ("resnet18_slim", 3), ("resnet18_slim", 5), ("vgg11_bn", 6)],
+)
+def test_stillness_after_fit_the_prefix_is_bit_identical(
+    model: str, depth: int, tmp_path: Path
+) -> None:
     r = run(model, depth)
     bench = prepare(r, here(tmp_path, "auto"), "accuracy")
     prefix, _ = bench.staged.split(depth)
@@ -55,8 +62,13 @@ def test_stillness_after_fit_the_prefix_is_bit_identical(model: str, depth: int,
 
 
 @pytest.mark.parametrize("data", [{}, {"augment": "flip", "views": 2}])
-@pytest.mark.parametrize(("model", "depth"), [("resnet18_slim", 1), ("resnet18_slim", 2), ("resnet18_slim", 5), ("vgg11_bn", 6)])
-def test_memory_fit_over_the_cache_equals_fit_without(model: str, depth: int, data: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "depth"),
+    [("resnet18_slim", 1), ("resnet18_slim", 2), ("resnet18_slim", 5), ("vgg11_bn", 6)],
+)
+def test_memory_fit_over_the_cache_equals_fit_without(
+    model: str, depth: int, data: dict[str, Any], tmp_path: Path
+) -> None:
     r = run(model, depth, **data)
     benches = [prepare(r, here(tmp_path, cache), "accuracy") for cache in ("always", "never")]
     kinds = [type(b.train).__name__ for b in benches]
@@ -64,13 +76,17 @@ def test_memory_fit_over_the_cache_equals_fit_without(model: str, depth: int, da
     remembered, live = (list(fit(b, r.recipe, r.seed)) for b in benches)
     for a, b in zip(remembered, live, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-3)
-        assert a.scores == pytest.approx(b.scores, abs=0.12)  # one of the 9 validation images may tip over by rounding
+        assert a.scores == pytest.approx(
+            b.scores, abs=0.12
+        )  # one of the 9 validation images may tip over by rounding
         assert a.scores["log_likelihood"] == pytest.approx(b.scores["log_likelihood"], rel=1e-2)
 
 
 def test_memory_equal_batches_from_the_cache_and_without(tmp_path: Path) -> None:
     r = run("resnet18_slim", 3, augment="flip", views=2)
-    cached, live = (prepare(r, here(tmp_path, cache), "accuracy").train for cache in ("always", "never"))
+    cached, live = (
+        prepare(r, here(tmp_path, cache), "accuracy").train for cache in ("always", "never")
+    )
     index = torch.tensor([5, 0, 17, 3])
     for view in (0, 1, 2):
         a, b = cached.take(index, view), live.take(index, view)
@@ -83,7 +99,9 @@ def _tensor(x: Any) -> torch.Tensor:
     return x
 
 
-def test_what_a_prefix_computed_is_not_computed_again_by_a_later_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_prefix_computed_is_not_computed_again_by_a_later_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     r = run("resnet18_slim", 3)
     list(fit(prepare(r, here(tmp_path, "always"), "accuracy"), r.recipe, r.seed))
 
@@ -92,25 +110,40 @@ def test_what_a_prefix_computed_is_not_computed_again_by_a_later_trial(tmp_path:
 
     monkeypatch.setattr("tuner.cache.Remembered._fill", never)
     again = run("resnet18_slim", 3)
-    assert len(list(fit(prepare(again, here(tmp_path, "always"), "accuracy"), again.recipe, 9))) == 2
+    assert (
+        len(list(fit(prepare(again, here(tmp_path, "always"), "accuracy"), again.recipe, 9))) == 2
+    )
 
 
 @pytest.mark.parametrize("change", [{"cache_gb": 0.0001}, {"cache": "never"}])
 def test_what_does_not_fit_is_computed_on_the_fly(change: dict[str, Any], tmp_path: Path) -> None:
     r = run("resnet18_slim", 1)
-    bench = prepare(r, place(Engine.model_validate({"device": "cpu", **change}), tmp_path), "accuracy")
+    bench = prepare(
+        r, place(Engine.model_validate({"device": "cpu", **change}), tmp_path), "accuracy"
+    )
     assert type(bench.train).__name__ == "Live"
-    assert not [p for p in (tmp_path / "activations").glob("*") if p.is_dir()] if (tmp_path / "activations").exists() else True
+    assert (
+        not [p for p in (tmp_path / "activations").glob("*") if p.is_dir()]
+        if (tmp_path / "activations").exists()
+        else True
+    )
 
 
-def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(tmp_path: Path) -> None:
+def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(
+    tmp_path: Path,
+) -> None:
     endless = run("resnet18_slim", 2, augment="flip", views="null")
     assert type(prepare(endless, here(tmp_path, "auto"), "accuracy").train).__name__ == "Live"
-    assert type(prepare(run("resnet18_slim", 0), here(tmp_path, "auto"), "accuracy").train).__name__ == "Ready"
+    assert (
+        type(prepare(run("resnet18_slim", 0), here(tmp_path, "auto"), "accuracy").train).__name__
+        == "Ready"
+    )
 
 
 @pytest.mark.parametrize("kind", plugins.names("export"))
-def test_export_what_is_read_back_agrees_with_the_model(kind: str, tuner: Callable[..., Said], small: Path) -> None:
+def test_export_what_is_read_back_agrees_with_the_model(
+    kind: str, tuner: Callable[..., Said], small: Path
+) -> None:
     said = tuner(
         "train",
         small,
@@ -125,9 +158,10 @@ def test_export_what_is_read_back_agrees_with_the_model(kind: str, tuner: Callab
     assert said.code == 0, said.err
     manifest = json.loads((small.parent / "studies/small/train/manifest.json").read_text())
     assert manifest["exports"][kind]["largest_difference"] < 1e-3
-    assert {n: hashlib.sha256((small.parent / "studies/small/train" / n).read_bytes()).hexdigest() for n in manifest["files"]} == manifest[
-        "files"
-    ]
+    assert {
+        n: hashlib.sha256((small.parent / "studies/small/train" / n).read_bytes()).hexdigest()
+        for n in manifest["files"]
+    } == manifest["files"]
 
 
 @pytest.mark.slow
@@ -139,8 +173,19 @@ def test_engines_the_same_study_whichever_carries_it(calm: Path) -> None:
 @pytest.mark.slow
 def test_engines_ray_carries_the_same_study(calm: Path) -> None:
     pytest.importorskip("ray")
-    cores = len(os.sched_getaffinity(0))  # of one local worker: sums of floats follow the number of threads
-    said = finish(start(calm, "ray", "engine.name=ray", "engine.address=local", "engine.workers=1", f"engine.cpus_per_trial={cores}"))
+    cores = len(
+        os.sched_getaffinity(0)
+    )  # of one local worker: sums of floats follow the number of threads
+    said = finish(
+        start(
+            calm,
+            "ray",
+            "engine.name=ray",
+            "engine.address=local",
+            "engine.workers=1",
+            f"engine.cpus_per_trial={cores}",
+        )
+    )
     assert trials(calm, "ray") == trials(calm, "calm")
     assert "raylet" not in said  # what Ray says stays out of what tuner says
 
@@ -149,8 +194,19 @@ def test_engines_ray_carries_the_same_study(calm: Path) -> None:
 
 
 def start(folder: Path, name: str, *words: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-u", "-m", "tuner", "run", str(folder / "kill.yaml"), f"search.name={name}", *words]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "tuner",
+        "run",
+        str(folder / "kill.yaml"),
+        f"search.name={name}",
+        *words,
+    ]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
@@ -165,9 +221,15 @@ def trials(folder: Path, name: str) -> list[tuple[Any, ...]]:
 
     from tuner import storage
 
-    study = optuna.load_study(study_name=name, storage=storage.connect(None, folder / "studies" / name))
+    study = optuna.load_study(
+        study_name=name, storage=storage.connect(None, folder / "studies" / name)
+    )
     assert all(t.state.is_finished() for t in study.trials)
-    return [(t.params, t.state.name, t.intermediate_values) for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
+    return [
+        (t.params, t.state.name, t.intermediate_values)
+        for t in study.trials
+        if t.state.name in ("COMPLETE", "PRUNED")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +251,21 @@ def victim(process: "subprocess.Popen[str]", who: str) -> int:
     """The coordinator's pid, or its worker's."""
     if who == "coordinator":
         return process.pid
-    found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "spawn_main"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return int(found.stdout.split()[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [0.0, 0.4, 0.9])
 @pytest.mark.parametrize("who", ["coordinator", "worker"])
-def test_resume_killed_and_continued_equals_undisturbed(calm: Path, who: str, moment: float) -> None:
+def test_resume_killed_and_continued_equals_undisturbed(
+    calm: Path, who: str, moment: float
+) -> None:
     name = f"{who}-{moment}"
     process = start(calm, name)
     assert process.stdout is not None
@@ -216,8 +285,16 @@ def test_resume_killed_and_continued_equals_undisturbed(calm: Path, who: str, mo
     assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     database.close()
     files = [
-        json.loads((calm / "studies" / n / "export" / "manifest.json").read_text())["files"]["model.safetensors"] for n in (name, "calm")
+        json.loads((calm / "studies" / n / "export" / "manifest.json").read_text())["files"][
+            "model.safetensors"
+        ]
+        for n in (name, "calm")
     ]
     assert files[0] == files[1]  # the winner, retrained, is the same to the bit
-    left = [sorted(p.name.partition("-")[0] for p in kept.iterdir()) for kept in (calm / "studies" / name / "checkpoints").iterdir()]
-    assert left == [["best"]] * 3  # of all checkpoints the best three trials' weights stay; test_resume.py counts epochs
+    left = [
+        sorted(p.name.partition("-")[0] for p in kept.iterdir())
+        for kept in (calm / "studies" / name / "checkpoints").iterdir()
+    ]
+    assert (
+        left == [["best"]] * 3
+    )  # of all checkpoints the best three trials' weights stay; test_resume.py counts epochs

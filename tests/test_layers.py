@@ -126,21 +126,31 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = str(node.module)
-            found |= {f"{module}.{alias.name}" if module == "tuner" else module for alias in node.names}
+            found |= {
+                f"{module}.{alias.name}" if module == "tuner" else module for alias in node.names
+            }
     return found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_upward(path: Path) -> None:
-    own = [name.split(".")[1] for name in imports(path) if name.startswith("tuner.") and name != "tuner.__version__"]
+    own = [
+        name.split(".")[1]
+        for name in imports(path)
+        if name.startswith("tuner.") and name != "tuner.__version__"
+    ]
     assert home(path) in ORDER, "a new module needs a place in the order"
     for name in own:
         if name == home(path) and name in FOLDERS:
-            assert all(part.split(".")[-1].startswith("_") for part in imports(path) if part.startswith(f"tuner.{name}.")), (
-                "parts never import each other"
-            )
+            assert all(
+                part.split(".")[-1].startswith("_")
+                for part in imports(path)
+                if part.startswith(f"tuner.{name}.")
+            ), "parts never import each other"
         else:
-            assert ORDER.index(name) < ORDER.index(home(path)), f"{home(path)} must not import {name}"
+            assert ORDER.index(name) < ORDER.index(home(path)), (
+                f"{home(path)} must not import {name}"
+            )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -154,7 +164,9 @@ def test_every_place_in_the_order_is_taken() -> None:
 
 
 def test_the_coordinator_stays_without_torch_and_values_without_optuna() -> None:
-    code = "import sys, tuner.running, tuner.engines.local, tuner.cli; print('torch' in sys.modules); "
+    code = (
+        "import sys, tuner.running, tuner.engines.local, tuner.cli; print('torch' in sys.modules); "
+    )
     code += "print('matplotlib' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]
@@ -164,24 +176,15 @@ def test_the_coordinator_stays_without_torch_and_values_without_optuna() -> None
 
 
 def test_help_answers_at_once() -> None:
-    code = (
-        "import sys, runpy; sys.argv = ['tuner', '--help']\ntry: runpy.run_module('tuner', run_name='__main__')\nexcept SystemExit: pass\n"
+    code = "import sys, runpy; sys.argv = ['tuner', '--help']\ntry: runpy.run_module('tuner', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += (
+        "print([m for m in ('torch', 'optuna', 'pydantic', 'numpy', 'yaml') if m in sys.modules])"
     )
-    code += "print([m for m in ('torch', 'optuna', 'pydantic', 'numpy', 'yaml') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
-    limit = 300 if path.name == "cli.py" else 250
-    assert len(path.read_text().splitlines()) <= limit
-    names = {"utils", "helpers", "common", "manager", "base"}
-    assert path.stem not in names
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_function_fits_a_screen(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < 45, f"{node.name} has {(node.end_lineno or 0) - node.lineno + 1} lines"
+def test_a_file_has_at_most_400_lines_and_a_name_that_says_something(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+    assert path.stem not in {"utils", "helpers", "common", "manager", "base"}

@@ -21,12 +21,22 @@ from tuner.run import Part, Recipe, Run
 from tuner.wanted import Tree, leaves
 
 # small enough to be computed here; the others differ from them in widths and counts, and are cut by the same lines
-COMPUTED = ["resnet18_slim", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg11", "vgg11_bn"]
+COMPUTED = [
+    "resnet18_slim",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "vgg11",
+    "vgg11_bn",
+]
 
 
 def built(name: str, outputs: int = 3) -> Staged:
     part = Part(name, {} if ":" in name else {"weights": "none"})
-    return build(Run(Part("classification", {}), Part("synthetic", {}), part, Recipe(), 0), Path(), outputs)
+    return build(
+        Run(Part("classification", {}), Part("synthetic", {}), part, Recipe(), 0), Path(), outputs
+    )
 
 
 def filled(name: str) -> Staged:
@@ -50,7 +60,9 @@ def check_cut(staged: Staged, x: Tree) -> None:
     """suffix(prefix(x)) == model(x) at every depth; with nothing frozen also while training, dropout and all."""
     suffix = staged.split(0)[1].train()
     staged.model.train()
-    if staged.native is None:  # where it is not model(x), its answer while training is of another kind
+    if (
+        staged.native is None
+    ):  # where it is not model(x), its answer while training is of another kind
         outputs = []
         for whole in (staged.model, suffix):
             torch.manual_seed(0)
@@ -61,14 +73,18 @@ def check_cut(staged: Staged, x: Tree) -> None:
     with torch.no_grad():
         expected = staged.call(x)
         assert all(leaf.isfinite().all() for leaf in leaves(expected).values())
-        assert all(leaf.std() > 0 for leaf in leaves(expected).values() if leaf.is_floating_point())  # all objects may be of one class
+        assert all(
+            leaf.std() > 0 for leaf in leaves(expected).values() if leaf.is_floating_point()
+        )  # all objects may be of one class
         for depth in range(staged.max_depth + 1):
             prefix, suffix = staged.split(depth)
             assert equal(suffix.eval()(prefix(x)), expected), depth
 
 
 def equal(a: Tree, b: Tree) -> bool:
-    return leaves(a).keys() == leaves(b).keys() and all(torch.equal(leaf, leaves(b)[name]) for name, leaf in leaves(a).items())
+    return leaves(a).keys() == leaves(b).keys() and all(
+        torch.equal(leaf, leaves(b)[name]) for name, leaf in leaves(a).items()
+    )
 
 
 def check_partition(staged: Staged) -> None:
@@ -94,7 +110,11 @@ def test_the_cut_law(name: str) -> None:
     check_cut(filled(name), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
 
 
-CLASSIFIERS = [name for name in plugins.names("model") if "*" not in name and "classification" in plugins.tasks("model", name)]
+CLASSIFIERS = [
+    name
+    for name in plugins.names("model")
+    if "*" not in name and "classification" in plugins.tasks("model", name)
+]
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -106,7 +126,9 @@ def test_every_model_is_cut_into_all_its_parameters(name: str) -> None:
         prefix, suffix = staged.split(staged.max_depth)
         assert suffix(prefix(x)).shape == (2, 3)
         if name != "resnet18_slim":  # native names, so that weights and exports fit elsewhere
-            assert list(staged.model.state_dict()) == list(get_model(name, num_classes=3).state_dict())
+            assert list(staged.model.state_dict()) == list(
+                get_model(name, num_classes=3).state_dict()
+            )
 
 
 @pytest.mark.parametrize(
@@ -144,14 +166,30 @@ def test_models_of_timm_are_cut_by_both_laws(name: str, stages: int) -> None:
     timm = pytest.importorskip("timm")
     staged = built(f"timm/{name}")
     check_partition(staged)
-    check_cut(staged, torch.randn(2, 3, *(224, 224) if "224" in name else (64, 64), generator=torch.Generator().manual_seed(1)))
+    check_cut(
+        staged,
+        torch.randn(
+            2,
+            3,
+            *(224, 224) if "224" in name else (64, 64),
+            generator=torch.Generator().manual_seed(1),
+        ),
+    )
     assert len(staged.stages) == stages
-    assert list(staged.model.state_dict()) == list(timm.create_model(name, num_classes=3).state_dict())
+    assert list(staged.model.state_dict()) == list(
+        timm.create_model(name, num_classes=3).state_dict()
+    )
 
 
 def test_what_a_deeply_frozen_convolutional_model_gives_is_a_vector() -> None:
     pytest.importorskip("timm")
-    for name in ("timm/tf_efficientnet_lite0", "timm/mobilenetv3_small_050", "timm/resnet10t", "resnet18", "vgg11"):
+    for name in (
+        "timm/tf_efficientnet_lite0",
+        "timm/mobilenetv3_small_050",
+        "timm/resnet10t",
+        "resnet18",
+        "vgg11",
+    ):
         staged = built(name)
         prefix, _ = staged.split(staged.max_depth)
         assert prefix(torch.zeros(2, 3, 64, 64)).dim() == 2, name
@@ -248,12 +286,21 @@ def test_nested_sequentials_share_no_parameter() -> None:
 
 @pytest.mark.parametrize(
     ("name", "millions", "gflops"),
-    [("resnet18", 11.69, 3.63), ("resnet50", 25.56, 8.18), ("vgg16", 138.36, 30.94), ("resnext50_32x4d", 25.03, 8.46)],
+    [
+        ("resnet18", 11.69, 3.63),
+        ("resnet50", 25.56, 8.18),
+        ("vgg16", 138.36, 30.94),
+        ("resnext50_32x4d", 25.03, 8.46),
+    ],
 )
 def test_numbers_agree_with_torchvisions_own(name: str, millions: float, gflops: float) -> None:
     """torchvision states multiply-adds (resnet18: 1.81 G), which count as two here."""
     found = describe(name)
-    meta = plugins.module("model", name).torchvision_preprocess.__globals__["get_model_weights"](name).DEFAULT.meta
+    meta = (
+        plugins.module("model", name)
+        .torchvision_preprocess.__globals__["get_model_weights"](name)
+        .DEFAULT.meta
+    )
     assert found.parameters == meta["num_params"]
     assert round(found.parameters / 1e6, 2) == millions
     assert found.flops / 1e9 == pytest.approx(gflops, abs=0.006)
@@ -263,16 +310,24 @@ def test_numbers_agree_with_torchvisions_own(name: str, millions: float, gflops:
 
 def test_shares_grow_with_depth_from_nothing_to_less_than_all() -> None:
     rows = describe("resnet18_slim", outputs=10).depths
-    assert [(row.depth, row.stage) for row in rows] == [(0, "(nothing)"), *enumerate(["stem", "layer1", "layer2", "layer3", "layer4"], 1)]
+    assert [(row.depth, row.stage) for row in rows] == [
+        (0, "(nothing)"),
+        *enumerate(["stem", "layer1", "layer2", "layer3", "layer4"], 1),
+    ]
     assert rows[0].parameters == rows[0].flops == 0
-    assert all(a.parameters < b.parameters < 1 and a.flops < b.flops < 1 for a, b in itertools.pairwise(rows))
+    assert all(
+        a.parameters < b.parameters < 1 and a.flops < b.flops < 1
+        for a, b in itertools.pairwise(rows)
+    )
     assert describe("resnet18_slim", outputs=10).parameters == 703_386
 
 
 def test_a_users_model_is_described_at_a_size_that_passes(own: Callable[[str], str]) -> None:
     found = describe(own("Whole"), outputs=10)
     assert (found.example, found.parameters, found.flops) == ("32 x 32 image", 30_730, 2 * 30_720)
-    assert describe(own("sequential"), outputs=10).depths[1].parameters == pytest.approx(112 / (112 + 8 + 50))
+    assert describe(own("sequential"), outputs=10).depths[1].parameters == pytest.approx(
+        112 / (112 + 8 + 50)
+    )
 
 
 def test_what_builds_no_model_is_named(own: Callable[[str], str]) -> None:
@@ -294,7 +349,10 @@ def test_the_command_lists_and_describes(tuner: Callable[..., Said]) -> None:
     ("name", "message"),
     [
         ("resnet81", "'resnet81' is not known; did you mean 'resnet18'? (allowed: "),
-        ("no_such_package_of_mine:build", "importing no_such_package_of_mine failed (ModuleNotFoundError: "),
+        (
+            "no_such_package_of_mine:build",
+            "importing no_such_package_of_mine failed (ModuleNotFoundError: ",
+        ),
     ],
 )
 def test_an_unknown_model_ends_with_2(tuner: Callable[..., Said], name: str, message: str) -> None:

@@ -47,7 +47,11 @@ KINDS: dict[str, tuple[Made, Callable[[Path], object], tuple[mutations.Mutate, .
     "yolo": (mutations.yolo, boxes(yolo.load), (damaged,)),
     "yolo yaml": (mutations.yolo_yaml, boxes(yolo.load), (damaged,)),
     **{
-        f"text {kind}": (lambda root, kind=kind: mutations.table(root, f"t.{kind}"), rowed, (damaged,))  # type: ignore[misc]
+        f"text {kind}": (
+            lambda root, kind=kind: mutations.table(root, f"t.{kind}"),
+            rowed,
+            (damaged,),
+        )  # type: ignore[misc]
         for kind in ("csv", "tsv", "jsonl")
     },
 }
@@ -65,7 +69,9 @@ def answered(read: Callable[[], object], name: str) -> None:
         found = error.problems
         assert found, "no problem is named"
     assert [problem for problem in found if "\n" in problem] == []
-    assert not found or any(name in problem or problem.startswith("data") for problem in found), found
+    assert not found or any(name in problem or problem.startswith("data") for problem in found), (
+        found
+    )
     assert time.monotonic() - begin < SECONDS
 
 
@@ -97,7 +103,9 @@ def test_damaged_annotations_and_tables_are_answered(kind: str, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_damaged_annotations_and_tables_are_answered(kind: str, tmp_path: Path) -> None:
-    tried(kind, tmp_path / "set", MANY // 4 if kind == "yolo yaml" else MANY)  # PyYAML takes its time
+    tried(
+        kind, tmp_path / "set", MANY // 4 if kind == "yolo yaml" else MANY
+    )  # PyYAML takes its time
 
 
 VOC, COCO = "<annotation><object><name>cat</name><bndbox><xmin>2</xmin><ymin>1</ymin><xmax>9</xmax><ymax>20</ymax></bndbox></object>{}</annotation>", (
@@ -107,7 +115,16 @@ VOC, COCO = "<annotation><object><name>cat</name><bndbox><xmin>2</xmin><ymin>1</
 
 
 def a_coco(**changed: str) -> bytes:
-    return COCO.format(**{"file": '"0.png"', "name": '"cat"', "image": "1", "category": "1", "width": "3", **changed}).encode()
+    return COCO.format(
+        **{
+            "file": '"0.png"',
+            "name": '"cat"',
+            "image": "1",
+            "category": "1",
+            "width": "3",
+            **changed,
+        }
+    ).encode()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +146,9 @@ def a_coco(**changed: str) -> bytes:
         ("yolo yaml", b"a: &a [x, x]\nnames: [*a, *a]\ntrain: images\n", "aliases are refused"),
     ],
 )  # fmt: skip
-def test_what_once_ended_in_a_traceback(kind: str, content: bytes, says: str | None, tmp_path: Path) -> None:
+def test_what_once_ended_in_a_traceback(
+    kind: str, content: bytes, says: str | None, tmp_path: Path
+) -> None:
     make, read, _ = KINDS[kind]
     path = make(tmp_path / "set")
     path.write_bytes(content)
@@ -146,7 +165,9 @@ def looked_at(path: Path) -> None:
     mask = planes.reading("m", None, lambda _, values, __: values)
     for attempt in (decoding.attempt, mask.attempt):
         found = attempt(path, SIDE)
-        assert not isinstance(found, str) or (found.startswith(f"{path}: ") and "\n" not in found), found
+        assert not isinstance(found, str) or (
+            found.startswith(f"{path}: ") and "\n" not in found
+        ), found
         decoding.dimensions(path)
 
 

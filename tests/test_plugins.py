@@ -48,7 +48,9 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package of the user's in the current folder."""
     (tmp_path / "ownpkg").mkdir()
     (tmp_path / "ownpkg" / "parts.py").write_text(OWN)
-    (tmp_path / "ownpkg" / "broken.py").write_text("raise ImportError('libfoo is missing\\nand more')")
+    (tmp_path / "ownpkg" / "broken.py").write_text(
+        "raise ImportError('libfoo is missing\\nand more')"
+    )
     (tmp_path / "ownpkg" / "leaving.py").write_text("raise SystemExit(0)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -69,11 +71,19 @@ def problems(model: str, more: str = "", task: str = "classification") -> list[s
 
 
 def test_the_folders_are_listed_without_importing() -> None:
-    tasks = {"classification", "detection", "segmentation", "text_classification", "text_generation"}
+    tasks = {
+        "classification",
+        "detection",
+        "segmentation",
+        "text_classification",
+        "text_generation",
+    }
     assert set(plugins.names("task")) == tasks
     assert {"digits", "folder", "cifar10", "synthetic"} <= set(plugins.names("data"))
     assert plugins.names("export") == ["onnx", "safetensors", "torch_export"]
-    assert {"inline", "local"} <= set(plugins.names("engine")) and not any(n.startswith("_") for n in plugins.names("engine"))
+    assert {"inline", "local"} <= set(plugins.names("engine")) and not any(
+        n.startswith("_") for n in plugins.names("engine")
+    )
     assert {"resnet18_slim", "resnet50", "vgg16_bn"} <= set(plugins.names("model"))
     assert plugins.family("wide_resnet50_2") == "resnet" and plugins.family("resnet81") is None
 
@@ -81,13 +91,20 @@ def test_the_folders_are_listed_without_importing() -> None:
 def test_keyword_only_arguments_are_the_keys() -> None:
     found = plugins.keys("data", "folder")
     assert found.fields["path"].is_required() and found.fields["size"].default is None
-    made = found.arguments({key: found.fields[key].get_default() for key in found.fields if key != "path"} | {"path": "photos"})
-    assert set(made) == {"path", "image"} and made["path"] == "photos" and made["image"].valid == 0.15
+    made = found.arguments(
+        {key: found.fields[key].get_default() for key in found.fields if key != "path"}
+        | {"path": "photos"}
+    )
+    assert (
+        set(made) == {"path", "image"} and made["path"] == "photos" and made["image"].valid == 0.15
+    )
     assert list(plugins.keys("model", "resnet18").fields) == ["weights"]
 
 
 def test_a_models_own_keys_are_checked_searched_and_kept() -> None:
-    found = space("{name: 'ownpkg.parts:build', drop: 0.1, act: [relu, gelu], width: {low: 4, high: 8}, sizes: [3, 4]}")
+    found = space(
+        "{name: 'ownpkg.parts:build', drop: 0.1, act: [relu, gelu], width: {low: 4, high: 8}, sizes: [3, 4]}"
+    )
     assert [d.name for d in found.dimensions] == ["model.width", "model.act"]
     assert found.dimensions[0].leaf == Range(4, 8, integer=True)
     assert found.run({}).model.options == {"width": 8, "act": "relu", "drop": 0.1, "sizes": (3, 4)}
@@ -96,8 +113,12 @@ def test_a_models_own_keys_are_checked_searched_and_kept() -> None:
 
 
 def test_untyped_arguments_take_any_plain_value() -> None:
-    assert space("{name: 'ownpkg.parts:untyped', depth: {low: 1, high: 3}}").dimensions[0].leaf == Range(1, 3, integer=True)
-    assert space("{name: 'ownpkg.parts:untyped', depth: {low: 1, high: 3, step: 0.5}}").dimensions[0].leaf == Range(1, 3, step=0.5)
+    assert space("{name: 'ownpkg.parts:untyped', depth: {low: 1, high: 3}}").dimensions[
+        0
+    ].leaf == Range(1, 3, integer=True)
+    assert space("{name: 'ownpkg.parts:untyped', depth: {low: 1, high: 3, step: 0.5}}").dimensions[
+        0
+    ].leaf == Range(1, 3, step=0.5)
 
 
 def test_a_models_own_keys_are_refused_with_key_and_cause() -> None:
@@ -135,7 +156,9 @@ def test_what_is_not_there_or_does_not_fit_is_named(name: str, says: str) -> Non
 
 
 def test_own_engines_and_exports_are_imported_before_anything_else() -> None:
-    assert problems("vgg11", "engine: {name: 'nopkg:x'}\nexport: [onnx, 'ownpkg.parts:number']") == [
+    assert problems(
+        "vgg11", "engine: {name: 'nopkg:x'}\nexport: [onnx, 'ownpkg.parts:number']"
+    ) == [
         "f:4: engine.name: 'nopkg:x': importing nopkg failed (ModuleNotFoundError: No module named 'nopkg')",
         "f:5: export.1: 'ownpkg.parts:number': number is not a function or class of yours; export needs one",
     ]

@@ -47,7 +47,15 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Stripes of class0, class1, class2 as files, one in a folder of its own, with a text file among them."""
-    data = synthetic.load(tmp_path, wants_slim(), "classification", examples=90, classes=3, noise=0.1, image=ImageOptions(size=32))
+    data = synthetic.load(
+        tmp_path,
+        wants_slim(),
+        "classification",
+        examples=90,
+        classes=3,
+        noise=0.1,
+        image=ImageOptions(size=32),
+    )
     x, y = data.test.take(torch.arange(len(data.test)), 0)
     folder = tmp_path / "my photos"
     (folder / "more").mkdir(parents=True)
@@ -69,8 +77,15 @@ def test_each_image_gets_its_class(tuner: Tuner, studies: Path, photos: Path) ->
     assert said.code == 0
     found = [json.loads(line) for line in said.out.splitlines()]
     assert [Path(one["image"]).name for one in found] == ["a [1].png", "b{}.png", "c.png"]
-    assert [max(one["classes"], key=one["classes"].get) for one in found] == ["class0", "class1", "class2"]
-    assert all(list(one["classes"].values()) == sorted(one["classes"].values(), reverse=True) for one in found)
+    assert [max(one["classes"], key=one["classes"].get) for one in found] == [
+        "class0",
+        "class1",
+        "class2",
+    ]
+    assert all(
+        list(one["classes"].values()) == sorted(one["classes"].values(), reverse=True)
+        for one in found
+    )
     assert all(abs(sum(one["classes"].values()) - 1) < 1e-5 for one in found)
 
 
@@ -112,11 +127,15 @@ def test_a_bad_image_among_good_ones(tuner: Tuner, studies: Path, photos: Path) 
 )
 def test_folders_and_globs(photos: Path, patterns: list[str], expected: list[str]) -> None:
     found = images([pattern.replace("{}", str(photos)) for pattern in patterns])
-    assert [str(path.relative_to(photos)) for path in found] == [name.replace("{{}}", "{}") for name in expected]
+    assert [str(path.relative_to(photos)) for path in found] == [
+        name.replace("{{}}", "{}") for name in expected
+    ]
 
 
 @pytest.mark.parametrize("pattern", ["nothing/*.png", "nothing", "my photos/empty", "x" * 300])
-def test_a_pattern_without_an_image(photos: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+def test_a_pattern_without_an_image(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
     monkeypatch.chdir(photos.parent)
     (photos / "empty").mkdir()
     with pytest.raises(DataError, match="no image there"):
@@ -130,7 +149,9 @@ def test_a_batch_is_no_limit(studies: Path, photos: Path, monkeypatch: pytest.Mo
     for a, b in zip(predict(published, [str(photos)]), together, strict=True):
         assert isinstance(a, Prediction) and isinstance(b, Prediction)
         assert (a.name, list(a.told.values["classes"])) == (b.name, list(b.told.values["classes"]))
-        assert list(a.told.values["classes"].values()) == pytest.approx(list(b.told.values["classes"].values()), abs=1e-5)
+        assert list(a.told.values["classes"].values()) == pytest.approx(
+            list(b.told.values["classes"].values()), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +164,12 @@ def test_a_batch_is_no_limit(studies: Path, photos: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_the_format_that_is_used(
-    studies: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, exported: list[str], wanted: str | None, used: str
+    studies: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    exported: list[str],
+    wanted: str | None,
+    used: str,
 ) -> None:
     published = find(studies, "stripes")
     opened = []
@@ -153,7 +179,9 @@ def test_the_format_that_is_used(
         return lambda x: torch.zeros(len(x), 3)
 
     monkeypatch.setattr("tuner.predict.open_export", record)
-    asked = Published(published.folder, {**published.manifest, "exports": {kind: {} for kind in exported}})
+    asked = Published(
+        published.folder, {**published.manifest, "exports": {kind: {} for kind in exported}}
+    )
     assert len(list(predict(asked, [str(photos)], wanted))) == 3
     assert opened == [used]
 
@@ -182,7 +210,10 @@ def test_an_unknown_study(tuner: Tuner, studies: Path, photos: Path) -> None:
 def test_an_unfinished_study(tmp_path: Path) -> None:
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "space.yaml").touch()
-    with pytest.raises(DataError, match=r"study 'half' has no export yet; finish it with `tuner run`, or call `tuner export half`"):
+    with pytest.raises(
+        DataError,
+        match=r"study 'half' has no export yet; finish it with `tuner run`, or call `tuner export half`",
+    ):
         find(tmp_path, "half")
 
 

@@ -19,7 +19,9 @@ from tuner.trial import fit, predictions, prepare
 
 def run(**recipe: Any) -> Run:
     space = parsing.parse(document.parse(SMALL, "small.yaml"))
-    chosen = {("recipe", "epochs"): 2, ("recipe", "lr"): 1e-3} | {("recipe", k): v for k, v in recipe.items()}
+    chosen = {("recipe", "epochs"): 2, ("recipe", "lr"): 1e-3} | {
+        ("recipe", k): v for k, v in recipe.items()
+    }
     return space.run(chosen, seed=3)
 
 
@@ -56,13 +58,20 @@ def test_a_trial_begins_where_linear_probing_ends(here: Place, trainings: list[i
     assert accuracy(probed) > accuracy(fresh)
     assert not (here.home / "probes").exists() or len(entries(here.home / "probes")) == 1
     deep = prepare(run(freeze_depth=5), here, "accuracy")  # the same probe at every depth
-    assert all(torch.equal(v, head(probed)[k]) for k, v in head(deep).items()) and len(trainings) == trial.PROBE.epochs
+    assert (
+        all(torch.equal(v, head(probed)[k]) for k, v in head(deep).items())
+        and len(trainings) == trial.PROBE.epochs
+    )
 
 
-def test_a_probe_that_was_kept_and_one_that_is_trained_again_give_equal_epochs(here: Place, tmp_path: Path) -> None:
+def test_a_probe_that_was_kept_and_one_that_is_trained_again_give_equal_epochs(
+    here: Place, tmp_path: Path
+) -> None:
     told = []
     for home in (here, here, place(Engine(device="cpu"), tmp_path / "other")):
-        told.append([(e.loss, e.scores) for e in fit(prepare(run(), home, "accuracy"), run().recipe, 3)])
+        told.append(
+            [(e.loss, e.scores) for e in fit(prepare(run(), home, "accuracy"), run().recipe, 3)]
+        )
     assert told[0] == told[1] == told[2]
 
 
@@ -72,17 +81,23 @@ def test_a_damaged_probe_is_trained_again(harm: bytes, here: Place, trainings: l
     (kept,) = entries(here.home / "probes")
     (kept / trial.PROBED).write_bytes(harm)
     after = head(prepare(run(), here, "accuracy"))
-    assert len(trainings) == 2 * trial.PROBE.epochs and all(torch.equal(v, after[k]) for k, v in before.items())
+    assert len(trainings) == 2 * trial.PROBE.epochs and all(
+        torch.equal(v, after[k]) for k, v in before.items()
+    )
 
 
-def test_who_learns_from_train_and_valid_has_a_probe_of_both(here: Place, trainings: list[int]) -> None:
+def test_who_learns_from_train_and_valid_has_a_probe_of_both(
+    here: Place, trainings: list[int]
+) -> None:
     data = prepare(run(), here, "accuracy").data
     prepare(run(fit="train+valid"), here, "accuracy")
     assert set(trainings) == {len(data.train), len(data.train) + len(data.valid)}
 
 
 @pytest.mark.parametrize(
-    "change", [{"model": Part("resnet18_slim", {"weights": "none"})}, {"recipe": run(head="fresh").recipe}], ids=["no weights", "fresh"]
+    "change",
+    [{"model": Part("resnet18_slim", {"weights": "none"})}, {"recipe": run(head="fresh").recipe}],
+    ids=["no weights", "fresh"],
 )
 def test_without_weights_or_where_the_file_says_fresh_the_head_is_as_built(
     change: dict[str, Any], here: Place, trainings: list[int]

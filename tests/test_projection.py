@@ -10,7 +10,9 @@ from tuner.samplers import PRUNERS
 KINDS = {"freeze_depth": IntDistribution(0, 5), "epochs": IntDistribution(1, 10)}
 
 
-def trial(depth: int, epochs: int, values: list[float], state: TrialState = TrialState.COMPLETE) -> FrozenTrial:
+def trial(
+    depth: int, epochs: int, values: list[float], state: TrialState = TrialState.COMPLETE
+) -> FrozenTrial:
     return create_trial(
         params={"freeze_depth": depth, "epochs": epochs},
         distributions=KINDS,
@@ -20,7 +22,9 @@ def trial(depth: int, epochs: int, values: list[float], state: TrialState = Tria
     )
 
 
-DEEP = [trial(5, 4, [0.70, 0.71, 0.71, 0.72]) for _ in range(6)]  # heads alone are soon where they end
+DEEP = [
+    trial(5, 4, [0.70, 0.71, 0.71, 0.72]) for _ in range(6)
+]  # heads alone are soon where they end
 WHOLE = [trial(0, 8, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8]) for _ in range(5)]
 
 
@@ -55,9 +59,14 @@ def test_none_is_judged_by_its_first_epochs_nor_before_five_have_completed(epoch
 
 
 def test_where_nothing_is_searched_but_the_rate_its_length_is_the_files() -> None:
-    alike = [create_trial(value=0.8, intermediate_values=dict(enumerate([0.5, 0.6, 0.7, 0.8], 1))) for _ in range(5)]
+    alike = [
+        create_trial(value=0.8, intermediate_values=dict(enumerate([0.5, 0.6, 0.7, 0.8], 1)))
+        for _ in range(5)
+    ]
     study = optuna.create_study(direction="maximize", pruner=PRUNERS["projection"](4))
     study.add_trials(alike)
     for value, ended in ((0.3, True), (0.75, False)):
-        now = create_trial(state=TrialState.RUNNING, intermediate_values=dict.fromkeys((1, 2, 3), value))
+        now = create_trial(
+            state=TrialState.RUNNING, intermediate_values=dict.fromkeys((1, 2, 3), value)
+        )
         assert study.pruner.prune(study, now) == ended

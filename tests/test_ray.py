@@ -32,7 +32,9 @@ ROOT = str(Path(tuner.__file__).parents[1])
 
 def alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # a dying process has no memory left
+        return (
+            Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+        )  # a dying process has no memory left
     except OSError:
         return False
 
@@ -54,15 +56,31 @@ def cluster() -> Iterator[Any]:
     _cluster.library(local=True)  # token and loopback, which Ray reads when it is loaded
     from ray.cluster_utils import Cluster
 
-    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": MEMORY, "_system_config": health}
+    health = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 1000,
+        "health_check_failure_threshold": 5,
+    }
+    head = {
+        "num_cpus": 0,
+        "include_dashboard": False,
+        "object_store_memory": MEMORY,
+        "_system_config": health,
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
-    began = {info.process for node in [cluster.head_node, *cluster.worker_nodes] for infos in node.all_processes.values() for info in infos}
+    began = {
+        info.process
+        for node in [cluster.head_node, *cluster.worker_nodes]
+        for infos in node.all_processes.values()
+        for info in infos
+    }
     yield cluster
     nodes = [cluster.head_node, *cluster.worker_nodes]
-    began |= {info.process for node in nodes for infos in node.all_processes.values() for info in infos}
+    began |= {
+        info.process for node in nodes for infos in node.all_processes.values() for info in infos
+    }
     cluster.shutdown()
     for process in began:
         process.wait(20)  # a raylet that is left fails here
@@ -89,7 +107,9 @@ def gone(cluster: Any, node: Any = None) -> None:
 @contextlib.contextmanager
 def joined(cluster: Any, warnings: list[str] | None = None, **settings: Any) -> Iterator[Carry]:
     engine = Engine(name="ray", address=cluster.address, **settings)
-    with plugins.attribute("engine", "ray")(engine, (warnings if warnings is not None else []).append) as carry:
+    with plugins.attribute("engine", "ray")(
+        engine, (warnings if warnings is not None else []).append
+    ) as carry:
         yield carry
 
 
@@ -114,7 +134,9 @@ def carry_all(
 def node_of(cluster: Any, pid: int) -> Any:
     """The node whose raylet started a worker."""
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return next(n for n in cluster.worker_nodes if n.all_processes["raylet"][0].process.pid == parent)
+    return next(
+        n for n in cluster.worker_nodes if n.all_processes["raylet"][0].process.pid == parent
+    )
 
 
 # -- what goes wrong while jobs run
@@ -127,15 +149,25 @@ def test_a_node_that_is_removed_costs_its_job_an_attempt(whole: Any) -> None:
         return True
 
     with joined(whole) as carry:
-        ended = carry_all(carry, [Job(i, "tests.works:steps", (3, 0.5, None)) for i in range(4)], report)
+        ended = carry_all(
+            carry, [Job(i, "tests.works:steps", (3, 0.5, None)) for i in range(4)], report
+        )
     assert ended[0].kind == "lost" and "node" in ended[0].reason
     assert [ended[i].value for i in (1, 2, 3)] == [3, 3, 3]
 
 
-def test_a_killed_worker_costs_its_job_an_attempt_and_the_next_job_gets_a_new_one(whole: Any) -> None:
+def test_a_killed_worker_costs_its_job_an_attempt_and_the_next_job_gets_a_new_one(
+    whole: Any,
+) -> None:
     with joined(whole) as carry:
-        ended = carry_all(carry, [Job(0, "tests.works:die", signal.SIGKILL), Job(1, "tests.works:count", 1)], workers=1)
-    assert ended[0].kind == "lost" and "the worker on node" in ended[0].reason and ended[1].value == 1
+        ended = carry_all(
+            carry,
+            [Job(0, "tests.works:die", signal.SIGKILL), Job(1, "tests.works:count", 1)],
+            workers=1,
+        )
+    assert (
+        ended[0].kind == "lost" and "the worker on node" in ended[0].reason and ended[1].value == 1
+    )
 
 
 def test_when_all_nodes_are_gone_jobs_wait_for_one_that_comes(whole: Any) -> None:
@@ -156,7 +188,9 @@ def test_when_all_nodes_are_gone_jobs_wait_for_one_that_comes(whole: Any) -> Non
         return True
 
     with joined(whole, warnings) as carry:
-        ended = carry_all(carry, [Job(i, "tests.works:steps", (3, 1, None)) for i in range(3)], report, 1, go_on)
+        ended = carry_all(
+            carry, [Job(i, "tests.works:steps", (3, 1, None)) for i in range(3)], report, 1, go_on
+        )
     assert ended[0].kind == "lost" and [ended[i].kind for i in (1, 2)] == ["done", "done"]
     assert sum("waiting for one to join" in w for w in warnings) == 1
 
@@ -170,7 +204,12 @@ def test_nodes_that_join_are_used(whole: Any) -> None:
 
     pids: dict[int, float] = {}
     with joined(whole) as carry:
-        ended = carry_all(carry, [Job(i, "tests.works:steps", (4, 1, None)) for i in range(8)], report, workers=1_000_000)
+        ended = carry_all(
+            carry,
+            [Job(i, "tests.works:steps", (4, 1, None)) for i in range(8)],
+            report,
+            workers=1_000_000,
+        )
     assert {o.value for o in ended.values()} == {4} and len(pids) == 3
 
 
@@ -215,13 +254,21 @@ def test_a_zombie_is_fenced(whole: Any, tmp_path: Path) -> None:
     left: list[Any] = []
     with joined(whole) as carry:
         ended = carry_all(
-            carry, [Job(0, "tests.works:steps", (100, 0.2, None)), Job(1, "tests.works:steps", (2, 0.2, None))], report, workers=1
+            carry,
+            [
+                Job(0, "tests.works:steps", (100, 0.2, None)),
+                Job(1, "tests.works:steps", (2, 0.2, None)),
+            ],
+            report,
+            workers=1,
         )
         assert ended[0].kind == "lost" and ended[1].kind == "done"
         before = len(heard)
         for each in stopped:
             os.kill(each, signal.SIGCONT)
-        until(lambda: left[0].all_processes["raylet"][0].process.poll() is not None)  # Ray ends a node that was given up
+        until(
+            lambda: left[0].all_processes["raylet"][0].process.poll() is not None
+        )  # Ray ends a node that was given up
         until(lambda: not alive(pids[0]))
         carry_all(carry, [Job(2, "tests.works:count", 1)], report)
         assert heard[before:] == [2]
@@ -249,7 +296,13 @@ def test_when_time_is_up_a_busy_slot_ends_at_once_and_cleans_up(whole: Any, tmp_
     heard: list[int] = []
     jobs = iter([Job(0, "tests.works:held", str(tmp_path / "partial"))])
     with joined(whole) as carry:
-        carry(lambda: next(jobs, None), lambda j, v: not heard.append(v), lambda j, o: ended.append(o), lambda: not heard, 1)
+        carry(
+            lambda: next(jobs, None),
+            lambda j, v: not heard.append(v),
+            lambda j, o: ended.append(o),
+            lambda: not heard,
+            1,
+        )
     assert [(o.kind, o.reason) for o in ended] == [("lost", "interrupted")]
     assert not (tmp_path / "partial").exists()
     until(lambda: not alive(heard[0]))
@@ -262,12 +315,20 @@ def child(words: list[Any], folder: Path, **environment: str) -> "subprocess.Pop
     env = {**os.environ, "PYTHONPATH": ROOT, **environment}
     command = [sys.executable, *map(str, words)]
     return subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
 def study(folder: Path, cluster: Any, *words: str) -> "subprocess.Popen[str]":
-    (folder / "small.yaml").write_text(SMALL.replace("name: inline", f"name: ray, address: '{cluster.address}'"))
+    (folder / "small.yaml").write_text(
+        SMALL.replace("name: inline", f"name: ray, address: '{cluster.address}'")
+    )
     return child(["-u", "-m", "tuner", "run", "small.yaml", "search.retrain=false", *words], folder)
 
 
@@ -277,13 +338,24 @@ def counted(folder: Path, budget: int) -> None:
 
     from tuner import storage
 
-    trials = optuna.load_study(study_name="small", storage=storage.connect(None, folder / "studies" / "small")).trials
+    trials = optuna.load_study(
+        study_name="small", storage=storage.connect(None, folder / "studies" / "small")
+    ).trials
     assert all(t.state.is_finished() for t in trials)
-    final = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED") or t.user_attrs.get("tuner:final")]
-    assert len(final) == budget and sum(t.state.name in ("COMPLETE", "PRUNED") for t in trials) >= budget - 1
+    final = [
+        t
+        for t in trials
+        if t.state.name in ("COMPLETE", "PRUNED") or t.user_attrs.get("tuner:final")
+    ]
+    assert (
+        len(final) == budget
+        and sum(t.state.name in ("COMPLETE", "PRUNED") for t in trials) >= budget - 1
+    )
 
 
-def test_a_killed_driver_leaves_no_worker_and_its_command_continues(whole: Any, tmp_path: Path) -> None:
+def test_a_killed_driver_leaves_no_worker_and_its_command_continues(
+    whole: Any, tmp_path: Path
+) -> None:
     first = study(tmp_path, whole)
     assert first.stdout is not None
     for line in first.stdout:
@@ -301,7 +373,9 @@ def test_a_killed_driver_leaves_no_worker_and_its_command_continues(whole: Any, 
 def slots(cluster: Any) -> list[str]:
     """What this cluster's nodes run as slots."""
     raylets = ",".join(str(n.all_processes["raylet"][0].process.pid) for n in cluster.worker_nodes)
-    found = subprocess.run(["ps", "--ppid", raylets, "-o", "args="], capture_output=True, text=True, check=False).stdout
+    found = subprocess.run(
+        ["ps", "--ppid", raylets, "-o", "args="], capture_output=True, text=True, check=False
+    ).stdout
     return [line for line in found.splitlines() if line.startswith("ray::Slot")]
 
 
@@ -310,7 +384,15 @@ def test_two_minutes_of_random_kills(whole: Any, tmp_path: Path) -> None:
     import random
 
     draw = random.Random(0)
-    process = study(tmp_path, whole, "search.trials=60", "recipe.epochs=6", "data.examples=400", "search.retries=10", "search.pruner=none")
+    process = study(
+        tmp_path,
+        whole,
+        "search.trials=60",
+        "recipe.epochs=6",
+        "data.examples=400",
+        "search.retries=10",
+        "search.pruner=none",
+    )
     end = time.monotonic() + 120
     kills = 0
     while time.monotonic() < end and process.poll() is None:
@@ -328,7 +410,9 @@ def test_two_minutes_of_random_kills(whole: Any, tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_a_local_ray_and_leaves_no_process(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(
-        SMALL.replace("name: inline", "name: ray, address: local").replace("low: 1, high: 3", "low: 400, high: 500")
+        SMALL.replace("name: inline", "name: ray, address: local").replace(
+            "low: 1, high: 3", "low: 400, high: 500"
+        )
     )
     process = child(["-u", "-m", "tuner", "run", "small.yaml", "data.examples=400"], tmp_path)
     assert process.stdout is not None
@@ -336,29 +420,42 @@ def test_ctrl_c_ends_a_local_ray_and_leaves_no_process(tmp_path: Path) -> None:
         if line.startswith("search "):
             break
     time.sleep(3)
-    inside = [int(p) for p in subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()]
+    inside = [
+        int(p)
+        for p in subprocess.run(
+            ["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+    ]
     assert len(inside) > 3
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everyone
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "tuner: error: interrupted" in out and "Traceback" not in out, out
+    assert (
+        process.returncode == 130 and "tuner: error: interrupted" in out and "Traceback" not in out
+    ), out
     until(lambda: not any(alive(pid) for pid in inside))
 
 
 # -- every node
 
 
-def test_a_job_for_everywhere_runs_once_on_every_node_and_ends_once(whole: Any, tmp_path: Path) -> None:
+def test_a_job_for_everywhere_runs_once_on_every_node_and_ends_once(
+    whole: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "seen"
     with joined(whole) as carry:
-        ended = carry_all(carry, [Job(0, "tests.works:steps", (1, 0.0, str(path)), everywhere=True)], workers=1)
+        ended = carry_all(
+            carry, [Job(0, "tests.works:steps", (1, 0.0, str(path)), everywhere=True)], workers=1
+        )
         assert ended[0].value == 1 and len(path.read_text().splitlines()) == 2
         whole.add_node(num_cpus=1, object_store_memory=MEMORY)
         time.sleep(1.5)
         jobs = [Job(i, "tests.works:steps", (2, 0.5, None)) for i in range(8)]
         assert {o.kind for o in carry_all(carry, jobs, workers=3).values()} == {"done"}
-        assert len(path.read_text().splitlines()) == 3  # the node that came was checked before its first job
+        assert (
+            len(path.read_text().splitlines()) == 3
+        )  # the node that came was checked before its first job
 
 
 def test_nodes_that_disagree_are_both_named(whole: Any) -> None:
@@ -373,7 +470,10 @@ def test_slots_of_a_node_share_its_cache_which_is_filled_once(cluster: Any, tmp_
     from tuner.orders import Assignment
 
     (tmp_path / "x.yaml").write_text(SMALL)
-    space = parsing.load(tmp_path / "x.yaml", ["recipe.freeze_depth=5", "recipe.epochs=2", "engine.cache=always", "recipe.optimizer=sgd"])
+    space = parsing.load(
+        tmp_path / "x.yaml",
+        ["recipe.freeze_depth=5", "recipe.epochs=2", "engine.cache=always", "recipe.optimizer=sgd"],
+    )
     run = space.sample(None, seed=0) if not space.dimensions else next(iter(space.corners()))
     order = Assignment(run, "accuracy", space.settings.engine, str(tmp_path / "home"))
     path = tmp_path / "fills"
@@ -381,7 +481,9 @@ def test_slots_of_a_node_share_its_cache_which_is_filled_once(cluster: Any, tmp_
         gone(cluster)
     cluster.add_node(num_cpus=2, object_store_memory=MEMORY)
     with joined(cluster) as carry:
-        ended = carry_all(carry, [Job(i, "tests.works:filling", (order, str(path))) for i in range(4)], workers=2)
+        ended = carry_all(
+            carry, [Job(i, "tests.works:filling", (order, str(path))) for i in range(4)], workers=2
+        )
     assert {o.kind for o in ended.values()} == {"done"}, ended
     fills = path.read_text().split()
     assert fills and len(fills) == len(set(fills))
@@ -417,7 +519,9 @@ def blind(cluster: Any, folder: Path) -> Iterator[None]:
         gone(cluster, node)
 
 
-def test_what_a_node_lacks_is_named_or_shipped(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_node_lacks_is_named_or_shipped(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tuner.engines._parcels.LIMIT", 1000)
     unseen = tmp_path / "disk"
     data = unseen / "photos"
@@ -429,10 +533,16 @@ def test_what_a_node_lacks_is_named_or_shipped(cluster: Any, tmp_path: Path, mon
     look = Job(0, "tests.works:listing", str(unseen), everywhere=True, folders=paths)
     with blind(cluster, unseen):
         with joined(cluster) as carry:
-            assert carry_all(carry, [Job(0, "tests.works:listing", str(data), folders=paths)])[0].problems == (f"{data} does not exist",)
+            assert carry_all(carry, [Job(0, "tests.works:listing", str(data), folders=paths)])[
+                0
+            ].problems == (f"{data} does not exist",)
         with joined(cluster, ship=True) as carry:
             found = carry_all(carry, [look])[0].value
-        assert found == {"photos/cat/1.jpg": bytes(range(256)) * 20, "photos/2.jpg": b"", "weights.bin": b"w" * 5000}
+        assert found == {
+            "photos/cat/1.jpg": bytes(range(256)) * 20,
+            "photos/2.jpg": b"",
+            "weights.bin": b"w" * 5000,
+        }
 
 
 def test_a_kept_folder_survives_its_node(cluster: Any, tmp_path: Path) -> None:
@@ -440,16 +550,25 @@ def test_a_kept_folder_survives_its_node(cluster: Any, tmp_path: Path) -> None:
     keep = unseen / "study" / "trial0"
     unseen.mkdir()
     with blind(cluster, unseen), joined(cluster) as carry:
-        first = carry_all(carry, [Job(0, "tests.works:remember", (str(keep), -3), keep=(str(keep),))])[0]
+        first = carry_all(
+            carry, [Job(0, "tests.works:remember", (str(keep), -3), keep=(str(keep),))]
+        )[0]
         assert first.kind == "lost"
-        assert sorted(p.name for p in keep.iterdir()) == ["step1", "step2"] and (keep / "step2").read_bytes() == b"\2" * 1000
+        assert (
+            sorted(p.name for p in keep.iterdir()) == ["step1", "step2"]
+            and (keep / "step2").read_bytes() == b"\2" * 1000
+        )
     with blind(cluster, unseen), joined(cluster) as carry:  # another node
-        second = carry_all(carry, [Job(0, "tests.works:remember", (str(keep), 2), keep=(str(keep),))])[0]
+        second = carry_all(
+            carry, [Job(0, "tests.works:remember", (str(keep), 2), keep=(str(keep),))]
+        )[0]
     assert second.value == ["step1", "step2"]
 
 
 @pytest.mark.parametrize("retrain", [True, False])
-def test_a_whole_study_on_a_node_that_shares_no_file(cluster: Any, tmp_path: Path, retrain: bool) -> None:
+def test_a_whole_study_on_a_node_that_shares_no_file(
+    cluster: Any, tmp_path: Path, retrain: bool
+) -> None:
     """Photographs go there, checkpoints and the winner's weights come back: exported and verified as from this machine."""
     import numpy
     from PIL import Image
@@ -459,11 +578,16 @@ def test_a_whole_study_on_a_node_that_shares_no_file(cluster: Any, tmp_path: Pat
     for shade, name in enumerate(("dark", "grey", "light")):
         (disk / "photos" / name).mkdir(parents=True)
         for i in range(30):
-            Image.fromarray(draw.integers(80 * shade, 80 * shade + 70, (32, 32, 3), dtype="uint8")).save(
-                disk / "photos" / name / f"{i}.png"
-            )
-    text = SMALL.replace("{name: synthetic, examples: 60, classes: 3, size: 32}", "{name: folder, path: photos, size: 32}")
-    (disk / "small.yaml").write_text(text.replace("name: inline", f"name: ray, address: '{cluster.address}', ship: true"))
+            Image.fromarray(
+                draw.integers(80 * shade, 80 * shade + 70, (32, 32, 3), dtype="uint8")
+            ).save(disk / "photos" / name / f"{i}.png")
+    text = SMALL.replace(
+        "{name: synthetic, examples: 60, classes: 3, size: 32}",
+        "{name: folder, path: photos, size: 32}",
+    )
+    (disk / "small.yaml").write_text(
+        text.replace("name: inline", f"name: ray, address: '{cluster.address}', ship: true")
+    )
     with blind(cluster, disk):
         words = ["-u", "-m", "tuner", "run", "small.yaml", f"search.retrain={str(retrain).lower()}"]
         process = child(words, disk, TUNER_HOME=str(disk / "home"))
@@ -477,7 +601,9 @@ def test_a_whole_study_on_a_node_that_shares_no_file(cluster: Any, tmp_path: Pat
 
 
 def refused(address: str, folder: Path, *words: str, **environment: str) -> tuple[int, str]:
-    (folder / "small.yaml").write_text(SMALL.replace("name: inline", f"name: ray, address: '{address}'"))
+    (folder / "small.yaml").write_text(
+        SMALL.replace("name: inline", f"name: ray, address: '{address}'")
+    )
     process = child(["-m", "tuner", "run", "small.yaml", *words], folder, **environment)
     out, _ = process.communicate(timeout=120)
     assert not (folder / "studies").exists()
@@ -491,29 +617,55 @@ def refused(address: str, folder: Path, *words: str, **environment: str) -> tupl
         (["engine.cpus_per_trial=64"], "engine.cpus_per_trial: 64, but no node has so many"),
     ],
 )
-def test_what_the_cluster_does_not_have_is_named(whole: Any, tmp_path: Path, words: list[str], expected: str) -> None:
+def test_what_the_cluster_does_not_have_is_named(
+    whole: Any, tmp_path: Path, words: list[str], expected: str
+) -> None:
     code, out = refused(whole.address, tmp_path, *words)
-    assert code == 4 and f"tuner: error: {expected}" in out and "1 CPUs, 0 GPUs" in out and "Traceback" not in out
+    assert (
+        code == 4
+        and f"tuner: error: {expected}" in out
+        and "1 CPUs, 0 GPUs" in out
+        and "Traceback" not in out
+    )
 
 
 def test_a_wrong_address_and_a_wrong_token_are_named(whole: Any, tmp_path: Path) -> None:
     code, out = refused("127.0.0.1:9", tmp_path)
-    assert code == 4 and "tuner: error: engine.address: no Ray cluster answers at 127.0.0.1:9" in out and len(out.splitlines()) == 1
+    assert (
+        code == 4
+        and "tuner: error: engine.address: no Ray cluster answers at 127.0.0.1:9" in out
+        and len(out.splitlines()) == 1
+    )
     code, out = refused(whole.address, tmp_path, RAY_AUTH_TOKEN="ab" * 32)
-    assert code == 4 and "does not take this machine's token; set RAY_AUTH_MODE=token" in out and len(out.splitlines()) == 1
+    assert (
+        code == 4
+        and "does not take this machine's token; set RAY_AUTH_MODE=token" in out
+        and len(out.splitlines()) == 1
+    )
 
 
 def test_another_version_of_ray_is_named(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     monkeypatch.setattr(ray, "__version__", "2.1.0")
-    with pytest.raises(StorageError, match=r"(?s)engine.address: .*Version mismatch.*2\.1\.0.*same versions"), joined(whole):
+    with (
+        pytest.raises(
+            StorageError, match=r"(?s)engine.address: .*Version mismatch.*2\.1\.0.*same versions"
+        ),
+        joined(whole),
+    ):
         pass
 
 
 def test_another_version_of_tuner_is_named(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner, "__version__", "99")
-    with joined(whole) as carry, pytest.raises(StorageError, match=r"node .*: it has tuner .*, this machine 99; install the same version"):
+    with (
+        joined(whole) as carry,
+        pytest.raises(
+            StorageError,
+            match=r"node .*: it has tuner .*, this machine 99; install the same version",
+        ),
+    ):
         carry_all(carry, [Job(0, "tests.works:count", 1)])
 
 
@@ -522,17 +674,39 @@ def test_ray_that_is_not_installed_says_which_extra(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(SMALL.replace("name: inline", "name: ray, address: local"))
     process = child(["-m", "tuner", "run", "small.yaml"], tmp_path)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 4 and out == "tuner: error: engine.name: ray needs the package ray: pip install 'tuner-finetune[ray]'\n"
+    assert (
+        process.returncode == 4
+        and out
+        == "tuner: error: engine.name: ray needs the package ray: pip install 'tuner-finetune[ray]'\n"
+    )
 
 
 def test_a_cluster_that_others_reach_must_ask_for_a_token(tmp_path: Path) -> None:
-    own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+    own = subprocess.run(
+        ["hostname", "-I"], capture_output=True, text=True, check=True
+    ).stdout.split()
     if not own:
         pytest.skip("this machine has no address but loopback")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--node-ip-address={own[0]}", "--port=46379"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "RAY_AUTH_MODE": "disabled"
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        f"--node-ip-address={own[0]}",
+        "--port=46379",
+    ]
     command += ["--num-cpus=1", "--include-dashboard=false", "--block", "--disable-usage-stats"]
-    head = subprocess.Popen(command, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    head = subprocess.Popen(
+        command,
+        env=clean,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         time.sleep(6)
         code, out = refused(f"{own[0]}:46379", tmp_path, RAY_AUTH_MODE="disabled")

@@ -15,7 +15,14 @@ from tuner import document, parsing
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = sorted({line.split("#")[0].strip() for _, block in BLOCKS for line in block.splitlines() if line.startswith("tuner ")})
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for _, block in BLOCKS
+        for line in block.splitlines()
+        if line.startswith("tuner ")
+    }
+)
 
 
 def test_the_two_commands_install_what_constraints_pin() -> None:
@@ -34,7 +41,9 @@ def test_the_space_file_shown_is_the_shipped_one() -> None:
 def test_the_engines_and_storages_shown_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNER_DB_PASSWORD", "x")
     base = (ROOT / "search_spaces/resnet.yaml").read_text()
-    shown = next(block for language, block in BLOCKS if language == "yaml" and "storage:" in block).splitlines()
+    shown = next(
+        block for language, block in BLOCKS if language == "yaml" and "storage:" in block
+    ).splitlines()
     assert len(shown) == 3
     for line in shown:
         parsing.parse(document.parse(f"{base}\n{line}", "README.md"))
@@ -49,11 +58,18 @@ def test_every_link_and_picture_is_there() -> None:
 def test_a_command_and_its_options_exist(command: str) -> None:
     words = shlex.split(command)
     names = [w for w in words if w.startswith("--")]
-    said = subprocess.run([sys.executable, "-m", "tuner", words[1], "--help"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-m", "tuner", words[1], "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert all(name.split("=")[0] in said for name in names)
 
 
-def test_the_commands_of_the_table_run_one_after_the_other(tuner: Callable[..., Said], tmp_path: Path) -> None:
+def test_the_commands_of_the_table_run_one_after_the_other(
+    tuner: Callable[..., Said], tmp_path: Path
+) -> None:
     """As a reader would type them, on the embedded data with a small budget."""
     (tmp_path / "search_spaces").symlink_to(ROOT / "search_spaces")
     (tmp_path / "my.yaml").write_text((ROOT / "search_spaces/imagefolder.yaml").read_text())
@@ -61,7 +77,11 @@ def test_the_commands_of_the_table_run_one_after_the_other(tuner: Callable[..., 
     ran = []
     for command in (c for _, block in BLOCKS for c in block.splitlines() if c.startswith("tuner ")):
         words = shlex.split(command.split("#")[0])[1:]
-        if words[0] == "dashboard" or "my.yaml" in words or any("*" in w or w.endswith((".jpg", ".png")) for w in words):
+        if (
+            words[0] == "dashboard"
+            or "my.yaml" in words
+            or any("*" in w or w.endswith((".jpg", ".png")) for w in words)
+        ):
             continue  # the dashboard runs until it is stopped, and the reader's own pictures are not here; other tests run these
         if words[0] == "run":
             words += quick

@@ -38,17 +38,35 @@ def cifar(shared: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_study_of_photographs_ends_in_a_model_that_predicts_them(cifar: Path, tuner: Callable[..., Said]) -> None:
+def test_a_study_of_photographs_ends_in_a_model_that_predicts_them(
+    cifar: Path, tuner: Callable[..., Said]
+) -> None:
     space = Path(__file__).parents[1] / "search_spaces" / "resnet.yaml"
     said = tuner(
-        "run", space, f"data={{name: folder, path: {cifar}, size: 64}}", "search.name=cifar", "search.trials=6", "recipe.epochs.low=3"
+        "run",
+        space,
+        f"data={{name: folder, path: {cifar}, size: 64}}",
+        "search.name=cifar",
+        "search.trials=6",
+        "recipe.epochs.low=3",
     )
     assert said.code == 0, said.err
-    study = optuna.load_study(study_name="cifar", storage=storage.connect(None, Path("studies/cifar")))
+    study = optuna.load_study(
+        study_name="cifar", storage=storage.connect(None, Path("studies/cifar"))
+    )
     assert study.best_value > 0.25  # chance is 0.1
     manifest = json.loads(Path("studies/cifar/export/manifest.json").read_text())
-    assert manifest["examples"] == {"train": 510, "valid": 90, "test": 200} and manifest["scores"]["test"]["accuracy"] > 0.2
-    tables = [p for p in Path("studies/cifar/artifacts").iterdir() if p.read_bytes().startswith(b"class,precision")]
+    assert (
+        manifest["examples"] == {"train": 510, "valid": 90, "test": 200}
+        and manifest["scores"]["test"]["accuracy"] > 0.2
+    )
+    tables = [
+        p
+        for p in Path("studies/cifar/artifacts").iterdir()
+        if p.read_bytes().startswith(b"class,precision")
+    ]
     assert tables and len(list(csv.reader(io.StringIO(tables[0].read_text())))) == 11
     answers = tuner("predict", "cifar", cifar / "test" / "ship", "--json").out.splitlines()
-    assert len(answers) == 20 and all(sum(json.loads(a)["classes"].values()) == pytest.approx(1, abs=1e-3) for a in answers)
+    assert len(answers) == 20 and all(
+        sum(json.loads(a)["classes"].values()) == pytest.approx(1, abs=1e-3) for a in answers
+    )

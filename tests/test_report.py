@@ -26,9 +26,13 @@ PARAMS: list[dict[str, Any]] = [
 SPACE = parsing.parse(document.parse(SMALL, "small.yaml"))
 
 
-def ended(number: int, scores: list[float], state: TrialState = TrialState.COMPLETE, **attrs: Any) -> FrozenTrial:
+def ended(
+    number: int, scores: list[float], state: TrialState = TrialState.COMPLETE, **attrs: Any
+) -> FrozenTrial:
     params = PARAMS[number % 2]
-    distributions = {k: optuna.distributions.CategoricalDistribution((v,)) for k, v in params.items()}
+    distributions = {
+        k: optuna.distributions.CategoricalDistribution((v,)) for k, v in params.items()
+    }
     trial = optuna.trial.create_trial(
         state=state,
         value=max(scores) if state == TrialState.COMPLETE else None,
@@ -41,7 +45,12 @@ def ended(number: int, scores: list[float], state: TrialState = TrialState.COMPL
     return trial
 
 
-def line(columns: Columns, trial: FrozenTrial, best: tuple[float, int] | None, tally: str = "2/12, eta 18m") -> str:
+def line(
+    columns: Columns,
+    trial: FrozenTrial,
+    best: tuple[float, int] | None,
+    tally: str = "2/12, eta 18m",
+) -> str:
     run = SPACE.sample(optuna.trial.FixedTrial(trial.params))
     return columns.line(trial, run, 100.0 if trial.number % 2 else 4.0, best, tally)
 
@@ -65,7 +74,12 @@ def test_lines_stand_in_columns() -> None:
 
 @pytest.mark.parametrize(("room", "told"), [(140, "(best"), (100, "(best"), (80, "pruned")])
 def test_a_line_fits_the_terminal(room: int, told: str) -> None:
-    text = line(Columns(SPACE, "accuracy", 12, 5, room), ended(2, [0.2], TrialState.PRUNED), (0.9433, 0), "12/50, 3 pruned, eta 18m")
+    text = line(
+        Columns(SPACE, "accuracy", 12, 5, room),
+        ended(2, [0.2], TrialState.PRUNED),
+        (0.9433, 0),
+        "12/50, 3 pruned, eta 18m",
+    )
 
     assert len(text) <= room
     assert told in text
@@ -76,23 +90,38 @@ def test_a_failure_gives_its_reason_in_one_line() -> None:
     trial = ended(0, [], TrialState.FAIL, **{REASON: "ValueError: bad\nand more"})
 
     assert "no score" in line(Columns(SPACE, "accuracy", 12, 5, None), trial, None)
-    assert "FAILED (ValueError: bad) |" in line(Columns(SPACE, "accuracy", 12, 5, None), trial, None)
+    assert "FAILED (ValueError: bad) |" in line(
+        Columns(SPACE, "accuracy", 12, 5, None), trial, None
+    )
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.00161, "1.6e-3"), (0.0342, "0.034"), (0.925, "0.93"), (0.0, "0"), (64, "64"), (128.0, "128"), (True, "true"), ("sgd", "sgd")],
+    [
+        (0.00161, "1.6e-3"),
+        (0.0342, "0.034"),
+        (0.925, "0.93"),
+        (0.0, "0"),
+        (64, "64"),
+        (128.0, "128"),
+        (True, "true"),
+        ("sgd", "sgd"),
+    ],
 )
 def test_parameters_are_short(value: Any, text: str) -> None:
     assert shown(value, 2) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (90, "1m30s"), (3600, "1h00m"), (5400, "1h30m")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (90, "1m30s"), (3600, "1h00m"), (5400, "1h30m")]
+)
 def test_durations_are_spoken(seconds: float, text: str) -> None:
     assert spoken(seconds) == text
 
 
-def test_under_json_every_line_parses_and_nothing_else_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_under_json_every_line_parses_and_nothing_else_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     console = Console("json")
     console.say("plain words")
     console.warn("größer")
@@ -118,7 +147,12 @@ def test_markup_and_emoji_codes_are_text(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_an_ascii_terminal_gets_ascii() -> None:
     code = "from tuner.report import Console; c = Console('normal'); c.say('best ★ IMAGE… größer')"
-    out = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
 
     assert out.stdout == b"best * IMAGE... gr??er\n"
 
@@ -141,7 +175,11 @@ c.pause()
     leader, follower = pty.openpty()
     environ = os.environ | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=follower, stderr=follower, env=environ, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", code],
+        stdout=follower,
+        stderr=follower,
+        env=environ,
+        cwd=Path(__file__).parents[1],
     ) as process:
         os.close(follower)
         data = b""

@@ -46,9 +46,31 @@ class Studies:
 
     def run(self, name: str, *words: str, **environ: str) -> int:
         """The exit code of `tuner run`, minus the signal where it was killed."""
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "COUNTED": str(self.lines(name)), "OMP_NUM_THREADS": "1", **environ}
-        command = [sys.executable, "-m", "tuner", "run", "study.yaml", f"search.name={name}", *words]
-        done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=280, check=False)
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "COUNTED": str(self.lines(name)),
+            "OMP_NUM_THREADS": "1",
+            **environ,
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "tuner",
+            "run",
+            "study.yaml",
+            f"search.name={name}",
+            *words,
+        ]
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
         self.said = done.stdout + done.stderr
         return done.returncode
 
@@ -70,11 +92,18 @@ class Studies:
         study = optuna.load_study(study_name=name, storage=storage.connect(None, self.place(name)))
         assert all(t.state.is_finished() for t in study.trials)
         ended = [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
-        return [(t.params, t.state.name, t.value, t.intermediate_values, t.user_attrs["best_epoch"]) for t in ended]
+        return [
+            (t.params, t.state.name, t.value, t.intermediate_values, t.user_attrs["best_epoch"])
+            for t in ended
+        ]
 
     def winner(self, name: str) -> dict[str, Any]:
         manifest = json.loads((self.place(name) / "export" / "manifest.json").read_text())
-        return {"weights": manifest["files"]["model.safetensors"], "scores": manifest["scores"], "run": manifest["run_digest"]}
+        return {
+            "weights": manifest["files"]["model.safetensors"],
+            "scores": manifest["scores"],
+            "run": manifest["run_digest"],
+        }
 
     def check(self, name: str, more: int) -> None:
         """It ended as the undisturbed study, with at most `more` epochs begun again."""
@@ -94,8 +123,13 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Studies:
     return found
 
 
-@pytest.mark.parametrize(("who", "number"), [("worker", 7), ("coordinator", 7), ("both", 7), ("worker", 14), ("both", 14)])
-def test_27_killed_and_continued_equals_undisturbed_and_one_epoch_is_trained_again(who: str, number: int, studies: Studies) -> None:
+@pytest.mark.parametrize(
+    ("who", "number"),
+    [("worker", 7), ("coordinator", 7), ("both", 7), ("worker", 14), ("both", 14)],
+)
+def test_27_killed_and_continued_equals_undisturbed_and_one_epoch_is_trained_again(
+    who: str, number: int, studies: Studies
+) -> None:
     """In the third epoch of the second trial, and while the winner is retrained."""
     name = f"{who}-{number}"
     code = studies.run(name, KILL=f"{who}:{number}")
@@ -120,7 +154,9 @@ def test_27_killed_again_and_again(studies: Studies) -> None:
 @pytest.mark.parametrize("how", ["torn", "zeroed", "absent"])
 def test_a_machine_that_dies_loses_what_was_not_synced(how: str, studies: Studies) -> None:
     assert studies.run(how, KILL="both:8") == -9
-    (folder,) = [p for p in (studies.place(how) / keeping.FOLDER).iterdir() if keeping.generations(p)]
+    (folder,) = [
+        p for p in (studies.place(how) / keeping.FOLDER).iterdir() if keeping.generations(p)
+    ]
     newest, before = keeping.generations(folder)
     for path in folder.glob(".*.tmp"):
         path.unlink()
@@ -130,8 +166,15 @@ def test_a_machine_that_dies_loses_what_was_not_synced(how: str, studies: Studie
     else:
         newest.write_bytes(content[: len(content) // 2] if how == "torn" else bytes(len(content)))
     assert studies.run(how) == 0, studies.said
-    lost = 3 - len(checkpoints.about(before.read_bytes() if before.exists() else content)["epochs"]) if before.exists() else 3
-    assert ("damaged (its SHA-256 is not that of its name); left aside; going on from epoch" in studies.said) == (how != "absent")
+    lost = (
+        3 - len(checkpoints.about(before.read_bytes() if before.exists() else content)["epochs"])
+        if before.exists()
+        else 3
+    )
+    assert (
+        "damaged (its SHA-256 is not that of its name); left aside; going on from epoch"
+        in studies.said
+    ) == (how != "absent")
     studies.check(how, 1 + lost)
 
 
@@ -141,7 +184,9 @@ def test_27_killed_at_each_point_of_writing(point: str, studies: Studies) -> Non
     assert studies.run(point, TUNER_CRASH_AT=f"checkpoint.{point}:9") == 0, studies.said
     studies.check(point, 2)
     with sqlite3.connect(studies.place(point) / "study.db") as database:
-        reasons = database.execute("select value_json from trial_user_attributes where key = 'tuner:reason'").fetchall()
+        reasons = database.execute(
+            "select value_json from trial_user_attributes where key = 'tuner:reason'"
+        ).fetchall()
     database.close()
     assert ('"worker ended with exit code 137"',) in reasons
 
@@ -150,22 +195,53 @@ def test_folds_continue_too(studies: Studies) -> None:
     assert studies.run("folds-calm", "data.folds=2", "search.trials=1") == 0, studies.said
     assert studies.run("folds", "data.folds=2", "search.trials=1", KILL="both:6") == -9
     assert studies.run("folds", "data.folds=2", "search.trials=1") == 0, studies.said
-    assert studies.trials("folds") == studies.trials("folds-calm") and studies.winner("folds") == studies.winner("folds-calm")
+    assert studies.trials("folds") == studies.trials("folds-calm") and studies.winner(
+        "folds"
+    ) == studies.winner("folds-calm")
     assert studies.begun("folds-calm") < studies.begun("folds") <= studies.begun("folds-calm") + 1
 
 
-def test_26_a_full_disk_in_a_checkpoint_ends_with_4_and_with_space_again_it_finishes(studies: Studies) -> None:
+def test_26_a_full_disk_in_a_checkpoint_ends_with_4_and_with_space_again_it_finishes(
+    studies: Studies,
+) -> None:
     narrow = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, 2_500_000)); sys.argv[0] = 'tuner'; "
     narrow += "runpy.run_module('tuner', run_name='__main__')"
-    text = SMALL.replace("inline", "local").replace("{low: 0, high: 5}", "0").replace("{low: 1, high: 3}", "2")
+    text = (
+        SMALL.replace("inline", "local")
+        .replace("{low: 0, high: 5}", "0")
+        .replace("{low: 1, high: 3}", "2")
+    )
     (studies.folder / "small.yaml").write_text(text)
-    words = ["run", "small.yaml", "data.examples=300", "search.trials=1", "engine.cache=never", "recipe.head=fresh"]
+    words = [
+        "run",
+        "small.yaml",
+        "data.examples=300",
+        "search.trials=1",
+        "engine.cache=never",
+        "recipe.head=fresh",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    said = subprocess.run([sys.executable, "-c", narrow, *words], cwd=studies.folder, env=env, capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        [sys.executable, "-c", narrow, *words],
+        cwd=studies.folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert said.returncode == 4, said.stdout + said.stderr
-    assert "tuner: error: disk full while writing" in said.stderr and "checkpoints/0/" in said.stderr and "MB needed" in said.stderr
+    assert (
+        "tuner: error: disk full while writing" in said.stderr
+        and "checkpoints/0/" in said.stderr
+        and "MB needed" in said.stderr
+    )
     assert not list(studies.place("small").rglob("*.tmp"))
     again = subprocess.run(
-        [sys.executable, "-m", "tuner", *words], cwd=studies.folder, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tuner", *words],
+        cwd=studies.folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert again.returncode == 0, again.stdout + again.stderr

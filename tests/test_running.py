@@ -27,27 +27,44 @@ def manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(tuner: Tuner, small: Path) -> None:
+def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(
+    tuner: Tuner, small: Path
+) -> None:
     said = tuner("run", small)
     assert (said.code, said.err) == (0, "")
     study = small.parent / "studies" / "small"
-    assert {p.name for p in study.iterdir()} >= {"space.yaml", "best.yaml", "study.db", "artifacts", "export", "lock"}
+    assert {p.name for p in study.iterdir()} >= {
+        "space.yaml",
+        "best.yaml",
+        "study.db",
+        "artifacts",
+        "export",
+        "lock",
+    }
     m = manifest(study / "export")
     assert m["classes"] == ["class0", "class1", "class2"]
     assert m["input"]["shape"] == ["batch", 3, 32, 32] and m["preprocess"]["size"] == 32
-    assert set(m["scores"]["test"]) == set(m["scores"]["valid"]) == {"accuracy", "balanced_accuracy", "f1", "log_likelihood"}
+    assert (
+        set(m["scores"]["test"])
+        == set(m["scores"]["valid"])
+        == {"accuracy", "balanced_accuracy", "f1", "log_likelihood"}
+    )
     assert set(m["files"]) == {"MODEL_CARD.md", "model.json", "model.safetensors"}
     for words in ("test", "tuner predict small", "tuner dashboard small", "tuner train", "default"):
         assert words in said.out
     assert sum(line.startswith("#") for line in said.out.splitlines()) == 4
 
 
-def test_running_again_says_that_nothing_is_left_and_a_larger_budget_continues(tuner: Tuner, small: Path) -> None:
+def test_running_again_says_that_nothing_is_left_and_a_larger_budget_continues(
+    tuner: Tuner, small: Path
+) -> None:
     tuner("run", small, "search.trials=2")
     before = manifest(small.parent / "studies/small/export")
     again = tuner("run", small, "search.trials=2")
     assert again.code == 0 and "nothing left to do: 2 of 2 trials are done" in again.out
-    assert manifest(small.parent / "studies/small/export") == before  # not trained, not tested again
+    assert (
+        manifest(small.parent / "studies/small/export") == before
+    )  # not trained, not tested again
     more = tuner("run", small, "search.trials=3")
     assert sum(line.startswith("#") for line in more.out.splitlines()) == 1
 
@@ -57,15 +74,24 @@ def test_train_repeats_the_winner_to_the_bit(tuner: Tuner, small: Path) -> None:
     study = small.parent / "studies" / "small"
     said = tuner("train", study / "best.yaml", "--out", small.parent / "again")
     assert said.code == 0, said.err
-    first, second = (load_file(f / "model.safetensors") for f in (study / "export", small.parent / "again"))
+    first, second = (
+        load_file(f / "model.safetensors") for f in (study / "export", small.parent / "again")
+    )
     assert all(torch.equal(first[k], second[k]) for k in first)
-    assert manifest(study / "export")["scores"]["test"] == manifest(small.parent / "again")["scores"]["test"]
+    assert (
+        manifest(study / "export")["scores"]["test"]
+        == manifest(small.parent / "again")["scores"]["test"]
+    )
 
 
 def test_best_yaml_is_a_space_file_with_nothing_left_to_choose(tuner: Tuner, small: Path) -> None:
     tuner("run", small, "search.trials=2")
     tree = yaml.safe_load((small.parent / "studies/small/best.yaml").read_text())
-    assert tree["recipe"]["fit"] == "train+valid" and isinstance(tree["recipe"]["lr"], float) and isinstance(tree["seed"], int)
+    assert (
+        tree["recipe"]["fit"] == "train+valid"
+        and isinstance(tree["recipe"]["lr"], float)
+        and isinstance(tree["seed"], int)
+    )
     assert tree["recipe"]["stop_epoch"] <= tree["recipe"]["epochs"]
     assert tuner("check", small.parent / "studies/small/best.yaml").code == 0
 
@@ -98,7 +124,9 @@ def test_export_adds_a_format_without_training_again_and_exports_other_trials(
         (["--trial", "9"], 3, "has trials 0 to 0, not 9"),
     ],
 )
-def test_export_errors_teach(words: list[str], code: int, message: str, tuner: Tuner, small: Path) -> None:
+def test_export_errors_teach(
+    words: list[str], code: int, message: str, tuner: Tuner, small: Path
+) -> None:
     tuner("run", small, "search.trials=1")
     said = tuner("export", "small", *words)
     assert said.code == code and message in said.err
@@ -122,17 +150,32 @@ def test_quiet_prints_nothing(tuner: Tuner, small: Path) -> None:
     assert (said.code, said.out, said.err) == (0, "", "")
 
 
-def test_without_retraining_and_kept_weights_there_is_a_best_yaml_and_no_export(tuner: Tuner, small: Path) -> None:
+def test_without_retraining_and_kept_weights_there_is_a_best_yaml_and_no_export(
+    tuner: Tuner, small: Path
+) -> None:
     said = tuner("run", small, "search.trials=1", "search.retrain=false", "search.keep=0")
-    assert said.code == 0 and "nothing is exported: search.retrain is false, and no weights of trial 0 are kept" in said.out
+    assert (
+        said.code == 0
+        and "nothing is exported: search.retrain is false, and no weights of trial 0 are kept"
+        in said.out
+    )
     study = small.parent / "studies" / "small"
     assert (study / "best.yaml").exists() and not (study / "export").exists()
 
 
-def test_without_retraining_the_best_trials_own_weights_are_exported(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_retraining_the_best_trials_own_weights_are_exported(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is trained for it, and they are to the bit what training that run again gives."""
     monkeypatch.setattr(winner, "retraining", lambda *_: pytest.fail("it is retrained"))
-    words = ("run", small, "search.retrain=false", "search.keep=2", "search.pruner=none", "search.trials=3")
+    words = (
+        "run",
+        small,
+        "search.retrain=false",
+        "search.keep=2",
+        "search.pruner=none",
+        "search.trials=3",
+    )
     assert tuner(*words).code == 0
     study = small.parent / "studies" / "small"
     found = manifest(study / "export")
@@ -144,7 +187,10 @@ def test_without_retraining_the_best_trials_own_weights_are_exported(tuner: Tune
     epochs = list(fit(bench, run.recipe, run.seed))
     assert epochs[-1].scores == found["scores"]["valid"]
     exported = load_file(study / "export" / "model.safetensors")
-    assert all(torch.equal(exported[name], value) for name, value in bench.staged.model.state_dict().items())
+    assert all(
+        torch.equal(exported[name], value)
+        for name, value in bench.staged.model.state_dict().items()
+    )
     assert "nothing left to do" in tuner(*words).out
     assert tuner("export", "small", "--format", "torch_export").code == 0  # not retrained either
     assert set(manifest(study / "export")["exports"]) == {"safetensors", "torch_export"}
@@ -153,11 +199,17 @@ def test_without_retraining_the_best_trials_own_weights_are_exported(tuner: Tune
         (path,) = folder.iterdir()
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     said = tuner(*words)
-    assert said.code == 3 and "damaged or of another model; with search.retrain: true the run is trained again" in said.err
+    assert (
+        said.code == 3
+        and "damaged or of another model; with search.retrain: true the run is trained again"
+        in said.err
+    )
     assert not (study / "export").exists()
 
 
-def test_a_model_of_the_users_own_is_searched(tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_users_own_is_searched(
+    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (small.parent / "mymodels.py").write_text(
         "from torch import nn\n\n\ndef build(outputs: int, *, width: int = 8) -> nn.Module:\n"
         "    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, outputs))\n"
@@ -173,7 +225,12 @@ def test_a_model_of_the_users_own_is_searched(tuner: Tuner, small: Path, monkeyp
     )
     assert said.code == 0, said.err
     assert "width" in (small.parent / "studies/small/best.yaml").read_text()
-    assert tuner("check", small, "model={name: 'mymodels:build'}", "recipe.freeze_depth.high=5").err.count("allows 0..4") == 1
+    assert (
+        tuner(
+            "check", small, "model={name: 'mymodels:build'}", "recipe.freeze_depth.high=5"
+        ).err.count("allows 0..4")
+        == 1
+    )
 
 
 def test_the_data_and_weights_are_read_before_a_study_is_made(tuner: Tuner, small: Path) -> None:
@@ -197,7 +254,9 @@ def test_check_looks_at_local_weights_and_downloads_nothing(tuner: Tuner, small:
     assert said.code == 3 and "nothing.pth does not exist" in said.err
     said = tuner("check", small, "data={name: cifar10}")
     assert said.code == 3 and "is not there yet; `tuner run` downloads it from https://" in said.err
-    assert tuner("check", small, "model={name: resnet18, weights: default}").code == 0  # named weights are fetched by run only
+    assert (
+        tuner("check", small, "model={name: resnet18, weights: default}").code == 0
+    )  # named weights are fetched by run only
 
 
 @pytest.mark.parametrize("name", ["a$_{$", "猫", "x" * 100])

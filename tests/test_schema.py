@@ -20,7 +20,9 @@ def check() -> jsonschema.Draft202012Validator:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_files_and_their_resolved_forms_are_valid(path: Path, check: jsonschema.Draft202012Validator) -> None:
+def test_shipped_files_and_their_resolved_forms_are_valid(
+    path: Path, check: jsonschema.Draft202012Validator
+) -> None:
     space = parsing.load(path)
     check.validate(document.read(path).tree)
     check.validate(space.tree())
@@ -32,16 +34,32 @@ def test_shipped_files_and_their_resolved_forms_are_valid(path: Path, check: jso
     [
         {"model": ["resnet18", "vgg11"]},
         {
-            "model": {"name": {"choices": ["resnet18", "vgg11"], "when": {"recipe.optimizer": "sgd"}}},
+            "model": {
+                "name": {"choices": ["resnet18", "vgg11"], "when": {"recipe.optimizer": "sgd"}}
+            },
             "recipe": {"optimizer": ["sgd", "adamw"]},
         },
         {"engine": "inline", "export": "onnx", "storage": "postgresql://h/d", "seed": 3},
         {"export": None, "storage": None, "seed": None},
-        {"recipe": {"patience": [None, 3], "lr": {"low": 1e-3, "high": 1, "log": True}, "nesterov": {"choices": [True]}}},
-        {"data": {"name": "digits", "mean": [0.1, 0.2, 0.3], "size": {"low": 16, "high": 32, "step": 16}}},
+        {
+            "recipe": {
+                "patience": [None, 3],
+                "lr": {"low": 1e-3, "high": 1, "log": True},
+                "nesterov": {"choices": [True]},
+            }
+        },
+        {
+            "data": {
+                "name": "digits",
+                "mean": [0.1, 0.2, 0.3],
+                "size": {"low": 16, "high": 32, "step": 16},
+            }
+        },
     ],
 )
-def test_what_tuner_takes_the_schema_takes(more: dict[str, object], check: jsonschema.Draft202012Validator) -> None:
+def test_what_tuner_takes_the_schema_takes(
+    more: dict[str, object], check: jsonschema.Draft202012Validator
+) -> None:
     parsing.parse(document.Document("f", PARTS | more))
     check.validate(PARTS | more)
 
@@ -71,7 +89,9 @@ def test_what_tuner_takes_the_schema_takes(more: dict[str, object], check: jsons
         {"seed": -1},
     ],
 )
-def test_what_the_schema_refuses_tuner_refuses(more: dict[str, object], check: jsonschema.Draft202012Validator) -> None:
+def test_what_the_schema_refuses_tuner_refuses(
+    more: dict[str, object], check: jsonschema.Draft202012Validator
+) -> None:
     assert not check.is_valid(PARTS | more)
     with pytest.raises(SpaceError):
         parsing.parse(document.Document("f", PARTS | more))
@@ -79,5 +99,8 @@ def test_what_the_schema_refuses_tuner_refuses(more: dict[str, object], check: j
 
 def test_every_key_is_explained_and_has_its_default(check: jsonschema.Draft202012Validator) -> None:
     recipe = schema()["properties"]["recipe"]["properties"]
-    assert recipe["lr"]["default"] == 0.001 and recipe["lr"]["description"] == "learning rate at its highest"
+    assert (
+        recipe["lr"]["default"] == 0.001
+        and recipe["lr"]["description"] == "learning rate at its highest"
+    )
     assert all("description" in key for key in recipe.values())

@@ -45,7 +45,13 @@ def coordinator(s: Space, storage: Any = None, listener: Any = None) -> Coordina
         pruner=PRUNERS[search.pruner](3),
         load_if_exists=True,
     )
-    return Coordinator(study, s, lambda run: Assignment(run, "accuracy", s.settings.engine, "home"), listener or Silent(), lambda: False)
+    return Coordinator(
+        study,
+        s,
+        lambda run: Assignment(run, "accuracy", s.settings.engine, "home"),
+        listener or Silent(),
+        lambda: False,
+    )
 
 
 def quality(run: Run) -> float:
@@ -58,13 +64,17 @@ def train(c: Coordinator, job: Job) -> Outcome:
     run = job.argument.run
     epochs: list[Epoch] = []
     for number in range(1, run.recipe.epochs + 1):
-        epochs.append(Epoch(number, 1.0, {"accuracy": quality(run) * number / run.recipe.epochs}, 0.1))
+        epochs.append(
+            Epoch(number, 1.0, {"accuracy": quality(run) * number / run.recipe.epochs}, 0.1)
+        )
         if not c.report(job, epochs[-1]):
             return Outcome("done", Result("stopped", tuple(epochs), number, {}, 0.1))
     return Outcome("done", Result("complete", tuple(epochs), len(epochs), {}, 0.1))
 
 
-def drive(c: Coordinator, carry: Callable[[Coordinator, Job], Outcome] = train, most: int = 10_000) -> list[Job]:
+def drive(
+    c: Coordinator, carry: Callable[[Coordinator, Job], Outcome] = train, most: int = 10_000
+) -> list[Job]:
     jobs = []
     while len(jobs) < most and (job := c.next_job()) is not None:
         jobs.append(job)
@@ -89,15 +99,33 @@ def test_budget_counts_ended_trials_and_is_not_exceeded_on_resume() -> None:
 def test_trial_0_is_the_default_recipe_as_far_as_the_space_allows() -> None:
     c = coordinator(space(trials=1))
     drive(c)
-    assert c.study.trials[0].params == {"optimizer": "sgd", "lr": 0.001, "momentum": 0.9, "freeze_depth": 0, "epochs": 3}
+    assert c.study.trials[0].params == {
+        "optimizer": "sgd",
+        "lr": 0.001,
+        "momentum": 0.9,
+        "freeze_depth": 0,
+        "epochs": 3,
+    }
 
 
-def test_the_first_trial_is_the_cheap_truth_and_the_second_the_default_recipe_which_is_never_pruned() -> None:
+def test_the_first_trial_is_the_cheap_truth_and_the_second_the_default_recipe_which_is_never_pruned() -> (
+    None
+):
     c = coordinator(space(trials=3, pruner="successive-halving"))
     drive(c)
     cheap, default = c.study.trials[:2]
-    assert cheap.params == {"optimizer": "sgd", "lr": 0.001, "momentum": 0.9, "freeze_depth": 5, "epochs": 1}
-    assert default.params == c.space.default() and default.user_attrs[history.DEFAULT] and not cheap.user_attrs.get(history.DEFAULT)
+    assert cheap.params == {
+        "optimizer": "sgd",
+        "lr": 0.001,
+        "momentum": 0.9,
+        "freeze_depth": 5,
+        "epochs": 1,
+    }
+    assert (
+        default.params == c.space.default()
+        and default.user_attrs[history.DEFAULT]
+        and not cheap.user_attrs.get(history.DEFAULT)
+    )
     found = history.default(c.study)
     assert found is not None and found.number == 1 and len(found.intermediate_values) == 3
 
@@ -112,7 +140,9 @@ def test_the_first_trial_is_the_cheap_truth_and_the_second_the_default_recipe_wh
     ],
 )
 def test_where_a_probe_says_nothing_the_default_recipe_is_first(words: list[str]) -> None:
-    s = parsing.parse(parsing.override(document.parse(SMALL, "small.yaml"), [*words, "search.trials=3"]))
+    s = parsing.parse(
+        parsing.override(document.parse(SMALL, "small.yaml"), [*words, "search.trials=3"])
+    )
     c = coordinator(s)
     drive(c)
     assert c.study.trials[0].params == s.default() and c.study.trials[0].user_attrs[history.DEFAULT]
@@ -129,7 +159,9 @@ def test_a_budget_of_one_is_the_default_recipe_and_more_of_it_does_not_ask_for_i
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 @pytest.mark.parametrize("drawn", [True, False])
-def test_a_killed_and_continued_search_draws_what_an_undisturbed_one_draws(sampler: str, drawn: bool) -> None:
+def test_a_killed_and_continued_search_draws_what_an_undisturbed_one_draws(
+    sampler: str, drawn: bool
+) -> None:
     calm = coordinator(space(trials=14, sampler=sampler))
     drive(calm)
     storage = optuna.storages.InMemoryStorage()
@@ -137,14 +169,21 @@ def test_a_killed_and_continued_search_draws_what_an_undisturbed_one_draws(sampl
         c = coordinator(space(trials=14, sampler=sampler), storage)
         drive(c, most=1)
         if c.wanted():
-            c.next_job() if drawn else c.asker.ask(c.ledger.roots)  # with its parameters drawn, or not yet
+            c.next_job() if drawn else c.asker.ask(
+                c.ledger.roots
+            )  # with its parameters drawn, or not yet
     c = coordinator(space(trials=14, sampler=sampler), storage)
     drive(c)
 
     def roots(study: optuna.Study) -> list[tuple[Any, ...]]:
         draw = history.roots(study)
-        ended = [t for t in study.get_trials() if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-        return [(draw[t.number], t.params, t.value, history.run_of(c.space, study, t).seed) for t in ended]
+        ended = [
+            t for t in study.get_trials() if t.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        ]
+        return [
+            (draw[t.number], t.params, t.value, history.run_of(c.space, study, t).seed)
+            for t in ended
+        ]
 
     assert roots(c.study) == roots(calm.study)
     assert "RUNNING" not in states(c) and "WAITING" not in states(c)
@@ -164,7 +203,14 @@ def test_an_orphan_is_failed_with_its_reason_and_asked_again_with_the_same_seed(
 
 def test_a_lost_worker_costs_its_trial_an_attempt_and_the_third_is_the_last() -> None:
     c = coordinator(space(trials=2))
-    drive(c, lambda c, job: Outcome("lost", reason="worker ended by SIGKILL") if history.roots(c.study)[job.number] == 0 else train(c, job))
+    drive(
+        c,
+        lambda c, job: (
+            Outcome("lost", reason="worker ended by SIGKILL")
+            if history.roots(c.study)[job.number] == 0
+            else train(c, job)
+        ),
+    )
     zero = [t for t in c.study.trials if history.roots(c.study)[t.number] == 0]
     assert [t.state.name for t in zero] == ["FAIL"] * 3
     assert [t.user_attrs.get("tuner:attempt", 1) for t in zero] == [1, 2, 3]
@@ -259,7 +305,17 @@ def test_a_diverged_trial_is_pruned_with_a_reason_and_never_the_best() -> None:
         if job.number != 1:
             return train(c, job)
         c.report(job, Epoch(1, 1.0, {"accuracy": 0.99}, 0.1))
-        return Outcome("done", Result("diverged", (Epoch(1, 1.0, {"accuracy": 0.99}, 0.1),), 1, {}, 0.1, "loss nan in epoch 2"))
+        return Outcome(
+            "done",
+            Result(
+                "diverged",
+                (Epoch(1, 1.0, {"accuracy": 0.99}, 0.1),),
+                1,
+                {},
+                0.1,
+                "loss nan in epoch 2",
+            ),
+        )
 
     c = coordinator(space(trials=4))
     drive(c, carry)
@@ -270,14 +326,25 @@ def test_a_diverged_trial_is_pruned_with_a_reason_and_never_the_best() -> None:
 
 def test_three_alike_failures_in_a_row_stop_the_search_and_name_the_cause() -> None:
     c = coordinator(space(trials=20))
-    drive(c, lambda c, job: Outcome("failed", reason="ValueError: no such layer", trace="Traceback …"))
-    assert c.closed == 3 and isinstance(c.error, NoUsableTrial) and "ValueError: no such layer" in str(c.error)
+    drive(
+        c, lambda c, job: Outcome("failed", reason="ValueError: no such layer", trace="Traceback …")
+    )
+    assert (
+        c.closed == 3
+        and isinstance(c.error, NoUsableTrial)
+        and "ValueError: no such layer" in str(c.error)
+    )
     assert c.study.trials[0].user_attrs["tuner:trace"] == "Traceback …"
 
 
 def test_ten_failures_of_any_kind_stop_the_search_when_none_completed() -> None:
     c = coordinator(space(trials=50))
-    drive(c, lambda c, job: Outcome("done", Result("diverged", (), 0, {}, 0.1, f"loss nan in trial {job.number}")))
+    drive(
+        c,
+        lambda c, job: Outcome(
+            "done", Result("diverged", (), 0, {}, 0.1, f"loss nan in trial {job.number}")
+        ),
+    )
     assert c.closed == 10 and "10 trials failed and none completed" in str(c.error)
     with pytest.raises(NoUsableTrial, match="no trial completed"):
         history.best(c.study)
@@ -285,14 +352,21 @@ def test_ten_failures_of_any_kind_stop_the_search_when_none_completed() -> None:
 
 def test_failures_between_successes_do_not_stop_the_search() -> None:
     c = coordinator(space(trials=12))
-    drive(c, lambda c, job: Outcome("failed", reason="ValueError: x") if job.number % 2 else train(c, job))
+    drive(
+        c,
+        lambda c, job: (
+            Outcome("failed", reason="ValueError: x") if job.number % 2 else train(c, job)
+        ),
+    )
     assert c.error is None and c.closed == 12
 
 
 def test_refused_data_ends_the_search_and_leaves_the_trial_to_be_asked_again() -> None:
     storage = optuna.storages.InMemoryStorage()
     c = coordinator(space(trials=3), storage)
-    drive(c, lambda c, job: Outcome("refused", reason="DataError", problems=("data: gone",), code=3))
+    drive(
+        c, lambda c, job: Outcome("refused", reason="DataError", problems=("data: gone",), code=3)
+    )
     assert isinstance(c.error, DataError) and c.closed == 0
     again = coordinator(space(trials=3), storage)
     drive(again)
@@ -322,7 +396,9 @@ def test_an_interrupted_trial_is_asked_again_without_costing_an_attempt() -> Non
         ([(0.5, 1), (0.7, 3)], 1, []),
     ],
 )
-def test_the_winner_by_value_then_epochs_then_number(found: list[tuple[float, int]], winner: int, tied: list[int]) -> None:
+def test_the_winner_by_value_then_epochs_then_number(
+    found: list[tuple[float, int]], winner: int, tied: list[int]
+) -> None:
     study = optuna.create_study(direction="maximize")
     for value, epoch in found:
         study.add_trial(optuna.trial.create_trial(value=value, user_attrs={"best_epoch": epoch}))
@@ -340,7 +416,9 @@ def test_a_timeout_stops_asking(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_run_of_a_finished_trial_is_the_run_it_was_given() -> None:
     c = coordinator(space(trials=6))
     jobs = drive(c)
-    assert [history.run_of(c.space, c.study, t) for t in c.study.trials] == [job.argument.run for job in jobs]
+    assert [history.run_of(c.space, c.study, t) for t in c.study.trials] == [
+        job.argument.run for job in jobs
+    ]
 
 
 def test_mix_depends_on_every_part() -> None:

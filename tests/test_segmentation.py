@@ -59,8 +59,12 @@ def criterion(inputs: dict[str, Tensor], target: Tensor) -> Tensor:
 def test_the_loss_is_torchvisions_criterion() -> None:
     (out, truth), (aux, _) = made_up(0), made_up(1)
     for tree in ({"out": out, "aux": aux}, {"out": out}):
-        assert torch.equal(task().loss(Says(tree), Batch(out, truth)), criterion(tree, truth.long()))
-    assert torch.equal(task().loss(Says(out), Batch(out, truth)), criterion({"out": out}, truth.long()))
+        assert torch.equal(
+            task().loss(Says(tree), Batch(out, truth)), criterion(tree, truth.long())
+        )
+    assert torch.equal(
+        task().loss(Says(out), Batch(out, truth)), criterion({"out": out}, truth.long())
+    )
 
 
 def test_the_dice_loss_is_that_of_segmentation_models_pytorch() -> None:
@@ -72,22 +76,36 @@ def test_the_dice_loss_is_that_of_segmentation_models_pytorch() -> None:
             truth[truth == 1] = 0  # a class that is nowhere
         expected = theirs(logits, truth.long())
         assert dice_loss(logits, truth.long()) == pytest.approx(float(expected), abs=1e-6)
-        assert task(loss="dice").loss(Says(logits), Batch(logits, truth)) == pytest.approx(float(expected), abs=1e-6)
+        assert task(loss="dice").loss(Says(logits), Batch(logits, truth)) == pytest.approx(
+            float(expected), abs=1e-6
+        )
         both = task(loss="both").loss(Says(logits), Batch(logits, truth))
-        assert both == pytest.approx(float(expected + F.cross_entropy(logits, truth.long(), ignore_index=255)), abs=1e-6)
+        assert both == pytest.approx(
+            float(expected + F.cross_entropy(logits, truth.long(), ignore_index=255)), abs=1e-6
+        )
 
 
 def test_scores_of_four_pixels_and_an_ignored_one() -> None:
     truth = torch.tensor([[[0, 0, 0, 1, 255]]], dtype=torch.uint8)
     predicted = torch.tensor([[[0, 0, 1, 1, 2]]], dtype=torch.uint8)
     assert task().score([(predicted, truth)]) == pytest.approx(
-        {"mean_iou": (2 / 3 + 1 / 2) / 2, "dice": (4 / 5 + 2 / 3) / 2, "pixel_accuracy": 3 / 4, "mean_accuracy": (2 / 3 + 1) / 2}
+        {
+            "mean_iou": (2 / 3 + 1 / 2) / 2,
+            "dice": (4 / 5 + 2 / 3) / 2,
+            "pixel_accuracy": 3 / 4,
+            "mean_accuracy": (2 / 3 + 1) / 2,
+        }
     )
     assert tuple(task().score([(predicted, truth)])) == METRICS
 
 
-def test_a_class_that_is_predicted_but_nowhere_true_counts_and_one_that_is_neither_does_not() -> None:
-    truth, predicted = torch.zeros(1, 1, 4, dtype=torch.uint8), torch.tensor([[[0, 0, 0, 1]]], dtype=torch.uint8)
+def test_a_class_that_is_predicted_but_nowhere_true_counts_and_one_that_is_neither_does_not() -> (
+    None
+):
+    truth, predicted = (
+        torch.zeros(1, 1, 4, dtype=torch.uint8),
+        torch.tensor([[[0, 0, 0, 1]]], dtype=torch.uint8),
+    )
     assert task(3).score([(predicted, truth)])["mean_iou"] == pytest.approx((3 / 4 + 0) / 2)
     assert task(3).score([(truth, truth)])["mean_iou"] == 1.0
 
@@ -99,8 +117,12 @@ def test_scores_over_batches_are_torchmetrics_over_all_pixels() -> None:
         pairs.append((task().predict(Says(logits), logits), truth))
     predicted, truth = (torch.cat([pair[i] for pair in pairs]).long() for i in (0, 1))
     scores = task().score(pairs)
-    assert scores["mean_iou"] == pytest.approx(float(multiclass_jaccard_index(predicted, truth, 3, ignore_index=255)))
-    assert scores["dice"] == pytest.approx(float(multiclass_f1_score(predicted, truth, 3, ignore_index=255, average="macro")))
+    assert scores["mean_iou"] == pytest.approx(
+        float(multiclass_jaccard_index(predicted, truth, 3, ignore_index=255))
+    )
+    assert scores["dice"] == pytest.approx(
+        float(multiclass_f1_score(predicted, truth, 3, ignore_index=255, average="macro"))
+    )
 
 
 def test_predictions_are_kept_small() -> None:
@@ -130,8 +152,14 @@ def test_a_mask_comes_back_onto_the_image(size: tuple[int, int]) -> None:
 
 
 def test_what_a_crop_cuts_away_is_ignored() -> None:
-    found = on_image(torch.ones(2, 32, 32), 64, 32, Preprocess(32, 32, "nearest", (0.0,) * 3, (1.0,) * 3))
-    assert (found[:, :16] == 255).all() and (found[:, 16:48] == 0).all() and (found[:, 48:] == 255).all()
+    found = on_image(
+        torch.ones(2, 32, 32), 64, 32, Preprocess(32, 32, "nearest", (0.0,) * 3, (1.0,) * 3)
+    )
+    assert (
+        (found[:, :16] == 255).all()
+        and (found[:, 16:48] == 0).all()
+        and (found[:, 48:] == 255).all()
+    )
 
 
 def test_what_is_told_is_a_share_for_each_class_and_a_picture() -> None:
@@ -143,7 +171,11 @@ def test_what_is_told_is_a_share_for_each_class_and_a_picture() -> None:
     assert told.values == {"shares": {"a": 0.75, "b": 0.0, "c": 0.25}}
     assert told.picture is not None
     picture = Image.open(io.BytesIO(told.picture))
-    assert picture.size == (64, 64) and picture.getpixel((60, 30)) == (255, 255, 255) != picture.getpixel((4, 30))
+    assert picture.size == (64, 64) and picture.getpixel((60, 30)) == (
+        255,
+        255,
+        255,
+    ) != picture.getpixel((4, 30))
 
 
 def oracle(x: Tree) -> Tree:
@@ -160,7 +192,8 @@ def test_what_is_true_of_a_drawn_image_is_told_of_it() -> None:
     x = torch.from_numpy(decode(np.asarray(image), CANVAS)[None].copy()).float() / 255
     (told,) = task().tell(oracle, x, [image], CANVAS)
     assert [told.values["shares"][name] for name in "abc"] == pytest.approx(
-        (np.bincount(np.asarray(mask).ravel(), minlength=3) / mask.width / mask.height).tolist(), abs=0.06
+        (np.bincount(np.asarray(mask).ravel(), minlength=3) / mask.width / mask.height).tolist(),
+        abs=0.06,
     )
 
 
@@ -174,8 +207,17 @@ def space(tmp_path: Path) -> Path:
     return path
 
 
-def test_from_the_file_to_a_prediction_with_a_picture(space: Path, tuner: Callable[..., Said], tmp_path: Path) -> None:
-    said = tuner("run", space, "recipe.epochs=6", "recipe.lr=0.01", "search.trials=1", "data.classes=[floor, box]")
+def test_from_the_file_to_a_prediction_with_a_picture(
+    space: Path, tuner: Callable[..., Said], tmp_path: Path
+) -> None:
+    said = tuner(
+        "run",
+        space,
+        "recipe.epochs=6",
+        "recipe.lr=0.01",
+        "search.trials=1",
+        "data.classes=[floor, box]",
+    )
     assert said.code == 0, said.err
     assert "validation mean iou" in said.out and "\ntest     mean iou" in said.out
     study = tmp_path / "studies" / "s"
@@ -218,11 +260,19 @@ def test_a_trial_of_several_folds_is_their_mean(space: Path, tmp_path: Path) -> 
     assert len(best.pairs) > 0
 
 
-def test_a_model_of_ones_own_may_give_logits_or_a_dict(space: Path, tuner: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_model_of_ones_own_may_give_logits_or_a_dict(
+    space: Path, tuner: Callable[..., Said], tmp_path: Path
+) -> None:
     (tmp_path / "own_segmenter_of_a_test.py").write_text(
         "from torch import nn\n\n\ndef tiny(outputs):\n    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, outputs, 1))\n"
     )
-    said = tuner("run", space, "model=own_segmenter_of_a_test:tiny", "search.trials=1", "export=[safetensors,onnx]")
+    said = tuner(
+        "run",
+        space,
+        "model=own_segmenter_of_a_test:tiny",
+        "search.trials=1",
+        "export=[safetensors,onnx]",
+    )
     assert said.code == 0, said.err
     assert (tmp_path / "studies/s/export/model.onnx").is_file()
 

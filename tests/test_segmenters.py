@@ -31,7 +31,9 @@ SMALL = "tu-mobilenetv3_small_050"
 
 
 def run_of(name: str, weights: str = "none") -> Run:
-    return Run(Part("segmentation", {}), Part("masks", {}), Part(name, {"weights": weights}), Recipe(), 0)
+    return Run(
+        Part("segmentation", {}), Part("masks", {}), Part(name, {"weights": weights}), Recipe(), 0
+    )
 
 
 def built(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()) -> Staged:
@@ -68,13 +70,17 @@ TAPS = {
 
 
 @pytest.mark.parametrize(("name", "expected"), TAPS.items())
-def test_a_segmenter_is_cut_by_both_laws_and_hands_on_what_later_stages_need(name: str, expected: tuple[int, set[str]]) -> None:
+def test_a_segmenter_is_cut_by_both_laws_and_hands_on_what_later_stages_need(
+    name: str, expected: tuple[int, set[str]]
+) -> None:
     staged = shaken(built(name))
     check_partition(staged)
     check_cut(staged, images())
     count, taps = expected
     assert len(staged.stages) == count
-    prefix, _ = staged.split(staged.max_depth - ("/" in name))  # all but the heads; all but decoder and head
+    prefix, _ = staged.split(
+        staged.max_depth - ("/" in name)
+    )  # all but the heads; all but decoder and head
     x = prefix(images())
     assert isinstance(x, dict)
     assert {leaf for leaf in x if leaf not in ("height", "width")} == taps
@@ -95,7 +101,10 @@ ENCODERS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoder", [*ENCODERS, "se_resnet50", "tu-vgg11", "tu-regnetx_002", "xception", "dpn68", "mit_b0"])
+@pytest.mark.parametrize(
+    "encoder",
+    [*ENCODERS, "se_resnet50", "tu-vgg11", "tu-regnetx_002", "xception", "dpn68", "mit_b0"],
+)
 @pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn"])
 def test_encoders_of_many_kinds_are_cut_by_both_laws(architecture: str, encoder: str) -> None:
     if (architecture, encoder) == ("unetplusplus", "mit_b0"):
@@ -113,7 +122,13 @@ def test_each_of_torchvisions_is_cut_by_both_laws(name: str) -> None:
     staged = shaken(built(name))
     check_partition(staged)
     check_cut(staged, images(48))  # not a multiple of the stride: the input's size travels
-    whole = get_model(name, weights=None, weights_backbone=None, num_classes=3, **({} if "lraspp" in name else {"aux_loss": True}))
+    whole = get_model(
+        name,
+        weights=None,
+        weights_backbone=None,
+        num_classes=3,
+        **({} if "lraspp" in name else {"aux_loss": True}),
+    )
     assert list(staged.model.state_dict()) == list(whole.state_dict())
 
 
@@ -134,7 +149,10 @@ def test_while_training_torchvisions_outputs_are_native_too_and_any_size_passes(
 def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
     """Three steps of references/segmentation/train.py, and of the task over the stages, from the same weights on the same batches."""
     torch.manual_seed(0)
-    batches = [(torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)) for _ in range(3)]
+    batches = [
+        (torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8))
+        for _ in range(3)
+    ]
     batches[0][1][:, :8] = 255
     theirs, mine = [], []
     model = built("fcn_resnet50").model.train()
@@ -142,7 +160,10 @@ def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
     for step, (image, target) in enumerate(batches):
         torch.manual_seed(step)
         output = model(image)
-        losses = {name: nn.functional.cross_entropy(x, target.long(), ignore_index=255) for name, x in output.items()}
+        losses = {
+            name: nn.functional.cross_entropy(x, target.long(), ignore_index=255)
+            for name, x in output.items()
+        }
         loss = losses["out"] + 0.5 * losses["aux"]
         optimizer.zero_grad()
         loss.backward()
@@ -169,7 +190,9 @@ def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
 def trained(tmp_path: Path, name: str, depth: int, *words: str) -> Run:
     path = tmp_path / "s.yaml"
     path.write_text(SPACE.replace("path: x", f"path: {scenes(tmp_path / 'scenes', 12)}"))
-    return parsing.load(path, [f"model.name={name}", f"recipe.freeze_depth={depth}", *words]).sample(None, seed=5)
+    return parsing.load(
+        path, [f"model.name={name}", f"recipe.freeze_depth={depth}", *words]
+    ).sample(None, seed=5)
 
 
 def here(home: Path, cache: str) -> Place:
@@ -215,19 +238,41 @@ def test_weights_for_other_classes_renew_the_last_convolutions_alone(tmp_path: P
     given = shaken(built("deeplabv3_mobilenet_v3_large", 4)).model.state_dict()
     path = saved(tmp_path / "w.safetensors", given)
     same = built("deeplabv3_mobilenet_v3_large", 4, path)
-    assert same.notes == () and all(torch.equal(v, given[k]) for k, v in same.model.state_dict().items())
+    assert same.notes == () and all(
+        torch.equal(v, given[k]) for k, v in same.model.state_dict().items()
+    )
     other = built("deeplabv3_mobilenet_v3_large", 2, path)
-    assert other.notes == ("classifier.4 and aux_classifier.4: new, the weights have none for these classes",)
-    new = {k for k, v in other.model.state_dict().items() if not (v.shape == given[k].shape and torch.equal(v, given[k]))}
-    assert new == {f"{head}.4.{kind}" for head in ("classifier", "aux_classifier") for kind in ("weight", "bias")}
+    assert other.notes == (
+        "classifier.4 and aux_classifier.4: new, the weights have none for these classes",
+    )
+    new = {
+        k
+        for k, v in other.model.state_dict().items()
+        if not (v.shape == given[k].shape and torch.equal(v, given[k]))
+    }
+    assert new == {
+        f"{head}.4.{kind}"
+        for head in ("classifier", "aux_classifier")
+        for kind in ("weight", "bias")
+    }
 
 
-@pytest.mark.parametrize(("name", "backbone"), [("lraspp_mobilenet_v3_large", "mobilenet_v3_large"), ("fcn_resnet50", "resnet50")])
-def test_a_classifiers_weights_go_into_the_backbone(name: str, backbone: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [("lraspp_mobilenet_v3_large", "mobilenet_v3_large"), ("fcn_resnet50", "resnet50")],
+)
+def test_a_classifiers_weights_go_into_the_backbone(
+    name: str, backbone: str, tmp_path: Path
+) -> None:
     torch.manual_seed(3)
-    given = {k.removeprefix("features."): v for k, v in get_model(backbone, weights=None).state_dict().items()}
+    given = {
+        k.removeprefix("features."): v
+        for k, v in get_model(backbone, weights=None).state_dict().items()
+    }
     torch.manual_seed(3)
-    staged = built(name, 3, saved(tmp_path / "w.safetensors", get_model(backbone, weights=None).state_dict()))
+    staged = built(
+        name, 3, saved(tmp_path / "w.safetensors", get_model(backbone, weights=None).state_dict())
+    )
     assert staged.notes == ("heads: new, the weights are the backbone's",)
     found: Any = staged.model.backbone
     assert all(torch.equal(v, given[k]) for k, v in found.state_dict().items())
@@ -250,7 +295,11 @@ def test_a_whole_models_weights_are_taken_but_for_a_head_of_other_classes(tmp_pa
     given = shaken(built(f"unet/{SMALL}", 4)).model.state_dict()
     staged = built(f"unet/{SMALL}", 2, saved(tmp_path / "w.safetensors", given))
     assert staged.notes == ("segmentation_head: new, the weights have none for these classes",)
-    assert all(torch.equal(v, given[k]) for k, v in staged.model.state_dict().items() if not k.startswith("segmentation_head."))
+    assert all(
+        torch.equal(v, given[k])
+        for k, v in staged.model.state_dict().items()
+        if not k.startswith("segmentation_head.")
+    )
 
 
 def test_anothers_weights_are_refused(tmp_path: Path) -> None:
@@ -261,7 +310,9 @@ def test_anothers_weights_are_refused(tmp_path: Path) -> None:
         built("fcn_resnet50", 3, path)
 
 
-def test_smps_default_weights_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smps_default_weights_are_fetched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = smp.encoders.encoders["mobileone_s0"]["pretrained_settings"]["imagenet"]
     torch.manual_seed(3)
     encoder: Any = built("unet/mobileone_s0").model.encoder
@@ -271,7 +322,9 @@ def test_smps_default_weights_are_fetched_once(tmp_path: Path, monkeypatch: pyte
     with serving(tmp_path / "hub") as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         built("unet/mobileone_s0", 3, "default", tmp_path / "home")
-    again: Any = built("unet/mobileone_s0", 3, "default", tmp_path / "home").model.encoder  # the server is gone
+    again: Any = built(
+        "unet/mobileone_s0", 3, "default", tmp_path / "home"
+    ).model.encoder  # the server is gone
     assert equal(again.state_dict(), encoder.state_dict())
     with pytest.raises(DataError) as error:
         built("unet/resnet18", 3, "default", tmp_path / "home")
@@ -281,7 +334,11 @@ def test_smps_default_weights_are_fetched_once(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("name", "weights", "said"),
     [
-        ("unet/resnet81", "none", r"encoder 'resnet81' is not known to smp .*; did you mean 'resnet18'\?"),
+        (
+            "unet/resnet81",
+            "none",
+            r"encoder 'resnet81' is not known to smp .*; did you mean 'resnet18'\?",
+        ),
         ("unet/tf_efficientnet_lite0", "none", "timm's are called tu-<name>"),
         ("fpn/tu-tf_efficientnet_lite00", "none", "did you mean 'tf_efficientnet_lite0'"),
         (
@@ -289,7 +346,11 @@ def test_smps_default_weights_are_fetched_once(tmp_path: Path, monkeypatch: pyte
             "imaginet",
             r"'imaginet' is not known for resnet18; did you mean 'imagenet'\? \(allowed: default, none, imagenet",
         ),
-        ("fcn_resnet50", "COCO", r"'COCO' is not known for fcn_resnet50.*allowed: default, backbone, IMAGENET1K_V1"),
+        (
+            "fcn_resnet50",
+            "COCO",
+            r"'COCO' is not known for fcn_resnet50.*allowed: default, backbone, IMAGENET1K_V1",
+        ),
     ],
 )
 def test_unknown_names_get_the_nearest(name: str, weights: str, said: str) -> None:
@@ -318,19 +379,27 @@ def check_exports(name: str, formats: str, tuner: Callable[..., Said], folder: P
     """Every format agrees with the model, and ONNX is read by its runtime alone, for another number of images."""
     import onnxruntime
 
-    (folder / "s.yaml").write_text(SPACE.replace("path: x", f"path: {scenes(folder / 'scenes', 12)}"))
-    said = tuner("train", "s.yaml", f"model.name={name}", "recipe.epochs=1", f"export=[{formats}]", "--quiet")
+    (folder / "s.yaml").write_text(
+        SPACE.replace("path: x", f"path: {scenes(folder / 'scenes', 12)}")
+    )
+    said = tuner(
+        "train", "s.yaml", f"model.name={name}", "recipe.epochs=1", f"export=[{formats}]", "--quiet"
+    )
     assert said.code == 0, said.err
     place = folder / "studies" / "s" / "train"
     exports = json.loads((place / "manifest.json").read_text())["exports"]
     assert set(exports) == {"safetensors", *formats.split(",")}
     assert all(export["largest_difference"] < 1e-3 for export in exports.values())
-    session = onnxruntime.InferenceSession(str(place / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(place / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     (logits,) = session.run(None, {"image": torch.rand(3, 3, 32, 32).numpy()})
     assert logits.shape == (3, 2, 32, 32)
 
 
-def test_an_export_agrees_and_a_runtime_alone_reads_it(tuner: Callable[..., Said], tmp_path: Path) -> None:
+def test_an_export_agrees_and_a_runtime_alone_reads_it(
+    tuner: Callable[..., Said], tmp_path: Path
+) -> None:
     check_exports(f"unet/{SMALL}", "onnx", tuner, tmp_path)
 
 

@@ -23,19 +23,42 @@ TINY = {
         "model={name: fasterrcnn/timm/mobilenetv3_small_050, backbone: none, regions: 16, proposals: 50}",
         "recipe.freeze_depth=8",
     ],
-    "yolo": ["data={name: voc, path: voc, size: 64}", "model.weights=none", "recipe.freeze_depth=6"],
-    "rtdetr": ["data={name: voc, path: voc, size: 128, limit: 10}", "model.weights=none", "recipe.freeze_depth=6"],
-    "unet": ["data={name: masks, path: masks, size: 32}", "model={name: unet/tu-mobilenetv3_small_050, weights: none}"],
-    "fcn": ["data={name: masks, path: masks, size: 32}", "model={name: lraspp_mobilenet_v3_large, weights: none}"],
+    "yolo": [
+        "data={name: voc, path: voc, size: 64}",
+        "model.weights=none",
+        "recipe.freeze_depth=6",
+    ],
+    "rtdetr": [
+        "data={name: voc, path: voc, size: 128, limit: 10}",
+        "model.weights=none",
+        "recipe.freeze_depth=6",
+    ],
+    "unet": [
+        "data={name: masks, path: masks, size: 32}",
+        "model={name: unet/tu-mobilenetv3_small_050, weights: none}",
+    ],
+    "fcn": [
+        "data={name: masks, path: masks, size: 32}",
+        "model={name: lraspp_mobilenet_v3_large, weights: none}",
+    ],
     "bert": [*TEXTS, "model.folder=bert"],
     "gpt2": [*TEXTS, "model.folder=gpt2"],
 }
-PACKAGES = {"yolo": "cv2", "rtdetr": "transformers", "bert": "transformers", "gpt2": "transformers", "unet": "segmentation_models_pytorch"}
+PACKAGES = {
+    "yolo": "cv2",
+    "rtdetr": "transformers",
+    "bert": "transformers",
+    "gpt2": "transformers",
+    "unet": "segmentation_models_pytorch",
+}
 SLOW = {"rtdetr"}
 
 
 def files(slow: set[str]) -> list[object]:
-    return [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in slow)) for path in FILES]
+    return [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in slow))
+        for path in FILES
+    ]
 
 
 @pytest.fixture
@@ -53,7 +76,9 @@ def test_a_shipped_file_resolves_and_reads_back(path: Path) -> None:
     assert parsing.parse(parsing.document.parse(space.dump(found.tree()), "printed")) == found
     run = found.run({})
     stated = plugins.stated(run.model.name, "RECIPES", {}).get(run.task.name, {})
-    assert found.default()["lr"] == stated.get("lr", 0.001)  # the first trials are what the model's people begin with
+    assert found.default()["lr"] == stated.get(
+        "lr", 0.001
+    )  # the first trials are what the model's people begin with
 
 
 @pytest.mark.parametrize("path", files(SLOW))
@@ -61,7 +86,16 @@ def test_a_shipped_file_runs(path: Path, tuner: Callable[..., Said], data: None)
     pytest.importorskip(PACKAGES.get(path.stem, "torch"), exc_type=ImportError)
     if path.stem in texts.KINDS:
         texts.folder(Path(), path.stem, weights=False)
-    words = [*TINY[path.stem], "recipe.epochs=1", "search.trials=2", "engine.name=inline", "engine.device=cpu", "export=[safetensors]"]
+    words = [
+        *TINY[path.stem],
+        "recipe.epochs=1",
+        "search.trials=2",
+        "engine.name=inline",
+        "engine.device=cpu",
+        "export=[safetensors]",
+    ]
     said = tuner("run", path, *words)
     assert said.code == 0, said.err
-    assert f"\ntest     {str(parsing.load(path).settings.search.metric).replace('_', ' ')}" in said.out
+    assert (
+        f"\ntest     {str(parsing.load(path).settings.search.metric).replace('_', ' ')}" in said.out
+    )

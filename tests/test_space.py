@@ -45,13 +45,18 @@ def test_a_scalar_is_fixed_a_list_a_choice_a_mapping_a_range() -> None:
 
 def test_short_forms_equal_long_ones() -> None:
     long = "task: {name: classification}\ndata: {name: digits}\nmodel: {name: resnet18_slim}\nengine: {name: inline}\nexport: [onnx]\n"
-    short = "task: classification\ndata: digits\nmodel: resnet18_slim\nengine: inline\nexport: onnx\n"
+    short = (
+        "task: classification\ndata: digits\nmodel: resnet18_slim\nengine: inline\nexport: onnx\n"
+    )
     assert parsing.parse(document.parse(long, "a")) == parsing.parse(document.parse(short, "a"))
 
 
 def test_models_can_be_searched_and_each_run_keeps_its_own_keys() -> None:
     found = parsing.parse(
-        document.parse("task: classification\ndata: digits\nmodel: {name: [resnet18, vgg11], weights: [none, default]}", "f")
+        document.parse(
+            "task: classification\ndata: digits\nmodel: {name: [resnet18, vgg11], weights: [none, default]}",
+            "f",
+        )
     )
     assert [d.name for d in found.dimensions] == ["model.name", "model.weights"]
     assert [(run.model.name, run.model.options["weights"]) for run in found.corners()] == [
@@ -113,8 +118,14 @@ def test_a_problem_says_where_what_and_what_is_allowed(text: str, says: str) -> 
                 "task: needs a name: classification, detection, segmentation, text_classification, text_generation, or your own as package.module:attribute"
             ],
         ),
-        ("task: {nmae: classification}", ["task.nmae: unknown key; did you mean 'name'? (allowed: name)"]),
-        ("task: [classification]", ["task.name: one task per study; scores on different ones do not compare"]),
+        (
+            "task: {nmae: classification}",
+            ["task.nmae: unknown key; did you mean 'name'? (allowed: name)"],
+        ),
+        (
+            "task: [classification]",
+            ["task.name: one task per study; scores on different ones do not compare"],
+        ),
         ("task: 3", ["task: expected a name or a mapping of keys, got 3"]),
         ("task: {name: classification, x: 1}", ["task.x: unknown key (allowed: name)"]),
     ],
@@ -150,13 +161,22 @@ def test_a_study_is_named_like_a_folder_although_only_the_file_says_so() -> None
             parsing.parse(document.parse(PARTS, file))
         return str(caught.value)
 
-    assert named("x" * 256 + ".yaml").endswith("search.name: a study's name is a folder's name: at most 255 bytes, got 256")
-    assert named("...yaml").endswith("search.name: a study cannot be called '..'; write search: {name: …}")
-    assert named("\udcff.yaml").endswith("search.name: a study cannot be called '\\udcff'; write search: {name: …}")
+    assert named("x" * 256 + ".yaml").endswith(
+        "search.name: a study's name is a folder's name: at most 255 bytes, got 256"
+    )
+    assert named("...yaml").endswith(
+        "search.name: a study cannot be called '..'; write search: {name: …}"
+    )
+    assert named("\udcff.yaml").endswith(
+        "search.name: a study cannot be called '\\udcff'; write search: {name: …}"
+    )
     assert problems("search: {name: '" + "\N{SNOWMAN}" * 100 + "'}") == [
         "space.yaml:4: search.name: a study's name is a folder's name: at most 255 bytes, got 300"
     ]
-    assert parsing.parse(document.parse(PARTS, "é" * 120 + " {x} 50% #1.yaml")).settings.search.name is None
+    assert (
+        parsing.parse(document.parse(PARTS, "é" * 120 + " {x} 50% #1.yaml")).settings.search.name
+        is None
+    )
 
 
 # -- overrides
@@ -164,11 +184,20 @@ def test_a_study_is_named_like_a_folder_although_only_the_file_says_so() -> None
 
 def test_an_override_is_read_like_the_file() -> None:
     found = space(
-        "recipe: {lr: 1.0}", "recipe.lr=1e-3", "search.trials=5", "recipe.epochs={low: 1, high: 3}", "model.weights=none", "data.size=null"
+        "recipe: {lr: 1.0}",
+        "recipe.lr=1e-3",
+        "search.trials=5",
+        "recipe.epochs={low: 1, high: 3}",
+        "model.weights=none",
+        "data.size=null",
     )
     assert found.dimensions == (Dimension(("recipe", "epochs"), Range(1, 3, integer=True)),)
     run = found.run({})
-    assert (run.recipe.lr, found.settings.search.trials, run.data.options["size"]) == (0.001, 5, None)
+    assert (run.recipe.lr, found.settings.search.trials, run.data.options["size"]) == (
+        0.001,
+        5,
+        None,
+    )
     assert (run.model.name, run.model.options) == ("resnet18_slim", {"weights": "none"})
 
 
@@ -176,16 +205,34 @@ def test_an_override_is_read_like_the_file() -> None:
     ("override", "says"),
     [
         ("recipe.lr=abc", "command line: recipe.lr: expected a number, got the string 'abc'"),
-        ("recipe.lr={low: 1, hihg: 2, high: 3}", "command line: recipe.lr.hihg: unknown key; did you mean 'high'?"),
-        ("recipe.lr.low=1", "command line: recipe.lr.low: recipe.lr is 0.5, not a mapping; set the whole of it: recipe.lr=…"),
+        (
+            "recipe.lr={low: 1, hihg: 2, high: 3}",
+            "command line: recipe.lr.hihg: unknown key; did you mean 'high'?",
+        ),
+        (
+            "recipe.lr.low=1",
+            "command line: recipe.lr.low: recipe.lr is 0.5, not a mapping; set the whole of it: recipe.lr=…",
+        ),
         ("search.x.y=1", "command line: search.x: unknown key"),
-        ("recipe.momentun=0.9", "command line: recipe.momentun: unknown key; did you mean 'momentum'?"),
+        (
+            "recipe.momentun=0.9",
+            "command line: recipe.momentun: unknown key; did you mean 'momentum'?",
+        ),
         ("recipe.lr", "command line: 'recipe.lr': expected key=value, such as recipe.lr=0.01"),
         ("=1", "command line: '=1': expected key=value, such as recipe.lr=0.01"),
         ("recipe.lr=[1", "command line: recipe.lr: not valid YAML: "),
-        ("recipe.lr=1\nseed: 3", "command line: recipe.lr: expected one value; a mapping goes as {key: value, …}"),
-        ("recipe.lr={low: 1, low: 2, high: 3}", "command line: recipe.lr: low: duplicate key, first written in line 1; keep one"),
-        ("model.name=resnet81", "command line: model.name: 'resnet81' is not known; did you mean 'resnet18'?"),
+        (
+            "recipe.lr=1\nseed: 3",
+            "command line: recipe.lr: expected one value; a mapping goes as {key: value, …}",
+        ),
+        (
+            "recipe.lr={low: 1, low: 2, high: 3}",
+            "command line: recipe.lr: low: duplicate key, first written in line 1; keep one",
+        ),
+        (
+            "model.name=resnet81",
+            "command line: model.name: 'resnet81' is not known; did you mean 'resnet18'?",
+        ),
     ],
 )
 def test_an_override_is_checked_like_the_file(override: str, says: str) -> None:
@@ -204,17 +251,24 @@ def test_a_key_is_sampled_only_under_its_condition() -> None:
     adamw = FixedTrial({"optimizer": "adamw", "momentum": 0.8, "nesterov": True})
     assert found.sample(sgd).recipe.nesterov is True
     assert list(sgd.distributions) == ["optimizer", "momentum", "nesterov"]
-    assert found.sample(adamw).recipe.model_dump(include={"momentum", "nesterov"}) == {"momentum": 0.9, "nesterov": False}
+    assert found.sample(adamw).recipe.model_dump(include={"momentum", "nesterov"}) == {
+        "momentum": 0.9,
+        "nesterov": False,
+    }
     assert list(adamw.distributions) == ["optimizer"]
 
 
 def test_a_key_is_sampled_after_those_it_depends_on() -> None:
-    found = space("recipe: {optimizer: {choices: [sgd, adamw], when: {epochs: [1, 2]}}, epochs: {low: 1, high: 3}}")
+    found = space(
+        "recipe: {optimizer: {choices: [sgd, adamw], when: {epochs: [1, 2]}}, epochs: {low: 1, high: 3}}"
+    )
     assert [d.name for d in found.dimensions] == ["epochs", "optimizer"]
 
 
 def test_a_condition_reaches_into_another_section_and_onto_fixed_keys() -> None:
-    found = space("recipe: {lr: {low: 0.1, high: 1, when: {model.name: resnet18_slim, optimizer: sgd}}}")
+    found = space(
+        "recipe: {lr: {low: 0.1, high: 1, when: {model.name: resnet18_slim, optimizer: sgd}}}"
+    )
     assert found.default() == {"lr": 0.1}
     assert parsing.parse(document.parse(dump(found.tree()), "space.yaml")) == found
 
@@ -236,7 +290,9 @@ def test_a_condition_reaches_into_another_section_and_onto_fixed_keys() -> None:
 )  # fmt: skip
 def test_a_condition_that_is_never_met_is_refused(recipe: str, says: str) -> None:
     others = "epochs: {low: 2, high: 8}, warmup: {low: 0.0, high: 0.2}, schedule: [cosine]"
-    assert problems(f"recipe: {{lr: {{low: 0.1, high: 1, {recipe}}}, {others}}}") == [f"space.yaml:4: recipe.lr.{says}"]
+    assert problems(f"recipe: {{lr: {{low: 0.1, high: 1, {recipe}}}, {others}}}") == [
+        f"space.yaml:4: recipe.lr.{says}"
+    ]
 
 
 def test_a_circle_of_conditions_is_named_without_those_that_only_hang_on_it() -> None:
@@ -251,11 +307,21 @@ def test_a_circle_of_conditions_is_named_without_those_that_only_hang_on_it() ->
 
 def test_the_default_is_the_default_recipe_brought_into_the_space() -> None:
     text = "recipe: {lr: {low: 0.01, high: 0.1, log: true}, momentum: {low: 0.1, high: 0.95, step: 0.25}, epochs: {low: 2, high: 8}, batch_size: [16, 64], optimizer: [adamw, sgd], patience: {low: 3, high: 9}}"
-    assert space(text).default() == {"optimizer": "sgd", "lr": 0.01, "momentum": 0.85, "epochs": 8, "batch_size": 16, "patience": 3}
+    assert space(text).default() == {
+        "optimizer": "sgd",
+        "lr": 0.01,
+        "momentum": 0.85,
+        "epochs": 8,
+        "batch_size": 16,
+        "patience": 3,
+    }
 
 
 def test_optuna_takes_the_default_and_every_point_of_the_grid_as_members() -> None:
-    found = space(CONDITIONS.replace("0.99,", "0.99, step: 0.05,").replace("0.9,", "0.85,") + "  epochs: {low: 1, high: 8, step: 3}\n")
+    found = space(
+        CONDITIONS.replace("0.99,", "0.99, step: 0.05,").replace("0.9,", "0.85,")
+        + "  epochs: {low: 1, high: 8, step: 3}\n"
+    )
     for point in (found.default(), *found.grid()):
         trial = FixedTrial(point)
         found.sample(trial)  # a value that Optuna thinks outside of the range warns, which fails
@@ -263,9 +329,7 @@ def test_optuna_takes_the_default_and_every_point_of_the_grid_as_members() -> No
 
 
 def test_a_grid_holds_each_effective_combination_once() -> None:
-    text = (
-        "recipe: {optimizer: [sgd, adamw], momentum: {low: 0.7, high: 0.9, step: 0.1, when: {optimizer: sgd}}, epochs: {low: 1, high: 2}}"
-    )
+    text = "recipe: {optimizer: [sgd, adamw], momentum: {low: 0.7, high: 0.9, step: 0.1, when: {optimizer: sgd}}, epochs: {low: 1, high: 2}}"
     assert space(text).grid() == [
         {"optimizer": o, **momentum, "epochs": e}
         for o, ms in (("sgd", (0.7, 0.8, 0.9)), ("adamw", (None,)))
@@ -277,18 +341,28 @@ def test_a_grid_holds_each_effective_combination_once() -> None:
 
 def test_steps_are_counted_in_decimals() -> None:
     assert Range(0.1, 0.7, step=0.1).members() == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-    assert Range(0.0, 1.0, step=0.3).members() == (0.0, 0.3, 0.6, 0.9) and Range(0.0, 1.0, step=0.3).last == 0.9
+    assert (
+        Range(0.0, 1.0, step=0.3).members() == (0.0, 0.3, 0.6, 0.9)
+        and Range(0.0, 1.0, step=0.3).last == 0.9
+    )
     assert Range(1, 10, step=4, integer=True).members() == (1, 5, 9)
     assert Range(0.0, 1.0).members() is None
     assert Range(0, 10**12, integer=True).members() is None  # as good as a continuum
 
 
-@pytest.mark.parametrize("recipe", ["lr: {low: 0.1, high: 1}", "lr: {low: 0.1, high: 1, log: true}", "lr: {low: 0, high: 1, step: 1e-9}"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "lr: {low: 0.1, high: 1}",
+        "lr: {low: 0.1, high: 1, log: true}",
+        "lr: {low: 0, high: 1, step: 1e-9}",
+    ],
+)
 def test_a_grid_needs_steps(recipe: str) -> None:
     says = "sampler grid tries every value, and these are endless or too many; add a step, list choices, or use sampler tpe or random"
-    assert problems(f"recipe:\n  {recipe.replace('low: 0,', 'low: 1e-9,')}\nsearch: {{sampler: grid}}") == [
-        f"space.yaml:5: recipe.lr: {says}"
-    ]
+    assert problems(
+        f"recipe:\n  {recipe.replace('low: 0,', 'low: 1e-9,')}\nsearch: {{sampler: grid}}"
+    ) == [f"space.yaml:5: recipe.lr: {says}"]
 
 
 def test_a_grid_must_be_held() -> None:
@@ -318,7 +392,22 @@ def test_the_seed_of_the_file_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["1e-3", "true", "null", "yes", "010", "", "a: b", "#x", "'", "é\N{SNOWMAN}", "two\nlines", "x " * 200, "~"]
+    "name",
+    [
+        "1e-3",
+        "true",
+        "null",
+        "yes",
+        "010",
+        "",
+        "a: b",
+        "#x",
+        "'",
+        "é\N{SNOWMAN}",
+        "two\nlines",
+        "x " * 200,
+        "~",
+    ],
 )
 def test_what_is_dumped_is_read_back(name: str) -> None:
     tree = {"a": {name: [name, 1e-7, 1e22, True, None, (0.1, 0.2)[0]]}, "b": [name] * 2}
@@ -330,7 +419,11 @@ def test_dumping_writes_no_aliases() -> None:
     assert document.parse(dump({"a": twice, "b": twice}), "f").tree == {"a": [1, 2], "b": [1, 2]}
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml")),
+    ids=lambda p: p.name,
+)
 def test_shipped_spaces_resolve_to_themselves(path: Path) -> None:
     found = parsing.load(path)
     assert parsing.parse(document.parse(dump(found.tree()), str(path))) == found
@@ -339,5 +432,11 @@ def test_shipped_spaces_resolve_to_themselves(path: Path) -> None:
 def test_parsing_imports_neither_torch_nor_optuna() -> None:
     code = "import sys; from pathlib import Path; from tuner import parsing, schema; parsing.load(Path(sys.argv[1])); schema.schema(); sys.exit(str({'torch', 'optuna', 'numpy'} & set(sys.modules) or ''))"
     file = Path(__file__).parent.parent / "search_spaces" / "resnet.yaml"
-    ended = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False, env=dict(os.environ))
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ),
+    )
     assert ended.stderr.strip() == ""

@@ -36,11 +36,19 @@ def test_every_class_is_divided_in_proportion() -> None:
     st.floats(0.01, 0.49),
     st.integers(0, 1000),
 )
-def test_each_item_is_in_one_part_and_each_class_in_all(sizes: list[int], valid: float, test: float, seed: int) -> None:
+def test_each_item_is_in_one_part_and_each_class_in_all(
+    sizes: list[int], valid: float, test: float, seed: int
+) -> None:
     found = split(items(sizes), ImageOptions(valid=valid, test=test, seed=seed))
-    assert set(found.part.tolist()) == {TRAIN, VALID, TEST}  # one label an item: disjoint, and nothing is left over
+    assert set(found.part.tolist()) == {
+        TRAIN,
+        VALID,
+        TEST,
+    }  # one label an item: disjoint, and nothing is left over
     assert all(min(counts(found, part)) >= 1 for part in (TRAIN, VALID, TEST))
-    assert np.array_equal(found.part, split(items(sizes), ImageOptions(valid=valid, test=test, seed=seed)).part)
+    assert np.array_equal(
+        found.part, split(items(sizes), ImageOptions(valid=valid, test=test, seed=seed)).part
+    )
 
 
 def test_another_seed_splits_otherwise() -> None:
@@ -53,7 +61,9 @@ def test_parts_that_are_given_stay() -> None:
     given_ = items([10, 10])
     part = given_.part.copy()
     part[::2] = TEST
-    found = split(Items(given_.pictures, given_.labels, given_.strata, part), ImageOptions(valid=0.2))
+    found = split(
+        Items(given_.pictures, given_.labels, given_.strata, part), ImageOptions(valid=0.2)
+    )
     assert np.flatnonzero(found.part == TEST).tolist() == list(range(0, 20, 2))
     assert counts(found, VALID) == [1, 1]
 
@@ -77,13 +87,21 @@ def test_limit_leaves_no_class_out() -> None:
     [
         ([5], {}, "data: classification needs at least 2 classes, found 1 ('c0')"),
         ([], {}, "data: classification needs at least 2 classes, found none"),
-        ([5, 0, 0], {}, "data: classes with 0 examples: 'c1', 'c2'; add some or remove the classes"),
+        (
+            [5, 0, 0],
+            {},
+            "data: classes with 0 examples: 'c1', 'c2'; add some or remove the classes",
+        ),
         (
             [5, 1, 2],
             {},
             "data: each class needs at least 3 examples to be split, but 'c1' has 1, 'c2' has 2; add some or give the parts themselves",
         ),
-        ([5] * 12, {"limit": 10}, "data.limit: 10, but there are 12 classes; allow one example of each at least"),
+        (
+            [5] * 12,
+            {"limit": 10},
+            "data.limit: 10, but there are 12 classes; allow one example of each at least",
+        ),
     ],
 )
 def test_too_few_classes_or_images(sizes: list[int], options: dict[str, int], message: str) -> None:
@@ -105,7 +123,9 @@ def test_each_item_validates_in_exactly_one_fold_and_each_class_in_all() -> None
     whole = items([50, 25])
     found = [divided(whole, ImageOptions(test=0.2, folds=5, fold=fold)) for fold in range(5)]
     assert all(np.array_equal(f.part == TEST, found[0].part == TEST) for f in found)
-    assert [sum(int(f.part[i] == VALID) for f in found) for i in np.flatnonzero(found[0].part != TEST)] == [1] * 60
+    assert [
+        sum(int(f.part[i] == VALID) for f in found) for i in np.flatnonzero(found[0].part != TEST)
+    ] == [1] * 60
     assert all(counts(f, VALID) == [8, 4] and counts(f, TRAIN) == [32, 16] for f in found)
 
 
@@ -113,7 +133,10 @@ def test_each_item_validates_in_exactly_one_fold_and_each_class_in_all() -> None
     ("options", "message"),
     [
         ({"folds": 5, "fold": 5}, "data.fold: 5, but there are 5 folds, 0 to 4"),
-        ({"folds": 20}, "data.folds: 20, but there are 14 examples to train and validate with; lower it"),
+        (
+            {"folds": 20},
+            "data.folds: 20, but there are 14 examples to train and validate with; lower it",
+        ),
     ],
 )
 def test_impossible_folds_are_refused(options: dict[str, int], message: str) -> None:

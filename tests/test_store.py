@@ -41,13 +41,17 @@ def files(tmp_path: Path) -> Callable[[str, int], list[Path]]:
         (tmp_path / folder).mkdir()
         paths = [tmp_path / folder / f"{i}.png" for i in range(n)]
         for i, path in enumerate(paths):
-            Image.new("RGB", (8, 8), (i, 0, 0)).save(path, "BMP")  # its size does not depend on the content
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(
+                path, "BMP"
+            )  # its size does not depend on the content
         return paths
 
     return write
 
 
-def test_the_second_time_nothing_is_decoded(tmp_path: Path, files: Callable[[str, int], list[Path]], decoded: list[Picture]) -> None:
+def test_the_second_time_nothing_is_decoded(
+    tmp_path: Path, files: Callable[[str, int], list[Path]], decoded: list[Picture]
+) -> None:
     pictures = files("a", 5)
     first = store(tmp_path, pictures, SMALL, "error")
     second = store(tmp_path, pictures, SMALL, "error")
@@ -69,15 +73,21 @@ def test_a_changed_file_and_another_size_are_decoded_anew(
     assert len(decoded) == 6
 
 
-def test_equal_pixels_have_an_equal_digest_wherever_they_lie(tmp_path: Path, files: Callable[[str, int], list[Path]]) -> None:
+def test_equal_pixels_have_an_equal_digest_wherever_they_lie(
+    tmp_path: Path, files: Callable[[str, int], list[Path]]
+) -> None:
     here, there = files("here", 3), files("there", 3)
     arrays = [np.asarray(Image.open(path)) for path in here]
-    digests = {store(tmp_path, pictures, SMALL, "error").digest for pictures in (here, there, arrays)}
+    digests = {
+        store(tmp_path, pictures, SMALL, "error").digest for pictures in (here, there, arrays)
+    }
     assert len(digests) == 1
     assert store(tmp_path, here[::-1], SMALL, "error").digest not in digests
 
 
-def test_bad_images_are_counted_and_the_first_ten_named(tmp_path: Path, files: Callable[[str, int], list[Path]]) -> None:
+def test_bad_images_are_counted_and_the_first_ten_named(
+    tmp_path: Path, files: Callable[[str, int], list[Path]]
+) -> None:
     pictures = files("a", 30)
     for path in pictures[:12]:
         path.write_bytes(b"")
@@ -86,8 +96,13 @@ def test_bad_images_are_counted_and_the_first_ten_named(tmp_path: Path, files: C
     *named, more, total = error.value.problems
     assert [line.split(": ")[0] for line in named] == [str(path) for path in pictures[:10]]
     assert more == "… and 2 more"
-    assert total == "data: 12 of 30 images cannot be read; mend or remove them, or set data.on_bad_image: skip"
-    with pytest.raises(DataError, match=r"12 of 30 images cannot be read; skip leaves out 1 % at most"):
+    assert (
+        total
+        == "data: 12 of 30 images cannot be read; mend or remove them, or set data.on_bad_image: skip"
+    )
+    with pytest.raises(
+        DataError, match=r"12 of 30 images cannot be read; skip leaves out 1 % at most"
+    ):
         store(tmp_path, pictures, SMALL, "skip")
     assert [p.name for p in (tmp_path / "images").iterdir() if p.is_dir()] == []
 
@@ -102,10 +117,15 @@ def test_skip_leaves_out_one_percent_and_keeps_the_list(
     assert found.kept.tolist() == [i for i in range(200) if i not in (3, 5)]
     assert len(found.pixels) == 198
     place = next((tmp_path / "images").glob("*/unreadable.txt"))
-    assert found.warnings[0] == f"data: 2 of 200 images cannot be read and are left out; {place} lists them"
+    assert (
+        found.warnings[0]
+        == f"data: 2 of 200 images cannot be read and are left out; {place} lists them"
+    )
     assert place.read_text().splitlines() == list(found.warnings[1:])
     assert store(tmp_path, pictures, SMALL, "skip").warnings == found.warnings
-    with pytest.raises(DataError, match="2 of 200"):  # the same store does not satisfy who wants every image
+    with pytest.raises(
+        DataError, match="2 of 200"
+    ):  # the same store does not satisfy who wants every image
         store(tmp_path, pictures, SMALL, "error")
     assert len(decoded) == 200
 
@@ -138,7 +158,9 @@ def test_a_kill_half_way_leaves_nothing_that_passes_for_whole(
 
 
 @pytest.mark.parametrize("damage", ["cut", "no pixels", "no meta", "empty meta"])
-def test_a_damaged_store_is_built_again(tmp_path: Path, files: Callable[[str, int], list[Path]], damage: str) -> None:
+def test_a_damaged_store_is_built_again(
+    tmp_path: Path, files: Callable[[str, int], list[Path]], damage: str
+) -> None:
     pictures = files("a", 3)
     whole = store(tmp_path, pictures, SMALL, "error").digest
     (pixels,) = (tmp_path / "images").glob("*/pixels.bin")
@@ -151,7 +173,9 @@ def test_a_damaged_store_is_built_again(tmp_path: Path, files: Callable[[str, in
     assert store(tmp_path, pictures, SMALL, "error").digest == whole
 
 
-def test_a_store_unused_for_long_goes_when_another_is_built(tmp_path: Path, files: Callable[[str, int], list[Path]]) -> None:
+def test_a_store_unused_for_long_goes_when_another_is_built(
+    tmp_path: Path, files: Callable[[str, int], list[Path]]
+) -> None:
     pictures = files("a", 3)
     store(tmp_path, pictures[:1], SMALL, "error")
     store(tmp_path, pictures[:2], SMALL, "error")
@@ -162,7 +186,9 @@ def test_a_store_unused_for_long_goes_when_another_is_built(tmp_path: Path, file
     assert not old.exists()
 
 
-def test_a_full_disk_is_named(tmp_path: Path, files: Callable[[str, int], list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named(
+    tmp_path: Path, files: Callable[[str, int], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> Store:
         raise OSError(28, "No space left on device")
 
@@ -191,9 +217,16 @@ print(store(home, sorted((home / "a").iterdir()), Preprocess(8, 8, "bilinear", (
 """
 
 
-def test_two_processes_build_one_store(tmp_path: Path, files: Callable[[str, int], list[Path]]) -> None:
+def test_two_processes_build_one_store(
+    tmp_path: Path, files: Callable[[str, int], list[Path]]
+) -> None:
     files("a", 40)
-    racers = [subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path), me], stdout=subprocess.PIPE, text=True) for me in "ab"]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, str(tmp_path), me], stdout=subprocess.PIPE, text=True
+        )
+        for me in "ab"
+    ]
     digests = [racer.communicate(timeout=60)[0] for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0]
     assert digests[0] == digests[1]

@@ -25,11 +25,23 @@ LINES = "".join(f"{'ham' if i % 2 else 'spam'}\tfine film {i} day\n" for i in ra
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     root = tmp_path_factory.mktemp("bert")
-    return Tokens(str(texts.folder(root, "bert", weights=False)), 16, ("input_ids", "attention_mask", "token_type_ids"))
+    return Tokens(
+        str(texts.folder(root, "bert", weights=False)),
+        16,
+        ("input_ids", "attention_mask", "token_type_ids"),
+    )
 
 
-def load(wanted: Tokens, path: Path, task: str = "text_classification", split: SplitOptions | None = None, **keys: Any) -> Data:
-    return text.load(path.parent / "home", wanted, task, path=str(path), split=split or SplitOptions(), **keys)
+def load(
+    wanted: Tokens,
+    path: Path,
+    task: str = "text_classification",
+    split: SplitOptions | None = None,
+    **keys: Any,
+) -> Data:
+    return text.load(
+        path.parent / "home", wanted, task, path=str(path), split=split or SplitOptions(), **keys
+    )
 
 
 def wrote(tmp_path: Path, content: str | bytes, name: str = "m.csv") -> Path:
@@ -48,9 +60,13 @@ FORMS = {
     "bare.tsv": LINES,
     "m.csv": "label,text\n" + LINES.replace("\t", ","),
     "semicolon.csv": "label;text\n" + LINES.replace("\t", ";"),
-    "m.jsonl": "".join(json.dumps(dict(zip(("label", "text"), line.split("\t"), strict=True))) + "\n" for line in LINES.splitlines()),
+    "m.jsonl": "".join(
+        json.dumps(dict(zip(("label", "text"), line.split("\t"), strict=True))) + "\n"
+        for line in LINES.splitlines()
+    ),
     "windows.csv": "\ufefflabel,text\r\n" + LINES.replace("\t", ",").replace("\n", "\r\n"),
-    "quoted.csv": "label,text\n" + "".join('{},"{}"\n'.format(*line.split("\t")) for line in LINES.splitlines()),
+    "quoted.csv": "label,text\n"
+    + "".join('{},"{}"\n'.format(*line.split("\t")) for line in LINES.splitlines()),
 }
 
 
@@ -58,15 +74,31 @@ FORMS = {
 def test_every_form_gives_the_same_examples(name: str, wanted: Tokens, tmp_path: Path) -> None:
     keys = {"text": "2", "label": "1"} if name == "bare.tsv" else {}
     data = load(wanted, wrote(tmp_path, FORMS[name], name), **keys)
-    assert (data.classes, len(data.train), len(data.valid), len(data.test), len(data.full)) == (("ham", "spam"), 28, 6, 6, 34)
+    assert (data.classes, len(data.train), len(data.valid), len(data.test), len(data.full)) == (
+        ("ham", "spam"),
+        28,
+        6,
+        6,
+        34,
+    )
     x = data.train.take(torch.tensor([0, 1]), 0).x
-    assert isinstance(x, dict) and {leaf.dtype for leaf in x.values()} == {torch.int64} and x["input_ids"].shape == (2, 16)
+    assert (
+        isinstance(x, dict)
+        and {leaf.dtype for leaf in x.values()} == {torch.int64}
+        and x["input_ids"].shape == (2, 16)
+    )
     assert read(data.train, wanted)[0].startswith("fine film") and not data.warnings
-    assert data.train.digest == load(wanted, wrote(tmp_path, FORMS["m.csv"], "other.csv")).train.digest
+    assert (
+        data.train.digest == load(wanted, wrote(tmp_path, FORMS["m.csv"], "other.csv")).train.digest
+    )
 
 
 def test_quotation_marks_in_tab_separated_values_are_characters(tmp_path: Path) -> None:
-    found = rows(wrote(tmp_path, 'label\ttext\nham\t"Oh, he said\nspam\tbuy "now"\n', "q.tsv"), None, ("text", "label"))
+    found = rows(
+        wrote(tmp_path, 'label\ttext\nham\t"Oh, he said\nspam\tbuy "now"\n', "q.tsv"),
+        None,
+        ("text", "label"),
+    )
     assert found.rows == [("ham", '"Oh, he said'), ("spam", 'buy "now"')] and found.lines == [2, 3]
 
 
@@ -84,7 +116,12 @@ def test_a_text_over_several_lines_keeps_its_first_lines_number(tmp_path: Path) 
             {},
             r"m.csv:2: 3 columns, the first row has 2\n.*m.csv:4: 1 columns.*\n.*2 of 3 rows are broken",
         ),
-        ('text,label\nfine,a\n"never closed,b\n', "m.csv", {}, r"m.csv:3: the row that begins here cannot be read.*quotation mark missing"),
+        (
+            'text,label\nfine,a\n"never closed,b\n',
+            "m.csv",
+            {},
+            r"m.csv:3: the row that begins here cannot be read.*quotation mark missing",
+        ),
         (
             f"text,label\n{'x' * 200_000},a\n",
             "m.csv",
@@ -97,7 +134,12 @@ def test_a_text_over_several_lines_keeps_its_first_lines_number(tmp_path: Path) 
         ("", "m.csv", {}, "holds no examples"),
         ("text,label\n", "m.csv", {}, "holds no examples"),
         ("text,text\na,b\n", "m.csv", {}, "m.csv:1: the column 'text' is there twice"),
-        ('{"text": "a", "label": "b"}\nnope\n[1]\n', "m.jsonl", {}, r"m.jsonl:2: not JSON.*\n.*m.jsonl:3: expected an object.*got list"),
+        (
+            '{"text": "a", "label": "b"}\nnope\n[1]\n',
+            "m.jsonl",
+            {},
+            r"m.jsonl:2: not JSON.*\n.*m.jsonl:3: expected an object.*got list",
+        ),
         ('[{"text": "a"}]', "m.json", {}, "is one JSON list; write JSON lines"),
         (
             "text,label\na,b\n",
@@ -105,8 +147,18 @@ def test_a_text_over_several_lines_keeps_its_first_lines_number(tmp_path: Path) 
             {"text": "txet"},
             r"data.text: .* has no column 'txet'; did you mean 'text'\? \(it has 'text', 'label'\)",
         ),
-        ("text,label\na,b\n", "m.csv", {"label": "klass"}, r"data.label: .* has no column 'klass' \(it has"),
-        ("text,label\na,b\n", "m.csv", {"second": "other"}, "data.second: .* has no column 'other'"),
+        (
+            "text,label\na,b\n",
+            "m.csv",
+            {"label": "klass"},
+            r"data.label: .* has no column 'klass' \(it has",
+        ),
+        (
+            "text,label\na,b\n",
+            "m.csv",
+            {"second": "other"},
+            "data.second: .* has no column 'other'",
+        ),
         (
             "one,two,label\na,b,c\n",
             "m.csv",
@@ -119,16 +171,36 @@ def test_a_text_over_several_lines_keeps_its_first_lines_number(tmp_path: Path) 
             {},
             r"data.label: .*several columns may be it: 'class', 'category'; write data: \{label: ",
         ),
-        ("text,label\na,x\n,y\n,x\nb,x\nc,y\n", "m.csv", {}, "2 of 5 texts are empty, at lines 3, 4; fill or remove"),
-        ("text,label\na,x\nb,\n", "m.csv", {}, "1 rows without a label, at line 3; label or remove"),
-        ("text,label\n" + "".join(f"t{i},x\n" for i in range(20)), "m.csv", {}, r"at least 2 classes, found 1 \('x'\)"),
+        (
+            "text,label\na,x\n,y\n,x\nb,x\nc,y\n",
+            "m.csv",
+            {},
+            "2 of 5 texts are empty, at lines 3, 4; fill or remove",
+        ),
+        (
+            "text,label\na,x\nb,\n",
+            "m.csv",
+            {},
+            "1 rows without a label, at line 3; label or remove",
+        ),
+        (
+            "text,label\n" + "".join(f"t{i},x\n" for i in range(20)),
+            "m.csv",
+            {},
+            r"at least 2 classes, found 1 \('x'\)",
+        ),
         (
             "text,label\n" + "".join(f"t{i},{i}\n" for i in range(50)),
             "m.csv",
             {},
             "50 different labels of 50 texts; is it the right column",
         ),
-        ("text,label\na,x\nb,y\nc,x\nd,y\n", "m.csv", {}, "each class needs at least 3 examples to be split"),
+        (
+            "text,label\na,x\nb,y\nc,x\nd,y\n",
+            "m.csv",
+            {},
+            "each class needs at least 3 examples to be split",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(
@@ -142,7 +214,9 @@ def test_places_that_are_not_there(wanted: Tokens, tmp_path: Path) -> None:
     wrote(tmp_path, FORMS["m.csv"], "messages.csv")
     with pytest.raises(DataError, match=r"does not exist .*did you mean 'messages.csv'"):
         load(wanted, tmp_path / "mesages.csv")
-    with pytest.raises(DataError, match=r"has no train file, such as train.csv \(it holds messages.csv\)"):
+    with pytest.raises(
+        DataError, match=r"has no train file, such as train.csv \(it holds messages.csv\)"
+    ):
         load(wanted, tmp_path)
     with pytest.raises(SpaceError, match="these are texts, but the model wants images"):
         text.load(tmp_path, IMAGENET, "text_classification", path="x", split=SplitOptions())
@@ -163,35 +237,59 @@ def test_a_folder_of_parts_is_taken_as_it_is(wanted: Tokens, tmp_path: Path) -> 
         load(wanted, folder)
     (folder / "valid.csv").unlink()
     (folder / "dev.csv").write_text("text,label\nwell,strange\n")
-    with pytest.raises(DataError, match=r"dev.csv:2: the label 'strange' does not occur in train.csv"):
+    with pytest.raises(
+        DataError, match=r"dev.csv:2: the label 'strange' does not occur in train.csv"
+    ):
         load(wanted, folder)
 
 
-def test_an_empty_text_among_many_is_left_out_with_a_warning(wanted: Tokens, tmp_path: Path) -> None:
+def test_an_empty_text_among_many_is_left_out_with_a_warning(
+    wanted: Tokens, tmp_path: Path
+) -> None:
     data = load(wanted, wrote(tmp_path, "label,text\n" + LINES.replace("\t", ",") + "ham, \n"))
     assert len(data.full) + len(data.test) == 40
-    assert data.warnings == (f"data.path: {tmp_path / 'm.csv'}: 1 of 41 texts are empty, at line 42; left out",)
+    assert data.warnings == (
+        f"data.path: {tmp_path / 'm.csv'}: 1 of 41 texts are empty, at line 42; left out",
+    )
 
 
-def test_long_texts_and_duplicates_between_parts_are_counted(wanted: Tokens, tmp_path: Path) -> None:
+def test_long_texts_and_duplicates_between_parts_are_counted(
+    wanted: Tokens, tmp_path: Path
+) -> None:
     long = "ham," + "word " * 60
     again = "spam,the very same\n" * 10
     data = load(wanted, wrote(tmp_path, f"label,text\n{LINES.replace(chr(9), ',')}{long}\n{again}"))
     shared = [w for w in data.warnings if "are also training texts" in w]
     assert len(shared) == 2 and "validation texts" in shared[0] and "test texts" in shared[1]
-    assert f"data: 1 of 51 texts ({1 / 51:.1%}) are longer than 16 tokens and are cut; raise model.length to keep more" in data.warnings
+    assert (
+        f"data: 1 of 51 texts ({1 / 51:.1%}) are longer than 16 tokens and are cut; raise model.length to keep more"
+        in data.warnings
+    )
 
 
 def test_classes_that_are_numbers_are_ordered_by_value(wanted: Tokens, tmp_path: Path) -> None:
-    data = load(wanted, wrote(tmp_path, "".join(json.dumps({"text": f"t{i}", "label": i % 11}) + "\n" for i in range(66)), "m.jsonl"))
+    data = load(
+        wanted,
+        wrote(
+            tmp_path,
+            "".join(json.dumps({"text": f"t{i}", "label": i % 11}) + "\n" for i in range(66)),
+            "m.jsonl",
+        ),
+    )
     assert data.classes == tuple(map(str, range(11)))
 
 
 def test_pairs_of_texts_have_segments_of_their_own(wanted: Tokens, tmp_path: Path) -> None:
-    content = "text,other,label\n" + "".join(f"fine {i},cold film,{'yes' if i % 2 else 'no'}\n" for i in range(20))
+    content = "text,other,label\n" + "".join(
+        f"fine {i},cold film,{'yes' if i % 2 else 'no'}\n" for i in range(20)
+    )
     data = load(wanted, wrote(tmp_path, content), second="other")
     x = data.train.take(torch.tensor([0]), 0).x
-    assert isinstance(x, dict) and x["token_type_ids"].sum() > 0 and "cold film" in read(data.train, wanted)[0]
+    assert (
+        isinstance(x, dict)
+        and x["token_type_ids"].sum() > 0
+        and "cold film" in read(data.train, wanted)[0]
+    )
 
 
 def test_folds_and_limits_keep_the_classes_in_proportion(wanted: Tokens, tmp_path: Path) -> None:
@@ -208,7 +306,11 @@ def test_folds_and_limits_keep_the_classes_in_proportion(wanted: Tokens, tmp_pat
 
 def test_texts_to_be_continued_need_no_labels_and_end(tmp_path: Path) -> None:
     wanted = Tokens(str(texts.folder(tmp_path / "models", "gpt2", weights=False)), 16)
-    data = load(wanted, wrote(tmp_path, "".join(f"fine {i}\n" for i in range(20)) + "\n", "lines.txt"), "text_generation")
+    data = load(
+        wanted,
+        wrote(tmp_path, "".join(f"fine {i}\n" for i in range(20)) + "\n", "lines.txt"),
+        "text_generation",
+    )
     assert data.classes == () and len(data.full) + len(data.test) == 20
     x, y = data.train.take(torch.tensor([0]), 0)
     assert isinstance(x, dict) and isinstance(y, torch.Tensor)
@@ -216,23 +318,34 @@ def test_texts_to_be_continued_need_no_labels_and_end(tmp_path: Path) -> None:
     assert ids[-1] == 3 and ids.count(3) == 1 and y.tolist() == [len(ids)]  # <|endoftext|>
 
 
-def test_texts_are_encoded_once_and_by_content(wanted: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_encoded_once_and_by_content(
+    wanted: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = load(wanted, wrote(tmp_path, FORMS["m.csv"]))
     monkeypatch.setattr("tuner.tokens._encoded", lambda *_: pytest.fail("encoded again"))
     again = load(wanted, wrote(tmp_path, FORMS["m.tsv"], "elsewhere.tsv"))
-    assert again.digest == first.digest and len(list((tmp_path / "home" / "tokens").glob("[0-9a-f]*[0-9a-f]"))) == 1
+    assert (
+        again.digest == first.digest
+        and len(list((tmp_path / "home" / "tokens").glob("[0-9a-f]*[0-9a-f]"))) == 1
+    )
     monkeypatch.undo()
     row = torch.tensor([3])
     before = first.train.take(row, 0).x
     (shard,) = (tmp_path / "home" / "tokens").glob("*/0.bin")
     shard.write_bytes(b"cut short")
     after = load(wanted, tmp_path / "m.csv").train.take(row, 0).x  # made anew
-    assert isinstance(before, dict) and isinstance(after, dict) and torch.equal(after["input_ids"], before["input_ids"])
+    assert (
+        isinstance(before, dict)
+        and isinstance(after, dict)
+        and torch.equal(after["input_ids"], before["input_ids"])
+    )
     other = Tokens(wanted.folder, 12, wanted.leaves)
     assert load(other, tmp_path / "m.csv").digest != first.digest
 
 
-def test_the_command_line_tells_it_without_a_traceback(wanted: Tokens, tuner: Callable[..., Said]) -> None:
+def test_the_command_line_tells_it_without_a_traceback(
+    wanted: Tokens, tuner: Callable[..., Said]
+) -> None:
     Path("m.csv").write_bytes(b"text,label\nfine,a\ncaf\xe9,b\n")
     Path("x.yaml").write_text(
         f"task: text_classification\ndata: {{name: text, path: m.csv}}\nmodel: {{name: bert, folder: {wanted.folder}, weights: none, length: 16}}\n"
@@ -242,4 +355,7 @@ def test_the_command_line_tells_it_without_a_traceback(wanted: Tokens, tuner: Ca
     assert said.code == 3 and "m.csv:3: not UTF-8" in said.err and "Traceback" not in said.err
     assert "text_classification is for" not in said.err and not Path("studies").exists()
     wrong = tuner("check", "x.yaml", "data=digits")
-    assert wrong.code == 2 and "digits is for classification, not for text_classification (allowed: text)" in wrong.err
+    assert (
+        wrong.code == 2
+        and "digits is for classification, not for text_classification (allowed: text)" in wrong.err
+    )

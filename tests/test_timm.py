@@ -29,20 +29,28 @@ def hub(tmp_path: Path) -> Path:
     return tmp_path / "hub"
 
 
-def test_default_weights_are_fetched_once_and_all_but_the_head_is_taken(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_weights_are_fetched_once_and_all_but_the_head_is_taken(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(hub) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         staged = ours.build(tmp_path / "home", NAME, "classification", 3)
     torch.manual_seed(5)
     given = timm.create_model("mobilenetv3_small_050", pretrained=False).state_dict()
     found = staged.model.state_dict()
-    assert all(torch.equal(found[k], v) for k, v in given.items() if not k.startswith("classifier."))
-    assert found["classifier.weight"].shape[0] == 3 and staged.notes == ("classifier: new, the weights have none for these classes",)
+    assert all(
+        torch.equal(found[k], v) for k, v in given.items() if not k.startswith("classifier.")
+    )
+    assert found["classifier.weight"].shape[0] == 3 and staged.notes == (
+        "classifier: new, the weights have none for these classes",
+    )
     again = ours.build(tmp_path / "home", NAME, "classification", 3)  # the server is gone
     assert torch.equal(again.model.state_dict()["conv_stem.weight"], given["conv_stem.weight"])
 
 
-def test_without_a_network_the_address_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_address_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(tmp_path) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
     with pytest.raises(DataError) as error:
@@ -51,7 +59,9 @@ def test_without_a_network_the_address_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_a_study_of_it_ends_in_exports_that_predict(tuner: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_study_of_it_ends_in_exports_that_predict(
+    tuner: Callable[..., Said], tmp_path: Path
+) -> None:
     Path("mobile.yaml").write_text(
         f"task: classification\ndata: {{name: synthetic, size: 32, examples: 40}}\nmodel: {{name: {NAME}, weights: none}}\n"
         "recipe: {lr: {low: 1e-3, high: 1e-1, log: true}, freeze_depth: {low: 0, high: 7}, epochs: 1}\n"
@@ -69,12 +79,19 @@ def test_a_study_of_it_ends_in_exports_that_predict(tuner: Callable[..., Said], 
 
 
 @pytest.mark.slow
-def test_real_weights_on_real_photographs(shared: Path, tuner: Callable[..., Said], tmp_path: Path) -> None:
+def test_real_weights_on_real_photographs(
+    shared: Path, tuner: Callable[..., Said], tmp_path: Path
+) -> None:
     with tarfile.open(shared / "cifar10.tar.gz") as archive:
         seen: dict[str, int] = {}
         for member in archive:
             parts = Path(member.name).parts
-            if member.isfile() and len(parts) == 4 and parts[1] == "train" and seen.setdefault(parts[2], 0) < 60:
+            if (
+                member.isfile()
+                and len(parts) == 4
+                and parts[1] == "train"
+                and seen.setdefault(parts[2], 0) < 60
+            ):
                 seen[parts[2]] += 1
                 target = tmp_path / "photos" / parts[2] / parts[3]
                 target.parent.mkdir(parents=True, exist_ok=True)

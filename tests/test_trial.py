@@ -20,7 +20,9 @@ from tuner.trial import Best, Diverged, batches, fit, predictions, prepare
 
 def run(**recipe: Any) -> Run:
     space = parsing.parse(document.parse(SMALL, "small.yaml"))
-    chosen = {("recipe", "epochs"): 2, ("recipe", "lr"): 0.01} | {("recipe", k): v for k, v in recipe.items()}
+    chosen = {("recipe", "epochs"): 2, ("recipe", "lr"): 0.01} | {
+        ("recipe", k): v for k, v in recipe.items()
+    }
     return space.run(chosen, seed=3)
 
 
@@ -43,12 +45,16 @@ def test_equal_seeds_give_equal_epochs_and_other_seeds_others(here: Place) -> No
     assert first == again != other
 
 
-def test_the_weights_kept_are_the_best_epochs_and_not_the_last(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_kept_are_the_best_epochs_and_not_the_last(
+    here: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     r = run(epochs=3, lr=0.02)
     bench = prepare(r, here, "accuracy")
     true_score = bench.task.score
     scripted: Iterator[float] = iter([0.3, 0.9, 0.5])
-    monkeypatch.setattr(bench.task, "score", lambda pairs: true_score(pairs) | {"accuracy": next(scripted)})
+    monkeypatch.setattr(
+        bench.task, "score", lambda pairs: true_score(pairs) | {"accuracy": next(scripted)}
+    )
     best = Best()
     seen = []
     for _ in fit(bench, r.recipe, r.seed, best):
@@ -61,7 +67,9 @@ def test_the_weights_kept_are_the_best_epochs_and_not_the_last(here: Place, monk
     assert torch.allclose(torch.cat(again), torch.cat([p for p, _ in best.pairs]))
 
 
-def test_patience_stops_after_so_many_epochs_without_a_better_score(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_stops_after_so_many_epochs_without_a_better_score(
+    here: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     r = run(epochs=9, patience=2)
     bench = prepare(r, here, "accuracy")
     scripted = iter([0.5, 0.6, 0.6, 0.4, 0.9])
@@ -92,8 +100,13 @@ def test_a_freeze_depth_beyond_the_model_is_named(here: Place) -> None:
         prepare(run(freeze_depth=6), here, "accuracy")
 
 
-@pytest.mark.parametrize(("length", "size", "counts"), [(10, 4, [4, 4, 2]), (9, 4, [4, 5]), (3, 8, [3]), (1, 8, [1]), (8, 4, [4, 4])])
-def test_batches_cover_every_example_once_and_none_has_one_alone(length: int, size: int, counts: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("length", "size", "counts"),
+    [(10, 4, [4, 4, 2]), (9, 4, [4, 5]), (3, 8, [3]), (1, 8, [1]), (8, 4, [4, 4])],
+)
+def test_batches_cover_every_example_once_and_none_has_one_alone(
+    length: int, size: int, counts: list[int]
+) -> None:
     chunks = batches(length, size, seed=0, epoch=1)
     assert [len(c) for c in chunks] == counts
     assert sorted(torch.cat(chunks).tolist()) == list(range(length))
@@ -130,7 +143,12 @@ def test_the_schedule(recipe: Recipe, step: int, expected: float) -> None:
 def test_optimizers_get_what_the_recipe_says() -> None:
     weight = [torch.nn.Parameter(torch.zeros(1))]
     sgd = optimizer(weight, Recipe(lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01)).defaults
-    assert (sgd["lr"], sgd["momentum"], sgd["nesterov"], sgd["weight_decay"]) == (0.1, 0.8, True, 0.01)
+    assert (sgd["lr"], sgd["momentum"], sgd["nesterov"], sgd["weight_decay"]) == (
+        0.1,
+        0.8,
+        True,
+        0.01,
+    )
     adamw = optimizer(weight, Recipe(optimizer="adamw", momentum=0.8)).defaults
     assert adamw["betas"] == (0.8, 0.999)
 
@@ -143,12 +161,17 @@ def test_label_smoothing_reaches_the_loss(here: Place) -> None:
 def test_a_gpu_that_is_not_there_is_named(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(StorageError, match=r"engine.device: cuda:1, but torch .* sees no GPU here; use auto or cpu"):
+    with pytest.raises(
+        StorageError, match=r"engine.device: cuda:1, but torch .* sees no GPU here; use auto or cpu"
+    ):
         place(Engine(device="cuda:1"), tmp_path)
 
 
 @pytest.mark.gpu
 def test_training_on_a_gpu_matches_the_cpu(tmp_path: Path) -> None:
     r = run(epochs=1)
-    cpu, gpu = (epochs(r, place(Engine(device=d, precision="float32"), tmp_path))[0][0] for d in ("cpu", "cuda"))
+    cpu, gpu = (
+        epochs(r, place(Engine(device=d, precision="float32"), tmp_path))[0][0]
+        for d in ("cpu", "cuda")
+    )
     assert gpu.loss == pytest.approx(cpu.loss, rel=1e-2)

@@ -19,11 +19,21 @@ from tuner.errors import DataError, SpaceError
 from tuner.files import sha256
 from tuner.models import resnet
 from tuner.wanted import Preprocess
-from tuner.weights import State, adopt, fetch, is_path, read, torchvision_model, torchvision_preprocess
+from tuner.weights import (
+    State,
+    adopt,
+    fetch,
+    is_path,
+    read,
+    torchvision_model,
+    torchvision_preprocess,
+)
 
 
 def net(classes: int = 3) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(body=nn.Linear(5, 4), norm=nn.BatchNorm1d(4), fc=nn.Linear(4, classes)))
+    return nn.Sequential(
+        OrderedDict(body=nn.Linear(5, 4), norm=nn.BatchNorm1d(4), fc=nn.Linear(4, classes))
+    )
 
 
 def state(classes: int = 3) -> State:
@@ -45,7 +55,9 @@ def test_weights_are_taken_name_by_name() -> None:
     assert notes == ()
 
 
-@pytest.mark.parametrize("found", [state(2), {k: v for k, v in state().items() if not k.startswith("fc.")}])
+@pytest.mark.parametrize(
+    "found", [state(2), {k: v for k, v in state().items() if not k.startswith("fc.")}]
+)
 def test_another_head_is_new_and_said_so(found: State) -> None:
     model, notes = adopted(found)
     assert torch.equal(model.state_dict()["body.weight"], state()["body.weight"])
@@ -60,21 +72,30 @@ def test_half_precision_becomes_float32() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"body.weight": torch.zeros(2, 4)}, "weights: w.pth: body.weight has shape (2,4), model wants (4,5)"),
+        (
+            {"body.weight": torch.zeros(2, 4)},
+            "weights: w.pth: body.weight has shape (2,4), model wants (4,5)",
+        ),
         ({"body.bias": None}, "weights: w.pth: body.bias is missing"),
         ({"neck.weight": torch.zeros(1)}, "weights: w.pth: neck.weight is not part of the model"),
         (
             {"norm.running_var": torch.tensor([1.0, 2.0, float("nan"), 4.0])},
             "weights: w.pth: norm.running_var holds NaN or infinite values",
         ),
-        ({"fc.bias": torch.full((3,), float("inf"))}, "weights: w.pth: fc.bias holds NaN or infinite values"),
+        (
+            {"fc.bias": torch.full((3,), float("inf"))},
+            "weights: w.pth: fc.bias holds NaN or infinite values",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], problem: str) -> None:
     found = {k: v for k, v in (state() | change).items() if v is not None}
     with pytest.raises(DataError) as error:
         adopted(found)
-    assert error.value.problems == (problem, "weights: w.pth: these are another model's weights, or damaged")
+    assert error.value.problems == (
+        problem,
+        "weights: w.pth: these are another model's weights, or damaged",
+    )
 
 
 def test_another_architecture_lists_the_first_ten_and_the_count() -> None:
@@ -97,7 +118,9 @@ def written(tmp_path: Path) -> Callable[[str], Path]:
         if name.endswith(".safetensors"):
             save_file(state(), path)
         elif name == "wrapped.pth":
-            torch.save({"state_dict": {f"module.{k}": v for k, v in state().items()}, "epoch": 3}, path)
+            torch.save(
+                {"state_dict": {f"module.{k}": v for k, v in state().items()}, "epoch": 3}, path
+            )
         else:
             torch.save(state(), path, _use_new_zipfile_serialization=name != "old.pth")
         return path
@@ -141,7 +164,8 @@ def test_a_malicious_pickle_is_refused_and_nothing_runs(tmp_path: Path, how: str
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "torch")
     with pytest.raises(
-        DataError, match=r"evil.pth refused: it is damaged or would run code when loaded .*; save the state dict as safetensors"
+        DataError,
+        match=r"evil.pth refused: it is damaged or would run code when loaded .*; save the state dict as safetensors",
     ):
         read(path)
     assert not proof.exists()
@@ -150,15 +174,25 @@ def test_a_malicious_pickle_is_refused_and_nothing_runs(tmp_path: Path, how: str
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("page.pth", b"<!DOCTYPE html><html>404</html>", "it is an HTML page, so the download link led to a web page"),
-        ("page.safetensors", b"\n<html>404</html>", "it is an HTML page, so the download link led to a web page"),
+        (
+            "page.pth",
+            b"<!DOCTYPE html><html>404</html>",
+            "it is an HTML page, so the download link led to a web page",
+        ),
+        (
+            "page.safetensors",
+            b"\n<html>404</html>",
+            "it is an HTML page, so the download link led to a web page",
+        ),
         ("empty.pth", b"", "it is empty"),
         ("empty.safetensors", b"", "it is empty"),
         ("list.pth", [torch.zeros(2)], "holds no state dict (a mapping of names to tensors)"),
         ("none.pth", {}, "holds no state dict (a mapping of names to tensors)"),
     ],
 )
-def test_what_is_no_state_dict_is_called_what_it_is(tmp_path: Path, name: str, content: Any, message: str) -> None:
+def test_what_is_no_state_dict_is_called_what_it_is(
+    tmp_path: Path, name: str, content: Any, message: str
+) -> None:
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     else:
@@ -199,12 +233,16 @@ def linked(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", url)
 
 
-def test_named_weights_are_downloaded_once_pinned_and_checked(tmp_path: Path, web: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_weights_are_downloaded_once_pinned_and_checked(
+    tmp_path: Path, web: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (file,) = web.iterdir()
     with serving(web) as address:
         linked(monkeypatch, f"{address}/{file.name}")
         model, notes = torchvision_model(tmp_path, "resnet18", 7, "default", head="fc")
-    assert torch.equal(model.state_dict()["layer4.1.conv2.weight"], torch.load(file)["layer4.1.conv2.weight"])
+    assert torch.equal(
+        model.state_dict()["layer4.1.conv2.weight"], torch.load(file)["layer4.1.conv2.weight"]
+    )
     assert model.state_dict()["fc.weight"].shape == (7, 512)
     assert notes == ("fc: new, the weights have none for these classes",)
     assert json.loads((tmp_path / "weights" / "pins.json").read_text()) == {file.name: sha256(file)}
@@ -216,19 +254,29 @@ def test_named_weights_are_downloaded_once_pinned_and_checked(tmp_path: Path, we
         byte = damaged.read(1)[0]
         damaged.seek(20_000_000)
         damaged.write(bytes([byte ^ 1]))
-    with pytest.raises(DataError, match=rf"{kept} has SHA-256 [0-9a-f]{{64}}, expected {sha256(file)}; delete the file so that"):
+    with pytest.raises(
+        DataError,
+        match=rf"{kept} has SHA-256 [0-9a-f]{{64}}, expected {sha256(file)}; delete the file so that",
+    ):
         torchvision_model(tmp_path, "resnet18", 7, "default", head="fc")
 
 
 def test_a_wrong_hash_keeps_nothing(tmp_path: Path, web: Path) -> None:
     (file,) = web.iterdir()
     file.rename(web / "resnet18-00000000.pth")
-    with serving(web) as address, pytest.raises(DataError, match=r"has SHA-256 [0-9a-f]{64}, expected 00000000…; nothing was kept"):
+    with (
+        serving(web) as address,
+        pytest.raises(
+            DataError, match=r"has SHA-256 [0-9a-f]{64}, expected 00000000…; nothing was kept"
+        ),
+    ):
         fetch(tmp_path, f"{address}/resnet18-00000000.pth")
     assert [p.name for p in (tmp_path / "weights").iterdir() if p.suffix != ".lock"] == []
 
 
-def test_offline_the_message_says_what_to_place_where(tmp_path: Path, web: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_message_says_what_to_place_where(
+    tmp_path: Path, web: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (file,) = web.iterdir()
     with serving(web) as address:
         linked(monkeypatch, f"{address}/{file.name}")
@@ -236,7 +284,9 @@ def test_offline_the_message_says_what_to_place_where(tmp_path: Path, web: Path,
         torchvision_model(tmp_path, "resnet18", 7, "default", head="fc")
     place = tmp_path / "weights" / file.name
     assert str(error.value).startswith(f"weights: cannot download {address}/{file.name}: ")
-    assert str(error.value).endswith(f"fetch it elsewhere (its SHA-256 begins with {file.stem[-8:]}) and place it at {place}")
+    assert str(error.value).endswith(
+        f"fetch it elsewhere (its SHA-256 begins with {file.stem[-8:]}) and place it at {place}"
+    )
     place.write_bytes(file.read_bytes())
     torchvision_model(tmp_path, "resnet18", 7, "default", head="fc")
 
@@ -262,9 +312,15 @@ def test_a_file_without_a_hash_in_its_name_is_pinned_too(tmp_path: Path) -> None
 
 def test_preprocessing_is_the_weights_own() -> None:
     imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    assert torchvision_preprocess("resnet18", "default") == Preprocess(224, 256, "bilinear", **imagenet)
-    assert torchvision_preprocess("resnet50", "IMAGENET1K_V2") == Preprocess(224, 232, "bilinear", **imagenet)
-    assert torchvision_preprocess("resnet50", "own.pth") == torchvision_preprocess("resnet50", "none")
+    assert torchvision_preprocess("resnet18", "default") == Preprocess(
+        224, 256, "bilinear", **imagenet
+    )
+    assert torchvision_preprocess("resnet50", "IMAGENET1K_V2") == Preprocess(
+        224, 232, "bilinear", **imagenet
+    )
+    assert torchvision_preprocess("resnet50", "own.pth") == torchvision_preprocess(
+        "resnet50", "none"
+    )
 
 
 def test_an_unknown_name_lists_the_known() -> None:
@@ -274,7 +330,9 @@ def test_an_unknown_name_lists_the_known() -> None:
         "model.weights: 'IMAGENET1K_V3' is not known for resnet50; did you mean 'IMAGENET1K_V2'? "
         "(allowed: default, none, IMAGENET1K_V1, IMAGENET1K_V2); or give a path to a .safetensors or .pth file"
     )
-    with pytest.raises(SpaceError, match=r"'bundle' is not known for resnet18_slim; did you mean 'bundled'"):
+    with pytest.raises(
+        SpaceError, match=r"'bundle' is not known for resnet18_slim; did you mean 'bundled'"
+    ):
         resnet.build(Path(), "resnet18_slim", "classification", 3, weights="bundle")
 
 
@@ -285,9 +343,12 @@ def test_the_bundled_weights_are_those_of_the_card(tmp_path: Path) -> None:
     folder = Path(resnet.__file__).parent
     assert sha256(folder / "resnet18_slim.safetensors") in (folder / "resnet18_slim.md").read_text()
     first, second = (
-        resnet.build(tmp_path, "resnet18_slim", "classification", 5, weights=w).model.state_dict() for w in ("bundled", "default")
+        resnet.build(tmp_path, "resnet18_slim", "classification", 5, weights=w).model.state_dict()
+        for w in ("bundled", "default")
     )
-    fresh = resnet.build(tmp_path, "resnet18_slim", "classification", 5, weights="none").model.state_dict()
+    fresh = resnet.build(
+        tmp_path, "resnet18_slim", "classification", 5, weights="none"
+    ).model.state_dict()
     assert torch.equal(first["conv1.weight"], second["conv1.weight"])
     assert not torch.equal(first["conv1.weight"], fresh["conv1.weight"])
     assert first["fc.weight"].shape == (5, 128)
@@ -296,11 +357,18 @@ def test_the_bundled_weights_are_those_of_the_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_weights_by_path(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"own{suffix}"
-    fresh = resnet.build(tmp_path, "resnet18_slim", "classification", 5, weights="none").model.state_dict()
-    exported = {**fresh, "tuner.mean": torch.zeros(1, 3, 1, 1)}  # as an export holds it beside the weights
+    fresh = resnet.build(
+        tmp_path, "resnet18_slim", "classification", 5, weights="none"
+    ).model.state_dict()
+    exported = {
+        **fresh,
+        "tuner.mean": torch.zeros(1, 3, 1, 1),
+    }  # as an export holds it beside the weights
     save_file(exported, path) if suffix == ".safetensors" else torch.save(exported, path)
     assert is_path(str(path))
     for outputs, notes in ((5, ()), (6, ("fc: new, the weights have none for these classes",))):
-        staged = resnet.build(tmp_path, "resnet18_slim", "classification", outputs, weights=str(path))
+        staged = resnet.build(
+            tmp_path, "resnet18_slim", "classification", outputs, weights=str(path)
+        )
         assert torch.equal(staged.model.state_dict()["conv1.weight"], fresh["conv1.weight"])
         assert staged.notes == notes

@@ -34,7 +34,11 @@ def step(study: optuna.Study, number: int, sampler: str) -> tuple[dict[str, Any]
     chance = random.Random(number)
     value = 0.0
     for epoch in range(1, EPOCHS + 1):
-        value = 1 / (1 + abs(lr - 0.01) * 50) * (1 - 0.5**epoch) + 0.1 * chance.random() + 0.05 * (kind == "sgd")
+        value = (
+            1 / (1 + abs(lr - 0.01) * 50) * (1 - 0.5**epoch)
+            + 0.1 * chance.random()
+            + 0.05 * (kind == "sgd")
+        )
         trial.report(value, epoch)
         if windowed.prunes(trial) if windowed else trial.should_prune():
             study.tell(trial, state=TrialState.PRUNED)
@@ -46,12 +50,16 @@ def step(study: optuna.Study, number: int, sampler: str) -> tuple[dict[str, Any]
 
 def fresh(folder: Path | None, pruner: str) -> optuna.Study:
     place = storage.connect(None, folder) if folder else optuna.storages.InMemoryStorage()
-    return optuna.create_study(storage=place, study_name="s", direction="maximize", pruner=PRUNERS[pruner](EPOCHS))
+    return optuna.create_study(
+        storage=place, study_name="s", direction="maximize", pruner=PRUNERS[pruner](EPOCHS)
+    )
 
 
 @pytest.mark.parametrize(("sampler", "on_disk"), [("tpe", False), ("tpe", True), ("random", False)])
 @pytest.mark.parametrize("pruner", sorted(PRUNERS))
-def test_a_window_that_holds_all_proposes_and_prunes_as_optuna_does(pruner: str, sampler: str, on_disk: bool, tmp_path: Path) -> None:
+def test_a_window_that_holds_all_proposes_and_prunes_as_optuna_does(
+    pruner: str, sampler: str, on_disk: bool, tmp_path: Path
+) -> None:
     plain = fresh(None, pruner)
     windowed = WindowedStudy(fresh(tmp_path if on_disk else None, pruner))
     ours = [step(windowed, n, sampler) for n in range(30)]
@@ -60,7 +68,9 @@ def test_a_window_that_holds_all_proposes_and_prunes_as_optuna_does(pruner: str,
         assert any(epochs < EPOCHS for _, epochs in ours)
 
 
-def test_what_lies_outside_the_window_is_not_shown_and_what_is_best_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_outside_the_window_is_not_shown_and_what_is_best_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(window, "BEST", 3)
     monkeypatch.setattr(window, "LATEST", 5)
     study = WindowedStudy(fresh(None, "none"))
@@ -98,11 +108,17 @@ def test_of_many_running_trials_the_latest_are_seen(monkeypatch: pytest.MonkeyPa
     study.tell(asked[4], 0.5)
     with study.window():
         assert [t.number for t in study.get_trials(states=(TrialState.RUNNING,))] == [3, 5, 6]
-        assert [t.number for t in study.get_trials(states=(TrialState.COMPLETE, TrialState.RUNNING))] == [3, 4, 5, 6]
-    assert len(study.get_trials(states=(TrialState.RUNNING,))) == 6  # outside of the window they all are
+        assert [
+            t.number for t in study.get_trials(states=(TrialState.COMPLETE, TrialState.RUNNING))
+        ] == [3, 4, 5, 6]
+    assert (
+        len(study.get_trials(states=(TrialState.RUNNING,))) == 6
+    )  # outside of the window they all are
 
 
-def test_a_proposal_reads_no_trial_from_the_database_but_those_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proposal_reads_no_trial_from_the_database_but_those_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = WindowedStudy(fresh(tmp_path, "none"))
     for n in range(12):
         step(study, n, "tpe")
@@ -142,7 +158,14 @@ def rows(folder: Path) -> dict[str, list[str]]:
             if table.startswith("trial"):
                 cells = connection.execute(sqlalchemy.text(f"SELECT * FROM {table}")).mappings()
                 found[table] = sorted(
-                    repr([(k, v) for k, v in cell.items() if not k.endswith("_id") and "datetime" not in k]) for cell in cells
+                    repr(
+                        [
+                            (k, v)
+                            for k, v in cell.items()
+                            if not k.endswith("_id") and "datetime" not in k
+                        ]
+                    )
+                    for cell in cells
                 )
     engine.dispose()
     return found
@@ -151,7 +174,10 @@ def rows(folder: Path) -> dict[str, list[str]]:
 def test_what_is_written_at_once_is_what_optuna_writes_one_by_one(tmp_path: Path) -> None:
     for name in ("ours", "plain"):
         (tmp_path / name).mkdir()
-    windowed, plain = WindowedStudy(fresh(tmp_path / "ours", "median")), fresh(tmp_path / "plain", "median")
+    windowed, plain = (
+        WindowedStudy(fresh(tmp_path / "ours", "median")),
+        fresh(tmp_path / "plain", "median"),
+    )
     for study in (windowed, plain):
         for n in range(8):
             step(study, n, "random")
@@ -160,12 +186,16 @@ def test_what_is_written_at_once_is_what_optuna_writes_one_by_one(tmp_path: Path
         for number, value in enumerate((float("nan"), float("inf"), -1.0), 1):
             trial.report(value, number)
         trial.set_user_attr("reason", {"words": "ä", "list": [1, None]})
-        trial.storage.set_trial_system_attr(trial._trial_id, "artifacts:1", '{"filename": "curve.png"}')
+        trial.storage.set_trial_system_attr(
+            trial._trial_id, "artifacts:1", '{"filename": "curve.png"}'
+        )
         study.tell(trial, state=TrialState.FAIL)
     assert rows(tmp_path / "ours") == rows(tmp_path / "plain")
 
 
-def test_what_a_running_trial_tells_reaches_the_database_within_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_running_trial_tells_reaches_the_database_within_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = WindowedStudy(fresh(tmp_path, "none"))
     trial = study.ask()
     trial.report(0.5, 1)
@@ -191,7 +221,11 @@ def test_a_note_that_was_collected_is_there_when_the_trial_has_ended(tmp_path: P
     study = WindowedStudy(fresh(tmp_path, "none"))
 
     def notes() -> list[Any]:
-        return [v for k, v in study._storage.get_study_system_attrs(study._study_id).items() if "note_str" in k]
+        return [
+            v
+            for k, v in study._storage.get_study_system_attrs(study._study_id).items()
+            if "note_str" in k
+        ]
 
     trial = study.ask()
     write_note(study, trial, "how it went")

@@ -22,7 +22,11 @@ from tuner.models import _yolo, yolov9, yolox
 from tuner.portable import Portable
 
 pytest.importorskip("libreyolo")
-pytest.importorskip("cv2", exc_type=ImportError, reason="libreyolo loads OpenCV, which lacks a system library here (libGL or glib)")
+pytest.importorskip(
+    "cv2",
+    exc_type=ImportError,
+    reason="libreyolo loads OpenCV, which lacks a system library here (libGL or glib)",
+)
 SMALLEST = {"yolox_nano": yolox, "yolov9_t": yolov9}
 EVERY = {name: family for family in (yolox, yolov9) for name in family.NAMES}
 
@@ -49,7 +53,9 @@ def test_partition(name: str) -> None:
     assert list(staged.stages)[0::5] == ["stem", "neck"] and len(staged.stages) == 7
 
 
-@pytest.mark.parametrize(("name", "depth"), [("yolox_nano", 3), ("yolox_nano", 6), ("yolov9_t", 5), ("yolov9_t", 6)])
+@pytest.mark.parametrize(
+    ("name", "depth"), [("yolox_nano", 3), ("yolox_nano", 6), ("yolov9_t", 5), ("yolov9_t", 6)]
+)
 def test_stillness_and_memory(name: str, depth: int, tmp_path: Path) -> None:
     found = {}
     for mode in ("always", "never"):
@@ -61,9 +67,16 @@ def test_stillness_and_memory(name: str, depth: int, tmp_path: Path) -> None:
         assert type(b.train).__name__ == {"always": "Remembered", "never": "Live"}[mode]
         found[mode] = trained(b, lr=0.001)
         assert all(torch.equal(v, before[k]) for k, v in prefix.state_dict().items())
-        assert any(not torch.equal(v, moving[k]) for k, v in list(staged.stages.values())[-1].state_dict().items())
-    for (loss, score), (loss_again, score_again) in zip(found["always"], found["never"], strict=True):
-        assert loss == pytest.approx(loss_again, rel=1e-3) and score == pytest.approx(score_again, rel=1e-3)
+        assert any(
+            not torch.equal(v, moving[k])
+            for k, v in list(staged.stages.values())[-1].state_dict().items()
+        )
+    for (loss, score), (loss_again, score_again) in zip(
+        found["always"], found["never"], strict=True
+    ):
+        assert loss == pytest.approx(loss_again, rel=1e-3) and score == pytest.approx(
+            score_again, rel=1e-3
+        )
 
 
 # -- the library's own losses and objects
@@ -73,7 +86,9 @@ def centres(boxes: Tensor) -> Tensor:
     return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], -1)
 
 
-def libreyolos_own(name: str, state: dict[str, Tensor]) -> tuple[Any, Callable[[Tensor], Tensor], Tensor]:
+def libreyolos_own(
+    name: str, state: dict[str, Tensor]
+) -> tuple[Any, Callable[[Tensor], Tensor], Tensor]:
     """The library's model with these weights, what it does to pixels in RGB, and the truth as its loader gives it."""
     real = (LABELS != NO_OBJECT)[..., None]
     if name == "yolox_nano":
@@ -100,12 +115,20 @@ def test_losses_gradients_and_statistics_are_the_librarys_own(name: str) -> None
     total = sum(losses.values())
     total.backward()
     assert total.item() == pytest.approx(native["total_loss"].item(), rel=1e-6)
-    assert {k: v.item() for k, v in losses.items()} == {k: pytest.approx(native[k].item(), rel=1e-6) for k in losses}
+    assert {k: v.item() for k, v in losses.items()} == {
+        k: pytest.approx(native[k].item(), rel=1e-6) for k in losses
+    }
     assert len(losses) == 3 and all(v > 0 for v in losses.values())
     moved = model.state_dict()
-    for (key, ours), (_, theirs) in zip(staged.model.named_parameters(), model.named_parameters(), strict=True):
-        assert ours.grad is not None and torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6), key
-    assert all(torch.equal(v, moved[k]) for k, v in staged.model.state_dict().items())  # BatchNorm's statistics moved alike
+    for (key, ours), (_, theirs) in zip(
+        staged.model.named_parameters(), model.named_parameters(), strict=True
+    ):
+        assert ours.grad is not None and torch.allclose(
+            ours.grad, theirs.grad, rtol=1e-4, atol=1e-6
+        ), key
+    assert all(
+        torch.equal(v, moved[k]) for k, v in staged.model.state_dict().items()
+    )  # BatchNorm's statistics moved alike
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -126,7 +149,14 @@ def test_objects_are_those_of_the_librarys_own_postprocessing(name: str) -> None
 
             one = {"predictions": outputs["predictions"][i : i + 1]}
         overlap = EVERY[name].OVERLAP
-        native = postprocess(one, conf_thres=0.001, iou_thres=overlap, input_size=SIDE, original_size=(SIDE, SIDE), max_det=MOST)
+        native = postprocess(
+            one,
+            conf_thres=0.001,
+            iou_thres=overlap,
+            input_size=SIDE,
+            original_size=(SIDE, SIDE),
+            max_det=MOST,
+        )
         count = native["num_detections"]
         assert 1 < count == int((found["labels"][i] != NO_OBJECT).sum())
         assert found["labels"][i, :count].tolist() == native["classes"]
@@ -141,7 +171,10 @@ def test_boxes_of_different_classes_do_not_suppress_each_other() -> None:
     found = _yolo.best(boxes, scores, 0.5)
     assert found["labels"].tolist() == [0, 1, NO_OBJECT, NO_OBJECT, NO_OBJECT, NO_OBJECT]
     assert found["scores"].tolist() == pytest.approx([0.9, 0.8, 0, 0, 0, 0])
-    assert found["boxes"][:2].tolist() == [[0, 0, 10, 10], [0, 0, 10, 10]] and found["boxes"][2:].sum() == 0
+    assert (
+        found["boxes"][:2].tolist() == [[0, 0, 10, 10], [0, 0, 10, 10]]
+        and found["boxes"][2:].sum() == 0
+    )
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -165,36 +198,56 @@ def test_yolox_takes_0_to_255_and_yolov9_0_to_1() -> None:
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_canvas_that_does_not_halve_five_times_is_refused(name: str) -> None:
-    with pytest.raises(SpaceError, match=rf"^data.size: 72, but {name} takes multiples of 32 from 32 on; nearest: 64$"):
+    with pytest.raises(
+        SpaceError,
+        match=rf"^data.size: 72, but {name} takes multiples of 32 from 32 on; nearest: 64$",
+    ):
         made(name).split(0)[1].eval()(torch.zeros(1, 3, 72, 72))
 
 
 # -- weights
 
 
-@pytest.mark.parametrize(("name", "head"), [("yolox_nano", "head.cls_preds"), ("yolov9_t", "head.cv3")])
+@pytest.mark.parametrize(
+    ("name", "head"), [("yolox_nano", "head.cls_preds"), ("yolov9_t", "head.cv3")]
+)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_weights_by_path(name: str, head: str, suffix: str, tmp_path: Path) -> None:
     state = lively(made(name)).model.state_dict()
     path = tmp_path / f"own{suffix}"
-    published = {"model": state, "schema_version": "1.0", "names": {0: "raccoon"}, "nc": 3}  # as libreyolo writes it
+    published = {
+        "model": state,
+        "schema_version": "1.0",
+        "names": {0: "raccoon"},
+        "nc": 3,
+    }  # as libreyolo writes it
     save_file(state, path) if suffix == ".safetensors" else torch.save(published, path)
     same = made(name, 3, str(path))
-    assert same.notes == () and all(torch.equal(v, state[k]) for k, v in same.model.state_dict().items())
+    assert same.notes == () and all(
+        torch.equal(v, state[k]) for k, v in same.model.state_dict().items()
+    )
     other = made(name, 5, str(path))
     assert other.notes == (f"{head}: new, the weights have none for these classes",)
-    taken = {k for k, v in other.model.state_dict().items() if v.shape == state[k].shape and torch.equal(v, state[k])}
+    taken = {
+        k
+        for k, v in other.model.state_dict().items()
+        if v.shape == state[k].shape and torch.equal(v, state[k])
+    }
     assert {k for k in state if not k.startswith(f"{head}.")} <= taken
 
 
-@pytest.mark.parametrize(("name", "published"), [("yolox_nano", "LibreYOLOXn"), ("yolov9_t", "LibreYOLO9t")])
+@pytest.mark.parametrize(
+    ("name", "published"), [("yolox_nano", "LibreYOLOXn"), ("yolov9_t", "LibreYOLO9t")]
+)
 def test_default_weights_come_from_where_the_library_publishes_them(
     name: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = lively(made(name, 80)).model.state_dict()
     place = tmp_path / "hub" / "LibreYOLO" / published / "resolve" / "main" / f"{published}.pt"
     place.parent.mkdir(parents=True)
-    auxiliary = {"aux.spp.bn.weight": torch.ones(2)} if name == "yolov9_t" else {}  # trains, and is not part of the network
+    auxiliary = (
+        {"aux.spp.bn.weight": torch.ones(2)} if name == "yolov9_t" else {}
+    )  # trains, and is not part of the network
     torch.save({"model": state | auxiliary, "size": "n"}, place)
     with serving(tmp_path / "hub") as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
@@ -204,12 +257,17 @@ def test_default_weights_come_from_where_the_library_publishes_them(
     key = next(k for k in state if k.startswith("backbone.") and state[k].dim() == 4)
     assert torch.equal(staged.model.state_dict()[key], state[key])
     made(name, 3, "default", tmp_path / "home")  # the server is gone
-    with pytest.raises(DataError, match=f"cannot download {address}/LibreYOLO/{published}/resolve/main/{published}.pt: .*place it at"):
+    with pytest.raises(
+        DataError,
+        match=f"cannot download {address}/LibreYOLO/{published}/resolve/main/{published}.pt: .*place it at",
+    ):
         made(name, 3, "default", tmp_path / "another")
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpaceError, match=r"^model.weights: 'coco' is not known for YOLO; default, none, or a path"):
+    with pytest.raises(
+        SpaceError, match=r"^model.weights: 'coco' is not known for YOLO; default, none, or a path"
+    ):
         made("yolox_nano", 3, "coco")
     path = tmp_path / "own.safetensors"
     save_file(made("yolox_nano").model.state_dict(), path)
@@ -218,9 +276,15 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"), [("libreyolo", r"pip install 'tuner-finetune\[yolo\]'"), ("cv2", "pip uninstall opencv-python")]
+    ("missing", "said"),
+    [
+        ("libreyolo", r"pip install 'tuner-finetune\[yolo\]'"),
+        ("cv2", "pip uninstall opencv-python"),
+    ],
 )
-def test_a_missing_package_names_the_command(missing: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_command(
+    missing: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for loaded in [name for name in sys.modules if name.split(".")[0] == "libreyolo"]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, missing, None)
@@ -254,7 +318,10 @@ def test_what_is_read_back_finds_the_same_objects(name: str, kind: str, tmp_path
         other = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
         for image in (x, other):
             expected, got = model(image), again(image)
-            assert torch.equal(expected["labels"], got["labels"]) and (expected["labels"] != NO_OBJECT).sum() > 1
+            assert (
+                torch.equal(expected["labels"], got["labels"])
+                and (expected["labels"] != NO_OBJECT).sum() > 1
+            )
             assert torch.allclose(expected["scores"], got["scores"], atol=1e-4)
             assert torch.allclose(expected["boxes"], got["boxes"], atol=1e-2)
 
@@ -263,11 +330,30 @@ def test_the_command_describes_it(tuner: Callable[..., Said]) -> None:
     said = tuner("models", "yolox_nano")
     assert said.code == 0, said.err
     assert said.out.startswith("yolox_nano: ") and "416 x 416" in said.out.splitlines()[0]
-    assert [line.split()[1] for line in said.out.splitlines()[3:]] == ["stem", "dark2", "dark3", "dark4", "dark5", "neck"]
+    assert [line.split()[1] for line in said.out.splitlines()[3:]] == [
+        "stem",
+        "dark2",
+        "dark3",
+        "dark4",
+        "dark5",
+        "neck",
+    ]
 
 
 def test_the_network_is_the_librarys() -> None:
     staged = made("yolox_nano")
-    inside = {type(m).__module__ for m in staged.model.modules() if not type(m).__module__.startswith("torch.")}
+    inside = {
+        type(m).__module__
+        for m in staged.model.modules()
+        if not type(m).__module__.startswith("torch.")
+    }
     assert inside == {"libreyolo.models.yolox.nn", "libreyolo.models.yolox.loss"}
-    assert isinstance(staged.model, nn.Module) and list(staged.stages) == ["stem", "dark2", "dark3", "dark4", "dark5", "neck", "head"]
+    assert isinstance(staged.model, nn.Module) and list(staged.stages) == [
+        "stem",
+        "dark2",
+        "dark3",
+        "dark4",
+        "dark5",
+        "neck",
+        "head",
+    ]

@@ -62,7 +62,14 @@ def linear(outputs: int) -> Any:
     """A model without normalisation, which a large learning rate drives to infinity."""
     from torch import nn
 
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, outputs))
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(3 * 32 * 32, 64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, outputs),
+    )
 
 
 def stop(argument: int, report: Callable[[Any], bool], slot: int) -> int:
@@ -101,7 +108,9 @@ def listing(argument: str, report: Callable[[Any], bool], slot: int) -> dict[str
     folder = Path(argument)
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist")
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def steps(argument: tuple[int, float, str | None], report: Callable[[Any], bool], slot: int) -> int:

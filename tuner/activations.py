@@ -42,7 +42,14 @@ class Writer:
     def add(self, chunk: dict[str, Tensor]) -> None:
         if not self.meta:
             self.seen = [hashlib.sha256() for _ in chunk]
-            self.meta = [{"name": k, "shape": list(v.shape[1:]), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in chunk.items()]
+            self.meta = [
+                {
+                    "name": k,
+                    "shape": list(v.shape[1:]),
+                    "dtype": str(v.dtype).removeprefix("torch."),
+                }
+                for k, v in chunk.items()
+            ]
         for i, value in enumerate(chunk.values()):
             data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
             self.seen[i].update(data)
@@ -58,7 +65,9 @@ class Writer:
 def mapped(held: Held, length: int) -> dict[str, Tensor]:
     """The leaves of an entry, each mapped from its file. Whoever uses them keeps `held`."""
     meta: list[Leaf] = json.loads((held.folder / META).read_text())
-    return {leaf["name"]: _leaf(held.folder / f"{i}.bin", leaf, length) for i, leaf in enumerate(meta)}
+    return {
+        leaf["name"]: _leaf(held.folder / f"{i}.bin", leaf, length) for i, leaf in enumerate(meta)
+    }
 
 
 def _leaf(path: Path, leaf: Leaf, length: int) -> Tensor:
@@ -69,7 +78,9 @@ def _leaf(path: Path, leaf: Leaf, length: int) -> Tensor:
 
 def fits_on_gpu(values: dict[str, Tensor], device: torch.device) -> bool:
     free, whole = torch.cuda.mem_get_info(device)
-    free = min(free, int(whole * torch.cuda.get_per_process_memory_fraction(device)))  # of a GPU that is shared, this worker's part
+    free = min(
+        free, int(whole * torch.cuda.get_per_process_memory_fraction(device))
+    )  # of a GPU that is shared, this worker's part
     return sum(v.nbytes for v in values.values()) < 0.25 * free
 
 
@@ -88,16 +99,28 @@ def _tree(found: dict[str, Tensor]) -> Tree:
 class Entry:
     """Batches of what an entry holds, on `device`. The entry stays as long as this object lives."""
 
-    def __init__(self, held: Held, length: int, device: torch.device, *, into_memory: bool = False) -> None:
+    def __init__(
+        self, held: Held, length: int, device: torch.device, *, into_memory: bool = False
+    ) -> None:
         """`into_memory`: on a GPU, in its memory, where it fits."""
         self.held, self.device = held, device
         values = mapped(held, length)
         if into_memory and device.type == "cuda" and fits_on_gpu(values, device):
             values = {name: value.to(device) for name, value in values.items()}
         self.inputs = {name: value for name, value in values.items() if not name.startswith(TRUTH)}
-        self.truths = {name.removeprefix(TRUTH): value for name, value in values.items() if name.startswith(TRUTH)}
+        self.truths = {
+            name.removeprefix(TRUTH): value
+            for name, value in values.items()
+            if name.startswith(TRUTH)
+        }
 
     def __call__(self, index: Tensor) -> Batch:
-        x = {name: channels_first(value[index.to(value.device)].to(self.device)) for name, value in self.inputs.items()}
-        y = {name: value[index.to(value.device)].to(self.device) for name, value in self.truths.items()}
+        x = {
+            name: channels_first(value[index.to(value.device)].to(self.device))
+            for name, value in self.inputs.items()
+        }
+        y = {
+            name: value[index.to(value.device)].to(self.device)
+            for name, value in self.truths.items()
+        }
         return Batch(_tree(x), _tree(y))

@@ -36,7 +36,9 @@ class Artifacts:
         write_note(self.study, None, study_note(space, self.study.study_name, self.metric))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.set_metric_names([self.metric])  # last: it says that the study has been described
+            self.study.set_metric_names(
+                [self.metric]
+            )  # last: it says that the study has been described
 
     def files(self, trial: Trial, run: Run, result: Result) -> None:
         """Attaches a running trial's files and writes its note."""
@@ -45,7 +47,12 @@ class Artifacts:
                 path = Path(temporary) / name
                 path.write_bytes(content)
                 with disk_errors(self.folder):
-                    upload_artifact(artifact_store=self.store, file_path=str(path), study_or_trial=trial, mimetype=TYPES.get(path.suffix))
+                    upload_artifact(
+                        artifact_store=self.store,
+                        file_path=str(path),
+                        study_or_trial=trial,
+                        mimetype=TYPES.get(path.suffix),
+                    )
                 crash("artifact.kept")
         write_note(self.study, trial, note(run, result, self.metric))
 
@@ -58,13 +65,19 @@ def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
     begin = f"dashboard:{trial._trial_id}:" if trial else "dashboard:"
     storage = trial.storage if trial else study._storage
     for i, start in enumerate(range(0, len(body), PIECE)):
-        storage.set_study_system_attr(study._study_id, f"{begin}note_str:{i}", body[start : start + PIECE])
+        storage.set_study_system_attr(
+            study._study_id, f"{begin}note_str:{i}", body[start : start + PIECE]
+        )
     storage.set_study_system_attr(study._study_id, f"{begin}note_ver", 1)
 
 
 def study_note(space: Space, name: str, metric: str) -> str:
     """What is searched and for what, as far as it can never change."""
-    tree = {section: keys for section, keys in space.tree().items() if section in ("task", "data", "model", "recipe")}
+    tree = {
+        section: keys
+        for section, keys in space.tree().items()
+        if section in ("task", "data", "model", "recipe")
+    }
     searched = ", ".join(f"`{d.name}`" for d in space.dimensions)
     return f"""Searches {searched or "nothing"} for the best **{spoken(metric)}** on the validation examples.
 
@@ -81,12 +94,16 @@ def note(run: Run, result: Result, metric: str) -> str:
     """A trial's note: how it ended, its epochs as a table, its recipe with a key a line."""
     names = [metric, *(n for n in result.epochs[0].scores if n != metric)] if result.epochs else []
     recipe = {key: value for key, value in run.recipe.model_dump().items() if value is not None}
-    carried_out = yaml.safe_dump({"recipe": recipe, "seed": run.seed}, sort_keys=False)  # a key a line: the page is narrow
+    carried_out = yaml.safe_dump(
+        {"recipe": recipe, "seed": run.seed}, sort_keys=False
+    )  # a key a line: the page is narrow
     table = ""
     if names:
         heads = ["epoch", "training loss", *map(spoken, names), "seconds"]
         head = f"| {' | '.join(f'&emsp;{h}' for h in heads)} |\n|{'---:|' * len(heads)}"  # the page puts cells side by side
-        table = "\n".join([head, *(row(e, names, best=e.number == result.best) for e in result.epochs)])
+        table = "\n".join(
+            [head, *(row(e, names, best=e.number == result.best) for e in result.epochs)]
+        )
     return f"{outcome(run, result, metric)}\n\n{table}\n\n```yaml\n{carried_out}```\n"
 
 
@@ -95,12 +112,21 @@ def outcome(run: Run, result: Result, metric: str) -> str:
     why = {"complete": "", "stopped": f"**Pruned** after epoch {reached} of {run.recipe.epochs}. "}
     ended = why.get(result.state, f"**{result.state.capitalize()}**: {result.reason}. ")
     best = next((e for e in result.epochs if e.number == result.best), None)
-    told = f"Best {spoken(metric)} **{best.scores[metric]:.4f}** in epoch {best.number} of {reached}, " if best else "No score, "
+    told = (
+        f"Best {spoken(metric)} **{best.scores[metric]:.4f}** in epoch {best.number} of {reached}, "
+        if best
+        else "No score, "
+    )
     return f"{ended}{told}{result.seconds:.1f} s in all."
 
 
 def row(epoch: Epoch, names: list[str], *, best: bool) -> str:
-    cells = [str(epoch.number), f"{epoch.loss:.4f}", *(f"{epoch.scores[n]:.4f}" for n in names), f"{epoch.seconds:.2f}"]
+    cells = [
+        str(epoch.number),
+        f"{epoch.loss:.4f}",
+        *(f"{epoch.scores[n]:.4f}" for n in names),
+        f"{epoch.seconds:.2f}",
+    ]
     return f"| {' | '.join(f'**{cell}**' for cell in cells) if best else ' | '.join(cells)} |"
 
 

@@ -27,7 +27,10 @@ class Asker:
         if not self.space.dimensions:
             return 1
         if self.search.sampler == "grid":
-            return min(self.search.trials, len({key_of(p) for p in [self.space.default(), *self.space.grid()]}))
+            return min(
+                self.search.trials,
+                len({key_of(p) for p in [self.space.default(), *self.space.grid()]}),
+            )
         return self.search.trials
 
     def _cheap(self) -> dict[str, Any] | None:
@@ -35,10 +38,20 @@ class Asker:
         begin as a probe of pretrained features, or there is no depth to choose."""
         default = self.space.default()
         run = self.space.run({})
-        ends = {d.name: _end(d, highest=d.path == DEPTH) for d in self.space.dimensions if d.path in (DEPTH, EPOCHS) and d.name in default}
+        ends = {
+            d.name: _end(d, highest=d.path == DEPTH)
+            for d in self.space.dimensions
+            if d.path in (DEPTH, EPOCHS) and d.name in default
+        }
         probed = run.recipe.head == "probe" and run.model.options.get("weights") != "none"
         first = default | ends
-        wanted = probed and "freeze_depth" in ends and first != default and self.budget() > 1 and self.search.sampler != "grid"
+        wanted = (
+            probed
+            and "freeze_depth" in ends
+            and first != default
+            and self.budget() > 1
+            and self.search.sampler != "grid"
+        )
         return first if wanted else None
 
     def begin(self) -> None:

@@ -29,25 +29,55 @@ class Batched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def set_trial_param(self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution) -> None:
+    def set_trial_param(
+        self,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+    ) -> None:
         text = distribution_to_json(distribution)
         self._add(
-            models.TrialParamModel, trial_id=trial_id, param_name=param_name, param_value=param_value_internal, distribution_json=text
+            models.TrialParamModel,
+            trial_id=trial_id,
+            param_name=param_name,
+            param_value=param_value_internal,
+            distribution_json=text,
         )
 
-    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+    def set_trial_intermediate_value(
+        self, trial_id: int, step: int, intermediate_value: float
+    ) -> None:
         kind = models.TrialIntermediateValueModel
         value, value_type = kind.intermediate_value_to_stored_repr(intermediate_value)
-        self._add(kind, trial_id=trial_id, step=step, intermediate_value=value, intermediate_value_type=value_type)
+        self._add(
+            kind,
+            trial_id=trial_id,
+            step=step,
+            intermediate_value=value,
+            intermediate_value_type=value_type,
+        )
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._add(models.TrialUserAttributeModel, trial_id=trial_id, key=key, value_json=json.dumps(value))
+        self._add(
+            models.TrialUserAttributeModel, trial_id=trial_id, key=key, value_json=json.dumps(value)
+        )
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._add(models.TrialSystemAttributeModel, trial_id=trial_id, key=key, value_json=json.dumps(value))
+        self._add(
+            models.TrialSystemAttributeModel,
+            trial_id=trial_id,
+            key=key,
+            value_json=json.dumps(value),
+        )
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        self._add(models.StudySystemAttributeModel, study_id=study_id, key=key, value_json=json.dumps(value))
+        self._add(
+            models.StudySystemAttributeModel,
+            study_id=study_id,
+            key=key,
+            value_json=json.dumps(value),
+        )
 
     def _add(self, kind: Any, **row: Any) -> None:
         self.rows.setdefault(kind, []).append(row)
@@ -70,7 +100,9 @@ class Batched:
 def batch(trial: Trial) -> Batched | None:
     """Has the trial's writes collected, where its study lies in a database; None where it does not."""
     inner = trial.storage
-    database = getattr(inner, "_backend", inner)  # Optuna wraps a database into a cache of what has ended
+    database = getattr(
+        inner, "_backend", inner
+    )  # Optuna wraps a database into a cache of what has ended
     if not isinstance(database, (RDBStorage, Server)):
         return None
     found = Batched(inner, database, trial._trial_id)

@@ -43,14 +43,24 @@ class Annotated:
 
 
 def detection(
-    home: Path, annotated: Sequence[Annotated], classes: Sequence[str], options: ImageOptions, wanted: Wanted, warnings: Sequence[str] = ()
+    home: Path,
+    annotated: Sequence[Annotated],
+    classes: Sequence[str],
+    options: ImageOptions,
+    wanted: Wanted,
+    warnings: Sequence[str] = (),
 ) -> Data:
     """Raises DataError on missing images, images named twice, no objects, empty or inverted boxes, and boxes beside their image."""
     _present(annotated)
     if not any(image.labels for image in annotated):
-        raise DataError(f"data: {len(annotated)} images, but not one object on them; check the annotations")
+        raise DataError(
+            f"data: {len(annotated)} images, but not one object on them; check the annotations"
+        )
     bare = sum(not image.labels for image in annotated)
-    found = [*warnings, *([f"data: {bare} of {len(annotated)} images have no objects"] if bare else [])]
+    found = [
+        *warnings,
+        *([f"data: {bare} of {len(annotated)} images have no objects"] if bare else []),
+    ]
     by_picture = {image.picture: image for image in annotated}
 
     def truth(store: Store, items: Items, preprocess: Preprocess) -> Boxes:
@@ -65,21 +75,35 @@ def detection(
 def _present(annotated: Sequence[Annotated]) -> None:
     missing = [str(image.picture) for image in annotated if not image.picture.is_file()]
     if missing:
-        raise DataError(*listed([f"{name}: there is no such image" for name in missing]), f"data: {len(missing)} images are missing")
+        raise DataError(
+            *listed([f"{name}: there is no such image" for name in missing]),
+            f"data: {len(missing)} images are missing",
+        )
     counts: dict[Path, int] = defaultdict(int)
     for image in annotated:
         counts[image.picture] += 1
     twice = [f"{name}: named {n} times" for name, n in counts.items() if n > 1]
     if twice:
-        raise DataError(*listed(twice), f"data: {len(twice)} images are named more than once; keep one of each")
+        raise DataError(
+            *listed(twice), f"data: {len(twice)} images are named more than once; keep one of each"
+        )
 
 
 def _items(annotated: Sequence[Annotated]) -> Items:
     """Each part gets its share of images without objects, where there are enough of them to go round."""
     bare = np.array([not image.labels for image in annotated])
-    labels = bare.astype(np.int64) if bare.sum() > len(PARTS) and (~bare).sum() > len(PARTS) else np.zeros(len(bare), np.int64)
+    labels = (
+        bare.astype(np.int64)
+        if bare.sum() > len(PARTS) and (~bare).sum() > len(PARTS)
+        else np.zeros(len(bare), np.int64)
+    )
     parts = np.array([image.part for image in annotated], np.int64)
-    return Items([image.picture for image in annotated], labels, STRATA[: 1 + int(labels.max(initial=0))], parts)
+    return Items(
+        [image.picture for image in annotated],
+        labels,
+        STRATA[: 1 + int(labels.max(initial=0))],
+        parts,
+    )
 
 
 def parts_of(given: NDArray[np.int64] | Sequence[int]) -> list[int]:
@@ -90,7 +114,12 @@ def parts_of(given: NDArray[np.int64] | Sequence[int]) -> list[int]:
     return [int(part) for part in parts]
 
 
-def on_canvas(annotated: Sequence[Annotated], sizes: NDArray[np.int64], preprocess: Preprocess, warnings: list[str]) -> Boxes:
+def on_canvas(
+    annotated: Sequence[Annotated],
+    sizes: NDArray[np.int64],
+    preprocess: Preprocess,
+    warnings: list[str],
+) -> Boxes:
     """The boxes where their images lie on the model's canvas. What reaches beyond its image is clipped, with a warning.
 
     Raises DataError naming every box that is empty, inverted, not finite, or wholly beside its image.
@@ -103,7 +132,9 @@ def on_canvas(annotated: Sequence[Annotated], sizes: NDArray[np.int64], preproce
     labels = np.full((len(annotated), most), NO_OBJECT, np.int64)
     for row, (image, (width, height)) in enumerate(zip(annotated, sizes.tolist(), strict=True)):
         if image.size is not None and image.size != (width, height) and image.labels:
-            stated.append(f"{image.places[0]}: the image is said to be {image.size[0]} x {image.size[1]} pixels, but is {width} x {height}")
+            stated.append(
+                f"{image.places[0]}: the image is said to be {image.size[0]} x {image.size[1]} pixels, but is {width} x {height}"
+            )
         at = placed(width, height, preprocess)
         for i, (box, place) in enumerate(zip(image.boxes, image.places, strict=True)):
             pixels = np.array(box) * (np.array([width, height] * 2) if image.relative else 1.0)
@@ -113,13 +144,20 @@ def on_canvas(annotated: Sequence[Annotated], sizes: NDArray[np.int64], preproce
                 continue
             inside = pixels.clip(0, [width, height] * 2)
             if np.abs(inside - pixels).max() > 1:  # a pixel is what conventions differ by
-                clipped.append(f"{place}: box {_said(pixels)} reaches beyond its image of {width} x {height} pixels")
-            boxes[row, i] = inside * ([at.width / width, at.height / height] * 2) + [at.left, at.top] * 2
+                clipped.append(
+                    f"{place}: box {_said(pixels)} reaches beyond its image of {width} x {height} pixels"
+                )
+            boxes[row, i] = (
+                inside * ([at.width / width, at.height / height] * 2) + [at.left, at.top] * 2
+            )
         labels[row, : len(image.labels)] = image.labels
     if wrong:
         raise DataError(*listed(wrong), f"data: {len(wrong)} boxes are wrong; mend or remove them")
     if clipped:
-        warnings += [f"data: {len(clipped)} boxes reach beyond their image and are clipped", *listed(clipped)]
+        warnings += [
+            f"data: {len(clipped)} boxes reach beyond their image and are clipped",
+            *listed(clipped),
+        ]
     if stated:
         warnings += [f"data: {len(stated)} images have another size than stated", *listed(stated)]
     return Boxes(torch.from_numpy(boxes), torch.from_numpy(labels), preprocess.size)
@@ -146,8 +184,16 @@ def _said(box: NDArray[np.float64]) -> str:
 def inside(name: str, where: str) -> str:
     """A name of a file as an annotation states it. Raises DataError on one that leaves its folder, or that no file can have."""
     parts = name.replace("\\", "/").split("/")
-    if name.startswith(("/", "\\")) or ".." in parts or "\0" in name or not name.isprintable() or max(map(_bytes, parts)) > 255:
-        raise DataError(f"{where}: {name[:100]!r} leaves the folder of the images, or is no file's name; name files below it")
+    if (
+        name.startswith(("/", "\\"))
+        or ".." in parts
+        or "\0" in name
+        or not name.isprintable()
+        or max(map(_bytes, parts)) > 255
+    ):
+        raise DataError(
+            f"{where}: {name[:100]!r} leaves the folder of the images, or is no file's name; name files below it"
+        )
     return name
 
 

@@ -31,13 +31,18 @@ def load(run: Run, home: Path) -> Data:
     """The run's data; kept for the next run of this process that names the same, one a fold."""
     wanted = wants(run.model, home)
     options = {k: v for k, v in run.data.options.items() if k != "fold"}
-    name, fold = f"{run.task.name} {run.data.name} {options} {wanted} {home}", run.data.options.get("fold", 0)
+    name, fold = (
+        f"{run.task.name} {run.data.name} {options} {wanted} {home}",
+        run.data.options.get("fold", 0),
+    )
     if not any(known.startswith(name) for known in _loaded):
         _loaded.clear()  # one data set per process is what a study needs
     key = f"{name} {fold}"
     if key not in _loaded:
         arguments = plugins.keys("data", run.data.name).arguments(run.data.options)
-        _loaded[key] = plugins.attribute("data", run.data.name)(home, wanted, run.task.name, **arguments)
+        _loaded[key] = plugins.attribute("data", run.data.name)(
+            home, wanted, run.task.name, **arguments
+        )
     return _loaded[key]
 
 
@@ -65,7 +70,12 @@ def built(run: Run, place: Place, outputs: int) -> tuple[Staged, tuple[str, ...]
         if len(_built) >= MODELS:
             _built.clear()
         staged = build(run, place.home, outputs)
-        _built[key] = staged, cache.names_of(list(staged.stages.values()), f"3 {place.precision} {place.device.type}")
+        _built[key] = (
+            staged,
+            cache.names_of(
+                list(staged.stages.values()), f"3 {place.precision} {place.device.type}"
+            ),
+        )
     staged, names = _built[key]
     return copy.deepcopy(staged), names
 
@@ -84,11 +94,15 @@ def build(run: Run, home: Path, outputs: int) -> Staged:
     try:
         made = make(outputs, **options)
     except Exception as error:  # whatever the user's factory raises is theirs to read
-        raise SpaceError(f"model.name: {name}: calling it with the number of classes failed ({type(error).__name__}: {error})") from error
+        raise SpaceError(
+            f"model.name: {name}: calling it with the number of classes failed ({type(error).__name__}: {error})"
+        ) from error
     if isinstance(made, Staged):
         return made
     if not isinstance(made, nn.Module):
-        raise SpaceError(f"model.name: {name} returned {type(made).__name__}; expected an nn.Module or a tuner.core.Staged")
+        raise SpaceError(
+            f"model.name: {name} returned {type(made).__name__}; expected an nn.Module or a tuner.core.Staged"
+        )
     return cut(made)
 
 
@@ -98,12 +112,18 @@ class Ready:
     def __init__(self, source: Source, wanted: Wanted, place: Place) -> None:
         self.source, self.wanted, self.device = source, wanted, place.device
         self.views, self.lengths = source.views, source.lengths
-        self.digest = hashlib.sha256(f"{source.digest} {wanted.normalisation()}".encode()).hexdigest()
+        self.digest = hashlib.sha256(
+            f"{source.digest} {wanted.normalisation()}".encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def take(self, index: Tensor, view: int) -> Batch:
         x, y = self.source.take(index, view)
-        truth = y.to(self.device) if isinstance(y, Tensor) else {name: leaf.to(self.device) for name, leaf in y.items()}
+        truth = (
+            y.to(self.device)
+            if isinstance(y, Tensor)
+            else {name: leaf.to(self.device) for name, leaf in y.items()}
+        )
         return Batch(self.wanted.ready(x, self.device), truth)

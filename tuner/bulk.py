@@ -21,7 +21,10 @@ def quick(database: RDBStorage) -> RDBStorage:
     """The same database, whose trials are read so. What is read is Optuna's own to the last value: tests/test_bulk.py."""
 
     def read(
-        study_id: int, states: Container[TrialState] | None, included_trial_ids: set[int], trial_id_greater_than: int
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
         with database.engine.connect() as connection:
             return trials(connection, study_id, states, included_trial_ids, trial_id_greater_than)
@@ -37,13 +40,23 @@ def quick(database: RDBStorage) -> RDBStorage:
 
 def studies(connection: sqlalchemy.Connection) -> list[FrozenStudy]:
     """All studies, by id. A study keeps two attributes for each of its trials, their notes."""
-    kinds: tuple[Any, ...] = (models.StudyDirectionModel, models.StudyUserAttributeModel, models.StudySystemAttributeModel)
+    kinds: tuple[Any, ...] = (
+        models.StudyDirectionModel,
+        models.StudyUserAttributeModel,
+        models.StudySystemAttributeModel,
+    )
     found: list[Rows] = [{}, {}, {}]
     for rows, kind in zip(found, kinds, strict=True):
-        columns = (kind.objective, kind.direction) if kind is models.StudyDirectionModel else (kind.key, kind.value_json)
+        columns = (
+            (kind.objective, kind.direction)
+            if kind is models.StudyDirectionModel
+            else (kind.key, kind.value_json)
+        )
         for study, *pair in connection.execute(sqlalchemy.select(kind.study_id, *columns)):
             rows.setdefault(study, []).append(pair)
-    names = connection.execute(sqlalchemy.select(models.StudyModel.study_id, models.StudyModel.study_name)).all()
+    names = connection.execute(
+        sqlalchemy.select(models.StudyModel.study_id, models.StudyModel.study_name)
+    ).all()
     directions, user, system = found
     return [
         FrozenStudy(
@@ -52,28 +65,52 @@ def studies(connection: sqlalchemy.Connection) -> list[FrozenStudy]:
             {key: json.loads(text) for key, text in user.get(study, ())},
             {key: json.loads(text) for key, text in system.get(study, ())},
             study,
-            directions=[direction for _, direction in sorted(directions[study], key=lambda pair: int(pair[0]))],
+            directions=[
+                direction
+                for _, direction in sorted(directions[study], key=lambda pair: int(pair[0]))
+            ],
         )
         for study, name in sorted(names)
     ]
 
 
 def trials(
-    connection: sqlalchemy.Connection, study: int, states: Container[TrialState] | None, included: set[int], after: int
+    connection: sqlalchemy.Connection,
+    study: int,
+    states: Container[TrialState] | None,
+    included: set[int],
+    after: int,
 ) -> list[FrozenTrial]:
     """A study's trials, by id: those with a higher id than `after`, and those `included`. Raises KeyError without such a study."""
     trial = models.TrialModel
-    if connection.execute(sqlalchemy.select(models.StudyModel.study_id).where(models.StudyModel.study_id == study)).first() is None:
+    if (
+        connection.execute(
+            sqlalchemy.select(models.StudyModel.study_id).where(models.StudyModel.study_id == study)
+        ).first()
+        is None
+    ):
         raise KeyError(models.NOT_FOUND_MSG)
     wanted = trial.study_id == study
     if after > -1:
         older = sorted(number for number in included if number <= after)
-        wanted &= sqlalchemy.or_(trial.trial_id > after, trial.trial_id.in_(older)) if older else trial.trial_id > after
+        wanted &= (
+            sqlalchemy.or_(trial.trial_id > after, trial.trial_id.in_(older))
+            if older
+            else trial.trial_id > after
+        )
     if states is not None:
         assert isinstance(states, Iterable)
         wanted &= trial.state.in_(list(states))
-    columns = (trial.trial_id, trial.number, trial.state, trial._datetime_start_utc, trial._datetime_complete_utc)
-    found = connection.execute(sqlalchemy.select(*columns).where(wanted).order_by(trial.trial_id)).all()
+    columns = (
+        trial.trial_id,
+        trial.number,
+        trial.state,
+        trial._datetime_start_utc,
+        trial._datetime_complete_utc,
+    )
+    found = connection.execute(
+        sqlalchemy.select(*columns).where(wanted).order_by(trial.trial_id)
+    ).all()
     if not found:
         return []
     rows = {kind: values(connection, kind, names, wanted) for kind, names in VALUES.items()}
@@ -85,15 +122,27 @@ VALUES = {
     models.TrialValueModel: ("trial_value_id", "objective", "value", "value_type"),
     models.TrialUserAttributeModel: ("trial_user_attribute_id", "key", "value_json"),
     models.TrialSystemAttributeModel: ("trial_system_attribute_id", "key", "value_json"),
-    models.TrialIntermediateValueModel: ("trial_intermediate_value_id", "step", "intermediate_value", "intermediate_value_type"),
+    models.TrialIntermediateValueModel: (
+        "trial_intermediate_value_id",
+        "step",
+        "intermediate_value",
+        "intermediate_value_type",
+    ),
 }
 
 
-def values(connection: sqlalchemy.Connection, kind: Any, names: tuple[str, ...], wanted: Any) -> Rows:
+def values(
+    connection: sqlalchemy.Connection, kind: Any, names: tuple[str, ...], wanted: Any
+) -> Rows:
     """What a table holds of the wanted trials, in the order it was written."""
     identity, *columns = (getattr(kind, name) for name in names)
     trial = models.TrialModel
-    query = sqlalchemy.select(kind.trial_id, *columns).join(trial, trial.trial_id == kind.trial_id).where(wanted).order_by(identity)
+    query = (
+        sqlalchemy.select(kind.trial_id, *columns)
+        .join(trial, trial.trial_id == kind.trial_id)
+        .where(wanted)
+        .order_by(identity)
+    )
     found: Rows = {}
     for row in connection.execute(query):
         found.setdefault(row[0], []).append(row)
@@ -116,7 +165,8 @@ def frozen(row: Any, rows: dict[Any, Rows]) -> FrozenTrial:
         user_attrs={key: json.loads(text) for _, key, text in user},
         system_attrs={key: json.loads(text) for _, key, text in system},
         intermediate_values={
-            step: models.TrialIntermediateValueModel.stored_repr_to_intermediate_value(value, kind) for _, step, value, kind in reports
+            step: models.TrialIntermediateValueModel.stored_repr_to_intermediate_value(value, kind)
+            for _, step, value, kind in reports
         },
         trial_id=trial,
     )

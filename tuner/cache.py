@@ -91,8 +91,13 @@ def timed(live: "Live", folder: Path) -> dict[str, float]:
 
     Timed once on a batch, and kept beside the activations: trials that are repeated must find the same answer.
     """
-    shape = [tuple(leaf.shape) for leaf in leaves(live.source.take(torch.tensor([0]), 0).x).values()]
-    note = folder / f"{hashlib.sha256(f'{live.prefix.names[-1]} {shape}'.encode()).hexdigest()[:32]}.cost.json"
+    shape = [
+        tuple(leaf.shape) for leaf in leaves(live.source.take(torch.tensor([0]), 0).x).values()
+    ]
+    note = (
+        folder
+        / f"{hashlib.sha256(f'{live.prefix.names[-1]} {shape}'.encode()).hexdigest()[:32]}.cost.json"
+    )
     try:
         known = json.loads(note.read_text())
         return {key: float(known[key]) for key in ("computing", "reading", "bytes")}
@@ -102,8 +107,15 @@ def timed(live: "Live", folder: Path) -> dict[str, float]:
     before = live.source.take(index, 0).x
     computing, x = _seconds(lambda: live.prefix.compute(before), live.prefix.device)
     held = [channels_last(leaf).contiguous() for leaf in leaves(x).values()]
-    reading, _ = _seconds(lambda: [leaf[torch.randperm(len(leaf)).to(leaf.device)] for leaf in held], live.prefix.device)
-    found = {"computing": computing, "reading": reading, "bytes": float(sum(leaf.nbytes for leaf in held))}
+    reading, _ = _seconds(
+        lambda: [leaf[torch.randperm(len(leaf)).to(leaf.device)] for leaf in held],
+        live.prefix.device,
+    )
+    found = {
+        "computing": computing,
+        "reading": reading,
+        "bytes": float(sum(leaf.nbytes for leaf in held)),
+    }
     found = {key: value / len(index) for key, value in found.items()}
     with disk_errors(note), atomic_path(note, what="note") as temporary:
         temporary.write_text(json.dumps(found))
@@ -126,7 +138,9 @@ def _free_memory() -> float:
     """Bytes that new files can fill before some must be read from the disk again."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return next(
+            1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration):
         return math.inf
 
@@ -201,12 +215,22 @@ class Remembered:
                     if not writers or reached in writers:
                         passed[reached] = x
                 if not writers:
-                    needs = {at: len(self) * (_size(passed[at]) + _size(y)) for at in self._small(passed, depth, _size(first))}
+                    needs = {
+                        at: len(self) * (_size(passed[at]) + _size(y))
+                        for at in self._small(passed, depth, _size(first))
+                    }
                     self._make_room(sum(needs.values()))
-                    claims = {at: self._claim(stack, at, view, need, at == depth) for at, need in needs.items()}
-                    writers = {at: Writer(folder) for at, folder in claims.items() if folder is not None}
+                    claims = {
+                        at: self._claim(stack, at, view, need, at == depth)
+                        for at, need in needs.items()
+                    }
+                    writers = {
+                        at: Writer(folder) for at, folder in claims.items() if folder is not None
+                    }
                 for at, writer in writers.items():
-                    writer.add({**{k: channels_last(v) for k, v in leaves(passed[at]).items()}, **truth(y)})
+                    writer.add(
+                        {**{k: channels_last(v) for k, v in leaves(passed[at]).items()}, **truth(y)}
+                    )
             for writer in writers.values():
                 writer.close()
             self._make_room(0.0)  # others may have filled theirs meanwhile
@@ -233,10 +257,14 @@ class Remembered:
                 kept.append(at)
         return kept
 
-    def _claim(self, stack: ExitStack, depth: int, view: int, need: float, held: bool) -> Path | None:
+    def _claim(
+        self, stack: ExitStack, depth: int, view: int, need: float, held: bool
+    ) -> Path | None:
         """A folder to fill until `stack` closes. None: it is there, or being filled. `held`: its lock is ours already."""
         place = self.place(depth, view)
-        if not held and (not stack.enter_context(locked(lock_of(place), wait=False)) or hold(place) is not None):
+        if not held and (
+            not stack.enter_context(locked(lock_of(place), wait=False)) or hold(place) is not None
+        ):
             return None
         return stack.enter_context(atomic_folder(place, need, "activations"))
 

@@ -63,7 +63,9 @@ class Checkpoints:
         self.rooted = False  # whether a power cut leaves the folder
         self.safe: Path | None = None  # the last that was synced; the first, until one is
 
-    def save(self, training: Training, epochs: list[Epoch], best: int, weights: dict[str, Tensor]) -> None:
+    def save(
+        self, training: Training, epochs: list[Epoch], best: int, weights: dict[str, Tensor]
+    ) -> None:
         """Writes what `load` gives back, if enough is at stake. Raises StorageError."""
         now = time.monotonic()
         if now - self.written < STAKE:
@@ -71,7 +73,10 @@ class Checkpoints:
         tensors, values = state(training)
         if best not in (0, len(epochs)):  # else there is none, or it is what is trained
             tensors |= {f"best.{name}": value for name, value in weights.items()}
-        values |= {"epochs": [(e.number, e.loss, e.scores, e.seconds) for e in epochs], "best": best}
+        values |= {
+            "epochs": [(e.number, e.loss, e.scores, e.seconds) for e in epochs],
+            "best": best,
+        }
         sync = now - self.synced >= SYNC
         path = self.write(f"{len(epochs):06d}", tensors, values, sync=sync)
         remove(p for p in generations(self.folder) if p not in (path, self.safe))
@@ -81,8 +86,16 @@ class Checkpoints:
         if sync:
             self.synced = self.written
 
-    def write(self, what: str, tensors: dict[str, Tensor], values: dict[str, Any], *, sync: bool) -> Path:
-        header = {"format": FORMAT, "tuner": tuner.__version__, "torch": torch.__version__, "run": self.key, **values}
+    def write(
+        self, what: str, tensors: dict[str, Tensor], values: dict[str, Any], *, sync: bool
+    ) -> Path:
+        header = {
+            "format": FORMAT,
+            "tuner": tuner.__version__,
+            "torch": torch.__version__,
+            "run": self.key,
+            **values,
+        }
         content = safetensors.torch.save(apart(tensors), {"checkpoint": json.dumps(header)})
         path = self.folder / name_of(what, content)
         with disk_errors(self.folder):
@@ -90,7 +103,10 @@ class Checkpoints:
         with atomic_path(path, what="checkpoint", need=len(content), sync=sync) as temporary:
             temporary.write_bytes(content)
         if sync and not self.rooted:
-            for folder in (self.folder.parent, self.folder.parent.parent):  # the folders' own names, once
+            for folder in (
+                self.folder.parent,
+                self.folder.parent.parent,
+            ):  # the folders' own names, once
                 fsync(folder)
             self.rooted = True
         return path
@@ -161,22 +177,43 @@ def state(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 tensors[f"optimizer.{number}.{name}"] = value
             else:
                 values.setdefault(str(number), {})[name] = value
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer["param_groups"]]
-    schedule = {name: value for name, value in training.schedule.state_dict().items() if name != "lr_lambdas"}
-    return tensors, {"optimizer": values, "groups": groups, "schedule": schedule, "room": training.room.size}
+    groups = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer["param_groups"]
+    ]
+    schedule = {
+        name: value
+        for name, value in training.schedule.state_dict().items()
+        if name != "lr_lambdas"
+    }
+    return tensors, {
+        "optimizer": values,
+        "groups": groups,
+        "schedule": schedule,
+        "room": training.room.size,
+    }
 
 
 def restore(training: Training, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """The way back."""
     training.net.load_state_dict(part(tensors, "net."))
     optimizer = training.optimizer.state_dict()
-    parameters = dict(enumerate(p for group in training.optimizer.param_groups for p in group["params"]))
-    states: dict[int, dict[str, Any]] = {int(number): dict(of) for number, of in values["optimizer"].items()}
+    parameters = dict(
+        enumerate(p for group in training.optimizer.param_groups for p in group["params"])
+    )
+    states: dict[int, dict[str, Any]] = {
+        int(number): dict(of) for number, of in values["optimizer"].items()
+    }
     for name, value in part(tensors, "optimizer.").items():
         number, _, what = name.partition(".")
         states.setdefault(int(number), {})[what] = like(parameters[int(number)], value)
     for group, saved in zip(optimizer["param_groups"], values["groups"], strict=True):
-        group.update({name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        group.update(
+            {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in saved.items()
+            }
+        )
     training.optimizer.load_state_dict({**optimizer, "state": states})
     training.schedule.load_state_dict({**training.schedule.state_dict(), **values["schedule"]})
     training.room.size = values["room"]
@@ -196,7 +233,9 @@ def fits(tensors: dict[str, Tensor], net: nn.Module) -> bool:
 
 
 def part(tensors: dict[str, Tensor], begin: str) -> dict[str, Tensor]:
-    return {name.removeprefix(begin): value for name, value in tensors.items() if name.startswith(begin)}
+    return {
+        name.removeprefix(begin): value for name, value in tensors.items() if name.startswith(begin)
+    }
 
 
 def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -214,7 +253,11 @@ def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def native(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of `net` under the names that they have in `model`."""
     names = {id(value): name for name, value in model.state_dict(keep_vars=True).items()}
-    return {names[id(value)]: value for value in net.state_dict(keep_vars=True).values() if id(value) in names}
+    return {
+        names[id(value)]: value
+        for value in net.state_dict(keep_vars=True).values()
+        if id(value) in names
+    }
 
 
 def put(path: Path, model: nn.Module, net: nn.Module) -> bool:
@@ -223,7 +266,9 @@ def put(path: Path, model: nn.Module, net: nn.Module) -> bool:
     if content is None:
         return False
     tensors, own = safetensors.torch.load(content), native(model, net)
-    if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in own.items()}:
+    if {name: value.shape for name, value in tensors.items()} != {
+        name: value.shape for name, value in own.items()
+    }:
         return False
     model.load_state_dict(tensors, strict=False)
     return True

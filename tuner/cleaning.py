@@ -24,7 +24,11 @@ CACHES = {
     "probes": "probed heads",
     "checkpoints": "checkpoints",
 }
-DOWNLOADS = {"weights": "downloaded weights", "hub": "models of the hub", "data": "downloaded data"}  # shown, never removed
+DOWNLOADS = {
+    "weights": "downloaded weights",
+    "hub": "models of the hub",
+    "data": "downloaded data",
+}  # shown, never removed
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,13 @@ def sizes(folder: Path) -> dict[str, int]:
     }
     found: dict[str, int] = {}
     for path in sorted(folder.iterdir()):
-        kind = "leftovers" if _left(path) else "exports" if (path / "manifest.json").exists() else kinds.get(path.name, "other")
+        kind = (
+            "leftovers"
+            if _left(path)
+            else "exports"
+            if (path / "manifest.json").exists()
+            else kinds.get(path.name, "other")
+        )
         found[kind] = found.get(kind, 0) + size(path)
     return found
 
@@ -85,9 +95,18 @@ def of_study(folder: Path, *, whole: bool) -> list[Item]:
     found = [
         path
         for path in sorted(folder.iterdir())
-        if (path.name == "checkpoints" and not to_go_on(folder)) or (_left(path) and not _needed(path))
+        if (path.name == "checkpoints" and not to_go_on(folder))
+        or (_left(path) and not _needed(path))
     ]
-    return [Item("checkpoints" if path.name == "checkpoints" else "leftovers", path, size(path), _deleter(path)) for path in found]
+    return [
+        Item(
+            "checkpoints" if path.name == "checkpoints" else "leftovers",
+            path,
+            size(path),
+            _deleter(path),
+        )
+        for path in found
+    ]
 
 
 def to_go_on(folder: Path) -> int:
@@ -97,7 +116,9 @@ def to_go_on(folder: Path) -> int:
         database = reader(parsing.load(folder / "space.yaml").settings.storage, folder)
         with contextlib.ExitStack() as ends:
             ends.callback(database.engine.dispose)
-            trials = database.get_all_trials(database.get_study_id_from_name(folder.resolve().name), deepcopy=False)
+            trials = database.get_all_trials(
+                database.get_study_id_from_name(folder.resolve().name), deepcopy=False
+            )
     except (StorageError, KeyError):  # it was killed before it had a trial
         return 0
     return sum(not trial.state.is_finished() for trial in trials)
@@ -119,12 +140,18 @@ def _forget(folder: Path) -> bool:
         return True
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     database, name = storage.connect(url, folder), folder.resolve().name
-    with contextlib.ExitStack() as ends, storage.database_errors(storage.shown(url, folder)), contextlib.suppress(KeyError):
+    with (
+        contextlib.ExitStack() as ends,
+        storage.database_errors(storage.shown(url, folder)),
+        contextlib.suppress(KeyError),
+    ):
         ends.callback(storage.close, database)
         study = database.get_study_id_from_name(name)  # KeyError: it is gone already
         lease = ends.enter_context(leased(server.of(database), study, folder))
         if others := lease.others():
-            raise StorageError(f"{name} is being run by {', '.join(map(str, others))}; stop it first")
+            raise StorageError(
+                f"{name} is being run by {', '.join(map(str, others))}; stop it first"
+            )
         optuna.delete_study(study_name=name, storage=database)
     return True
 
@@ -153,7 +180,10 @@ def clean(items: list[Item], *, dry: bool) -> Cleaned:
         for parent in {item.path.parent for item in items}:
             if parent.is_dir() and parent.name in CACHES:
                 sweep(parent)
-    return Cleaned(tuple(item for item in items if done[id(item)]), tuple(item for item in items if not done[id(item)]))
+    return Cleaned(
+        tuple(item for item in items if done[id(item)]),
+        tuple(item for item in items if not done[id(item)]),
+    )
 
 
 def found(studies: Path, name: str) -> Path:
@@ -170,7 +200,9 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def carry_out(studies: Path, study: str | None, *, all_: bool, cache: bool, dry: bool, sure: bool) -> None:
+def carry_out(
+    studies: Path, study: str | None, *, all_: bool, cache: bool, dry: bool, sure: bool
+) -> None:
     """The command, saying line by line what is there and what was done. Raises StorageError while the study is being run."""
     if study is None and not cache:
         raise SpaceError("clean: name a study, or say --cache")
@@ -178,12 +210,22 @@ def carry_out(studies: Path, study: str | None, *, all_: bool, cache: bool, dry:
         folder = found(studies, study)
         with storage.lock(folder):
             there = sizes(folder)
-            typer.echo(f"study {folder.name}: " + ", ".join(f"{kind} {megabytes(count)}" for kind, count in there.items()))
-            if all_ and not dry and not sure and not typer.confirm(f"remove {folder} with {megabytes(sum(there.values()))}?"):
+            typer.echo(
+                f"study {folder.name}: "
+                + ", ".join(f"{kind} {megabytes(count)}" for kind, count in there.items())
+            )
+            if (
+                all_
+                and not dry
+                and not sure
+                and not typer.confirm(f"remove {folder} with {megabytes(sum(there.values()))}?")
+            ):
                 typer.echo("nothing was removed")
                 return
             if (waiting := to_go_on(folder)) and not all_:
-                typer.echo(f"{waiting} trials were interrupted and will go on, so checkpoints are kept; finish them with `tuner run`")
+                typer.echo(
+                    f"{waiting} trials were interrupted and will go on, so checkpoints are kept; finish them with `tuner run`"
+                )
             told(clean(of_study(folder, whole=all_), dry=dry), dry=dry)
     if cache:
         home = home_folder(lambda _: None)
@@ -201,5 +243,9 @@ def told(cleaned: Cleaned, *, dry: bool) -> None:
         where = items[0].path if len(items) == 1 else items[0].path.parent
         typer.echo(f"{verb} {kind}: {where}, {megabytes(sum(item.bytes for item in items))}")
     if cleaned.kept:
-        typer.echo(f"kept {len(cleaned.kept)} entries that are being used, {megabytes(sum(item.bytes for item in cleaned.kept))}")
-    typer.echo(f"{verb} {megabytes(cleaned.bytes)} in all" if cleaned.removed else "nothing to remove")
+        typer.echo(
+            f"kept {len(cleaned.kept)} entries that are being used, {megabytes(sum(item.bytes for item in cleaned.kept))}"
+        )
+    typer.echo(
+        f"{verb} {megabytes(cleaned.bytes)} in all" if cleaned.removed else "nothing to remove"
+    )

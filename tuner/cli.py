@@ -29,7 +29,12 @@ app = typer.Typer(
 )
 
 File = Annotated[Path, typer.Argument(help="a space file, such as search_spaces/resnet.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="keys to set, such as recipe.lr=0.01 search.trials=5", metavar="[KEY=VALUE]…")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="keys to set, such as recipe.lr=0.01 search.trials=5", metavar="[KEY=VALUE]…"
+    ),
+]
 Studies = Annotated[Path, typer.Option(help="the folder that holds one folder per study")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors and warnings")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
@@ -43,7 +48,9 @@ def run(
     file: File,
     overrides: Overrides = None,
     studies: Studies = Path("studies"),
-    dashboard: Annotated[bool, typer.Option("--dashboard", help="serve the dashboard while the search runs")] = False,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="serve the dashboard while the search runs")
+    ] = False,
     port: Port = 8080,
     quiet: Quiet = False,
     json_: Json = False,
@@ -66,7 +73,9 @@ def run(
 def check(
     file: File,
     overrides: Overrides = None,
-    print_: Annotated[bool, typer.Option("--print", help="print the whole file with its defaults")] = False,
+    print_: Annotated[
+        bool, typer.Option("--print", help="print the whole file with its defaults")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Find everything that can be wrong before training: the file, the model, the data. Nothing is downloaded."""
@@ -82,7 +91,9 @@ def check(
         return
     sizes = ", ".join(f"{n:,} {part}" for part, n in facts.sizes.items())
     depths = ", ".join(f"{name} freeze depth 0..{depth}" for name, depth in survey.depths.items())
-    typer.echo(f"ok: {len(space.dimensions)} searched keys; {sizes} examples of {len(facts.classes)} classes; {depths}")
+    typer.echo(
+        f"ok: {len(space.dimensions)} searched keys; {sizes} examples of {len(facts.classes)} classes; {depths}"
+    )
 
 
 @app.command()
@@ -90,7 +101,9 @@ def train(
     file: File,
     overrides: Overrides = None,
     studies: Studies = Path("studies"),
-    out: Annotated[Path | None, typer.Option(help="where to export; default: STUDIES/NAME/train")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="where to export; default: STUDIES/NAME/train")
+    ] = None,
     quiet: Quiet = False,
     json_: Json = False,
     debug: Debug = False,
@@ -102,7 +115,9 @@ def train(
     space, places, console = opened(file, overrides, studies, quiet, json_)
     if space.dimensions:
         names = ", ".join(d.name for d in space.dimensions)
-        raise SpaceError(f"{file}: {names} still to be chosen; search with `tuner run {file}`, or set them: {space.dimensions[0].name}=…")
+        raise SpaceError(
+            f"{file}: {names} still to be chosen; search with `tuner run {file}`, or set them: {space.dimensions[0].name}=…"
+        )
     with session(space, places, console) as s:
         s.survey()
         preflight(places, s.inspect())
@@ -115,8 +130,13 @@ def train(
 @app.command()
 def export(
     study: Study,
-    format_: Annotated[list[str] | None, typer.Option("--format", help="safetensors, torch_export, onnx; may be repeated")] = None,
-    trial: Annotated[int | None, typer.Option(help="another trial than the best; it is retrained")] = None,
+    format_: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="safetensors, torch_export, onnx; may be repeated"),
+    ] = None,
+    trial: Annotated[
+        int | None, typer.Option(help="another trial than the best; it is retrained")
+    ] = None,
     studies: Studies = Path("studies"),
     quiet: Quiet = False,
     json_: Json = False,
@@ -131,10 +151,19 @@ def export(
 
 @app.command()
 def predict(
-    study: Annotated[str, typer.Argument(help="a study's name, or an export's folder", metavar="STUDY_OR_EXPORT")],
-    examples: Annotated[list[str], typer.Argument(help="images, folders, globs; or texts, and files with one a line", metavar="EXAMPLE…")],
+    study: Annotated[
+        str, typer.Argument(help="a study's name, or an export's folder", metavar="STUDY_OR_EXPORT")
+    ],
+    examples: Annotated[
+        list[str],
+        typer.Argument(
+            help="images, folders, globs; or texts, and files with one a line", metavar="EXAMPLE…"
+        ),
+    ],
     format_: Annotated[str | None, typer.Option("--format", help="which export to use")] = None,
-    out: Annotated[Path, typer.Option(help="the folder for pictures of boxes and masks")] = Path("predictions"),
+    out: Annotated[Path, typer.Option(help="the folder for pictures of boxes and masks")] = Path(
+        "predictions"
+    ),
     studies: Studies = Path("studies"),
     json_: Json = False,
     debug: Debug = False,
@@ -152,7 +181,15 @@ def predict(
             continue
         picture = predicting.draw(found, out, number)
         if json_:
-            typer.echo(json.dumps({found.kind: found.name, **found.told.values, **({"picture": str(picture)} if picture else {})}))
+            typer.echo(
+                json.dumps(
+                    {
+                        found.kind: found.name,
+                        **found.told.values,
+                        **({"picture": str(picture)} if picture else {}),
+                    }
+                )
+            )
         else:
             typer.echo(f"{found.name}  {found.told.line}{f'  -> {picture}' if picture else ''}")
     if bad:
@@ -164,7 +201,9 @@ def dashboard(
     study: Annotated[str | None, typer.Argument(help="a study's name; default: the latest")] = None,
     studies: Studies = Path("studies"),
     port: Port = 8080,
-    write: Annotated[bool, typer.Option("--write", help="allow changing and deleting from the browser")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="allow changing and deleting from the browser")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Serve optuna-dashboard for a study on 127.0.0.1, read-only."""
@@ -178,16 +217,31 @@ def dashboard(
     url = parsing.load(folder / "space.yaml").settings.storage
     mode = "can be changed in the browser" if write else "read-only"
     serving.serve(
-        folder, url, port, write=write, announce=lambda page: typer.echo(f"study {folder.name}: {page}  ({mode}; Ctrl-C ends it)")
+        folder,
+        url,
+        port,
+        write=write,
+        announce=lambda page: typer.echo(f"study {folder.name}: {page}  ({mode}; Ctrl-C ends it)"),
     )
 
 
 @app.command()
 def clean(
-    study: Annotated[str | None, typer.Argument(help="a study's name; may be left out with --cache")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="remove the whole study: trials, pictures, exports")] = False,
-    cache: Annotated[bool, typer.Option("--cache", help="remove the caches that studies share, but for what is being read")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be removed")] = False,
+    study: Annotated[
+        str | None, typer.Argument(help="a study's name; may be left out with --cache")
+    ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="remove the whole study: trials, pictures, exports")
+    ] = False,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache", help="remove the caches that studies share, but for what is being read"
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what would be removed")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask before --all")] = False,
     studies: Studies = Path("studies"),
     debug: Debug = False,
@@ -199,7 +253,12 @@ def clean(
 
 
 @app.command()
-def models(name: Annotated[str | None, typer.Argument(help="or your own: package.module:attribute")] = None, debug: Debug = False) -> None:
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="or your own: package.module:attribute")
+    ] = None,
+    debug: Debug = False,
+) -> None:
     """List the models, or one model's stages and what each freeze depth saves."""
     from tuner import plugins
 
@@ -209,7 +268,9 @@ def models(name: Annotated[str | None, typer.Argument(help="or your own: package
     from tuner.describe import describe
 
     found = describe(name)
-    typer.echo(f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.example} (1000 classes)")
+    typer.echo(
+        f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.example} (1000 classes)"
+    )
     typer.echo("depth  frozen up to    parameters  FLOPs")
     for d in found.depths:
         typer.echo(f"{d.depth:>5}  {d.stage:<14}  {d.parameters:>9.1%}  {d.flops:>5.1%}")
@@ -232,7 +293,9 @@ def console_of(quiet: bool, json_: bool) -> "Console":
     return Console("json" if json_ else "quiet" if quiet else "normal")
 
 
-def opened(file: Path, overrides: list[str] | None, studies: Path, quiet: bool, json_: bool) -> "tuple[Space, Places, Console]":
+def opened(
+    file: Path, overrides: list[str] | None, studies: Path, quiet: bool, json_: bool
+) -> "tuple[Space, Places, Console]":
     """The space and where everything goes. The file is checked before any folder is made."""
     from tuner import parsing
     from tuner.session import Places, home_folder
@@ -247,10 +310,14 @@ def show_published(console: "Console", published: Any) -> None:
     console.event("published", folder=str(published.folder), test=scores)
     console.say("test    " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     for kind, e in published.manifest["exports"].items():
-        console.say(f"export  {published.folder / e['file']}  {kind}, verified to {e['largest_difference']:.0e}")
+        console.say(
+            f"export  {published.folder / e['file']}  {kind}, verified to {e['largest_difference']:.0e}"
+        )
 
 
-def start_dashboard(space: "Space", places: "Places", port: int, console: "Console") -> "subprocess.Popen[bytes]":
+def start_dashboard(
+    space: "Space", places: "Places", port: int, console: "Console"
+) -> "subprocess.Popen[bytes]":
     """A process of its own: a dashboard that fails must not take the search with it. It waits for the study to appear."""
     from tuner import dashboard as serving
     from tuner import waiting
@@ -269,7 +336,9 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? where it must, and nothing breaks
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal without UTF-8 shows ? where it must, and nothing breaks
     code = 0
     try:
         app()  # ends by SystemExit, with 2 for a usage error

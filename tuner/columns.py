@@ -13,7 +13,12 @@ from tuner.run import Run
 from tuner.space import Choice, Dimension, Range, Space
 
 METRICS = {"accuracy": "acc", "balanced_accuracy": "bacc", "log_likelihood": "ll"}
-SHORT = {"momentum": "mom", "weight_decay": "wd", "batch_size": "batch", "label_smoothing": "smooth"}
+SHORT = {
+    "momentum": "mom",
+    "weight_decay": "wd",
+    "batch_size": "batch",
+    "label_smoothing": "smooth",
+}
 ELSEWHERE = ("freeze_depth", "epochs")  # they have columns of their own
 TALLY = 36  # what `| 12/50, 3 pruned, eta 18m` may need
 
@@ -21,7 +26,9 @@ TALLY = 36  # what `| 12/50, 3 pruned, eta 18m` may need
 class Columns:
     """The widths that every line of a study shares. `room`: the terminal's width, None where lines may be of any length."""
 
-    def __init__(self, space: Space, metric: str, budget: int, depth: int, room: int | None) -> None:
+    def __init__(
+        self, space: Space, metric: str, budget: int, depth: int, room: int | None
+    ) -> None:
         self.metric = METRICS.get(metric, metric)
         self.dimensions = [d for d in space.dimensions if d.name not in ELSEWHERE]
         self.number, self.depth = len(str(budget)) + 1, depth
@@ -41,7 +48,14 @@ class Columns:
         self.shows_best = room is None or bare + best <= room
         self.shows_tally = room is None or bare + best + TALLY <= room
 
-    def line(self, trial: FrozenTrial, run: Run, seconds: float, best: tuple[float, int] | None, tally: str) -> str:
+    def line(
+        self,
+        trial: FrozenTrial,
+        run: Run,
+        seconds: float,
+        best: tuple[float, int] | None,
+        tally: str,
+    ) -> str:
         epochs = max(trial.intermediate_values, default=0)
         star = "★" if best and best[1] == trial.number else " "
         ended = f"ep {epochs:>{self.epochs}}/{run.recipe.epochs:<{self.epochs}} {spoken(seconds):<5}{how(trial)}"
@@ -68,7 +82,11 @@ class Columns:
         """A cell for each searched key, blank where the trial has none."""
         cells = []
         for d in self.dimensions:
-            label = "" if isinstance(d.leaf, Choice) and isinstance(d.leaf.options[0], str) else f"{SHORT.get(d.name, d.name)} "
+            label = (
+                ""
+                if isinstance(d.leaf, Choice) and isinstance(d.leaf.options[0], str)
+                else f"{SHORT.get(d.name, d.name)} "
+            )
             text = f"{label}{shown(params[d.name], 2)}" if d.name in params else ""
             cells.append(f"{text:<{len(label) + widest(d)}}")
         return " ".join(cells)

@@ -18,10 +18,15 @@ def dimensions(draft: Draft) -> tuple[Dimension, ...]:
     done: list[KeyPath] = []
     waiting = list(draft.leaves)
     while waiting:
-        ready = next((path for path in waiting if not set(whens.get(path, ())) & set(waiting)), None)
+        ready = next(
+            (path for path in waiting if not set(whens.get(path, ())) & set(waiting)), None
+        )
         if ready is None:
             circle = cycle(waiting, whens)
-            draft.wrong((*circle[0], "when"), f"these conditions depend on each other: {', '.join('.'.join(path) for path in circle)}")
+            draft.wrong(
+                (*circle[0], "when"),
+                f"these conditions depend on each other: {', '.join('.'.join(path) for path in circle)}",
+            )
             break
         done.append(ready)
         waiting.remove(ready)
@@ -41,7 +46,9 @@ def cycle(waiting: list[KeyPath], whens: Mapping[KeyPath, When]) -> list[KeyPath
 def resolve(draft: Draft, path: KeyPath, when: Any) -> When:
     """The condition with its keys as paths and its values as their fields take them."""
     if not isinstance(when, dict) or not when:
-        draft.wrong((*path, "when"), f"expected a mapping such as {{optimizer: sgd}}, got {kind(when)}")
+        draft.wrong(
+            (*path, "when"), f"expected a mapping such as {{optimizer: sgd}}, got {kind(when)}"
+        )
         return {}
     resolved: dict[KeyPath, tuple[Any, ...]] = {}
     for key, written in when.items():
@@ -50,7 +57,9 @@ def resolve(draft: Draft, path: KeyPath, when: Any) -> When:
             draft.wrong((*path, "when", key), "an empty list is never met; name at least one value")
         target = find(draft, path, key)
         if target is not None:
-            resolved[target] = tuple(admit(draft, (*path, "when", key), target, value) for value in values)
+            resolved[target] = tuple(
+                admit(draft, (*path, "when", key), target, value) for value in values
+            )
     return resolved
 
 
@@ -59,7 +68,10 @@ def find(draft: Draft, path: KeyPath, key: str) -> KeyPath | None:
     target = next((p for p in ((path[0], key), tuple(key.split("."))) if p in draft.fields), None)
     if target is None:
         near = [p[1] for p in draft.fields if p[0] == path[0] and p != path]
-        draft.wrong((*path, "when", key), f"no such key to depend on{nearest(key, near)} (write a key of {path[0]}, or section.key)")
+        draft.wrong(
+            (*path, "when", key),
+            f"no such key to depend on{nearest(key, near)} (write a key of {path[0]}, or section.key)",
+        )
     elif target == path:
         draft.wrong((*path, "when", key), "a key cannot depend on itself")
         target = None
@@ -79,7 +91,8 @@ def admit(draft: Draft, place: KeyPath, target: KeyPath, value: Any) -> Any:
     possible = (draft.values[target],) if leaf is None else leaf.members()
     if possible is None:
         draft.wrong(
-            place, f"{name} is searched without steps and is never exactly {fields.written(value)}; give it a step or a list of choices"
+            place,
+            f"{name} is searched without steps and is never exactly {fields.written(value)}; give it a step or a list of choices",
         )
     elif fitted not in possible:
         says = (

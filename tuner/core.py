@@ -132,14 +132,23 @@ class Task(ABC):
         """How far two outputs of an export lie apart, relative to their size; a thousandth is what formats may differ by."""
 
     @abstractmethod
-    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+    def tell(
+        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
+    ) -> list[Told]:
         """What an export's `function` says of the examples `x`; `originals` are upright PIL images, or texts, as the user has them."""
 
 
 def apart(expected: Tree, got: Tree) -> float:
     """The largest difference between two trees, relative to the largest value expected, which counts as 1 at least."""
     pairs = [(value.float(), leaves(got)[name].float()) for name, value in leaves(expected).items()]
-    return max((float((a - b).abs().max()) / max(1.0, float(a.abs().max())) for a, b in pairs if a.numel()), default=0.0)
+    return max(
+        (
+            float((a - b).abs().max()) / max(1.0, float(a.abs().max()))
+            for a, b in pairs
+            if a.numel()
+        ),
+        default=0.0,
+    )
 
 
 def cut(model: nn.Module) -> Staged:

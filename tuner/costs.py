@@ -33,7 +33,11 @@ def measure(staged: Staged, wanted: Wanted) -> Work:
                         x = stage.eval()(x)
                     flops.append(counter.get_total_flops())
             return Work(side, tuple(flops))
-        except (RuntimeError, ValueError, TypeError) as error:  # a user's model may be made for one size
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+        ) as error:  # a user's model may be made for one size
             reasons.append(str(error).splitlines()[0])
     raise ValueError(
         f"no image of 3 x side x side passes through this model (tried {', '.join(map(str, (size, *OTHER_SIZES)))}): {reasons[0]}"

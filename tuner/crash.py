@@ -11,7 +11,11 @@ POINTS = (
         for step in ("begun", "written", "synced", "renamed")
     ),
     # files.atomic_folder: entries of the caches
-    *(f"{what}.{step}" for what in ("images", "tokens", "activations", "probe") for step in ("begun", "filled", "renamed")),
+    *(
+        f"{what}.{step}"
+        for what in ("images", "tokens", "activations", "probe")
+        for step in ("begun", "filled", "renamed")
+    ),
     "study.created",  # the study is in its database, but nothing says of what
     "search.asked",  # a trial is RUNNING, without parameters
     "search.drawn",  # its parameters are written

@@ -30,7 +30,9 @@ from tuner.server import options
 Environment = dict[str, Any]
 StartResponse = Callable[..., Any]
 App = Callable[[Environment, StartResponse], Iterable[bytes]]
-HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?", re.IGNORECASE)  # any port: an SSH tunnel may end on another one
+HOST = re.compile(
+    r"(127\.0\.0\.1|localhost)(:\d+)?", re.IGNORECASE
+)  # any port: an SSH tunnel may end on another one
 STUDY = re.compile(r"GET /api/studies/(\d{1,9})/?\?after=(\d{1,9})")
 REFRESH = 10.0  # seconds
 
@@ -51,14 +53,23 @@ def quickly(inner: App, database: RDBStorage, cached: BaseStorage) -> App:
     """Answers with `Detail` for studies that tuner made, and with a script that draws less; Optuna's dashboard answers all else."""
     details: dict[int, Detail] = {}
 
-    def send(start_response: StartResponse, kind: str, body: bytes, *headers: tuple[str, str]) -> list[bytes]:
-        start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), *headers])
+    def send(
+        start_response: StartResponse, kind: str, body: bytes, *headers: tuple[str, str]
+    ) -> list[bytes]:
+        start_response(
+            "200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), *headers]
+        )
         return [body]
 
     def outer(environ: Environment, start_response: StartResponse) -> Iterable[bytes]:
         line = f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}"
         if line == "GET /static/bundle.js":
-            return send(start_response, "text/javascript; charset=utf-8", script(), ("Cache-Control", "max-age=600"))
+            return send(
+                start_response,
+                "text/javascript; charset=utf-8",
+                script(),
+                ("Cache-Control", "max-age=600"),
+            )
         asked = STUDY.fullmatch(f"{line}?{environ.get('QUERY_STRING', '')}")
         if asked is None:
             return inner(environ, start_response)
@@ -77,10 +88,19 @@ def quickly(inner: App, database: RDBStorage, cached: BaseStorage) -> App:
 def warm(application: App, study: int) -> None:
     """Asks for what the study's page asks for, so that whoever opens it need not wait for the study to be read."""
     for path in (f"/api/studies/{study}", f"/api/studies/{study}/param_importances"):
-        environ: Environment = {"PATH_INFO": path, "QUERY_STRING": "after=999999999", "HTTP_HOST": "localhost"}
+        environ: Environment = {
+            "PATH_INFO": path,
+            "QUERY_STRING": "after=999999999",
+            "HTTP_HOST": "localhost",
+        }
         wsgiref.util.setup_testing_defaults(environ)
         # a database that does not answer is for who opens the page to see
-        with warnings.catch_warnings(), contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError):
+        with (
+            warnings.catch_warnings(),
+            contextlib.suppress(
+                sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
+            ),
+        ):
             warnings.simplefilter("ignore")  # Optuna's, of importances that rest on few trials
             list(application(environ, lambda *_: None))
 
@@ -111,11 +131,25 @@ def guarded(inner: App, *, write: bool) -> App:
         origin = environ.get("HTTP_ORIGIN")
         reads = environ.get("REQUEST_METHOD") in ("GET", "HEAD")
         if not HOST.fullmatch(str(environ.get("HTTP_HOST", ""))):
-            return _refuse(start_response, "403 Forbidden", "this dashboard answers on 127.0.0.1 and localhost only; use an SSH tunnel")
+            return _refuse(
+                start_response,
+                "403 Forbidden",
+                "this dashboard answers on 127.0.0.1 and localhost only; use an SSH tunnel",
+            )
         if not reads and not write:
-            return _refuse(start_response, "405 Method Not Allowed", "this dashboard is read-only; start it with --write to change things")
-        if not reads and origin is not None and not HOST.fullmatch(urllib.parse.urlsplit(str(origin)).netloc):
-            return _refuse(start_response, "403 Forbidden", f"a page of {origin} may not change this study")
+            return _refuse(
+                start_response,
+                "405 Method Not Allowed",
+                "this dashboard is read-only; start it with --write to change things",
+            )
+        if (
+            not reads
+            and origin is not None
+            and not HOST.fullmatch(urllib.parse.urlsplit(str(origin)).netloc)
+        ):
+            return _refuse(
+                start_response, "403 Forbidden", f"a page of {origin} may not change this study"
+            )
         return inner(environ, start_response)
 
     return outer
@@ -123,7 +157,14 @@ def guarded(inner: App, *, write: bool) -> App:
 
 def _refuse(start_response: StartResponse, status: str, why: str) -> list[bytes]:
     body = f"{why}\n".encode()
-    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body))), ("Allow", "GET, HEAD")])
+    start_response(
+        status,
+        [
+            ("Content-Type", "text/plain; charset=utf-8"),
+            ("Content-Length", str(len(body))),
+            ("Allow", "GET, HEAD"),
+        ],
+    )
     return [body]
 
 
@@ -144,10 +185,19 @@ def reader(url: str | None, folder: Path) -> RDBStorage:
         quoted = urllib.parse.quote(str(Path(place.database).absolute()))
         place = place.set(database=f"file:{quoted}", query={"mode": "ro", "uri": "true"})
     rendered = urls.escaped(place.render_as_string(hide_password=False))
-    how = {"pool_pre_ping": True, "execution_options": {"postgresql_readonly": True}, "connect_args": options(place)}
+    how = {
+        "pool_pre_ping": True,
+        "execution_options": {"postgresql_readonly": True},
+        "connect_args": options(place),
+    }
     try:
         return quick(RDBStorage(rendered, engine_kwargs=how, skip_table_creation=True))
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError) as error:
+    except (
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+        ImportError,
+        RuntimeError,
+    ) as error:
         raise storage.cannot("read", error, url, folder) from None
 
 
@@ -168,9 +218,13 @@ class _Quiet(wsgiref.simple_server.WSGIRequestHandler):
 def server(application: App, port: int) -> wsgiref.simple_server.WSGIServer:
     """Bound to 127.0.0.1; port 0 takes a free one. Raises StorageError when the port is taken."""
     try:
-        return wsgiref.simple_server.make_server("127.0.0.1", port, application, server_class=_Server, handler_class=_Quiet)
+        return wsgiref.simple_server.make_server(
+            "127.0.0.1", port, application, server_class=_Server, handler_class=_Quiet
+        )
     except OSError as error:
-        raise StorageError(f"port {port} on 127.0.0.1: {error.strerror}; choose another with --port, or 0 for any free one") from None
+        raise StorageError(
+            f"port {port} on 127.0.0.1: {error.strerror}; choose another with --port, or 0 for any free one"
+        ) from None
 
 
 def free_port(wanted: int) -> int:
@@ -199,14 +253,18 @@ def find(studies: Path, name: str | None) -> Path:
     raise DataError(f"no study {name!r} in {studies}{nearest(name, [p.name for p in made])}")
 
 
-def serve(folder: Path, url: str | None, port: int, *, write: bool, announce: Callable[[str], None]) -> None:
+def serve(
+    folder: Path, url: str | None, port: int, *, write: bool, announce: Callable[[str], None]
+) -> None:
     """Serves one study until interrupted. `announce` is told the address of the study's page."""
     database = storage.connect(url, folder, print) if write else reader(url, folder)
     name = folder.resolve().name
     try:
         study = database.get_study_id_from_name(name)
     except KeyError:
-        raise DataError(f"study {name!r} is not in its storage; `tuner run` makes it again") from None
+        raise DataError(
+            f"study {name!r} is not in its storage; `tuner run` makes it again"
+        ) from None
     application = app(database, folder / "artifacts", write=write)
     httpd = server(application, port)
     warm(application, study)

@@ -33,7 +33,11 @@ class Described:
 def describe(name: str, outputs: int = 1000) -> Described:
     """Builds the model without weights and counts. Raises SpaceError on an unknown name."""
     fields = plugins.keys("model", name).fields
-    options = {k: f.get_default(call_default_factory=True) for k, f in fields.items() if not f.is_required()}
+    options = {
+        k: f.get_default(call_default_factory=True)
+        for k, f in fields.items()
+        if not f.is_required()
+    }
     part = Part(name, options)
     task = plugins.tasks("model", name)[0] if ":" not in name else "classification"
     run = Run(Part(task, {}), Part("synthetic", {}), part, Recipe(), 0)
@@ -55,5 +59,7 @@ def describe(name: str, outputs: int = 1000) -> Described:
         )
         for depth in range(staged.max_depth + 1)
     ]
-    example = f"text of {work.size} tokens" if wants(part).longest else f"{work.size} x {work.size} image"
+    example = (
+        f"text of {work.size} tokens" if wants(part).longest else f"{work.size} x {work.size} image"
+    )
     return Described(sum(parameters), sum(work.flops), example, rows)

@@ -22,7 +22,9 @@ TIMELINE = re.compile(
     r"if\(null===document\.getElementById\((\w+)\)\)return;"
     r"(?=if\(0===(\w+)\.length\)return void \w+\.react\(\1,\[\],\{template:\w+\}\);const \w+=\{Complete:)"
 )  # where the page's script begins to draw the timeline of a list of trials, whatever its inner names
-OF_TRIAL = re.compile(r"(?:dashboard|dashboard:artifacts):(\d+):")  # what a study keeps for one of its trials
+OF_TRIAL = re.compile(
+    r"(?:dashboard|dashboard:artifacts):(\d+):"
+)  # what a study keeps for one of its trials
 
 Attributes = dict[str, str]  # key -> JSON
 
@@ -36,8 +38,12 @@ class Detail:
         self.database, self.cached, self.study = database, cached, study
         self.cache = InMemoryCache()
         self.lock = threading.Lock()
-        self.words: dict[int, tuple[Attributes, str]] = {}  # trial id -> its attributes in the study, and what is said of it
-        self.ended: set[int] = set()  # numbers of the trials that have ended and been counted in `cache`
+        self.words: dict[
+            int, tuple[Attributes, str]
+        ] = {}  # trial id -> its attributes in the study, and what is said of it
+        self.ended: set[int] = (
+            set()
+        )  # numbers of the trials that have ended and been counted in `cache`
 
     def answer(self, after: int) -> bytes:
         """The JSON that the page asks for: the study, and its trials from number `after` on."""
@@ -46,7 +52,9 @@ class Detail:
         with self.lock:
             trials = _storage.get_trials(self.cache, self.cached, self.study)
             own, of_trials = self._attributes()
-            texts = [self._text(trial, of_trials.get(trial._trial_id, {})) for trial in trials][after:]
+            texts = [self._text(trial, of_trials.get(trial._trial_id, {})) for trial in trials][
+                after:
+            ]
             rest = self._rest(trials, own, of_trials)
         return f'{json.dumps(rest)[:-1]}, "trials": [{",".join(texts)}]}}'.encode()
 
@@ -65,12 +73,17 @@ class Detail:
     def _text(self, trial: FrozenTrial, attributes: Attributes) -> str:
         known = self.words.get(trial._trial_id)
         if known is None or known[0] != attributes:
-            known = attributes, json.dumps(worded(self.study, trial, attributes), separators=(",", ":"))
+            known = (
+                attributes,
+                json.dumps(worded(self.study, trial, attributes), separators=(",", ":")),
+            )
             if trial.state.is_finished():
                 self.words[trial._trial_id] = known
         return known[1]
 
-    def _rest(self, trials: list[FrozenTrial], own: Attributes, of_trials: dict[int, Attributes]) -> dict[str, Any]:
+    def _rest(
+        self, trials: list[FrozenTrial], own: Attributes, of_trials: dict[int, Attributes]
+    ) -> dict[str, Any]:
         """Everything but the trials."""
         from optuna_dashboard import _serializer
         from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
@@ -78,16 +91,25 @@ class Detail:
 
         directions = self.cached.get_study_directions(self.study)
         attributes = decoded(own)
-        name, user = self.cached.get_study_name_from_id(self.study), self.cached.get_study_user_attrs(self.study)
+        name, user = (
+            self.cached.get_study_name_from_id(self.study),
+            self.cached.get_study_user_attrs(self.study),
+        )
         study = FrozenStudy(name, None, user, attributes, self.study, directions=directions)
-        extra = get_cached_extra_study_property(self.cache, self.study, [t for t in trials if t.number not in self.ended])
+        extra = get_cached_extra_study_property(
+            self.cache, self.study, [t for t in trials if t.number not in self.ended]
+        )
         self.ended |= {t.number for t in trials if t.state.is_finished()}
-        rest: dict[str, Any] = _serializer.serialize_study_detail(study, [], [], *extra, get_plotly_graph_objects(attributes), [])
+        rest: dict[str, Any] = _serializer.serialize_study_detail(
+            study, [], [], *extra, get_plotly_graph_objects(attributes), []
+        )
         del rest["trials"]
         if any(trial.state == TrialState.COMPLETE for trial in trials):
             best = self.cached.get_best_trial(self.study)
             rest["best_trials"] = [worded(self.study, best, of_trials.get(best._trial_id, {}))]
-        rest["has_intermediate_values"] &= len(trials) <= CURVES  # each trial's own page has its curve all the same
+        rest["has_intermediate_values"] &= (
+            len(trials) <= CURVES
+        )  # each trial's own page has its curve all the same
         return rest
 
 
@@ -96,7 +118,9 @@ def script() -> bytes:
     """The page's JavaScript. Where a later version of the dashboard draws its timeline otherwise, the script is as it was."""
     import optuna_dashboard
 
-    text = (Path(optuna_dashboard.__file__).parent / "public" / "bundle.js").read_text(encoding="utf-8")
+    text = (Path(optuna_dashboard.__file__).parent / "public" / "bundle.js").read_text(
+        encoding="utf-8"
+    )
     return TIMELINE.sub(rf"\g<0>\2=\2.slice(-{BARS});", text, count=1).encode()
 
 

@@ -65,13 +65,20 @@ def with_targets(x: Tree, y: Tree) -> dict[str, Tensor]:
 
 def objects(boxes: Tensor, labels: Tensor) -> list[Objects]:
     """Padded leaves as each image's own objects."""
-    return [{"boxes": b[k != NO_OBJECT], "labels": k[k != NO_OBJECT]} for b, k in zip(boxes, labels, strict=True)]
+    return [
+        {"boxes": b[k != NO_OBJECT], "labels": k[k != NO_OBJECT]}
+        for b, k in zip(boxes, labels, strict=True)
+    ]
 
 
 def padded(found: Sequence[Objects], most: int = MOST) -> dict[str, Tensor]:
     """Each image's objects as batch-first leaves; no data-dependent shape is left, so that it can be exported."""
     one = [
-        {name: _filled(f[name][:most], most, NO_OBJECT if name == "labels" else 0) for name in ("boxes", "scores", "labels")} for f in found
+        {
+            name: _filled(f[name][:most], most, NO_OBJECT if name == "labels" else 0)
+            for name in ("boxes", "scores", "labels")
+        }
+        for f in found
     ]
     return {name: torch.stack([o[name] for o in one]) for name in ("boxes", "scores", "labels")}
 

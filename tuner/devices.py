@@ -21,7 +21,9 @@ class Place:
 
     def autocast(self) -> AbstractContextManager[None]:
         """bfloat16 autocast where the precision says so; otherwise nothing changes."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+        )
 
 
 def place(engine: Engine, home: Path, slot: int = 0) -> Place:
@@ -44,9 +46,13 @@ def gpus(engine: Engine) -> tuple[int, ...]:
         return ()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0 and kind == "cuda":
-        raise StorageError(f"engine.device: {engine.device}, but torch {torch.__version__} sees no GPU here; use auto or cpu")
+        raise StorageError(
+            f"engine.device: {engine.device}, but torch {torch.__version__} sees no GPU here; use auto or cpu"
+        )
     if count == 0 and engine.gpus is not None:
-        raise StorageError(f"engine.gpus: {engine.gpus}, but torch {torch.__version__} sees no GPU here; leave gpus out")
+        raise StorageError(
+            f"engine.gpus: {engine.gpus}, but torch {torch.__version__} sees no GPU here; leave gpus out"
+        )
     if number:
         wanted = [int(number)]
     elif isinstance(engine.gpus, list):
@@ -62,7 +68,9 @@ def gpus(engine: Engine) -> tuple[int, ...]:
 
 def _share_memory(engine: Engine, device: torch.device, count: int) -> None:
     """Keeps a worker that shares its GPU within its part: out of memory is then its own doing, and not its neighbour's."""
-    workers = engine.workers if isinstance(engine.workers, int) and engine.name == "local" else 1  # elsewhere not all of them are here
+    workers = (
+        engine.workers if isinstance(engine.workers, int) and engine.name == "local" else 1
+    )  # elsewhere not all of them are here
     sharing = max(engine.per_gpu, math.ceil(workers / count))
     if sharing > 1:
         torch.cuda.set_per_process_memory_fraction(1 / sharing, device)

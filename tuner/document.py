@@ -58,7 +58,9 @@ def read(path: Path) -> Document:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise SpaceError(f"{path}:1: the file is too large; a space file has at most {MAX_BYTES:,} bytes")
+            raise SpaceError(
+                f"{path}:1: the file is too large; a space file has at most {MAX_BYTES:,} bytes"
+            )
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise SpaceError(f"{path}: no such file") from None
@@ -78,16 +80,24 @@ def parse(text: str, file: str) -> Document:
         tree = _Reader(document).document(yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise SpaceError(f"{file}:{line}: not valid YAML: {error.problem or error.context}") from None
+        raise SpaceError(
+            f"{file}:{line}: not valid YAML: {error.problem or error.context}"
+        ) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, int(error.position)) + 1
-        raise SpaceError(f"{file}:{line}: not valid YAML: the character U+{int(error.character):04X} is not allowed") from None
+        raise SpaceError(
+            f"{file}:{line}: not valid YAML: the character U+{int(error.character):04X} is not allowed"
+        ) from None
     except (ValueError, OverflowError):  # PyYAML's chr() and int() on absurd escapes and directives
-        raise SpaceError(f"{file}:1: not valid YAML: an escape or directive holds a number that is too large") from None
+        raise SpaceError(
+            f"{file}:1: not valid YAML: an escape or directive holds a number that is too large"
+        ) from None
     if tree is None:
         raise SpaceError(f"{file}:1: the file is empty; see the examples in search_spaces/")
     if not isinstance(tree, dict):
-        raise SpaceError(f"{file}:1: expected a mapping (task:, data:, model:, …) at the top, got {kind(tree)}")
+        raise SpaceError(
+            f"{file}:1: expected a mapping (task:, data:, model:, …) at the top, got {kind(tree)}"
+        )
     document.tree = tree
     return document
 
@@ -165,14 +175,21 @@ class _Reader:
         """Refuses, for keys and values alike, what makes a small file large or a value code."""
         self.nodes += 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise self._refuse(event, "anchors (&) and aliases (*) are not allowed; write the value out")
+            raise self._refuse(
+                event, "anchors (&) and aliases (*) are not allowed; write the value out"
+            )
         if getattr(event, "tag", None) not in (None, "!"):
-            raise self._refuse(event, f"tags such as {getattr(event, 'tag', None)!r} are not allowed; write the plain value")
+            raise self._refuse(
+                event,
+                f"tags such as {getattr(event, 'tag', None)!r} are not allowed; write the plain value",
+            )
         if self.nodes > MAX_NODES:
             raise self._refuse(event, f"more than {MAX_NODES:,} values")
         if len(path) > MAX_DEPTH:
             raise self._refuse(event, f"nested deeper than {MAX_DEPTH} levels")
-        unspeakable = UNSPEAKABLE.search(event.value) if isinstance(event, yaml.ScalarEvent) else None
+        unspeakable = (
+            UNSPEAKABLE.search(event.value) if isinstance(event, yaml.ScalarEvent) else None
+        )
         if unspeakable:
             raise self._refuse(event, f"the character U+{ord(unspeakable[0]):04X} is not allowed")
 
@@ -206,7 +223,9 @@ class _Reader:
             key = (*path, event.value)
             if event.value in values:
                 first = self.into.lines[key].rpartition(":")[2]
-                self.into.problems.append(f"{self._place(event)}: {dotted(key)}: duplicate key, first written in line {first}; keep one")
+                self.into.problems.append(
+                    f"{self._place(event)}: {dotted(key)}: duplicate key, first written in line {first}; keep one"
+                )
             values[event.value] = self._value(next(events), events, key)
             self.into.lines[key] = self._place(event)
         return values

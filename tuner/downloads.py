@@ -12,7 +12,9 @@ from pathlib import Path
 from tuner.errors import DataError
 from tuner.files import atomic_path
 
-OFFLINE: ContextVar[bool] = ContextVar("OFFLINE", default=False)  # set where nothing may be downloaded
+OFFLINE: ContextVar[bool] = ContextVar(
+    "OFFLINE", default=False
+)  # set where nothing may be downloaded
 PATIENCE = 30.0  # seconds without a byte after which a download is given up
 
 
@@ -38,14 +40,22 @@ def download(url: str, path: Path, what: str, algorithm: str = "sha256", begin: 
     by_hand = f"fetch it elsewhere{known} and place it at {path}"
     request = urllib.request.Request(url, headers={"User-Agent": "tuner"})
     try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer, atomic_path(path, what="download") as temporary:
+        with (
+            urllib.request.urlopen(request, timeout=PATIENCE) as answer,
+            atomic_path(path, what="download") as temporary,
+        ):
             digest = _copy(answer, temporary, algorithm)
             if not digest.startswith(begin):
-                raise DataError(f"{what}: {url} has {name} {digest}, expected {begin}…; nothing was kept; {by_hand}")
+                raise DataError(
+                    f"{what}: {url} has {name} {digest}, expected {begin}…; nothing was kept; {by_hand}"
+                )
     except urllib.error.HTTPError as error:
         error.close()  # it holds the connection
         raise DataError(f"{what}: cannot download {url}: {error}; {by_hand}") from None
-    except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's URLError and time-outs
+    except (
+        OSError,
+        http.client.HTTPException,
+    ) as error:  # OSError covers urllib's URLError and time-outs
         raise DataError(f"{what}: cannot download {url}: {error}; {by_hand}") from None
 
 

@@ -36,4 +36,6 @@ class Draft:
     def search(self, path: KeyPath, field: FieldInfo, leaf: Range | Choice) -> None:
         """The key is searched; its default is the field's, brought into the leaf."""
         self.leaves[path] = leaf
-        self.values[path] = leaf.clip(None if field.is_required() else field.get_default(call_default_factory=True))
+        self.values[path] = leaf.clip(
+            None if field.is_required() else field.get_default(call_default_factory=True)
+        )

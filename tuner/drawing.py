@@ -40,11 +40,18 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
     side = min(12.0, 3.0 + 0.4 * len(classes))
     figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
     axes = figure.subplots()
-    shares = [[count / max(1, sum(row)) for count in row] for row in matrix]  # a rare class is seen as well as a common one
+    shares = [
+        [count / max(1, sum(row)) for count in row] for row in matrix
+    ]  # a rare class is seen as well as a common one
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [name if len(name) <= 16 else name[:15] + "…" for name in classes]
     ticks = range(len(classes)) if len(classes) <= NAMED else []
-    axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90 if max(map(len, names), default=0) > 2 else 0, parse_math=False)
+    axes.set_xticks(
+        ticks,
+        [names[i] for i in ticks],
+        rotation=90 if max(map(len, names), default=0) > 2 else 0,
+        parse_math=False,
+    )
     axes.set_yticks(ticks, [names[i] for i in ticks], parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")

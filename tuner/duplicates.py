@@ -32,10 +32,15 @@ def shared_between_parts(pictures: Sequence[Picture], part: NDArray[np.int64]) -
                     pairs.append((other, i))
     if not pairs:
         return []
-    named = [f"{_name(pictures, i)} ({PARTS[int(part[i])]}) and {_name(pictures, j)} ({PARTS[int(part[j])]})" for i, j in pairs[:LISTED]]
+    named = [
+        f"{_name(pictures, i)} ({PARTS[int(part[i])]}) and {_name(pictures, j)} ({PARTS[int(part[j])]})"
+        for i, j in pairs[:LISTED]
+    ]
     more = f", and {len(pairs) - LISTED} more" if len(pairs) > LISTED else ""
     count = f"{len(pairs)} images lie" if len(pairs) > 1 else "1 image lies"
-    return [f"data: {count} in two parts with the same content, so that scores may be too good: {'; '.join(named)}{more}"]
+    return [
+        f"data: {count} in two parts with the same content, so that scores may be too good: {'; '.join(named)}{more}"
+    ]
 
 
 def _size(picture: Picture) -> int:
@@ -49,7 +54,11 @@ def _size(picture: Picture) -> int:
 
 def _hash(picture: Picture, row: int) -> bytes:
     try:
-        content = picture.read_bytes() if isinstance(picture, Path) else np.ascontiguousarray(picture).data
+        content = (
+            picture.read_bytes()
+            if isinstance(picture, Path)
+            else np.ascontiguousarray(picture).data
+        )
     except OSError:
         return str(row).encode()
     return hashlib.sha256(content).digest()

@@ -17,7 +17,9 @@ SUMS = "sha256.json"  # written last: the SHA-256 of every other file of the ent
 UNUSED_DAYS = 60  # after which an entry goes when another is made
 
 State = tuple[tuple[str, int, int, int], ...]
-_checked: dict[Path, State] = {}  # what this process has read through; hashing costs about half a second a gigabyte
+_checked: dict[
+    Path, State
+] = {}  # what this process has read through; hashing costs about half a second a gigabyte
 
 
 class Held:
@@ -32,7 +34,9 @@ def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Vouches for what a folder holds. `known`: the SHA-256 of files that were hashed while they were written."""
     known = known or {}
     names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
-    (folder / SUMS).write_text(json.dumps({name: known.get(name) or sha256(folder / name) for name in names}))
+    (folder / SUMS).write_text(
+        json.dumps({name: known.get(name) or sha256(folder / name) for name in names})
+    )
 
 
 def opened(folder: Path, make: Callable[[], None]) -> Held:
@@ -43,7 +47,9 @@ def opened(folder: Path, make: Callable[[], None]) -> Held:
             held = hold(folder)
             if held is None:
                 if folder.is_dir():
-                    warning = f"{folder} is damaged ({wrong_with(folder) or 'locked'}); it is made anew"
+                    warning = (
+                        f"{folder} is damaged ({wrong_with(folder) or 'locked'}); it is made anew"
+                    )
                     print(f"tuner: warning: {warning}", file=sys.stderr, flush=True)
                 make()
                 held = hold(folder, written=True)
@@ -108,7 +114,9 @@ def evict(folder: Path) -> bool:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 return False
-        gone = folder.with_name(f".{folder.name}.tmp")  # first out of sight, so that a kill leaves no half of it there
+        gone = folder.with_name(
+            f".{folder.name}.tmp"
+        )  # first out of sight, so that a kill leaves no half of it there
         shutil.rmtree(gone, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             folder.rename(gone)
@@ -119,7 +127,11 @@ def evict(folder: Path) -> bool:
 
 def entries(parent: Path) -> list[Path]:
     """The least recently used first."""
-    found = [(path.stat().st_mtime, path) for path in parent.glob("[!.]*") if path.is_dir()] if parent.is_dir() else []
+    found = (
+        [(path.stat().st_mtime, path) for path in parent.glob("[!.]*") if path.is_dir()]
+        if parent.is_dir()
+        else []
+    )
     return [path for _, path in sorted(found)]
 
 

@@ -18,11 +18,15 @@ from tuner.samplers import PRUNERS
 from tuner.session import Places, home_folder, session
 
 
-def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int | None, console: Console) -> Published:
+def export_trial(
+    studies: Path, name: str, formats: tuple[str, ...], trial: int | None, console: Console
+) -> Published:
     """Into the study's `export` folder, or `export-N` for trial N. What is exported already is kept."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = find(studies, name)
-    space = parsing.load(folder / "space.yaml", [f"search.name={json.dumps(folder.name, ensure_ascii=False)}"])
+    space = parsing.load(
+        folder / "space.yaml", [f"search.name={json.dumps(folder.name, ensure_ascii=False)}"]
+    )
     known = plugins.names("export")
     for wanted in formats:
         if ":" not in wanted and wanted not in known:
@@ -32,20 +36,36 @@ def export_trial(studies: Path, name: str, formats: tuple[str, ...], trial: int 
         database = storage.connect(space.settings.storage, folder, console.warn)
         stack.callback(storage.close, database)
         study = optuna.load_study(
-            study_name=folder.name, storage=database, sampler=optuna.samplers.RandomSampler(), pruner=PRUNERS["none"](1)
+            study_name=folder.name,
+            storage=database,
+            sampler=optuna.samplers.RandomSampler(),
+            pruner=PRUNERS["none"](1),
         )
         chosen = _choose(study, trial)
         found, epoch = history.run_of(space, study, chosen), chosen.user_attrs[history.BEST_EPOCH]
-        left = keeping.best_weights(folder / keeping.FOLDER / str(history.roots(study)[chosen.number]))
-        run, weights = to_publish(trial is not None or space.settings.search.retrain, found, epoch, left)
+        left = keeping.best_weights(
+            folder / keeping.FOLDER / str(history.roots(study)[chosen.number])
+        )
+        run, weights = to_publish(
+            trial is not None or space.settings.search.retrain, found, epoch, left
+        )
         place = folder / ("export" if trial is None else f"export-{trial}")
         manifest.recover(place)
         before = manifest.read(place)
-        kept = tuple(before.manifest["exports"]) if before is not None and before.manifest["run_digest"] == run.digest() else ()
+        kept = (
+            tuple(before.manifest["exports"])
+            if before is not None and before.manifest["run_digest"] == run.digest()
+            else ()
+        )
         if kept and set(formats) <= set(kept) and before is not None:
             return before
         published: Published = s.crown(
-            run, place, (*kept, *(formats or space.settings.export)), chosen.number, chosen.user_attrs[history.SCORES], weights
+            run,
+            place,
+            (*kept, *(formats or space.settings.export)),
+            chosen.number,
+            chosen.user_attrs[history.SCORES],
+            weights,
         )
         return published
 
@@ -56,7 +76,9 @@ def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
         return history.best(study)[0]
     trials = study.get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
-        raise DataError(f"study {study.study_name!r} has trials 0 to {len(trials) - 1}, not {number}")
+        raise DataError(
+            f"study {study.study_name!r} has trials 0 to {len(trials) - 1}, not {number}"
+        )
     chosen = trials[number]
     if SAME_AS in chosen.user_attrs:
         return trials[int(chosen.user_attrs[SAME_AS])]

@@ -23,5 +23,7 @@ class Failures:
             )
         if len(self.reasons) >= MAX_FAILURES and not completed:
             counts = ", ".join(f"{n} x {r}" for r, n in Counter(self.reasons).most_common(3))
-            return NoUsableTrial(f"{len(self.reasons)} trials failed and none completed; first: {self.reasons[0]}; in all: {counts}")
+            return NoUsableTrial(
+                f"{len(self.reasons)} trials failed and none completed; first: {self.reasons[0]}; in all: {counts}"
+            )
         return None

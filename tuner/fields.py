@@ -19,7 +19,13 @@ _BOUNDS = {
     "less_than_equal": ("at most", "le"),
     "less_than": ("below", "lt"),
 }
-_SPOKEN = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
+_SPOKEN = {
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 class Unfit(Exception):
@@ -28,7 +34,9 @@ class Unfit(Exception):
 
 def fit(field: FieldInfo, value: Any) -> Any:
     """The value, converted only where nothing is lost (1 -> 1.0, list -> tuple). Raises Unfit."""
-    if isinstance(value, list) and any(tuple in (k, typing.get_origin(k)) for k in kinds(field.annotation)):
+    if isinstance(value, list) and any(
+        tuple in (k, typing.get_origin(k)) for k in kinds(field.annotation)
+    ):
         value = tuple(value)
     try:
         return _adapter(field).validate_python(value)
@@ -80,12 +88,18 @@ def kinds(annotation: Any) -> list[Any]:
 
 def choices(field: FieldInfo) -> list[Any]:
     """The literal values a field names, if any."""
-    return [k for k in kinds(field.annotation) if not isinstance(k, type) and typing.get_origin(k) is None and k is not Any]
+    return [
+        k
+        for k in kinds(field.annotation)
+        if not isinstance(k, type) and typing.get_origin(k) is None and k is not Any
+    ]
 
 
 def is_sequence(field: FieldInfo) -> bool:
     """Whether a list in the file is one value of this field and not a choice."""
-    return any(k in (tuple, list) or typing.get_origin(k) in (tuple, list) for k in kinds(field.annotation))
+    return any(
+        k in (tuple, list) or typing.get_origin(k) in (tuple, list) for k in kinds(field.annotation)
+    )
 
 
 def is_number(field: FieldInfo) -> bool:
@@ -101,7 +115,11 @@ def expected(field: FieldInfo) -> str:
     words: list[str] = []
     for k in kinds(field.annotation):
         members = typing.get_args(k)
-        if typing.get_origin(k) is tuple and Ellipsis not in members and set(members) <= {int, float}:
+        if (
+            typing.get_origin(k) is tuple
+            and Ellipsis not in members
+            and set(members) <= {int, float}
+        ):
             words.append(f"a list of {len(members)} numbers")
         elif k in (tuple, list) or members:
             words.append("a list")
@@ -118,7 +136,11 @@ def alternatives(words: Iterable[str]) -> str:
 
 def written(value: Any) -> str:
     """A plain value as the file says it."""
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def finite(value: Any) -> bool:

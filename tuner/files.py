@@ -33,7 +33,14 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, mode: int = 0o644, what: str = "file", *, need: float | None = None, sync: bool = True) -> Iterator[Path]:
+def atomic_path(
+    path: Path,
+    mode: int = 0o644,
+    what: str = "file",
+    *,
+    need: float | None = None,
+    sync: bool = True,
+) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
     `what` begins the names of its crash points, `need` is the bytes to be written, where they are known. Without `sync` a power
@@ -117,7 +124,9 @@ def sweep(parent: Path) -> None:
                     shutil.rmtree(rest, ignore_errors=True)
         else:
             with contextlib.suppress(OSError), open(rest, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is being written right now
+                fcntl.flock(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # raises where it is being written right now
                 rest.unlink()
     for lock in parent.glob("[!.]*.lock"):
         if not lock.with_suffix("").exists():
@@ -138,14 +147,22 @@ def disk_errors(path: Path, need: float | None = None) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except Exception as error:  # libraries written in other languages say a full disk in words of their own
+    except (
+        Exception
+    ) as error:  # libraries written in other languages say a full disk in words of their own
         reason = _full(error)
         if reason:
             needed = f"{max(1, round(need / 1e6)):,} MB needed: " if need is not None else ""
             raise StorageError(
                 f"disk full while writing {path} ({needed}{reason}); free some space, such as by `tuner clean`, and run the same command"
             ) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if isinstance(error, OSError) and error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
         raise
 
@@ -159,7 +176,9 @@ def _full(error: BaseException | None) -> str:
         if isinstance(error, OSError) and error.errno in FULL:
             return os.strerror(error.errno)
         for number in FULL:
-            if f"os error {number}" in str(error) or os.strerror(number) in str(error):  # safetensors, tokenizers
+            if f"os error {number}" in str(error) or os.strerror(number) in str(
+                error
+            ):  # safetensors, tokenizers
                 return os.strerror(number)
         if "PytorchStreamWriter failed writing" in str(error):
             return "torch could not write all of it"

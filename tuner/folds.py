@@ -15,10 +15,21 @@ def folds_of(run: Run) -> list[Run]:
     count = int(run.data.options.get("folds", 1))
     if count == 1:
         return [run]
-    return [replace(run, data=Part(run.data.name, {**run.data.options, "fold": fold})) for fold in range(count)]
+    return [
+        replace(run, data=Part(run.data.name, {**run.data.options, "fold": fold}))
+        for fold in range(count)
+    ]
 
 
-def crossed(run: Run, place: Place, metric: str, best: Best, checkpoints: Path | None = None, *, keep: bool = False) -> Iterator[Epoch]:
+def crossed(
+    run: Run,
+    place: Place,
+    metric: str,
+    best: Best,
+    checkpoints: Path | None = None,
+    *,
+    keep: bool = False,
+) -> Iterator[Epoch]:
     """The epochs of a run: over its folds the mean of loss and scores, and the seconds of all. Raises what `prepare` and `fit` do.
 
     Each fold continues from a folder of its own in `checkpoints`; epochs it remembers are yielded again, so the folds stay in step.
@@ -27,9 +38,13 @@ def crossed(run: Run, place: Place, metric: str, best: Best, checkpoints: Path |
     runs = folds_of(run)
     if len(runs) == 1:
         bench = prepare(run, place, metric)
-        yield from fit(bench, run.recipe, run.seed, best, checkpoints_of(run, bench, checkpoints, keep=keep))
+        yield from fit(
+            bench, run.recipe, run.seed, best, checkpoints_of(run, bench, checkpoints, keep=keep)
+        )
         return
-    whole = run.recipe.model_copy(update={"patience": None})  # the mean decides, not a fold of its own
+    whole = run.recipe.model_copy(
+        update={"patience": None}
+    )  # the mean decides, not a fold of its own
     bests, fits = [Best() for _ in runs], []
     for number, (fold, own) in enumerate(zip(runs, bests, strict=True)):
         bench = prepare(fold, place, metric)
@@ -40,7 +55,11 @@ def crossed(run: Run, place: Place, metric: str, best: Best, checkpoints: Path |
         if best.epoch is None or epoch.scores[metric] > best.epoch.scores[metric]:
             best.epoch, best.pairs = epoch, bests[0].latest  # what is shown is the first fold's
         yield epoch
-        if run.recipe.patience and best.epoch and epoch.number - best.epoch.number >= run.recipe.patience:
+        if (
+            run.recipe.patience
+            and best.epoch
+            and epoch.number - best.epoch.number >= run.recipe.patience
+        ):
             break
 
 
@@ -48,4 +67,10 @@ def mean(epochs: tuple[Epoch, ...]) -> Epoch:
     n = len(epochs)
     scores = {name: sum(e.scores[name] for e in epochs) / n for name in epochs[0].scores}
     notes = tuple(dict.fromkeys(note for e in epochs for note in e.notes))
-    return Epoch(epochs[0].number, sum(e.loss for e in epochs) / n, scores, sum(e.seconds for e in epochs), notes)
+    return Epoch(
+        epochs[0].number,
+        sum(e.loss for e in epochs) / n,
+        scores,
+        sum(e.seconds for e in epochs),
+        notes,
+    )

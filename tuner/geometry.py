@@ -23,5 +23,7 @@ def placed(width: int, height: int, preprocess: Preprocess) -> Placement:
         return Placement(wide, high, (size - wide) // 2, (size - high) // 2)
     short = preprocess.resize
     scale = short / min(width, height)
-    wide, high = (max(short, int(side * scale)) for side in (width, height))  # torchvision's Resize and CenterCrop
+    wide, high = (
+        max(short, int(side * scale)) for side in (width, height)
+    )  # torchvision's Resize and CenterCrop
     return Placement(wide, high, -round((wide - size) / 2), -round((high - size) / 2))

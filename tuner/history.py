@@ -17,7 +17,9 @@ ROOT, ATTEMPT, REASON, SAME_AS = "tuner:root", "tuner:attempt", "tuner:reason", 
 BEST_EPOCH, SCORES = "best_epoch", "scores"
 FINAL, TRACE = "tuner:final", "tuner:trace"
 OWNER = "tuner:owner"  # which coordinator runs a trial, where there may be several
-DEFAULT = "tuner:default"  # whether a trial that was asked for at the beginning is the default recipe
+DEFAULT = (
+    "tuner:default"  # whether a trial that was asked for at the beginning is the default recipe
+)
 
 
 def key_of(params: Mapping[str, Any]) -> str:
@@ -38,7 +40,9 @@ def best(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
     if not found:
         states = Counter(t.state.name.lower() for t in study.get_trials(deepcopy=False))
         told = ", ".join(f"{n} {state}" for state, n in states.items()) or "none was run"
-        raise NoUsableTrial(f"no trial completed ({told}), so there is nothing to export; raise search.trials or search.timeout")
+        raise NoUsableTrial(
+            f"no trial completed ({told}), so there is nothing to export; raise search.trials or search.timeout"
+        )
     top = max(float(t.value or 0.0) for t in found)
     tied = [t for t in found if t.value == top and SAME_AS not in t.user_attrs]
     winner = min(tied, key=lambda t: (t.user_attrs.get(BEST_EPOCH, 0), t.number))
@@ -56,7 +60,11 @@ def over(study: optuna.Study) -> dict[int, tuple[float, int, int] | None]:
     """Every draw that is over, with its rank where it has one."""
     draws = roots(study)
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
-    return {draws[t.number]: rank(t) for t in study.get_trials(deepcopy=False) if t.state in ended or t.user_attrs.get(FINAL)}
+    return {
+        draws[t.number]: rank(t)
+        for t in study.get_trials(deepcopy=False)
+        if t.state in ended or t.user_attrs.get(FINAL)
+    }
 
 
 def default(study: optuna.Study) -> FrozenTrial | None:
@@ -84,4 +92,7 @@ def roots(study: optuna.Study) -> dict[int, int]:
 
 def run_of(space: Space, study: optuna.Study, t: FrozenTrial) -> Run:
     """The run that a trial carried out."""
-    return space.sample(optuna.trial.FixedTrial(t.params), seed=mix(space.settings.search.seed, roots(study)[t.number]))
+    return space.sample(
+        optuna.trial.FixedTrial(t.params),
+        seed=mix(space.settings.search.seed, roots(study)[t.number]),
+    )

@@ -51,14 +51,30 @@ Truth = Callable[[Store, Items, Preprocess], Targets]
 """From the images that could be read, and their items, to what is true of each."""
 
 
-def dataset(home: Path, items: Items, options: ImageOptions, wanted: Wanted, warnings: Sequence[str] = ()) -> Data:
+def dataset(
+    home: Path, items: Items, options: ImageOptions, wanted: Wanted, warnings: Sequence[str] = ()
+) -> Data:
     """Items with one class each, split, decoded and ready. Raises DataError on too few classes, and as `assembled` does."""
     checked(items)
-    return assembled(home, items, options, wanted, items.strata, lambda _, kept, __: Labels(torch.from_numpy(kept.labels)), warnings)
+    return assembled(
+        home,
+        items,
+        options,
+        wanted,
+        items.strata,
+        lambda _, kept, __: Labels(torch.from_numpy(kept.labels)),
+        warnings,
+    )
 
 
 def assembled(
-    home: Path, items: Items, options: ImageOptions, wanted: Wanted, classes: tuple[str, ...], truth: Truth, warnings: Sequence[str] = ()
+    home: Path,
+    items: Items,
+    options: ImageOptions,
+    wanted: Wanted,
+    classes: tuple[str, ...],
+    truth: Truth,
+    warnings: Sequence[str] = (),
 ) -> Data:
     """Items split, decoded and ready. Raises DataError on too few images, and on unreadable ones."""
     preprocess = resolve(options, wanted)
@@ -81,9 +97,16 @@ def assembled(
         )
 
     flip = options.augment == "flip"
-    train, valid, test, full = source(TRAIN, flip=flip), source(VALID), source(TEST), source(TRAIN, VALID, flip=flip)
+    train, valid, test, full = (
+        source(TRAIN, flip=flip),
+        source(VALID),
+        source(TEST),
+        source(TRAIN, VALID, flip=flip),
+    )
     all_of_it = digest(content, str(preprocess), train.digest, valid.digest, test.digest)
-    return Data(train, valid, test, full, classes, preprocess, all_of_it, (*warnings, *held.warnings))
+    return Data(
+        train, valid, test, full, classes, preprocess, all_of_it, (*warnings, *held.warnings)
+    )
 
 
 def resolve(options: ImageOptions, wanted: Wanted) -> Preprocess:
@@ -92,16 +115,22 @@ def resolve(options: ImageOptions, wanted: Wanted) -> Preprocess:
     Raises SpaceError on a size that is not the model's, a resize below it, a standard deviation of 0, and a model that wants no images.
     """
     if not isinstance(wanted, Preprocess):
-        raise SpaceError("data.name: these are images, but the model wants texts; use data: text, or a model of images")
+        raise SpaceError(
+            "data.name: these are images, but the model wants texts; use data: text, or a model of images"
+        )
     size = options.size or wanted.size
     if size % wanted.multiple:
         below = size // wanted.multiple * wanted.multiple
         either = " or ".join(str(side) for side in (below, below + wanted.multiple) if side)
-        raise SpaceError(f"data.size: {size}, but the model wants a multiple of {wanted.multiple}: {either}")
+        raise SpaceError(
+            f"data.size: {size}, but the model wants a multiple of {wanted.multiple}: {either}"
+        )
     if options.resize is not None and options.resize < size:
         raise SpaceError(f"data.resize: {options.resize}, but the crop of {size} must fit into it")
     if options.std is not None and min(options.std) <= 0:
-        raise SpaceError(f"data.std: {', '.join(f'{v:g}' for v in options.std)}; each must be above 0")
+        raise SpaceError(
+            f"data.std: {', '.join(f'{v:g}' for v in options.std)}; each must be above 0"
+        )
     return Preprocess(
         size=size,
         resize=options.resize or max(size, round(size * wanted.resize / wanted.size)),

@@ -65,4 +65,6 @@ class Carry(Protocol):
     `workers`: at most so many at once.
     """
 
-    def __call__(self, jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int) -> None: ...
+    def __call__(
+        self, jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int
+    ) -> None: ...

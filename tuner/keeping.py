@@ -22,13 +22,19 @@ def name_of(what: str, content: bytes) -> str:
 
 def generations(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, the newest first."""
-    found = [p for p in folder.glob("*.safetensors") if (match := NAME.fullmatch(p.name)) and match[1] != "best"]
+    found = [
+        p
+        for p in folder.glob("*.safetensors")
+        if (match := NAME.fullmatch(p.name)) and match[1] != "best"
+    ]
     return sorted(found, key=lambda p: int(p.name.partition("-")[0]), reverse=True)
 
 
 def best_weights(folder: Path) -> Path | None:
     """Where a trial that completed has left the weights of its best epoch."""
-    return next((p for p in sorted(folder.glob("best-*.safetensors")) if NAME.fullmatch(p.name)), None)
+    return next(
+        (p for p in sorted(folder.glob("best-*.safetensors")) if NAME.fullmatch(p.name)), None
+    )
 
 
 def whole(path: Path) -> bytes | None:
@@ -58,7 +64,11 @@ class Keeping:
 
     def begin(self, ended: Mapping[int, Rank | None]) -> None:
         """Takes over what an earlier coordinator left; `ended` has every draw that is over, with its rank where it completed."""
-        self.best = dict(sorted(((d, r) for d, r in ended.items() if r is not None), key=lambda item: item[1])[: self.count])
+        self.best = dict(
+            sorted(((d, r) for d, r in ended.items() if r is not None), key=lambda item: item[1])[
+                : self.count
+            ]
+        )
         if self.folder is not None and self.folder.is_dir():
             for draw in [int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()]:
                 if draw in self.best:

@@ -50,7 +50,9 @@ def learn(bench: Bench, recipe: Recipe, training: Training, seed: int, epoch: in
         training.optimizer.step()
         training.schedule.step()
         total += loss * len(index)
-        if step % 50 == 49 and not math.isfinite(float(total)):  # reading it waits for the GPU, so not at every step
+        if step % 50 == 49 and not math.isfinite(
+            float(total)
+        ):  # reading it waits for the GPU, so not at every step
             break
     return float(total) / len(bench.train)
 
@@ -83,7 +85,9 @@ def gradients(bench: Bench, index: Tensor, view: int, training: Training) -> Ten
     return total
 
 
-def batches(length: int, size: int, seed: int, epoch: int, lengths: Tensor | None = None) -> list[Tensor]:
+def batches(
+    length: int, size: int, seed: int, epoch: int, lengths: Tensor | None = None
+) -> list[Tensor]:
     """A permutation by (seed, epoch), in batches. A last batch of one joins the one before: BatchNorm needs two.
 
     With `lengths`, examples of like length share a batch, so that little is padded: each run of `BUCKET` batches of the permutation
@@ -92,7 +96,9 @@ def batches(length: int, size: int, seed: int, epoch: int, lengths: Tensor | Non
     generator = torch.Generator().manual_seed(seed * 7_368_787 + epoch)
     order = torch.randperm(length, generator=generator)
     if lengths is not None:
-        order = torch.cat([run[lengths[run].argsort(stable=True)] for run in torch.split(order, BUCKET * size)])
+        order = torch.cat(
+            [run[lengths[run].argsort(stable=True)] for run in torch.split(order, BUCKET * size)]
+        )
     chunks = list(torch.split(order, size))
     if len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [torch.cat(chunks[-2:])]

@@ -93,7 +93,12 @@ class Leases:
 
     def __init__(self, server: Server, study: int, folder: Path) -> None:
         self.server, self.study = server, study
-        place = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine(), "folder": str(folder.resolve())}
+        place = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "machine": machine(),
+            "folder": str(folder.resolve()),
+        }
         self.row = {"me": server.owner, "study": study, "valid": VALID, **place}
         self.ended = threading.Event()
 
@@ -120,7 +125,10 @@ class Leases:
             for holder in self._read("crown IS NOT NULL AND winner = :winner", winner=winner):
                 if holder.crown == "made" or holder in self.others():
                     return holder
-            self._do("UPDATE tuner_leases SET crown = 'making', winner = :winner WHERE coordinator = :me", winner=winner)
+            self._do(
+                "UPDATE tuner_leases SET crown = 'making', winner = :winner WHERE coordinator = :me",
+                winner=winner,
+            )
             return None
 
         return self.exclusively(claim)
@@ -132,7 +140,9 @@ class Leases:
 
     def take(self) -> None:
         self._do(TABLE)
-        self._do(f"DELETE FROM tuner_leases WHERE study = :study AND NOT {ALIVE} AND expires < now() - interval '1 day'")
+        self._do(
+            f"DELETE FROM tuner_leases WHERE study = :study AND NOT {ALIVE} AND expires < now() - interval '1 day'"
+        )
         self._do(
             "INSERT INTO tuner_leases (coordinator, study, host, pid, machine, folder, expires) "
             f"VALUES (:me, :study, :host, :pid, :machine, :folder, {EXPIRES}) ON CONFLICT DO NOTHING"
@@ -140,14 +150,23 @@ class Leases:
 
     def leave(self) -> None:
         """What is left behind is that the winner was made, for those who are still at it."""
-        with contextlib.suppress(Lost, sqlalchemy.exc.SQLAlchemyError):  # where the server is away, the lease ends by itself
-            self._once("DELETE FROM tuner_leases WHERE coordinator = :me AND crown IS DISTINCT FROM 'made'", self.row)
+        with contextlib.suppress(
+            Lost, sqlalchemy.exc.SQLAlchemyError
+        ):  # where the server is away, the lease ends by itself
+            self._once(
+                "DELETE FROM tuner_leases WHERE coordinator = :me AND crown IS DISTINCT FROM 'made'",
+                self.row,
+            )
 
     def renew(self) -> None:
         """Runs beside the search, over a connection of its own; a server that is away is asked again at the next turn."""
         url = self.server.engine.url
-        engine = sqlalchemy.create_engine(url, pool_size=1, pool_pre_ping=True, connect_args=options(url))
-        renewal = sqlalchemy.text(f"UPDATE tuner_leases SET expires = {EXPIRES} WHERE coordinator = :me AND crown IS DISTINCT FROM 'made'")
+        engine = sqlalchemy.create_engine(
+            url, pool_size=1, pool_pre_ping=True, connect_args=options(url)
+        )
+        renewal = sqlalchemy.text(
+            f"UPDATE tuner_leases SET expires = {EXPIRES} WHERE coordinator = :me AND crown IS DISTINCT FROM 'made'"
+        )
         while not self.ended.wait(RENEWAL):
             with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), engine.begin() as connection:
                 connection.execute(renewal, {"me": self.row["me"], "valid": VALID})

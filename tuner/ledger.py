@@ -39,8 +39,18 @@ class Ledger:
         draws = history.roots(self.study) if orphans else {}
         for t in running:
             if t.number in orphans:
-                params = {**t.system_attrs.get("fixed_params", {}), **t.params}  # enqueued, but perhaps not drawn yet
-                self.requeue(t.number, params, draws[t.number], t.user_attrs, self.leases.orphaned, count=False)
+                params = {
+                    **t.system_attrs.get("fixed_params", {}),
+                    **t.params,
+                }  # enqueued, but perhaps not drawn yet
+                self.requeue(
+                    t.number,
+                    params,
+                    draws[t.number],
+                    t.user_attrs,
+                    self.leases.orphaned,
+                    count=False,
+                )
         self.study.elsewhere = [t for t in running if t.number not in orphans]
         self.elsewhere = len(self.study.elsewhere)
         for t in trials:
@@ -59,24 +69,49 @@ class Ledger:
         """Ends a trial of ours and asks for it again; where another coordinator took it, that one has. `count`: it was an attempt."""
 
         def requeue() -> None:
-            if not self.leases.shared or self.study._storage.get_trial(trial._trial_id).state == TrialState.RUNNING:
-                self.requeue(trial.number, trial.params, root, trial.user_attrs, reason, count=count)
+            if (
+                not self.leases.shared
+                or self.study._storage.get_trial(trial._trial_id).state == TrialState.RUNNING
+            ):
+                self.requeue(
+                    trial.number, trial.params, root, trial.user_attrs, reason, count=count
+                )
 
         self.leases.exclusively(requeue)
         self.study.lose(trial.number)
 
-    def requeue(self, number: int, params: dict[str, Any], root: int, attrs: dict[str, Any], reason: str, *, count: bool) -> None:
+    def requeue(
+        self,
+        number: int,
+        params: dict[str, Any],
+        root: int,
+        attrs: dict[str, Any],
+        reason: str,
+        *,
+        count: bool,
+    ) -> None:
         """Records a lost attempt and asks for the same parameters again. `count`: it was one of the limited attempts."""
-        marks = {ROOT: root, ATTEMPT: int(attrs.get(ATTEMPT, 1)) + count} | {k: v for k, v in attrs.items() if k == DEFAULT}
+        marks = {ROOT: root, ATTEMPT: int(attrs.get(ATTEMPT, 1)) + count} | {
+            k: v for k, v in attrs.items() if k == DEFAULT
+        }
         # first the new one, then the end of the old one: a crash in between leaves an orphan that is swept again
-        waiting = [t for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if t.user_attrs.get(ROOT) == marks[ROOT]]
+        waiting = [
+            t
+            for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            if t.user_attrs.get(ROOT) == marks[ROOT]
+        ]
         if not waiting:
             self.study.enqueue_trial(params, user_attrs=marks)
         crash("search.requeued")
         self.fail(number, reason)
 
     def fail(self, number: int, reason: str) -> None:
-        storage, trial_id = self.study._storage, self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
+        storage, trial_id = (
+            self.study._storage,
+            self.study._storage.get_trial_id_from_study_id_trial_number(
+                self.study._study_id, number
+            ),
+        )
         storage.set_trial_user_attr(trial_id, REASON, reason)
         crash("search.failing")
         self.study.tell(number, state=TrialState.FAIL)

@@ -55,7 +55,14 @@ def crowded() -> bool:
             text = Path("/proc/stat").read_text()
         except OSError:
             return True
-        running = next((int(line.split()[1]) for line in text.splitlines() if line.startswith("procs_running")), 2)
+        running = next(
+            (
+                int(line.split()[1])
+                for line in text.splitlines()
+                if line.startswith("procs_running")
+            ),
+            2,
+        )
         busy += running > 1  # one is who is looking
         time.sleep(BETWEEN)
     return 2 * busy > LOOKS

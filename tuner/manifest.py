@@ -28,10 +28,18 @@ def run_of(tree: Mapping[str, Any]) -> Run:
     """A run from `Run.tree()`, as JSON keeps it."""
 
     def part(section: Mapping[str, Any]) -> Part:
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k != "name"}
+        options = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k != "name"
+        }
         return Part(section["name"], options)
 
-    return Run(part(tree["task"]), part(tree["data"]), part(tree["model"]), Recipe(**tree["recipe"]), tree["seed"])
+    return Run(
+        part(tree["task"]),
+        part(tree["data"]),
+        part(tree["model"]),
+        Recipe(**tree["recipe"]),
+        tree["seed"],
+    )
 
 
 def read(folder: Path) -> Published | None:
@@ -44,15 +52,27 @@ def read(folder: Path) -> Published | None:
         files = dict(manifest["files"])
         loaded = [str(entry["file"]) for entry in manifest["exports"].values()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove the folder and run `tuner export` again") from None
-    strange = [name for name in (*files, *loaded) if name not in files or name.startswith("/") or ".." in Path(name).parts]
+        raise DataError(
+            f"{path}: damaged ({error}); remove the folder and run `tuner export` again"
+        ) from None
+    strange = [
+        name
+        for name in (*files, *loaded)
+        if name not in files or name.startswith("/") or ".." in Path(name).parts
+    ]
     if strange:
-        raise DataError(f"{path}: names {strange[0]!r}, which is no file that it vouches for in its folder")
+        raise DataError(
+            f"{path}: names {strange[0]!r}, which is no file that it vouches for in its folder"
+        )
     for name, digest in files.items():
         if not (folder / name).is_file():
-            raise DataError(f"{folder / name}: missing; remove the folder and run `tuner export` again")
+            raise DataError(
+                f"{folder / name}: missing; remove the folder and run `tuner export` again"
+            )
         if sha256(folder / name) != digest:
-            raise DataError(f"{folder / name}: changed since it was exported (its SHA-256 differs from {MANIFEST}); export again")
+            raise DataError(
+                f"{folder / name}: changed since it was exported (its SHA-256 differs from {MANIFEST}); export again"
+            )
     return Published(folder, manifest)
 
 
@@ -74,7 +94,8 @@ def model_card(m: Mapping[str, Any]) -> str:
         for name in m["scores"]["test"]
     )
     exports = "\n".join(
-        f"| {e['file']} | {name} | {e['largest_difference']:.1e} | {e['milliseconds']:g} |" for name, e in m["exports"].items()
+        f"| {e['file']} | {name} | {e['largest_difference']:.1e} | {e['milliseconds']:g} |"
+        for name, e in m["exports"].items()
     )
     listed = ", ".join(m["classes"][:50]) + (" …" if len(m["classes"]) > 50 else "")
     classes = f", {len(m['classes'])} classes: {listed}" if m["classes"] else ""

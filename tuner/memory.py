@@ -47,7 +47,9 @@ def fitting(work: Callable[[], Tensor], room: Room, count: int) -> Tensor:
                 raise
         # out here, since the traceback, gone now, held what the failed attempt had computed
         before, room.size = min(room.size, count), max(room.least, min(room.size, count) // 2)
-        room.notes.append(f"out of memory with {before} examples at once; batches go on in parts of {room.size}, their gradients added up")
+        room.notes.append(
+            f"out of memory with {before} examples at once; batches go on in parts of {room.size}, their gradients added up"
+        )
         release()
 
 

@@ -24,7 +24,9 @@ COMMAND_LINE = "command line"
 class Top(Section):
     """Keys of the file that lie in no section."""
 
-    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="of every training; null: each trial has its own")
+    seed: int | None = Field(
+        None, ge=0, le=2**32 - 1, description="of every training; null: each trial has its own"
+    )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Space:
@@ -38,12 +40,16 @@ def override(doc: Document, overrides: Sequence[str]) -> Document:
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
-            doc.problems.append(f"{COMMAND_LINE}: {text!r}: expected key=value, such as recipe.lr=0.01")
+            doc.problems.append(
+                f"{COMMAND_LINE}: {text!r}: expected key=value, such as recipe.lr=0.01"
+            )
             continue
         try:
             _set(doc, path, document.value(value))
         except SpaceError as error:
-            doc.problems.extend(f"{COMMAND_LINE}: {dotted(path)}: {problem}" for problem in error.problems)
+            doc.problems.extend(
+                f"{COMMAND_LINE}: {dotted(path)}: {problem}" for problem in error.problems
+            )
     return doc
 
 
@@ -59,7 +65,9 @@ def _set(doc: Document, path: tuple[str, ...], value: Any) -> None:
             doc.lines[path[:depth]] = COMMAND_LINE
         elif not isinstance(inner, dict):
             above = dotted(path[:depth])
-            raise SpaceError(f"{above} is {kind(inner)}, not a mapping; set the whole of it: {above}=…")
+            raise SpaceError(
+                f"{above} is {kind(inner)}, not a mapping; set the whole of it: {above}=…"
+            )
         node[part] = inner
         node = inner
     node[path[-1]] = value
@@ -79,7 +87,9 @@ def parse(doc: Document) -> Space:
     recipe = doc.tree.get("recipe")
     if recipe is not None and not isinstance(recipe, dict):
         draft.wrong(("recipe",), f"expected a mapping of keys, got {kind(recipe)}")
-    leaves.section(draft, ("recipe",), recipe if isinstance(recipe, dict) else {}, recipe_fields(draft))
+    leaves.section(
+        draft, ("recipe",), recipe if isinstance(recipe, dict) else {}, recipe_fields(draft)
+    )
     if doc.tree.get("seed") is not None:
         draft.fix(("seed",), Top.model_fields["seed"], doc.tree["seed"])
     searched = conditions.dimensions(draft)
@@ -105,7 +115,10 @@ def part(draft: Draft, section: str) -> None:
         for key in close:
             draft.wrong((section, key), f"unknown key{suggest(key, ('name',))}")
         if not close:
-            draft.wrong((section,), f"needs a name: {', '.join(plugins.names(section))}, or your own as package.module:attribute")
+            draft.wrong(
+                (section,),
+                f"needs a name: {', '.join(plugins.names(section))}, or your own as package.module:attribute",
+            )
         return
     name = (section, "name")
     leaves.node(draft, name, FieldInfo.from_annotation(str), keys["name"])
@@ -116,15 +129,25 @@ def part(draft: Draft, section: str) -> None:
             wanted.update(plugins.keys(section, option).fields)
         except SpaceError as error:
             draft.problems.extend(draft.doc.problem(name, problem) for problem in error.problems)
-    if len(draft.problems) == before and name in draft.values:  # otherwise nobody knows which keys there are
-        leaves.section(draft, (section,), {k: v for k, v in keys.items() if k != "name"}, wanted, also=("name",))
+    if (
+        len(draft.problems) == before and name in draft.values
+    ):  # otherwise nobody knows which keys there are
+        leaves.section(
+            draft,
+            (section,),
+            {k: v for k, v in keys.items() if k != "name"},
+            wanted,
+            also=("name",),
+        )
 
 
 def names(draft: Draft, section: str, written: Any) -> list[str]:
     """The plug-ins that a name can mean. Models may be searched; a study has one task and one data set."""
     several = isinstance(written, (list, dict))
     if several and section != "model":
-        draft.wrong((section, "name"), f"one {section} per study; scores on different ones do not compare")
+        draft.wrong(
+            (section, "name"), f"one {section} per study; scores on different ones do not compare"
+        )
         return []
     options = written.get("choices", []) if isinstance(written, dict) else written
     return [o for o in (options if isinstance(options, list) else [options]) if isinstance(o, str)]
@@ -142,9 +165,14 @@ def fitting(draft: Draft) -> None:
             except SpaceError:
                 continue  # said where the name is read
             if task not in for_:
-                others = [other for other in plugins.names(section) if task in plugins.tasks(section, other)]
+                others = [
+                    other
+                    for other in plugins.names(section)
+                    if task in plugins.tasks(section, other)
+                ]
                 draft.wrong(
-                    (section, "name"), f"{name} is for {fields.alternatives(for_)}, not for {task} (allowed: {', '.join(others[:20])})"
+                    (section, "name"),
+                    f"{name} is for {fields.alternatives(for_)}, not for {task} (allowed: {', '.join(others[:20])})",
                 )
 
 
@@ -159,7 +187,9 @@ def recipe_fields(draft: Draft) -> dict[str, FieldInfo]:
     """The recipe's keys; their defaults are what the people of the (first) model fine-tune it with, where its file says so."""
     found = dict(Recipe.model_fields)
     for name in chosen(draft, "model")[:1]:
-        for key, value in plugins.stated(name, "RECIPES", {}).get(draft.values.get(("task", "name")), {}).items():
+        for key, value in (
+            plugins.stated(name, "RECIPES", {}).get(draft.values.get(("task", "name")), {}).items()
+        ):
             found[key] = FieldInfo.merge_field_infos(found[key], default=value)
     return found
 

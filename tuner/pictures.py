@@ -7,7 +7,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#f032e6")
+COLOURS = (
+    "#e6194b",
+    "#3cb44b",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#008080",
+    "#9a6324",
+    "#808000",
+    "#000075",
+    "#f032e6",
+)
 EDGE = 240  # pixels of a contact sheet's tile
 
 
@@ -27,7 +38,12 @@ def of_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def with_boxes(
-    image: Image.Image, boxes: Sequence[Sequence[float]], words: Sequence[str], labels: Sequence[int], *, dashed: bool = False
+    image: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    words: Sequence[str],
+    labels: Sequence[int],
+    *,
+    dashed: bool = False,
 ) -> Image.Image:
     """Boxes (left, top, right, bottom) with a word above each, in the colour of their label; thin ones for truth (`dashed`)."""
     shown = image.convert("RGB")
@@ -36,23 +52,37 @@ def with_boxes(
     font = ImageFont.load_default(max(10, max(image.size) // 45))
     for (left, top, right, bottom), word, label in zip(boxes, words, labels, strict=True):
         ink = "white" if dashed else colour(label)
-        draw.rectangle((min(left, right), min(top, bottom), max(left, right), max(top, bottom)), outline=ink, width=width)
+        draw.rectangle(
+            (min(left, right), min(top, bottom), max(left, right), max(top, bottom)),
+            outline=ink,
+            width=width,
+        )
         if word:
             box = draw.textbbox((left, top), word, font=font)
             up = min(top, box[3] - box[1] + 4)
-            draw.rectangle((left, top - up, left + box[2] - box[0] + 6, top - up + box[3] - box[1] + 4), fill=ink)
+            draw.rectangle(
+                (left, top - up, left + box[2] - box[0] + 6, top - up + box[3] - box[1] + 4),
+                fill=ink,
+            )
             draw.text((left + 3, top - up - (box[1] - top) + 2), word, fill="white", font=font)
     return shown
 
 
 def with_mask(
-    image: Image.Image, mask: NDArray[np.uint8], *, background: int | None = 0, ignored: int = 255, share: float = 0.5
+    image: Image.Image,
+    mask: NDArray[np.uint8],
+    *,
+    background: int | None = 0,
+    ignored: int = 255,
+    share: float = 0.5,
 ) -> Image.Image:
     """Class ids (h, w) laid over an image of that size, each in its colour; background and ignored pixels stay as they are."""
     pixels = np.asarray(image.convert("RGB")).astype(np.float32)
     for label in np.unique(mask):
         if label not in (background, ignored):
-            ink = np.array(Image.new("RGB", (1, 1), colour(int(label) - 1)).getpixel((0, 0)), np.float32)
+            ink = np.array(
+                Image.new("RGB", (1, 1), colour(int(label) - 1)).getpixel((0, 0)), np.float32
+            )
             where = mask == label
             pixels[where] = (1 - share) * pixels[where] + share * ink
     return Image.fromarray(pixels.round().astype(np.uint8))

@@ -26,9 +26,13 @@ def inks_of(colours: Sequence[str] | None, classes: Sequence[str] | None) -> Ink
     if colours is None:
         return None
     if classes is not None and len(classes) != len(colours):
-        raise DataError(f"data.colours: {len(colours)}, but data.classes names {len(classes)}; give one for each")
+        raise DataError(
+            f"data.colours: {len(colours)}, but data.classes names {len(classes)}; give one for each"
+        )
     try:
-        found: dict[tuple[int, ...], int] = {ImageColor.getrgb(colour)[:3]: i for i, colour in enumerate(colours)}
+        found: dict[tuple[int, ...], int] = {
+            ImageColor.getrgb(colour)[:3]: i for i, colour in enumerate(colours)
+        }
     except ValueError as error:
         raise DataError(f"data.colours: {error}; write colours such as '#ff0000' or red") from None
     if len(found) < len(colours):
@@ -86,7 +90,9 @@ def _grey(image: Image.Image) -> Plane:
         return values.astype(np.uint8)
     if image.mode.startswith("I"):
         if values.min() < 0 or values.max() > 255:
-            raise ValueError(f"its values reach from {values.min()} to {values.max()}; class ids are 0 to 254, and 255 is ignored")
+            raise ValueError(
+                f"its values reach from {values.min()} to {values.max()}; class ids are 0 to 254, and 255 is ignored"
+            )
         return values.astype(np.uint8)
     if image.mode in ("RGB", "RGBA", "LA"):
         shown = values[..., : 1 if image.mode == "LA" else 3]
@@ -96,7 +102,9 @@ def _grey(image: Image.Image) -> Plane:
             "painted in colours, not in class ids; write data.colours with each class's colour, such as ['#000000', '#ff0000'], "
             "or save it with one value per class"
         )
-    raise ValueError(f"its pixels are of mode {image.mode}, which holds no class ids; save it as an 8-bit PNG")
+    raise ValueError(
+        f"its pixels are of mode {image.mode}, which holds no class ids; save it as an 8-bit PNG"
+    )
 
 
 def _painted(pixels: NDArray[np.uint8], inks: Mapping[tuple[int, ...], int]) -> Plane:
@@ -108,7 +116,9 @@ def _painted(pixels: NDArray[np.uint8], inks: Mapping[tuple[int, ...], int]) -> 
         known |= where
     if not known.all():
         other = "#" + "".join(f"{int(v):02x}" for v in pixels[~known][0])
-        raise ValueError(f"{int((~known).sum())} pixels have colours such as {other} that data.colours does not name")
+        raise ValueError(
+            f"{int((~known).sum())} pixels have colours such as {other} that data.colours does not name"
+        )
     return found
 
 

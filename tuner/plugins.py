@@ -31,10 +31,22 @@ from pydantic.fields import FieldInfo
 from tuner import run
 from tuner.errors import SpaceError, nearest, suggest
 
-KINDS = {"task": "tasks", "data": "data", "model": "models", "export": "export", "engine": "engines"}
+KINDS = {
+    "task": "tasks",
+    "data": "data",
+    "model": "models",
+    "export": "export",
+    "engine": "engines",
+}
 VERBS = {"task": "build", "data": "load", "model": "build", "export": "save", "engine": "run"}
 OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-_SCOPE = {"Annotated": Annotated, "Literal": Literal, "Field": Field, "ImageOptions": run.ImageOptions, "SplitOptions": run.SplitOptions}
+_SCOPE = {
+    "Annotated": Annotated,
+    "Literal": Literal,
+    "Field": Field,
+    "ImageOptions": run.ImageOptions,
+    "SplitOptions": run.SplitOptions,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,10 @@ class Keys:
 
     def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The flat options of a file as the plug-in's keyword arguments."""
-        grouped = {k: group(**{n: options[n] for n in group.model_fields}) for k, group in self.groups.items()}
+        grouped = {
+            k: group(**{n: options[n] for n in group.model_fields})
+            for k, group in self.groups.items()
+        }
         inside = {n for group in self.groups.values() for n in group.model_fields}
         return {k: v for k, v in options.items() if k not in inside} | grouped
 
@@ -64,7 +79,9 @@ def names(kind: str) -> list[str]:
 def constant(kind: str, file: str, name: str) -> Any:
     """A literal assigned at the top of a plug-in's file, read without importing it."""
     for node in _syntax(kind, file).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+        if isinstance(node, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == name for t in node.targets
+        ):
             return ast.literal_eval(node.value)
     raise LookupError(f"{KINDS[kind]}/{file}.py assigns no {name}")
 
@@ -97,14 +114,18 @@ def family(name: str) -> str | None:
     """The file in models/ that builds model `name`; None when there is none."""
     folder = Path(__file__).parent / "models"
     for path in sorted(folder.glob("[!_]*.py")):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in constant("model", path.stem, "NAMES")):
+        if any(
+            fnmatch.fnmatchcase(name, pattern) for pattern in constant("model", path.stem, "NAMES")
+        ):
             return path.stem
     return None
 
 
 @functools.cache
 def _syntax(kind: str, file: str) -> ast.Module:
-    return ast.parse((Path(__file__).parent / KINDS[kind] / f"{file}.py").read_text(encoding="utf-8"))
+    return ast.parse(
+        (Path(__file__).parent / KINDS[kind] / f"{file}.py").read_text(encoding="utf-8")
+    )
 
 
 @functools.cache
@@ -114,7 +135,9 @@ def keys(kind: str, name: str) -> Keys:
         return _imported_keys(name, attribute(kind, name))
     file = family(name) if kind == "model" else name
     if file is None or (kind != "model" and name not in names(kind)):
-        raise SpaceError(f"{name!r} is not known{suggest(name, names(kind))}; your own goes as package.module:attribute")
+        raise SpaceError(
+            f"{name!r} is not known{suggest(name, names(kind))}; your own goes as package.module:attribute"
+        )
     return _written_keys(kind, file)
 
 
@@ -122,7 +145,9 @@ def _written_keys(kind: str, file: str) -> Keys:
     for node in _syntax(kind, file).body:
         if isinstance(node, ast.FunctionDef) and node.name == VERBS[kind]:
             arguments = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-            return _collect({a.arg: (_evaluate(a.annotation), _evaluate(default)) for a, default in arguments})
+            return _collect(
+                {a.arg: (_evaluate(a.annotation), _evaluate(default)) for a, default in arguments}
+            )
     raise LookupError(f"{KINDS[kind]}/{file}.py defines no {VERBS[kind]}")
 
 
@@ -138,16 +163,29 @@ def _imported_keys(name: str, function: Callable[..., Any]) -> Keys:
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError):
-        raise SpaceError(f"{name!r}: its arguments cannot be read; wrap it in a function of your own") from None
+        raise SpaceError(
+            f"{name!r}: its arguments cannot be read; wrap it in a function of your own"
+        ) from None
     try:
-        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+        hints = typing.get_type_hints(
+            function.__init__ if inspect.isclass(function) else function, include_extras=True
+        )
     except (NameError, TypeError, AttributeError):
         hints = {}
-    wanted = {p.name: (hints.get(p.name, Any), p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    wanted = {
+        p.name: (hints.get(p.name, Any), p.default)
+        for p in signature.parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    }
     found = _collect(wanted)
     for key, field in found.fields.items():
-        if not (_writable(field.annotation) and (field.is_required() or _plain(field.get_default(call_default_factory=True)))):
-            raise SpaceError(f"{name!r}: its argument {key!r} is not made of numbers, text, true/false, null, Literal and lists of them")
+        if not (
+            _writable(field.annotation)
+            and (field.is_required() or _plain(field.get_default(call_default_factory=True)))
+        ):
+            raise SpaceError(
+                f"{name!r}: its argument {key!r} is not made of numbers, text, true/false, null, Literal and lists of them"
+            )
     return found
 
 
@@ -159,7 +197,12 @@ def _writable(annotation: Any) -> bool:
     if typing.get_origin(annotation) is Literal:
         return _plain(list(parts))
     if parts:
-        return typing.get_origin(annotation) in (list, tuple, typing.Union, types.UnionType) and all(map(_writable, parts))
+        return typing.get_origin(annotation) in (
+            list,
+            tuple,
+            typing.Union,
+            types.UnionType,
+        ) and all(map(_writable, parts))
     return annotation in (Any, int, float, str, bool, None, types.NoneType, list, tuple, ...)
 
 
@@ -203,12 +246,18 @@ def attribute(kind: str, name: str) -> Callable[..., Any]:
         own = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever the user's module raises is theirs to read
         first = str(error).strip().partition("\n")[0]
-        raise SpaceError(f"{name!r}: importing {module_name} failed ({type(error).__name__}: {first})") from error
+        raise SpaceError(
+            f"{name!r}: importing {module_name} failed ({type(error).__name__}: {first})"
+        ) from error
     target = getattr(own, wanted, None)
     if target is None:
-        raise SpaceError(f"{name!r}: module {module_name} has no {wanted!r}{nearest(wanted, dir(own))}")
+        raise SpaceError(
+            f"{name!r}: module {module_name} has no {wanted!r}{nearest(wanted, dir(own))}"
+        )
     if not callable(target) or _of_python(target):
-        raise SpaceError(f"{name!r}: {wanted} is not a function or class of yours; {kind} needs one")
+        raise SpaceError(
+            f"{name!r}: {wanted} is not a function or class of yours; {kind} needs one"
+        )
     return typing.cast(Callable[..., Any], target)
 
 

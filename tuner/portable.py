@@ -40,7 +40,9 @@ class Portable(nn.Module):
 
     def take(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `state` gave."""
-        self.staged[0].model.load_state_dict({name: value for name, value in state.items() if not name.startswith("tuner.")})
+        self.staged[0].model.load_state_dict(
+            {name: value for name, value in state.items() if not name.startswith("tuner.")}
+        )
         for name, buffer in self.named_buffers(recurse=False):
             buffer.copy_(state[f"tuner.{name}"])
 
@@ -61,5 +63,7 @@ def tracing() -> Iterator[None]:
     """While an exporter traces a model: what torch and torchvision tell each other is of no use to who exports."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*create_unbacked_symint.* is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # leaves share theirs, as they should
+        warnings.filterwarnings(
+            "ignore", "# The axis name", UserWarning
+        )  # leaves share theirs, as they should
         yield

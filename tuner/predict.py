@@ -33,14 +33,20 @@ class Prediction:
 def find(studies: Path, name: str) -> Published:
     """A study by name or folder, or an export's folder. Raises DataError."""
     for folder in (studies / name / "export", Path(name) / "export", Path(name)):
-        published = read(folder) if os.path.isdir(folder) else None  # Path.is_dir raises on a name that is too long
+        published = (
+            read(folder) if os.path.isdir(folder) else None
+        )  # Path.is_dir raises on a name that is too long
         if published is not None:
             return published
     if os.path.isfile(studies / name / "space.yaml"):
-        raise DataError(f"study {name!r} has no export yet; finish it with `tuner run`, or call `tuner export {name}`")
+        raise DataError(
+            f"study {name!r} has no export yet; finish it with `tuner run`, or call `tuner export {name}`"
+        )
     known = sorted(p.parent.parent.name for p in studies.glob("*/export/manifest.json"))
     hint = suggest(name, known) if known else "; make one with `tuner run FILE`"
-    raise DataError(f"no export under {name!r}: neither a study in {studies} nor a folder with manifest.json{hint}")
+    raise DataError(
+        f"no export under {name!r}: neither a study in {studies} nor a folder with manifest.json{hint}"
+    )
 
 
 def images(patterns: Sequence[str]) -> list[Path]:
@@ -49,7 +55,11 @@ def images(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         # a name may hold glob characters itself, so what exists comes first
-        named = [path] if os.path.lexists(path) else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+        named = (
+            [path]
+            if os.path.lexists(path)
+            else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+        )
         inside = [p for one in named for p in (_inside(one) if one.is_dir() else [one])]
         if path not in named:
             inside = [p for p in inside if p.suffix.lower() in SUFFIXES] or inside
@@ -64,26 +74,36 @@ def _inside(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
 
 
-def predict(published: Published, named: Sequence[str], kind: str | None = None) -> Iterator[Prediction | str]:
+def predict(
+    published: Published, named: Sequence[str], kind: str | None = None
+) -> Iterator[Prediction | str]:
     """A prediction for each image or text that `named` means, or a sentence for one that cannot be read.
 
     Raises SpaceError on an unknown format, DataError for what is not there.
     """
     exports = published.manifest["exports"]
     if kind is not None and kind not in exports:
-        raise SpaceError(f"--format {kind!r} was not exported{suggest(kind, exports)}; make it with `tuner export`")
+        raise SpaceError(
+            f"--format {kind!r} was not exported{suggest(kind, exports)}; make it with `tuner export`"
+        )
     kind = kind or next((k for k in PREFERRED if k in exports), next(iter(exports)))
     function = open_export(published, kind)
     task = task_of(published.run, tuple(published.manifest["classes"]))
     wanted = wanted_of(published.manifest["preprocess"], published.folder)
-    batches = of_texts(texts(named), wanted) if isinstance(wanted, Tokens) else of_images(images(named), wanted)
+    batches = (
+        of_texts(texts(named), wanted)
+        if isinstance(wanted, Tokens)
+        else of_images(images(named), wanted)
+    )
     for batch in batches:
         yield from batch.bad
         if batch.names:
             with torch.no_grad():
                 told = task.tell(function, batch.x, batch.originals, wanted)
             kind = "text" if isinstance(wanted, Tokens) else "image"
-            yield from (Prediction(kind, name, one) for name, one in zip(batch.names, told, strict=True))
+            yield from (
+                Prediction(kind, name, one) for name, one in zip(batch.names, told, strict=True)
+            )
 
 
 @dataclass(frozen=True)
@@ -121,9 +141,15 @@ def texts(named: Sequence[str]) -> list[str]:
             found.append(words)
             continue
         try:
-            found += [line for line in Path(words).read_text(encoding="utf-8").splitlines() if line.strip()]
+            found += [
+                line
+                for line in Path(words).read_text(encoding="utf-8").splitlines()
+                if line.strip()
+            ]
         except UnicodeDecodeError:
-            raise DataError(f"{words}: not a text file in UTF-8; give a file with one text a line, or the text itself") from None
+            raise DataError(
+                f"{words}: not a text file in UTF-8; give a file with one text a line, or the text itself"
+            ) from None
     return found
 
 

@@ -29,9 +29,15 @@ class ProjectionPruner(optuna.pruners.BasePruner):
         if done is None or done <= WARMUP or len(completed) < STARTUP:
             return False
         share = done / self._length(trial)
-        near = sorted(completed, key=lambda other: (self._distance(trial, other), -other.number))[:PEERS]
-        rise = max(_best(other.intermediate_values) - _best(self._until(other, share)) for other in near)
-        return _best(trial.intermediate_values) + rise < statistics.median(float(other.value or 0.0) for other in completed)
+        near = sorted(completed, key=lambda other: (self._distance(trial, other), -other.number))[
+            :PEERS
+        ]
+        rise = max(
+            _best(other.intermediate_values) - _best(self._until(other, share)) for other in near
+        )
+        return _best(trial.intermediate_values) + rise < statistics.median(
+            float(other.value or 0.0) for other in completed
+        )
 
     def _length(self, trial: FrozenTrial) -> int:
         return int(trial.params.get("epochs", self.epochs))
@@ -39,7 +45,9 @@ class ProjectionPruner(optuna.pruners.BasePruner):
     def _until(self, trial: FrozenTrial, share: float) -> dict[int, float]:
         """The epochs of a trial up to a share of its length; the first in any case."""
         last = max(1, math.floor(share * self._length(trial)))
-        return {step: value for step, value in trial.intermediate_values.items() if step <= last} or trial.intermediate_values
+        return {
+            step: value for step, value in trial.intermediate_values.items() if step <= last
+        } or trial.intermediate_values
 
     def _distance(self, a: FrozenTrial, b: FrozenTrial) -> float:
         """In stages and in doublings of the length."""

@@ -37,7 +37,11 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
         folder = places.folder(space)
         place = s.settings.storage
         preflight(places, facts)
-        with storage.held(place, folder), storage.database_errors(storage.shown(place, folder)), contextlib.ExitStack() as stack:
+        with (
+            storage.held(place, folder),
+            storage.database_errors(storage.shown(place, folder)),
+            contextlib.ExitStack() as stack,
+        ):
             sweep(folder)  # what a killed search left
             coordinator = open_coordinator(s, folder, facts.digest, stack)
             before = coordinator.closed
@@ -62,12 +66,20 @@ def search(s: Session, coordinator: Coordinator, workers: int) -> None:
     """Until the budget is spent, also by other coordinators: what these leave behind when they die is taken up."""
     said = False
     while True:
-        s.carry(coordinator.next_job, coordinator.report, coordinator.ended, lambda: not s.stop.now, workers)
+        s.carry(
+            coordinator.next_job,
+            coordinator.report,
+            coordinator.ended,
+            lambda: not s.stop.now,
+            workers,
+        )
         if s.stop or coordinator.error is not None or not coordinator.waits():
             return
         if not said:
             said = True
-            s.console.note("the budget is handed out; waiting for the trials that other coordinators run")
+            s.console.note(
+                "the budget is handed out; waiting for the trials that other coordinators run"
+            )
         time.sleep(0.2)
 
 
@@ -75,7 +87,9 @@ def preflight(places: Places, facts: Facts) -> None:
     """Room for the export and for what is written beside it, before anything is begun. Raises StorageError."""
     need = 3 * 4 * facts.parameters + RESERVE
     for place in (places.studies, places.home):
-        require_space(place, need, f"three times the model's size, and {RESERVE / 1e6:.0f} MB in reserve")
+        require_space(
+            place, need, f"three times the model's size, and {RESERVE / 1e6:.0f} MB in reserve"
+        )
 
 
 class Stopping:
@@ -87,7 +101,9 @@ class Stopping:
     def __call__(self) -> bool:
         if self.session.stop and not self.said:
             self.said = True
-            self.session.console.note("stopping after the running epoch; press Ctrl-C again to stop now")
+            self.session.console.note(
+                "stopping after the running epoch; press Ctrl-C again to stop now"
+            )
         return self.said
 
 
@@ -99,14 +115,20 @@ def workers_of(space: Space, gpus: int) -> int:
     return AS_MANY if engine.name == "ray" else max(1, gpus * engine.per_gpu)
 
 
-def open_coordinator(s: Session, folder: Path, data_digest: str, stack: contextlib.ExitStack) -> Coordinator:
+def open_coordinator(
+    s: Session, folder: Path, data_digest: str, stack: contextlib.ExitStack
+) -> Coordinator:
     """`stack` is where its lease ends, if it needs one."""
     space, search = s.space, s.settings.search
     database = storage.connect(s.settings.storage, folder, s.console.warn, lambda: s.stop.now)
     stack.callback(storage.close, database)
     place = server.of(database)
     if urls.written_password(s.settings.storage or ""):
-        seen = ", and shows in the list of processes" if space.document.where(("storage",)) == COMMAND_LINE else ""
+        seen = (
+            ", and shows in the list of processes"
+            if space.document.where(("storage",)) == COMMAND_LINE
+            else ""
+        )
         s.console.warn(
             f"storage: the password that is written there is not kept{seen}; `tuner dashboard` and `tuner export` will ask for it: "
             "write ${NAME} in its place, or use PGPASSWORD or ~/.pgpass"
@@ -115,18 +137,28 @@ def open_coordinator(s: Session, folder: Path, data_digest: str, stack: contextl
     def open_it() -> tuple[optuna.Study, Artifacts]:
         sampler = optuna.samplers.RandomSampler()  # each ask brings its own
         pruner = PRUNERS[search.pruner](longest(space))
-        study = storage.open_study(database, study_name(space), sampler, pruner, identity(space), data_digest)
+        study = storage.open_study(
+            database, study_name(space), sampler, pruner, identity(space), data_digest
+        )
         artifacts = Artifacts(study, folder, str(search.metric))
         artifacts.describe(space)
         return study, artifacts
 
     study, artifacts = place.exclusively(0, open_it) if place else open_it()
-    write_yaml(folder / "space.yaml", space.tree(), f"what study {study_name(space)!r} searches, with every default")
+    write_yaml(
+        folder / "space.yaml",
+        space.tree(),
+        f"what study {study_name(space)!r} searches, with every default",
+    )
     lease = stack.enter_context(leases.leased(place, study._study_id, folder))
     for other in lease.others():
-        s.console.note(f"study {study.study_name!r} is also being run by {other} since {other.since}")
+        s.console.note(
+            f"study {study.study_name!r} is also being run by {other} since {other.since}"
+        )
     keeping = Keeping((folder / FOLDER).absolute(), search.keep)
-    return Coordinator(study, space, s.assignment, Both(s.console, artifacts), Stopping(s), lease, keeping)
+    return Coordinator(
+        study, space, s.assignment, Both(s.console, artifacts), Stopping(s), lease, keeping
+    )
 
 
 def longest(space: Space) -> int:
@@ -155,10 +187,15 @@ def identity(space: Space) -> dict[str, Any]:
 
 def best_run(run: Run, epoch: int, fit: str = "train+valid") -> Run:
     """The winner's run up to its best epoch: to be retrained on train and validation, or, with fit: train, as its trial went."""
-    return replace(run, recipe=run.recipe.model_copy(update={"fit": fit, "stop_epoch": epoch, "patience": None}))
+    return replace(
+        run,
+        recipe=run.recipe.model_copy(update={"fit": fit, "stop_epoch": epoch, "patience": None}),
+    )
 
 
-def to_publish(retrain: bool, run: Run, epoch: int, weights: Path | None) -> tuple[Run, Path | None]:
+def to_publish(
+    retrain: bool, run: Run, epoch: int, weights: Path | None
+) -> tuple[Run, Path | None]:
     """What is exported of a trial's run: it, retrained on train and validation; or, without retraining, as it went, with the weights it left."""
     return (best_run(run, epoch), None) if retrain else (best_run(run, epoch, fit="train"), weights)
 
@@ -166,7 +203,11 @@ def to_publish(retrain: bool, run: Run, epoch: int, weights: Path | None) -> tup
 def run_tree(run: Run, s: Session) -> dict[str, Any]:
     """best.yaml: the same form as a space file, with nothing left to choose."""
     search = {"name": study_name(s.space), "metric": s.settings.search.metric}
-    return run.tree() | {"search": search, "engine": s.settings.engine.model_dump(), "export": list(s.settings.export)}
+    return run.tree() | {
+        "search": search,
+        "engine": s.settings.engine.model_dump(),
+        "export": list(s.settings.export),
+    }
 
 
 def crown_once(s: Session, coordinator: Coordinator, folder: Path, *, fresh: bool) -> Summary:
@@ -174,11 +215,28 @@ def crown_once(s: Session, coordinator: Coordinator, folder: Path, *, fresh: boo
     if not coordinator.leases.shared:
         return crown_best(s, coordinator, folder, fresh=fresh)
     winner, tied = history.best(coordinator.study)
-    busy = [other for other in coordinator.leases.others() if other.crown is None] if coordinator.late() else []
+    busy = (
+        [other for other in coordinator.leases.others() if other.crown is None]
+        if coordinator.late()
+        else []
+    )
     other = busy[0] if busy else coordinator.leases.crown(winner.number)
     if other is not None:
-        run = best_run(history.run_of(s.space, coordinator.study, winner), winner.user_attrs[history.BEST_EPOCH])
-        return Summary(folder, coordinator, winner, tied, run, None, True, history.default(coordinator.study), other)
+        run = best_run(
+            history.run_of(s.space, coordinator.study, winner),
+            winner.user_attrs[history.BEST_EPOCH],
+        )
+        return Summary(
+            folder,
+            coordinator,
+            winner,
+            tied,
+            run,
+            None,
+            True,
+            history.default(coordinator.study),
+            other,
+        )
     with storage.lock(folder):  # `tuner export` writes here too
         found = crown_best(s, coordinator, folder, fresh=fresh)
     coordinator.leases.crowned()
@@ -190,20 +248,42 @@ def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: boo
     found = history.run_of(s.space, coordinator.study, winner)
     draw = history.roots(coordinator.study)[winner.number]
     run = best_run(found, winner.user_attrs[history.BEST_EPOCH])
-    write_yaml(folder / "best.yaml", run_tree(run, s), f"trial {winner.number} of study {study_name(s.space)!r}; `tuner train` repeats it")
-    summary = Summary(folder, coordinator, winner, tied, run, None, fresh, history.default(coordinator.study))
-    run, weights = to_publish(s.settings.search.retrain, found, winner.user_attrs[history.BEST_EPOCH], coordinator.keeping.weights(draw))
+    write_yaml(
+        folder / "best.yaml",
+        run_tree(run, s),
+        f"trial {winner.number} of study {study_name(s.space)!r}; `tuner train` repeats it",
+    )
+    summary = Summary(
+        folder, coordinator, winner, tied, run, None, fresh, history.default(coordinator.study)
+    )
+    run, weights = to_publish(
+        s.settings.search.retrain,
+        found,
+        winner.user_attrs[history.BEST_EPOCH],
+        coordinator.keeping.weights(draw),
+    )
     manifest.recover(folder / "export")
     published = manifest.read(folder / "export")
     if published is None or stale(published, run, s.settings.export):
         if weights is None and not s.settings.search.retrain:
-            s.console.note(f"nothing is exported: search.retrain is false, and no weights of trial {winner.number} are kept (search.keep)")
+            s.console.note(
+                f"nothing is exported: search.retrain is false, and no weights of trial {winner.number} are kept (search.keep)"
+            )
             return summary
-        published = s.crown(run, folder / "export", s.settings.export, winner.number, winner.user_attrs[history.SCORES], weights)
+        published = s.crown(
+            run,
+            folder / "export",
+            s.settings.export,
+            winner.number,
+            winner.user_attrs[history.SCORES],
+            weights,
+        )
         summary = replace(summary, fresh=True)
     return replace(summary, published=published)
 
 
 def stale(published: Published, run: Run, formats: tuple[str, ...]) -> bool:
     """Whether an export is of another run, or lacks a format."""
-    return published.manifest["run_digest"] != run.digest() or not set(formats) <= set(published.manifest["exports"])
+    return published.manifest["run_digest"] != run.digest() or not set(formats) <= set(
+        published.manifest["exports"]
+    )

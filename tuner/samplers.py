@@ -10,7 +10,9 @@ from tuner.projection import ProjectionPruner
 SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-    "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),  # the coordinator enqueues the grid's points
+    "grid": lambda seed: optuna.samplers.RandomSampler(
+        seed=seed
+    ),  # the coordinator enqueues the grid's points
 }
 
 PRUNERS: Mapping[str, Callable[[int], optuna.pruners.BasePruner]] = {
@@ -18,8 +20,12 @@ PRUNERS: Mapping[str, Callable[[int], optuna.pruners.BasePruner]] = {
         n_startup_trials=5, n_warmup_steps=2
     ),  # steps count from 1: none is judged by its first epoch
     "projection": ProjectionPruner,
-    "successive-halving": lambda epochs: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
-    "hyperband": lambda epochs: optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3),
+    "successive-halving": lambda epochs: optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=1, reduction_factor=3
+    ),
+    "hyperband": lambda epochs: optuna.pruners.HyperbandPruner(
+        min_resource=1, max_resource=epochs, reduction_factor=3
+    ),
     "none": lambda epochs: optuna.pruners.NopPruner(),
 }
 

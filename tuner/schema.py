@@ -12,7 +12,11 @@ from tuner.parsing import Top
 from tuner.run import Engine, Recipe, Search
 
 NUMBER = {"type": "number"}
-WHEN = {"type": "object", "minProperties": 1, "description": "searched only while these keys have these values"}
+WHEN = {
+    "type": "object",
+    "minProperties": 1,
+    "description": "searched only while these keys have these values",
+}
 
 
 def schema() -> dict[str, Any]:
@@ -31,21 +35,37 @@ def schema() -> dict[str, Any]:
             "recipe": section(Recipe.model_fields, searched=True),
             "seed": plain(Top.model_fields["seed"]),
             "search": section(Search.model_fields, searched=False),
-            "engine": {"anyOf": [{"enum": plugins.names("engine")}, section(Engine.model_fields, searched=False)]},
-            "storage": {"type": ["string", "null"], "description": "SQLAlchemy URL; null: SQLite in the study's folder"},
+            "engine": {
+                "anyOf": [
+                    {"enum": plugins.names("engine")},
+                    section(Engine.model_fields, searched=False),
+                ]
+            },
+            "storage": {
+                "type": ["string", "null"],
+                "description": "SQLAlchemy URL; null: SQLite in the study's folder",
+            },
             "export": {"anyOf": [{"type": "null"}, one, {"type": "array", "items": one}]},
         },
     }
 
 
 def _own() -> dict[str, Any]:
-    return {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$", "description": "your own: package.module:attribute"}
+    return {
+        "type": "string",
+        "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$",
+        "description": "your own: package.module:attribute",
+    }
 
 
 def _among(names: list[str]) -> dict[str, Any]:
     """One of these names; one with a star stands for many."""
     bare = [name for name in names if "*" not in name]
-    patterns = [{"type": "string", "pattern": f"^{name.replace('*', '.+')}$"} for name in names if "*" in name]
+    patterns = [
+        {"type": "string", "pattern": f"^{name.replace('*', '.+')}$"}
+        for name in names
+        if "*" in name
+    ]
     forms: list[dict[str, Any]] = [{"enum": bare}] * bool(bare) + patterns
     return forms[0] if len(forms) == 1 else {"anyOf": forms}
 
@@ -55,17 +75,30 @@ def part(kind: str) -> dict[str, Any]:
     known = plugins.names(kind)
     alike: dict[str, list[str]] = {}  # the schema of their keys -> the names that share it
     for name in known:
-        alike.setdefault(json.dumps(section(plugins.keys(kind, name).fields, searched=True)), []).append(name)
+        alike.setdefault(
+            json.dumps(section(plugins.keys(kind, name).fields, searched=True)), []
+        ).append(name)
     one: dict[str, Any] = {"anyOf": [_among(known), _own()]}
     several = {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}
-    chosen = {"type": "object", "required": ["choices"], "additionalProperties": False, "properties": {"choices": several, "when": WHEN}}
+    chosen = {
+        "type": "object",
+        "required": ["choices"],
+        "additionalProperties": False,
+        "properties": {"choices": several, "when": WHEN},
+    }
     forms: list[dict[str, Any]] = [one, *([several, chosen] if kind == "model" else [])]
     for written, members in alike.items():
         keys = json.loads(written)
         named = _among(members)
         if kind == "model":
             named = {"anyOf": [named, several, chosen]}
-        forms.append({**keys, "properties": {"name": named, **keys["properties"]}, "required": ["name", *keys.get("required", [])]})
+        forms.append(
+            {
+                **keys,
+                "properties": {"name": named, **keys["properties"]},
+                "required": ["name", *keys.get("required", [])],
+            }
+        )
     forms.append({"type": "object", "properties": {"name": _own()}, "required": ["name"]})
     return {"anyOf": forms}
 
@@ -79,7 +112,9 @@ def section(wanted: Mapping[str, FieldInfo], *, searched: bool) -> dict[str, Any
 
 def plain(field: FieldInfo) -> dict[str, Any]:
     """One value of a field."""
-    annotation: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    annotation: Any = (
+        Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    )
     found = TypeAdapter(annotation).json_schema()
     extra = {} if field.is_required() else {"default": field.get_default(call_default_factory=True)}
     return {**found, **extra, **({"description": field.description} if field.description else {})}
@@ -94,9 +129,27 @@ def key(field: FieldInfo) -> dict[str, Any]:
         listed = {"type": "array", "items": bare, "minItems": 1, "uniqueItems": True}
         forms += [
             listed,
-            {"type": "object", "required": ["choices"], "additionalProperties": False, "properties": {"choices": listed, "when": WHEN}},
+            {
+                "type": "object",
+                "required": ["choices"],
+                "additionalProperties": False,
+                "properties": {"choices": listed, "when": WHEN},
+            },
         ]
     if fields.is_number(field):
-        properties = {"low": NUMBER, "high": NUMBER, "log": {"type": "boolean"}, "step": NUMBER, "when": WHEN}
-        forms.append({"type": "object", "required": ["low", "high"], "additionalProperties": False, "properties": properties})
+        properties = {
+            "low": NUMBER,
+            "high": NUMBER,
+            "log": {"type": "boolean"},
+            "step": NUMBER,
+            "when": WHEN,
+        }
+        forms.append(
+            {
+                "type": "object",
+                "required": ["low", "high"],
+                "additionalProperties": False,
+                "properties": properties,
+            }
+        )
     return {"anyOf": forms, **{k: one[k] for k in ("description", "default") if k in one}}

@@ -15,7 +15,19 @@ from tuner.asking import Asker
 from tuner.crash import crash
 from tuner.errors import TunerError
 from tuner.failures import Failures
-from tuner.history import ATTEMPT, BEST_EPOCH, DEFAULT, FINAL, REASON, ROOT, SAME_AS, SCORES, TRACE, key_of, rank
+from tuner.history import (
+    ATTEMPT,
+    BEST_EPOCH,
+    DEFAULT,
+    FINAL,
+    REASON,
+    ROOT,
+    SAME_AS,
+    SCORES,
+    TRACE,
+    key_of,
+    rank,
+)
 from tuner.jobs import Job, Outcome, refusal
 from tuner.keeping import Keeping
 from tuner.leases import Alone, Leases
@@ -72,7 +84,9 @@ class Coordinator:
         self.live: dict[int, Live] = {}
         self.error: TunerError | None = None
         self.failures, self.begun = Failures(), time.monotonic()
-        self.looked = float("-inf")  # when there was nothing to hand out, where others may change that
+        self.looked = float(
+            "-inf"
+        )  # when there was nothing to hand out, where others may change that
         self.leases.exclusively(lambda: self.ledger.read(set()))
         self.keeping = keeping or Keeping(None, 0)
         self.keeping.begin(history.over(self.study))
@@ -84,7 +98,10 @@ class Coordinator:
 
     def held(self) -> set[int]:
         """Our running trials: those that workers carry out, and those that drew the same."""
-        return {*self.live, *(follower.number for live in self.live.values() for follower, _ in live.followers)}
+        return {
+            *self.live,
+            *(follower.number for live in self.live.values() for follower, _ in live.followers),
+        }
 
     # -- what an engine calls
 
@@ -99,11 +116,15 @@ class Coordinator:
             try:
                 live = self.begin(trial)
             except UpdateFinishedTrialError:
-                self.study.lose(trial.number)  # another coordinator took the trial while this one was not heard of
+                self.study.lose(
+                    trial.number
+                )  # another coordinator took the trial while this one was not heard of
                 continue
             if live is not None:
                 kept = self.keeping.place(live.root)
-                assignment = replace(self.order(live.run), checkpoints=kept, keep=self.search.keep > 0)
+                assignment = replace(
+                    self.order(live.run), checkpoints=kept, keep=self.search.keep > 0
+                )
                 return Job(trial.number, "tuner.work:carry", assignment, (kept,) if kept else ())
         return None
 
@@ -125,7 +146,9 @@ class Coordinator:
         return self.closed + self.ledger.elsewhere + len(self.held()) < self.asker.budget()
 
     def late(self) -> bool:
-        return self.search.timeout is not None and time.monotonic() - self.begun > seconds(self.search.timeout)
+        return self.search.timeout is not None and time.monotonic() - self.begun > seconds(
+            self.search.timeout
+        )
 
     def waits(self) -> bool:
         """Whether other coordinators run trials that we would make again if they died."""
@@ -133,7 +156,9 @@ class Coordinator:
 
     def begin(self, trial: Trial) -> Live | None:
         """The trial with its parameters fixed; None when they are known already and their result is reused."""
-        attrs = trial._cached_frozen_trial.user_attrs  # as it was asked for: reading it again costs 2 ms
+        attrs = (
+            trial._cached_frozen_trial.user_attrs
+        )  # as it was asked for: reading it again costs 2 ms
         root = int(attrs.get(ROOT, self.ledger.roots))
         self.ledger.roots += ROOT not in attrs
         with self.study.window():
@@ -149,7 +174,9 @@ class Coordinator:
             if other.key == key:
                 other.followers.append((trial, root))
                 return None
-        live = self.live[trial.number] = Live(trial, run, root, int(attrs.get(ATTEMPT, 1)), bool(attrs.get(DEFAULT)), key=key)
+        live = self.live[trial.number] = Live(
+            trial, run, root, int(attrs.get(ATTEMPT, 1)), bool(attrs.get(DEFAULT)), key=key
+        )
         return live
 
     def repeat(self, trial: Trial, run: Run, twin: int) -> None:
@@ -172,7 +199,9 @@ class Coordinator:
         try:
             self.study.write(live.trial)
             crash("search.reported")
-            live.pruned = not live.default and self.study.prunes(live.trial)  # what all are compared with is seen to its end
+            live.pruned = not live.default and self.study.prunes(
+                live.trial
+            )  # what all are compared with is seen to its end
         except UpdateFinishedTrialError:
             return False  # as above
         return not (live.pruned or self.stopping())
@@ -192,7 +221,9 @@ class Coordinator:
         if outcome.kind == "done":
             self.finish(live, outcome.value)
         elif outcome.kind == "refused":
-            self.ledger.again(live.trial, live.root, "; ".join(outcome.problems)[:500], count=False)  # data or disk: until it is mended
+            self.ledger.again(
+                live.trial, live.root, "; ".join(outcome.problems)[:500], count=False
+            )  # data or disk: until it is mended
             self.error = self.error or refusal(outcome)
         elif outcome.reason == "interrupted" or (outcome.kind == "lost" and self.stopping()):
             self.ledger.again(live.trial, live.root, "interrupted", count=False)
@@ -212,10 +243,14 @@ class Coordinator:
             trial.set_user_attr(SCORES, result.epochs[result.best - 1].scores)
         if result.state in ("diverged", "oom"):
             trial.set_user_attr(REASON, f"{result.state}: {result.reason}")
-        self.listener.files(trial, live.run, result)  # artifacts can be attached only while a trial is running
+        self.listener.files(
+            trial, live.run, result
+        )  # artifacts can be attached only while a trial is running
         crash("search.files")
         if result.state == "complete":
-            ended = self.study.tell(number, result.epochs[result.best - 1].scores[str(self.search.metric)])
+            ended = self.study.tell(
+                number, result.epochs[result.best - 1].scores[str(self.search.metric)]
+            )
             self.failures.reasons.clear()
         else:
             ended = self.study.tell(number, state=TrialState.PRUNED)
@@ -239,7 +274,10 @@ class Coordinator:
         self.count_failure(outcome.reason, alike=True)
 
     def count_failure(self, reason: str, *, alike: bool) -> None:
-        self.error = self.failures.add(reason, alike=alike, completed=bool(history.completed(self.study))) or self.error
+        self.error = (
+            self.failures.add(reason, alike=alike, completed=bool(history.completed(self.study)))
+            or self.error
+        )
 
     def follow(self, trial: Trial, root: int, live: Live) -> None:
         twin = self.ledger.known.get(key_of(live.trial.params))

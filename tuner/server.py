@@ -20,12 +20,38 @@ from tuner.errors import StorageError
 from tuner.history import OWNER
 
 T = TypeVar("T")
-FIRST, LONGEST, PATIENCE = 0.5, 30.0, 600.0  # seconds: the first wait, the longest, all of them together
+FIRST, LONGEST, PATIENCE = (
+    0.5,
+    30.0,
+    600.0,
+)  # seconds: the first wait, the longest, all of them together
 STALLED = 60  # seconds after which the server ends a transaction, or a lock, whose holder has stopped moving
 LOCKS = 0x74756E65  # the space of tuner's advisory locks; within it a study's id, and 0 for the making of tables and studies
-OPTIONS = {"connect_timeout": 8, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
-PASSING = {"40001", "40P01", "53300", "57P01", "57P02", "57P03", "57P05", "25P03"}  # deadlocks, shutdown, starting up, idle too long
-LASTING = ("authentication failed", "does not exist", "no password supplied", "pg_hba.conf", "permission denied", "not permitted")
+OPTIONS = {
+    "connect_timeout": 8,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+PASSING = {
+    "40001",
+    "40P01",
+    "53300",
+    "57P01",
+    "57P02",
+    "57P03",
+    "57P05",
+    "25P03",
+}  # deadlocks, shutdown, starting up, idle too long
+LASTING = (
+    "authentication failed",
+    "does not exist",
+    "no password supplied",
+    "pg_hba.conf",
+    "permission denied",
+    "not permitted",
+)
 
 
 class Lost(Exception):
@@ -40,8 +66,20 @@ class Server:
     although nobody heard of it is found by who repeats: it runs, it has this owner, and nobody holds it.
     """
 
-    def __init__(self, database: RDBStorage, shown: str, tell: Callable[[str], None], hopeless: Callable[[], bool]) -> None:
-        self.database, self.engine, self.shown, self.tell, self.hopeless = database, database.engine, shown, tell, hopeless
+    def __init__(
+        self,
+        database: RDBStorage,
+        shown: str,
+        tell: Callable[[str], None],
+        hopeless: Callable[[], bool],
+    ) -> None:
+        self.database, self.engine, self.shown, self.tell, self.hopeless = (
+            database,
+            database.engine,
+            shown,
+            tell,
+            hopeless,
+        )
         self.owner = uuid.uuid4().hex
         self.holder: Any = None  # the connection that holds a lock
         self.told = float("-inf")
@@ -74,7 +112,9 @@ class Server:
                         f"storage: {self.shown} does not answer ({cause}); finished trials are kept: see to it and run the same command"
                     ) from None
                 if time.monotonic() - self.told > 60:
-                    self.tell(f"the database does not answer ({cause}); trying again for {PATIENCE / 60:g} minutes")
+                    self.tell(
+                        f"the database does not answer ({cause}); trying again for {PATIENCE / 60:g} minutes"
+                    )
                     self.told = time.monotonic()
                 self._sleep(wait)
                 wait = min(2 * wait, LONGEST)
@@ -116,14 +156,22 @@ class Server:
 
     def _lock(self, key: int) -> None:
         with self.engine.connect() as connection:
-            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCKS}, {int(key)}) {self._stalled(STALLED)}"))
+            connection.execute(
+                sqlalchemy.text(
+                    f"SELECT pg_advisory_lock({LOCKS}, {int(key)}) {self._stalled(STALLED)}"
+                )
+            )
             connection.commit()
             self.holder = connection.connection.dbapi_connection
 
     def _unlock(self, key: int) -> None:
         try:
             with contextlib.suppress(Lost), self.engine.connect() as connection:
-                connection.execute(sqlalchemy.text(f"SELECT pg_advisory_unlock({LOCKS}, {int(key)}) {self._stalled(0)}"))
+                connection.execute(
+                    sqlalchemy.text(
+                        f"SELECT pg_advisory_unlock({LOCKS}, {int(key)}) {self._stalled(0)}"
+                    )
+                )
                 connection.commit()
         finally:
             self.holder = None
@@ -135,12 +183,18 @@ class Server:
 
     # -- what is not safe to repeat as it is
 
-    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+    def _create_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None = None
+    ) -> FrozenTrial:
         """A trial that runs has its owner from the first moment."""
-        template = template_trial or create_trial(state=TrialState.RUNNING, user_attrs={OWNER: self.owner})
+        template = template_trial or create_trial(
+            state=TrialState.RUNNING, user_attrs={OWNER: self.owner}
+        )
         return self.patiently(lambda again: self.database._create_new_trial(study_id, template))
 
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
         """As Optuna's. Raises UpdateFinishedTrialError when the trial was ended by somebody else."""
         if state == TrialState.RUNNING:
             return self.patiently(lambda again: self._take(trial_id))
@@ -150,7 +204,10 @@ class Server:
                 return self.database.set_trial_state_values(trial_id, state, values)
             except UpdateFinishedTrialError:
                 found = self.database.get_trial(trial_id)
-                if not again or (found.state, found.values) != (state, list(values) if values else None):
+                if not again or (found.state, found.values) != (
+                    state,
+                    list(values) if values else None,
+                ):
                     raise
                 return True  # the try that was not heard of had been carried out
 
@@ -160,24 +217,39 @@ class Server:
         """From waiting to running, with its owner, in one transaction."""
         trials, now = models.TrialModel, datetime.now()  # this machine's clock, as Optuna has it
         attribute = {"trial_id": trial_id, "key": OWNER, "value_json": f'"{self.owner}"'}
-        waits = sqlalchemy.update(trials).where(trials.trial_id == trial_id, trials.state == TrialState.WAITING)
+        waits = sqlalchemy.update(trials).where(
+            trials.trial_id == trial_id, trials.state == TrialState.WAITING
+        )
         marks = postgresql.insert(models.TrialUserAttributeModel).values(attribute)
-        marks = marks.on_conflict_do_update(index_elements=["trial_id", "key"], set_={"value_json": marks.excluded.value_json})
+        marks = marks.on_conflict_do_update(
+            index_elements=["trial_id", "key"], set_={"value_json": marks.excluded.value_json}
+        )
         with self.engine.begin() as connection:
-            taken = connection.execute(waits.values(state=TrialState.RUNNING, datetime_start=now)).rowcount == 1
+            taken = (
+                connection.execute(
+                    waits.values(state=TrialState.RUNNING, datetime_start=now)
+                ).rowcount
+                == 1
+            )
             if taken:
                 connection.execute(marks)
         return taken
 
     def insert(self, trial_id: int, rows: Mapping[Any, list[dict[str, Any]]]) -> None:
         """A running trial's rows, all or none. Raises UpdateFinishedTrialError when it does not run any more."""
-        state = sqlalchemy.select(models.TrialModel.state).where(models.TrialModel.trial_id == trial_id).with_for_update(read=True)
+        state = (
+            sqlalchemy.select(models.TrialModel.state)
+            .where(models.TrialModel.trial_id == trial_id)
+            .with_for_update(read=True)
+        )
 
         def write(again: bool) -> None:
             try:
                 with self.engine.begin() as connection:
                     if connection.execute(state).scalar_one() != TrialState.RUNNING:
-                        raise UpdateFinishedTrialError(f"trial {trial_id} was taken by another coordinator")
+                        raise UpdateFinishedTrialError(
+                            f"trial {trial_id} was taken by another coordinator"
+                        )
                     for kind, found in rows.items():
                         connection.execute(sqlalchemy.insert(kind), found)
             except sqlalchemy.exc.IntegrityError:
@@ -187,7 +259,9 @@ class Server:
         self.patiently(write)
 
 
-def open_server(url: str, shown: str, tell: Callable[[str], None], hopeless: Callable[[], bool]) -> BaseStorage:
+def open_server(
+    url: str, shown: str, tell: Callable[[str], None], hopeless: Callable[[], bool]
+) -> BaseStorage:
     """Optuna's storage over a server. Raises what the driver raises when it cannot be reached now."""
     doubled = urls.escaped(url)
     gate = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=options(url))
@@ -196,7 +270,11 @@ def open_server(url: str, shown: str, tell: Callable[[str], None], hopeless: Cal
         RDBStorage(doubled, engine_kwargs={"connect_args": options(url)}).engine.dispose()
     gate.dispose()
     pool = {"pool_size": 1, "max_overflow": 0, "pool_pre_ping": True, "connect_args": options(url)}
-    database = quick(RDBStorage(doubled, engine_kwargs=pool, skip_compatibility_check=True, skip_table_creation=True))
+    database = quick(
+        RDBStorage(
+            doubled, engine_kwargs=pool, skip_compatibility_check=True, skip_table_creation=True
+        )
+    )
     storage = get_storage(database)
     storage._backend = Server(database, shown, tell, hopeless)  # type: ignore[attr-defined]
     return storage
@@ -218,7 +296,9 @@ def options(url: str | sqlalchemy.engine.URL) -> dict[str, Any]:
 def lost(context: sqlalchemy.engine.ExceptionContext) -> None:
     """Turns the driver's words for a server that went away into Lost; what will not pass stays as it is."""
     error = context.original_exception
-    connecting = context.connection is None and isinstance(error, context.dialect.loaded_dbapi.OperationalError)
+    connecting = context.connection is None and isinstance(
+        error, context.dialect.loaded_dbapi.OperationalError
+    )
     lasting = connecting and any(word in str(error) for word in LASTING)
     if context.is_pre_ping or lasting:
         return

@@ -42,7 +42,9 @@ def home_folder(warn: Callable[[str], None]) -> Path:
     named = os.environ.get("TUNER_HOME")
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     home = Path(named) if named else Path(cache) / "tuner"
-    there = next(p for p in (home, *home.absolute().parents) if p.exists())  # nothing is made before it is needed
+    there = next(
+        p for p in (home, *home.absolute().parents) if p.exists()
+    )  # nothing is made before it is needed
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         temporary = Path(tempfile.mkdtemp(prefix="tuner-"))
         warn(f"the cache folder {home} cannot be written; using {temporary} for this run only")
@@ -54,14 +56,36 @@ def home_folder(warn: Callable[[str], None]) -> Path:
 class Session:
     """One command's engine, its stop flag and its console."""
 
-    def __init__(self, space: Space, places: Places, console: Console, carry: Carry, stop: Stop) -> None:
-        self.space, self.places, self.console, self.carry, self.stop = space, places, console, carry, stop
+    def __init__(
+        self, space: Space, places: Places, console: Console, carry: Carry, stop: Stop
+    ) -> None:
+        self.space, self.places, self.console, self.carry, self.stop = (
+            space,
+            places,
+            console,
+            carry,
+            stop,
+        )
         self.settings = space.settings
 
     def assignment(self, run: Run, *, fetch: bool = True) -> Assignment:
-        return Assignment(run, str(self.settings.search.metric), self.settings.engine, str(self.places.home), fetch)
+        return Assignment(
+            run,
+            str(self.settings.search.metric),
+            self.settings.engine,
+            str(self.places.home),
+            fetch,
+        )
 
-    def call(self, work: str, argument: Any, report: Callable[[Any], None] = lambda _: None, *, finish: bool = False, **more: Any) -> Any:
+    def call(
+        self,
+        work: str,
+        argument: Any,
+        report: Callable[[Any], None] = lambda _: None,
+        *,
+        finish: bool = False,
+        **more: Any,
+    ) -> Any:
         """Has a worker carry out one job and returns its value; one whose worker dies is carried out again, as a trial is.
 
         Raises what the job refused with, and Interrupted.
@@ -72,7 +96,11 @@ class Session:
         found: list[Outcome] = []
 
         def next_job() -> Job | None:
-            if len(begun) > len(found) or len(begun) > self.settings.search.retries or any(outcome.kind != "lost" for outcome in found):
+            if (
+                len(begun) > len(found)
+                or len(begun) > self.settings.search.retries
+                or any(outcome.kind != "lost" for outcome in found)
+            ):
                 return None
             begun.append(Job(-1, work, argument, **more))
             return begun[-1]
@@ -96,7 +124,9 @@ class Session:
             found: Survey = self.call("tuner.work:survey", tuple(corners))
         except SpaceError as error:
             raise SpaceError(*placed(self.space.document, error.problems)) from None
-        problems = [p for name, depth in found.depths.items() for p in too_deep(self.space, name, depth)]
+        problems = [
+            p for name, depth in found.depths.items() for p in too_deep(self.space, name, depth)
+        ]
         if problems:
             raise SpaceError(*dict.fromkeys(problems))
         return found
@@ -105,7 +135,9 @@ class Session:
         """Reads data and weights on every node before anything is made."""
         corners = tuple(self.assignment(run, fetch=fetch) for run in self.space.corners())
         try:
-            facts: Facts = self.call("tuner.work:inspect", corners, everywhere=True, folders=folders_of(corners))
+            facts: Facts = self.call(
+                "tuner.work:inspect", corners, everywhere=True, folders=folders_of(corners)
+            )
         except SpaceError as error:
             raise SpaceError(*placed(self.space.document, error.problems)) from None
         for warning in facts.warnings:
@@ -115,7 +147,13 @@ class Session:
         return facts
 
     def crown(
-        self, run: Run, folder: Path, formats: tuple[str, ...], trial: int, valid: dict[str, float], weights: Path | None = None
+        self,
+        run: Run,
+        folder: Path,
+        formats: tuple[str, ...],
+        trial: int,
+        valid: dict[str, float],
+        weights: Path | None = None,
     ) -> Any:
         """Retrains, tests and exports in a worker; returns what was published. With `weights` it takes these, of the run's trial.
 
@@ -124,8 +162,19 @@ class Session:
         kept = str((folder.parent / keeping.FOLDER / folder.name).absolute())
         assignment = replace(self.assignment(run), checkpoints=kept)
         given = str(weights.absolute()) if weights else None
-        needed = (kept if weights is None else str(weights.parent.absolute()), str(folder.absolute()))
-        order = Crown(assignment, formats, str(folder), study_name(self.space), trial, tuple(valid.items()), given)
+        needed = (
+            kept if weights is None else str(weights.parent.absolute()),
+            str(folder.absolute()),
+        )
+        order = Crown(
+            assignment,
+            formats,
+            str(folder),
+            study_name(self.space),
+            trial,
+            tuple(valid.items()),
+            given,
+        )
         try:
             heard = self.console.retraining(run) if weights is None else lambda _: None
             published = self.call("tuner.winner:crown", order, heard, finish=True, keep=needed)
@@ -136,16 +185,28 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(space: Space, places: Places, console: Console, engine: str | None = None) -> Iterator[Session]:
+def session(
+    space: Space, places: Places, console: Console, engine: str | None = None
+) -> Iterator[Session]:
     name = engine or space.settings.engine.name
-    with stoppable(abrupt=name == "inline") as stop, plugins.attribute("engine", name)(space.settings.engine, console.warn) as carry:
+    with (
+        stoppable(abrupt=name == "inline") as stop,
+        plugins.attribute("engine", name)(space.settings.engine, console.warn) as carry,
+    ):
         yield Session(space, places, console, carry, stop)
 
 
 def folders_of(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
     """What these runs read that is there under a name of the file: folders and files of data, weights."""
-    values = [value for a in assignments for part in (a.run.data, a.run.model) for value in part.options.values()]
-    paths = [v for v in values if isinstance(v, str) and os.path.exists(v)]  # a word such as a split's name is seldom a path
+    values = [
+        value
+        for a in assignments
+        for part in (a.run.data, a.run.model)
+        for value in part.options.values()
+    ]
+    paths = [
+        v for v in values if isinstance(v, str) and os.path.exists(v)
+    ]  # a word such as a split's name is seldom a path
     return tuple(dict.fromkeys(paths))
 
 
@@ -169,7 +230,10 @@ class Broken(TunerError):
 
 
 def interrupted(stop: Stop, space: Space) -> Interrupted:
-    return Interrupted(stop.signal or 2, f"interrupted; `tuner run {space.document.file}` continues where it stopped")
+    return Interrupted(
+        stop.signal or 2,
+        f"interrupted; `tuner run {space.document.file}` continues where it stopped",
+    )
 
 
 def too_deep(space: Space, model: str, depth: int) -> Iterator[str]:

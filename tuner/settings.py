@@ -27,7 +27,10 @@ def settings(draft: Draft) -> Settings | None:
     storage, formats = database(draft), export(draft)
     if len(draft.problems) > before:
         return None
-    search, engine = ({p[1]: draft.values.pop(p) for p in list(draft.values) if p[0] == section} for section in ("search", "engine"))
+    search, engine = (
+        {p[1]: draft.values.pop(p) for p in list(draft.values) if p[0] == section}
+        for section in ("search", "engine")
+    )
     return Settings(Search(**search), Engine(**engine), storage, formats)
 
 
@@ -43,30 +46,53 @@ def plain(draft: Draft, section: str, schema: type[Search] | type[Engine]) -> No
     several = [
         key
         for key, value in given.items()
-        if key in known_keys and (isinstance(value, dict) or (isinstance(value, list) and not fields.is_sequence(known_keys[key])))
+        if key in known_keys
+        and (
+            isinstance(value, dict)
+            or (isinstance(value, list) and not fields.is_sequence(known_keys[key]))
+        )
     ]
     for key in several:
-        draft.wrong((section, key), f"{section} holds no ranges or choices; expected one value, got {kind(given[key])}")
-    leaves.section(draft, (section,), {k: v for k, v in given.items() if k not in several}, schema.model_fields)
+        draft.wrong(
+            (section, key),
+            f"{section} holds no ranges or choices; expected one value, got {kind(given[key])}",
+        )
+    leaves.section(
+        draft, (section,), {k: v for k, v in given.items() if k not in several}, schema.model_fields
+    )
 
 
 def sharing(draft: Draft) -> None:
     """`gpus` and `per_gpu` say nothing where the device is no GPU, or one by its number, or where a cluster deals them out."""
-    name, device, gpus, share = (draft.values.get(("engine", key)) for key in ("name", "device", "gpus", "per_gpu"))
+    name, device, gpus, share = (
+        draft.values.get(("engine", key)) for key in ("name", "device", "gpus", "per_gpu")
+    )
     for key, default in (("gpus", None), ("per_gpu", 1)) if name == "ray" else ():
         if draft.values.get(("engine", key)) != default:
-            draft.wrong(("engine", key), f"Ray deals out the GPUs; drop {key}, and write gpus_per_trial for a part of one")
+            draft.wrong(
+                ("engine", key),
+                f"Ray deals out the GPUs; drop {key}, and write gpus_per_trial for a part of one",
+            )
     if gpus is not None and device not in ("auto", "cuda"):
-        draft.wrong(("engine", "gpus"), f"which GPUs is already said by device: {device}; keep one of the two, or write device: cuda")
+        draft.wrong(
+            ("engine", "gpus"),
+            f"which GPUs is already said by device: {device}; keep one of the two, or write device: cuda",
+        )
     if isinstance(share, int) and share > 1 and device in ("cpu", "mps"):
-        draft.wrong(("engine", "per_gpu"), f"is for GPUs, and device is {device}; for several workers write workers: {share}")
+        draft.wrong(
+            ("engine", "per_gpu"),
+            f"is for GPUs, and device is {device}; for several workers write workers: {share}",
+        )
 
 
 def known(draft: Draft, what: str, path: tuple[str | int, ...], name: Any) -> None:
     """Whether a plug-in is there: a built-in one by its file, the user's own by importing it."""
     names = plugins.names(what)
     if not isinstance(name, str) or (":" not in name and name not in names):
-        draft.wrong(path, f"{name!r} is not known{suggest(name, names)}; your own goes as package.module:attribute")
+        draft.wrong(
+            path,
+            f"{name!r} is not known{suggest(name, names)}; your own goes as package.module:attribute",
+        )
     elif ":" in name:
         try:
             plugins.attribute(what, name)
@@ -80,7 +106,10 @@ def foreign(draft: Draft) -> None:
     for key in RAY if name != "ray" and name in plugins.names("engine") else ():
         value = draft.values.get(("engine", key))
         if value != Engine.model_fields[key].default:
-            draft.wrong(("engine", key), f"{value!r}, but only the engine ray has this key; drop it, or write engine: {{name: ray, …}}")
+            draft.wrong(
+                ("engine", key),
+                f"{value!r}, but only the engine ray has this key; drop it, or write engine: {{name: ray, …}}",
+            )
 
 
 def study_name(draft: Draft) -> None:
@@ -89,9 +118,14 @@ def study_name(draft: Draft) -> None:
     name = Path(draft.doc.file).stem if written is None else written
     size = len(name.encode(errors="surrogateescape"))
     if size > MAX_NAME:
-        draft.wrong(("search", "name"), f"a study's name is a folder's name: at most {MAX_NAME} bytes, got {size}")
+        draft.wrong(
+            ("search", "name"),
+            f"a study's name is a folder's name: at most {MAX_NAME} bytes, got {size}",
+        )
     elif not name.isprintable() or name.startswith("."):
-        draft.wrong(("search", "name"), f"a study cannot be called {name!r}; write search: {{name: …}}")
+        draft.wrong(
+            ("search", "name"), f"a study cannot be called {name!r}; write search: {{name: …}}"
+        )
 
 
 def metric(draft: Draft) -> None:
@@ -104,15 +138,23 @@ def metric(draft: Draft) -> None:
     if written is None and allowed:
         draft.values["search", "metric"] = allowed[0]
     elif written is None and task is not None:
-        draft.wrong(("search", "metric"), f"is needed: {task} has no METRICS beside it to take the first of")
+        draft.wrong(
+            ("search", "metric"), f"is needed: {task} has no METRICS beside it to take the first of"
+        )
     elif allowed and written not in allowed:
-        draft.wrong(("search", "metric"), f"{written!r} is not a metric of {task}{suggest(written, allowed)}")
+        draft.wrong(
+            ("search", "metric"),
+            f"{written!r} is not a metric of {task}{suggest(written, allowed)}",
+        )
 
 
 def database(draft: Draft) -> str | None:
     value = draft.doc.tree.get("storage")
     if value is not None and not isinstance(value, str):
-        draft.wrong(("storage",), f"expected a database URL such as postgresql://host/name, got {kind(value)}")
+        draft.wrong(
+            ("storage",),
+            f"expected a database URL such as postgresql://host/name, got {kind(value)}",
+        )
         return None
     for problem in urls.problems(value or ""):
         draft.wrong(("storage",), problem)
@@ -125,10 +167,15 @@ def export(draft: Draft) -> tuple[str, ...]:
     written = draft.doc.tree.get("export", [name for name in EXPORTS if name in holds])
     formats = [] if written is None else [written] if isinstance(written, str) else written
     if not isinstance(formats, list):
-        draft.wrong(("export",), f"expected a list of formats ({', '.join(plugins.names('export'))}), got {kind(formats)}")
+        draft.wrong(
+            ("export",),
+            f"expected a list of formats ({', '.join(plugins.names('export'))}), got {kind(formats)}",
+        )
         return ()
     for i, name in enumerate(formats):
         known(draft, "export", ("export", i), name)
         if name in EXPORTS and name not in holds:
-            draft.wrong(("export", i), f"{name} cannot hold {model}; {fields.alternatives(holds)} can")
+            draft.wrong(
+                ("export", i), f"{name} cannot hold {model}; {fields.alternatives(holds)} can"
+            )
     return tuple(dict.fromkeys(str(name) for name in formats))

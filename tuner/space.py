@@ -25,11 +25,17 @@ class Range:
 
     def tree(self) -> dict[str, Any]:
         extra: dict[str, Any] = {"log": True} if self.log else {}
-        return {"low": self.low, "high": self.high} | extra | ({"step": self.step} if self.step is not None else {})
+        return (
+            {"low": self.low, "high": self.high}
+            | extra
+            | ({"step": self.step} if self.step is not None else {})
+        )
 
     def clip(self, value: Any) -> Any:
         """The member nearest to `value`; the lowest where `value` is no number."""
-        value = min(max(value, self.low), self.high) if isinstance(value, (int, float)) else self.low
+        value = (
+            min(max(value, self.low), self.high) if isinstance(value, (int, float)) else self.low
+        )
         if self.step is None:
             return round(value) if self.integer else float(value)
         return self._at(min(round(self._steps(value)), int(self._steps(self.high))))
@@ -87,15 +93,22 @@ class Dimension:
     def tree(self) -> Any:
         if not self.when:
             return list(self.leaf.options) if isinstance(self.leaf, Choice) else self.leaf.tree()
-        when = {".".join(path[1:] if path[0] == self.path[0] else path): list(values) for path, values in self.when.items()}
+        when = {
+            ".".join(path[1:] if path[0] == self.path[0] else path): list(values)
+            for path, values in self.when.items()
+        }
         return self.leaf.tree() | {"when": when}
 
 
 class Trial(Protocol):
     """What sampling needs of an Optuna trial."""
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float: ...
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int: ...
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
 
 
@@ -112,7 +125,9 @@ class Space:
         """The run that `trial` chooses. Without a trial there must be nothing to choose."""
         if trial is None:
             if self.dimensions:
-                raise ValueError(f"still to be chosen: {', '.join(d.name for d in self.dimensions)}")
+                raise ValueError(
+                    f"still to be chosen: {', '.join(d.name for d in self.dimensions)}"
+                )
             return self.run({}, seed)
         chosen: dict[KeyPath, Any] = {}
         for dimension in self.dimensions:
@@ -123,7 +138,8 @@ class Space:
     def _active(self, dimension: Dimension, chosen: Mapping[KeyPath, Any]) -> bool:
         searched = {d.path for d in self.dimensions} if dimension.when else set()
         return all(
-            (path in chosen or path not in searched) and chosen.get(path, self.values[path]) in allowed
+            (path in chosen or path not in searched)
+            and chosen.get(path, self.values[path]) in allowed
             for path, allowed in dimension.when.items()
         )
 
@@ -135,14 +151,18 @@ class Space:
             task=self._part("task", values),
             data=self._part("data", values),
             model=self._part("model", values),
-            recipe=Recipe(**{path[1]: value for path, value in values.items() if path[0] == "recipe"}),
+            recipe=Recipe(
+                **{path[1]: value for path, value in values.items() if path[0] == "recipe"}
+            ),
             seed=seed if given is None else given,
         )
 
     def _part(self, section: str, values: Mapping[KeyPath, Any]) -> Part:
         name = values[section, "name"]
         wanted = plugins.keys(section, name).fields
-        options = {p[1]: v for p, v in values.items() if p[0] == section and len(p) == 2 and p[1] in wanted}
+        options = {
+            p[1]: v for p, v in values.items() if p[0] == section and len(p) == 2 and p[1] in wanted
+        }
         return Part(name, options)
 
     def default(self) -> dict[str, Any]:
@@ -158,8 +178,15 @@ class Space:
         found: list[dict[KeyPath, Any]] = [{}]
         for d in self.dimensions:
             members = d.leaf.members() or ()
-            found = [more for c in found for more in ([{**c, d.path: v} for v in members] if self._active(d, c) else [c])]
-        return [{d.name: chosen[d.path] for d in self.dimensions if d.path in chosen} for chosen in found]
+            found = [
+                more
+                for c in found
+                for more in ([{**c, d.path: v} for v in members] if self._active(d, c) else [c])
+            ]
+        return [
+            {d.name: chosen[d.path] for d in self.dimensions if d.path in chosen}
+            for chosen in found
+        ]
 
     def corners(self) -> Iterator[Run]:
         """A run for each combination of task, data and model that the space can reach, at its defaults otherwise."""
@@ -187,7 +214,9 @@ def _suggest(trial: Trial, dimension: Dimension) -> Any:
     if isinstance(leaf, Choice):
         return trial.suggest_categorical(name, leaf.options)
     if leaf.integer:
-        return trial.suggest_int(name, int(leaf.low), int(leaf.last), step=int(leaf.step or 1), log=leaf.log)
+        return trial.suggest_int(
+            name, int(leaf.low), int(leaf.last), step=int(leaf.step or 1), log=leaf.log
+        )
     return trial.suggest_float(name, leaf.low, leaf.last, step=leaf.step, log=leaf.log)
 
 
@@ -208,4 +237,11 @@ _Dumper.add_representer(str, _represent_text)
 
 def dump(tree: Mapping[str, Any]) -> str:
     """YAML that the strict reader reads back to the same tree."""
-    return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return yaml.dump(
+        dict(tree),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None,
+        width=100,
+    )

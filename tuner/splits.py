@@ -28,7 +28,12 @@ class Items:
 
     def rows(self, rows: NDArray[np.int64]) -> "Items":
         """The items at these places."""
-        return replace(self, pictures=[self.pictures[int(i)] for i in rows], labels=self.labels[rows], part=self.part[rows])
+        return replace(
+            self,
+            pictures=[self.pictures[int(i)] for i in rows],
+            labels=self.labels[rows],
+            part=self.part[rows],
+        )
 
 
 def divided(items: Items, options: SplitOptions) -> Items:
@@ -40,7 +45,11 @@ def checked(items: Items) -> None:
     """Raises DataError unless there are two classes, and examples of each."""
     counts = np.bincount(items.labels, minlength=len(items.strata))
     if len(items.strata) < 2:
-        found = f"found {len(items.strata)} ({', '.join(map(repr, items.strata))})" if items.strata else "found none"
+        found = (
+            f"found {len(items.strata)} ({', '.join(map(repr, items.strata))})"
+            if items.strata
+            else "found none"
+        )
         raise DataError(f"data: classification needs at least 2 classes, {found}")
     if (counts == 0).any():
         empty = ", ".join(repr(c) for c, n in zip(items.strata, counts, strict=True) if n == 0)
@@ -50,7 +59,11 @@ def checked(items: Items) -> None:
 def split(items: Items, options: SplitOptions) -> Items:
     """UNSPLIT items become train, valid and test, each class in proportion, by the seed."""
     part = items.part.copy()
-    shares = {p: share for p, share in ((VALID, options.valid), (TEST, options.test)) if not (part == p).any()}
+    shares = {
+        p: share
+        for p, share in ((VALID, options.valid), (TEST, options.test))
+        if not (part == p).any()
+    }
     few = []
     for label, name in enumerate(items.strata):
         free = np.flatnonzero((items.labels == label) & (part == UNSPLIT))
@@ -78,12 +91,16 @@ def limited(items: Items, options: SplitOptions) -> Items:
     if options.limit is None:
         return items
     if options.limit < len(items.strata):
-        raise DataError(f"data.limit: {options.limit}, but there are {len(items.strata)} classes; allow one example of each at least")
+        raise DataError(
+            f"data.limit: {options.limit}, but there are {len(items.strata)} classes; allow one example of each at least"
+        )
     keep: list[int] = []
     for part in PARTS:
         rows = np.flatnonzero(items.part == part)
         shuffled = np.random.default_rng([options.seed, 7, part]).permutation(rows)
-        keep += shuffled[np.argsort(_ranks(items.labels[shuffled]), kind="stable")][: options.limit].tolist()
+        keep += shuffled[np.argsort(_ranks(items.labels[shuffled]), kind="stable")][
+            : options.limit
+        ].tolist()
     return items.rows(np.sort(np.array(keep)))
 
 
@@ -95,12 +112,18 @@ def folded(items: Items, options: SplitOptions) -> Items:
     if options.folds == 1:
         return items
     if options.fold >= options.folds:
-        raise DataError(f"data.fold: {options.fold}, but there are {options.folds} folds, 0 to {options.folds - 1}")
+        raise DataError(
+            f"data.fold: {options.fold}, but there are {options.folds} folds, 0 to {options.folds - 1}"
+        )
     rows = np.flatnonzero(np.isin(items.part, (TRAIN, VALID)))
     if len(rows) < 2 * options.folds:
-        raise DataError(f"data.folds: {options.folds}, but there are {len(rows)} examples to train and validate with; lower it")
+        raise DataError(
+            f"data.folds: {options.folds}, but there are {len(rows)} examples to train and validate with; lower it"
+        )
     shuffled = np.random.default_rng([options.seed, 11]).permutation(rows)
-    dealt = shuffled[np.argsort(items.labels[shuffled], kind="stable")]  # stratum by stratum, dealt like cards
+    dealt = shuffled[
+        np.argsort(items.labels[shuffled], kind="stable")
+    ]  # stratum by stratum, dealt like cards
     part = items.part.copy()
     part[dealt] = np.where(np.arange(len(dealt)) % options.folds == options.fold, VALID, TRAIN)
     return replace(items, part=part)

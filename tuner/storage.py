@@ -35,9 +35,13 @@ def lock(folder: Path, name: str = "lock") -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise StorageError(f"study {folder.name!r} is being run by {holder}; wait for it, or use another search.name") from None
+            raise StorageError(
+                f"study {folder.name!r} is being run by {holder}; wait for it, or use another search.name"
+            ) from None
         file.truncate(0)
-        file.write(f"pid {os.getpid()} on host {socket.gethostname()} since {time.strftime('%H:%M')}")
+        file.write(
+            f"pid {os.getpid()} on host {socket.gethostname()} since {time.strftime('%H:%M')}"
+        )
         file.flush()
         yield
 
@@ -54,7 +58,9 @@ def held(url: str | None, folder: Path) -> Iterator[None]:
         if url is None or not on_server(url):
             stack.enter_context(lock(folder))
         if url is not None and (path := urls.sqlite_path(urls.expanded(url))):
-            stack.enter_context(lock(path.parent, f"{path.name}.lock"))  # another folder's study may lie in the same file
+            stack.enter_context(
+                lock(path.parent, f"{path.name}.lock")
+            )  # another folder's study may lie in the same file
         make(folder)
         yield
 
@@ -64,7 +70,10 @@ def on_server(url: str) -> bool:
 
 
 def connect(
-    url: str | None, folder: Path, tell: Callable[[str], None] = lambda text: None, hopeless: Callable[[], bool] = lambda: False
+    url: str | None,
+    folder: Path,
+    tell: Callable[[str], None] = lambda text: None,
+    hopeless: Callable[[], bool] = lambda: False,
 ) -> optuna.storages.BaseStorage:
     """The study's database: SQLite in WAL mode in its folder, or any SQLAlchemy URL. Raises StorageError.
 
@@ -79,10 +88,20 @@ def connect(
             _refuse_network(path.parent)
             return _sqlite(path)
         assert real is not None
-        found = optuna.storages.RDBStorage(urls.escaped(real), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800})
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError, server.Lost) as error:
+        found = optuna.storages.RDBStorage(
+            urls.escaped(real), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800}
+        )
+    except (
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+        ImportError,
+        RuntimeError,
+        server.Lost,
+    ) as error:
         raise full(error, shown(url, folder)) or cannot("opened", error, url, folder) from None
-    tell(f"storage: {shown(url, folder)} is passed on as it is: tuner is tested with SQLite and PostgreSQL only")
+    tell(
+        f"storage: {shown(url, folder)} is passed on as it is: tuner is tested with SQLite and PostgreSQL only"
+    )
     return found
 
 
@@ -99,7 +118,11 @@ def cannot(be: str, error: Exception, url: str | None, folder: Path) -> StorageE
     found = server.hidden_reason(cause, url) if url else server.reason(cause)
     hint = ""
     if isinstance(cause, ModuleNotFoundError):
-        hint = "; pip install 'tuner-finetune[postgres]'" if cause.name == "psycopg" else "; install its driver, or write postgresql://…"
+        hint = (
+            "; pip install 'tuner-finetune[postgres]'"
+            if cause.name == "psycopg"
+            else "; install its driver, or write postgresql://…"
+        )
     elif url and urls.expanded(url).startswith("postgres:"):
         hint = "; the scheme is called postgresql://, not postgres://"
     return StorageError(f"storage: {shown(url, folder)} cannot be {be}: {found}{hint}")
@@ -122,7 +145,11 @@ def full(error: BaseException, place: str) -> StorageError | None:
     """A database's own words for a full disk as ours; None where it is something else."""
     cause: BaseException | None = error
     while cause is not None:
-        if "disk is full" in str(cause) or "disk I/O error" in str(cause) or "No space left" in str(cause):
+        if (
+            "disk is full" in str(cause)
+            or "disk I/O error" in str(cause)
+            or "No space left" in str(cause)
+        ):
             said = str(cause.__cause__ or cause).splitlines()[0]
             return StorageError(
                 f"disk full while writing {place} ({said}); finished trials are kept: free some space and run the same command"
@@ -144,7 +171,9 @@ def _sqlite(path: Path) -> optuna.storages.RDBStorage:
         connection.execute("PRAGMA synchronous=FULL")
 
     url = sqlalchemy.engine.URL.create("sqlite", database=str(path)).render_as_string()
-    storage = optuna.storages.RDBStorage(urls.escaped(url), engine_kwargs={"connect_args": {"timeout": 60}})
+    storage = optuna.storages.RDBStorage(
+        urls.escaped(url), engine_kwargs={"connect_args": {"timeout": 60}}
+    )
     sqlalchemy.event.listen(storage.engine, "connect", pragmas)
     storage.engine.dispose()  # connections from before the hook
     return quick(storage)
@@ -152,7 +181,9 @@ def _sqlite(path: Path) -> optuna.storages.RDBStorage:
 
 def _refuse_network(folder: Path) -> None:
     """SQLite's locks are not safe on network file systems."""
-    found = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False
+    )
     if found.stdout.strip() in ("nfs", "nfs4", "cifs", "smb2", "fuseblk"):
         raise StorageError(
             f"storage: {folder} lies on a network file system ({found.stdout.strip()}), where SQLite loses data; "
@@ -172,14 +203,20 @@ def open_study(
     try:
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
     except KeyError:
-        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", sampler=sampler, pruner=pruner)
+        study = optuna.create_study(
+            storage=storage, study_name=name, direction="maximize", sampler=sampler, pruner=pruner
+        )
         crash("study.created")
         return _marked(study, identity, data)
     direction = study.direction.name.lower()
     if direction != "maximize":
-        raise SpaceError(f"study {name!r} was created with direction={direction}, this file maximises; use another search.name")
+        raise SpaceError(
+            f"study {name!r} was created with direction={direction}, this file maximises; use another search.name"
+        )
     if SPACE not in study.user_attrs and not study.get_trials(deepcopy=False):
-        return _marked(study, identity, data)  # who made it was killed, or lost the server, at that moment
+        return _marked(
+            study, identity, data
+        )  # who made it was killed, or lost the server, at that moment
     if SPACE not in study.user_attrs:
         raise SpaceError(f"study {name!r} was not made by tuner; use another search.name")
     made = flat(json.loads(study.user_attrs[SPACE]))
@@ -190,9 +227,14 @@ def open_study(
         if made.get(key) != now.get(key)
     ]
     if not problems and study.user_attrs.get(DATA) not in (None, data):
-        problems = [f"study {name!r} was created with other data: the images, their labels or their split have changed"]
+        problems = [
+            f"study {name!r} was created with other data: the images, their labels or their split have changed"
+        ]
     if problems:
-        raise SpaceError(*problems, f"study {name!r}: put these back, or use another search.name; the study is untouched")
+        raise SpaceError(
+            *problems,
+            f"study {name!r}: put these back, or use another search.name; the study is untouched",
+        )
     return study
 
 

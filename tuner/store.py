@@ -59,17 +59,32 @@ def _colour(picture: Picture, preprocess: Preprocess) -> NDArray[np.uint8] | str
 COLOUR = Reading("colour", 3, _colour)
 
 
-def store(home: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_bad_image: str, reading: Reading = COLOUR) -> Store:
+def store(
+    home: Path,
+    pictures: Sequence[Picture],
+    preprocess: Preprocess,
+    on_bad_image: str,
+    reading: Reading = COLOUR,
+) -> Store:
     """The pictures decoded, from the cache where the same were decoded before. Raises DataError on unreadable ones."""
     folder = home / "images" / _key(pictures, preprocess, reading)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         held = opened(folder, lambda: _build(folder, pictures, preprocess, on_bad_image, reading))
         meta = json.loads((folder / "meta.json").read_text())
-    pixels = torch.from_file(str(folder / "pixels.bin"), shared=False, size=math.prod(meta["shape"]), dtype=torch.uint8)
+    pixels = torch.from_file(
+        str(folder / "pixels.bin"), shared=False, size=math.prod(meta["shape"]), dtype=torch.uint8
+    )
     warnings = _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
     kept, sizes = (np.array(meta[key], np.int64) for key in ("kept", "sizes"))
-    return Store(held, pixels.view(meta["shape"]), kept, sizes.reshape(-1, 2), meta["digest"], tuple(warnings))
+    return Store(
+        held,
+        pixels.view(meta["shape"]),
+        kept,
+        sizes.reshape(-1, 2),
+        meta["digest"],
+        tuple(warnings),
+    )
 
 
 def _key(pictures: Sequence[Picture], preprocess: Preprocess, reading: Reading) -> str:
@@ -89,26 +104,40 @@ def _key(pictures: Sequence[Picture], preprocess: Preprocess, reading: Reading) 
     return seen.hexdigest()[:32]
 
 
-def _build(folder: Path, pictures: Sequence[Picture], preprocess: Preprocess, on_bad_image: str, reading: Reading) -> None:
+def _build(
+    folder: Path,
+    pictures: Sequence[Picture],
+    preprocess: Preprocess,
+    on_bad_image: str,
+    reading: Reading,
+) -> None:
     need = len(pictures) * reading.channels * preprocess.size**2
     tidy(folder.parent, need)
     with atomic_folder(folder, need, "images") as temporary:
         meta = _decode_all(temporary / "pixels.bin", pictures, preprocess, reading)
         _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
-        (temporary / "unreadable.txt").write_text("".join(f"{line}\n" for line in meta["bad"]), errors="surrogateescape")
+        (temporary / "unreadable.txt").write_text(
+            "".join(f"{line}\n" for line in meta["bad"]), errors="surrogateescape"
+        )
         (temporary / "meta.json").write_text(json.dumps(meta))
         seal(temporary, {"pixels.bin": meta["digest"]})
 
 
-def _decode_all(path: Path, pictures: Sequence[Picture], preprocess: Preprocess, reading: Reading) -> dict[str, Any]:
+def _decode_all(
+    path: Path, pictures: Sequence[Picture], preprocess: Preprocess, reading: Reading
+) -> dict[str, Any]:
     kept: list[int] = []
     sizes: list[tuple[int, int]] = []
     bad: list[str] = []
     seen = hashlib.sha256()
     with decoding.quietly(), open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(pictures), 512):  # bounded, so that a large set does not fill the memory
+        for start in range(
+            0, len(pictures), 512
+        ):  # bounded, so that a large set does not fill the memory
             chunk = pictures[start : start + 512]
-            for i, result in enumerate(pool.map(lambda picture: reading.attempt(picture, preprocess), chunk), start):
+            for i, result in enumerate(
+                pool.map(lambda picture: reading.attempt(picture, preprocess), chunk), start
+            ):
                 if isinstance(result, str):
                     bad.append(result)
                 else:

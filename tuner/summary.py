@@ -100,7 +100,9 @@ def next_steps(s: Summary) -> Iterator[str]:
         )
     steps.append((f"tuner export {name} --trial N{studies}", "another trial's model"))
     if s.elsewhere is None:
-        steps.append((f"tuner train {shlex.quote(str(s.folder / 'best.yaml'))}", "repeat the winner"))
+        steps.append(
+            (f"tuner train {shlex.quote(str(s.folder / 'best.yaml'))}", "repeat the winner")
+        )
     yield "next:"
     width = max(len(command) for command, _ in steps)
     for command, why in steps:

@@ -23,16 +23,22 @@ from tuner.wanted import Tokens, Tree, Wanted
 FORMAT = 1  # of the stored files; another number is another store
 CHUNK = 1024  # texts encoded at once
 ROUND = 8  # batches are cut to a multiple of so many tokens, so that few shapes occur
-NEED = "model.name: models of texts need the package transformers: pip install 'tuner-finetune[text]'"
+NEED = (
+    "model.name: models of texts need the package transformers: pip install 'tuner-finetune[text]'"
+)
 
 
-def encode(wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None = None) -> dict[str, Tensor]:
+def encode(
+    wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None = None
+) -> dict[str, Tensor]:
     """Each leaf int64 (n, wanted.length), cut and padded on the right; with `second`, pairs of texts."""
     found, _ = _encoded(wanted, texts, second)
     return {name: leaf.to(torch.int64) for name, leaf in found.items()}
 
 
-def _encoded(wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None) -> tuple[dict[str, Tensor], int]:
+def _encoded(
+    wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None
+) -> tuple[dict[str, Tensor], int]:
     """The leaves as int32, and how many texts were cut."""
     found = tokenizer(wanted.folder)(
         list(texts),
@@ -42,7 +48,10 @@ def _encoded(wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None)
         max_length=wanted.length,
         return_token_type_ids="token_type_ids" in wanted.leaves,
     )
-    leaves = {name: torch.tensor(found[name], dtype=torch.int32).view(len(texts), wanted.length) for name in wanted.leaves}
+    leaves = {
+        name: torch.tensor(found[name], dtype=torch.int32).view(len(texts), wanted.length)
+        for name in wanted.leaves
+    }
     return leaves, sum(bool(one.overflowing) for one in found.encodings)
 
 
@@ -51,8 +60,15 @@ def tokenizer(folder: str) -> Any:
 
     Raises SpaceError where transformers is not installed, DataError where the folder holds no tokenizer that can be read.
     """
-    files = [path.stat() for path in Tokens(folder, 0).files().values()] if Path(folder).is_dir() else []
-    return _read(str(Path(folder).absolute()), tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in files))
+    files = (
+        [path.stat() for path in Tokens(folder, 0).files().values()]
+        if Path(folder).is_dir()
+        else []
+    )
+    return _read(
+        str(Path(folder).absolute()),
+        tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in files),
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -65,20 +81,30 @@ def _read(folder: str, state: tuple[tuple[int, ...], ...]) -> Any:
     try:
         with quietly():
             found = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, use_fast=True, padding_side="right"
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_fast=True,
+                padding_side="right",
             )
-    except Exception as error:  # the package and the Rust below it raise whatever a broken file leads them to
+    except (
+        Exception
+    ) as error:  # the package and the Rust below it raise whatever a broken file leads them to
         raise DataError(
             f"model.folder: {folder}: its tokenizer cannot be read ({_first(error)}); it needs a whole tokenizer.json"
         ) from None
     if not found.is_fast:
-        raise DataError(f"model.folder: {folder}: it has no tokenizer.json; save the tokenizer anew with save_pretrained, which writes one")
+        raise DataError(
+            f"model.folder: {folder}: it has no tokenizer.json; save the tokenizer anew with save_pretrained, which writes one"
+        )
     if found.pad_token_id is None:
         if found.eos_token_id is None:
             raise DataError(
                 f"model.folder: {folder}: its tokenizer has neither a padding nor an end token; name one in tokenizer_config.json"
             )
-        found.pad_token = found.eos_token  # as is usual with GPT-2, which came without; the attention mask tells them apart
+        found.pad_token = (
+            found.eos_token
+        )  # as is usual with GPT-2, which came without; the attention mask tells them apart
     return found
 
 
@@ -114,7 +140,9 @@ def ended(wanted: Tokens, texts: Sequence[str]) -> list[str]:
 def decoded(wanted: Wanted, x: Tree) -> list[str]:
     """The texts that a source's examples were made of, as their tokenizer puts them together again: cut, and perhaps in lower case."""
     assert isinstance(wanted, Tokens) and isinstance(x, dict)
-    texts: list[str] = tokenizer(wanted.folder).batch_decode(x["input_ids"], skip_special_tokens=True)
+    texts: list[str] = tokenizer(wanted.folder).batch_decode(
+        x["input_ids"], skip_special_tokens=True
+    )
     return texts
 
 
@@ -135,7 +163,10 @@ def trimmed(x: Tree) -> Tree:
     keep = min(mask.shape[1], -(-longest // ROUND) * ROUND)
     if keep == mask.shape[1]:
         return x
-    return {name: leaf[:, :keep] if leaf.dim() > 1 and leaf.shape[1] == mask.shape[1] else leaf for name, leaf in x.items()}
+    return {
+        name: leaf[:, :keep] if leaf.dim() > 1 and leaf.shape[1] == mask.shape[1] else leaf
+        for name, leaf in x.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -149,7 +180,9 @@ class Encoded:
     digest: str
 
 
-def store(home: Path, wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None) -> Encoded:
+def store(
+    home: Path, wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None
+) -> Encoded:
     """The texts encoded, from the cache where the same texts were encoded by the same tokenizer before."""
     key = _key(wanted, texts, second)
     folder = home / "tokens" / key
@@ -175,7 +208,9 @@ def _key(wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None) -> 
     return seen.hexdigest()[:32]
 
 
-def _build(folder: Path, wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None) -> None:
+def _build(
+    folder: Path, wanted: Tokens, texts: Sequence[str], second: Sequence[str] | None
+) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     cut, need = 0, 4 * len(wanted.leaves) * len(texts) * wanted.length
     tidy(folder.parent, need)
@@ -209,4 +244,7 @@ class Texts:
 
     def take(self, index: Tensor, view: int) -> Batch:
         rows = self.rows[index]
-        return Batch({name: leaf[rows].to(torch.int64) for name, leaf in self.encoded.leaves.items()}, self.labels[rows])
+        return Batch(
+            {name: leaf[rows].to(torch.int64) for name, leaf in self.encoded.leaves.items()},
+            self.labels[rows],
+        )

@@ -27,7 +27,9 @@ from tuner.orders import Epoch
 from tuner.run import Recipe, Run
 
 PROBED = "head.safetensors"
-PROBE = Recipe(optimizer="adamw", lr=1e-3, epochs=20, batch_size=64, schedule="cosine", head="fresh")
+PROBE = Recipe(
+    optimizer="adamw", lr=1e-3, epochs=20, batch_size=64, schedule="cosine", head="fresh"
+)
 
 
 class Diverged(Exception):
@@ -50,7 +52,9 @@ def prepare(run: Run, place: Place, metric: str) -> Bench:
     staged, names = built(run, place, len(data.classes))
     depth = run.recipe.freeze_depth
     if depth > staged.max_depth:
-        raise SpaceError(f"recipe.freeze_depth: {depth}, but {run.model.name} allows 0..{staged.max_depth}")
+        raise SpaceError(
+            f"recipe.freeze_depth: {depth}, but {run.model.name} allows 0..{staged.max_depth}"
+        )
     staged.model.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     learn = data.full if run.recipe.fit == "train+valid" else data.train
 
@@ -62,13 +66,25 @@ def prepare(run: Run, place: Place, metric: str) -> Bench:
             return cache.through(frozen, Ready(source, data.wanted, place), place.limits)
 
         task = task_of(replace(run, recipe=recipe), data.classes)
-        return Bench(task, staged, net, data, feed(learn), feed(data.valid), feed(data.test), place, metric)
+        return Bench(
+            task, staged, net, data, feed(learn), feed(data.valid), feed(data.test), place, metric
+        )
 
-    if run.recipe.head == "probe" and staged.probe and staged.max_depth > 0 and run.model.options.get("weights") != "none":
+    if (
+        run.recipe.head == "probe"
+        and staged.probe
+        and staged.max_depth > 0
+        and run.model.options.get("weights") != "none"
+    ):
         recipe = PROBE.model_copy(update={"fit": run.recipe.fit})
         key = f"{names[-2:]} {learn.digest} {data.valid.digest} {data.wanted} {run.task.tree()} {metric} {recipe}"
         head = list(staged.stages.values())[-1]
-        probe(head, place.home / "probes", key, lambda: fit(bench(staged.max_depth, recipe), recipe, 0))
+        probe(
+            head,
+            place.home / "probes",
+            key,
+            lambda: fit(bench(staged.max_depth, recipe), recipe, 0),
+        )
     return bench(depth, run.recipe)
 
 
@@ -82,13 +98,18 @@ def probe(head: nn.Module, folder: Path, key: str, training: Callable[[], Iterat
 
     def make() -> None:
         for linear in [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]:
-            nn.init.zeros_(linear.weight)  # a head drawn at random is a guess that the probe would have to unlearn
+            nn.init.zeros_(
+                linear.weight
+            )  # a head drawn at random is a guess that the probe would have to unlearn
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         deque(training(), maxlen=0)
         tidy(folder, 0.0)
         with atomic_folder(place, what="probe") as temporary:
-            save_file({name: value.contiguous() for name, value in head.state_dict().items()}, temporary / PROBED)
+            save_file(
+                {name: value.contiguous() for name, value in head.state_dict().items()},
+                temporary / PROBED,
+            )
             seal(temporary)
 
     with disk_errors(place):
@@ -97,13 +118,25 @@ def probe(head: nn.Module, folder: Path, key: str, training: Callable[[], Iterat
     head.load_state_dict(load_file(held.folder / PROBED))
 
 
-def checkpoints_of(run: Run, bench: Bench, folder: Path | None, *, keep: bool = False) -> Checkpoints | None:
+def checkpoints_of(
+    run: Run, bench: Bench, folder: Path | None, *, keep: bool = False
+) -> Checkpoints | None:
     """The checkpoints in `folder` of this run on this data, searched for this metric."""
     key = f"{run.digest()} {bench.data.digest} {bench.metric}"
-    return Checkpoints(folder, hashlib.sha256(key.encode()).hexdigest(), keep=keep) if folder is not None else None
+    return (
+        Checkpoints(folder, hashlib.sha256(key.encode()).hexdigest(), keep=keep)
+        if folder is not None
+        else None
+    )
 
 
-def fit(bench: Bench, recipe: Recipe, seed: int, best: Best | None = None, checkpoints: Checkpoints | None = None) -> Iterator[Epoch]:
+def fit(
+    bench: Bench,
+    recipe: Recipe,
+    seed: int,
+    best: Best | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Iterator[Epoch]:
     """Trains `bench.net`, yielding each epoch as it ends, and leaves the best epoch's weights in place.
 
     With `checkpoints` it goes on where an earlier attempt was killed, and first yields again the epochs that this one got through: what
@@ -112,21 +145,34 @@ def fit(bench: Bench, recipe: Recipe, seed: int, best: Best | None = None, check
     """
     best = best if best is not None else Best()
     opt = optimizer(bench.net.parameters(), recipe)
-    steps = recipe.epochs * len(batches(len(bench.train), recipe.batch_size, seed, 1, bench.train.lengths))
+    steps = recipe.epochs * len(
+        batches(len(bench.train), recipe.batch_size, seed, 1, bench.train.lengths)
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: factor(recipe, step, steps))
     training = Training(bench.net, opt, schedule, room(bench.net, recipe.batch_size))
     past = remembered(bench, training, recipe.batch_size, checkpoints)
     epochs: list[Epoch] = []
     for number in range(1, min(recipe.epochs, recipe.stop_epoch or recipe.epochs) + 1):
         again = number <= len(past)
-        epoch, best.latest, weights = past[number - 1] if again else trained(bench, recipe, training, seed, number)
+        epoch, best.latest, weights = (
+            past[number - 1] if again else trained(bench, recipe, training, seed, number)
+        )
         epochs.append(epoch)
-        if epoch.scores and (best.epoch is None or epoch.scores[bench.metric] > best.epoch.scores[bench.metric]):
+        if epoch.scores and (
+            best.epoch is None or epoch.scores[bench.metric] > best.epoch.scores[bench.metric]
+        ):
             best.epoch, best.pairs = epoch, best.latest
-            best.weights = weights if again else {k: v.detach().clone() for k, v in bench.net.state_dict().items()}
+            best.weights = (
+                weights
+                if again
+                else {k: v.detach().clone() for k, v in bench.net.state_dict().items()}
+            )
         if checkpoints is not None and not again:
             checkpoints.save(training, epochs, best.epoch.number if best.epoch else 0, best.weights)
-        yield replace(epoch, notes=taken(training.room.notes, checkpoints.notes if checkpoints is not None else []))
+        yield replace(
+            epoch,
+            notes=taken(training.room.notes, checkpoints.notes if checkpoints is not None else []),
+        )
         if recipe.patience and best.epoch and number - best.epoch.number >= recipe.patience:
             break
     if best.epoch:
@@ -139,7 +185,9 @@ Ended = tuple[Epoch, Pairs, dict[str, Tensor]]
 """An epoch, its predictions, and the weights after it. Of those remembered only the best one has them, the others none."""
 
 
-def remembered(bench: Bench, training: Training, size: int, checkpoints: Checkpoints | None) -> list[Ended]:
+def remembered(
+    bench: Bench, training: Training, size: int, checkpoints: Checkpoints | None
+) -> list[Ended]:
     """The epochs of an earlier attempt, after whose last one `training` then is."""
     found = checkpoints.load(training) if checkpoints is not None else None
     if found is None:
@@ -179,5 +227,7 @@ def check_batches(data: Data, run: Run) -> list[str]:
     if count < 2:
         raise DataError(f"data: {count} training examples; at least 2 are needed")
     if run.recipe.batch_size > count:
-        return [f"recipe.batch_size: {run.recipe.batch_size}, but there are {count} training examples; each epoch is one batch of {count}"]
+        return [
+            f"recipe.batch_size: {run.recipe.batch_size}, but there are {count} training examples; each epoch is one batch of {count}"
+        ]
     return []

@@ -7,21 +7,30 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-PARTS = re.compile(r"(?P<begin>[^:]+://)(?:(?P<user>[^:/?@]*)(?::(?P<password>[^@]*))?@)?(?P<rest>.*)", re.DOTALL)
+PARTS = re.compile(
+    r"(?P<begin>[^:]+://)(?:(?P<user>[^:/?@]*)(?::(?P<password>[^@]*))?@)?(?P<rest>.*)", re.DOTALL
+)
 SECRETS = ("password", "sslpassword")  # what a query may hold
 
 
 def problems(url: str) -> list[str]:
     """What is wrong with a written URL, as far as no connection is needed to tell; never with its password."""
     unset = [name for name in VARIABLE.findall(url) if not os.environ.get(name)]
-    found = [f"${{{name}}} is not set; export {name}=… before the command" for name in dict.fromkeys(unset)]
+    found = [
+        f"${{{name}}} is not set; export {name}=… before the command"
+        for name in dict.fromkeys(unset)
+    ]
     if url.startswith("postgres://"):
         found.append("the scheme is called postgresql://, not postgres://")
     if url.startswith("sqlite:") and not sqlite_path(url):
-        found.append("a database in memory ends with its process; leave storage out, or name a file as sqlite:///study.db")
+        found.append(
+            "a database in memory ends with its process; leave storage out, or name a file as sqlite:///study.db"
+        )
     match = PARTS.fullmatch(url)
     if match and "@" in re.split(r"[/?]", match["rest"], maxsplit=1)[0]:
-        found.append("an @ in a user's name or password is written %40; better, write ${NAME} and set that variable")
+        found.append(
+            "an @ in a user's name or password is written %40; better, write ${NAME} and set that variable"
+        )
     return found
 
 
@@ -46,8 +55,16 @@ def kept(url: str) -> str:
         return url
     word, rest = match["password"], match["rest"]
     place, _, query = rest.partition("?")
-    words = [part for part in query.split("&") if part and not (part.partition("=")[0] in SECRETS and _literal(part.partition("=")[2]))]
-    user = "" if match["user"] is None else match["user"] + (f":{word}" if word and not _literal(word) else "") + "@"
+    words = [
+        part
+        for part in query.split("&")
+        if part and not (part.partition("=")[0] in SECRETS and _literal(part.partition("=")[2]))
+    ]
+    user = (
+        ""
+        if match["user"] is None
+        else match["user"] + (f":{word}" if word and not _literal(word) else "") + "@"
+    )
     return f"{match['begin']}{user}{place}{'?' + '&'.join(words) if words else ''}"
 
 
@@ -66,7 +83,10 @@ def secrets(url: str) -> list[str]:
     if match is None:
         return []
     query = match["rest"].partition("?")[2].split("&")
-    found = [match["password"] or "", *(part.partition("=")[2] for part in query if part.partition("=")[0] in SECRETS)]
+    found = [
+        match["password"] or "",
+        *(part.partition("=")[2] for part in query if part.partition("=")[0] in SECRETS),
+    ]
     return [word for word in found if word]
 
 

@@ -18,7 +18,9 @@ SAID = 3  # classes that a line names
 def said(classes: Sequence[str], probabilities: Sequence[float]) -> Told:
     """The classes with their probabilities, most likely first."""
     ranked = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
-    return Told("  ".join(f"{name} {p:.3f}" for name, p in ranked[:SAID]), {"classes": dict(ranked)})
+    return Told(
+        "  ".join(f"{name} {p:.3f}" for name, p in ranked[:SAID]), {"classes": dict(ranked)}
+    )
 
 
 def joined(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
@@ -40,8 +42,14 @@ def per_class(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
     """Precision, recall, F1 and count of each class, as CSV."""
     hits, true, found = matrix.diag(), matrix.sum(1), matrix.sum(0)
     rows: list[list[Any]] = []
-    for name, hit, of_class, of_said in zip(classes, hits.tolist(), true.tolist(), found.tolist(), strict=True):
-        values = (hit / max(1, of_said), hit / max(1, of_class), 2 * hit / max(1, of_said + of_class))
+    for name, hit, of_class, of_said in zip(
+        classes, hits.tolist(), true.tolist(), found.tolist(), strict=True
+    ):
+        values = (
+            hit / max(1, of_said),
+            hit / max(1, of_class),
+            2 * hit / max(1, of_said + of_class),
+        )
         rows.append([name, *(f"{v:.4f}" for v in values), of_class])
     return table(["class", "precision", "recall", "f1", "examples"], rows)
 

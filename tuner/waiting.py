@@ -15,7 +15,9 @@ from tuner.errors import TunerError
 
 def start(name: str, studies: Path, port: int, url: str) -> "subprocess.Popen[bytes]":
     """The process, which Ctrl-C does not reach: that is the search's. `url` is the database's as it is written."""
-    password = urls.written_password(url)  # it is in no file that the process reads, and not on its command line
+    password = urls.written_password(
+        url
+    )  # it is in no file that the process reads, and not on its command line
     known = os.environ | ({"PGPASSWORD": password} if password else {})
     command = [sys.executable, "-m", "tuner.waiting", name, str(studies), str(port)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=known)

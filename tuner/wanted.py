@@ -73,7 +73,14 @@ class Preprocess:
         if not isinstance(x, Tensor) or x.dtype != torch.uint8:
             return x
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return x.to(device).contiguous(memory_format=torch.channels_last).float().div_(255).sub_(mean).div_(std)
+        return (
+            x.to(device)
+            .contiguous(memory_format=torch.channels_last)
+            .float()
+            .div_(255)
+            .sub_(mean)
+            .div_(std)
+        )
 
     def given(self, x: Tree) -> Tree:
         assert isinstance(x, Tensor)
@@ -89,7 +96,11 @@ class Preprocess:
         return {"kind": "image", **asdict(self)}
 
     def describe(self) -> dict[str, Any]:
-        return {"shape": ["batch", 3, self.size, self.size], "dtype": "float32", "range": "RGB in 0..1; normalised inside the model"}
+        return {
+            "shape": ["batch", 3, self.size, self.size],
+            "dtype": "float32",
+            "range": "RGB in 0..1; normalised inside the model",
+        }
 
     def files(self) -> dict[str, Path]:
         return {}
@@ -130,10 +141,18 @@ class Tokens:
         return {"kind": "tokens", "length": self.length, "leaves": list(self.leaves)}
 
     def describe(self) -> dict[str, Any]:
-        return {"leaves": list(self.leaves), "shape": ["batch", f"at most {self.length} tokens"], "dtype": "int64"}
+        return {
+            "leaves": list(self.leaves),
+            "shape": ["batch", f"at most {self.length} tokens"],
+            "dtype": "int64",
+        }
 
     def files(self) -> dict[str, Path]:
-        return {f"{TOKENIZER}/{path.name}": path for path in sorted(Path(self.folder).iterdir()) if path.name in TOKENIZER_FILES}
+        return {
+            f"{TOKENIZER}/{path.name}": path
+            for path in sorted(Path(self.folder).iterdir())
+            if path.name in TOKENIZER_FILES
+        }
 
 
 TOKENIZER = "tokenizer"  # an export's folder for it
@@ -153,5 +172,7 @@ def wanted_of(tree: Mapping[str, Any], folder: Path) -> Wanted:
     """What `Wanted.tree` gave, beside an export in `folder`."""
     if tree["kind"] == "tokens":
         return Tokens(str(folder / TOKENIZER), tree["length"], tuple(tree["leaves"]))
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items() if k != "kind"}
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in tree.items() if k != "kind"
+    }
     return Preprocess(**fields)

@@ -39,7 +39,9 @@ DAMAGED = (
 )
 
 
-def torchvision_model(home: Path, name: str, outputs: int, weights: str, *, head: str) -> tuple[nn.Module, tuple[str, ...]]:
+def torchvision_model(
+    home: Path, name: str, outputs: int, weights: str, *, head: str
+) -> tuple[nn.Module, tuple[str, ...]]:
     """torchvision's `name` with a new head of `outputs`, its weights, and what was noted.
 
     Raises SpaceError on an unknown weights name, DataError when weights are missing, damaged or of another model.
@@ -126,24 +128,36 @@ def _pinned(home: Path, path: Path) -> Path:
 
 def _pins(path: Path) -> dict[str, str]:
     try:
-        return {str(name): str(digest) for name, digest in json.loads(path.read_text()).items()} if path.is_file() else {}
+        return (
+            {str(name): str(digest) for name, digest in json.loads(path.read_text()).items()}
+            if path.is_file()
+            else {}
+        )
     except (ValueError, AttributeError):
-        raise DataError(f"weights: {path} is damaged; delete it, and each file is pinned again at its next use") from None
+        raise DataError(
+            f"weights: {path} is damaged; delete it, and each file is pinned again at its next use"
+        ) from None
 
 
 def read(path: Path) -> State:
     """A state dict from .safetensors, or from a pickle that holds tensors only. Raises DataError."""
     path = path.expanduser()
     if not path.is_file():
-        raise DataError(f"weights: {path} {'is a folder' if path.is_dir() else 'does not exist'}; give a .safetensors or .pth file")
+        raise DataError(
+            f"weights: {path} {'is a folder' if path.is_dir() else 'does not exist'}; give a .safetensors or .pth file"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings():  # torch's advice on formats is of no use to who only has the file
+        with (
+            warnings.catch_warnings()
+        ):  # torch's advice on formats is of no use to who only has the file
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise DataError(f"weights: {path} is damaged or not a safetensors file ({error}){_looks_like(path)}") from None
+        raise DataError(
+            f"weights: {path} is damaged or not a safetensors file ({error}){_looks_like(path)}"
+        ) from None
     except pickle.UnpicklingError as error:
         raise DataError(
             f"weights: {path} refused: it is damaged or would run code when loaded "
@@ -151,11 +165,17 @@ def read(path: Path) -> State:
         ) from None
     except DAMAGED as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"weights: {path} is damaged or truncated ({reason}){_looks_like(path)}") from None
+        raise DataError(
+            f"weights: {path} is damaged or truncated ({reason}){_looks_like(path)}"
+        ) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(v, Tensor) for v in state.values())
+    ):
         raise DataError(f"weights: {path} holds no state dict (a mapping of names to tensors)")
     return {str(k).removeprefix("module."): v for k, v in state.items()}
 
@@ -174,22 +194,32 @@ def adopt(model: nn.Module, state: State, *, head: str, where: str) -> tuple[str
 
     Raises DataError listing every missing, unknown or misshapen name.
     """
-    state = {k: v for k, v in state.items() if not k.startswith("tuner.")}  # what an export holds beside its weights
+    state = {
+        k: v for k, v in state.items() if not k.startswith("tuner.")
+    }  # what an export holds beside its weights
     own = model.state_dict()
     in_head = {k for k in own if k.startswith(f"{head}.")}
     new_head = any(k not in state or state[k].shape != own[k].shape for k in in_head)
     taken = {k: v for k, v in state.items() if not (new_head and k.startswith(f"{head}."))}
-    problems = [f"{where}: {k} is missing" for k in own if k not in taken and k not in in_head and "num_batches" not in k]
+    problems = [
+        f"{where}: {k} is missing"
+        for k in own
+        if k not in taken and k not in in_head and "num_batches" not in k
+    ]
     for name, value in taken.items():
         if name not in own:
             problems.append(f"{where}: {name} is not part of the model")
         elif value.shape != own[name].shape:
-            problems.append(f"{where}: {name} has shape {_shape(value)}, model wants {_shape(own[name])}")
+            problems.append(
+                f"{where}: {name} has shape {_shape(value)}, model wants {_shape(own[name])}"
+            )
         elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
             problems.append(f"{where}: {name} holds NaN or infinite values")
     if problems:
         more = [f"{where}: … and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise DataError(*problems[:10], *more, f"{where}: these are another model's weights, or damaged")
+        raise DataError(
+            *problems[:10], *more, f"{where}: these are another model's weights, or damaged"
+        )
     model.load_state_dict(taken, strict=False)
     return (f"{head}: new, the weights have none for these classes",) if new_head else ()
 

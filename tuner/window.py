@@ -25,9 +25,13 @@ class WindowedStudy(optuna.Study):
     def __init__(self, study: optuna.Study) -> None:
         super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
         self.narrow = self.judging = False
-        self.kinds: dict[Any, FrozenTrial] = {}  # of those that ended, one for each set of parameters and how it ended
+        self.kinds: dict[
+            Any, FrozenTrial
+        ] = {}  # of those that ended, one for each set of parameters and how it ended
         self.running: dict[int, Trial] = {}  # by number
-        self.waiting: list[FrozenTrial] | None = None  # what `next_waiting` found for the coming ask
+        self.waiting: list[FrozenTrial] | None = (
+            None  # what `next_waiting` found for the coming ask
+        )
         self.batches: dict[int, Batched] = {}  # by trial number
         self.best: list[tuple[float, int, FrozenTrial]] = []  # by value, the worst first
         self.latest: list[FrozenTrial] = []
@@ -44,7 +48,9 @@ class WindowedStudy(optuna.Study):
         finally:
             self.narrow = False
 
-    def ask(self, fixed_distributions: dict[str, optuna.distributions.BaseDistribution] | None = None) -> Trial:
+    def ask(
+        self, fixed_distributions: dict[str, optuna.distributions.BaseDistribution] | None = None
+    ) -> Trial:
         trial = super().ask(fixed_distributions)
         self.running[trial.number] = trial
         collected = batch(trial)
@@ -54,11 +60,20 @@ class WindowedStudy(optuna.Study):
 
     def next_waiting(self) -> FrozenTrial | None:
         """The enqueued trial that the next `ask` takes."""
-        database = getattr(self._storage, "_backend", self._storage)  # Optuna's cache would read all running trials again
-        self.waiting = database.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.WAITING,))
+        database = getattr(
+            self._storage, "_backend", self._storage
+        )  # Optuna's cache would read all running trials again
+        self.waiting = database.get_all_trials(
+            self._study_id, deepcopy=False, states=(TrialState.WAITING,)
+        )
         return self.waiting[0] if self.waiting else None
 
-    def enqueue_trial(self, params: dict[str, Any], user_attrs: dict[str, Any] | None = None, skip_if_exists: bool = False) -> None:
+    def enqueue_trial(
+        self,
+        params: dict[str, Any],
+        user_attrs: dict[str, Any] | None = None,
+        skip_if_exists: bool = False,
+    ) -> None:
         super().enqueue_trial(params, user_attrs, skip_if_exists)
         self.waiting = None
 
@@ -75,8 +90,13 @@ class WindowedStudy(optuna.Study):
     def prunes(self, trial: Trial) -> bool:
         """Whether the pruner ends the trial."""
         with self.window():
-            if isinstance(self.pruner, (optuna.pruners.MedianPruner, ProjectionPruner, optuna.pruners.NopPruner)):
-                return self.pruner.prune(self, trial._cached_frozen_trial)  # all they ask of a trial is in memory
+            if isinstance(
+                self.pruner,
+                (optuna.pruners.MedianPruner, ProjectionPruner, optuna.pruners.NopPruner),
+            ):
+                return self.pruner.prune(
+                    self, trial._cached_frozen_trial
+                )  # all they ask of a trial is in memory
             self.write(trial, now=True)
             self.judging = True
             try:
@@ -106,7 +126,10 @@ class WindowedStudy(optuna.Study):
 
     def keep(self, trial: FrozenTrial) -> None:
         """Takes a trial that has ended, here or elsewhere, into the window; once."""
-        if trial.number in self.known or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+        if trial.number in self.known or trial.state not in (
+            TrialState.COMPLETE,
+            TrialState.PRUNED,
+        ):
             return
         self.known.add(trial.number)
         self.kinds.setdefault((trial.state, frozenset(trial.distributions.items())), trial)
@@ -117,16 +140,38 @@ class WindowedStudy(optuna.Study):
                 bisect.insort(self.best, (float(old.value or 0.0), -old.number, old))
                 del self.best[:-BEST]
 
-    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
         return self._get_trials(deepcopy, states)
 
-    def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
-        if self.narrow and states is None and not self.judging:  # a sampler looks for the parameters that all trials have
-            return list(self.kinds.values())  # that is the same of one trial of each kind, and Optuna's cache reads running ones anew
-        if not self.narrow or states is None or any(state in states for state in set(TrialState) - SEEN):
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
+        if (
+            self.narrow and states is None and not self.judging
+        ):  # a sampler looks for the parameters that all trials have
+            return list(
+                self.kinds.values()
+            )  # that is the same of one trial of each kind, and Optuna's cache reads running ones anew
+        if (
+            not self.narrow
+            or states is None
+            or any(state in states for state in set(TrialState) - SEEN)
+        ):
             return super()._get_trials(deepcopy, states, use_cache)
         found = [*(trial for _, _, trial in self.best), *self.latest]
         if TrialState.RUNNING in states:
-            underway = [*(trial._cached_frozen_trial for trial in self.running.values()), *self.elsewhere]
-            found += sorted(underway, key=lambda trial: trial.number)[-UNDERWAY:]  # each makes TPE's next proposal dearer
-        return sorted((trial for trial in found if trial.state in states), key=lambda trial: trial.number)
+            underway = [
+                *(trial._cached_frozen_trial for trial in self.running.values()),
+                *self.elsewhere,
+            ]
+            found += sorted(underway, key=lambda trial: trial.number)[
+                -UNDERWAY:
+            ]  # each makes TPE's next proposal dearer
+        return sorted(
+            (trial for trial in found if trial.state in states), key=lambda trial: trial.number
+        )

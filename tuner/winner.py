@@ -53,7 +53,9 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
                 if not report(epoch):
                     return None
             if order.weights and not put(Path(order.weights), bench.staged.model, bench.net):
-                raise DataError(f"{order.weights}: damaged or of another model; with search.retrain: true the run is trained again")
+                raise DataError(
+                    f"{order.weights}: damaged or of another model; with search.retrain: true the run is trained again"
+                )
             tested = test(bench, a.run.recipe.batch_size)
         except Diverged as error:
             raise NoUsableTrial(f"training diverged ({error}); {WAY_OUT}") from None
@@ -65,7 +67,13 @@ def crown(order: Crown, report: Callable[[Epoch], bool], slot: int) -> Published
 
 def retraining(a: Assignment, bench: Bench, best: Best) -> Iterator[Epoch]:
     """The winner's epochs; a training that was killed goes on."""
-    return fit(bench, a.run.recipe, a.run.seed, best, checkpoints_of(a.run, bench, Path(a.checkpoints) if a.checkpoints else None))
+    return fit(
+        bench,
+        a.run.recipe,
+        a.run.seed,
+        best,
+        checkpoints_of(a.run, bench, Path(a.checkpoints) if a.checkpoints else None),
+    )
 
 
 def test(bench: Bench, size: int) -> dict[str, float]:
@@ -82,7 +90,9 @@ def reuse(folder: Path, a: Assignment) -> tuple[Staged, dict[str, Any], float] |
     if published is None or published.manifest["run_digest"] != a.run.digest():
         return None
     model = blank(published)
-    exporter("safetensors").restore(published.folder / published.manifest["exports"]["safetensors"]["file"], model)
+    exporter("safetensors").restore(
+        published.folder / published.manifest["exports"]["safetensors"]["file"], model
+    )
     return model.staged[0], published.manifest["scores"], published.manifest["training_seconds"]
 
 
@@ -96,7 +106,9 @@ def blank(published: Published) -> Portable:
 def open_export(published: Published, name: str) -> Callable[[Tree], Tree]:
     """An export as a function of examples as it takes them, any number at once."""
     entry = published.manifest["exports"][name]
-    function: Callable[[Tree], Tree] = exporter(name).load(published.folder / entry["file"], lambda: blank(published))
+    function: Callable[[Tree], Tree] = exporter(name).load(
+        published.folder / entry["file"], lambda: blank(published)
+    )
     return function if entry.get("batched", True) else one_by_one(function)
 
 
@@ -121,10 +133,16 @@ def exporter(name: str) -> Any:
     return plugins.attribute("export", name) if ":" in name else plugins.module("export", name)
 
 
-def publish(order: Crown, model: Portable, data: Data, scores: Mapping[str, Any], seconds: float) -> Published:
+def publish(
+    order: Crown, model: Portable, data: Data, scores: Mapping[str, Any], seconds: float
+) -> Published:
     """Writes every format beside the export folder, verifies each, and only then puts the folder in place."""
     folder = Path(order.folder)
-    need = 4 * sum(value.numel() for value in model.state().values()) * len({"safetensors", *order.formats})
+    need = (
+        4
+        * sum(value.numel() for value in model.state().values())
+        * len({"safetensors", *order.formats})
+    )
     with disk_errors(folder, need):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".export-", suffix=".tmp", dir=folder.parent))
@@ -134,14 +152,18 @@ def publish(order: Crown, model: Portable, data: Data, scores: Mapping[str, Any]
                 shutil.copyfile(path, temporary / name)
             manifest = describe(order, model, data, scores, seconds)
             manifest["exports"] = save_all(order, model, data, Published(temporary, manifest))
-            (temporary / "model.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
+            (temporary / "model.json").write_text(
+                json.dumps(manifest, indent=2, ensure_ascii=False)
+            )
             (temporary / "MODEL_CARD.md").write_text(model_card(manifest))
             crash("export.filled")
             written = sorted(p for p in temporary.rglob("*") if p.is_file())
             manifest["files"] = {str(p.relative_to(temporary)): sha256(p) for p in written}
             for path in written:
                 fsync(path)
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False))  # last: it vouches for the rest
+            (temporary / MANIFEST).write_text(
+                json.dumps(manifest, indent=2, ensure_ascii=False)
+            )  # last: it vouches for the rest
             fsync(temporary / MANIFEST)
             crash("export.written")
             temporary.chmod(0o755)
@@ -181,8 +203,13 @@ def save_all(order: Crown, model: Portable, data: Data, unpublished: Published) 
         module = exporter(name)
         module.save(model, examples if batched else first, unpublished.folder / module.FILE)
         exports[name] = {"file": module.FILE, "batched": batched}
-        again = open_export(Published(unpublished.folder, {**unpublished.manifest, "exports": exports}), name)
-        difference = max(compare(name, task, expected, again(examples)), compare(name, task, rows(expected, slice(0, 1)), again(first)))
+        again = open_export(
+            Published(unpublished.folder, {**unpublished.manifest, "exports": exports}), name
+        )
+        difference = max(
+            compare(name, task, expected, again(examples)),
+            compare(name, task, rows(expected, slice(0, 1)), again(first)),
+        )
         exports[name] |= {"largest_difference": difference, "milliseconds": latency(again, first)}
     return exports
 
@@ -207,7 +234,9 @@ def latency(function: Callable[[Tree], Tree], example: Tree) -> float:
     return round(statistics.median(times[2:]), 3)
 
 
-def describe(order: Crown, model: Portable, data: Data, scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def describe(
+    order: Crown, model: Portable, data: Data, scores: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
     """The manifest, but for its exports: all that someone who ships the model must know."""
     run: Run = order.assignment.run
     return {

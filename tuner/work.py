@@ -34,11 +34,18 @@ def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], 
     warnings: list[str] = []
     notes: list[str] = []
     for a in assignments:
-        local = is_path(str(a.run.model.options.get("weights", ""))) or a.run.model.options.get("folder") is not None
+        local = (
+            is_path(str(a.run.model.options.get("weights", "")))
+            or a.run.model.options.get("folder") is not None
+        )
         with offline(not a.fetch):
             for run in folds_of(a.run):
                 data = load(run, Path(a.home))
-            staged = build(a.run if a.fetch or local else a.run.without_weights(), Path(a.home), len(data.classes))
+            staged = build(
+                a.run if a.fetch or local else a.run.without_weights(),
+                Path(a.home),
+                len(data.classes),
+            )
         warnings += [*data.warnings, *check_batches(data, a.run)]
         notes += [f"{a.run.model.name}: {note}" for note in staged.notes]
     return Facts(
@@ -60,7 +67,10 @@ def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:
     state: Literal["complete", "stopped", "diverged", "oom"] = "complete"
     reason = ""
     try:
-        there, checkpoints = place(a.engine, Path(a.home), slot), Path(a.checkpoints) if a.checkpoints else None
+        there, checkpoints = (
+            place(a.engine, Path(a.home), slot),
+            Path(a.checkpoints) if a.checkpoints else None,
+        )
         for epoch in crossed(a.run, there, a.metric, best, checkpoints, keep=a.keep):
             epochs.append(epoch)
             if not report(epoch):
@@ -76,7 +86,14 @@ def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:
         release()
         return Result(state, tuple(epochs), 0, {}, time.monotonic() - start, reason)
     files = show(a, epochs, best)
-    return Result(state, tuple(epochs), best.epoch.number if best.epoch else 0, files, time.monotonic() - start, reason)
+    return Result(
+        state,
+        tuple(epochs),
+        best.epoch.number if best.epoch else 0,
+        files,
+        time.monotonic() - start,
+        reason,
+    )
 
 
 def show(a: Assignment, epochs: list[Epoch], best: Best) -> dict[str, bytes]:
@@ -85,5 +102,7 @@ def show(a: Assignment, epochs: list[Epoch], best: Best) -> dict[str, bytes]:
         return {}
     data = load(a.run, Path(a.home))
     task = task_of(a.run, data.classes)
-    curve = figures.later("curve", losses=[e.loss for e in epochs], scores=[e.scores for e in epochs], metric=a.metric)
+    curve = figures.later(
+        "curve", losses=[e.loss for e in epochs], scores=[e.scores for e in epochs], metric=a.metric
+    )
     return {"curve.png": curve, **(task.show(best.pairs, data) if best.pairs else {})}

@@ -10,7 +10,15 @@ from typing import Any
 
 from tuner.errors import DataError
 
-KINDS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt"}
+KINDS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "txt",
+}
 MOST_BYTES = 2_000_000_000  # of a file, which is held in memory while it is read
 LISTED = 10  # broken rows that a message names
 
@@ -36,7 +44,9 @@ def rows(path: Path, header: bool | None, names: Sequence[str]) -> Rows:
         return _objects(path, text)
     if kind == "txt":
         found = [(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return _some(Rows(path, ("text",), [(line,) for line, _ in found], [number for _, number in found]))
+        return _some(
+            Rows(path, ("text",), [(line,) for line, _ in found], [number for _, number in found])
+        )
     return _some(_table(path, text, kind, header, names))
 
 
@@ -45,7 +55,9 @@ def _text(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > MOST_BYTES:
-            raise DataError(f"data.path: {path} has {size:,} bytes, more than {MOST_BYTES:,}; split it or take a part of it")
+            raise DataError(
+                f"data.path: {path} has {size:,} bytes, more than {MOST_BYTES:,}; split it or take a part of it"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"data.path: {path}: {error.strerror}") from None
@@ -59,7 +71,9 @@ def _text(path: Path) -> str:
         ) from None
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise DataError(f"data.path: {path}:{line}: holds a NUL character, so it is no text file, or a damaged one")
+        raise DataError(
+            f"data.path: {path}:{line}: holds a NUL character, so it is no text file, or a damaged one"
+        )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -88,12 +102,19 @@ def _table(path: Path, text: str, kind: str, header: bool | None, names: Sequenc
     body = read[1:] if header else read
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice:
-        raise DataError(f"data.path: {path}:{read[0][0]}: the column {twice[0]!r} is there twice; rename one")
+        raise DataError(
+            f"data.path: {path}:{read[0][0]}: the column {twice[0]!r} is there twice; rename one"
+        )
     broken = [
-        f"{path}:{line}: {len(cells)} columns, the first row has {len(columns)}" for line, cells in body if len(cells) != len(columns)
+        f"{path}:{line}: {len(cells)} columns, the first row has {len(columns)}"
+        for line, cells in body
+        if len(cells) != len(columns)
     ]
     if broken:
-        raise DataError(*_listed(broken), f"data.path: {len(broken)} of {len(body)} rows are broken; {_mend(kind)}")
+        raise DataError(
+            *_listed(broken),
+            f"data.path: {len(broken)} of {len(body)} rows are broken; {_mend(kind)}",
+        )
     return Rows(path, columns, [tuple(cells) for _, cells in body], [line for line, _ in body])
 
 
@@ -136,7 +157,9 @@ def _objects(path: Path, text: str) -> Rows:
     found: list[tuple[int, dict[str, Any]]] = []
     broken = []
     if text.lstrip().startswith("["):
-        raise DataError(f"data.path: {path} is one JSON list; write JSON lines: one object a line, without brackets and commas around them")
+        raise DataError(
+            f"data.path: {path} is one JSON list; write JSON lines: one object a line, without brackets and commas around them"
+        )
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -148,11 +171,20 @@ def _objects(path: Path, text: str) -> Rows:
         if isinstance(value, dict):
             found.append((number, value))
         else:
-            broken.append(f'{path}:{number}: expected an object such as {{"text": "…", "label": "…"}}, got {type(value).__name__}')
+            broken.append(
+                f'{path}:{number}: expected an object such as {{"text": "…", "label": "…"}}, got {type(value).__name__}'
+            )
     if broken:
         raise DataError(*_listed(broken), f"data.path: {len(broken)} lines of {path} are broken")
     columns = tuple(dict.fromkeys(key for _, value in found for key in value))
-    return _some(Rows(path, columns, [tuple(_plain(value.get(key)) for key in columns) for _, value in found], [n for n, _ in found]))
+    return _some(
+        Rows(
+            path,
+            columns,
+            [tuple(_plain(value.get(key)) for key in columns) for _, value in found],
+            [n for n, _ in found],
+        )
+    )
 
 
 def _plain(value: Any) -> str:

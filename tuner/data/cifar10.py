@@ -19,13 +19,17 @@ from tuner.wanted import Wanted
 TASKS = ("classification",)
 
 
-def load(home: Path, wanted: Wanted, task: str, *, path: str | None = None, image: ImageOptions) -> Data:
+def load(
+    home: Path, wanted: Wanted, task: str, *, path: str | None = None, image: ImageOptions
+) -> Data:
     """`path` is the folder that holds or shall hold `cifar-10-batches-py`; by default it lies in tuner's cache."""
     root = Path(path).expanduser() if path else home / "data"
     if root.name == CIFAR10.base_folder:
         root = root.parent
     if root.exists() and not root.is_dir():
-        raise DataError(f"data.path: {path} is a file; expected the folder that holds or shall hold {CIFAR10.base_folder}")
+        raise DataError(
+            f"data.path: {path} is a file; expected the folder that holds or shall hold {CIFAR10.base_folder}"
+        )
     try:
         train, test = _both(root)
     except RuntimeError:  # not there, or damaged
@@ -33,7 +37,9 @@ def load(home: Path, wanted: Wanted, task: str, *, path: str | None = None, imag
         train, test = _both(root)
     labels = np.array([*train.targets, *test.targets], np.int64)
     part = np.array([UNSPLIT] * len(train.data) + [TEST] * len(test.data))
-    return dataset(home, Items([*train.data, *test.data], labels, tuple(train.classes), part), image, wanted)
+    return dataset(
+        home, Items([*train.data, *test.data], labels, tuple(train.classes), part), image, wanted
+    )
 
 
 def _both(root: Path) -> tuple[CIFAR10, CIFAR10]:

@@ -18,12 +18,25 @@ from tuner.wanted import Wanted
 
 TASKS = ("detection",)
 NAMES = {"train": TRAIN, "valid": VALID, "val": VALID, "test": TEST}
-PLACES = ("annotations/instances_{}*.json", "annotations/{}*.json", "{}*/_annotations.coco.json", "{}*.json")
+PLACES = (
+    "annotations/instances_{}*.json",
+    "annotations/{}*.json",
+    "{}*/_annotations.coco.json",
+    "{}*.json",
+)
 MOST = 1e9  # pixels that a side of a box may state
 Category = dict[int, str]
 
 
-def load(home: Path, wanted: Wanted, task: str, *, path: str, images: str | None = None, image: ImageOptions) -> Data:
+def load(
+    home: Path,
+    wanted: Wanted,
+    task: str,
+    *,
+    path: str,
+    images: str | None = None,
+    image: ImageOptions,
+) -> Data:
     """`path`: a JSON file, or a folder with one for each part; `images`: the folder of the images, where it is not beside them."""
     files = _files(Path(path).expanduser(), path)
     trees = {part: _read(file) for part, file in files.items()}
@@ -32,17 +45,26 @@ def load(home: Path, wanted: Wanted, task: str, *, path: str, images: str | None
         for number, one in _by_id(tree, "categories", files[part]).items():
             name = one.get("name", str(number))
             if not isinstance(name, str) or not name.isprintable():
-                raise DataError(f"{files[part]}: category {number}: name {_short(name)} is no text of one line")
+                raise DataError(
+                    f"{files[part]}: category {number}: name {_short(name)} is no text of one line"
+                )
             if categories.setdefault(number, name) != name:
-                raise DataError(f"{files[part]}: category {number} is {name!r}, but {categories[number]!r} in another part")
+                raise DataError(
+                    f"{files[part]}: category {number} is {name!r}, but {categories[number]!r} in another part"
+                )
     found: list[Annotated] = []
     for part, tree in trees.items():
-        found += _annotated(tree, files[part], Path(images).expanduser() if images else None, categories, part)
+        found += _annotated(
+            tree, files[part], Path(images).expanduser() if images else None, categories, part
+        )
     used = sorted({label for one in found for label in one.labels})
     classes = [categories[number] for number in used]
     rank = {number: label for label, number in enumerate(used)}
     parts = parts_of([one.part for one in found]) if TRAIN in files else [one.part for one in found]
-    found = [replace(one, labels=[rank[k] for k in one.labels], part=p) for one, p in zip(found, parts, strict=True)]
+    found = [
+        replace(one, labels=[rank[k] for k in one.labels], part=p)
+        for one, p in zip(found, parts, strict=True)
+    ]
     return detection(home, found, classes, image, wanted)
 
 
@@ -52,10 +74,17 @@ def _files(root: Path, path: str) -> dict[int, Path]:
         return {UNSPLIT: root}
     if not root.is_dir():
         beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise DataError(f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}")
+        raise DataError(
+            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}"
+        )
     found: dict[int, Path] = {}
     for name, part in NAMES.items():
-        options = [file for place in PLACES for file in sorted(root.glob(place.format(name))) if file.is_file()]
+        options = [
+            file
+            for place in PLACES
+            for file in sorted(root.glob(place.format(name)))
+            if file.is_file()
+        ]
         if options and part not in found:
             found[part] = options[0]
     if TRAIN in found:
@@ -63,7 +92,9 @@ def _files(root: Path, path: str) -> dict[int, Path]:
     alone = sorted(root.glob("*.json")) or sorted(root.glob("annotations/*.json"))
     if len(alone) != 1:
         said = f"{len(alone)} JSON files and none is called train" if alone else "no JSON file"
-        raise DataError(f"data.path: {path} has {said}; name the file, or have annotations/instances_train*.json")
+        raise DataError(
+            f"data.path: {path} has {said}; name the file, or have annotations/instances_train*.json"
+        )
     return {UNSPLIT: alone[0]}
 
 
@@ -72,8 +103,12 @@ def _read(file: Path) -> dict[str, Any]:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error}); is it truncated?") from None
-    if not isinstance(tree, dict) or any(not isinstance(tree.get(key), list) for key in ("images", "annotations", "categories")):
-        raise DataError(f"{file}: expected a mapping with lists called images, annotations and categories")
+    if not isinstance(tree, dict) or any(
+        not isinstance(tree.get(key), list) for key in ("images", "annotations", "categories")
+    ):
+        raise DataError(
+            f"{file}: expected a mapping with lists called images, annotations and categories"
+        )
     return tree
 
 
@@ -88,7 +123,9 @@ def _by_id(tree: dict[str, Any], key: str, file: Path) -> dict[int, dict[str, An
     return found
 
 
-def _annotated(tree: dict[str, Any], file: Path, images: Path | None, categories: Category, part: int) -> list[Annotated]:
+def _annotated(
+    tree: dict[str, Any], file: Path, images: Path | None, categories: Category, part: int
+) -> list[Annotated]:
     """Raises DataError naming objects of unknown images or categories, and such as have no box."""
     pictures = _by_id(tree, "images", file)
     objects: dict[int, list[tuple[Box, int, str]]] = defaultdict(list)
@@ -96,27 +133,45 @@ def _annotated(tree: dict[str, Any], file: Path, images: Path | None, categories
     for number, one in enumerate(tree["annotations"]):
         place = f"{file}: annotations[{number}]"
         box = one.get("bbox") if isinstance(one, dict) else None
-        if not isinstance(box, list) or len(box) != 4 or not all(type(side) in (int, float) and abs(side) < MOST for side in box):
+        if (
+            not isinstance(box, list)
+            or len(box) != 4
+            or not all(type(side) in (int, float) and abs(side) < MOST for side in box)
+        ):
             wrong.append(f"{place}: needs a bbox of four numbers: left, top, width, height")
         elif type(one.get("image_id")) is not int or one["image_id"] not in pictures:
             wrong.append(f"{place}: image_id {_short(one.get('image_id'))} is no image's id")
         elif type(one.get("category_id")) is not int or one["category_id"] not in categories:
-            wrong.append(f"{place}: category_id {_short(one.get('category_id'))} is no category's id")
+            wrong.append(
+                f"{place}: category_id {_short(one.get('category_id'))} is no category's id"
+            )
         elif not one.get("iscrowd"):  # a crowd is no object
             left, top, width, height = map(float, box)
             objects[one["image_id"]].append(
-                ((left, top, left + width, top + height), one["category_id"], f"{place} ({_name(pictures, one)})")
+                (
+                    (left, top, left + width, top + height),
+                    one["category_id"],
+                    f"{place} ({_name(pictures, one)})",
+                )
             )
     if wrong:
-        raise DataError(*listed(wrong), f"data: {len(wrong)} annotations are wrong; mend or remove them")
+        raise DataError(
+            *listed(wrong), f"data: {len(wrong)} annotations are wrong; mend or remove them"
+        )
     found = []
     for key, one in pictures.items():
         if not isinstance(one.get("file_name"), str):
             raise DataError(f"{file}: image {key} has no file_name")
         name = inside(one["file_name"], f"{file}: image {key}: file_name")
-        size = (one["width"], one["height"]) if type(one.get("width")) is int and type(one.get("height")) is int else None
+        size = (
+            (one["width"], one["height"])
+            if type(one.get("width")) is int and type(one.get("height")) is int
+            else None
+        )
         boxes, labels, places = zip(*objects[key], strict=True) if objects[key] else ((), (), ())
-        found.append(Annotated(_picture(file, images, name), boxes, labels, places, part, size=size))
+        found.append(
+            Annotated(_picture(file, images, name), boxes, labels, places, part, size=size)
+        )
     return found
 
 
@@ -132,5 +187,12 @@ def _picture(file: Path, images: Path | None, name: str) -> Path:
     """Where an image lies: in `images`, beside the annotations, or in a folder that is called like them or `images`."""
     beside = file.parent.parent if file.parent.name == "annotations" else file.parent
     stem = file.stem.removeprefix("instances_")
-    folders = [images] if images else [file.parent, beside / stem, beside / "images" / stem, beside / "images", beside]
-    return next((folder / name for folder in folders if (folder / name).is_file()), folders[0 if images else 3] / name)
+    folders = (
+        [images]
+        if images
+        else [file.parent, beside / stem, beside / "images" / stem, beside / "images", beside]
+    )
+    return next(
+        (folder / name for folder in folders if (folder / name).is_file()),
+        folders[0 if images else 3] / name,
+    )

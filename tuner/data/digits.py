@@ -19,4 +19,9 @@ def load(home: Path, wanted: Wanted, task: str, *, image: ImageOptions) -> Data:
     pixels, labels = load_digits(return_X_y=True)
     pictures = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     part = np.full(len(labels), UNSPLIT)
-    return dataset(home, Items(list(pictures), labels.astype(np.int64), tuple("0123456789"), part), image, wanted)
+    return dataset(
+        home,
+        Items(list(pictures), labels.astype(np.int64), tuple("0123456789"), part),
+        image,
+        wanted,
+    )

@@ -29,7 +29,9 @@ def load(home: Path, wanted: Wanted, task: str, *, path: str, image: ImageOption
         parts = _parts(root, path)
         listed = {part: _classes(folder, loops) for part, folder in parts.items()}
     except OSError as error:
-        raise DataError(f"data.path: {error.filename}: {error.strerror}; mend or remove it") from None
+        raise DataError(
+            f"data.path: {error.filename}: {error.strerror}; mend or remove it"
+        ) from None
     classes = sorted(next(iter(listed.values())))
     _same_classes(parts, listed)
     pictures, labels, part_of = [], [], []
@@ -39,19 +41,36 @@ def load(home: Path, wanted: Wanted, task: str, *, path: str, image: ImageOption
             labels += [label] * len(found[name])
             part_of += [part] * len(found[name])
     part_array = np.array(part_of, np.int64)
-    if TRAIN in parts and {VALID, TEST} - set(parts):  # what is missing is taken from the training images
+    if TRAIN in parts and {VALID, TEST} - set(
+        parts
+    ):  # what is missing is taken from the training images
         part_array[part_array == TRAIN] = UNSPLIT
-    warnings = [f"data.path: {loop} links to itself, or to a folder that is read anyway; left out" for loop in loops]
-    return dataset(home, Items(pictures, np.array(labels, np.int64), tuple(classes), part_array), image, wanted, warnings)
+    warnings = [
+        f"data.path: {loop} links to itself, or to a folder that is read anyway; left out"
+        for loop in loops
+    ]
+    return dataset(
+        home,
+        Items(pictures, np.array(labels, np.int64), tuple(classes), part_array),
+        image,
+        wanted,
+        warnings,
+    )
 
 
 def _parts(root: Path, path: str) -> dict[int, Path]:
     """Which folder holds which part; one that has none of their names is split by us."""
     if not root.exists():
-        beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        raise DataError(f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}")
+        beside = (
+            [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+        )
+        raise DataError(
+            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}"
+        )
     if not root.is_dir():
-        raise DataError(f"data.path: {path} is a file; expected a folder with one folder of images per class")
+        raise DataError(
+            f"data.path: {path} is a file; expected a folder with one folder of images per class"
+        )
     if not os.access(root, os.R_OK | os.X_OK):
         raise DataError(f"data.path: {path} cannot be read (permission denied)")
     named: dict[int, list[Path]] = {}
@@ -67,7 +86,9 @@ def _parts(root: Path, path: str) -> dict[int, Path]:
         return {UNSPLIT: root}
     for twins in named.values():
         if len(twins) > 1:
-            raise DataError(f"data.path: {path} has {' and '.join(p.name for p in twins)}, which mean the same part; keep one")
+            raise DataError(
+                f"data.path: {path} has {' and '.join(p.name for p in twins)}, which mean the same part; keep one"
+            )
     return {part: named[part][0] for part in sorted(named)}
 
 
@@ -103,12 +124,16 @@ def _classes(folder: Path, loops: list[str]) -> Classes:
         try:
             child.name.encode()
         except UnicodeEncodeError:
-            raise DataError(f"data.path: {os.fsencode(child)!r}: a class's name must be valid UTF-8; rename the folder") from None
+            raise DataError(
+                f"data.path: {os.fsencode(child)!r}: a class's name must be valid UTF-8; rename the folder"
+            ) from None
         found[child.name] = list(_images(child, {_identity(folder), _identity(child)}, loops))
     if not found:
         loose = sum(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
         beside = f"; {loose} images lie directly in it" if loose else ""
-        raise DataError(f"data.path: {folder} has no class folders{beside}; put each class's images into a folder of its own")
+        raise DataError(
+            f"data.path: {folder} has no class folders{beside}; put each class's images into a folder of its own"
+        )
     empty = [name for name, images in found.items() if not images]
     if empty:
         kinds = ", ".join(sorted(SUFFIXES))

@@ -34,15 +34,26 @@ def load(
     path: str,
     images: Annotated[str, Field(description="the folder of images, in path")] = "images",
     masks: Annotated[str, Field(description="the folder of masks, in path")] = "masks",
-    classes: Annotated[list[str] | None, Field(description="names of the ids 0, 1, …; null: what is found")] = None,
-    ignore: Annotated[int, Field(ge=0, le=255, description="the value of pixels that count for nothing")] = 255,
-    colours: Annotated[list[str] | None, Field(description="of the classes, where masks are painted, such as '#ff0000'")] = None,
+    classes: Annotated[
+        list[str] | None, Field(description="names of the ids 0, 1, …; null: what is found")
+    ] = None,
+    ignore: Annotated[
+        int, Field(ge=0, le=255, description="the value of pixels that count for nothing")
+    ] = 255,
+    colours: Annotated[
+        list[str] | None,
+        Field(description="of the classes, where masks are painted, such as '#ff0000'"),
+    ] = None,
     image: ImageOptions,
 ) -> Data:
     root = Path(path).expanduser()
     if not root.is_dir():
-        beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        raise DataError(f"data.path: {path} is not a folder (looked in {Path.cwd()}){nearest(root.name, beside)}")
+        beside = (
+            [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+        )
+        raise DataError(
+            f"data.path: {path} is not a folder (looked in {Path.cwd()}){nearest(root.name, beside)}"
+        )
     parts = parts_of(root, images, masks)
     pairs: list[Pair] = []
     part: list[int] = []
@@ -51,9 +62,13 @@ def load(
         pairs += found
         part += [number] * len(found)
     numbers = np.array(part, np.int64)
-    if TRAIN in parts and {VALID, TEST} - set(parts):  # what is missing is taken from the training images
+    if TRAIN in parts and {VALID, TEST} - set(
+        parts
+    ):  # what is missing is taken from the training images
         numbers[numbers == TRAIN] = UNSPLIT
-    legend = Legend(tuple(classes) if classes else None, ignore, tuple(colours) if colours else None)
+    legend = Legend(
+        tuple(classes) if classes else None, ignore, tuple(colours) if colours else None
+    )
     return masked(home, pairs, numbers, image, wanted, legend)
 
 
@@ -63,14 +78,22 @@ def parts_of(root: Path, images: str, masks: str) -> dict[int, Folders]:
     for inner in (root, root / images):
         for folder in sorted(inner.iterdir()) if inner.is_dir() else ():
             if folder.is_dir() and folder.name.lower() in NAMES:
-                both = (folder / images, folder / masks) if inner == root else (folder, root / masks / folder.name)
+                both = (
+                    (folder / images, folder / masks)
+                    if inner == root
+                    else (folder, root / masks / folder.name)
+                )
                 if NAMES[folder.name.lower()] in found:
-                    raise DataError(f"data.path: {folder} and {found[NAMES[folder.name.lower()]][0]} mean the same part; keep one")
+                    raise DataError(
+                        f"data.path: {folder} and {found[NAMES[folder.name.lower()]][0]} mean the same part; keep one"
+                    )
                 found[NAMES[folder.name.lower()]] = both
     if not found:
         return {UNSPLIT: (root / images, root / masks)}
     if TRAIN not in found:
-        raise DataError(f"data.path: {root} has {', '.join(str(images) for images, _ in found.values())}, but no train")
+        raise DataError(
+            f"data.path: {root} has {', '.join(str(images) for images, _ in found.values())}, but no train"
+        )
     return dict(sorted(found.items()))
 
 
@@ -78,8 +101,15 @@ def matched(of_images: Path, of_masks: Path) -> list[Pair]:
     """Each image with its mask. Raises DataError naming images without a mask and masks without an image."""
     expected = "a folder of images and one of masks (data.images and data.masks name them)"
     images, masks = files(of_images, expected), files(of_masks, expected)
-    alone = [f"{images[stem]}: no mask {of_masks / stem}.png" for stem in images.keys() - masks.keys()]
-    alone += [f"{masks[stem]}: no image {of_images / stem}.jpg" for stem in masks.keys() - images.keys()]
+    alone = [
+        f"{images[stem]}: no mask {of_masks / stem}.png" for stem in images.keys() - masks.keys()
+    ]
+    alone += [
+        f"{masks[stem]}: no image {of_images / stem}.jpg" for stem in masks.keys() - images.keys()
+    ]
     if alone:
-        refuse(sorted(alone), "images and masks have no partner of the same name (the ending may differ); add, rename or remove them")
+        refuse(
+            sorted(alone),
+            "images and masks have no partner of the same name (the ending may differ); add, rename or remove them",
+        )
     return [(images[stem], masks[stem]) for stem in images]

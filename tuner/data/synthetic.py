@@ -34,7 +34,16 @@ def load(
     wave = np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y
     stripes = np.sin(2 * np.pi * 4 * wave + phase[:, None, None])[..., None]
     colour = 0.5 + 0.5 * np.cos(angle[:, None] * 2 + np.array([0.0, 2.0, 4.0]))
-    pixels = 0.5 + 0.25 * stripes * colour[:, None, None, :] + noise * 0.25 * rng.standard_normal((examples, side, side, 3))
+    pixels = (
+        0.5
+        + 0.25 * stripes * colour[:, None, None, :]
+        + noise * 0.25 * rng.standard_normal((examples, side, side, 3))
+    )
     pictures = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
     names = tuple(f"class{i}" for i in range(classes))
-    return dataset(home, Items(list(pictures), labels.astype(np.int64), names, np.full(examples, UNSPLIT)), image, wanted)
+    return dataset(
+        home,
+        Items(list(pictures), labels.astype(np.int64), names, np.full(examples, UNSPLIT)),
+        image,
+        wanted,
+    )

@@ -18,9 +18,30 @@ from tuner.splits import PARTS, TEST, TRAIN, UNSPLIT, VALID, Items, checked, div
 from tuner.wanted import Tokens, Wanted
 
 TASKS = ("text_classification", "text_generation")
-TEXT = ("text", "sentence", "message", "sms", "content", "review", "body", "comment", "tweet", "sentence1", "premise", "question", "v2")
+TEXT = (
+    "text",
+    "sentence",
+    "message",
+    "sms",
+    "content",
+    "review",
+    "body",
+    "comment",
+    "tweet",
+    "sentence1",
+    "premise",
+    "question",
+    "v2",
+)
 LABEL = ("label", "labels", "class", "category", "target", "sentiment", "intent", "y", "v1")
-FILES = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "dev": VALID, "test": TEST}
+FILES = {
+    "train": TRAIN,
+    "valid": VALID,
+    "val": VALID,
+    "validation": VALID,
+    "dev": VALID,
+    "test": TEST,
+}
 MOST_EMPTY = 100  # one in so many texts may be empty
 
 
@@ -38,11 +59,14 @@ def load(
 ) -> Data:
     """`path`: a file, or a folder with train, valid and test files. `text`, `second` and `label` name columns; null is guessed."""
     if not isinstance(wanted, Tokens):
-        raise SpaceError("data.name: these are texts, but the model wants images; use a model of texts, such as bert")
+        raise SpaceError(
+            "data.name: these are texts, but the model wants images; use a model of texts, such as bert"
+        )
     labelled = task == "text_classification"
     names = [name for name in (text, second, label) if name is not None]
     found = {
-        part: _examples(rows(file, header, (*names, *TEXT, *LABEL)), text, second, label, labelled) for part, file in _files(path).items()
+        part: _examples(rows(file, header, (*names, *TEXT, *LABEL)), text, second, label, labelled)
+        for part, file in _files(path).items()
     }
     items, warnings = _items(found, labelled)
     if labelled:
@@ -59,7 +83,9 @@ def load(
     return _data(encoded, items, wanted, labelled, tuple(warnings))
 
 
-def _data(encoded: tokens.Encoded, items: Items, wanted: Tokens, labelled: bool, warnings: tuple[str, ...]) -> Data:
+def _data(
+    encoded: tokens.Encoded, items: Items, wanted: Tokens, labelled: bool, warnings: tuple[str, ...]
+) -> Data:
     labels = torch.from_numpy(items.labels) if labelled else encoded.lengths
     classes = items.strata if labelled else ()
     content = digest(encoded.digest, labels.numpy().tobytes(), *classes)
@@ -80,7 +106,9 @@ def _files(path: str) -> dict[int, Path]:
     root = Path(path).expanduser()
     if not root.exists():
         beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise DataError(f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}")
+        raise DataError(
+            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}"
+        )
     if not root.is_dir():
         return {UNSPLIT: root}
     named: dict[int, list[Path]] = {}
@@ -94,7 +122,9 @@ def _files(path: str) -> dict[int, Path]:
         )
     for twins in named.values():
         if len(twins) > 1:
-            raise DataError(f"data.path: {path} has {' and '.join(p.name for p in twins)}, which mean the same part; keep one")
+            raise DataError(
+                f"data.path: {path} has {' and '.join(p.name for p in twins)}, which mean the same part; keep one"
+            )
     return {part: named[part][0] for part in sorted(named)}
 
 
@@ -109,8 +139,12 @@ class Examples:
     warnings: tuple[str, ...]
 
 
-def _examples(read: Rows, text: str | None, second: str | None, label: str | None, labelled: bool) -> Examples:
-    at_label = _column(read, "label", label, LABEL, _written(read, "text", text)) if labelled else None
+def _examples(
+    read: Rows, text: str | None, second: str | None, label: str | None, labelled: bool
+) -> Examples:
+    at_label = (
+        _column(read, "label", label, LABEL, _written(read, "text", text)) if labelled else None
+    )
     at_text = [_column(read, "text", text, TEXT, [at_label] if at_label is not None else [])]
     if second is not None:
         at_text.append(_column(read, "second", second, (), []))
@@ -118,17 +152,25 @@ def _examples(read: Rows, text: str | None, second: str | None, label: str | Non
     keep = [i for i, parts in enumerate(texts) if parts[0]]
     warnings = _empty(read, [read.lines[i] for i, parts in enumerate(texts) if not parts[0]])
     labels = [read.rows[i][at_label].strip() for i in keep] if at_label is not None else []
-    bare = [read.lines[i] for i, name in zip(keep, labels, strict=True) if not name] if labels else []
+    bare = (
+        [read.lines[i] for i, name in zip(keep, labels, strict=True) if not name] if labels else []
+    )
     if bare:
-        raise DataError(f"data.path: {read.path}: {len(bare)} rows without a label, at {_lines(bare)}; label or remove them")
-    return Examples(read.path, [texts[i] for i in keep], labels, [read.lines[i] for i in keep], warnings)
+        raise DataError(
+            f"data.path: {read.path}: {len(bare)} rows without a label, at {_lines(bare)}; label or remove them"
+        )
+    return Examples(
+        read.path, [texts[i] for i in keep], labels, [read.lines[i] for i in keep], warnings
+    )
 
 
 def _written(read: Rows, key: str, name: str | None) -> list[int]:
     return [] if name is None else [_column(read, key, name, (), [])]
 
 
-def _column(read: Rows, key: str, name: str | None, usual: Sequence[str], taken: Sequence[int]) -> int:
+def _column(
+    read: Rows, key: str, name: str | None, usual: Sequence[str], taken: Sequence[int]
+) -> int:
     """Where a column is: as the file says, or by the names that are usual, or as the only one left of two."""
     if name is not None:
         if name not in read.columns:
@@ -144,7 +186,9 @@ def _column(read: Rows, key: str, name: str | None, usual: Sequence[str], taken:
         return free[0]
     which = "several columns may be it" if likely else "no column has a usual name"
     listed = ", ".join(repr(read.columns[i]) for i in (likely or free))
-    raise DataError(f"data.{key}: which column of {read.path} holds the {key}s? {which}: {listed}; write data: {{{key}: …}}")
+    raise DataError(
+        f"data.{key}: which column of {read.path} holds the {key}s? {which}: {listed}; write data: {{{key}: …}}"
+    )
 
 
 def _empty(read: Rows, lines: list[int]) -> tuple[str, ...]:
@@ -153,7 +197,9 @@ def _empty(read: Rows, lines: list[int]) -> tuple[str, ...]:
         return ()
     said = f"data.path: {read.path}: {len(lines)} of {len(read.rows)} texts are empty, at {_lines(lines)}"
     if len(lines) > max(1, len(read.rows) // MOST_EMPTY):
-        raise DataError(f"{said}; fill or remove them (one in {MOST_EMPTY} is left out with a warning)")
+        raise DataError(
+            f"{said}; fill or remove them (one in {MOST_EMPTY} is left out with a warning)"
+        )
     return (f"{said}; left out",)
 
 
@@ -168,21 +214,35 @@ def _items(found: dict[int, Examples], labelled: bool) -> tuple[Items, list[str]
     classes = tuple(sorted(names, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n)))
     total = sum(len(examples.texts) for examples in found.values())
     if labelled and len(classes) > max(20, total // 2):
-        raise DataError(f"data.label: {len(classes)} different labels of {total} texts; is it the right column? write data: {{label: …}}")
+        raise DataError(
+            f"data.label: {len(classes)} different labels of {total} texts; is it the right column? write data: {{label: …}}"
+        )
     learnt = set(found[TRAIN].labels) if TRAIN in found else names
     for examples in found.values():
         strange = sorted(set(examples.labels) - learnt)
         if strange:
             line = examples.lines[examples.labels.index(strange[0])]
-            raise DataError(f"data.path: {examples.path}:{line}: the label {strange[0]!r} does not occur in {found[TRAIN].path.name}")
+            raise DataError(
+                f"data.path: {examples.path}:{line}: the label {strange[0]!r} does not occur in {found[TRAIN].path.name}"
+            )
     texts: list[Any] = [text for examples in found.values() for text in examples.texts]
     index = {name: i for i, name in enumerate(classes)}
-    labels = [index[name] for examples in found.values() for name in examples.labels] if labelled else [0] * total
-    part = np.concatenate([np.full(len(examples.texts), at, np.int64) for at, examples in found.items()])
-    if TRAIN in found and {VALID, TEST} - set(found):  # what is missing is taken from the training texts
+    labels = (
+        [index[name] for examples in found.values() for name in examples.labels]
+        if labelled
+        else [0] * total
+    )
+    part = np.concatenate(
+        [np.full(len(examples.texts), at, np.int64) for at, examples in found.items()]
+    )
+    if TRAIN in found and {VALID, TEST} - set(
+        found
+    ):  # what is missing is taken from the training texts
         part[part == TRAIN] = UNSPLIT
     warnings = [warning for examples in found.values() for warning in examples.warnings]
-    return Items(texts, np.array(labels, np.int64), classes if labelled else ("texts",), part), warnings
+    return Items(
+        texts, np.array(labels, np.int64), classes if labelled else ("texts",), part
+    ), warnings
 
 
 def _shared(items: Items) -> list[str]:

@@ -42,25 +42,51 @@ def load(
     if task == "segmentation":
         return of_voc(home, root, wanted, image, classes)
     pictures = pictures_in(_inside(root, IMAGES))
-    files = {file.stem: file for file in sorted(_inside(root, ANNOTATIONS).glob("*.xml")) if not file.name.startswith(".")}
+    files = {
+        file.stem: file
+        for file in sorted(_inside(root, ANNOTATIONS).glob("*.xml"))
+        if not file.name.startswith(".")
+    }
     if not files:
         raise DataError(f"data.path: {_inside(root, ANNOTATIONS)} holds no .xml files")
     parts = _parts(root, files)
     read = {stem: _read(file, difficult=difficult) for stem, file in files.items() if stem in parts}
     names = classes or sorted({name for named, _ in read.values() for name, _, _ in named})
     unknown = [
-        f"{place}: class {name!r}{suggest(name, names)}" for named, _ in read.values() for name, _, place in named if name not in names
+        f"{place}: class {name!r}{suggest(name, names)}"
+        for named, _ in read.values()
+        for name, _, place in named
+        if name not in names
     ]
     if unknown:
-        raise DataError(*listed(unknown), f"data.classes: {len(unknown)} objects are of classes that it does not name; add or mend them")
+        raise DataError(
+            *listed(unknown),
+            f"data.classes: {len(unknown)} objects are of classes that it does not name; add or mend them",
+        )
     found = []
     for stem, (named, size) in read.items():
         picture = pictures.get(stem, _inside(root, IMAGES) / f"{stem}.jpg")
         labels = [names.index(name) for name, _, _ in named]
-        found.append(Annotated(picture, [box for _, box, _ in named], labels, [place for *_, place in named], parts[stem], size=size))
+        found.append(
+            Annotated(
+                picture,
+                [box for _, box, _ in named],
+                labels,
+                [place for *_, place in named],
+                parts[stem],
+                size=size,
+            )
+        )
     alone = [str(picture) for stem, picture in pictures.items() if stem not in files]
-    warnings = [f"data: {len(alone)} images have no annotation and are left out", *listed(alone)] if alone else []
-    found = [replace(one, part=part) for one, part in zip(found, parts_of([one.part for one in found]), strict=True)]
+    warnings = (
+        [f"data: {len(alone)} images have no annotation and are left out", *listed(alone)]
+        if alone
+        else []
+    )
+    found = [
+        replace(one, part=part)
+        for one, part in zip(found, parts_of([one.part for one in found]), strict=True)
+    ]
     return detection(home, found, names, image, wanted, warnings)
 
 
@@ -68,15 +94,25 @@ def folder(path: str) -> Path:
     """Raises DataError unless `path` is a folder."""
     root = Path(path).expanduser()
     if not root.is_dir():
-        beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        said = "is a file; expected a folder" if root.exists() else f"does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}"
+        beside = (
+            [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+        )
+        said = (
+            "is a file; expected a folder"
+            if root.exists()
+            else f"does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}"
+        )
         raise DataError(f"data.path: {path} {said}")
     return root
 
 
 def pictures_in(images: Path) -> dict[str, Path]:
     """Every image by its name without suffix."""
-    return {p.stem: p for p in sorted(images.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")}
+    return {
+        p.stem: p
+        for p in sorted(images.iterdir())
+        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+    }
 
 
 def _inside(root: Path, names: Sequence[str]) -> Path:
@@ -95,10 +131,17 @@ def _parts(root: Path, files: dict[str, Path]) -> dict[str, int]:
     for name, part in (("train", TRAIN), ("val", VALID), ("test", TEST)):
         path = lists / f"{name}.txt"
         if path.is_file():
-            stems = [line.split()[0] for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+            stems = [
+                line.split()[0]
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if line.strip()
+            ]
             lost = [f"{path}: {stem}: no such annotation" for stem in stems if stem not in files]
             if lost and part != TEST:  # VOC's own test lists come without annotations
-                raise DataError(*listed(lost), f"data: {len(lost)} of the {len(stems)} images in {path} are not annotated")
+                raise DataError(
+                    *listed(lost),
+                    f"data: {len(lost)} of the {len(stems)} images in {path} are not annotated",
+                )
             found |= {stem: part for stem in stems if stem in files}
     return found or dict.fromkeys(files, TRAIN)
 
@@ -106,10 +149,16 @@ def _parts(root: Path, files: dict[str, Path]) -> dict[str, int]:
 def _read(file: Path, *, difficult: bool) -> tuple[Named, tuple[int, int] | None]:
     """The objects of a file, and the size that it states. Raises DataError."""
     if file.stat().st_size > LARGEST:
-        raise DataError(f"{file}: {file.stat().st_size:,} bytes, more than {LARGEST:,}; not an annotation of one image")
+        raise DataError(
+            f"{file}: {file.stat().st_size:,} bytes, more than {LARGEST:,}; not an annotation of one image"
+        )
     content = file.read_bytes()
-    if re.search(rb"<!\s*(DOCTYPE|ENTITY)", content, re.IGNORECASE) or b"\x00" in content:  # entities can grow without bound
-        raise DataError(f"{file}: refused: it declares a DOCTYPE or entities, or is not UTF-8; an annotation needs none of these")
+    if (
+        re.search(rb"<!\s*(DOCTYPE|ENTITY)", content, re.IGNORECASE) or b"\x00" in content
+    ):  # entities can grow without bound
+        raise DataError(
+            f"{file}: refused: it declares a DOCTYPE or entities, or is not UTF-8; an annotation needs none of these"
+        )
     try:
         tree = ElementTree.fromstring(content)
     except (ElementTree.ParseError, ValueError) as error:
@@ -121,10 +170,16 @@ def _read(file: Path, *, difficult: bool) -> tuple[Named, tuple[int, int] | None
         if not name:
             raise DataError(f"{place}: it has no <name>")
         if difficult or (found.findtext("difficult") or "0").strip() != "1":
-            left, top, right, bottom = (_number(found, side, place) for side in ("xmin", "ymin", "xmax", "ymax"))
-            named.append((name, (left - 1, top - 1, right, bottom), place))  # VOC counts pixels from 1, the last included
+            left, top, right, bottom = (
+                _number(found, side, place) for side in ("xmin", "ymin", "xmax", "ymax")
+            )
+            named.append(
+                (name, (left - 1, top - 1, right, bottom), place)
+            )  # VOC counts pixels from 1, the last included
     sides = [(tree.findtext(f"size/{side}") or "0").strip() for side in ("width", "height")]
-    return named, (int(sides[0]), int(sides[1])) if all(side.isdecimal() and len(side) < 10 and int(side) for side in sides) else None
+    return named, (int(sides[0]), int(sides[1])) if all(
+        side.isdecimal() and len(side) < 10 and int(side) for side in sides
+    ) else None
 
 
 def _number(found: ElementTree.Element, side: str, place: str) -> float:

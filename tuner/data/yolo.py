@@ -29,16 +29,29 @@ def load(home: Path, wanted: Wanted, task: str, *, path: str, image: ImageOption
     root = Path(path).expanduser()
     if not root.exists():
         beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise DataError(f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}")
-    described = root if root.is_file() else next((root / name for name in ("data.yaml", "data.yml") if (root / name).is_file()), None)
+        raise DataError(
+            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}"
+        )
+    described = (
+        root
+        if root.is_file()
+        else next(
+            (root / name for name in ("data.yaml", "data.yml") if (root / name).is_file()), None
+        )
+    )
     if described is not None:
         classes, pictures = _described(described)
     else:
         file = next((root / name for name in LISTS if (root / name).is_file()), None)
         if file is None:
-            raise DataError(f"data.path: {path} has neither data.yaml nor {LISTS[0]}, which name the classes")
+            raise DataError(
+                f"data.path: {path} has neither data.yaml nor {LISTS[0]}, which name the classes"
+            )
         classes = [line.strip() for line in _text(file).splitlines() if line.strip()]
-        pictures = [(picture, UNSPLIT) for picture in _pictures(root / "images" if (root / "images").is_dir() else root)]
+        pictures = [
+            (picture, UNSPLIT)
+            for picture in _pictures(root / "images" if (root / "images").is_dir() else root)
+        ]
     wrong: list[str] = []
     found = [_annotated(picture, part, classes, wrong) for picture, part in pictures]
     if wrong:
@@ -58,17 +71,32 @@ class _Plain(yaml.SafeLoader):
 def _described(file: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     """Classes, and images with their parts, as a data.yaml has them. Raises DataError."""
     if file.stat().st_size > LARGEST_YAML:
-        raise DataError(f"{file}: {file.stat().st_size:,} bytes, more than {LARGEST_YAML:,}; it names classes and folders")
+        raise DataError(
+            f"{file}: {file.stat().st_size:,} bytes, more than {LARGEST_YAML:,}; it names classes and folders"
+        )
     try:
         tree = yaml.load(_text(file), Loader=_Plain)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML builds numbers and nests as deep as it is told
-        raise DataError(f"{file}: not YAML that names classes and folders ({' '.join(str(error).split())[:300]})") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # PyYAML builds numbers and nests as deep as it is told
+        raise DataError(
+            f"{file}: not YAML that names classes and folders ({' '.join(str(error).split())[:300]})"
+        ) from None
     names = tree.get("names") if isinstance(tree, dict) else None
     if isinstance(names, dict):
         if set(names) != set(range(len(names))) or not all(type(number) is int for number in names):
-            raise DataError(f"{file}: names: expected the numbers 0 to {len(names) - 1}, got {', '.join(map(str, list(names)[:20]))}")
+            raise DataError(
+                f"{file}: names: expected the numbers 0 to {len(names) - 1}, got {', '.join(map(str, list(names)[:20]))}"
+            )
         names = [names[i] for i in range(len(names))]
-    if not isinstance(tree, dict) or not isinstance(names, list) or not names or not all(isinstance(n, (str, int, float)) for n in names):
+    if (
+        not isinstance(tree, dict)
+        or not isinstance(names, list)
+        or not names
+        or not all(isinstance(n, (str, int, float)) for n in names)
+    ):
         raise DataError(f"{file}: expected a mapping with names, the list of classes")
     base = file.parent / (tree["path"] if isinstance(tree.get("path"), str) else ".")
     base = base if os.path.isdir(base) else file.parent  # files travel, and their path stays behind
@@ -77,21 +105,31 @@ def _described(file: Path) -> tuple[list[str], list[tuple[Path, int]]]:
         places = tree.get(key)
         for place in places if isinstance(places, list) else [places] if places else []:
             if not isinstance(place, str):
-                raise DataError(f"{file}: {key}: expected folders or lists of images, got {type(place).__name__}")
+                raise DataError(
+                    f"{file}: {key}: expected folders or lists of images, got {type(place).__name__}"
+                )
             found += [(picture, part) for picture in _listed(base, str(place), f"{file}: {key}")]
     if not any(part == TRAIN for _, part in found):
         raise DataError(f"{file}: train: needs a folder or a list of images")
-    return list(map(str, names)), list(zip([picture for picture, _ in found], parts_of([part for _, part in found]), strict=True))
+    return list(map(str, names)), list(
+        zip([picture for picture, _ in found], parts_of([part for _, part in found]), strict=True)
+    )
 
 
 def _listed(base: Path, place: str, where: str) -> list[Path]:
     """The images that a folder holds or a text file lists."""
-    path = next((p for p in (base / place, base / place.removeprefix("../")) if os.path.exists(p)), None)
+    path = next(
+        (p for p in (base / place, base / place.removeprefix("../")) if os.path.exists(p)), None
+    )
     if path is None:
         raise DataError(f"{where}: {base / place} does not exist")
     if path.is_dir():
         return list(_pictures(path))
-    return [_inside(base, line.strip(), f"{path}:{number}") for number, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
+    return [
+        _inside(base, line.strip(), f"{path}:{number}")
+        for number, line in enumerate(_text(path).splitlines(), 1)
+        if line.strip()
+    ]
 
 
 def _inside(base: Path, name: str, where: str) -> Path:
@@ -100,7 +138,11 @@ def _inside(base: Path, name: str, where: str) -> Path:
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    return (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return (
+        p
+        for p in sorted(folder.rglob("*"))
+        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+    )
 
 
 def _annotated(picture: Path, part: int, classes: list[str], wrong: list[str]) -> Annotated:

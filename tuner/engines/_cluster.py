@@ -63,14 +63,22 @@ def library(*, local: bool) -> Any:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # whatever the system: 127.0.0.1
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this command only; other users of the machine do not know it
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the default to come; unset, it warns
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
+                32
+            )  # for this command only; other users of the machine do not know it
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # the default to come; unset, it warns
     try:
         import ray
     except ImportError:
-        raise StorageError("engine.name: ray needs the package ray: pip install 'tuner-finetune[ray]'") from None
+        raise StorageError(
+            "engine.name: ray needs the package ray: pip install 'tuner-finetune[ray]'"
+        ) from None
     core: Any = ray._raylet
-    core.Config.initialize("")  # as Ray's own start does: where it was loaded before, it has read the environment already
+    core.Config.initialize(
+        ""
+    )  # as Ray's own start does: where it was loaded before, it has read the environment already
     core.AuthenticationTokenLoader.instance().reset_cache()
     return ray
 
@@ -79,7 +87,10 @@ def library(*, local: bool) -> Any:
 def quiet(ray: Any) -> Iterator[None]:
     """Keeps what Ray would print about dead workers and nodes off stdout: the engine says it in its own words."""
     worker = ray._private.worker
-    before, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None  # no setting of Ray's reaches it
+    before, worker.print_to_stdstream = (
+        worker.print_to_stdstream,
+        lambda *_, **__: None,
+    )  # no setting of Ray's reaches it
     try:
         yield
     finally:
@@ -106,14 +117,20 @@ def init(ray: Any, address: str, **options: Any) -> None:
     except (ray.exceptions.RayError, RuntimeError, ConnectionError, ValueError) as error:
         said = " ".join(str(error).split())
         if "ersion mismatch" in said:
-            raise StorageError(f"engine.address: {address}: {said}; install the same versions of Ray and Python on every machine") from None
+            raise StorageError(
+                f"engine.address: {address}: {said}; install the same versions of Ray and Python on every machine"
+            ) from None
         raise StorageError(f"engine.address: {address}: {said}") from None
 
 
 def leave(ray: Any) -> None:
     """Disconnects, and sees a cluster that was started here to its end: no process of it is left."""
     node = ray._private.worker._global_node
-    started = [info.process for infos in node.all_processes.values() for info in infos] if node is not None else []
+    started = (
+        [info.process for infos in node.all_processes.values() for info in infos]
+        if node is not None
+        else []
+    )
     ray.shutdown()
     for process in started:
         try:
@@ -129,7 +146,9 @@ def find(ray: Any, wanted: str) -> str:
     if wanted == "auto":
         named = os.environ.get("RAY_ADDRESS", "auto")
         if "://" in named:
-            raise StorageError(f"engine.address: auto, but RAY_ADDRESS is {named}; write HOST:PORT of the cluster's head")
+            raise StorageError(
+                f"engine.address: auto, but RAY_ADDRESS is {named}; write HOST:PORT of the cluster's head"
+            )
         try:
             address = str(ray._private.services.canonicalize_bootstrap_address_or_die(named))
         except (ConnectionError, ValueError):
@@ -144,7 +163,9 @@ def find(ray: Any, wanted: str) -> str:
             "--port=6379`), running, and not behind a firewall?"
         )
     if said == "AuthenticationError":
-        raise StorageError(f"engine.address: the Ray cluster at {address} does not take this machine's token; {TOKEN} as on its nodes")
+        raise StorageError(
+            f"engine.address: the Ray cluster at {address} does not take this machine's token; {TOKEN} as on its nodes"
+        )
     return address
 
 
@@ -168,12 +189,18 @@ def knock(address: str, environment: dict[str, str]) -> str | None:
     """Asks a cluster, from a process of its own, whether it is alive: empty when it is, the error's name, None when nobody answers."""
     command = [sys.executable, "-c", KNOCK, address]
     try:
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=ANSWERS, check=False)
+        found = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=ANSWERS, check=False
+        )
     except subprocess.TimeoutExpired:
         return None
     if found.returncode == 0:
         return ""
-    return "AuthenticationError" if "AuthenticationError" in found.stderr or "Unauthenticated" in found.stderr else None
+    return (
+        "AuthenticationError"
+        if "AuthenticationError" in found.stderr or "Unauthenticated" in found.stderr
+        else None
+    )
 
 
 def loopback(address: str) -> bool:
@@ -189,8 +216,13 @@ def nodes(ray: Any) -> dict[str, Node]:
     try:
         found = [n for n in ray.nodes() if n["Alive"]]
     except (ray.exceptions.RayError, ConnectionError, TimeoutError) as error:
-        raise StorageError(f"the Ray cluster is gone ({type(error).__name__}); the same command continues when it is there again") from None
-    names = [n["NodeName"] if n["NodeName"] != n["NodeManagerAddress"] else n["NodeManagerHostname"] for n in found]
+        raise StorageError(
+            f"the Ray cluster is gone ({type(error).__name__}); the same command continues when it is there again"
+        ) from None
+    names = [
+        n["NodeName"] if n["NodeName"] != n["NodeManagerAddress"] else n["NodeManagerHostname"]
+        for n in found
+    ]
     often = Counter(names)
     return {
         n["NodeID"]: Node(
@@ -217,5 +249,9 @@ def fits(engine: Engine, there: Sequence[Node]) -> None:
         return
     listed = ", ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in able)
     if gpus > 0 and not any(node.gpus for node in able):
-        raise StorageError(f"engine.gpus_per_trial: {gpus:g}, but the cluster has no GPU ({listed})")
-    raise StorageError(f"engine.cpus_per_trial: {cpus}, but no node has so many beside its GPU ({listed})")
+        raise StorageError(
+            f"engine.gpus_per_trial: {gpus:g}, but the cluster has no GPU ({listed})"
+        )
+    raise StorageError(
+        f"engine.cpus_per_trial: {cpus}, but no node has so many beside its GPU ({listed})"
+    )

@@ -56,11 +56,19 @@ class Crew:
         there = list(self.nodes.values())
         _cluster.fits(engine, there)
         self.cpus, self.gpus = engine.cpus_per_trial, _cluster.gpus_wanted(engine, there)
-        actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0, max_task_retries=0, max_concurrency=4)
+        actor = ray.remote(
+            num_cpus=self.cpus,
+            num_gpus=self.gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=4,
+        )
         self.slot = actor(Slot)
         self.workers: list[Worker] = []
         self.left_out: set[str] = set()  # ids of nodes that failed a check
-        self.failing: dict[str, tuple[float, float]] = {}  # by node: since when slots do not start there, and the latest
+        self.failing: dict[
+            str, tuple[float, float]
+        ] = {}  # by node: since when slots do not start there, and the latest
         self.looked, self.waited = time.monotonic(), False
         self.proved = False  # a slot has been greeted: from now on a bad node is left out, and not the command's end
 
@@ -71,15 +79,23 @@ class Crew:
         return [w for w in self.workers if w.node.id not in self.nodes]
 
     def usable(self) -> list[Node]:
-        return [n for n in self.nodes.values() if n.id not in self.left_out and n.room(self.cpus, self.gpus)]
+        return [
+            n
+            for n in self.nodes.values()
+            if n.id not in self.left_out and n.room(self.cpus, self.gpus)
+        ]
 
     def hire(self, wanted: int, due: set[str]) -> None:
         """One slot on each node of `due`, and more as long as there are fewer than `wanted` and a node has room."""
         usable = self.usable()
         if not usable and not self.waited:
-            self.warn("no node of the Ray cluster has room for a trial; waiting for one to join (Ctrl-C twice ends this)")
+            self.warn(
+                "no node of the Ray cluster has room for a trial; waiting for one to join (Ctrl-C twice ends this)"
+            )
         self.waited = not usable
-        lately = time.monotonic() - LOOK  # a node that failed a moment ago is not asked again at once
+        lately = (
+            time.monotonic() - LOOK
+        )  # a node that failed a moment ago is not asked again at once
         usable = [n for n in usable if n.id not in self.failing or self.failing[n.id][1] <= lately]
         taken = Counter(w.node.id for w in self.workers)
         for node in usable:
@@ -87,7 +103,9 @@ class Crew:
                 self.add(node)
                 taken[node.id] += 1
         while len(self.workers) < wanted:
-            roomy = max(usable, key=lambda n: n.room(self.cpus, self.gpus) - taken[n.id], default=None)
+            roomy = max(
+                usable, key=lambda n: n.room(self.cpus, self.gpus) - taken[n.id], default=None
+            )
             if roomy is None or taken[roomy.id] >= roomy.room(self.cpus, self.gpus):
                 return
             self.add(roomy)
@@ -96,13 +114,18 @@ class Crew:
     def add(self, node: Node) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-        actor = self.slot.options(scheduling_strategy=On(node.id, soft=False)).remote(os.getcwd(), sys.path, self.cpus, self.gpus)
+        actor = self.slot.options(scheduling_strategy=On(node.id, soft=False)).remote(
+            os.getcwd(), sys.path, self.cpus, self.gpus
+        )
         self.workers.append(Worker(actor, node, actor.greet.remote(), time.monotonic()))
 
     def welcome(self, worker: Worker, version: str) -> None:
         worker.greeting = None
         if version != tuner.__version__:
-            self.leave_out(worker.node, f"it has tuner {version}, this machine {tuner.__version__}; install the same version on both")
+            self.leave_out(
+                worker.node,
+                f"it has tuner {version}, this machine {tuner.__version__}; install the same version on both",
+            )
         else:
             self.proved = True
             self.failing.pop(worker.node.id, None)
@@ -114,7 +137,10 @@ class Crew:
         self.failing[worker.node.id] = since, now
         last = str(error).strip().splitlines()[-1].strip()
         if "No module named 'tuner" in str(error):
-            self.leave_out(worker.node, f"tuner is not installed there; install tuner {tuner.__version__} on every node")
+            self.leave_out(
+                worker.node,
+                f"tuner is not installed there; install tuner {tuner.__version__} on every node",
+            )
         elif now - since > GRACE and worker.node.id in self.nodes:
             self.leave_out(worker.node, f"slots do not start there: {last[:300]}")
 

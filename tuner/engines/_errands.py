@@ -23,7 +23,9 @@ class Errands:
         self.looked: set[tuple[str, str]] = set()  # (node, folder): it is there
         self.shares: dict[tuple[str, Path], bool] = {}  # (node, folder): its files are ours
 
-    def before(self, actor: Any, node: Node, job: Job) -> "concurrent.futures.Future[list[str]] | None":
+    def before(
+        self, actor: Any, node: Node, job: Job
+    ) -> "concurrent.futures.Future[list[str]] | None":
         """Begins what a job needs first. Its result: the folders of `job.keep` whose changes must be brought back. None: nothing to do."""
         folders = [f for f in job.folders if self.ship and (node.id, f) not in self.looked]
         if not folders and not job.keep:
@@ -37,7 +39,9 @@ class Errands:
             self.looked.update((node.id, f) for f in folders)
             apart = [folder for folder in keep if not self.shared(actor, node, Path(folder).parent)]
         for folder in apart:
-            self.ray.get(actor.clear.remote(folder))  # what an earlier attempt left there is older than what came back
+            self.ray.get(
+                actor.clear.remote(folder)
+            )  # what an earlier attempt left there is older than what came back
             for parcel in parcels(Path(folder), seen(Path(folder))):
                 self.ray.get(actor.take.remote(folder, parcel))
         return apart

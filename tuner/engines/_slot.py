@@ -42,7 +42,9 @@ class Slot:
             os.makedirs(folder, exist_ok=True)
             os.chdir(folder)
         self.cpus, self.gpus = cpus, gpus
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)  # one for all jobs: OpenMP keeps a team per thread
+        self.thread = concurrent.futures.ThreadPoolExecutor(
+            1
+        )  # one for all jobs: OpenMP keeps a team per thread
         self.heard = threading.Condition()
         self.token, self.reports, self.answers, self.go_on = "", 0, 0, True
         self.running: int | None = None  # the job's thread
@@ -84,7 +86,9 @@ class Slot:
     def work(self, job: Job, token: str, said: "SimpleQueue[Message]", kept: "list[Kept]") -> None:
         def report(value: Any) -> bool:
             behind = self.answers < self.reports
-            for folder in kept if not behind else ():  # else nobody takes files now; the newest go when someone does
+            for folder in (
+                kept if not behind else ()
+            ):  # else nobody takes files now; the newest go when someone does
                 folder.send()
             said.put(("report", token, value))
             return self.answered(behind)
@@ -113,7 +117,9 @@ class Slot:
         """Whether to go on. A coordinator that was silent for PATIENCE is not waited for again before it has caught up."""
         with self.heard:
             self.reports += 1
-            self.heard.wait_for(lambda: self.answers >= self.reports or not self.go_on, 0 if behind else PATIENCE)
+            self.heard.wait_for(
+                lambda: self.answers >= self.reports or not self.go_on, 0 if behind else PATIENCE
+            )
             return self.go_on
 
     def answer(self, token: str, go_on: bool) -> None:
@@ -126,7 +132,9 @@ class Slot:
     def end(self) -> None:
         """Unwinds the running job, so that its temporary files go; whoever calls ends the process afterwards."""
         if self.running is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.running), ctypes.py_object(SystemExit))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self.running), ctypes.py_object(SystemExit)
+            )
         with self.heard:
             self.token, self.go_on = "", False
             self.heard.notify_all()
@@ -143,7 +151,9 @@ class Kept:
 
     def send(self) -> None:
         now = seen(self.folder)
-        for parcel in parcels(self.folder, [name for name, state in now.items() if self.sent.get(name) != state]):
+        for parcel in parcels(
+            self.folder, [name for name, state in now.items() if self.sent.get(name) != state]
+        ):
             self.said.put(("kept", self.token, (self.folder, parcel)))
         if gone := self.sent.keys() - now.keys():
             self.said.put(("gone", self.token, (self.folder, sorted(gone))))

@@ -13,9 +13,15 @@ def carry_out(job: Job, report: Callable[[Any], bool], slot: int) -> Outcome:
     """Calls the job's function. The one place that catches everything: a job that fails must not end its worker."""
     module, _, function = job.work.partition(":")
     try:
-        return Outcome("done", getattr(importlib.import_module(module), function)(job.argument, report, slot))
+        return Outcome(
+            "done", getattr(importlib.import_module(module), function)(job.argument, report, slot)
+        )
     except TunerError as error:
-        return Outcome("refused", reason=type(error).__name__, problems=tuple(error.problems), code=error.code)
+        return Outcome(
+            "refused", reason=type(error).__name__, problems=tuple(error.problems), code=error.code
+        )
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return Outcome("failed", reason=f"{type(error).__name__}: {first}"[:300], trace=traceback.format_exc())
+        return Outcome(
+            "failed", reason=f"{type(error).__name__}: {first}"[:300], trace=traceback.format_exc()
+        )

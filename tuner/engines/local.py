@@ -35,7 +35,12 @@ class Worker:
 
 
 @contextlib.contextmanager
-def run(engine: Engine = Engine(), warn: Callable[[str], None] = lambda _: None, *, silence: float = SILENCE) -> Iterator[Carry]:
+def run(
+    engine: Engine = Engine(),
+    warn: Callable[[str], None] = lambda _: None,
+    *,
+    silence: float = SILENCE,
+) -> Iterator[Carry]:
     """Workers live as long as the `with` block, but for one that is `silent` for so many seconds (stopped, or stuck)."""
     crew: list[Worker] = []
 
@@ -92,7 +97,9 @@ def hire(slot: int, beat: float) -> Worker:
     machine.quiet_threads()  # its environment is the worker's
     context = multiprocessing.get_context("spawn")  # a forked torch or SQLite breaks
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, slot, beat), name=f"tuner-worker-{slot}", daemon=True)
+    process = context.Process(
+        target=work, args=(theirs, slot, beat), name=f"tuner-worker-{slot}", daemon=True
+    )
     process.start()
     theirs.close()
     return Worker(process, ours, slot)
@@ -134,7 +141,10 @@ def give_up(worker: Worker, silence: float, ended: OnEnd) -> None:
     assert job is not None
     worker.process.kill()
     dismiss(worker)
-    ended(job, Outcome("lost", reason=f"worker silent for {silence * (YOUNG if worker.young else 1):g} s"))
+    ended(
+        job,
+        Outcome("lost", reason=f"worker silent for {silence * (YOUNG if worker.young else 1):g} s"),
+    )
 
 
 def _cause(code: int | None) -> str:
@@ -164,7 +174,9 @@ def work(pipe: Connection, slot: int, beat: float) -> None:
     """The life of a worker process: jobs from the pipe until it closes."""
     machine.end_with_parent()
     machine.keep_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the coordinator decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -214,5 +226,7 @@ def limit_threads(sharing: int) -> None:
     """A fair share of the cores for one of `sharing` workers."""
     import torch  # here: the coordinator imports this module too, and stays without torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     torch.set_num_threads(max(1, cores // sharing))

@@ -37,7 +37,9 @@ class Check:
 
 
 @contextlib.contextmanager
-def run(engine: Engine = Engine(name="ray"), warn: Callable[[str], None] = lambda _: None) -> Iterator[Carry]:
+def run(
+    engine: Engine = Engine(name="ray"), warn: Callable[[str], None] = lambda _: None
+) -> Iterator[Carry]:
     """Slots live as long as the `with` block, and so does a cluster that was started for it. Raises StorageError."""
     with _cluster.connected(engine) as ray:
         fleet = Fleet(ray, engine, warn)
@@ -55,7 +57,9 @@ class Fleet:
         self.checks: list[Check] = []
         self.held: Work | None = None  # asked for, and waiting for a slot
 
-    def carry(self, jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int) -> None:
+    def carry(
+        self, jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int
+    ) -> None:
         """Carries out jobs until there are none, `workers` at a time. Raises StorageError when the cluster is gone."""
 
         def another() -> bool:
@@ -71,9 +75,17 @@ class Fleet:
                     self.checks.append(Check(replace(self.held, check=True)))
                     self.held = None
                 open_checks = [c for c in self.checks if not c.over]
-                if self.held is None and not open_checks and not any(w.work for w in self.crew.workers):
+                if (
+                    self.held is None
+                    and not open_checks
+                    and not any(w.work for w in self.crew.workers)
+                ):
                     return
-                due = {n.id for n in self.crew.usable() if any(n.id not in c.passed for c in open_checks)}
+                due = {
+                    n.id
+                    for n in self.crew.usable()
+                    if any(n.id not in c.passed for c in open_checks)
+                }
                 self.crew.hire(workers if self.held else 0, due)
                 if not open_checks:
                     self.crew.release(workers)
@@ -92,7 +104,9 @@ class Fleet:
     def abandon(self) -> list[Work]:
         """Ends what is running at once, and returns what the coordinator still waits for."""
         busy = [w for w in self.crew.workers if w.work]
-        works = [w.work for w in busy if w.work and not w.work.check] + [c.work for c in self.checks if not c.over]
+        works = [w.work for w in busy if w.work and not w.work.check] + [
+            c.work for c in self.checks if not c.over
+        ]
         works += [self.held] if self.held else []
         self.held, self.checks = None, [c for c in self.checks if c.over]
         for check in self.checks:
@@ -124,7 +138,9 @@ class Fleet:
     def begin(self, worker: Worker, keeping: list[str]) -> None:
         assert worker.work is not None
         worker.errand = None
-        worker.stream = worker.actor.carry.options(num_returns="streaming").remote(worker.work.job, worker.token, keeping)
+        worker.stream = worker.actor.carry.options(num_returns="streaming").remote(
+            worker.work.job, worker.token, keeping
+        )
 
     def listen(self) -> None:
         """Waits a moment for messages, greetings and errands, and takes what is there."""
@@ -132,7 +148,9 @@ class Fleet:
         waiting.pop(None, None)
         if waiting:
             self.ray.wait(list(waiting), num_returns=1, timeout=POLL, fetch_local=False)
-            ready, _ = self.ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
+            ready, _ = self.ray.wait(
+                list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False
+            )
             for reference in ready:
                 self.hear(waiting[reference])
         else:
@@ -141,7 +159,15 @@ class Fleet:
             try:
                 self.begin(worker, worker.errand.result())
             except TunerError as error:
-                self.finish(worker, Outcome("refused", reason=type(error).__name__, problems=tuple(error.problems), code=error.code))
+                self.finish(
+                    worker,
+                    Outcome(
+                        "refused",
+                        reason=type(error).__name__,
+                        problems=tuple(error.problems),
+                        code=error.code,
+                    ),
+                )
             except self.ray.exceptions.RayError as error:
                 self.lose(worker, self.crew.cause(worker, error))
 
@@ -154,7 +180,12 @@ class Fleet:
         except StopIteration:
             worker.stream = None
         except errors.RayTaskError as error:  # what a job returned cannot travel
-            self.finish(worker, Outcome("failed", reason=str(error).strip().splitlines()[-1][:300], trace=str(error)))
+            self.finish(
+                worker,
+                Outcome(
+                    "failed", reason=str(error).strip().splitlines()[-1][:300], trace=str(error)
+                ),
+            )
         except errors.RayError as error:
             if not greeted:
                 self.crew.unborn(worker, error)
@@ -178,7 +209,13 @@ class Fleet:
             self.errands.arrived(kind, *value)
 
     def finish(self, worker: Worker, outcome: Outcome) -> None:
-        work, worker.work, worker.stream, worker.errand, worker.token = worker.work, None, None, None, ""
+        work, worker.work, worker.stream, worker.errand, worker.token = (
+            worker.work,
+            None,
+            None,
+            None,
+            "",
+        )
         if work is not None:
             work.ended(work.job, outcome)
 
@@ -196,9 +233,13 @@ class Fleet:
         def ended(job: Job, outcome: Outcome) -> None:
             check.running.discard(node.id)
             check.lost[node.id] += outcome.kind == "lost"
-            if outcome.kind == "lost" and (check.lost[node.id] < STRIKES or node.id not in _cluster.nodes(self.ray)):
+            if outcome.kind == "lost" and (
+                check.lost[node.id] < STRIKES or node.id not in _cluster.nodes(self.ray)
+            ):
                 return  # it is asked again, if it is still there
-            if outcome.kind == "done" and (check.found is None or check.found.value == outcome.value):
+            if outcome.kind == "done" and (
+                check.found is None or check.found.value == outcome.value
+            ):
                 check.found = check.found or outcome
                 check.passed[node.id] = node.name
                 return
@@ -215,18 +256,35 @@ class Fleet:
         """What a node found, or that it disagrees with the others, with the node's name where there are several."""
         if outcome.kind == "done":
             others = f"nodes {next(iter(check.passed.values()))} and {node.name} find different data at the same paths"
-            return Outcome("refused", reason="DataError", problems=(f"{others}; copy one over the other",), code=3)
+            return Outcome(
+                "refused",
+                reason="DataError",
+                problems=(f"{others}; copy one over the other",),
+                code=3,
+            )
         if len(self.crew.usable()) == 1:
             return outcome
-        hint = "; engine.ship: true sends what a node lacks" if check.work.job.folders and not self.engine.ship else ""
+        hint = (
+            "; engine.ship: true sends what a node lacks"
+            if check.work.job.folders and not self.engine.ship
+            else ""
+        )
         problems = tuple(f"{problem} (on node {node.name}{hint})" for problem in outcome.problems)
-        return replace(outcome, problems=problems, reason=outcome.reason if problems else f"on node {node.name}: {outcome.reason}")
+        return replace(
+            outcome,
+            problems=problems,
+            reason=outcome.reason if problems else f"on node {node.name}: {outcome.reason}",
+        )
 
     def settle(self) -> None:
         """Ends a check once every node has passed it but those whose cores others have."""
         for check in [c for c in self.checks if not c.over and c.found is not None]:
             left = [n.id for n in self.crew.usable() if n.id not in check.passed]
-            pending = {w.node.id for w in self.crew.workers if w.greeting is not None and time.monotonic() - w.since > TAKEN}
+            pending = {
+                w.node.id
+                for w in self.crew.workers
+                if w.greeting is not None and time.monotonic() - w.since > TAKEN
+            }
             if set(left) <= pending and check.found is not None:
                 check.over = True
                 check.work.ended(check.work.job, check.found)

@@ -22,7 +22,9 @@ def save(model: Portable, example: Tree, path: Path) -> None:
     with tracing(), contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
         program = torch.onnx.export(
             model,
-            kwargs={"x": example},  # by name: a dict that ends the positional arguments would be taken for keywords
+            kwargs={
+                "x": example
+            },  # by name: a dict that ends the positional arguments would be taken for keywords
             dynamo=True,
             verbose=False,
             input_names=[name or INPUT for name in leaves(example)],
@@ -41,8 +43,12 @@ def load(path: Path, blank: Callable[[], Portable]) -> Callable[[Tree], Tree]:
     names = [output.name for output in session.get_outputs()]
 
     def call(x: Tree) -> Tree:
-        outputs = session.run(None, {name or INPUT: leaf.contiguous().numpy() for name, leaf in leaves(x).items()})
-        found = {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}
+        outputs = session.run(
+            None, {name or INPUT: leaf.contiguous().numpy() for name, leaf in leaves(x).items()}
+        )
+        found = {
+            name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)
+        }
         return found[OUTPUT] if names == [OUTPUT] else found
 
     return call

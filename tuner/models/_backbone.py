@@ -22,7 +22,9 @@ class Canvas(nn.Module):
         side = x.shape[-1]
         if side % STRIDE or side < self.least:
             fits = max(self.least, round(side / STRIDE) * STRIDE)
-            raise SpaceError(f"data.size: {side}, but {self.name} takes multiples of {STRIDE} from {self.least} on; nearest: {fits}")
+            raise SpaceError(
+                f"data.size: {side}, but {self.name} takes multiples of {STRIDE} from {self.least} on; nearest: {fits}"
+            )
         return x.flip(1) if self.bgr else x
 
 

@@ -66,7 +66,10 @@ class Head(detectors.Head):
 
     def __init__(self, model: nn.Module, first: int) -> None:
         super().__init__()
-        self.owner, self.first = (model,), first  # in a tuple, so that the whole model is not taken for a child
+        self.owner, self.first = (
+            (model,),
+            first,
+        )  # in a tuple, so that the whole model is not taken for a child
         for name, child in model.named_children():
             if name not in ("transform", "backbone"):
                 self.add_module(name, child)
@@ -93,15 +96,27 @@ class Head(detectors.Head):
 def nms_of_classes(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
     """Non-maximum suppression within each class: torchvision's coordinate trick without its questions about the number of boxes."""
     reach = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1
-    kept: Tensor = torch.ops.torchvision.nms(boxes + (classes.to(boxes) * reach)[:, None], scores, threshold)
+    kept: Tensor = torch.ops.torchvision.nms(
+        boxes + (classes.to(boxes) * reach)[:, None], scores, threshold
+    )
     return kept
 
 
-def pooled(levels: list[Tensor], boxes: list[Tensor], size: Any, sampling: int, scales: list[float] | None, mapper: Any) -> Tensor:
+def pooled(
+    levels: list[Tensor],
+    boxes: list[Tensor],
+    size: Any,
+    sampling: int,
+    scales: list[float] | None,
+    mapper: Any,
+) -> Tensor:
     """Features of regions from the level that fits each: torchvision's pooling, with every level asked for all of them."""
     assert scales is not None
     rois = poolers._convert_to_roi_format(boxes)
-    aligned = [poolers.roi_align(f, rois, size, scale, sampling) for f, scale in zip(levels, scales, strict=True)]
+    aligned = [
+        poolers.roi_align(f, rois, size, scale, sampling)
+        for f, scale in zip(levels, scales, strict=True)
+    ]
     which, found = mapper(boxes), aligned[0]
     for level, values in enumerate(aligned[1:], 1):
         found = torch.where((which == level)[:, None, None, None], values, found)
@@ -133,7 +148,9 @@ class Canvas(nn.Module):
 
     def forward(self, images: list[Tensor], targets: Any) -> tuple[ImageList, Any]:
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        return ImageList(torch.stack(images) if len(images) > 1 else images[0][None], sizes), targets
+        return ImageList(
+            torch.stack(images) if len(images) > 1 else images[0][None], sizes
+        ), targets
 
     def postprocess(self, result: list[Objects], *_: object) -> list[Objects]:
         return result
@@ -152,12 +169,23 @@ def native(first: int) -> Callable[[nn.Module, Tree], Tree]:
 
 def identity(model: Any) -> None:
     """Takes from the model's transform what tuner has done before: normalising, resizing, padding."""
-    model.transform.image_mean, model.transform.image_std, model.transform.size_divisible = [0.0] * 3, [1.0] * 3, 1
+    model.transform.image_mean, model.transform.image_std, model.transform.size_divisible = (
+        [0.0] * 3,
+        [1.0] * 3,
+        1,
+    )
 
 
 def staged(model: Any, stages: dict[str, nn.Module], first: int, notes: tuple[str, ...]) -> Staged:
     identity(model)
-    return Staged(model, {**stages, "head": Head(model, first)}, notes, native(first), probe=False, batched=False)
+    return Staged(
+        model,
+        {**stages, "head": Head(model, first)},
+        notes,
+        native(first),
+        probe=False,
+        batched=False,
+    )
 
 
 def grouped(children: Children, begins: Callable[[nn.Module], bool]) -> list[Children]:
@@ -170,7 +198,9 @@ def grouped(children: Children, begins: Callable[[nn.Module], bool]) -> list[Chi
     return groups
 
 
-def backbone_stages(groups: list[Children], taps: Mapping[str, str], names: Callable[[int], str]) -> dict[str, nn.Module]:
+def backbone_stages(
+    groups: list[Children], taps: Mapping[str, str], names: Callable[[int], str]
+) -> dict[str, nn.Module]:
     """A stage for each group of a backbone's children."""
     found: dict[str, nn.Module] = {}
     reads = IMAGE
@@ -183,10 +213,17 @@ def backbone_stages(groups: list[Children], taps: Mapping[str, str], names: Call
 def pyramid_stages(backbone: Any) -> dict[str, nn.Module]:
     """The stages of a BackboneWithFPN: the stem, the strided blocks or whole layers, the feature pyramid."""
     children = list(backbone.body.named_children())
-    marked = any(getattr(child, "_is_cn", False) for _, child in children)  # torchvision's MobileNets mark what is strided
+    marked = any(
+        getattr(child, "_is_cn", False) for _, child in children
+    )  # torchvision's MobileNets mark what is strided
     last = children[-1][1]
-    groups = grouped(children, lambda child: child is last or getattr(child, "_is_cn", False) if marked else _whole(child))
-    stages = backbone_stages(groups, dict(backbone.body.return_layers), lambda i: f"layer{i}" if i else "stem")
+    groups = grouped(
+        children,
+        lambda child: child is last or getattr(child, "_is_cn", False) if marked else _whole(child),
+    )
+    stages = backbone_stages(
+        groups, dict(backbone.body.return_layers), lambda i: f"layer{i}" if i else "stem"
+    )
     return {**stages, "fpn": Neck(backbone.fpn)}
 
 

@@ -24,7 +24,12 @@ from tuner.wanted import Preprocess, Tree
 from tuner.weights import fetch, is_path, read
 
 CANVAS = Preprocess(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox")  # RGB of 0..1
-OF_CLASSES = ("class_embed.", "model.decoder.class_embed.", "model.enc_score_head.", "model.denoising_class_embed.")
+OF_CLASSES = (
+    "class_embed.",
+    "model.decoder.class_embed.",
+    "model.enc_score_head.",
+    "model.denoising_class_embed.",
+)
 FILE = "model.safetensors"
 SWITCH = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
@@ -34,7 +39,9 @@ def library() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError:
-        raise SpaceError("model.name: RT-DETR and D-FINE need the package transformers: pip install 'tuner-finetune[text]'") from None
+        raise SpaceError(
+            "model.name: RT-DETR and D-FINE need the package transformers: pip install 'tuner-finetune[text]'"
+        ) from None
 
 
 def build(home: Path, name: str, kind: Any, config: Any, hub: str, weights: str) -> Staged:
@@ -42,13 +49,21 @@ def build(home: Path, name: str, kind: Any, config: Any, hub: str, weights: str)
 
     `weights`: default, those of `hub`; none; or a path to a .safetensors file or a folder with one. Raises SpaceError, DataError.
     """
-    config.anchor_image_size = config.eval_size = None  # anchors and positions follow the canvas, whatever its size
+    config.anchor_image_size = config.eval_size = (
+        None  # anchors and positions follow the canvas, whatever its size
+    )
     detector, notes = _detector(home, kind, config, hub, weights)
     backbone, maps = detector.model.backbone.model, len(config.feat_strides)
-    parts: dict[str, nn.Module] = {"stem": nn.Sequential(Canvas(name, least=_least(config)), backbone.embedder)}
+    parts: dict[str, nn.Module] = {
+        "stem": nn.Sequential(Canvas(name, least=_least(config)), backbone.embedder)
+    }
     parts |= {f"stage{i}": stage for i, stage in enumerate(backbone.encoder.stages, 1)}
     taps = tuple(backbone.out_features)
-    stages = {**steps(parts, taps), "neck": Neck(detector.model, taps), "head": Queries(detector, maps, config.feat_strides[0])}
+    stages = {
+        **steps(parts, taps),
+        "neck": Neck(detector.model, taps),
+        "head": Queries(detector, maps, config.feat_strides[0]),
+    }
     return Staged(detector, stages, notes, native=native, probe=False, batched=False)
 
 
@@ -60,12 +75,23 @@ def _least(config: Any) -> int:
     return side
 
 
-def _detector(home: Path, kind: Any, config: Any, hub: str, weights: str) -> tuple[Any, tuple[str, ...]]:
+def _detector(
+    home: Path, kind: Any, config: Any, hub: str, weights: str
+) -> tuple[Any, tuple[str, ...]]:
     if weights == "none":
         return still(kind(config)), ()
     path = _path(home, hub, weights)
-    state = {k: v for k, v in read(path).items() if not k.startswith("tuner.")}  # what an export holds beside its weights
-    broken = next((k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
+    state = {
+        k: v for k, v in read(path).items() if not k.startswith("tuner.")
+    }  # what an export holds beside its weights
+    broken = next(
+        (
+            k
+            for k, v in state.items()
+            if v.is_floating_point() and not bool(torch.isfinite(v).all())
+        ),
+        None,
+    )
     if broken:
         raise DataError(f"weights: {path}: {broken} holds NaN or infinite values")
     scores = state.get("model.enc_score_head.weight")
@@ -76,12 +102,16 @@ def _detector(home: Path, kind: Any, config: Any, hub: str, weights: str) -> tup
         with quietly():
             detector, told = kind.from_pretrained(None, config=config, state_dict=state, **options)
     except (RuntimeError, ValueError) as error:  # it stumbles over tied parameters of other shapes
-        raise DataError(f"weights: {path}: these are another model's weights ({str(error).splitlines()[0]})") from None
+        raise DataError(
+            f"weights: {path}: these are another model's weights ({str(error).splitlines()[0]})"
+        ) from None
     new = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
     body = [key for key in new if not key.startswith(OF_CLASSES)] + sorted(told["unexpected_keys"])
     if body:
         listed = ", ".join(body[:5]) + (f" and {len(body) - 5} more" if len(body) > 5 else "")
-        raise DataError(f"weights: {path} differs from {config.model_type} in {listed}; these are another model's weights, or damaged")
+        raise DataError(
+            f"weights: {path} differs from {config.model_type} in {listed}; these are another model's weights, or damaged"
+        )
     return still(detector), ("classes: new, the weights have none for these",) if new else ()
 
 
@@ -99,12 +129,16 @@ def _path(home: Path, hub: str, weights: str) -> Path:
     """The file with the weights. Raises SpaceError on one that could run code, DataError where it is not there."""
     if weights == "default":
         base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        return fetch(home, f"{base}/{hub}/resolve/main/{FILE}", name=f"{hub.replace('/', '-')}.safetensors")
+        return fetch(
+            home, f"{base}/{hub}/resolve/main/{FILE}", name=f"{hub.replace('/', '-')}.safetensors"
+        )
     path = Path(weights).expanduser()
     if path.is_dir():
         return path / FILE
     if path.suffix != ".safetensors":
-        raise SpaceError(f"model.weights: {weights!r}: default, none, a .safetensors file, or a folder with {FILE}")
+        raise SpaceError(
+            f"model.weights: {weights!r}: default, none, a .safetensors file, or a folder with {FILE}"
+        )
     return path
 
 
@@ -150,14 +184,24 @@ class Queries(Head):
         from transformers.modeling_outputs import BaseModelOutput
 
         detector = self.owner[0]
-        detector.training = detector.model.training = self.training  # they decide about denoising, and lie in no stage
+        detector.training = detector.model.training = (
+            self.training
+        )  # they decide about denoising, and lie in no stage
         maps: Any = [x[f"map{i}"] for i in range(self.maps)]
         with unchecked():
-            return detector(None, inputs_embeds=maps[0], encoder_outputs=BaseModelOutput(last_hidden_state=maps), labels=labels)
+            return detector(
+                None,
+                inputs_embeds=maps[0],
+                encoder_outputs=BaseModelOutput(last_hidden_state=maps),
+                labels=labels,
+            )
 
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
         side = self.stride * x["map0"].shape[-1]
-        labels = [{"class_labels": t["labels"], "boxes": box_convert(t["boxes"], "xyxy", "cxcywh") / side} for t in targets]
+        labels = [
+            {"class_labels": t["labels"], "boxes": box_convert(t["boxes"], "xyxy", "cxcywh") / side}
+            for t in targets
+        ]
         found: dict[str, Tensor] = self.answer(x, labels).loss_dict
         return found
 
@@ -170,7 +214,10 @@ def objects(outputs: Any, side: int) -> list[Objects]:
     scores, at = outputs.logits.sigmoid().flatten(1).topk(min(MOST, outputs.logits[0].numel()))
     classes = outputs.logits.shape[-1]
     boxes = (side * box_convert(outputs.pred_boxes, "cxcywh", "xyxy")).clamp(0, side)
-    return [{"boxes": b[i // classes], "scores": s, "labels": i % classes} for b, s, i in zip(boxes, scores, at, strict=True)]
+    return [
+        {"boxes": b[i // classes], "scores": s, "labels": i % classes}
+        for b, s, i in zip(boxes, scores, at, strict=True)
+    ]
 
 
 def native(model: nn.Module, x: Tree) -> Tree:

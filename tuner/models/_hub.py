@@ -21,7 +21,11 @@ HUB = {
     "gpt2": "openai-community/gpt2",
 }
 CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
-VOCABULARIES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))  # any of these makes a fast tokenizer
+VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.txt",),
+    ("vocab.json", "merges.txt"),
+)  # any of these makes a fast tokenizer
 OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -38,8 +42,14 @@ def own(folder: str, name: str) -> Path:
     """A folder of the user's. Raises DataError where it lacks something, or holds another kind of model than the name says."""
     root = Path(folder).expanduser()
     if not root.is_dir():
-        beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        what = "is a file; give the folder that it lies in" if root.is_file() else f"does not exist{nearest(root.name, beside)}"
+        beside = (
+            [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+        )
+        what = (
+            "is a file; give the folder that it lies in"
+            if root.is_file()
+            else f"does not exist{nearest(root.name, beside)}"
+        )
         raise DataError(f"model.folder: {folder} {what}")
     if not (root / CONFIG).is_file():
         raise DataError(
@@ -63,10 +73,14 @@ def stated(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise DataError(f"model.folder: {path} states no model_type, so nobody knows what to build")
     if "auto_map" in found:
-        raise SpaceError(f"model.folder: {path} asks for code of its own to be run (auto_map), which is never done; use a model without")
+        raise SpaceError(
+            f"model.folder: {path} asks for code of its own to be run (auto_map), which is never done; use a model without"
+        )
     kernels = [key for key, value in found.items() if "implementation" in key and "/" in str(value)]
     if kernels:
-        raise SpaceError(f"model.folder: {path} asks for code from elsewhere ({kernels[0]}: {found[kernels[0]]}), which is never run")
+        raise SpaceError(
+            f"model.folder: {path} asks for code from elsewhere ({kernels[0]}: {found[kernels[0]]}), which is never run"
+        )
     return found
 
 
@@ -89,8 +103,13 @@ def hub(home: Path, repository: str, *, weights: bool, tokenizer: bool = True) -
             if tokenizer:
                 for file in OPTIONAL:
                     _have(home, repository, folder, file)
-                if not any(all(_have(home, repository, folder, file) for file in files) for files in VOCABULARIES):
-                    raise DataError(f"model.name: {repository} has no tokenizer.json or vocabulary on the hub; give a model.folder")
+                if not any(
+                    all(_have(home, repository, folder, file) for file in files)
+                    for files in VOCABULARIES
+                ):
+                    raise DataError(
+                        f"model.name: {repository} has no tokenizer.json or vocabulary on the hub; give a model.folder"
+                    )
             if weights and not _have(home, repository, folder, WEIGHTS):
                 _shards(home, repository, folder)
     return folder
@@ -98,14 +117,22 @@ def hub(home: Path, repository: str, *, weights: bool, tokenizer: bool = True) -
 
 def _shards(home: Path, repository: str, folder: Path) -> None:
     if not _have(home, repository, folder, SHARDS):
-        raise DataError(f"model.name: {repository} has no {WEIGHTS} on the hub, and other formats may run code; convert it to safetensors")
+        raise DataError(
+            f"model.name: {repository} has no {WEIGHTS} on the hub, and other formats may run code; convert it to safetensors"
+        )
     try:
-        names = sorted({str(name) for name in json.loads((folder / SHARDS).read_text())["weight_map"].values()})
+        names = sorted(
+            {str(name) for name in json.loads((folder / SHARDS).read_text())["weight_map"].values()}
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"model.name: {repository}: {SHARDS} is damaged; delete {folder / SHARDS} and what it points to") from None
+        raise DataError(
+            f"model.name: {repository}: {SHARDS} is damaged; delete {folder / SHARDS} and what it points to"
+        ) from None
     for name in names:
         if "/" in name or not name.endswith(".safetensors"):
-            raise DataError(f"model.name: {repository}: {SHARDS} names {name!r}, which is no safetensors file beside it")
+            raise DataError(
+                f"model.name: {repository}: {SHARDS} names {name!r}, which is no safetensors file beside it"
+            )
         _need(home, repository, folder, name)
 
 

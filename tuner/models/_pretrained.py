@@ -35,7 +35,9 @@ def entry(name: str, weights: str, key: str) -> Any:
     return known.DEFAULT if weights == "default" else known[weights]
 
 
-def with_detector_weights(home: Path, model: nn.Module, name: str, weights: str, head: str) -> tuple[str, ...]:
+def with_detector_weights(
+    home: Path, model: nn.Module, name: str, weights: str, head: str
+) -> tuple[str, ...]:
     """Loads weights of the whole; `head` is what depends on the classes. Those of a path keep theirs where it fits."""
     if weights in GIVEN:
         return ()
@@ -43,15 +45,21 @@ def with_detector_weights(home: Path, model: nn.Module, name: str, weights: str,
         state, where = read(Path(weights)), weights
     else:
         found = entry(name, weights, "weights")
-        state = {k: v for k, v in read(fetch(home, found.url)).items() if not k.startswith(f"{head}.")}
+        state = {
+            k: v for k, v in read(fetch(home, found.url)).items() if not k.startswith(f"{head}.")
+        }
         where = str(found)
     own = set(model.state_dict())
-    state = {k: v for k, v in state.items() if "num_batches_tracked" not in k or k in own}  # frozen BatchNorm counts no batches
+    state = {
+        k: v for k, v in state.items() if "num_batches_tracked" not in k or k in own
+    }  # frozen BatchNorm counts no batches
     return adopt(model, state, head=head, where=f"weights: {where}")
 
 
 @torch.no_grad()
-def with_backbone_weights(home: Path, body: nn.Module, architecture: str, weights: str, default: str) -> None:
+def with_backbone_weights(
+    home: Path, body: nn.Module, architecture: str, weights: str, default: str
+) -> None:
     """Loads a classifier's weights into a detector's `body`, which holds the same layers in the same order under other names."""
     if weights in GIVEN:
         return
@@ -59,9 +67,19 @@ def with_backbone_weights(home: Path, body: nn.Module, architecture: str, weight
         weights = default if weights == "default" else entry(architecture, weights, "backbone").name
     head = "fc" if architecture.startswith("res") else "classifier"
     classifier, _ = torchvision_model(home, architecture, 1000, weights, head=head)
-    theirs = [value for key, value in classifier.state_dict().items() if not key.startswith(f"{head}.") and "num_batches" not in key]
-    ours = [value for key, value in body.state_dict().items() if "num_batches" not in key and key != "scale_weight"]
-    for own, value in zip(ours, theirs, strict=False):  # SSD's own layers stand behind the classifier's
+    theirs = [
+        value
+        for key, value in classifier.state_dict().items()
+        if not key.startswith(f"{head}.") and "num_batches" not in key
+    ]
+    ours = [
+        value
+        for key, value in body.state_dict().items()
+        if "num_batches" not in key and key != "scale_weight"
+    ]
+    for own, value in zip(
+        ours, theirs, strict=False
+    ):  # SSD's own layers stand behind the classifier's
         own.copy_(value)
 
 
@@ -76,7 +94,9 @@ def frozen(module: nn.Module, eps: float | None = None) -> None:
             frozen(child, eps)
 
 
-def pyramid_detector(home: Path, name: str, classes: int, weights: str, backbone: str, head: str) -> tuple[Any, tuple[str, ...]]:
+def pyramid_detector(
+    home: Path, name: str, classes: int, weights: str, backbone: str, head: str
+) -> tuple[Any, tuple[str, ...]]:
     """torchvision's detector `name` over a feature pyramid, built as torchvision's own function builds it."""
     model: Any = get_model(name, weights=None, weights_backbone=None, num_classes=classes)
     if (weights != "none" or backbone != "none") and not name.endswith("_v2"):

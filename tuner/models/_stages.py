@@ -13,7 +13,13 @@ from tuner.core import Staged
 from tuner.wanted import Tree
 
 CARRIED = ("attention_mask", "input_ids")
-ENCODERS = {"bert": "bert", "distilbert": "distilbert", "roberta": "roberta", "camembert": "roberta", "xlm-roberta": "roberta"}
+ENCODERS = {
+    "bert": "bert",
+    "distilbert": "distilbert",
+    "roberta": "roberta",
+    "camembert": "roberta",
+    "xlm-roberta": "roberta",
+}
 """model_type -> the model's child that holds embeddings and blocks."""
 
 
@@ -24,9 +30,19 @@ def staged_of(model: Any, task: str, notes: tuple[str, ...]) -> Staged:
     if kind in ENCODERS and not generating:
         return Staged(model, _encoder(model, getattr(model, ENCODERS[kind])), notes, _logits)
     if kind == "gpt2":
-        return Staged(model, _decoder(model, generating), notes, _logits if generating else _logits_of_last, probe=not generating)
+        return Staged(
+            model,
+            _decoder(model, generating),
+            notes,
+            _logits if generating else _logits_of_last,
+            probe=not generating,
+        )
     return Staged(
-        model, {"model": Whole(model)}, (*notes, f"{kind}: its blocks are not known here, so nothing of it can be frozen"), _logits, False
+        model,
+        {"model": Whole(model)},
+        (*notes, f"{kind}: its blocks are not known here, so nothing of it can be frozen"),
+        _logits,
+        False,
     )
 
 
@@ -58,7 +74,9 @@ def _encoder(model: Any, trunk: Any) -> dict[str, nn.Module]:
         block = Block(model.config, layer, causal=False)
         found[f"block{i}"] = block if i + 1 < len(layers) else nn.Sequential(block, First())
     if kind == "distilbert":
-        head: nn.Module = nn.Sequential(model.pre_classifier, nn.ReLU(), model.dropout, model.classifier)
+        head: nn.Module = nn.Sequential(
+            model.pre_classifier, nn.ReLU(), model.dropout, model.classifier
+        )
     elif kind == "bert":
         head = nn.Sequential(OneToken(trunk.pooler), model.dropout, model.classifier)
     else:
@@ -69,12 +87,23 @@ def _encoder(model: Any, trunk: Any) -> dict[str, nn.Module]:
 def _decoder(model: Any, generating: bool) -> dict[str, nn.Module]:
     """GPT-2. For classes the last block ends with the last token's vector; for text the head is the norm and the embeddings again."""
     trunk, layers = model.transformer, list(model.transformer.h)
-    found: dict[str, nn.Module] = {"embeddings": Placed(trunk.wte, trunk.wpe, trunk.drop, CARRIED if generating else CARRIED[:1])}
+    found: dict[str, nn.Module] = {
+        "embeddings": Placed(
+            trunk.wte, trunk.wpe, trunk.drop, CARRIED if generating else CARRIED[:1]
+        )
+    }
     for i, layer in enumerate(layers):
         block = Block(model.config, layer, causal=True)
-        found[f"block{i}"] = block if generating or i + 1 < len(layers) else nn.Sequential(block, Last(trunk.ln_f))
+        found[f"block{i}"] = (
+            block if generating or i + 1 < len(layers) else nn.Sequential(block, Last(trunk.ln_f))
+        )
     tied = model.config.tie_word_embeddings
-    return {**found, "head": Vocabulary(trunk.ln_f, model.lm_head, tied) if generating else nn.Sequential(model.score)}
+    return {
+        **found,
+        "head": Vocabulary(trunk.ln_f, model.lm_head, tied)
+        if generating
+        else nn.Sequential(model.score),
+    }
 
 
 class Embedded(nn.Module):
@@ -92,14 +121,19 @@ class Embedded(nn.Module):
 class Placed(nn.Module):
     """GPT-2's embeddings of tokens and of their places."""
 
-    def __init__(self, wte: nn.Module, wpe: nn.Module, drop: nn.Module, carried: tuple[str, ...]) -> None:
+    def __init__(
+        self, wte: nn.Module, wpe: nn.Module, drop: nn.Module, carried: tuple[str, ...]
+    ) -> None:
         super().__init__()
         self.wte, self.wpe, self.drop, self.carried = wte, wpe, drop, carried
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         ids = x["input_ids"]
         places = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        return {"hidden": self.drop(self.wte(ids) + self.wpe(places)), **{name: x[name] for name in self.carried}}
+        return {
+            "hidden": self.drop(self.wte(ids) + self.wpe(places)),
+            **{name: x[name] for name in self.carried},
+        }
 
 
 class Block(nn.Module):
@@ -110,7 +144,12 @@ class Block(nn.Module):
         self.config, self.layer, self.causal = config, layer, causal
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**x, "hidden": self.layer(x["hidden"], attention_mask=self.mask(x["hidden"], x["attention_mask"]))}
+        return {
+            **x,
+            "hidden": self.layer(
+                x["hidden"], attention_mask=self.mask(x["hidden"], x["attention_mask"])
+            ),
+        }
 
     def mask(self, hidden: Tensor, attention_mask: Tensor) -> Any:
         from transformers.masking_utils import create_bidirectional_mask, create_causal_mask

@@ -15,7 +15,9 @@ def package() -> Any:
         import timm
         import timm.data
     except ImportError:
-        raise SpaceError("model.name: timm's models need the package timm: pip install 'tuner-finetune[timm]'") from None
+        raise SpaceError(
+            "model.name: timm's models need the package timm: pip install 'tuner-finetune[timm]'"
+        ) from None
     return timm
 
 
@@ -24,11 +26,17 @@ def config_of(timm: Any, name: str) -> dict[str, Any]:
     bare = name.partition("timm/")[2]
     known = timm.list_models()
     if bare.partition(".")[0] not in known:
-        raise SpaceError(f"model.name: {name!r} is not known to timm {timm.__version__}{nearest(bare, known)}")
+        raise SpaceError(
+            f"model.name: {name!r} is not known to timm {timm.__version__}{nearest(bare, known)}"
+        )
     try:
         found = timm.models.get_pretrained_cfg(bare)
     except RuntimeError:  # an unknown tag
-        tags = [tagged for tagged in timm.list_pretrained() if tagged.startswith(f"{bare.partition('.')[0]}.")]
+        tags = [
+            tagged
+            for tagged in timm.list_pretrained()
+            if tagged.startswith(f"{bare.partition('.')[0]}.")
+        ]
         raise SpaceError(
             f"model.name: {name!r}: timm has no such weights{nearest(bare, tags)}; timm has {', '.join(tags) or 'none'}"
         ) from None
@@ -38,17 +46,31 @@ def config_of(timm: Any, name: str) -> dict[str, Any]:
 def download(home: Path, name: str, weights: str, config: dict[str, Any]) -> Path:
     """timm's own weights: from its hub, as safetensors, or from the address that it states."""
     if weights != "default":
-        raise SpaceError(f"model.weights: {weights!r} is not known for {name}; default, none, or a path to a .safetensors or .pth file")
+        raise SpaceError(
+            f"model.weights: {weights!r} is not known for {name}; default, none, or a path to a .safetensors or .pth file"
+        )
     hub = config.get("hf_hub_id")
     if hub:
         base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        return fetch(home, f"{base}/{hub}/resolve/main/model.safetensors", name=f"{str(hub).replace('/', '-')}.safetensors")
+        return fetch(
+            home,
+            f"{base}/{hub}/resolve/main/model.safetensors",
+            name=f"{str(hub).replace('/', '-')}.safetensors",
+        )
     if config.get("url"):
         return fetch(home, str(config["url"]))
-    raise SpaceError(f"model.weights: timm has no weights for {name}; write weights: none, a path, or a name with a tag")
+    raise SpaceError(
+        f"model.weights: timm has no weights for {name}; write weights: none, a path, or a name with a tag"
+    )
 
 
 def fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under this version's names and shapes, where the model's file says how."""
-    convert = getattr(__import__(type(model).__module__, fromlist=["_"]), "checkpoint_filter_fn", None)
-    return dict(convert(state, model)) if convert and not set(state) <= set(model.state_dict()) else state
+    convert = getattr(
+        __import__(type(model).__module__, fromlist=["_"]), "checkpoint_filter_fn", None
+    )
+    return (
+        dict(convert(state, model))
+        if convert and not set(state) <= set(model.state_dict())
+        else state
+    )

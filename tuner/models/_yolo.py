@@ -18,7 +18,11 @@ from tuner.errors import SpaceError
 from tuner.targets import NO_OBJECT
 from tuner.weights import adopt, fetch, is_path, read
 
-LEVELS = ("fine", "middle", "coarse")  # what a neck gives the head, 1/8, 1/16 and 1/32 of the canvas
+LEVELS = (
+    "fine",
+    "middle",
+    "coarse",
+)  # what a neck gives the head, 1/8, 1/16 and 1/32 of the canvas
 CANDIDATES = 1000  # the best before suppression, as torchvision's one-stage detectors keep them
 LEAST = 0.001  # scores below count as none, as in libreyolo's validation
 
@@ -28,17 +32,29 @@ def network(family: str) -> Any:
     try:
         importlib.import_module("libreyolo")
     except ImportError:
-        raise SpaceError("model.name: YOLO needs the package libreyolo: pip install 'tuner-finetune[yolo]'") from None
+        raise SpaceError(
+            "model.name: YOLO needs the package libreyolo: pip install 'tuner-finetune[yolo]'"
+        ) from None
     try:
         return importlib.import_module(f"libreyolo.models.{family}.nn")
-    except ImportError as error:  # it loads OpenCV, whose build with windows wants libraries that servers often lack
+    except (
+        ImportError
+    ) as error:  # it loads OpenCV, whose build with windows wants libraries that servers often lack
         raise SpaceError(
             f"model.name: the package libreyolo cannot be loaded ({error}); where a library of OpenCV's is missing: "
             "pip uninstall opencv-python && pip install --force-reinstall opencv-python-headless"
         ) from None
 
 
-def load(home: Path, model: nn.Module, weights: str, *, published: str, head: str, unused: Sequence[str] = ()) -> tuple[str, ...]:
+def load(
+    home: Path,
+    model: nn.Module,
+    weights: str,
+    *,
+    published: str,
+    head: str,
+    unused: Sequence[str] = (),
+) -> tuple[str, ...]:
     """Loads `weights` (default: libreyolo's, by the name they are `published` under; none; a path) and gives what was noted.
 
     `head` depends on the classes; what begins with one of `unused` only trains. Raises SpaceError, DataError.
@@ -50,9 +66,14 @@ def load(home: Path, model: nn.Module, weights: str, *, published: str, head: st
     elif weights == "default":
         base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         path = fetch(home, f"{base}/LibreYOLO/{published}/resolve/main/{published}.pt")
-        state, where = {k: v for k, v in read(path).items() if not k.startswith(f"{head}.")}, path.name
+        state, where = (
+            {k: v for k, v in read(path).items() if not k.startswith(f"{head}.")},
+            path.name,
+        )
     else:
-        raise SpaceError(f"model.weights: {weights!r} is not known for YOLO; default, none, or a path to a .safetensors, .pt or .pth file")
+        raise SpaceError(
+            f"model.weights: {weights!r} is not known for YOLO; default, none, or a path to a .safetensors, .pt or .pth file"
+        )
     state = {name: value for name, value in state.items() if not name.startswith(tuple(unused))}
     return adopt(model, state, head=head, where=f"weights: {where}")
 
@@ -71,7 +92,11 @@ def best(boxes: Tensor, scores: Tensor, overlap: float) -> Objects:
     top = top * torch.zeros_like(top).scatter(0, kept, 1.0)
     top, order = top.topk(min(MOST, top.shape[0]))
     real = top > LEAST
-    return {"boxes": boxes[order] * real[:, None], "scores": top * real, "labels": labels[order].where(real, NO_OBJECT)}
+    return {
+        "boxes": boxes[order] * real[:, None],
+        "scores": top * real,
+        "labels": labels[order].where(real, NO_OBJECT),
+    }
 
 
 def _suppressed(boxes: Tensor, scores: Tensor, overlap: float) -> Tensor:
@@ -86,7 +111,12 @@ def each(boxes: Tensor, scores: Tensor, side: int, overlap: float) -> list[Objec
     return [best(b, s, overlap) for b, s in zip(boxes, scores * inside, strict=True)]
 
 
-def rows(boxes: Sequence[Tensor], labels: Sequence[Tensor], empty: float, convert: Callable[[Tensor], Tensor]) -> Tensor:
+def rows(
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    empty: float,
+    convert: Callable[[Tensor], Tensor],
+) -> Tensor:
     """Truth as libreyolo's losses take it: (n, most, 5), the class before `convert`ed boxes; missing rows have class `empty`."""
     most = max(len(k) for k in labels)
     found = boxes[0].new_zeros(len(boxes), most, 5)

@@ -28,10 +28,38 @@ RECIPES = {
 HUB = {"n": "nano", "s": "small", "m": "medium", "l": "large", "x": "xlarge"}
 # HGNetV2 B0, B2, B4 and B5: channels of the stem, then into, inside and out of each stage, its blocks, and the layers of a block
 BACKBONES = {
-    "b0": ([3, 16, 16], [16, 64, 256, 512], [16, 32, 64, 128], [64, 256, 512, 1024], [1, 1, 2, 1], 3),
-    "b2": ([3, 24, 32], [32, 96, 384, 768], [32, 64, 128, 256], [96, 384, 768, 1536], [1, 1, 3, 1], 4),
-    "b4": ([3, 32, 48], [48, 128, 512, 1024], [48, 96, 192, 384], [128, 512, 1024, 2048], [1, 1, 3, 1], 6),
-    "b5": ([3, 32, 64], [64, 128, 512, 1024], [64, 128, 256, 512], [128, 512, 1024, 2048], [1, 2, 5, 2], 6),
+    "b0": (
+        [3, 16, 16],
+        [16, 64, 256, 512],
+        [16, 32, 64, 128],
+        [64, 256, 512, 1024],
+        [1, 1, 2, 1],
+        3,
+    ),
+    "b2": (
+        [3, 24, 32],
+        [32, 96, 384, 768],
+        [32, 64, 128, 256],
+        [96, 384, 768, 1536],
+        [1, 1, 3, 1],
+        4,
+    ),
+    "b4": (
+        [3, 32, 48],
+        [48, 128, 512, 1024],
+        [48, 96, 192, 384],
+        [128, 512, 1024, 2048],
+        [1, 1, 3, 1],
+        6,
+    ),
+    "b5": (
+        [3, 32, 64],
+        [64, 128, 512, 1024],
+        [64, 128, 256, 512],
+        [128, 512, 1024, 2048],
+        [1, 2, 5, 2],
+        6,
+    ),
 }
 POINTS = {"decoder_n_points": [3, 6, 3]}
 NANO = {
@@ -86,5 +114,14 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
         out_indices=[3, 4] if size == "n" else [2, 3, 4],
     )
     taken = out[2:] if size == "n" else out[1:]
-    config = library.DFineConfig(backbone_config=inner, num_labels=outputs, encoder_in_channels=taken, **rest)
-    return _detr.build(home, name, library.DFineForObjectDetection, config, f"ustc-community/dfine-{HUB[size]}-coco", weights)
+    config = library.DFineConfig(
+        backbone_config=inner, num_labels=outputs, encoder_in_channels=taken, **rest
+    )
+    return _detr.build(
+        home,
+        name,
+        library.DFineForObjectDetection,
+        config,
+        f"ustc-community/dfine-{HUB[size]}-coco",
+        weights,
+    )

@@ -19,15 +19,37 @@ NAMES = (
 )
 # TorchVision Object Detection Finetuning Tutorial: SGD, 0.005, 0.9, 0.0005, batches of 2, 10 epochs.
 # https://docs.pytorch.org/tutorials/intermediate/torchvision_tutorial.html
-RECIPES = {"detection": {"optimizer": "sgd", "lr": 0.005, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 2, "epochs": 10}}
-EXPORTS = ("safetensors", "onnx")  # torch.export cannot pool regions whose number depends on the image
+RECIPES = {
+    "detection": {
+        "optimizer": "sgd",
+        "lr": 0.005,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "batch_size": 2,
+        "epochs": 10,
+    }
+}
+EXPORTS = (
+    "safetensors",
+    "onnx",
+)  # torch.export cannot pool regions whose number depends on the image
 
 
 def wants(name: str, *, weights: str = "default", backbone: str = "default") -> Preprocess:
     return canvas(320 if "_320_" in name else 800)
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default", backbone: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: str = "default",
+    backbone: str = "default",
+) -> Staged:
     """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
-    model, notes = pyramid_detector(home, name, outputs + 1, weights, backbone, "roi_heads.box_predictor")  # 0 is the background
+    model, notes = pyramid_detector(
+        home, name, outputs + 1, weights, backbone, "roi_heads.box_predictor"
+    )  # 0 is the background
     return staged(model, pyramid_stages(model.backbone), 1, notes)

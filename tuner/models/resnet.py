@@ -28,7 +28,9 @@ NAMES = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
-GREY = Preprocess(size=32, resize=32, interpolation="bilinear", mean=(0.286,) * 3, std=(0.353,) * 3)  # Fashion-MNIST's
+GREY = Preprocess(
+    size=32, resize=32, interpolation="bilinear", mean=(0.286,) * 3, std=(0.353,) * 3
+)  # Fashion-MNIST's
 
 
 def wants(name: str, *, weights: str = "default") -> Preprocess:
@@ -46,7 +48,9 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
         "layer1": model.layer1,
         "layer2": model.layer2,
         "layer3": model.layer3,
-        "layer4": nn.Sequential(model.layer4, model.avgpool, nn.Flatten(1)),  # pooled: what is remembered is a vector
+        "layer4": nn.Sequential(
+            model.layer4, model.avgpool, nn.Flatten(1)
+        ),  # pooled: what is remembered is a vector
         "head": nn.Sequential(model.fc),
     }
     return Staged(model, stages, notes)
@@ -60,7 +64,11 @@ def slim(outputs: int) -> ResNet:
     channels = 16
     for i, width in enumerate((16, 32, 64, 128)):
         stride = 1 if i == 0 else 2
-        setattr(model, f"layer{i + 1}", nn.Sequential(_block(channels, width, stride), _block(width, width, 1)))
+        setattr(
+            model,
+            f"layer{i + 1}",
+            nn.Sequential(_block(channels, width, stride), _block(width, width, 1)),
+        )
         channels = width
     model.fc = nn.Linear(channels, outputs)
     for module in model.modules():  # as ResNet's own constructor does
@@ -72,7 +80,9 @@ def slim(outputs: int) -> ResNet:
 def _block(channels: int, width: int, stride: int) -> BasicBlock:
     project = None
     if stride != 1 or channels != width:
-        project = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        project = nn.Sequential(
+            nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+        )
     return BasicBlock(channels, width, stride, project)
 
 

@@ -24,14 +24,27 @@ RECIPES = {
         "epochs": 10,
     }
 }
-EXPORTS = ("safetensors", "onnx")  # torch.export cannot follow a number of objects that depends on the image
+EXPORTS = (
+    "safetensors",
+    "onnx",
+)  # torch.export cannot follow a number of objects that depends on the image
 
 
 def wants(name: str, *, weights: str = "default", backbone: str = "default") -> Preprocess:
     return canvas(800)
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default", backbone: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: str = "default",
+    backbone: str = "default",
+) -> Staged:
     """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
-    model, notes = pyramid_detector(home, name, outputs, weights, backbone, "head.classification_head.cls_logits")
+    model, notes = pyramid_detector(
+        home, name, outputs, weights, backbone, "head.classification_head.cls_logits"
+    )
     return staged(model, pyramid_stages(model.backbone), 0, notes)

@@ -28,10 +28,23 @@ RECIPES = {
 BASIC = {"hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}
 # how each differs from the library's default, which is ResNet-50: of the backbone, and of the rest
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "r18": (BASIC | {"depths": [2, 2, 2, 2]}, {"encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5, "decoder_layers": 3}),
-    "r34": (BASIC | {"depths": [3, 4, 6, 3]}, {"encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5, "decoder_layers": 4}),
+    "r18": (
+        BASIC | {"depths": [2, 2, 2, 2]},
+        {"encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5, "decoder_layers": 3},
+    ),
+    "r34": (
+        BASIC | {"depths": [3, 4, 6, 3]},
+        {"encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5, "decoder_layers": 4},
+    ),
     "r50": ({}, {}),
-    "r101": ({"depths": [3, 4, 23, 3]}, {"encoder_ffn_dim": 2048, "encoder_hidden_dim": 384, "decoder_in_channels": [384, 384, 384]}),
+    "r101": (
+        {"depths": [3, 4, 23, 3]},
+        {
+            "encoder_ffn_dim": 2048,
+            "encoder_hidden_dim": 384,
+            "decoder_in_channels": [384, 384, 384],
+        },
+    ),
 }
 
 
@@ -47,4 +60,6 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
     backbone, rest = SIZES[size]
     inner = library.RTDetrResNetConfig(**{"out_indices": [2, 3, 4], **backbone})
     config = library.RTDetrConfig(backbone_config=inner, num_labels=outputs, **rest)
-    return _detr.build(home, name, library.RTDetrForObjectDetection, config, f"PekingU/rtdetr_{size}vd", weights)
+    return _detr.build(
+        home, name, library.RTDetrForObjectDetection, config, f"PekingU/rtdetr_{size}vd", weights
+    )

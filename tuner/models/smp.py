@@ -23,17 +23,32 @@ TASKS = ("segmentation",)
 NAMES = ("unet/*", "unetplusplus/*", "fpn/*")
 # smp's examples/binary_segmentation_intro.ipynb and camvid_segmentation_multiclass.ipynb: Adam, lr 2e-4, cosine, batches of 16 and 32,
 # 10 and 50 epochs, Dice loss (task.loss)
-RECIPES = {"segmentation": {"optimizer": "adamw", "lr": 2e-4, "schedule": "cosine", "batch_size": 16, "epochs": 10}}
+RECIPES = {
+    "segmentation": {
+        "optimizer": "adamw",
+        "lr": 2e-4,
+        "schedule": "cosine",
+        "batch_size": 16,
+        "epochs": 10,
+    }
+}
 HALF = (0.5, 0.5, 0.5)
 DPN = (0.4862745, 0.4588235, 0.4078431), (0.2348247, 0.2348247, 0.2348247)
-OTHERS = {"inception": (HALF, HALF), "xception": (HALF, HALF), "dpn": DPN}  # encoders whose weights want other than ImageNet's mean and std
+OTHERS = {
+    "inception": (HALF, HALF),
+    "xception": (HALF, HALF),
+    "dpn": DPN,
+}  # encoders whose weights want other than ImageNet's mean and std
 SIZE, MULTIPLE = 256, 32  # encoders halve the image five times
 
 
 def wants(name: str, *, weights: str = "default") -> Preprocess:
     """256 pixels, letterboxed so that every pixel of an image is on the canvas; mean and standard deviation are the encoder's."""
     encoder, size, multiple = name.partition("/")[2], SIZE, MULTIPLE
-    mean, std = next((stated for begin, stated in OTHERS.items() if encoder.startswith(begin)), (IMAGENET.mean, IMAGENET.std))
+    mean, std = next(
+        (stated for begin, stated in OTHERS.items() if encoder.startswith(begin)),
+        (IMAGENET.mean, IMAGENET.std),
+    )
     if encoder.startswith("tu-"):
         timm = package()
         config = config_of(timm, _of_timm(encoder))
@@ -57,13 +72,23 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
     try:
         with _quietly():
             model = made(encoder_name=encoder, encoder_weights=None, classes=outputs)
-    except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:  # as smp says that the two do not go together
-        raise SpaceError(f"model.name: {name!r}: smp cannot build it ({str(error).splitlines()[0]}); try another encoder") from None
+    except (
+        ValueError,
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        TypeError,
+    ) as error:  # as smp says that the two do not go together
+        raise SpaceError(
+            f"model.name: {name!r}: smp cannot build it ({str(error).splitlines()[0]}); try another encoder"
+        ) from None
     notes: tuple[str, ...] = ()
     if weights != "none":
         state, where = _state(smp, home, encoder, weights)
         notes = _adopted(model, state, encoder, where)
-    return Staged(model, stages_of(model, only=4 if architecture == "fpn" else 5), notes, probe=False)
+    return Staged(
+        model, stages_of(model, only=4 if architecture == "fpn" else 5), notes, probe=False
+    )
 
 
 def _smp() -> Any:
@@ -96,7 +121,11 @@ def _known(smp: Any, encoder: str) -> None:
         config_of(package(), _of_timm(encoder))
     elif encoder not in smp.encoders.encoders:
         words = list(smp.encoders.encoders)
-        hint = "; timm's are called tu-<name>" if encoder in package().list_models() else nearest(encoder, words)
+        hint = (
+            "; timm's are called tu-<name>"
+            if encoder in package().list_models()
+            else nearest(encoder, words)
+        )
         raise SpaceError(
             f"model.name: encoder {encoder!r} is not known to smp {smp.__version__}{hint} (smp has {', '.join(words[:12])}, …)"
         )
@@ -113,14 +142,22 @@ def _state(smp: Any, home: Path, encoder: str, weights: str) -> tuple[State, str
         path = download(home, _of_timm(encoder), weights, config_of(package(), _of_timm(encoder)))
         return read(path), f"weights: {path.name}"
     settings = smp.encoders.encoders[encoder]["pretrained_settings"]
-    wanted = ("imagenet" if "imagenet" in settings else next(iter(settings), "")) if weights == "default" else weights
+    wanted = (
+        ("imagenet" if "imagenet" in settings else next(iter(settings), ""))
+        if weights == "default"
+        else weights
+    )
     if wanted not in settings:
         raise SpaceError(
             f"model.weights: {weights!r} is not known for {encoder}{suggest(weights, ['default', 'none', *settings])}; or a path"
         )
     hub, revision = (str(settings[wanted][key]) for key in ("repo_id", "revision"))
     base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    path = fetch(home, f"{base}/{hub}/resolve/{revision}/model.safetensors", name=f"{hub.replace('/', '-')}.{revision[:8]}.safetensors")
+    path = fetch(
+        home,
+        f"{base}/{hub}/resolve/{revision}/model.safetensors",
+        name=f"{hub.replace('/', '-')}.{revision[:8]}.safetensors",
+    )
     return read(path), f"weights: {path.name}"
 
 
@@ -133,8 +170,13 @@ def _adopted(model: Any, state: State, encoder: str, where: str) -> tuple[str, .
     if encoder.startswith("tu-") and not set(own) <= set(state):
         whole = package().create_model(_of_timm(encoder).partition("/")[2], pretrained=False)
         state = fitted(whole, state)
-    flat = {_flat(name) if name not in own and _flat(name) in own else name: value for name, value in state.items()}
-    adopt(inner, {name: value for name, value in flat.items() if name in own}, head="-", where=where)
+    flat = {
+        _flat(name) if name not in own and _flat(name) in own else name: value
+        for name, value in state.items()
+    }
+    adopt(
+        inner, {name: value for name, value in flat.items() if name in own}, head="-", where=where
+    )
     return ("decoder and head: new, the weights are the encoder's",)
 
 

@@ -26,7 +26,16 @@ TASKS = ("detection",)
 NAMES = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
 # torchvision's reference training of SSD300: SGD, lr 0.002 for 32 images, here for 8; momentum 0.9, weight decay 0.0005.
 # https://github.com/pytorch/vision/tree/main/references/detection
-RECIPES = {"detection": {"optimizer": "sgd", "lr": 0.0005, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 8, "epochs": 20}}
+RECIPES = {
+    "detection": {
+        "optimizer": "sgd",
+        "lr": 0.0005,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "batch_size": 8,
+        "epochs": 20,
+    }
+}
 LEAST = 268  # pixels, below which nothing is left for SSD300's last layer
 
 
@@ -36,26 +45,49 @@ def wants(name: str, *, weights: str = "default", backbone: str = "default") -> 
     return canvas(320, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default", backbone: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: str = "default",
+    backbone: str = "default",
+) -> Staged:
     """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
-    model: Any = get_model(name, weights=None, weights_backbone=None, num_classes=outputs + 1)  # 0 is the background
+    model: Any = get_model(
+        name, weights=None, weights_backbone=None, num_classes=outputs + 1
+    )  # 0 is the background
     notes: tuple[str, ...] = ()
     if weights == "none" and backbone != "none" and name != "ssd300_vgg16":
         whole_tail(model, outputs + 1)
     if weights == "none":
-        architecture, default = ("vgg16", "IMAGENET1K_FEATURES") if name == "ssd300_vgg16" else ("mobilenet_v3_large", "IMAGENET1K_V1")
+        architecture, default = (
+            ("vgg16", "IMAGENET1K_FEATURES")
+            if name == "ssd300_vgg16"
+            else ("mobilenet_v3_large", "IMAGENET1K_V1")
+        )
         with_backbone_weights(home, model.backbone, architecture, backbone, default)
     else:
         notes = with_detector_weights(home, model, name, weights, "head.classification_head")
-    return staged(model, vgg_stages(model.backbone) if name == "ssd300_vgg16" else mobilenet_stages(model.backbone), 1, notes)
+    return staged(
+        model,
+        vgg_stages(model.backbone) if name == "ssd300_vgg16" else mobilenet_stages(model.backbone),
+        1,
+        notes,
+    )
 
 
 def whole_tail(model: Any, classes: int) -> None:
     """SSDlite over ImageNet's MobileNetV3, whose last layers are twice as wide as in torchvision's own SSDlite."""
     norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
-    model.backbone = _mobilenet_extractor(get_model("mobilenet_v3_large", weights=None, norm_layer=norm), 6, norm)
+    model.backbone = _mobilenet_extractor(
+        get_model("mobilenet_v3_large", weights=None, norm_layer=norm), 6, norm
+    )
     channels = retrieve_out_channels(model.backbone, (320, 320))
-    model.head = SSDLiteHead(channels, model.anchor_generator.num_anchors_per_location(), classes, norm)
+    model.head = SSDLiteHead(
+        channels, model.anchor_generator.num_anchors_per_location(), classes, norm
+    )
 
 
 class Normed(Stage):
@@ -69,26 +101,44 @@ class Normed(Stage):
         y = x[FLOW]
         side = x[CANVAS].shape[-1]
         if side < LEAST:
-            raise SpaceError(f"data.size: {side}, but ssd300_vgg16 needs at least {LEAST} pixels; leave it out for 300")
-        return {CANVAS: x[CANVAS], "0": self.scale_weight.view(1, -1, 1, 1) * F.normalize(y), "1": self.block(y)}
+            raise SpaceError(
+                f"data.size: {side}, but ssd300_vgg16 needs at least {LEAST} pixels; leave it out for 300"
+            )
+        return {
+            CANVAS: x[CANVAS],
+            "0": self.scale_weight.view(1, -1, 1, 1) * F.normalize(y),
+            "1": self.block(y),
+        }
 
 
 def vgg_stages(backbone: Any) -> dict[str, nn.Module]:
     """VGG-16 in blocks that end with their pooling; the fifth with what became of its fully connected layers; SSD's own layers."""
     children = list(backbone.features.named_children())
-    begins = [behind for (_, child), (_, behind) in pairwise(children) if isinstance(child, nn.MaxPool2d)]
+    begins = [
+        behind for (_, child), (_, behind) in pairwise(children) if isinstance(child, nn.MaxPool2d)
+    ]
     groups = grouped(children, lambda child: any(child is begin for begin in begins))
     blocks = backbone_stages(groups, {}, lambda i: f"block{i + 1}")
-    return {**blocks, "block5": Normed(backbone.scale_weight, backbone.extra[0]), "extra": _extra(backbone.extra[1:])}
+    return {
+        **blocks,
+        "block5": Normed(backbone.scale_weight, backbone.extra[0]),
+        "extra": _extra(backbone.extra[1:]),
+    }
 
 
 def mobilenet_stages(backbone: Any) -> dict[str, nn.Module]:
     """MobileNetV3 cut before its strided blocks; the last of those is divided where SSDlite takes its first features."""
     *blocks, expansion = backbone.features[0]
-    children = [*((f"b{i}", block) for i, block in enumerate(blocks)), ("expansion", expansion), ("tail", backbone.features[1])]
+    children = [
+        *((f"b{i}", block) for i, block in enumerate(blocks)),
+        ("expansion", expansion),
+        ("tail", backbone.features[1]),
+    ]
     begins = [block for block in blocks if getattr(block, "_is_cn", False)] + [backbone.features[1]]
     groups = grouped(children, lambda child: any(child is begin for begin in begins))
-    stages = backbone_stages(groups, {"expansion": "0", "tail": "1"}, lambda i: f"layer{i}" if i else "stem")
+    stages = backbone_stages(
+        groups, {"expansion": "0", "tail": "1"}, lambda i: f"layer{i}" if i else "stem"
+    )
     return {**stages, "extra": _extra(backbone.extra)}
 
 

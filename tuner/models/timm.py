@@ -35,13 +35,21 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
     """
     timm = package()
     config = config_of(timm, name)
-    model: nn.Module = timm.create_model(name.partition("/")[2], pretrained=False, num_classes=outputs)
+    model: nn.Module = timm.create_model(
+        name.partition("/")[2], pretrained=False, num_classes=outputs
+    )
     notes: tuple[str, ...] = ()
     if weights != "none":
         path = Path(weights) if is_path(weights) else download(home, name, weights, config)
         head = str(config["classifier"])
-        state = {k: v for k, v in fitted(model, read(path)).items() if is_path(weights) or not k.startswith(f"{head}.")}
-        notes = adopt(model, state, head=head, where=f"weights: {weights if is_path(weights) else path.name}")
+        state = {
+            k: v
+            for k, v in fitted(model, read(path)).items()
+            if is_path(weights) or not k.startswith(f"{head}.")
+        }
+        notes = adopt(
+            model, state, head=head, where=f"weights: {weights if is_path(weights) else path.name}"
+        )
     return Staged(model, stages_of(model, config), notes)
 
 
@@ -55,8 +63,14 @@ def stages_of(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
         found |= {f"blocks{i}": block for i, block in enumerate(parts["blocks"].children())}
         found["features"] = nn.Sequential(*(parts[name] for name in order[3:-1]))
         found["head"] = _head(model, parts["classifier"])
-    elif order[:3] == ["conv1", "bn1", "act1"] and order[-2:] == ["global_pool", "fc"] and set(order[3:-2]) <= RESNET:
-        found["stem"] = nn.Sequential(*(parts[name] for name in ("conv1", "bn1", "act1", "maxpool") if name in parts))
+    elif (
+        order[:3] == ["conv1", "bn1", "act1"]
+        and order[-2:] == ["global_pool", "fc"]
+        and set(order[3:-2]) <= RESNET
+    ):
+        found["stem"] = nn.Sequential(
+            *(parts[name] for name in ("conv1", "bn1", "act1", "maxpool") if name in parts)
+        )
         found |= {f"layer{i}": parts[f"layer{i}"] for i in (1, 2, 3)}
         found["layer4"] = nn.Sequential(parts["layer4"], parts["global_pool"])
         found["head"] = _head(model, parts["fc"])
@@ -90,7 +104,9 @@ def _agree(model: nn.Module, stages: dict[str, nn.Module], config: dict[str, Any
 def _example(model: nn.Module, config: dict[str, Any]) -> Tensor:
     size = 64 if not config.get("fixed_input_size") else config.get("input_size", (3, 224, 224))[-1]
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(1, 3, size, size, generator=generator, device="cpu").to(next(model.parameters()).device)
+    return torch.rand(1, 3, size, size, generator=generator, device="cpu").to(
+        next(model.parameters()).device
+    )
 
 
 class _looking:
@@ -114,7 +130,10 @@ class Part(nn.Module):
     def __init__(self, model: nn.Module, method: str, children: list[str], *, loose: bool) -> None:
         """`loose`: parameters and buffers that lie in no child are held too."""
         super().__init__()
-        self.owner, self.method = (model,), method  # in a tuple, so that the whole model is not taken for a child
+        self.owner, self.method = (
+            (model,),
+            method,
+        )  # in a tuple, so that the whole model is not taken for a child
         for name in children:
             self.add_module(name, getattr(model, name))
         if loose:
@@ -132,7 +151,10 @@ class Part(nn.Module):
 def _in_two(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
     """Features and head by timm's own methods; the head's children are those that only its method calls."""
     called: set[str] = set()
-    hooks = [child.register_forward_hook(lambda *_, name=name: called.add(name)) for name, child in _inner(model)]
+    hooks = [
+        child.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, child in _inner(model)
+    ]
     try:
         with _looking(model):
             y = model.forward_features(_example(model, config))  # type: ignore[operator]
@@ -149,7 +171,10 @@ def _in_two(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
     if not any(True for name in head for _ in getattr(model, name).parameters()):
         return dict(cut(model).stages)
     rest = [name for name in ours if name not in head]
-    return {"features": Part(model, "forward_features", rest, loose=True), "head": Part(model, "forward_head", head, loose=False)}
+    return {
+        "features": Part(model, "forward_features", rest, loose=True),
+        "head": Part(model, "forward_head", head, loose=False),
+    }
 
 
 def _inner(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -25,7 +25,16 @@ TASKS = ("detection",)
 NAMES = ("fasterrcnn/timm/*", "retinanet/timm/*", "fcos/timm/*")
 # TorchVision Object Detection Finetuning Tutorial: SGD, 0.005, 0.9, 0.0005, batches of 2, 10 epochs.
 # https://docs.pytorch.org/tutorials/intermediate/torchvision_tutorial.html
-RECIPES = {"detection": {"optimizer": "sgd", "lr": 0.005, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 2, "epochs": 10}}
+RECIPES = {
+    "detection": {
+        "optimizer": "sgd",
+        "lr": 0.005,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "batch_size": 2,
+        "epochs": 10,
+    }
+}
 EXPORTS = ("safetensors", "onnx")
 SIDE = 512
 CHANNELS = 256  # of the pyramid
@@ -58,7 +67,9 @@ def build(
     timm, bare = package(), name.partition("timm/")[2]
     config = config_of(timm, name)
     if weights not in GIVEN and not is_path(weights):
-        raise SpaceError(f"model.weights: {weights!r}: {name} as a whole has none; write none, or a path, and see model.backbone")
+        raise SpaceError(
+            f"model.weights: {weights!r}: {name} as a whole has none; write none, or a path, and see model.backbone"
+        )
     kind = name.partition("/")[0]
     classifier = timm.create_model(bare, pretrained=False)
     if weights == "none":
@@ -69,7 +80,11 @@ def build(
     model = over(kind, body, outputs, regions, proposals)
     notes: tuple[str, ...] = ()
     if weights not in GIVEN:
-        head = "roi_heads.box_predictor" if kind == "fasterrcnn" else "head.classification_head.cls_logits"
+        head = (
+            "roi_heads.box_predictor"
+            if kind == "fasterrcnn"
+            else "head.classification_head.cls_logits"
+        )
         notes = adopt(model, read(Path(weights)), head=head, where=f"weights: {weights}")
     return staged(model, pyramid_stages(model.backbone), 1 if kind == "fasterrcnn" else 0, notes)
 
@@ -94,22 +109,33 @@ def features(timm: Any, model: nn.Module, name: str, strides: list[int]) -> Any:
     stated = list(getattr(model, "feature_info", None) or [])
     rows = str(getattr(model, "output_fmt", "NCHW")) == "NCHW"
     which = [i for i, info in enumerate(stated) if rows and info.get("reduction") in strides]
-    deep = any("." in str(stated[i]["module"]) for i in which)  # features come from within a layer that is itself a row
+    deep = any(
+        "." in str(stated[i]["module"]) for i in which
+    )  # features come from within a layer that is itself a row
     try:
         body = timm.models.FeatureDictNet(model, which, flatten_sequential=deep)
         found = body.feature_info.reduction()
     except (AssertionError, KeyError, TypeError):
         found = []
     if found != strides:
-        raise SpaceError(f"model.name: {name}: it has no features of strides {strides} in a row; take a convolutional model of timm's")
+        raise SpaceError(
+            f"model.name: {name}: it has no features of strides {strides} in a row; take a convolutional model of timm's"
+        )
     return body
 
 
-def with_weights(home: Path, name: str, model: nn.Module, config: dict[str, Any], backbone: str) -> None:
+def with_weights(
+    home: Path, name: str, model: nn.Module, config: dict[str, Any], backbone: str
+) -> None:
     """Loads a classifier's weights. Raises DataError, SpaceError."""
     if backbone not in GIVEN:
         path = Path(backbone) if is_path(backbone) else download(home, name, backbone, config)
-        adopt(model, fitted(model, read(path)), head=str(config["classifier"]), where=f"backbone: {path}")
+        adopt(
+            model,
+            fitted(model, read(path)),
+            head=str(config["classifier"]),
+            where=f"backbone: {path}",
+        )
 
 
 def still(timm: Any, body: nn.Module) -> None:

@@ -40,7 +40,12 @@ RECIPES = {
     }
 }
 BACKBONES = ("resnet50", "resnet101", "mobilenet_v3_large")
-LAST = ("classifier.4", "aux_classifier.4", "classifier.low_classifier", "classifier.high_classifier")  # convolutions to the classes
+LAST = (
+    "classifier.4",
+    "aux_classifier.4",
+    "classifier.low_classifier",
+    "classifier.high_classifier",
+)  # convolutions to the classes
 
 
 def wants(name: str, *, weights: str = "default") -> Preprocess:
@@ -72,20 +77,40 @@ def _native(model: nn.Module, x: Tree) -> Tree:
 class Heads(nn.Module):
     """Classifier and auxiliary classifier with the upsampling to the input's size. In eval mode the auxiliary one is not computed."""
 
-    def __init__(self, classifier: nn.Module, auxiliary: nn.Module | None, reads: tuple[str, ...], named: tuple[str, ...] | None) -> None:
+    def __init__(
+        self,
+        classifier: nn.Module,
+        auxiliary: nn.Module | None,
+        reads: tuple[str, ...],
+        named: tuple[str, ...] | None,
+    ) -> None:
         """`reads`: the leaves that the two take; `named`: the classifier takes all of them, as a dict under these names."""
         super().__init__()
-        self.classifier, self.auxiliary, self.reads, self.named = classifier, auxiliary, reads, named
+        self.classifier, self.auxiliary, self.reads, self.named = (
+            classifier,
+            auxiliary,
+            reads,
+            named,
+        )
 
     def forward(self, x: dict[str, Tensor]) -> Tree:
         size = (x[HEIGHT].shape[1], x[WIDTH].shape[1])
-        given = x[self.reads[0]] if self.named is None else {name: x[leaf] for name, leaf in zip(self.named, self.reads, strict=True)}
+        given = (
+            x[self.reads[0]]
+            if self.named is None
+            else {name: x[leaf] for name, leaf in zip(self.named, self.reads, strict=True)}
+        )
         out = F.interpolate(self.classifier(given), size=size, mode="bilinear", align_corners=False)
         if not self.training:
             return out
         if self.auxiliary is None:
             return {"out": out}
-        return {"out": out, "aux": F.interpolate(self.auxiliary(x[self.reads[1]]), size=size, mode="bilinear", align_corners=False)}
+        return {
+            "out": out,
+            "aux": F.interpolate(
+                self.auxiliary(x[self.reads[1]]), size=size, mode="bilinear", align_corners=False
+            ),
+        }
 
 
 def _stages(model: Any) -> dict[str, nn.Module]:
@@ -95,21 +120,38 @@ def _stages(model: Any) -> dict[str, nn.Module]:
     if "layer1" in parts:
         groups = [["conv1", "bn1", "relu", "maxpool"], *([f"layer{i}"] for i in (1, 2, 3, 4))]
     else:
-        ends = [0, *(i for i, block in enumerate(parts.values()) if getattr(block, "_is_cn", False)), len(parts) - 1]
-        groups = [[str(i) for i in range(begin + 1, end + 1)] for begin, end in zip([-1, *ends[:-1]], ends, strict=True)]
+        ends = [
+            0,
+            *(i for i, block in enumerate(parts.values()) if getattr(block, "_is_cn", False)),
+            len(parts) - 1,
+        ]
+        groups = [
+            [str(i) for i in range(begin + 1, end + 1)]
+            for begin, end in zip([-1, *ends[:-1]], ends, strict=True)
+        ]
     stages: dict[str, nn.Module] = {}
     before = ""
     for number, group in enumerate(groups):
         keeps = bool(before) and groups[number - 1][-1] in taps
         body = nn.Sequential(*(parts[name] for name in group))
         leaf = f"c{number + 1}"
-        stages[f"layer{number}" if number else "stem"] = Tapped(body, before, leaf, keeps=keeps, sizes=not number)
+        stages[f"layer{number}" if number else "stem"] = Tapped(
+            body, before, leaf, keeps=keeps, sizes=not number
+        )
         before = leaf
-    leaf_of = {taps[group[-1]]: f"c{number + 1}" for number, group in enumerate(groups) if group[-1] in taps}
+    leaf_of = {
+        taps[group[-1]]: f"c{number + 1}"
+        for number, group in enumerate(groups)
+        if group[-1] in taps
+    }
     if "low" in leaf_of:
-        stages["heads"] = Heads(model.classifier, None, (leaf_of["low"], leaf_of["high"]), ("low", "high"))
+        stages["heads"] = Heads(
+            model.classifier, None, (leaf_of["low"], leaf_of["high"]), ("low", "high")
+        )
     else:
-        stages["heads"] = Heads(model.classifier, model.aux_classifier, (leaf_of["out"], leaf_of["aux"]), None)
+        stages["heads"] = Heads(
+            model.classifier, model.aux_classifier, (leaf_of["out"], leaf_of["aux"]), None
+        )
     return stages
 
 
@@ -117,11 +159,21 @@ def _state(home: Path, name: str, weights: str) -> tuple[State, str]:
     """The weights that are meant, and how a message calls them."""
     if is_path(weights):
         return read(Path(weights)), f"weights: {weights}"
-    whole, backbone = get_model_weights(name), get_model_weights(next(b for b in BACKBONES if name.endswith(b)))
+    whole, backbone = (
+        get_model_weights(name),
+        get_model_weights(next(b for b in BACKBONES if name.endswith(b))),
+    )
     # torchvision's segmenters begin with the first ImageNet weights: the second ones are too strongly regularised for it
-    known = {"default": whole.DEFAULT, "backbone": backbone.IMAGENET1K_V1, **backbone.__members__, **whole.__members__}
+    known = {
+        "default": whole.DEFAULT,
+        "backbone": backbone.IMAGENET1K_V1,
+        **backbone.__members__,
+        **whole.__members__,
+    }
     if weights not in known:
-        raise SpaceError(f"model.weights: {weights!r} is not known for {name}{suggest(weights, [*known, 'none'])}; or give a path")
+        raise SpaceError(
+            f"model.weights: {weights!r} is not known for {name}{suggest(weights, [*known, 'none'])}; or give a path"
+        )
     return read(fetch(home, known[weights].url)), f"weights: {known[weights]}"
 
 
@@ -131,12 +183,22 @@ def _adopted(model: Any, state: State, where: str) -> tuple[str, ...]:
         own = model.backbone.state_dict()
         bare = {name.removeprefix("features."): value for name, value in state.items()}
         adopt(
-            model.backbone, {k: v for k, v in bare.items() if k in own or not k.startswith(("fc.", "classifier."))}, head="-", where=where
+            model.backbone,
+            {k: v for k, v in bare.items() if k in own or not k.startswith(("fc.", "classifier."))},
+            head="-",
+            where=where,
         )
         return ("heads: new, the weights are the backbone's",)
     own = model.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith("aux_classifier.")}
-    new = [head for head in LAST if any(k.startswith(f"{head}.") and (k not in state or state[k].shape != v.shape) for k, v in own.items())]
+    new = [
+        head
+        for head in LAST
+        if any(
+            k.startswith(f"{head}.") and (k not in state or state[k].shape != v.shape)
+            for k, v in own.items()
+        )
+    ]
     kept = {k: v for k, v in state.items() if not k.startswith(tuple(f"{head}." for head in new))}
     fresh = {k: v for k, v in own.items() if k.startswith(tuple(f"{head}." for head in new))}
     adopt(model, kept | fresh, head="-", where=where)

@@ -33,9 +33,20 @@ RECIPES = {
         "clip_norm": 1.0,
     },
     # the defaults of the library's examples/pytorch/language-modeling/run_clm.py, which are those of its TrainingArguments
-    "text_generation": {"optimizer": "adamw", "lr": 5e-5, "epochs": 3, "batch_size": 8, "schedule": "linear", "clip_norm": 1.0},
+    "text_generation": {
+        "optimizer": "adamw",
+        "lr": 5e-5,
+        "epochs": 3,
+        "batch_size": 8,
+        "schedule": "linear",
+        "clip_norm": 1.0,
+    },
 }
-SPARE = {"roberta": 2, "camembert": 2, "xlm-roberta": 2}  # positions that no token gets: theirs begin after the padding's
+SPARE = {
+    "roberta": 2,
+    "camembert": 2,
+    "xlm-roberta": 2,
+}  # positions that no token gets: theirs begin after the padding's
 
 
 def wants(
@@ -58,9 +69,15 @@ def wants(
     config = _config(library, name, root)
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and length > most - SPARE.get(config.model_type, 0):
-        raise SpaceError(f"model.length: {length}, but the model has places for {most - SPARE.get(config.model_type, 0)} tokens")
+        raise SpaceError(
+            f"model.length: {length}, but the model has places for {most - SPARE.get(config.model_type, 0)} tokens"
+        )
     leaves = ("input_ids", "attention_mask", "token_type_ids")
-    return Tokens(str(root or ""), length, leaves if config.model_type == "bert" and config.type_vocab_size > 1 else leaves[:2])
+    return Tokens(
+        str(root or ""),
+        length,
+        leaves if config.model_type == "bert" and config.type_vocab_size > 1 else leaves[:2],
+    )
 
 
 def build(
@@ -83,17 +100,29 @@ def build(
     if root is None and folder is not None:
         root = _hub.own(folder, name)
     elif root is None and (weights == "default" or name.startswith("hf/")):
-        root = _hub.hub(home, _repository(name), weights=weights == "default", tokenizer=weights == "default")
+        root = _hub.hub(
+            home, _repository(name), weights=weights == "default", tokenizer=weights == "default"
+        )
     elif root is None and (_hub.place(home, _repository(name)) / _hub.CONFIG).exists():
         root = _hub.place(home, _repository(name))  # its tokenizer's vocabulary is counted there
     config = _config(library, name, root)
-    if generating and config.model_type in ("bert", "distilbert", "roberta", "camembert", "xlm-roberta"):
-        raise SpaceError(f"model.name: {name} reads texts in both directions and cannot continue them; text_generation wants gpt2 or hf/…")
+    if generating and config.model_type in (
+        "bert",
+        "distilbert",
+        "roberta",
+        "camembert",
+        "xlm-roberta",
+    ):
+        raise SpaceError(
+            f"model.name: {name} reads texts in both directions and cannot continue them; text_generation wants gpt2 or hf/…"
+        )
     if not generating:
         config.num_labels = outputs
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = getattr(config, "eos_token_id", None)
-    auto = library.AutoModelForCausalLM if generating else library.AutoModelForSequenceClassification
+    auto = (
+        library.AutoModelForCausalLM if generating else library.AutoModelForSequenceClassification
+    )
     notes: tuple[str, ...] = ()
     try:
         with quietly():
@@ -103,7 +132,9 @@ def build(
                 assert root is not None
                 model, notes = _pretrained(auto, root, config)
     except ValueError as error:
-        raise SpaceError(f"model.name: {name}: transformers {library.__version__}: {_short(error)}") from None
+        raise SpaceError(
+            f"model.name: {name}: transformers {library.__version__}: {_short(error)}"
+        ) from None
     model.config.use_cache = False  # of keys and values, which only waste memory in training
     return staged_of(model, task, notes)
 
@@ -115,8 +146,12 @@ def _short(error: Exception) -> str:
 def _repository(name: str) -> str:
     """The hub's name. Raises SpaceError on hf/ without an owner."""
     repository = _hub.HUB.get(name) or name.partition("/")[2]
-    if repository.count("/") != 1 or not all(part and part.strip(".") for part in repository.split("/")):
-        raise SpaceError(f"model.name: {name!r} is no model of the hub's; write hf/<owner>/<model>, or give model.folder")
+    if repository.count("/") != 1 or not all(
+        part and part.strip(".") for part in repository.split("/")
+    ):
+        raise SpaceError(
+            f"model.name: {name!r} is no model of the hub's; write hf/<owner>/<model>, or give model.folder"
+        )
     return repository
 
 
@@ -127,9 +162,13 @@ def _config(library: Any, name: str, root: Path | None) -> Any:
     kind = _hub.stated(root)["model_type"]
     try:
         with quietly():
-            return library.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+            return library.AutoConfig.from_pretrained(
+                root, local_files_only=True, trust_remote_code=False
+            )
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise SpaceError(f"model.name: {name}: transformers {library.__version__} builds no {kind} from {root}: {_short(error)}") from None
+        raise SpaceError(
+            f"model.name: {name}: transformers {library.__version__} builds no {kind} from {root}: {_short(error)}"
+        ) from None
 
 
 def _pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
@@ -139,7 +178,9 @@ def _pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...
     if not (root / _hub.WEIGHTS).is_file() and not (root / _hub.SHARDS).is_file():
         others = sorted(p.name for p in root.glob("*.bin"))
         also = f" ({', '.join(others)} may run code when loaded: convert it)" if others else ""
-        raise DataError(f"model.folder: {root} has no {_hub.WEIGHTS}{also}; write model.weights: none to begin with fresh parameters")
+        raise DataError(
+            f"model.folder: {root} has no {_hub.WEIGHTS}{also}; write model.weights: none to begin with fresh parameters"
+        )
     try:
         model, told = auto.from_pretrained(
             root,
@@ -152,16 +193,26 @@ def _pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...
             output_loading_info=True,
         )
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise DataError(f"model.folder: {root / _hub.WEIGHTS} is damaged or of another model ({_short(error)})") from None
+        raise DataError(
+            f"model.folder: {root / _hub.WEIGHTS} is damaged or of another model ({_short(error)})"
+        ) from None
     new = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
-    body = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
+    body = [
+        key
+        for key in new
+        if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
+    ]
     if body:
         listed = ", ".join(body[:5]) + (f" and {len(body) - 5} more" if len(body) > 5 else "")
         raise DataError(
             f"model.folder: {root / _hub.WEIGHTS} has no {listed} as {config.model_type} wants; these are another model's weights"
         )
-    broken = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
+    broken = [
+        name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())
+    ]
     if broken:
-        raise DataError(f"model.folder: {root / _hub.WEIGHTS}: {broken[0]} holds NaN or infinite values")
+        raise DataError(
+            f"model.folder: {root / _hub.WEIGHTS}: {broken[0]} holds NaN or infinite values"
+        )
     parts = sorted({key.rpartition(".")[0] for key in new})
     return model, tuple(f"{part}: new, the weights have none that fit" for part in parts)

@@ -24,8 +24,15 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
     model, notes = torchvision_model(home, name, outputs, weights, head="classifier.6")
     stages: dict[str, nn.Module] = {}
     block: list[nn.Module] = []
-    features, fc = model.features, model.classifier  # fc: Linear ReLU Dropout Linear ReLU Dropout Linear
-    assert isinstance(features, nn.Sequential) and isinstance(fc, nn.Sequential) and isinstance(model.avgpool, nn.Module)
+    features, fc = (
+        model.features,
+        model.classifier,
+    )  # fc: Linear ReLU Dropout Linear ReLU Dropout Linear
+    assert (
+        isinstance(features, nn.Sequential)
+        and isinstance(fc, nn.Sequential)
+        and isinstance(model.avgpool, nn.Module)
+    )
     for layer in features:
         block.append(layer)
         if isinstance(layer, nn.MaxPool2d):

@@ -48,12 +48,16 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
     Raises SpaceError without libreyolo or on unknown weights, DataError on weights that do not fit.
     """
     letter = name.removeprefix("yolov9_")
-    with torch.device("cpu"):  # it reads its strides while it is built, which the meta device does not have
+    with torch.device(
+        "cpu"
+    ):  # it reads its strides while it is built, which the meta device does not have
         model: Any = network("yolo9").LibreYOLO9Model(letter, nb_classes=outputs)
     model.to(torch.get_default_device())
     model.head.export = True  # eval mode gives one decoded tensor
     unused = ("aux.", "aux_head.", "head.dfl.")
-    notes = load(home, model, weights, published=f"LibreYOLO9{letter}", head="head.cv3", unused=unused)
+    notes = load(
+        home, model, weights, published=f"LibreYOLO9{letter}", head="head.cv3", unused=unused
+    )
     b = model.backbone
     parts: dict[str, nn.Module] = {
         "stem": nn.Sequential(Canvas(name), b.conv0, b.conv1),
@@ -84,7 +88,12 @@ class Aligned(Head):
 
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
         side = 8 * x[LEVELS[0]].shape[-1]
-        truth = rows([t["boxes"] for t in targets], [t["labels"] for t in targets], -1, lambda boxes: boxes / side)
+        truth = rows(
+            [t["boxes"] for t in targets],
+            [t["labels"] for t in targets],
+            -1,
+            lambda boxes: boxes / side,
+        )
         found = self.head([x[level] for level in LEVELS], targets=truth, img_size=(side, side))
         return {name: found[name] for name in ("box_loss", "dfl_loss", "cls_loss")}
 

@@ -33,7 +33,9 @@ RECIPES = {
         "epochs": 30,
     }
 }
-OVERLAP = 0.65  # intersection over union above which the lower score goes: the authors' value for COCO
+OVERLAP = (
+    0.65  # intersection over union above which the lower score goes: the authors' value for COCO
+)
 TAPS = ("dark3", "dark4", "dark5")
 
 
@@ -54,7 +56,9 @@ def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "def
     model.head.export = True  # eval mode gives one decoded tensor
     notes = load(home, model, weights, published=f"LibreYOLOX{letter}", head="head.cls_preds")
     pyramid = model.backbone
-    parts: dict[str, nn.Module] = {"stem": nn.Sequential(Canvas(name, bgr=True), pyramid.backbone.stem)}
+    parts: dict[str, nn.Module] = {
+        "stem": nn.Sequential(Canvas(name, bgr=True), pyramid.backbone.stem)
+    }
     parts |= {part: getattr(pyramid.backbone, part) for part in ("dark2", *TAPS)}
     stages = {**steps(parts, TAPS), "neck": Neck(pyramid), "head": Decoupled(model.head)}
     return Staged(model, stages, notes, native=native, probe=False, batched=False)
@@ -101,7 +105,9 @@ def centred(boxes: Tensor) -> Tensor:
 def objects(decoded: Tensor, side: int) -> list[Objects]:
     """From (n, anchors, 5 + classes): box around its centre, probability of an object, of each class. An anchor has its best class."""
     scores = decoded[..., 4:5] * decoded[..., 5:]
-    scores = scores.where(torch.arange(scores.shape[-1], device=scores.device) == scores.argmax(-1, keepdim=True), 0.0)
+    scores = scores.where(
+        torch.arange(scores.shape[-1], device=scores.device) == scores.argmax(-1, keepdim=True), 0.0
+    )
     return each(box_convert(decoded[..., :4], "cxcywh", "xyxy"), scores, side, OVERLAP)
 
 

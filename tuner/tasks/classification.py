@@ -53,7 +53,9 @@ class Classification(Task):
     def difference(self, expected: Tree, got: Tree) -> float:
         return apart(expected, got)
 
-    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+    def tell(
+        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
+    ) -> list[Told]:
         logits = function(x)
         assert isinstance(logits, Tensor)
         return [said(self.classes, probabilities) for probabilities in logits.softmax(1).tolist()]

@@ -24,7 +24,12 @@ SAID = 5  # objects that a line names
 FAINT = 0.05  # scores up to this are noise: formats may differ in such objects
 
 
-def build(classes: tuple[str, ...], recipe: Recipe, *, confidence: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Task:
+def build(
+    classes: tuple[str, ...],
+    recipe: Recipe,
+    *,
+    confidence: Annotated[float, Field(ge=0, le=1)] = 0.5,
+) -> Task:
     """`confidence`: objects of lower scores are neither told nor drawn. Metrics take all."""
     return Detection(classes, confidence)
 
@@ -37,9 +42,7 @@ class Detection(Task):
     """
 
     metrics = METRICS
-    output = (
-        "boxes as left, top, right, bottom in pixels of the input; scores, falling; labels in the order of the classes, -1: no more objects"
-    )
+    output = "boxes as left, top, right, bottom in pixels of the input; scores, falling; labels in the order of the classes, -1: no more objects"
 
     def __init__(self, classes: tuple[str, ...], confidence: float) -> None:
         self.classes, self.confidence = classes, confidence
@@ -49,11 +52,16 @@ class Detection(Task):
         return torch.stack(list(net(with_targets(batch.x, batch.y)).values())).sum()
 
     def predict(self, net: nn.Module, x: Tree) -> Tree:
-        return {name: leaf.float().cpu() if leaf.is_floating_point() else leaf.cpu() for name, leaf in leaves(net(x)).items()}
+        return {
+            name: leaf.float().cpu() if leaf.is_floating_point() else leaf.cpu()
+            for name, leaf in leaves(net(x)).items()
+        }
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         found = counted(pairs, per_class=False)
-        return {name: max(0.0, float(found[name])) for name in METRICS}  # -1: there was nothing to be found
+        return {
+            name: max(0.0, float(found[name])) for name in METRICS
+        }  # -1: there was nothing to be found
 
     def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
         return {"objects.png": self.sheet(pairs, data), "per_class.csv": self.table(pairs)}
@@ -67,19 +75,27 @@ class Detection(Task):
         for image, (found, truth) in zip(pixels.numpy(), both, strict=True):
             tile = pictures.of_pixels(image)
             true = [self.classes[label] for label in truth["labels"].tolist()]
-            drawn = pictures.with_boxes(tile, truth["boxes"].tolist(), true, truth["labels"].tolist())
+            drawn = pictures.with_boxes(
+                tile, truth["boxes"].tolist(), true, truth["labels"].tolist()
+            )
             rows.append([drawn, self.drawn(tile, sure(found, self.confidence))])
         return pictures.sheet(rows, ("truth", f"predicted, scores from {self.confidence:g}"))
 
     def drawn(self, image: Any, found: Objects) -> Any:
-        words = [f"{self.classes[k]} {s:.2f}" for k, s in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)]
+        words = [
+            f"{self.classes[k]} {s:.2f}"
+            for k, s in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
+        ]
         return pictures.with_boxes(image, found["boxes"].tolist(), words, found["labels"].tolist())
 
     def table(self, pairs: Sequence[tuple[Any, Any]]) -> bytes:
         """Average precision and recall, and the number of true objects, of each class as CSV."""
         found = counted(pairs, per_class=True)
         true = torch.cat([truth["labels"].flatten().cpu() for _, truth in pairs])
-        columns = [found[name].reshape(-1).tolist() for name in ("classes", "map_per_class", "mar_100_per_class")]
+        columns = [
+            found[name].reshape(-1).tolist()
+            for name in ("classes", "map_per_class", "mar_100_per_class")
+        ]
         of_class = {int(label): (ap, ar) for label, ap, ar in zip(*columns, strict=True)}
         text = io.StringIO()
         writer = csv.writer(text)
@@ -94,20 +110,37 @@ class Detection(Task):
         pairs = zip(_unpadded(leaves(expected)), _unpadded(leaves(got)), strict=True)
         return max((apart(a, b) for a, b in pairs), default=0.0)
 
-    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+    def tell(
+        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
+    ) -> list[Told]:
         assert isinstance(wanted, Preprocess)
-        return [self.told(found, image, wanted) for found, image in zip(_unpadded(leaves(function(x))), originals, strict=True)]
+        return [
+            self.told(found, image, wanted)
+            for found, image in zip(_unpadded(leaves(function(x))), originals, strict=True)
+        ]
 
     def told(self, found: Objects, image: Any, wanted: Preprocess) -> Told:
         found = sure(found, self.confidence)
         found = {**found, "boxes": original(found["boxes"], image.width, image.height, wanted)}
         named = [
             {"label": self.classes[label], "score": score, "box": [round(side, 2) for side in box]}
-            for label, score, box in zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+            for label, score, box in zip(
+                found["labels"].tolist(),
+                found["scores"].tolist(),
+                found["boxes"].tolist(),
+                strict=True,
+            )
         ]
-        words = [f"{o['label']} {o['score']:.3f} at {', '.join(f'{side:.0f}' for side in o['box'])}" for o in named]
+        words = [
+            f"{o['label']} {o['score']:.3f} at {', '.join(f'{side:.0f}' for side in o['box'])}"
+            for o in named
+        ]
         more = f"  and {len(words) - SAID} more" if len(words) > SAID else ""
-        line = "  ".join(words[:SAID]) + more if words else f"nothing with a score from {self.confidence:g}"
+        line = (
+            "  ".join(words[:SAID]) + more
+            if words
+            else f"nothing with a score from {self.confidence:g}"
+        )
         return Told(line, {"objects": named}, pictures.png(self.drawn(image, found)))
 
 
@@ -129,19 +162,36 @@ def original(boxes: Tensor, width: int, height: int, preprocess: Preprocess) -> 
 
 
 def sure(found: Objects, confidence: float) -> Objects:
-    return {name: found[name][found["scores"] >= confidence] for name in ("boxes", "scores", "labels")}
+    return {
+        name: found[name][found["scores"] >= confidence] for name in ("boxes", "scores", "labels")
+    }
 
 
 def apart(expected: Objects, got: Objects) -> float:
     """How far one image's objects lie apart, whichever their order. Where the places are full, those near the last are left out."""
-    floor = max([FAINT] + [float(o["scores"].min()) + 1e-3 for o in (expected, got) if len(o["scores"]) and o["full"]])
+    floor = max(
+        [FAINT]
+        + [
+            float(o["scores"].min()) + 1e-3
+            for o in (expected, got)
+            if len(o["scores"]) and o["full"]
+        ]
+    )
     side = max(1.0, float(expected["boxes"].abs().max())) if len(expected["boxes"]) else 1.0
     free, worst = set(range(len(got["scores"]))), 0.0
-    for box, score, label in zip(expected["boxes"], expected["scores"], expected["labels"], strict=True):
+    for box, score, label in zip(
+        expected["boxes"], expected["scores"], expected["labels"], strict=True
+    ):
         if score <= floor:
             continue
         far = [
-            (max(float((box - got["boxes"][j]).abs().max()) / side, float((score - got["scores"][j]).abs())), j)
+            (
+                max(
+                    float((box - got["boxes"][j]).abs().max()) / side,
+                    float((score - got["scores"][j]).abs()),
+                ),
+                j,
+            )
             for j in free
             if got["labels"][j] == label
         ]
@@ -155,7 +205,12 @@ def apart(expected: Objects, got: Objects) -> float:
 def _unpadded(found: dict[str, Tensor]) -> list[Objects]:
     """Each image's objects; `full`: there may have been more."""
     return [
-        {"boxes": b[k != NO_OBJECT], "scores": s[k != NO_OBJECT], "labels": k[k != NO_OBJECT], "full": (k != NO_OBJECT).all()}
+        {
+            "boxes": b[k != NO_OBJECT],
+            "scores": s[k != NO_OBJECT],
+            "labels": k[k != NO_OBJECT],
+            "full": (k != NO_OBJECT).all(),
+        }
         for b, s, k in zip(found["boxes"], found["scores"], found["labels"], strict=True)
     ]
 

@@ -31,7 +31,12 @@ SHOWN = 8  # validation examples on a contact sheet
 EDGE = 1024  # longer side of a picture, pixels
 
 
-def build(classes: tuple[str, ...], recipe: Recipe, *, loss: Literal["cross_entropy", "dice", "both"] = "cross_entropy") -> Task:
+def build(
+    classes: tuple[str, ...],
+    recipe: Recipe,
+    *,
+    loss: Literal["cross_entropy", "dice", "both"] = "cross_entropy",
+) -> Task:
     return Segmentation(classes, recipe.label_smoothing, loss)
 
 
@@ -55,7 +60,9 @@ class Segmentation(Task):
     def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         total = logits.new_zeros(())
         if self.kind != "dice":
-            total = total + F.cross_entropy(logits, truth, ignore_index=IGNORED, label_smoothing=self.label_smoothing)
+            total = total + F.cross_entropy(
+                logits, truth, ignore_index=IGNORED, label_smoothing=self.label_smoothing
+            )
         return total if self.kind == "cross_entropy" else total + dice_loss(logits, truth)
 
     def predict(self, net: nn.Module, x: Tree) -> Tensor:
@@ -66,33 +73,54 @@ class Segmentation(Task):
         matrix = self._confusion(pairs)
         found = {name: values[~values.isnan()].mean() for name, values in per_class(matrix).items()}
         right = matrix.diag().sum() / matrix.sum()
-        scores = {"mean_iou": found["iou"], "dice": found["dice"], "pixel_accuracy": right, "mean_accuracy": found["recall"]}
+        scores = {
+            "mean_iou": found["iou"],
+            "dice": found["dice"],
+            "pixel_accuracy": right,
+            "mean_accuracy": found["recall"],
+        }
         return {name: float(value) for name, value in scores.items()}
 
     def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
         matrix = self._confusion(pairs)
         return {
             "predictions.png": _sheet(pairs, data),
-            "confusion.png": figures.later("confusion", matrix=matrix.tolist(), classes=self.classes),
+            "confusion.png": figures.later(
+                "confusion", matrix=matrix.tolist(), classes=self.classes
+            ),
             "per_class.csv": _table(matrix, self.classes),
         }
 
     def difference(self, expected: Tree, got: Tree) -> float:
         return apart(expected, got)
 
-    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+    def tell(
+        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
+    ) -> list[Told]:
         assert isinstance(wanted, Preprocess)
         logits = _main(leaves(function(x)))
-        return [self._said(one, original, wanted) for one, original in zip(logits, originals, strict=True)]
+        return [
+            self._said(one, original, wanted)
+            for one, original in zip(logits, originals, strict=True)
+        ]
 
     def _said(self, logits: Tensor, original: Any, preprocess: Preprocess) -> Told:
         mask = on_image(logits, original.width, original.height, preprocess)
         counts = np.bincount(mask.ravel(), minlength=256)[: len(self.classes)]
-        shares = {name: float(count) / max(1, int(counts.sum())) for name, count in zip(self.classes, counts, strict=True)}
-        line = "  ".join(f"{name} {share:.1%}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1]) if share > 0)
+        shares = {
+            name: float(count) / max(1, int(counts.sum()))
+            for name, count in zip(self.classes, counts, strict=True)
+        }
+        line = "  ".join(
+            f"{name} {share:.1%}"
+            for name, share in sorted(shares.items(), key=lambda pair: -pair[1])
+            if share > 0
+        )
         small = original.copy()
         small.thumbnail((EDGE, EDGE))
-        marked = mask[_nearest(small.height, mask.shape[0])][:, _nearest(small.width, mask.shape[1])]
+        marked = mask[_nearest(small.height, mask.shape[0])][
+            :, _nearest(small.width, mask.shape[1])
+        ]
         return Told(line, {"shares": shares}, pictures.png(pictures.with_mask(small, marked)))
 
     def _confusion(self, pairs: Iterable[tuple[Any, Any]]) -> Tensor:
@@ -100,7 +128,9 @@ class Segmentation(Task):
         n = len(self.classes)
         matrix = torch.zeros(n, n, dtype=torch.int64)
         for predicted, truth in pairs:
-            matrix += multiclass_confusion_matrix(predicted.long(), truth.cpu().long(), n, ignore_index=IGNORED, validate_args=False)
+            matrix += multiclass_confusion_matrix(
+                predicted.long(), truth.cpu().long(), n, ignore_index=IGNORED, validate_args=False
+            )
         return matrix
 
 
@@ -120,7 +150,12 @@ def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
 def per_class(matrix: Tensor) -> dict[str, Tensor]:
     """IoU, Dice, recall and precision of each class, float64 (classes,); NaN where there is nothing to count."""
     hits, true, said = (v.double() for v in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
-    return {"iou": hits / (true + said - hits), "dice": 2 * hits / (true + said), "recall": hits / true, "precision": hits / said}
+    return {
+        "iou": hits / (true + said - hits),
+        "dice": 2 * hits / (true + said),
+        "recall": hits / true,
+        "precision": hits / said,
+    }
 
 
 def on_image(logits: Tensor, width: int, height: int, preprocess: Preprocess) -> NDArray[np.uint8]:
@@ -129,15 +164,24 @@ def on_image(logits: Tensor, width: int, height: int, preprocess: Preprocess) ->
     Logits are resized, not classes, so that edges are smooth. Pixels that the canvas crops away are IGNORED.
     """
     at, size = placed(width, height, preprocess), logits.shape[-1]
-    left, top, right, bottom = max(0, at.left), max(0, at.top), min(size, at.left + at.width), min(size, at.top + at.height)
+    left, top, right, bottom = (
+        max(0, at.left),
+        max(0, at.top),
+        min(size, at.left + at.width),
+        min(size, at.top + at.height),
+    )
     across, down = width / at.width, height / at.height
     x0, x1 = round((left - at.left) * across), round((right - at.left) * across)
     y0, y1 = round((top - at.top) * down), round((bottom - at.top) * down)
     seen = logits[:, top:bottom, left:right].float()
     best = torch.full((y1 - y0, x1 - x0), -torch.inf)
     found = torch.zeros(best.shape, dtype=torch.uint8)
-    for label, plane in enumerate(seen):  # one class at a time: all of them at a photograph's size would fill the memory
-        values = F.interpolate(plane[None, None], size=best.shape, mode="bilinear", align_corners=False)[0, 0]
+    for label, plane in enumerate(
+        seen
+    ):  # one class at a time: all of them at a photograph's size would fill the memory
+        values = F.interpolate(
+            plane[None, None], size=best.shape, mode="bilinear", align_corners=False
+        )[0, 0]
         better = values > best
         best, found = values.where(better, best), found.masked_fill(better, label)
     whole = np.full((height, width), IGNORED, np.uint8)
@@ -152,14 +196,25 @@ def _nearest(small: int, large: int) -> NDArray[np.int64]:
 
 def _sheet(pairs: Sequence[tuple[Any, Any]], data: Data) -> bytes:
     """Image, truth and prediction of the first validation examples: the same in every trial, so that trials compare."""
-    predicted, truth = (torch.cat([pair[i].cpu() for pair in pairs])[:SHOWN].numpy() for i in (0, 1))
+    predicted, truth = (
+        torch.cat([pair[i].cpu() for pair in pairs])[:SHOWN].numpy() for i in (0, 1)
+    )
     x = data.valid.take(torch.arange(len(predicted)), 0).x
     assert isinstance(x, Tensor)
     rows = []
     for pixels, true, said in zip(x.numpy(), truth, predicted, strict=True):
         image = pictures.of_pixels(pixels)
-        views = [image, pictures.with_mask(image, true), pictures.with_mask(image, np.where(true == IGNORED, IGNORED, said))]
-        rows.append([view.resize((pictures.EDGE, pictures.EDGE), Image.Resampling.NEAREST) for view in views])
+        views = [
+            image,
+            pictures.with_mask(image, true),
+            pictures.with_mask(image, np.where(true == IGNORED, IGNORED, said)),
+        ]
+        rows.append(
+            [
+                view.resize((pictures.EDGE, pictures.EDGE), Image.Resampling.NEAREST)
+                for view in views
+            ]
+        )
     return pictures.sheet(rows, ["image", "truth", "prediction"])
 
 
@@ -171,5 +226,11 @@ def _table(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
     writer.writerow(["class", *found, "pixels"])
     for i, name in enumerate(classes):
         values = [float(column[i]) for column in found.values()]
-        writer.writerow([name, *("" if math.isnan(value) else f"{value:.4f}" for value in values), int(matrix[i].sum())])
+        writer.writerow(
+            [
+                name,
+                *("" if math.isnan(value) else f"{value:.4f}" for value in values),
+                int(matrix[i].sum()),
+            ]
+        )
     return text.getvalue().encode()

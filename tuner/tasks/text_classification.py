@@ -5,7 +5,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_matthews_corrcoef
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_f1_score,
+    multiclass_matthews_corrcoef,
+)
 
 from tuner.core import Batch, Data, Task, Told, apart
 from tuner.run import Recipe
@@ -58,7 +62,8 @@ class TextClassification(Task):
         wrong = wrong[sure[wrong].argsort(descending=True, stable=True)][:MISTAKES]
         texts = decoded(data.wanted, data.valid.take(wrong, 0).x) if len(wrong) else []
         rows = [
-            [self.classes[truth[i]], self.classes[said_[i]], f"{sure[i]:.4f}", text] for i, text in zip(wrong.tolist(), texts, strict=True)
+            [self.classes[truth[i]], self.classes[said_[i]], f"{sure[i]:.4f}", text]
+            for i, text in zip(wrong.tolist(), texts, strict=True)
         ]
         mistakes = table(["truth", "predicted", "probability", "text"], rows)
         return {**tables(logits, truth, self.classes), "mistakes.csv": mistakes}
@@ -66,7 +71,9 @@ class TextClassification(Task):
     def difference(self, expected: Tree, got: Tree) -> float:
         return apart(expected, got)
 
-    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+    def tell(
+        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
+    ) -> list[Told]:
         logits = function(trimmed(x))
         assert isinstance(logits, Tensor)
         return [said(self.classes, probabilities) for probabilities in logits.softmax(1).tolist()]

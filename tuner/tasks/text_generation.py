@@ -43,7 +43,9 @@ class TextGeneration(Task):
 
     output = "logits of the next token at each token, (batch, length, vocabulary)"
 
-    def __init__(self, label_smoothing: float, max_new_tokens: int, top_k: int, temperature: float, seed: int) -> None:
+    def __init__(
+        self, label_smoothing: float, max_new_tokens: int, top_k: int, temperature: float, seed: int
+    ) -> None:
         self.label_smoothing, self.max_new_tokens = label_smoothing, max_new_tokens
         self.top_k, self.temperature, self.seed = top_k, temperature, seed
 
@@ -51,7 +53,12 @@ class TextGeneration(Task):
         """Mean over the tokens that follow another."""
         x = trimmed(batch.x)
         logits = net(x)[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), targets(x).flatten(), ignore_index=IGNORED, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(
+            logits.flatten(0, 1),
+            targets(x).flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=self.label_smoothing,
+        )
 
     def predict(self, net: nn.Module, x: Tree) -> Tree:
         assert isinstance(x, dict)
@@ -59,7 +66,12 @@ class TextGeneration(Task):
         for start in range(0, len(x["input_ids"]), ROWS):
             part = trimmed({name: leaf[start : start + ROWS] for name, leaf in x.items()})
             truth = targets(part)
-            losses = F.cross_entropy(net(part)[:, :-1].float().transpose(1, 2), truth, ignore_index=IGNORED, reduction="none")
+            losses = F.cross_entropy(
+                net(part)[:, :-1].float().transpose(1, 2),
+                truth,
+                ignore_index=IGNORED,
+                reduction="none",
+            )
             found.append(-losses.sum(1))
             counts.append((truth != IGNORED).sum(1))
         return {"log_likelihood": torch.cat(found), "tokens": torch.cat(counts)}
@@ -67,7 +79,9 @@ class TextGeneration(Task):
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """The mean log-likelihood of a token: minus the cross-entropy, minus perplexity's logarithm."""
         likelihood, tokens = _joined(pairs)
-        return {"negative_log_perplexity": float(likelihood.double().sum() / tokens.sum().clamp(min=1))}
+        return {
+            "negative_log_perplexity": float(likelihood.double().sum() / tokens.sum().clamp(min=1))
+        }
 
     def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
         """The texts that surprise the model most, per token, as it saw them."""
@@ -75,25 +89,44 @@ class TextGeneration(Task):
         each = likelihood / tokens.clamp(min=1)
         worst = each.argsort(stable=True)[:WORST]
         texts = decoded(data.wanted, data.valid.take(worst, 0).x)
-        rows = [[f"{each[i]:.4f}", int(tokens[i]), text] for i, text in zip(worst.tolist(), texts, strict=True)]
+        rows = [
+            [f"{each[i]:.4f}", int(tokens[i]), text]
+            for i, text in zip(worst.tolist(), texts, strict=True)
+        ]
         return {"worst.csv": table(["log_likelihood_per_token", "tokens", "text"], rows)}
 
     def difference(self, expected: Tree, got: Tree) -> float:
         return apart(expected, got)
 
-    def tell(self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted) -> list[Told]:
+    def tell(
+        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
+    ) -> list[Told]:
         """Each text continued, token by token, until the model ends it or `max_new_tokens` are said."""
         assert isinstance(x, dict) and isinstance(wanted, Tokens)
         words = tokenizer(wanted.folder)
-        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(x["input_ids"], x["attention_mask"], strict=True)]
+        prompts = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(x["input_ids"], x["attention_mask"], strict=True)
+        ]
         told = []
-        for prompt, said in zip(prompts, self._continued(function, prompts, wanted, words.eos_token_id), strict=True):
+        for prompt, said in zip(
+            prompts, self._continued(function, prompts, wanted, words.eos_token_id), strict=True
+        ):
             text = words.decode(said, skip_special_tokens=True)
-            told.append(Told(text.replace("\n", "\\n"), {"continuation": text, "prompt_tokens": len(prompt), "new_tokens": len(said)}))
+            told.append(
+                Told(
+                    text.replace("\n", "\\n"),
+                    {"continuation": text, "prompt_tokens": len(prompt), "new_tokens": len(said)},
+                )
+            )
         return told
 
     def _continued(
-        self, function: Callable[[Tree], Tree], prompts: Sequence[list[int]], wanted: Tokens, end: int | None
+        self,
+        function: Callable[[Tree], Tree],
+        prompts: Sequence[list[int]],
+        wanted: Tokens,
+        end: int | None,
     ) -> list[list[int]]:
         """The ids that follow each prompt. An empty prompt begins after the end of another text."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -138,4 +171,6 @@ def _padded(texts: Sequence[list[int]]) -> tuple[Tree, Tensor]:
 
 def _joined(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
     found = [predicted for predicted, _ in pairs]
-    return torch.cat([part["log_likelihood"] for part in found]).cpu(), torch.cat([part["tokens"] for part in found]).cpu()
+    return torch.cat([part["log_likelihood"] for part in found]).cpu(), torch.cat(
+        [part["tokens"] for part in found]
+    ).cpu()
