@@ -35,7 +35,7 @@ class Worker:
 
 
 @contextlib.contextmanager
-def run(
+def run(  # noqa: C901
     engine: Engine = Engine(),
     warn: Callable[[str], None] = lambda _: None,
     *,
