@@ -12,7 +12,7 @@ from pathlib import Path
 
 import optuna
 
-from tests.test_search import Silent, quality, space
+from tests.coordinating import Silent, quality, space
 from tuner import leases, server, storage
 from tuner.jobs import Job, Outcome
 from tuner.orders import Assignment, Epoch, Result

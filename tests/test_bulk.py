@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from tests.test_dashboard import browse
+from tests.browsing import browse
 from tuner import dashboard, detail, storage
 from tuner.artifacts import write_note
 from tuner.bulk import quick

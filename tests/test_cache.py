@@ -8,27 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tuner.cache import Limits, Live, Prefix, Remembered, names_of, through
-from tuner.core import Batch
+from tests.prefixes import Counting, Step, chain, frozen
+from tuner.cache import Limits, Live, Remembered, through
 from tuner.entries import make_room
-
-
-class Counting:
-    """A source of eight examples that counts how often it is asked."""
-
-    views = 2
-    digest = "eight"
-    lengths = None
-
-    def __init__(self) -> None:
-        self.taken = 0
-
-    def __len__(self) -> int:
-        return 8
-
-    def take(self, index: Tensor, view: int) -> Batch:
-        self.taken += len(index)
-        return Batch(index.float()[:, None] + 100 * view, index)
 
 
 class Taps(nn.Module):
@@ -45,11 +27,6 @@ class Taps(nn.Module):
 def prefix() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(Taps()).eval()
-
-
-def frozen(stages: nn.Module, precision: str = "float32") -> Prefix:
-    held = list(stages.children())
-    return Prefix(held, names_of(held, precision), torch.device("cpu"))
 
 
 def remembered(home: Path, source: Counting) -> Remembered:
@@ -148,24 +125,6 @@ def test_nothing_half_written_is_left_when_computing_fails(
     with pytest.raises(BaseException, match="stop"):
         cached.take(torch.arange(2), 0)
     assert [p.suffix for p in (tmp_path / "activations").iterdir()] == [".lock"]
-
-
-class Step(nn.Module):
-    """A stage that counts the examples that pass; its output has `width` numbers each."""
-
-    def __init__(self, wide: int, width: int) -> None:
-        super().__init__()
-        self.fc, self.passed = nn.Linear(wide, width), 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.passed += len(x)
-        out: Tensor = self.fc(x)
-        return out
-
-
-def chain(*widths: int) -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(*(Step(a, b) for a, b in zip((1, *widths), widths, strict=False))).eval()
 
 
 def passed(stages: nn.Sequential) -> list[int]:

@@ -18,7 +18,7 @@ import optuna
 import pytest
 
 from tests.conftest import SMALL
-from tests.test_laws import trials
+from tests.studies import trials
 from tuner import dashboard, history
 
 BUDGET = 8

@@ -250,7 +250,7 @@ def timing(folder: str) -> list[str]:
     """What an example costs through a prefix, kept in a note."""
     import torch
 
-    from tests.test_cache import Counting, chain, frozen
+    from tests.prefixes import Counting, chain, frozen
     from tuner.cache import Live, timed
 
     place = Path(folder) / "activations"

@@ -6,27 +6,19 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from wsgiref.util import setup_testing_defaults
 
 import optuna
 import pytest
 
+from tests.browsing import browse
 from tuner import dashboard, figures, storage
 from tuner.errors import DataError, StorageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 PICTURE = b"\x89PNG picture"
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
 
 
 @pytest.fixture(scope="module")
@@ -56,31 +48,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(made: Path, tmp_path: Path) -> Path:
     """A copy of it, for what changes things."""
     return Path(shutil.copytree(made, tmp_path / "studies" / "digits"))
-
-
-def browse(
-    app: dashboard.App,
-    path: str,
-    method: str = "GET",
-    host: str | None = "127.0.0.1:8080",
-    **headers: str,
-) -> Answer:
-    environ: dict[str, Any] = {
-        "REQUEST_METHOD": method,
-        "HTTP_ACCEPT_ENCODING": "gzip",
-        **{f"HTTP_{k}": v for k, v in headers.items()},
-    }
-    environ["PATH_INFO"], _, environ["QUERY_STRING"] = path.partition("?")
-    setup_testing_defaults(environ)
-    environ.pop("HTTP_HOST")
-    if host is not None:
-        environ["HTTP_HOST"] = host
-    found: list[Any] = []
-    chunks = app(environ, lambda status, headers, *_: found.extend((status, dict(headers))))
-    body = b"".join(chunks)
-    if close := getattr(chunks, "close", None):
-        close()
-    return Answer(int(found[0].split()[0]), found[1], body)
 
 
 @pytest.fixture(scope="module")

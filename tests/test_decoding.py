@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from tests.headers import png_header
 from tuner.decoding import attempt, decode, quietly
 from tuner.wanted import Preprocess
 
@@ -101,21 +102,6 @@ def test_resize_and_crop_are_torchvisions(shape: tuple[int, int], interpolation:
     )
     ours = decode(pixels, Preprocess(28, 32, interpolation, (0.0,) * 3, (1.0,) * 3))
     assert torch.equal(torch.from_numpy(ours.copy()), theirs(Image.fromarray(pixels)))
-
-
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
-    )
 
 
 def bmp_header(width: int, height: int) -> bytes:

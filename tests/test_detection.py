@@ -13,7 +13,7 @@ from torchvision.models import get_model
 
 from tests import scenes
 from tests.conftest import SHARED, Said
-from tests.test_models import check_cut, check_partition
+from tests.cutting import check_cut, check_partition
 from tuner import plugins
 from tuner.core import Batch, Staged, Task
 from tuner.describe import describe

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.cutting import check_cut, check_partition
 from tests.detecting import BOXES, LABELS, SIDE, bench, lively, ready, trained, truth
 from tests.serving import serving
-from tests.test_models import check_cut, check_partition
 from tuner import plugins
 from tuner.core import Staged
 from tuner.detectors import NO_OBJECT, with_targets

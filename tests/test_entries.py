@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.test_cache import Counting, chain, frozen
+from tests.prefixes import Counting, chain, frozen
 from tuner import entries, trial
 from tuner.cache import Live, Remembered
 from tuner.entries import evict, hold, make_room, seal, tidy

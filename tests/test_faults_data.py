@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.models import ResNet18_Weights
 
 from tests.conftest import Said
+from tests.headers import png_header
 from tests.serving import serving
-from tests.test_decoding import png_header
 from tuner.models.resnet import slim
 
 Tuner = Callable[..., Said]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.conftest import SMALL, Said
+from tests.studies import trials
 from tuner import document, parsing, plugins
 from tuner.core import Source
 from tuner.devices import Place, place
@@ -213,23 +214,6 @@ def finish(process: "subprocess.Popen[str]") -> str:
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     return out
-
-
-def trials(folder: Path, name: str) -> list[tuple[Any, ...]]:
-    """Parameters and epoch scores of the trials that ended, in the order of their draws."""
-    import optuna
-
-    from tuner import storage
-
-    study = optuna.load_study(
-        study_name=name, storage=storage.connect(None, folder / "studies" / name)
-    )
-    assert all(t.state.is_finished() for t in study.trials)
-    return [
-        (t.params, t.state.name, t.intermediate_values)
-        for t in study.trials
-        if t.state.name in ("COMPLETE", "PRUNED")
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The house's order, read from the source: a module imports only what stands before it."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,12 @@ def test_help_answers_at_once() -> None:
 def test_a_file_has_at_most_400_lines_and_a_name_that_says_something(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
     assert path.stem not in {"utils", "helpers", "common", "manager", "base"}
+
+
+def test_no_test_imports_another_test() -> None:
+    """What several tests need lives in a helper module, so that a test file can be moved alone."""
+    importing = re.compile(
+        r"^\s*(from tests[\w.]*\.test_|from tests[\w.]* import test_)", re.MULTILINE
+    )
+    tests = ROOT.parent / "tests"
+    assert [p.name for p in tests.rglob("*.py") if importing.search(p.read_text())] == []

@@ -19,9 +19,9 @@ import sqlalchemy
 
 from tests import postgres as serving
 from tests import searching
+from tests.browsing import browse
 from tests.conftest import SMALL, Said
-from tests.test_dashboard import browse
-from tests.test_search import coordinator, drive, space
+from tests.coordinating import coordinator, drive, space
 from tuner import dashboard, history, server, storage
 from tuner.errors import StorageError
 from tuner.history import FINAL

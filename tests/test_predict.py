@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import Said
-from tests.test_decoding import png_header
+from tests.headers import png_header
 from tuner.building import wants
 from tuner.data import synthetic
 from tuner.errors import DataError, SpaceError

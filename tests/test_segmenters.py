@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from tests.conftest import Said
+from tests.cutting import check_cut, check_partition, equal
 from tests.masked import SPACE, scenes
 from tests.serving import serving
-from tests.test_models import check_cut, check_partition, equal
 from tuner import parsing
 from tuner.building import build, task_of
 from tuner.core import Batch, Staged

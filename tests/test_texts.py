@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tests import texts
 from tests.conftest import Said
+from tests.cutting import check_cut, check_partition
 from tests.serving import serving
-from tests.test_models import check_cut, check_partition
 from tuner import document, parsing, tokens
 from tuner.building import build, task_of, wants
 from tuner.core import Batch, Staged

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import Said
+from tests.cutting import check_cut, check_partition
 from tests.detecting import BOXES, LABELS, SIDE, bench, lively, ready, trained, truth
 from tests.serving import serving
-from tests.test_models import check_cut, check_partition
 from tuner import plugins
 from tuner.core import Staged
 from tuner.detectors import MOST, NO_OBJECT, with_targets
