@@ -114,20 +114,23 @@ def test_a_worker_persists_between_jobs_and_calls(local: Carry) -> None:
 
 
 @pytest.mark.parametrize(
-    ("work", "argument", "reason"),
+    ("work", "argument", "reason", "cause"),
     [
-        ("die", signal.SIGKILL, "worker ended by SIGKILL (out of memory?)"),
-        ("die", signal.SIGSEGV, "worker ended by SIGSEGV"),
-        ("leave", 7, "worker ended with exit code 7"),
+        ("die", signal.SIGKILL, "worker ended by SIGKILL (out of memory?)", "memory"),
+        ("die", signal.SIGSEGV, "worker ended by SIGSEGV", "died"),
+        ("leave", 7, "worker ended with exit code 7", "died"),
     ],
 )
 def test_a_dead_worker_ends_its_job_as_lost_and_the_next_job_gets_a_new_one(
-    local: Carry, work: str, argument: int, reason: str
+    local: Carry, work: str, argument: int, reason: str, cause: str
 ) -> None:
     ended, _ = carry_all(
         local, [Job(0, f"tests.works:{work}", argument), Job(1, "tests.works:count", 1)]
     )
-    assert [(o.kind, o.reason) for _, o in ended] == [("lost", reason), ("done", "")]
+    assert [(o.kind, o.reason, o.cause) for _, o in ended] == [
+        ("lost", reason, cause),
+        ("done", "", ""),
+    ]
 
 
 def test_several_workers_carry_jobs_at_once_and_share_the_cores(local: Carry) -> None:
@@ -154,7 +157,7 @@ def test_when_time_is_up_a_busy_worker_ends_at_once_and_cleans_up(tmp_path: Path
             1,
         )
         assert time.monotonic() - start < 30
-    assert [(o.kind, o.reason) for o in ended] == [("lost", "interrupted")]
+    assert [(o.kind, o.cause) for o in ended] == [("lost", "interrupted")]
     assert not held.exists()  # SIGTERM unwinds the worker, so that half a download does not stay
     with pytest.raises(ProcessLookupError):
         os.kill(heard[0], 0)

@@ -26,12 +26,22 @@ class Job:
     folders: tuple[str, ...] = ()
 
 
+Cause = Literal["", "memory", "died", "silent", "stalled", "node", "interrupted"]
+"""Why a job was lost.
+
+memory: its worker was ended as by a memory limit (SIGKILL that nobody here sent, or Ray says so). died: it ended in
+another way. silent, stalled: it was given up, because it showed no sign of life, or no progress. node: its node is
+gone. interrupted: the coordinator ended it because the search stops.
+"""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a job ended.
 
     done: `value` is what the function returned. refused: it raised a TunerError with these `problems` and exit `code`.
-    failed: it raised something else; `reason` is the exception, `trace` the traceback. lost: its worker died.
+    failed: it raised something else; `reason` is the exception, `trace` the traceback. lost: its worker died, or was
+    given up; `cause` says why, for programs.
     """
 
     kind: Literal["done", "refused", "failed", "lost"]
@@ -40,6 +50,7 @@ class Outcome:
     trace: str = ""
     problems: tuple[str, ...] = ()
     code: int = 0
+    cause: Cause = ""
 
 
 def refusal(outcome: Outcome) -> TunerError:

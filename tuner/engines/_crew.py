@@ -13,7 +13,7 @@ from tuner.engines import _cluster
 from tuner.engines._cluster import Node
 from tuner.engines._slot import FAREWELL, Slot
 from tuner.errors import StorageError
-from tuner.jobs import Job, OnEnd, OnReport
+from tuner.jobs import Job, OnEnd, OnReport, Outcome
 from tuner.run import Engine
 
 LOOK = 1.0  # seconds between looks at the cluster
@@ -47,6 +47,10 @@ class Worker:
     @property
     def idle(self) -> bool:
         return self.greeting is None and self.work is None
+
+
+def gone(node: Node) -> Outcome:
+    return Outcome("lost", reason=f"node {node.name} is gone", cause="node")
 
 
 class Crew:
@@ -153,16 +157,26 @@ class Crew:
             self.warn(f"node {node.name} is left out: {reason}")
         self.dismiss([w for w in self.workers if w.node.id == node.id and w.work is None])
 
-    def cause(self, worker: Worker, error: Exception) -> str:
-        """Why a worker is gone, in a line."""
+    def death(self, worker: Worker, error: Exception) -> Outcome:
+        """How a job ended whose worker is gone."""
         name, said = worker.node.name, str(error)
         if "node has died" in said or worker.node.id not in _cluster.nodes(self.ray):
-            return f"node {name} is gone"
+            return gone(worker.node)
         if isinstance(error, self.ray.exceptions.ActorUnavailableError):
-            return f"the worker on node {name} cannot be reached"
+            return Outcome(
+                "lost", reason=f"the worker on node {name} cannot be reached", cause="died"
+            )
         if isinstance(error, self.ray.exceptions.OutOfMemoryError) or "low on memory" in said:
-            return f"the worker on node {name} was ended by Ray: the node ran out of memory"
-        return f"the worker on node {name} ended unexpectedly (out of memory?)"
+            return Outcome(
+                "lost",
+                reason=f"the worker on node {name} was ended by Ray: the node ran out of memory",
+                cause="memory",
+            )
+        return Outcome(
+            "lost",
+            reason=f"the worker on node {name} ended unexpectedly (out of memory?)",
+            cause="died",
+        )
 
     def release(self, wanted: int) -> None:
         """Gives back what is idle beyond `wanted`."""

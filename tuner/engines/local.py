@@ -66,7 +66,7 @@ def run(  # noqa: C901
             job = worker.job
             dismiss(worker)
             if job:
-                ended(job, Outcome("lost", reason="interrupted"))
+                ended(job, Outcome("lost", reason="interrupted", cause="interrupted"))
 
     try:
         yield carry
@@ -115,7 +115,7 @@ def listen(worker: Worker, report: OnReport, ended: OnEnd) -> bool:
     except (EOFError, OSError):
         worker.job = None
         dismiss(worker)
-        ended(job, Outcome("lost", reason=_cause(worker.process.exitcode)))
+        ended(job, death(worker.process.exitcode))
         return False
     if kind == "alive":
         return True
@@ -141,18 +141,18 @@ def give_up(worker: Worker, silence: float, ended: OnEnd) -> None:
     assert job is not None
     worker.process.kill()
     dismiss(worker)
-    ended(
-        job,
-        Outcome("lost", reason=f"worker silent for {silence * (YOUNG if worker.young else 1):g} s"),
-    )
+    reason = f"worker silent for {silence * (YOUNG if worker.young else 1):g} s"
+    ended(job, Outcome("lost", reason=reason, cause="silent"))
 
 
-def _cause(code: int | None) -> str:
+def death(code: int | None) -> Outcome:
+    """How the job of a worker that ended by itself did; `code` is the exit code, negative for a signal."""
+    if code == -signal.SIGKILL:  # the kernel's way where memory runs out
+        reason = "worker ended by SIGKILL (out of memory?)"
+        return Outcome("lost", reason=reason, cause="memory")
     if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"worker ended by {name}{hint}"
-    return f"worker ended with exit code {code}"
+        return Outcome("lost", reason=f"worker ended by {signal.Signals(-code).name}", cause="died")
+    return Outcome("lost", reason=f"worker ended with exit code {code}", cause="died")
 
 
 def dismiss(worker: Worker) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tuner.engines import _cluster
 from tuner.engines._cluster import Node
-from tuner.engines._crew import STRIKES, Crew, Work, Worker
+from tuner.engines._crew import STRIKES, Crew, Work, Worker, gone
 from tuner.engines._errands import Errands
 from tuner.errors import TunerError
 from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport, Outcome
@@ -70,7 +70,7 @@ class Fleet:
         try:
             while go_on():
                 for worker in self.crew.look():
-                    self.lose(worker, f"node {worker.node.name} is gone")
+                    self.lose(worker, gone(worker.node))
                 if another() and self.held is not None and self.held.job.everywhere:
                     self.checks.append(Check(replace(self.held, check=True)))
                     self.held = None
@@ -96,7 +96,7 @@ class Fleet:
             self.abandon()
             raise
         for work in self.abandon():
-            work.ended(work.job, Outcome("lost", reason="interrupted"))
+            work.ended(work.job, Outcome("lost", reason="interrupted", cause="interrupted"))
 
     def busy(self) -> int:
         return sum(w.work is not None and not w.work.check for w in self.crew.workers)
@@ -169,7 +169,7 @@ class Fleet:
                     ),
                 )
             except self.ray.exceptions.RayError as error:
-                self.lose(worker, self.crew.cause(worker, error))
+                self.lose(worker, self.crew.death(worker, error))
 
     def hear(self, worker: Worker) -> None:
         if worker not in self.crew.workers:  # given up a moment ago
@@ -189,7 +189,7 @@ class Fleet:
         except errors.RayError as error:
             if not greeted:
                 self.crew.unborn(worker, error)
-            self.lose(worker, self.crew.cause(worker, error))
+            self.lose(worker, self.crew.death(worker, error))
         else:
             if greeted:
                 self.take(worker, *message)
@@ -219,11 +219,11 @@ class Fleet:
         if work is not None:
             work.ended(work.job, outcome)
 
-    def lose(self, worker: Worker, reason: str) -> None:
+    def lose(self, worker: Worker, outcome: Outcome) -> None:
         if worker in self.crew.workers:
             self.crew.workers.remove(worker)
         self.ray.kill(worker.actor)  # if it lives after all, it must not go on
-        self.finish(worker, Outcome("lost", reason=reason))
+        self.finish(worker, outcome)
 
     # -- checks
 
