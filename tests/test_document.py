@@ -45,6 +45,8 @@ def refusal(text: str) -> str:
         ("-.inf", float("-inf")),
         ("9" * 300, int("9" * 300)),
         ("9" * 301, "9" * 301),
+        ("\N{ARABIC-INDIC DIGIT THREE}", "\N{ARABIC-INDIC DIGIT THREE}"),  # no number in YAML
+        ("1.\N{DEVANAGARI DIGIT FIVE}", "1.\N{DEVANAGARI DIGIT FIVE}"),
     ],
 )
 def test_plain_words_mean_what_they_say(written: str, meant: object) -> None:
@@ -94,6 +96,20 @@ def test_a_message_stays_on_one_line_whatever_the_key_holds() -> None:
         ("a: 1\n---\nb: 2\n", "f.yaml:2: only one document per file"),
         ("? [a]\n: 1\n", "f.yaml:1: a key must be a word"),
         ("a: 1\nb: [\n", "f.yaml:3: not valid YAML: "),
+        (
+            "a:\n    b: 1\nc:  # why\n\n# as above\n\td: 1\n",
+            "f.yaml:6: not valid YAML: a tab before 'd: 1'; lines are indented by spaces: write 4 spaces instead",
+        ),
+        (
+            "a:\n  b: 1\n  \tc: 1\n",
+            "f.yaml:3: not valid YAML: a tab before 'c: 1'; lines are indented by spaces: write 2 spaces instead",
+        ),
+        (
+            "\ta: 1\n",
+            "f.yaml:1: not valid YAML: a tab before 'a: 1'; lines are indented by spaces: write nothing instead",
+        ),
+        ("a:\tb\n", "f.yaml:1: not valid YAML: a tab after 'a:'; write a space instead"),
+        ("a: 1\n\t\n", "f.yaml:2: not valid YAML: a tab on an empty line; remove it"),
         ("a: 1\nb: \x07\n", "f.yaml:2: not valid YAML: the character U+0007 is not allowed"),
         ('a: 1\nb: "\\0"\n', "f.yaml:2: the character U+0000 is not allowed"),
         ('a: "\\ud800"\n', "f.yaml:1: the character U+D800 is not allowed"),

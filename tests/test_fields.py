@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from tuner import fields
-from tuner.run import Engine, ImageOptions, Recipe, Search
+from tuner.run import Engine, ImageOptions, Recipe, Search, seconds
 
 LR, EPOCHS, OPTIMIZER = (Recipe.model_fields[key] for key in ("lr", "epochs", "optimizer"))
 MEAN, NAME, TIMEOUT = (
@@ -51,9 +51,24 @@ def test_only_lossless_conversions() -> None:
         (OPTIMIZER, "adam", "expected sgd or adamw, got the string 'adam'; did you mean 'adamw'?"),
         (OPTIMIZER, 3, "expected sgd or adamw, got 3"),
         (MEAN, [0.1, 0.2], "expected a list of 3 numbers or null, got a list"),
-        (NAME, 2024, "expected text or null, got 2024; put it in quotes"),
-        (TIMEOUT, "0s", "a duration must be above 0, got the string '0s'"),
-        (TIMEOUT, "soon", "write a duration such as 90s, 10m or 1h30m, got the string 'soon'"),
+        (NAME, 2024, "expected text or null, got 2024"),
+        (TIMEOUT, "0s", "a duration must be above 0 and at most 10,000d, got the string '0s'"),
+        (
+            TIMEOUT,
+            "soon",
+            "write a duration such as 90s, 10m, 1h30m, 1.5h or 2d, got the string 'soon'",
+        ),
+        (TIMEOUT, 90, "write a duration such as 90s, 10m, 1h30m, 1.5h or 2d, got 90"),
+        (
+            TIMEOUT,
+            "9" * 400 + "d",
+            f"a duration must be above 0 and at most 10,000d, got the string '{'9' * 57}...'",
+        ),
+        (
+            Engine.model_fields["device"],
+            "cuda:\N{ARABIC-INDIC DIGIT ONE}",
+            "expected auto, cpu, cuda, cuda:N or mps, got the string 'cuda:\N{ARABIC-INDIC DIGIT ONE}'",
+        ),
         (
             Engine.model_fields["device"],
             "gpu",
@@ -100,3 +115,11 @@ def test_what_a_field_can_be_searched_as() -> None:
 )
 def test_alternatives(words: list[str], says: str) -> None:
     assert fields.alternatives(words) == says
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("90s", 90), ("1h30m", 5_400), ("1.5h", 5_400), ("2d", 172_800), ("1d0.5m", 86_430)],
+)
+def test_a_duration_has_days_and_fractions(text: str, meant: float) -> None:
+    assert fields.fit(TIMEOUT, text) == text and seconds(text) == meant

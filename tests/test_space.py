@@ -201,6 +201,17 @@ def test_an_override_is_read_like_the_file() -> None:
     assert (run.model.name, run.model.options) == ("resnet18_slim", {"weights": "none"})
 
 
+@pytest.mark.parametrize("name", ["my study #1", "#1", "90", "a: b"])
+def test_the_quotes_that_messages_speak_of_reach_the_value(name: str) -> None:
+    """As bash passes them on: search.name='"90"' arrives with the double quotes."""
+    written = name if "#" in name else f'"{name}"'
+    assert space("", f"search.name={written}").settings.search.name == name
+    assert space(f'search: {{name: "{name}"}}').settings.search.name == name
+    assert problems("search: {name: 90}") == [
+        "space.yaml:4: search.name: expected text or null, got 90; put it in quotes"
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -221,6 +232,27 @@ def test_an_override_is_read_like_the_file() -> None:
         ("recipe.lr", "command line: 'recipe.lr': expected key=value, such as recipe.lr=0.01"),
         ("=1", "command line: '=1': expected key=value, such as recipe.lr=0.01"),
         ("recipe.lr=[1", "command line: recipe.lr: not valid YAML: "),
+        (
+            "data.path=a: b",
+            "command line: data.path: not valid YAML: mapping values are not allowed here; "
+            "text goes in quotes, inside the shell's own: KEY='\"some text\"'",
+        ),
+        (
+            "recipe.lr=1 # low",
+            "command line: recipe.lr: expected a number, got the string '1 # low'",
+        ),
+        (
+            "recipe.lr=[1] # low",
+            "command line: recipe.lr: a value holds no comment (#); text goes in",
+        ),
+        (
+            "search.name=90",
+            "command line: search.name: expected text or null, got 90; for text write search.name='\"90\"'",
+        ),
+        (
+            "model.name=[resnet18, 3]",
+            "command line: model.name.1: expected text, got 3; for text write model.name='[…, \"3\", …]'",
+        ),
         (
             "recipe.lr=1\nseed: 3",
             "command line: recipe.lr: expected one value; a mapping goes as {key: value, …}",

@@ -83,7 +83,7 @@ def admit(draft: Draft, place: KeyPath, target: KeyPath, value: Any) -> Any:
     try:
         fitted = fields.fit(draft.fields[target], value)
     except fields.Unfit as error:
-        draft.wrong(place, str(error))
+        draft.unfit(place, error)
         return value
     name, leaf = ".".join(target), draft.leaves.get(target)
     if target not in draft.values:

@@ -17,10 +17,13 @@ from tuner.errors import SpaceError
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 200_000, 50, 20_000
 MAX_DIGITS = 300  # what a float can still hold
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
-NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+NUMBER = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+QUOTING = "text goes in quotes, inside the shell's own: KEY='\"some text\"'"
+OPENS = (":", "|", ">", "[", "{", ",")  # how a line ends whose next one is indented further
 UNSPEAKABLE = re.compile(r"[\x00\ud800-\udfff]")  # no file name, database or terminal takes these
+COMMAND_LINE = "command line"  # the place of a key that an override sets
 KeyPath = tuple[str | int, ...]
 
 
@@ -80,9 +83,8 @@ def parse(text: str, file: str) -> Document:
         tree = _Reader(document).document(yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise SpaceError(
-            f"{file}:{line}: not valid YAML: {error.problem or error.context}"
-        ) from None
+        problem = _tab(text, error.problem_mark) or error.problem or error.context
+        raise SpaceError(f"{file}:{line}: not valid YAML: {problem}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, int(error.position)) + 1
         raise SpaceError(
@@ -103,16 +105,57 @@ def parse(text: str, file: str) -> Document:
 
 
 def value(text: str) -> Any:
-    """What stands after the `=` of an override. Raises SpaceError, without a place."""
+    """What stands after the `=` of an override. Raises SpaceError, without a place.
+
+    A plain word is taken whole: `#` begins no comment on a command line.
+    """
     try:
-        found = parse(f"value: {text}", "")
+        document = parse(f"value: {text}", "")
+        if _has_comment(f"value: {text}"):
+            if text.lstrip()[0] in "[{'\"":
+                raise SpaceError(f":1: a value holds no comment (#); {QUOTING}")
+            return text
     except SpaceError as error:
-        raise SpaceError(*(problem.partition(": ")[2] for problem in error.problems)) from None
-    if set(found.tree) != {"value"}:
+        problems = [problem.partition(": ")[2] for problem in error.problems]
+        raise SpaceError(
+            *(f"{p}; {QUOTING}" if p.startswith("not valid YAML") else p for p in problems)
+        ) from None
+    if set(document.tree) != {"value"}:
         raise SpaceError("expected one value; a mapping goes as {key: value, …}")
-    if found.problems:
-        raise SpaceError(*(problem.partition(": value.")[2] for problem in found.problems))
-    return found.tree["value"]
+    if document.problems:
+        raise SpaceError(*(problem.partition(": value.")[2] for problem in document.problems))
+    return document.tree["value"]
+
+
+def _has_comment(text: str) -> bool:
+    """Whether YAML leaves a part of this text out. The text is valid YAML."""
+    outside = list(text)
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.ScalarEvent):
+            start, end = (mark.index if mark else 0 for mark in (event.start_mark, event.end_mark))
+            outside[start:end] = " " * (end - start)
+    return "#" in outside
+
+
+def _tab(text: str, mark: yaml.Mark | None) -> str:
+    """What is wrong with the tab at this place, and what goes there instead; '' where there is none."""
+    if mark is None or text[mark.index : mark.index + 1] != "\t":
+        return ""
+    lines = text.splitlines()
+    before, line = lines[: mark.line], lines[mark.line]
+    if line[: mark.column].strip():
+        return f"a tab after {line[: mark.column].strip()!r}; write a space instead"
+    if not line.strip():
+        return "a tab on an empty line; remove it"
+    indents = [len(other) - len(other.lstrip()) for other in before]
+    step = next((indent for indent in indents if indent), 2)
+    written = [i for i, other in enumerate(before) if other.partition("#")[0].strip()]
+    spaces = 0
+    if written:
+        opens = before[written[-1]].partition("#")[0].rstrip().endswith(OPENS)
+        spaces = indents[written[-1]] + step * opens
+    what = f"{spaces} spaces" if spaces else "nothing"
+    return f"a tab before {line.strip()[:40]!r}; lines are indented by spaces: write {what} instead"
 
 
 def scalar(text: str) -> Any:
@@ -121,7 +164,7 @@ def scalar(text: str) -> Any:
         return WORDS[text]
     if INTEGER.fullmatch(text):
         return int(text.replace("_", "")) if len(text) <= MAX_DIGITS else text
-    if NUMBER.fullmatch(text) and not re.match(r"[-+]?0\d", text):
+    if NUMBER.fullmatch(text) and not re.match(r"[-+]?0[0-9]", text):
         return float(text.replace("_", ""))
     if SPECIAL.fullmatch(text):
         return float(text.lower().replace(".", ""))

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from tuner import fields
-from tuner.document import Document
+from tuner.document import COMMAND_LINE, Document, dotted
+from tuner.fields import Unfit
 from tuner.space import Choice, KeyPath, Range
 
 
@@ -25,13 +26,24 @@ class Draft:
     def wrong(self, path: Sequence[str | int], what: str) -> None:
         self.problems.append(self.doc.problem(path, what))
 
+    def unfit(self, path: Sequence[str | int], error: Unfit) -> None:
+        """A value that its field does not take, with how to write it as text where that helps."""
+        hint = ""
+        if error.text is not None and self.doc.where(path) == COMMAND_LINE:
+            key = [part for part in path if isinstance(part, str)]
+            quoted = f'"{error.text}"' if len(key) == len(path) else f'[…, "{error.text}", …]'
+            hint = f"; for text write {dotted(key)}='{quoted}'"  # a shell removes the outer quotes
+        elif error.text is not None:
+            hint = "; put it in quotes"
+        self.wrong(path, f"{error}{hint}")
+
     def fix(self, path: KeyPath, field: FieldInfo, value: Any) -> None:
         """The key has this one value, if its field takes it."""
         self.fields[path] = field
         try:
             self.values[path] = fields.fit(field, value)
-        except fields.Unfit as error:
-            self.wrong(path, str(error))
+        except Unfit as error:
+            self.unfit(path, error)
 
     def search(self, path: KeyPath, field: FieldInfo, leaf: Range | Choice) -> None:
         """The key is searched; its default is the field's, brought into the leaf."""

@@ -29,7 +29,14 @@ _SPOKEN = {
 
 
 class Unfit(Exception):
-    """A value that the field does not take; the message says what it takes."""
+    """A value that the field does not take; the message says what it takes.
+
+    `text`: the value as text, where the field would take that.
+    """
+
+    def __init__(self, sentence: str, text: str | None = None) -> None:
+        super().__init__(sentence)
+        self.text = text
 
 
 def fit(field: FieldInfo, value: Any) -> Any:
@@ -41,7 +48,7 @@ def fit(field: FieldInfo, value: Any) -> Any:
     try:
         return _adapter(field).validate_python(value)
     except ValidationError as error:
-        raise Unfit(_sentence(field, value, error)) from None
+        raise _unfit(field, value, error) from None
 
 
 def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
@@ -49,6 +56,17 @@ def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
     if field.metadata:
         annotation = Annotated[(annotation, *field.metadata)]
     return TypeAdapter(annotation, config=_STRICT)
+
+
+def _unfit(field: FieldInfo, value: Any, error: ValidationError) -> Unfit:
+    text = None
+    if isinstance(value, (bool, int, float)) and str in kinds(field.annotation):
+        text = written(value)
+        try:
+            _adapter(field).validate_python(text)
+        except ValidationError as of_text:  # quotes alone do not help; this says what does
+            text, error = None, of_text
+    return Unfit(_sentence(field, value, error), text)
 
 
 def _sentence(field: FieldInfo, value: Any, error: ValidationError) -> str:
@@ -65,8 +83,6 @@ def _sentence(field: FieldInfo, value: Any, error: ValidationError) -> str:
         return f"expected {field.description}, got {given}"
     words = [option for option in choices(field) if isinstance(option, str)]
     hint = nearest(value, words) if isinstance(value, str) else ""
-    if isinstance(value, (bool, int, float)) and str in kinds(field.annotation):
-        hint = "; put it in quotes"
     return f"expected {expected(field)}, got {given}{hint}"
 
 

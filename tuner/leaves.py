@@ -122,7 +122,7 @@ def choice(
         try:
             fitted = fields.fit(field, option)
         except fields.Unfit as error:
-            draft.wrong((*path, i), str(error))
+            draft.unfit((*path, i), error)
             continue
         if fitted in options:
             draft.wrong(
@@ -175,7 +175,7 @@ def bound(
     try:
         found: float = fields.fit(field, value)
     except fields.Unfit as error:
-        draft.wrong((*path, key), str(error))
+        draft.unfit((*path, key), error)
         return None
     return found
 

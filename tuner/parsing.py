@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from tuner import conditions, document, fields, leaves, plugins
-from tuner.document import Document, dotted, kind
+from tuner.document import COMMAND_LINE, Document, dotted, kind
 from tuner.draft import Draft
 from tuner.errors import SpaceError, suggest
 from tuner.run import Recipe, Search, Section
@@ -18,7 +18,6 @@ from tuner.space import MAX_MEMBERS, Dimension, Space
 
 PARTS = ("task", "data", "model")
 SECTIONS = (*PARTS, "recipe", "seed", "search", "engine", "storage", "export")
-COMMAND_LINE = "command line"
 
 
 class Top(Section):

@@ -113,18 +113,22 @@ class ImageOptions(SplitOptions):
     )
 
 
-DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}  # in seconds
+DURATION = re.compile("".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in UNITS))
+LONGEST = 10_000  # days
 
 
 def seconds(text: str) -> float:
-    """'90s', '10m', '1h30m' in seconds; ValueError on anything else."""
+    """'90s', '10m', '1h30m', '1.5h', '2d' in seconds; ValueError on anything else."""
     match = DURATION.fullmatch(text)
     if not text or match is None:
-        raise ValueError("write a duration such as 90s, 10m or 1h30m")
-    hours, minutes, rest = (int(part or 0) for part in match.groups())
-    if hours + minutes + rest == 0:
-        raise ValueError("a duration must be above 0")
-    return hours * 3600.0 + minutes * 60.0 + rest
+        raise ValueError("write a duration such as 90s, 10m, 1h30m, 1.5h or 2d")
+    total = sum(
+        float(part or 0) * size for part, size in zip(match.groups(), UNITS.values(), strict=True)
+    )
+    if not 0 < total <= LONGEST * UNITS["d"]:
+        raise ValueError(f"a duration must be above 0 and at most {LONGEST:,}d")
+    return total
 
 
 def _duration(text: str | None) -> str | None:
@@ -149,7 +153,7 @@ class Search(Section):
 
     trials: int = Field(20, ge=1, le=1_000_000, description="the budget: trials that ended")
     timeout: Annotated[str | None, AfterValidator(_duration)] = Field(
-        None, description="ask no more this long after the command began: 90s, 10m, 1h30m"
+        None, description="ask no more this long after the command began: 90s, 10m, 1h30m, 1.5h, 2d"
     )
     sampler: Literal["tpe", "random", "grid"] = Field(
         "tpe", description="how parameters are proposed"
@@ -194,7 +198,7 @@ def _gpus(value: int | list[int] | None) -> int | list[int] | None:
     return value
 
 
-ADDRESS = re.compile(r"auto|local|[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+ADDRESS = re.compile(r"auto|local|[^\s:/]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}")
 
 
 def _address(text: str) -> str:
@@ -236,7 +240,7 @@ class Engine(Section):
     )
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$",
         description="auto, cpu, cuda, cuda:N or mps",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(

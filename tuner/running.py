@@ -10,13 +10,13 @@ import optuna
 
 from tuner import history, leases, manifest, server, storage, urls
 from tuner.artifacts import Artifacts
+from tuner.document import COMMAND_LINE
 from tuner.errors import StorageError
 from tuner.files import require_space, sweep
 from tuner.jobs import AS_MANY
 from tuner.keeping import FOLDER, Keeping
 from tuner.manifest import Published
 from tuner.orders import Facts
-from tuner.parsing import COMMAND_LINE
 from tuner.report import Console
 from tuner.run import Run
 from tuner.samplers import PRUNERS
