@@ -319,7 +319,45 @@ def test_29_the_server_goes_away_when_a_study_was_just_made(url: str) -> None:
     assert len(draws(url, "t", 2)) == 2
 
 
+@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+def test_trials_that_were_enqueued_begin_now_in_every_time_zone(
+    zone: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        with searching.sharing(url, Path(), 3) as c:
+            drive(c)
+        durations = [t.duration for t in trials(url, "t")[0]]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert len(durations) == 3
+    assert all(d is not None and 0 <= d.total_seconds() < 60 for d in durations), durations
+
+
 # -- several coordinators
+
+
+def test_a_trial_that_ends_while_another_coordinator_takes_it_over_counts_once(
+    url: str, calm: dict[int, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with searching.sharing(url, Path(), 3) as first, searching.sharing(url, Path(), 3) as second:
+        job = first.next_job()
+        assert job is not None
+
+        def end(point: str) -> None:
+            if point == "search.requeued":
+                first.ended(job, searching.carry_out(first, job, 0.0))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tuner.ledger.crash", end)
+            patch.setattr(second.leases, "others", list)  # the first one's lease has expired
+            drive(second)
+        drive(first)
+        assert (first.closed, second.closed) == (3, 3)
+    assert draws(url, "t", 3) == {n: calm[n] for n in range(3)}
+    assert sum(t.state.name == "FAIL" for t in trials(url, "t")[0]) == 1
 
 
 def test_two_coordinators_share_a_study_draw_for_draw(

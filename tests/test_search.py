@@ -15,6 +15,7 @@ from tuner.jobs import Job, Outcome
 from tuner.orders import Epoch, Result
 from tuner.samplers import PRUNERS, mix
 from tuner.search import Coordinator
+from tuner.space import Space
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -199,27 +200,72 @@ def test_a_twin_of_a_running_trial_waits_for_its_result() -> None:
     assert states(c) == ["COMPLETE"] * 3 and c.closed == 3
 
 
+def gridded() -> Space:
+    """2 learning rates x (2 momenta under sgd + adamw) = 6 points; the default (lr 0.001) is clipped into the grid."""
+    words = [
+        "recipe.lr=[0.01, 0.1]",
+        "recipe.momentum.low=0.8",
+        "recipe.momentum.high=0.9",
+        "recipe.momentum.step=0.1",
+        "recipe.epochs=1",
+        "recipe.freeze_depth=0",
+        "search.sampler=grid",
+        "search.trials=100",
+    ]
+    return parsing.parse(parsing.override(document.parse(SMALL, "x"), words))
+
+
 def test_grid_asks_each_combination_once_and_then_ends() -> None:
-    s = parsing.parse(
-        parsing.override(
-            document.parse(SMALL, "x"),
-            [
-                "recipe.lr=[0.01, 0.1]",
-                "recipe.momentum.low=0.8",
-                "recipe.momentum.high=0.9",
-                "recipe.momentum.step=0.1",
-                "recipe.epochs=1",
-                "recipe.freeze_depth=0",
-                "search.sampler=grid",
-                "search.trials=100",
-            ],
-        )
-    )
-    c = coordinator(s)
+    c = coordinator(gridded())
     drive(c)
     keys = [history.key_of(t.params) for t in c.study.trials]
-    # the default (lr 0.001) is clipped into the grid; 2 lr x (2 momenta under sgd + adamw) = 6
     assert len(keys) == len(set(keys)) == 6
+
+
+def test_a_grid_point_that_was_asked_for_and_is_not_drawn_yet_is_not_asked_for_again() -> None:
+    """As by another coordinator, which draws the parameters outside of the lock."""
+    c = coordinator(gridded())
+    asked = [c.asker.ask(draw) for draw in range(7)]
+    points = {history.key_of(history.asked(t)) for t in c.study.get_trials(deepcopy=False)}
+    assert asked.index(None) == 6 and len(points) == 6
+
+
+def test_a_retry_of_a_trial_that_ended_at_that_moment_is_withdrawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    first = coordinator(space(trials=2), storage)
+    job = first.next_job()
+    assert job is not None
+
+    def end(point: str) -> None:
+        if point == "search.requeued":  # the retry waits, the end of the trial is not told
+            first.ended(job, train(first, job))
+
+    monkeypatch.setattr("tuner.ledger.crash", end)
+    second = coordinator(space(trials=2), storage)
+    assert states(second) == ["COMPLETE", "FAIL"] and second.closed == 1
+    monkeypatch.undo()
+    drive(second)
+    assert states(second) == ["COMPLETE", "FAIL", "COMPLETE"] and second.closed == 2
+    assert second.study.trials[1].user_attrs[history.REASON].startswith("withdrawn")
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_retry_whose_first_attempt_lives_after_all_is_withdrawn(ended: bool) -> None:
+    """As after a coordinator that was killed between the retry and the end of the trial it took over."""
+    c = coordinator(space(trials=3))
+    job = c.next_job()
+    assert job is not None
+    c.study.enqueue_trial(c.live[0].trial.params, {history.ROOT: 0})
+    if ended:
+        c.ended(job, train(c, job))
+    c.ledger.read(c.held())
+    assert states(c) == ["COMPLETE" if ended else "RUNNING", "FAIL"]
+    if not ended:
+        c.ended(job, train(c, job))
+    drive(c)
+    assert c.closed == 3 and states(c).count("COMPLETE") == 3
 
 
 def test_the_median_pruner_stops_a_bad_trial_which_ends_pruned() -> None:

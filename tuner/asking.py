@@ -4,6 +4,7 @@ from typing import Any
 
 from optuna.trial import Trial
 
+from tuner import history
 from tuner.history import DEFAULT, ROOT, key_of
 from tuner.samplers import SAMPLERS, mix
 from tuner.space import Dimension, Space
@@ -69,7 +70,7 @@ class Asker:
         """A trial of the study; one that waits goes before draw number `draw`. None: the grid is exhausted."""
         waiting = self.study.next_waiting()
         if not waiting and self.search.sampler == "grid":
-            asked = {key_of(t.params) for t in self.study.get_trials(deepcopy=False)}
+            asked = {key_of(history.asked(t)) for t in self.study.get_trials(deepcopy=False)}
             point = next((p for p in self.space.grid() if key_of(p) not in asked), None)
             if point is None:
                 return None

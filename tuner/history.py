@@ -27,6 +27,11 @@ def key_of(params: Mapping[str, Any]) -> str:
     return json.dumps(sorted(params.items()))
 
 
+def asked(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial's parameters, with those that it was enqueued with and has not drawn yet."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+
+
 def completed(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner import history
@@ -33,33 +34,24 @@ class Ledger:
         trials = self.study.get_trials(deepcopy=False)
         if not trials:
             self.asker.begin()
+        orphans = self.leases.orphans(_running(trials, held))
+        if orphans:
+            draws = history.roots(self.study)
+            for t in orphans:
+                root, reason = draws[t.number], self.leases.orphaned
+                self.requeue(t.number, history.asked(t), root, t.user_attrs, reason, count=False)
+            trials = self.study.get_trials(deepcopy=False)
+        self.withdraw(trials)
         self.roots = sum(ROOT not in t.user_attrs and t.state != TrialState.WAITING for t in trials)
-        running = [t for t in trials if t.state == TrialState.RUNNING and t.number not in held]
-        orphans = {t.number for t in self.leases.orphans(running)}
-        draws = history.roots(self.study) if orphans else {}
-        for t in running:
-            if t.number in orphans:
-                params = {
-                    **t.system_attrs.get("fixed_params", {}),
-                    **t.params,
-                }  # enqueued, but perhaps not drawn yet
-                self.requeue(
-                    t.number,
-                    params,
-                    draws[t.number],
-                    t.user_attrs,
-                    self.leases.orphaned,
-                    count=False,
-                )
-        self.study.elsewhere = [t for t in running if t.number not in orphans]
+        self.study.elsewhere = _running(trials, held)
         self.elsewhere = len(self.study.elsewhere)
         for t in trials:
             if t.number not in self.counted and t.state.is_finished():
                 self.close(t)
 
     def close(self, t: FrozenTrial) -> None:
-        """Enters a trial that has ended; an attempt that is made again does not count."""
-        if t.state in ENDED or (t.state == TrialState.FAIL and t.user_attrs.get(FINAL)):
+        """Enters a trial that has ended."""
+        if _counts(t):
             self.counted.add(t.number)
             self.study.keep(t)
         if t.state in ENDED:
@@ -103,7 +95,21 @@ class Ledger:
         if not waiting:
             self.study.enqueue_trial(params, user_attrs=marks)
         crash("search.requeued")
-        self.fail(number, reason)
+        try:
+            self.fail(number, reason)
+        except UpdateFinishedTrialError:  # who runs the trial ended it at this very moment
+            self.withdraw(self.study.get_trials(deepcopy=False))
+
+    def withdraw(self, trials: list[FrozenTrial]) -> None:
+        """Fails each retry that waits although its draw runs or counts, so that no draw counts twice."""
+        waiting = [t for t in trials if t.state == TrialState.WAITING and ROOT in t.user_attrs]
+        if not waiting:
+            return
+        draws = history.roots(self.study)
+        settled = {draws[t.number] for t in trials if t.state == TrialState.RUNNING or _counts(t)}
+        for t in waiting:
+            if t.user_attrs[ROOT] in settled and self.study.take(t):
+                self.fail(t.number, "withdrawn: an earlier attempt of this trial goes on or ended")
 
     def fail(self, number: int, reason: str) -> None:
         storage, trial_id = (
@@ -115,3 +121,13 @@ class Ledger:
         storage.set_trial_user_attr(trial_id, REASON, reason)
         crash("search.failing")
         self.study.tell(number, state=TrialState.FAIL)
+
+
+def _running(trials: list[FrozenTrial], held: set[int]) -> list[FrozenTrial]:
+    """The trials that run and are not ours."""
+    return [t for t in trials if t.state == TrialState.RUNNING and t.number not in held]
+
+
+def _counts(t: FrozenTrial) -> bool:
+    """Whether a trial counts against the budget: an attempt that is made again does not."""
+    return t.state in ENDED or (t.state == TrialState.FAIL and bool(t.user_attrs.get(FINAL)))

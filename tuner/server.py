@@ -4,7 +4,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import sqlalchemy
@@ -215,7 +215,8 @@ class Server:
 
     def _take(self, trial_id: int) -> bool:
         """From waiting to running, with its owner, in one transaction."""
-        trials, now = models.TrialModel, datetime.now()  # this machine's clock, as Optuna has it
+        # Optuna's columns are in UTC, by the clock of this machine
+        trials, now = models.TrialModel, datetime.now(UTC).replace(tzinfo=None)
         attribute = {"trial_id": trial_id, "key": OWNER, "value_json": f'"{self.owner}"'}
         waits = sqlalchemy.update(trials).where(
             trials.trial_id == trial_id, trials.state == TrialState.WAITING

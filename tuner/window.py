@@ -68,6 +68,10 @@ class WindowedStudy(optuna.Study):
         )
         return self.waiting[0] if self.waiting else None
 
+    def take(self, trial: FrozenTrial) -> bool:
+        """Has an enqueued trial run; False: it is not waiting any more."""
+        return self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+
     def enqueue_trial(
         self,
         params: dict[str, Any],
