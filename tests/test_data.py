@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,10 +28,12 @@ WANTED = Preprocess(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
 def paint(root: Path, tree: Mapping[str, int]) -> Path:
     """Folder -> how many images in it, each of its own shade."""
+    shade = 0
     for place, n in tree.items():
         (root / place).mkdir(parents=True)
         for i in range(n):
-            Image.new("L", (16, 16), (i * 40 + len(place)) % 256).save(root / place / f"{i}.png")
+            shade += 1
+            Image.new("L", (16, 16), shade).save(root / place / f"{i}.png")
     return root
 
 
@@ -113,7 +116,7 @@ def test_links_out_of_the_folder_are_followed(tmp_path: Path) -> None:
     data = load(root)
     assert data.classes == ("bird", "cat", "dog")
     assert sum(sizes(data)[:3]) == 3 + 3 + 4 + 5 + 1
-    assert data.warnings == ()
+    assert not any("links to itself" in warning for warning in data.warnings)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,26 @@ def test_links_that_fork_at_every_level_are_read_once(tmp_path: Path) -> None:
     paint(tmp_path / "level20", {"end": 1})
     (root / "cat" / "maze").symlink_to(tmp_path / "level0")
     assert sum(sizes(load(root))[:3]) == 7
+
+
+def test_the_same_picture_in_two_parts_and_under_two_classes_is_named(tmp_path: Path) -> None:
+    tree = {"train/cat": 4, "train/dog": 4, "valid/cat": 2, "valid/dog": 2}
+    root = paint(tmp_path / "photos", {**tree, "test/cat": 2, "test/dog": 2})
+    assert load(root).warnings == ()
+    shutil.copy(root / "train/cat/0.png", root / "test/cat/again.png")
+    Image.open(root / "train/cat/1.png").save(
+        root / "train/dog/9.png", optimize=True
+    )  # not the same file
+    shutil.copy(root / "train/dog/3.png", root / "train/dog/again.png")  # no harm
+    assert load(root).warnings == (
+        f"data: 1 image lies in two classes with the same content, so that one of the two labels is wrong: "
+        f"{root}/train/cat/1.png ('cat') and {root}/train/dog/9.png ('dog')",
+        f"data: 1 image lies in two parts with the same content, so that scores may be too good: "
+        f"{root}/train/cat/0.png (training) and {root}/test/cat/again.png (test)",
+    )
+    shutil.copy(root / "train/cat/1.png", root / "valid/dog/again.png")
+    (classes, parts) = load(root, limit=12).warnings  # from the cache, and as the limit leaves them
+    assert classes.startswith("data: 2 images lie") and parts.startswith("data: 2 images lie")
 
 
 def test_a_broken_link_is_an_unreadable_image(tmp_path: Path) -> None:

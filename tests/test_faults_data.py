@@ -32,9 +32,8 @@ export: [safetensors]
 def paint(folder: Path, n: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        Image.new("RGB", (16, 16), (i * 20 % 256, len(folder.name) * 30 % 256, 0)).save(
-            folder / f"{i}.png"
-        )
+        shade = (i, sum(map(ord, folder.name)) % 256, 0)  # no two pictures alike
+        Image.new("RGB", (16, 16), shade).save(folder / f"{i}.png")
 
 
 def classes(*counts: int, root: str = "photos") -> Write:
@@ -253,7 +252,7 @@ def test_16_a_last_batch_of_one_is_trained(tuner: Tuner, tmp_path: Path) -> None
 def odd_modes(here: Path) -> None:
     classes(4, 4)(here)
     for i, mode in enumerate(("CMYK", "I;16", "RGBA", "LA", "P", "1", "L")):
-        Image.new(mode, (16, 16)).save(
+        Image.new("L", (16, 16), 30 * i + 30).convert(mode).save(
             here / "photos/a" / f"odd{i}.{'jpg' if mode == 'CMYK' else 'png'}"
         )
 

@@ -14,7 +14,6 @@ from tests.masked import INKS, SPACE, drawn, painted, scenes
 from tuner.core import Data
 from tuner.data.masks import load
 from tuner.data.voc import load as load_voc
-from tuner.duplicates import shared_between_parts
 from tuner.errors import DataError, SpaceError
 from tuner.masks import of_voc
 from tuner.planes import plane
@@ -311,22 +310,3 @@ def test_vocs_lists_name_what_is_missing(tmp_path: Path) -> None:
     root = voc(tmp_path / "v", {"train": [0, 1, 77], "val": [5]})
     with pytest.raises(DataError, match=r"train.txt: 077 has no image in JPEGImages"):
         of_voc(tmp_path / "home", root, CANVAS, ImageOptions())
-
-
-# -- duplicates
-
-
-def test_equal_pictures_in_two_parts_are_told(tmp_path: Path) -> None:
-    paths = [tmp_path / name for name in "abcde"]
-    for path, content in zip(paths, ("one", "two", "one", "six", "two"), strict=True):
-        path.write_text(content)
-    part = np.array([0, 0, 1, 2, 0])
-    assert shared_between_parts(paths, part) == [
-        f"data: 1 image lies in two parts with the same content, so that scores may be too good: {paths[0]} (training) and {paths[2]} (validation)"
-    ]
-    assert shared_between_parts(paths, np.zeros(5, np.int64)) == []
-    arrays = [np.zeros((4, 4), np.uint8), np.ones((4, 4), np.uint8), np.zeros((4, 4), np.uint8)]
-    assert (
-        "number 0 (training) and number 2 (test)"
-        in shared_between_parts(arrays, np.array([0, 1, 2]))[0]
-    )

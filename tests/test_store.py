@@ -61,6 +61,17 @@ def test_the_second_time_nothing_is_decoded(
     assert second.digest == first.digest
 
 
+def test_rows_of_equal_pixels_are_known_the_first_time_and_later(
+    tmp_path: Path, files: Callable[[str, int], list[Path]]
+) -> None:
+    a, b, c = files("a", 3)
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"")
+    for _ in range(2):
+        made = store(tmp_path, [a, b, bad, a, c, b, *[c] * 94], SMALL, "skip")
+        assert made.same[:3].tolist() == [[2, 0], [4, 1], [5, 3]]  # rows of what could be read
+
+
 def test_a_changed_file_and_another_size_are_decoded_anew(
     tmp_path: Path, files: Callable[[str, int], list[Path]], decoded: list[Picture]
 ) -> None:

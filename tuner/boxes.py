@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from tuner.core import Data
-from tuner.duplicates import shared_between_parts
 from tuner.errors import DataError
 from tuner.geometry import placed
 from tuner.images import assembled
@@ -65,7 +64,6 @@ def detection(
 
     def truth(store: Store, items: Items, preprocess: Preprocess) -> Boxes:
         kept = [by_picture[picture] for picture in items.pictures]
-        found.extend(shared_between_parts(items.pictures, items.part))
         return on_canvas(kept, store.sizes, preprocess, found)
 
     data = assembled(home, _items(annotated), options, wanted, tuple(classes), truth)

@@ -1,7 +1,5 @@
-"""The same picture in two parts of a data set: what was trained with would be tested with."""
+"""Equal pictures where there should be none: in two parts of a data set, or in two of its classes."""
 
-import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,54 +12,41 @@ from tuner.splits import PARTS
 LISTED = 5  # pairs that a message names
 
 
-def shared_between_parts(pictures: Sequence[Picture], part: NDArray[np.int64]) -> list[str]:
-    """A warning where pictures of equal content lie in different parts; none where there are none.
+def shared_between_parts(
+    pictures: Sequence[Picture], part: NDArray[np.int64], same: NDArray[np.int64]
+) -> list[str]:
+    """A warning where equal pictures lie in different parts, so that what trains also tests; none where there are none.
 
-    Only files of equal size are read. A file that cannot be read equals no other.
+    `same`: pairs of rows, as `Store.same` has them.
     """
-    alike: dict[int, list[int]] = defaultdict(list)
-    for i, picture in enumerate(pictures):
-        alike[_size(picture)].append(i)
-    first: dict[bytes, int] = {}
-    pairs: list[tuple[int, int]] = []
-    for rows in alike.values():
-        if len({int(part[i]) for i in rows}) > 1:
-            for i in rows:
-                other = first.setdefault(_hash(pictures[i], i), i)
-                if part[other] != part[i]:
-                    pairs.append((other, i))
+    parts = [PARTS[int(p)] for p in part]
+    return _warning(pictures, parts, same, "parts", "so that scores may be too good")
+
+
+def shared_between_classes(
+    pictures: Sequence[Picture],
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    same: NDArray[np.int64],
+) -> list[str]:
+    """A warning where equal pictures lie in different classes; none where there are none."""
+    names = [repr(classes[int(label)]) for label in labels]
+    return _warning(pictures, names, same, "classes", "so that one of the two labels is wrong")
+
+
+def _warning(
+    pictures: Sequence[Picture], homes: Sequence[str], same: NDArray[np.int64], what: str, why: str
+) -> list[str]:
+    pairs = [(first, row) for row, first in same.tolist() if homes[row] != homes[first]]
     if not pairs:
         return []
     named = [
-        f"{_name(pictures, i)} ({PARTS[int(part[i])]}) and {_name(pictures, j)} ({PARTS[int(part[j])]})"
-        for i, j in pairs[:LISTED]
+        f"{_name(pictures, first)} ({homes[first]}) and {_name(pictures, row)} ({homes[row]})"
+        for first, row in pairs[:LISTED]
     ]
     more = f", and {len(pairs) - LISTED} more" if len(pairs) > LISTED else ""
     count = f"{len(pairs)} images lie" if len(pairs) > 1 else "1 image lies"
-    return [
-        f"data: {count} in two parts with the same content, so that scores may be too good: {'; '.join(named)}{more}"
-    ]
-
-
-def _size(picture: Picture) -> int:
-    if not isinstance(picture, Path):
-        return picture.nbytes
-    try:
-        return picture.stat().st_size
-    except OSError:
-        return -1
-
-
-def _hash(picture: Picture, row: int) -> bytes:
-    try:
-        content = (
-            picture.read_bytes()
-            if isinstance(picture, Path)
-            else np.ascontiguousarray(picture).data
-        )
-    except OSError:
-        return str(row).encode()
-    return hashlib.sha256(content).digest()
+    return [f"data: {count} in two {what} with the same content, {why}: {'; '.join(named)}{more}"]
 
 
 def _name(pictures: Sequence[Picture], row: int) -> str:

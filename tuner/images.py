@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.core import Batch, Data
+from tuner.duplicates import shared_between_classes, shared_between_parts
 from tuner.entries import Held
 from tuner.errors import DataError, SpaceError
 from tuner.run import ImageOptions
@@ -56,15 +57,13 @@ def dataset(
 ) -> Data:
     """Items with one class each, split, decoded and ready. Raises DataError on too few classes, and as `assembled` does."""
     checked(items)
-    return assembled(
-        home,
-        items,
-        options,
-        wanted,
-        items.strata,
-        lambda _, kept, __: Labels(torch.from_numpy(kept.labels)),
-        warnings,
-    )
+    found = list(warnings)
+
+    def truth(store: Store, kept: Items, _: Preprocess) -> Labels:
+        found.extend(shared_between_classes(kept.pictures, kept.labels, kept.strata, store.same))
+        return Labels(torch.from_numpy(kept.labels))
+
+    return assembled(home, items, options, wanted, items.strata, truth, found)
 
 
 def assembled(
@@ -103,6 +102,7 @@ def assembled(
         source(TEST),
         source(TRAIN, VALID, flip=flip),
     )
+    warnings = (*warnings, *shared_between_parts(items.pictures, items.part, held.same))
     all_of_it = digest(content, str(preprocess), train.digest, valid.digest, test.digest)
     return Data(
         train, valid, test, full, classes, preprocess, all_of_it, (*warnings, *held.warnings)

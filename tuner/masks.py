@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from tuner.core import Data
 from tuner.decoding import SUFFIXES
-from tuner.duplicates import shared_between_parts
 from tuner.errors import DataError, nearest
 from tuner.images import assembled
 from tuner.planes import Plane, flags, inks_of, laid, reading
@@ -78,7 +77,6 @@ def masked(
             for mask, (wide, high) in zip(listed, held.sizes.tolist(), strict=True)
         }
         said.extend(_sizes(kept.pictures, listed, of_images, of_masks))
-        said.extend(shared_between_parts(kept.pictures, kept.part))
         name = f"masks {ids.tobytes().hex()} {list(of_images.values())}"
         stored = store(
             home,

@@ -22,7 +22,7 @@ from tuner.errors import DataError
 from tuner.files import atomic_folder, disk_errors
 from tuner.wanted import Preprocess
 
-FORMAT = 4  # of the stored files; another number is another store
+FORMAT = 5  # of the stored files; another number is another store
 LISTED = 10  # unreadable pictures that a message names
 
 
@@ -30,7 +30,8 @@ LISTED = 10  # unreadable pictures that a message names
 class Store:
     """`pixels`: uint8 (n, channels, size, size), mapped from a file. `kept`: which of the pictures could be read.
 
-    `sizes`: int64 (n, 2), width and height of each as it was, upright.
+    `sizes`: int64 (n, 2), width and height of each as it was, upright. `same`: int64 (k, 2), a row and the first row of
+    equal pixels, for each of the k rows that have such a one before them.
 
     Equal pixels have an equal `digest`, wherever the pictures lie. Whoever uses the pixels keeps `held`, lest they be removed.
     """
@@ -39,6 +40,7 @@ class Store:
     pixels: Tensor
     kept: NDArray[np.int64]
     sizes: NDArray[np.int64]
+    same: NDArray[np.int64]
     digest: str
     warnings: tuple[str, ...]
 
@@ -76,12 +78,13 @@ def store(
         str(folder / "pixels.bin"), shared=False, size=math.prod(meta["shape"]), dtype=torch.uint8
     )
     warnings = _judge(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
-    kept, sizes = (np.array(meta[key], np.int64) for key in ("kept", "sizes"))
+    kept, sizes, same = (np.array(meta[key], np.int64) for key in ("kept", "sizes", "same"))
     return Store(
         held,
         pixels.view(meta["shape"]),
         kept,
         sizes.reshape(-1, 2),
+        same.reshape(-1, 2),
         meta["digest"],
         tuple(warnings),
     )
@@ -129,6 +132,8 @@ def _decode_all(
     kept: list[int] = []
     sizes: list[tuple[int, int]] = []
     bad: list[str] = []
+    same: list[tuple[int, int]] = []
+    rows: dict[bytes, int] = {}  # the first row of each content
     seen = hashlib.sha256()
     with decoding.quietly(), open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(
@@ -144,10 +149,21 @@ def _decode_all(
                     data = np.ascontiguousarray(result).data
                     seen.update(data)
                     file.write(data)
+                    row = len(kept)
+                    first = rows.setdefault(hashlib.blake2b(data, digest_size=16).digest(), row)
+                    if first != row:
+                        same.append((row, first))
                     kept.append(i)
                     sizes.append(decoding.dimensions(pictures[i]))
     shape = [len(kept), reading.channels, preprocess.size, preprocess.size]
-    return {"shape": shape, "kept": kept, "sizes": sizes, "bad": bad, "digest": seen.hexdigest()}
+    return {
+        "shape": shape,
+        "kept": kept,
+        "sizes": sizes,
+        "same": same,
+        "bad": bad,
+        "digest": seen.hexdigest(),
+    }
 
 
 def _judge(bad: Sequence[str], total: int, on_bad_image: str, place: Path) -> list[str]:
