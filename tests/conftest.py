@@ -5,17 +5,18 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from tests import postgres
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # before torch is loaded, as the command line does
+# Before torch is loaded. A thread per core in each of several test processes at once would slow all of them down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -36,6 +37,9 @@ export: [safetensors]
 """
 
 
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
 @contextlib.contextmanager
 def narrow(size: int) -> Iterator[None]:
     """A real limit on the bytes of a file, as a full disk. For moments: pytest's own output may be a file that is larger already."""
@@ -49,6 +53,34 @@ def narrow(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`pytest -n auto`: a process per core, but no more than 4, as each takes up to 2 GB of memory."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    return _refuse_missing(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    return _refuse_missing(report)
+
+
+def _refuse_missing(report: Report) -> Report:
+    """Where TUNER_TESTS_STRICT is set, a test that lacks a program or package fails and is not skipped."""
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+    lacking = "not installed" in reason or "could not import" in reason
+    if os.environ.get("TUNER_TESTS_STRICT") and report.skipped and lacking:
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid}: {reason}; TUNER_TESTS_STRICT is set, so this fails"
+    return report
 
 
 @dataclass(frozen=True)
