@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,19 +54,30 @@ def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(
     for words in ("test", "tuner predict small", "tuner dashboard small", "tuner train", "default"):
         assert words in said.out
     assert sum(line.startswith("#") for line in said.out.splitlines()) == 4
+    (compared,) = (line for line in said.out.splitlines() if line.startswith("default"))
+    assert re.fullmatch(r"default  #1, validation accuracy \d\.\d{4}, the best itself", compared)
 
 
 def test_running_again_says_that_nothing_is_left_and_a_larger_budget_continues(
     tuner: Tuner, small: Path
 ) -> None:
-    tuner("run", small, "search.trials=2")
+    hard = "data.noise=4"  # a score below 1, so that the default recipe is not the best
+    first = tuner("run", small, hard, "search.trials=2")
+    best, default, below = (
+        float(number)
+        for row in first.out.splitlines()
+        if row.startswith(("best", "default"))
+        for number in re.findall(r"\d\.\d{4}", row)
+    )
+    assert 0 < below == pytest.approx(best - default, abs=2e-4)
+    assert "below the best, on the examples that it was chosen by\n" in first.out
     before = manifest(small.parent / "studies/small/export")
-    again = tuner("run", small, "search.trials=2")
+    again = tuner("run", small, hard, "search.trials=2")
     assert again.code == 0 and "nothing left to do: 2 of 2 trials are done" in again.out
     assert (
         manifest(small.parent / "studies/small/export") == before
     )  # not trained, not tested again
-    more = tuner("run", small, "search.trials=3")
+    more = tuner("run", small, hard, "search.trials=3")
     assert sum(line.startswith("#") for line in more.out.splitlines()) == 1
 
 

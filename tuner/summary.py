@@ -1,4 +1,4 @@
-"""What a study came to: the best, what the search bought, the test, the exports, and what to type next."""
+"""What a study came to: the best, how the default recipe compares, the test, the exports, and what to type next."""
 
 import shlex
 from collections.abc import Iterator
@@ -66,7 +66,9 @@ def lines(s: Summary) -> Iterator[str]:
         yield f"         tied with {', '.join(f'#{n}' for n in s.tied)}; chosen for fewer epochs, then the lower number"
     default = s.default
     if default is not None and default.value is not None:
-        yield f"default  #{default.number}, {default.value:.4f}; the search bought {float(winner.value or 0) - default.value:+.4f}"
+        below = f"{float(winner.value or 0) - default.value:.4f} below the best, on the examples that it was chosen by"
+        compared = "the best itself" if default.number == winner.number else below
+        yield f"default  #{default.number}, validation {s.metric} {default.value:.4f}, {compared}"
     if s.published is not None:
         yield from outcome(s.published, s.metric, str(coordinator.search.metric))
     if s.elsewhere is not None:
