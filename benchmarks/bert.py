@@ -21,12 +21,16 @@ from typing import Any
 
 import torch
 
-from tuner import document, learning, machine, parsing, tokens, trial
-from tuner.devices import place
-from tuner.optim import factor, optimizer
-from tuner.run import Engine, Run
+from tuner.config import parsing, yaml_document
+from tuner.config.run import Engine, Run
+from tuner.engines import _process_settings
+from tuner.preprocessing import tokenization
+from tuner.training import epoch as learning
+from tuner.training import training_loop
+from tuner.training.devices import place
+from tuner.training.optimizers import factor, optimizer
 
-machine.keep_memory()  # for all: it is the worker's setting
+_process_settings.keep_memory()  # for all: it is the worker's setting
 SPACE = """
 task: text_classification
 data: {name: text, path: x}
@@ -47,30 +51,30 @@ def run(args: argparse.Namespace, depth: int) -> Run:
         f"recipe.epochs={args.repeats + 1}",
         f"recipe.batch_size={args.batch}",
     ]
-    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(
+    return parsing.parse(parsing.override(yaml_document.parse(SPACE, "benchmark"), words)).sample(
         None, seed=1
     )
 
 
-def bench(args: argparse.Namespace, depth: int, cache: str, home: Path) -> trial.Bench:
-    return trial.prepare(
+def bench(args: argparse.Namespace, depth: int, cache: str, home: Path) -> training_loop.Bench:
+    return training_loop.prepare(
         run(args, depth),
         place(Engine.model_validate({"device": "cpu", "cache": cache}), home),
         "accuracy",
     )
 
 
-def ours(made: trial.Bench, r: Run) -> Iterator[float]:
+def ours(made: training_loop.Bench, r: Run) -> Iterator[float]:
     """Seconds of each epoch by tuner."""
-    for epoch in trial.fit(made, r.recipe, r.seed):
+    for epoch in training_loop.fit(made, r.recipe, r.seed):
         yield epoch.seconds
 
 
-def bare(args: argparse.Namespace, made: trial.Bench, r: Run) -> Iterator[float]:
+def bare(args: argparse.Namespace, made: training_loop.Bench, r: Run) -> Iterator[float]:
     """Seconds of each epoch by hand: the library's model and loss over tensors that lie ready in memory, each batch cut to its longest."""
     from transformers import AutoModelForSequenceClassification
 
-    with tokens.quietly():
+    with tokenization.quietly():
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             args.folder, num_labels=len(made.data.classes), dtype=torch.float32
         )
@@ -79,7 +83,9 @@ def bare(args: argparse.Namespace, made: trial.Bench, r: Run) -> Iterator[float]
     )
     lengths = made.data.train.lengths
     opt = optimizer(model.parameters(), r.recipe)
-    steps = r.recipe.epochs * len(trial.batches(len(train.y), args.batch, r.seed, 1, lengths))
+    steps = r.recipe.epochs * len(
+        training_loop.batches(len(train.y), args.batch, r.seed, 1, lengths)
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: factor(r.recipe, step, steps))
 
     def inputs(x: Any, index: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -90,7 +96,7 @@ def bare(args: argparse.Namespace, made: trial.Bench, r: Run) -> Iterator[float]
     for epoch in range(1, r.recipe.epochs + 1):
         start = time.monotonic()
         model.train()
-        for index in trial.batches(len(train.y), args.batch, r.seed, epoch, lengths):
+        for index in training_loop.batches(len(train.y), args.batch, r.seed, epoch, lengths):
             loss = model(**inputs(train.x, index), labels=train.y[index]).loss  # type: ignore[call-overload]
             opt.zero_grad(set_to_none=True)
             loss.backward()

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 
-from tuner import checkpoints, document, machine, parsing
-from tuner.checkpoints import Checkpoints
-from tuner.devices import place
-from tuner.run import Engine, Run
-from tuner.trial import fit, prepare
+from tuner.config import parsing, yaml_document
+from tuner.config.run import Engine, Run
+from tuner.engines import _process_settings
+from tuner.training import checkpoints
+from tuner.training.checkpoints import Checkpoints
+from tuner.training.devices import place
+from tuner.training.training_loop import fit, prepare
 
 SPACE = """
 task: classification
@@ -41,7 +43,7 @@ KINDS = {"none": None, "as they are": checkpoints.STAKE, "every epoch": 0.0}
 
 def run(args: argparse.Namespace, depth: int, epochs: int) -> Run:
     words = [f"data.size={args.size}", f"recipe.freeze_depth={depth}", f"recipe.epochs={epochs}"]
-    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(
+    return parsing.parse(parsing.override(yaml_document.parse(SPACE, "benchmark"), words)).sample(
         None, seed=1
     )
 
@@ -109,7 +111,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    machine.keep_memory()
+    _process_settings.keep_memory()
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()

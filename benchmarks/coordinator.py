@@ -27,15 +27,16 @@ import sqlalchemy
 from arms import hardware
 from optuna.storages._rdb import models
 
-from tuner import document, parsing, storage
-from tuner.artifacts import Artifacts
+from tuner.commands.console import Console
+from tuner.commands.run import Both
+from tuner.config import parsing, yaml_document
+from tuner.config.space import Space
+from tuner.dashboard.artifacts import Artifacts
 from tuner.jobs import Job, Outcome
-from tuner.orders import Assignment, Epoch, Facts, Result, Survey
-from tuner.report import Console
-from tuner.running import Both
-from tuner.samplers import PRUNERS
-from tuner.search import Coordinator
-from tuner.space import Space
+from tuner.messages import Assignment, Epoch, Facts, Result, Survey
+from tuner.search import storage
+from tuner.search.coordinator import Coordinator
+from tuner.search.samplers import PRUNERS
 
 EPOCHS = 10
 SPACE = """
@@ -246,7 +247,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    space = parsing.parse(document.parse(SPACE, "coordinator.yaml"))
+    space = parsing.parse(yaml_document.parse(SPACE, "coordinator.yaml"))
     print(hardware())
     print("| finished trials | tuner, ms a trial | plain Optuna, ms a trial |\n|---|---|---|")
     for finished in args.finished:

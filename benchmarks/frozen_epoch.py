@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from tuner import document, parsing
-from tuner.devices import place
-from tuner.run import Engine, Run
-from tuner.trial import fit, prepare
+from tuner.config import parsing, yaml_document
+from tuner.config.run import Engine, Run
+from tuner.training.devices import place
+from tuner.training.training_loop import fit, prepare
 
 SPACE = """
 task: classification
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, depth: int) -> Run:
         f"model.name={args.model}",
     ]
     words += [f"recipe.freeze_depth={depth}", f"recipe.epochs={args.repeats}"]
-    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(
+    return parsing.parse(parsing.override(yaml_document.parse(SPACE, "benchmark"), words)).sample(
         None, seed=1
     )
 

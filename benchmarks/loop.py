@@ -22,17 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tuner import learning, machine, parsing, trial
-from tuner.core import Source
-from tuner.devices import place
-from tuner.optim import optimizer
+from tuner.config import parsing
+from tuner.core.types import Source
+from tuner.engines import _process_settings
+from tuner.training import epoch as learning
+from tuner.training import training_loop
+from tuner.training.devices import place
+from tuner.training.optimizers import optimizer
 
-machine.keep_memory()  # for both: it is the worker's setting, and the comparison is of loops
+_process_settings.keep_memory()  # for both: it is the worker's setting, and the comparison is of loops
 
 
-def ours(bench: trial.Bench, recipe: Any) -> Iterator[float]:
+def ours(bench: training_loop.Bench, recipe: Any) -> Iterator[float]:
     """Seconds of each epoch by tuner."""
-    for epoch in trial.fit(bench, recipe, 0):
+    for epoch in training_loop.fit(bench, recipe, 0):
         yield epoch.seconds
 
 
@@ -93,7 +96,7 @@ def measure(args: argparse.Namespace, depth: int, home: Path) -> tuple[list[floa
     where = replace(
         where, limits=replace(where.limits, mode="always")
     )  # this is about what remembering costs, not about when
-    bench, other = (trial.prepare(run, where, "accuracy") for _ in range(2))
+    bench, other = (training_loop.prepare(run, where, "accuracy") for _ in range(2))
     for source in (bench.train, bench.valid):
         in_memory(source)  # fills what is to be remembered
     twin = bare(other.net, in_memory(bench.train), in_memory(bench.valid), run.recipe)

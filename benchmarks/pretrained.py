@@ -10,10 +10,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from tuner import document, parsing
-from tuner.devices import place
-from tuner.run import Engine
-from tuner.trial import fit, predictions, prepare
+from tuner.config import parsing, yaml_document
+from tuner.config.run import Engine
+from tuner.training.devices import place
+from tuner.training.training_loop import fit, predictions, prepare
 
 SPACE = """
 task: classification
@@ -27,7 +27,9 @@ RATES = (0.003, 0.01, 0.03, 0.1)
 def accuracy(weights: str, lr: float, seed: int, home: Path) -> tuple[float, int]:
     """Test accuracy of the last epoch, and the number of training images."""
     words = [f"model.weights={weights}", f"recipe.lr={lr}", f"seed={seed}", f"data.seed={seed}"]
-    run = parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(None)
+    run = parsing.parse(parsing.override(yaml_document.parse(SPACE, "benchmark"), words)).sample(
+        None
+    )
     bench = prepare(run, place(Engine(device="cpu"), home), "accuracy")
     list(fit(bench, run.recipe, run.seed))
     return bench.task.score(predictions(bench, bench.test, run.recipe.batch_size))["accuracy"], len(

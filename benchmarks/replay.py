@@ -66,7 +66,8 @@ def tuner(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def decoding(file: Path, home: Path) -> float:
     """Seconds for decoding all images of a space into an empty home."""
-    from tuner import building, parsing
+    from tuner.config import parsing
+    from tuner.training import building
 
     home.mkdir()
     run = parsing.load(file).run({})

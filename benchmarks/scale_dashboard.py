@@ -33,11 +33,14 @@ from arms import hardware
 from coordinator import EPOCHS, SPACE, Drawn, score, study_with
 from optuna.storages._rdb import models
 
-from tuner import dashboard, detail, document, parsing, running, storage
-from tuner.artifacts import PIECE, Artifacts, note
-from tuner.orders import Assignment, Epoch, Result
-from tuner.report import Console
-from tuner.search import Coordinator
+from tuner.commands import run as running
+from tuner.commands.console import Console
+from tuner.config import parsing, yaml_document
+from tuner.dashboard import server, study_json
+from tuner.dashboard.artifacts import PIECE, Artifacts, note
+from tuner.messages import Assignment, Epoch, Result
+from tuner.search import storage
+from tuner.search.coordinator import Coordinator
 
 FILES = {"curve.png": "image/png", "confusion.png": "image/png", "per_class.csv": "text/csv"}
 # tells the seconds since the page's address was opened
@@ -68,7 +71,7 @@ def made(place: Path, trials: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "artifacts").mkdir()
     (folder / "space.yaml").write_text(SPACE)
-    space = parsing.parse(document.parse(SPACE, "scale.yaml"))
+    space = parsing.parse(yaml_document.parse(SPACE, "scale.yaml"))
     random.seed(0)
     study = study_with(folder, space, trials)
     study.set_user_attr(storage.SPACE, json.dumps(space.tree()))  # it is tuner's
@@ -139,21 +142,21 @@ def ours(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def served(app: dashboard.App) -> Iterator[str]:
-    httpd = dashboard.server(app, 0)
+def served(app: server.App) -> Iterator[str]:
+    httpd = server.server(app, 0)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}/dashboard/studies/1"
     httpd.shutdown()
 
 
-def tuner_app(folder: Path) -> dashboard.App:
+def tuner_app(folder: Path) -> server.App:
     """What the command serves, as it serves it once the page's address has been said."""
-    found = dashboard.app(dashboard.reader(None, folder), folder / "artifacts")
-    dashboard.warm(found, 1)
+    found = server.app(server.reader(None, folder), folder / "artifacts")
+    server.warm(found, 1)
     return found
 
 
-def optuna_app(folder: Path) -> dashboard.App:
+def optuna_app(folder: Path) -> server.App:
     import optuna_dashboard
 
     return optuna_dashboard.wsgi(optuna.storages.get_storage(f"sqlite:///{folder}/study.db"))
@@ -195,12 +198,10 @@ def answered(page: str) -> dict[str, Any]:
     return found
 
 
-def watched(inner: dashboard.App, seen: queue.Queue[dict[str, Any]]) -> dashboard.App:
+def watched(inner: server.App, seen: queue.Queue[dict[str, Any]]) -> server.App:
     """The page with a script that tells when things are drawn."""
 
-    def outer(
-        environ: dashboard.Environment, start_response: dashboard.StartResponse
-    ) -> Iterable[bytes]:
+    def outer(environ: server.Environment, start_response: server.StartResponse) -> Iterable[bytes]:
         path, body, kind = environ["PATH_INFO"], b"", "text/html"
         if path == "/probe.js":
             body, kind = PROBE.encode(), "text/javascript"
@@ -227,7 +228,7 @@ def watched(inner: dashboard.App, seen: queue.Queue[dict[str, Any]]) -> dashboar
     return outer
 
 
-def drawn(app: dashboard.App) -> dict[str, Any]:
+def drawn(app: server.App) -> dict[str, Any]:
     """Seconds until a browser that is started for it shows the study's page."""
     seen: queue.Queue[dict[str, Any]] = queue.Queue()
     with (
@@ -281,7 +282,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--browser", action="store_true")
-    parser.add_argument("--bars", type=int, default=detail.BARS)
+    parser.add_argument("--bars", type=int, default=study_json.BARS)
     parser.add_argument(
         "--keep", type=Path, help="make the study here, or take the one that is here"
     )
@@ -294,7 +295,7 @@ def main() -> None:
         if not folder.exists():
             made(place, args.trials)
         print(json.dumps({"coordinator_start_cpu": begun(folder)}), flush=True)
-        detail.BARS = args.bars
+        study_json.BARS = args.bars
         arms = {
             "tuner": (ours, tuner_app, args.repeats),
             **({"plain": (plain, optuna_app, 1)} if args.plain else {}),

@@ -36,13 +36,15 @@ import optuna
 from arms import hardware
 from coordinator import EPOCHS, FILES, SPACE, score
 
-from tuner import document, parsing, running, storage
-from tuner.artifacts import Artifacts
+from tuner.commands import run as running
+from tuner.commands.console import Console
+from tuner.config import parsing, yaml_document
+from tuner.dashboard.artifacts import Artifacts
 from tuner.jobs import Job, Outcome
-from tuner.orders import Assignment, Epoch, Facts, Result, Survey
-from tuner.report import Console
-from tuner.samplers import PRUNERS
-from tuner.search import Coordinator
+from tuner.messages import Assignment, Epoch, Facts, Result, Survey
+from tuner.search import storage
+from tuner.search.coordinator import Coordinator
+from tuner.search.samplers import PRUNERS
 
 BINARIES = Path("/usr/lib/postgresql/15/bin")
 DYING = 0.01  # of the trials
@@ -148,7 +150,9 @@ async def trial(
 def coordinator(folder: Path, url: str | None) -> Coordinator:
     """As `tuner run` makes it, for trials that nobody carries out."""
     space = parsing.parse(
-        document.parse(SPACE.replace("pruner: median", "pruner: median, retries: 10"), "scale.yaml")
+        yaml_document.parse(
+            SPACE.replace("pruner: median", "pruner: median, retries: 10"), "scale.yaml"
+        )
     )
     database, sampler = storage.connect(url, folder), optuna.samplers.RandomSampler()
     study = storage.open_study(

@@ -28,14 +28,16 @@ import optuna
 from arms import hardware
 from coordinator import FILES, SPACE
 
-from tuner import document, parsing, plugins, running, storage
-from tuner.artifacts import Artifacts
+from tuner.commands import run as running
+from tuner.commands.console import Console
+from tuner.config import parsing, plugins, yaml_document
+from tuner.config.run import Engine
+from tuner.dashboard.artifacts import Artifacts
 from tuner.jobs import Carry, Job, Outcome
-from tuner.orders import Assignment, Epoch, Facts, Result, Survey
-from tuner.report import Console
-from tuner.run import Engine
-from tuner.samplers import PRUNERS
-from tuner.search import Coordinator
+from tuner.messages import Assignment, Epoch, Facts, Result, Survey
+from tuner.search import storage
+from tuner.search.coordinator import Coordinator
+from tuner.search.samplers import PRUNERS
 
 EPOCHS = 5
 
@@ -64,7 +66,7 @@ def length(job: Job, mean: float) -> float:
 def study(folder: Path, trials: int) -> Coordinator:
     """As `tuner run` makes it."""
     space = parsing.parse(
-        document.parse(
+        yaml_document.parse(
             SPACE.replace("trials: 1000000, pruner: median", f"trials: {trials}, pruner: none"),
             "scale.yaml",
         )

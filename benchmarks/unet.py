@@ -15,13 +15,14 @@ from pathlib import Path
 
 from arms import hardware, spread
 
-from tuner import document, machine, parsing
-from tuner.devices import place
-from tuner.orders import Epoch
-from tuner.run import Engine, Run
-from tuner.trial import fit, prepare
+from tuner.config import parsing, yaml_document
+from tuner.config.run import Engine, Run
+from tuner.engines import _process_settings
+from tuner.messages import Epoch
+from tuner.training.devices import place
+from tuner.training.training_loop import fit, prepare
 
-machine.keep_memory()  # for all: it is the worker's setting
+_process_settings.keep_memory()  # for all: it is the worker's setting
 SPACE = """
 task: {name: segmentation, loss: dice}
 data: {name: masks, path: x}
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, depth: int) -> Run:
         f"recipe.freeze_depth={depth}",
         f"recipe.epochs={args.repeats + 1}",
     ]
-    return parsing.parse(parsing.override(document.parse(SPACE, "benchmark"), words)).sample(
+    return parsing.parse(parsing.override(yaml_document.parse(SPACE, "benchmark"), words)).sample(
         None, seed=1
     )
 

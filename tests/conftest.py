@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import pytest
 
-from tests import postgres
+from tests.helpers import postgres_server
 
 # Before torch is loaded. A thread per core in each of several test processes at once would slow all of them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -114,7 +114,7 @@ def tuner(
     before = signal.getsignal(signal.SIGINT)
 
     def call(*words: object) -> Said:
-        trial = sys.modules.get("tuner.building")
+        trial = sys.modules.get("tuner.training.building")
         if trial is not None:
             trial._loaded.clear()  # a command is a process of its own, which keeps no data from the one before
         monkeypatch.setattr(sys, "argv", ["tuner", *map(str, words)])
@@ -136,9 +136,9 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", name="postgres")
-def _postgres() -> Iterator[postgres.Server]:
+def _postgres() -> Iterator[postgres_server.Server]:
     """A PostgreSQL server of the tests' own; skips, saying so, where none is installed."""
-    binaries = postgres.programs()
+    binaries = postgres_server.programs()
     if binaries is None:
         pytest.skip(
             "PostgreSQL's server programs are not installed (Debian: apt-get install postgresql)"
@@ -146,5 +146,5 @@ def _postgres() -> Iterator[postgres.Server]:
     pytest.importorskip(
         "psycopg", reason="psycopg is not installed: pip install 'tuner-finetune[postgres]'"
     )
-    with postgres.serving(binaries) as server:
+    with postgres_server.serving(binaries) as server:
         yield server

@@ -15,9 +15,9 @@ import typer
 from tuner.errors import SpaceError, TunerError
 
 if TYPE_CHECKING:
-    from tuner.report import Console
-    from tuner.session import Places
-    from tuner.space import Space
+    from tuner.commands.console import Console
+    from tuner.commands.session import Places
+    from tuner.config.space import Space
 
 app = typer.Typer(
     name="tuner",
@@ -57,7 +57,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Search, retrain the best, test it, export it. The same command continues a study."""
-    from tuner.running import run_study
+    from tuner.commands.run import run_study
 
     space, places, console = opened(file, overrides, studies, quiet, json_)
     server = start_dashboard(space, places, port, console) if dashboard else None
@@ -79,8 +79,8 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Find everything that can be wrong before training: the file, the model, the data. Nothing is downloaded."""
-    from tuner.session import session
-    from tuner.space import dump
+    from tuner.commands.session import session
+    from tuner.config.space import dump
 
     space, places, console = opened(file, overrides, Path("studies"), False, False)
     with session(space, places, console, engine="inline") as s:
@@ -109,8 +109,8 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Carry out one run, such as a study's best.yaml: train, test, export."""
-    from tuner.running import preflight
-    from tuner.session import session, study_name
+    from tuner.commands.run import preflight
+    from tuner.commands.session import session, study_name
 
     space, places, console = opened(file, overrides, studies, quiet, json_)
     if space.dimensions:
@@ -143,7 +143,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Export a study's best model, or another trial's, in further formats."""
-    from tuner.exporting import export_trial
+    from tuner.commands.export import export_trial
 
     console = console_of(quiet, json_)
     show_published(console, export_trial(studies, study, tuple(format_ or ()), trial, console))
@@ -169,8 +169,8 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """What the model says: classes with probabilities, boxes and masks drawn, texts labelled or continued."""
-    from tuner import predict as predicting
     from tuner.errors import DataError
+    from tuner.training import inference as predicting
 
     published = predicting.find(studies, study)
     bad = 0
@@ -209,8 +209,8 @@ def dashboard(
     """Serve optuna-dashboard for a study on 127.0.0.1, read-only."""
     import optuna
 
-    from tuner import dashboard as serving
-    from tuner import parsing
+    from tuner.config import parsing
+    from tuner.dashboard import server as serving
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = serving.find(studies, study)
@@ -247,7 +247,7 @@ def clean(
     debug: Debug = False,
 ) -> None:
     """Show what a study takes up, and remove its checkpoints and what killed runs left."""
-    from tuner.cleaning import carry_out
+    from tuner.commands.clean import carry_out
 
     carry_out(studies, study, all_=all_, cache=cache, dry=dry_run, sure=yes)
 
@@ -260,12 +260,12 @@ def models(
     debug: Debug = False,
 ) -> None:
     """List the models, or one model's stages and what each freeze depth saves."""
-    from tuner import plugins
+    from tuner.config import plugins
 
     if name is None:
         typer.echo("\n".join(plugins.names("model")))
         return
-    from tuner.describe import describe
+    from tuner.training.model_summary import describe
 
     found = describe(name)
     typer.echo(
@@ -279,7 +279,7 @@ def models(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of space files, for editors."""
-    from tuner.schema import schema as build
+    from tuner.config.json_schema import schema as build
 
     typer.echo(json.dumps(build(), indent=2))
 
@@ -288,7 +288,7 @@ def schema() -> None:
 
 
 def console_of(quiet: bool, json_: bool) -> "Console":
-    from tuner.report import Console
+    from tuner.commands.console import Console
 
     return Console("json" if json_ else "quiet" if quiet else "normal")
 
@@ -297,8 +297,8 @@ def opened(
     file: Path, overrides: list[str] | None, studies: Path, quiet: bool, json_: bool
 ) -> "tuple[Space, Places, Console]":
     """The space and where everything goes. The file is checked before any folder is made."""
-    from tuner import parsing
-    from tuner.session import Places, home_folder
+    from tuner.commands.session import Places, home_folder
+    from tuner.config import parsing
 
     space = parsing.load(file, overrides or ())
     console = console_of(quiet, json_)
@@ -319,16 +319,16 @@ def start_dashboard(
     space: "Space", places: "Places", port: int, console: "Console"
 ) -> "subprocess.Popen[bytes]":
     """A process of its own: a dashboard that fails must not take the search with it. It waits for the study to appear."""
-    from tuner import dashboard as serving
-    from tuner import waiting
-    from tuner.session import study_name
+    from tuner.commands.session import study_name
+    from tuner.dashboard import background
+    from tuner.dashboard import server as serving
 
     found = serving.free_port(port)
     if port not in (0, found):
         console.warn(f"port {port} on 127.0.0.1 is taken; the dashboard is on {found}")
     console.event("dashboard", url=f"http://127.0.0.1:{found}/dashboard")
     console.say(f"browse http://127.0.0.1:{found}/dashboard while the search runs")
-    return waiting.start(study_name(space), places.studies, found, space.settings.storage or "")
+    return background.start(study_name(space), places.studies, found, space.settings.storage or "")
 
 
 def main() -> NoReturn:

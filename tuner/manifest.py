@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.config.run import Part, Recipe, Run
 from tuner.errors import DataError
-from tuner.files import sha256
-from tuner.run import Part, Recipe, Run
+from tuner.files.atomic import sha256
 
 MANIFEST = "manifest.json"
 

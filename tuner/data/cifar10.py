@@ -7,14 +7,14 @@ import numpy as np
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
-from tuner.core import Data
-from tuner.downloads import download
+from tuner.config.run import ImageOptions
+from tuner.core.input_spec import Wanted
+from tuner.core.types import Data
 from tuner.errors import DataError
-from tuner.files import disk_errors, locked
-from tuner.images import dataset
-from tuner.run import ImageOptions
-from tuner.splits import TEST, UNSPLIT, Items
-from tuner.wanted import Wanted
+from tuner.files.atomic import disk_errors, locked
+from tuner.files.downloads import download
+from tuner.preprocessing.image_dataset import dataset
+from tuner.preprocessing.splits import TEST, UNSPLIT, Items
 
 TASKS = ("classification",)
 

@@ -9,12 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tuner.boxes import Annotated, Box, detection, inside, listed, parts_of
-from tuner.core import Data
+from tuner.config.run import ImageOptions
+from tuner.core.input_spec import Wanted
+from tuner.core.types import Data
 from tuner.errors import DataError, nearest
-from tuner.run import ImageOptions
-from tuner.splits import TEST, TRAIN, UNSPLIT, VALID
-from tuner.wanted import Wanted
+from tuner.preprocessing.detection_dataset import (
+    Annotated,
+    Box,
+    detection,
+    inside,
+    listed,
+    parts_of,
+)
+from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID
 
 TASKS = ("detection",)
 NAMES = {"train": TRAIN, "valid": VALID, "val": VALID, "test": TEST}

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tuner.core import Data
-from tuner.images import dataset
-from tuner.run import ImageOptions
-from tuner.splits import UNSPLIT, Items
-from tuner.wanted import Wanted
+from tuner.config.run import ImageOptions
+from tuner.core.input_spec import Wanted
+from tuner.core.types import Data
+from tuner.preprocessing.image_dataset import dataset
+from tuner.preprocessing.splits import UNSPLIT, Items
 
 TASKS = ("classification",)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tuner.core import Data
-from tuner.decoding import SUFFIXES
+from tuner.config.run import ImageOptions
+from tuner.core.input_spec import Wanted
+from tuner.core.types import Data
 from tuner.errors import DataError, nearest
-from tuner.images import dataset
-from tuner.run import ImageOptions
-from tuner.splits import TEST, TRAIN, UNSPLIT, VALID, Items
-from tuner.wanted import Wanted
+from tuner.preprocessing.image_dataset import dataset
+from tuner.preprocessing.image_decoding import SUFFIXES
+from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID, Items
 
 TASKS = ("classification",)
 

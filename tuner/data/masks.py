@@ -13,12 +13,12 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from tuner.core import Data
+from tuner.config.run import ImageOptions
+from tuner.core.input_spec import Wanted
+from tuner.core.types import Data
 from tuner.errors import DataError, nearest
-from tuner.masks import Legend, Pair, files, masked, refuse
-from tuner.run import ImageOptions
-from tuner.splits import TEST, TRAIN, UNSPLIT, VALID
-from tuner.wanted import Wanted
+from tuner.preprocessing.segmentation_dataset import Legend, Pair, files, masked, refuse
+from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID
 
 TASKS = ("segmentation",)
 

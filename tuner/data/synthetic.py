@@ -6,11 +6,11 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from tuner.core import Data
-from tuner.images import dataset
-from tuner.run import ImageOptions
-from tuner.splits import UNSPLIT, Items
-from tuner.wanted import Wanted
+from tuner.config.run import ImageOptions
+from tuner.core.input_spec import Wanted
+from tuner.core.types import Data
+from tuner.preprocessing.image_dataset import dataset
+from tuner.preprocessing.splits import UNSPLIT, Items
 
 TASKS = ("classification",)
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tuner import tokens
-from tuner.core import Data
+from tuner.config.run import SplitOptions
+from tuner.core.input_spec import Tokens, Wanted
+from tuner.core.types import Data
 from tuner.data._rows import KINDS, LISTED, Rows, rows
 from tuner.errors import DataError, SpaceError, nearest
-from tuner.images import digest
-from tuner.run import SplitOptions
-from tuner.splits import PARTS, TEST, TRAIN, UNSPLIT, VALID, Items, checked, divided
-from tuner.wanted import Tokens, Wanted
+from tuner.preprocessing import tokenization
+from tuner.preprocessing.image_dataset import digest
+from tuner.preprocessing.splits import PARTS, TEST, TRAIN, UNSPLIT, VALID, Items, checked, divided
 
 TASKS = ("text_classification", "text_generation")
 TEXT = (
@@ -77,24 +77,30 @@ def load(
     else:
         firsts, seconds = [one for (one,) in items.pictures], None
     if not labelled:
-        firsts = tokens.ended(wanted, firsts)
-    encoded = tokens.store(home, wanted, firsts, seconds)
+        firsts = tokenization.ended(wanted, firsts)
+    encoded = tokenization.store(home, wanted, firsts, seconds)
     warnings += [*_shared(items), *_cut(encoded.cut, len(firsts), wanted)]
     return _data(encoded, items, wanted, labelled, tuple(warnings))
 
 
 def _data(
-    encoded: tokens.Encoded, items: Items, wanted: Tokens, labelled: bool, warnings: tuple[str, ...]
+    encoded: tokenization.Encoded,
+    items: Items,
+    wanted: Tokens,
+    labelled: bool,
+    warnings: tuple[str, ...],
 ) -> Data:
     labels = torch.from_numpy(items.labels) if labelled else encoded.lengths
     classes = items.strata if labelled else ()
     content = digest(encoded.digest, labels.numpy().tobytes(), *classes)
 
-    def source(*parts: int) -> tokens.Texts:
+    def source(*parts: int) -> tokenization.Texts:
         at = np.flatnonzero(np.isin(items.part, parts))
         if len(at) == 0:
             raise DataError(f"data: no {PARTS[parts[0]]} texts")
-        return tokens.Texts(encoded, labels, torch.from_numpy(at), digest(content, at.tobytes()))
+        return tokenization.Texts(
+            encoded, labels, torch.from_numpy(at), digest(content, at.tobytes())
+        )
 
     train, valid, test, full = source(TRAIN), source(VALID), source(TEST), source(TRAIN, VALID)
     all_of_it = digest(content, train.digest, valid.digest, test.digest)

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tuner.boxes import Annotated, Box, detection, listed, parts_of
-from tuner.core import Data
-from tuner.decoding import SUFFIXES
+from tuner.config.run import ImageOptions
+from tuner.core.input_spec import Wanted
+from tuner.core.types import Data
 from tuner.errors import DataError, nearest, suggest
-from tuner.masks import of_voc
-from tuner.run import ImageOptions
-from tuner.splits import TEST, TRAIN, VALID
-from tuner.wanted import Wanted
+from tuner.preprocessing.detection_dataset import Annotated, Box, detection, listed, parts_of
+from tuner.preprocessing.image_decoding import SUFFIXES
+from tuner.preprocessing.segmentation_dataset import of_voc
+from tuner.preprocessing.splits import TEST, TRAIN, VALID
 
 TASKS = ("detection", "segmentation")
 LARGEST = 10_000_000  # bytes of one XML file

@@ -10,13 +10,20 @@ from typing import Any
 
 import yaml
 
-from tuner.boxes import Annotated, Box, detection, inside, listed, parts_of
-from tuner.core import Data
-from tuner.decoding import SUFFIXES
+from tuner.config.run import ImageOptions
+from tuner.core.input_spec import Wanted
+from tuner.core.types import Data
 from tuner.errors import DataError, nearest
-from tuner.run import ImageOptions
-from tuner.splits import TEST, TRAIN, UNSPLIT, VALID
-from tuner.wanted import Wanted
+from tuner.preprocessing.detection_dataset import (
+    Annotated,
+    Box,
+    detection,
+    inside,
+    listed,
+    parts_of,
+)
+from tuner.preprocessing.image_decoding import SUFFIXES
+from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID
 
 TASKS = ("detection",)
 NAMES = {"train": TRAIN, "val": VALID, "valid": VALID, "test": TEST}

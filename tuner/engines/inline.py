@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tuner.engines._worker import carry_out
+from tuner.config.run import Engine
+from tuner.engines._job_runner import carry_out
 from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport
-from tuner.run import Engine
 
 
 @contextlib.contextmanager

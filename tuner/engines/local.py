@@ -13,10 +13,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from tuner import machine
-from tuner.engines._worker import carry_out
+from tuner.config.run import Engine
+from tuner.engines import _process_settings
+from tuner.engines._job_runner import carry_out
 from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport, Outcome
-from tuner.run import Engine
 
 POLL = 0.2  # seconds between looks at `go_on`
 SILENCE = 120.0  # seconds without a sign of life after which a worker is given up
@@ -94,7 +94,7 @@ def hand_out(workers: list[Worker], jobs: NextJob, room: int, beat: float) -> No
 
 
 def hire(slot: int, beat: float) -> Worker:
-    machine.quiet_threads()  # its environment is the worker's
+    _process_settings.quiet_threads()  # its environment is the worker's
     context = multiprocessing.get_context("spawn")  # a forked torch or SQLite breaks
     ours, theirs = context.Pipe()
     process = context.Process(
@@ -172,8 +172,8 @@ def dismiss(worker: Worker) -> None:
 
 def work(pipe: Connection, slot: int, beat: float) -> None:
     """The life of a worker process: jobs from the pipe until it closes."""
-    machine.end_with_parent()
-    machine.keep_memory()
+    _process_settings.end_with_parent()
+    _process_settings.keep_memory()
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the coordinator decides

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tuner.engines import _cluster
-from tuner.engines._cluster import Node
-from tuner.engines._crew import STRIKES, Crew, Work, Worker, gone
-from tuner.engines._errands import Errands
+from tuner.config.run import Engine
+from tuner.engines import _ray_cluster
+from tuner.engines._file_sync import Errands
+from tuner.engines._ray_cluster import Node
+from tuner.engines._worker_pool import STRIKES, Crew, Work, Worker, gone
 from tuner.errors import TunerError
 from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport, Outcome
-from tuner.run import Engine
 
 POLL = 0.2  # seconds between looks at `go_on`
 TAKEN = 30.0  # seconds after which a node whose cores others have is not waited for
@@ -41,7 +41,7 @@ def run(
     engine: Engine = Engine(name="ray"), warn: Callable[[str], None] = lambda _: None
 ) -> Iterator[Carry]:
     """Slots live as long as the `with` block, and so does a cluster that was started for it. Raises StorageError."""
-    with _cluster.connected(engine) as ray:
+    with _ray_cluster.connected(engine) as ray:
         fleet = Fleet(ray, engine, warn)
         try:
             yield fleet.carry
@@ -234,7 +234,7 @@ class Fleet:
             check.running.discard(node.id)
             check.lost[node.id] += outcome.kind == "lost"
             if outcome.kind == "lost" and (
-                check.lost[node.id] < STRIKES or node.id not in _cluster.nodes(self.ray)
+                check.lost[node.id] < STRIKES or node.id not in _ray_cluster.nodes(self.ray)
             ):
                 return  # it is asked again, if it is still there
             if outcome.kind == "done" and (

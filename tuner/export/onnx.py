@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tuner.portable import Portable, free, tracing
-from tuner.wanted import Tree, leaves
+from tuner.core.export_module import Portable, free, tracing
+from tuner.core.input_spec import Tree, leaves
 
 FILE = "model.onnx"
 INPUT, OUTPUT = "image", "output"  # names where there is only one

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tuner.portable import Portable
-from tuner.wanted import Tree
+from tuner.core.export_module import Portable
+from tuner.core.input_spec import Tree
 
 FILE = "model.safetensors"
 

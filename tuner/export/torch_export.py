@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from tuner.portable import Portable, free, tracing
-from tuner.wanted import Tree
+from tuner.core.export_module import Portable, free, tracing
+from tuner.core.input_spec import Tree
 
 FILE = "model.pt2"
 

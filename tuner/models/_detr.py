@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from tuner.core import Staged
-from tuner.detectors import MOST, Head, Objects, Stage, padded
+from tuner.core.detectors import MOST, Head, Objects, Stage, padded
+from tuner.core.input_spec import Preprocess, Tree
+from tuner.core.types import Staged
+from tuner.core.weights import fetch, is_path, read
 from tuner.errors import DataError, SpaceError
-from tuner.models._backbone import STRIDE, Canvas, steps
-from tuner.tokens import quietly
-from tuner.wanted import Preprocess, Tree
-from tuner.weights import fetch, is_path, read
+from tuner.models._detector_backbone import STRIDE, Canvas, steps
+from tuner.preprocessing.tokenization import quietly
 
 CANVAS = Preprocess(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox")  # RGB of 0..1
 OF_CLASSES = (

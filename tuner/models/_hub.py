@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tuner.core.input_spec import TOKENIZER
+from tuner.core.weights import fetch
 from tuner.errors import DataError, SpaceError, nearest
-from tuner.files import disk_errors, lock_of, locked
-from tuner.tokens import NEED
-from tuner.wanted import TOKENIZER
-from tuner.weights import fetch
+from tuner.files.atomic import disk_errors, lock_of, locked
+from tuner.preprocessing.tokenization import NEED
 
 HUB = {
     "bert": "google-bert/bert-base-uncased",

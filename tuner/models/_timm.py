@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tuner.core.weights import fetch
 from tuner.errors import SpaceError, nearest
-from tuner.weights import fetch
 
 
 def package() -> Any:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from tuner.detectors import MOST, Objects
+from tuner.core.detectors import MOST, Objects
+from tuner.core.targets import NO_OBJECT
+from tuner.core.weights import adopt, fetch, is_path, read
 from tuner.errors import SpaceError
-from tuner.targets import NO_OBJECT
-from tuner.weights import adopt, fetch, is_path, read
 
 LEVELS = (
     "fine",

@@ -6,9 +6,9 @@ Peng et al., D-FINE: Redefine Regression Task in DETRs as Fine-grained Distribut
 from pathlib import Path
 from typing import Any
 
-from tuner.core import Staged
+from tuner.core.input_spec import Preprocess
+from tuner.core.types import Staged
 from tuner.models import _detr
-from tuner.wanted import Preprocess
 
 TASKS = ("detection",)
 NAMES = ("dfine_n", "dfine_s", "dfine_m", "dfine_l", "dfine_x")

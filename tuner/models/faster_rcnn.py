@@ -5,10 +5,10 @@ Ren et al., Faster R-CNN, NeurIPS 2015; Lin et al., Feature Pyramid Networks, CV
 
 from pathlib import Path
 
-from tuner.core import Staged
-from tuner.models._detectors import pyramid_stages, staged
-from tuner.models._pretrained import canvas, pyramid_detector
-from tuner.wanted import Preprocess
+from tuner.core.input_spec import Preprocess
+from tuner.core.types import Staged
+from tuner.models._torchvision_detectors import pyramid_stages, staged
+from tuner.models._torchvision_weights import canvas, pyramid_detector
 
 TASKS = ("detection",)
 NAMES = (

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from tuner.core import Staged
+from tuner.core.input_spec import Preprocess
+from tuner.core.types import Staged
+from tuner.core.weights import adopt, is_path, read, torchvision_model, torchvision_preprocess
 from tuner.errors import SpaceError, suggest
-from tuner.wanted import Preprocess
-from tuner.weights import adopt, is_path, read, torchvision_model, torchvision_preprocess
 
 TASKS = ("classification",)
 NAMES = (

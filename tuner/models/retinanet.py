@@ -5,10 +5,10 @@ Lin et al., Focal Loss for Dense Object Detection, ICCV 2017; v2: Zhang et al., 
 
 from pathlib import Path
 
-from tuner.core import Staged
-from tuner.models._detectors import pyramid_stages, staged
-from tuner.models._pretrained import canvas, pyramid_detector
-from tuner.wanted import Preprocess
+from tuner.core.input_spec import Preprocess
+from tuner.core.types import Staged
+from tuner.models._torchvision_detectors import pyramid_stages, staged
+from tuner.models._torchvision_weights import canvas, pyramid_detector
 
 TASKS = ("detection",)
 NAMES = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")

@@ -6,9 +6,9 @@ Zhao et al., DETRs Beat YOLOs on Real-time Object Detection, CVPR 2024.
 from pathlib import Path
 from typing import Any
 
-from tuner.core import Staged
+from tuner.core.input_spec import Preprocess
+from tuner.core.types import Staged
 from tuner.models import _detr
-from tuner.wanted import Preprocess
 
 TASKS = ("detection",)
 NAMES = ("rtdetr_r18", "rtdetr_r34", "rtdetr_r50", "rtdetr_r101")

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tuner.core import Staged
+from tuner.core.input_spec import IMAGENET, Preprocess
+from tuner.core.types import Staged
+from tuner.core.weights import State, adopt, fetch, is_path, read
 from tuner.errors import SpaceError, nearest, suggest
-from tuner.models._smp import stages_of
+from tuner.models._smp_stages import stages_of
 from tuner.models._timm import config_of, download, fitted, package
-from tuner.wanted import IMAGENET, Preprocess
-from tuner.weights import State, adopt, fetch, is_path, read
 
 TASKS = ("segmentation",)
 NAMES = ("unet/*", "unetplusplus/*", "fpn/*")

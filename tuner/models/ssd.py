@@ -15,12 +15,19 @@ from torchvision.models import get_model
 from torchvision.models.detection._utils import retrieve_out_channels
 from torchvision.models.detection.ssdlite import SSDLiteHead, _mobilenet_extractor
 
-from tuner.core import Staged
-from tuner.detectors import Stage
+from tuner.core.detectors import Stage
+from tuner.core.input_spec import Preprocess
+from tuner.core.types import Staged
 from tuner.errors import SpaceError
-from tuner.models._detectors import CANVAS, FLOW, Blocks, backbone_stages, grouped, staged
-from tuner.models._pretrained import canvas, with_backbone_weights, with_detector_weights
-from tuner.wanted import Preprocess
+from tuner.models._torchvision_detectors import (
+    CANVAS,
+    FLOW,
+    Blocks,
+    backbone_stages,
+    grouped,
+    staged,
+)
+from tuner.models._torchvision_weights import canvas, with_backbone_weights, with_detector_weights
 
 TASKS = ("detection",)
 NAMES = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")

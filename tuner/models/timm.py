@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.core import Staged, cut
+from tuner.core.input_spec import Preprocess
+from tuner.core.types import Staged, cut
+from tuner.core.weights import adopt, is_path, read
 from tuner.models._timm import config_of, download, fitted, package
-from tuner.wanted import Preprocess
-from tuner.weights import adopt, is_path, read
 
 TASKS = ("classification",)
 NAMES = ("timm/*",)

@@ -13,13 +13,13 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from tuner.core import Staged
+from tuner.core.input_spec import Preprocess
+from tuner.core.types import Staged
+from tuner.core.weights import adopt, is_path, read
 from tuner.errors import SpaceError
-from tuner.models._detectors import pyramid_stages, staged
-from tuner.models._pretrained import GIVEN, canvas, frozen
 from tuner.models._timm import config_of, download, fitted, package
-from tuner.wanted import Preprocess
-from tuner.weights import adopt, is_path, read
+from tuner.models._torchvision_detectors import pyramid_stages, staged
+from tuner.models._torchvision_weights import GIVEN, canvas, frozen
 
 TASKS = ("detection",)
 NAMES = ("fasterrcnn/timm/*", "retinanet/timm/*", "fcos/timm/*")

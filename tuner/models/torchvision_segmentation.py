@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
-from tuner.core import Staged
+from tuner.core.input_spec import Preprocess, Tree
+from tuner.core.types import Staged
+from tuner.core.weights import State, adopt, fetch, is_path, read
 from tuner.errors import SpaceError, suggest
-from tuner.models._taps import HEIGHT, WIDTH, Tapped
-from tuner.wanted import Preprocess, Tree
-from tuner.weights import State, adopt, fetch, is_path, read
+from tuner.models._feature_maps import HEIGHT, WIDTH, Tapped
 
 TASKS = ("segmentation",)
 NAMES = (

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from tuner.core import Staged
+from tuner.core.input_spec import Tokens
+from tuner.core.types import Staged
 from tuner.errors import DataError, SpaceError
 from tuner.models import _hub
-from tuner.models._stages import staged_of
-from tuner.tokens import quietly, tokenizer
-from tuner.wanted import Tokens
+from tuner.models._transformer_stages import staged_of
+from tuner.preprocessing.tokenization import quietly, tokenizer
 
 TASKS = ("text_classification", "text_generation")
 NAMES = ("bert", "distilbert", "roberta", "gpt2", "hf/*")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from tuner.core import Staged
-from tuner.wanted import Preprocess
-from tuner.weights import torchvision_model, torchvision_preprocess
+from tuner.core.input_spec import Preprocess
+from tuner.core.types import Staged
+from tuner.core.weights import torchvision_model, torchvision_preprocess
 
 TASKS = ("classification",)
 NAMES = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from tuner.core import Staged
-from tuner.detectors import Head, Objects, Stage, padded
-from tuner.models._backbone import Canvas, steps
+from tuner.core.detectors import Head, Objects, Stage, padded
+from tuner.core.input_spec import Preprocess, Tree
+from tuner.core.types import Staged
+from tuner.models._detector_backbone import Canvas, steps
 from tuner.models._yolo import LEVELS, each, load, network, rows
-from tuner.wanted import Preprocess, Tree
 
 TASKS = ("detection",)
 NAMES = ("yolox_nano", "yolox_tiny", "yolox_s", "yolox_m", "yolox_l", "yolox_x")

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
-from tuner.core import Batch, Data, Task, Told, apart
-from tuner.run import Recipe
-from tuner.verdicts import joined, said, tables
-from tuner.wanted import Tree, Wanted
+from tuner.config.run import Recipe
+from tuner.core.input_spec import Tree, Wanted
+from tuner.core.types import Batch, Data, Task, Told, apart
+from tuner.tasks._classification_reports import joined, said, tables
 
 METRICS = ("accuracy", "balanced_accuracy", "f1", "log_likelihood")
 

@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from tuner import pictures
-from tuner.core import Batch, Data, Task, Told
-from tuner.detectors import Objects, objects, with_targets
-from tuner.geometry import placed
-from tuner.run import Recipe
-from tuner.targets import NO_OBJECT
-from tuner.wanted import Preprocess, Tree, Wanted, leaves
+from tuner.config.run import Recipe
+from tuner.core.detectors import Objects, objects, with_targets
+from tuner.core.geometry import placed
+from tuner.core.input_spec import Preprocess, Tree, Wanted, leaves
+from tuner.core.targets import NO_OBJECT
+from tuner.core.types import Batch, Data, Task, Told
+from tuner.tasks import _annotated_images
 
 METRICS = ("map", "map_50", "map_75", "mar_100")
 SHOWN = 8  # validation examples on the contact sheet
@@ -73,20 +73,24 @@ class Detection(Task):
         assert isinstance(pixels, Tensor)
         rows = []
         for image, (found, truth) in zip(pixels.numpy(), both, strict=True):
-            tile = pictures.of_pixels(image)
+            tile = _annotated_images.of_pixels(image)
             true = [self.classes[label] for label in truth["labels"].tolist()]
-            drawn = pictures.with_boxes(
+            drawn = _annotated_images.with_boxes(
                 tile, truth["boxes"].tolist(), true, truth["labels"].tolist()
             )
             rows.append([drawn, self.drawn(tile, sure(found, self.confidence))])
-        return pictures.sheet(rows, ("truth", f"predicted, scores from {self.confidence:g}"))
+        return _annotated_images.sheet(
+            rows, ("truth", f"predicted, scores from {self.confidence:g}")
+        )
 
     def drawn(self, image: Any, found: Objects) -> Any:
         words = [
             f"{self.classes[k]} {s:.2f}"
             for k, s in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
         ]
-        return pictures.with_boxes(image, found["boxes"].tolist(), words, found["labels"].tolist())
+        return _annotated_images.with_boxes(
+            image, found["boxes"].tolist(), words, found["labels"].tolist()
+        )
 
     def table(self, pairs: Sequence[tuple[Any, Any]]) -> bytes:
         """Average precision and recall, and the number of true objects, of each class as CSV."""
@@ -141,7 +145,7 @@ class Detection(Task):
             if words
             else f"nothing with a score from {self.confidence:g}"
         )
-        return Told(line, {"objects": named}, pictures.png(self.drawn(image, found)))
+        return Told(line, {"objects": named}, _annotated_images.png(self.drawn(image, found)))
 
 
 def counted(pairs: Iterable[tuple[Any, Any]], *, per_class: bool) -> dict[str, Tensor]:

@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from tuner import figures, pictures
-from tuner.core import Batch, Data, Task, Told, apart
-from tuner.geometry import placed
-from tuner.run import Recipe
-from tuner.targets import IGNORED
-from tuner.wanted import Preprocess, Tree, Wanted, leaves
+from tuner import deferred_figures
+from tuner.config.run import Recipe
+from tuner.core.geometry import placed
+from tuner.core.input_spec import Preprocess, Tree, Wanted, leaves
+from tuner.core.targets import IGNORED
+from tuner.core.types import Batch, Data, Task, Told, apart
+from tuner.tasks import _annotated_images
 
 METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")
 AUXILIARY = 0.5  # weight of the loss of an output `aux`, as torchvision's
@@ -85,7 +86,7 @@ class Segmentation(Task):
         matrix = self._confusion(pairs)
         return {
             "predictions.png": _sheet(pairs, data),
-            "confusion.png": figures.later(
+            "confusion.png": deferred_figures.later(
                 "confusion", matrix=matrix.tolist(), classes=self.classes
             ),
             "per_class.csv": _table(matrix, self.classes),
@@ -121,7 +122,11 @@ class Segmentation(Task):
         marked = mask[_nearest(small.height, mask.shape[0])][
             :, _nearest(small.width, mask.shape[1])
         ]
-        return Told(line, {"shares": shares}, pictures.png(pictures.with_mask(small, marked)))
+        return Told(
+            line,
+            {"shares": shares},
+            _annotated_images.png(_annotated_images.with_mask(small, marked)),
+        )
 
     def _confusion(self, pairs: Iterable[tuple[Any, Any]]) -> Tensor:
         """int64 (classes, classes): true class down, predicted class across, over all pixels that are not ignored."""
@@ -203,19 +208,21 @@ def _sheet(pairs: Sequence[tuple[Any, Any]], data: Data) -> bytes:
     assert isinstance(x, Tensor)
     rows = []
     for pixels, true, said in zip(x.numpy(), truth, predicted, strict=True):
-        image = pictures.of_pixels(pixels)
+        image = _annotated_images.of_pixels(pixels)
         views = [
             image,
-            pictures.with_mask(image, true),
-            pictures.with_mask(image, np.where(true == IGNORED, IGNORED, said)),
+            _annotated_images.with_mask(image, true),
+            _annotated_images.with_mask(image, np.where(true == IGNORED, IGNORED, said)),
         ]
         rows.append(
             [
-                view.resize((pictures.EDGE, pictures.EDGE), Image.Resampling.NEAREST)
+                view.resize(
+                    (_annotated_images.EDGE, _annotated_images.EDGE), Image.Resampling.NEAREST
+                )
                 for view in views
             ]
         )
-    return pictures.sheet(rows, ["image", "truth", "prediction"])
+    return _annotated_images.sheet(rows, ["image", "truth", "prediction"])
 
 
 def _table(matrix: Tensor, classes: tuple[str, ...]) -> bytes:

@@ -11,11 +11,11 @@ from torchmetrics.functional.classification import (
     multiclass_matthews_corrcoef,
 )
 
-from tuner.core import Batch, Data, Task, Told, apart
-from tuner.run import Recipe
-from tuner.tokens import decoded, trimmed
-from tuner.verdicts import joined, said, table, tables
-from tuner.wanted import Tree, Wanted
+from tuner.config.run import Recipe
+from tuner.core.input_spec import Tree, Wanted
+from tuner.core.types import Batch, Data, Task, Told, apart
+from tuner.preprocessing.tokenization import decoded, trimmed
+from tuner.tasks._classification_reports import joined, said, table, tables
 
 METRICS = ("accuracy", "f1", "matthews", "balanced_accuracy", "log_likelihood")
 MISTAKES = 50  # listed, the most confident first

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tuner.core import Batch, Data, Task, Told, apart
-from tuner.run import Recipe
-from tuner.tokens import decoded, tokenizer, trimmed
-from tuner.verdicts import table
-from tuner.wanted import Tokens, Tree, Wanted
+from tuner.config.run import Recipe
+from tuner.core.input_spec import Tokens, Tree, Wanted
+from tuner.core.types import Batch, Data, Task, Told, apart
+from tuner.preprocessing.tokenization import decoded, tokenizer, trimmed
+from tuner.tasks._classification_reports import table
 
 METRICS = ("negative_log_perplexity",)
 IGNORED = -100  # the library's own mark of what is not to be predicted

@@ -1,0 +1,202 @@
+"""What stands in the terminal: lines in columns, JSON that parses, nothing that an ascii terminal or a pipe cannot take."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from tests.conftest import SMALL
+from tuner.commands.console import Console
+from tuner.commands.trial_line import Columns, shown, spoken
+from tuner.config import parsing, yaml_document
+from tuner.search.history import REASON, SAME_AS
+
+PARAMS: list[dict[str, Any]] = [
+    {"optimizer": "sgd", "lr": 0.001, "momentum": 0.925, "freeze_depth": 0, "epochs": 3},
+    {"optimizer": "adamw", "lr": 0.0342, "freeze_depth": 5, "epochs": 1},
+]
+SPACE = parsing.parse(yaml_document.parse(SMALL, "small.yaml"))
+
+
+def ended(
+    number: int, scores: list[float], state: TrialState = TrialState.COMPLETE, **attrs: Any
+) -> FrozenTrial:
+    params = PARAMS[number % 2]
+    distributions = {
+        k: optuna.distributions.CategoricalDistribution((v,)) for k, v in params.items()
+    }
+    trial = optuna.trial.create_trial(
+        state=state,
+        value=max(scores) if state == TrialState.COMPLETE else None,
+        params=params,
+        distributions=distributions,
+        intermediate_values=dict(enumerate(scores, 1)),
+        user_attrs=attrs,
+    )
+    trial.number = number
+    return trial
+
+
+def line(
+    columns: Columns,
+    trial: FrozenTrial,
+    best: tuple[float, int] | None,
+    tally: str = "2/12, eta 18m",
+) -> str:
+    run = SPACE.sample(optuna.trial.FixedTrial(trial.params))
+    return columns.line(trial, run, 100.0 if trial.number % 2 else 4.0, best, tally)
+
+
+def test_lines_stand_in_columns() -> None:
+    columns = Columns(SPACE, "accuracy", 12, 5, None)
+    lines = [
+        line(columns, ended(0, [0.5, 0.75, 0.9433]), (0.9433, 0)),
+        line(columns, ended(11, [0.71]), (0.9433, 0)),
+        line(columns, ended(2, [0.2], TrialState.PRUNED), (0.9433, 0)),
+        line(columns, ended(3, [0.71], **{SAME_AS: 11}), (0.9433, 0)),
+    ]
+
+    assert lines == [
+        "#0  acc 0.9433 ★ (best 0.9433 #0)  sgd   lr 1.0e-3 mom 0.93   freeze 0/5 ep 3/3 4s           | 2/12, eta 18m",
+        "#11 acc 0.7100   (best 0.9433 #0)  adamw lr 0.034             freeze 5/5 ep 1/1 1m40s        | 2/12, eta 18m",
+        "#2  acc 0.2000   (best 0.9433 #0)  sgd   lr 1.0e-3 mom 0.93   freeze 0/5 ep 1/3 4s    pruned | 2/12, eta 18m",
+        "#3  acc 0.7100   (best 0.9433 #0)  adamw lr 0.034             freeze 5/5 ep 1/1 1m40s same as #11 | 2/12, eta 18m",
+    ]
+
+
+@pytest.mark.parametrize(("room", "told"), [(140, "(best"), (100, "(best"), (80, "pruned")])
+def test_a_line_fits_the_terminal(room: int, told: str) -> None:
+    text = line(
+        Columns(SPACE, "accuracy", 12, 5, room),
+        ended(2, [0.2], TrialState.PRUNED),
+        (0.9433, 0),
+        "12/50, 3 pruned, eta 18m",
+    )
+
+    assert len(text) <= room
+    assert told in text
+    assert ("eta" in text) == (room == 140)
+
+
+def test_a_failure_gives_its_reason_in_one_line() -> None:
+    trial = ended(0, [], TrialState.FAIL, **{REASON: "ValueError: bad\nand more"})
+
+    assert "no score" in line(Columns(SPACE, "accuracy", 12, 5, None), trial, None)
+    assert "FAILED (ValueError: bad) |" in line(
+        Columns(SPACE, "accuracy", 12, 5, None), trial, None
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.00161, "1.6e-3"),
+        (0.0342, "0.034"),
+        (0.925, "0.93"),
+        (0.0, "0"),
+        (64, "64"),
+        (128.0, "128"),
+        (True, "true"),
+        ("sgd", "sgd"),
+    ],
+)
+def test_parameters_are_short(value: Any, text: str) -> None:
+    assert shown(value, 2) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (90, "1m30s"), (3600, "1h00m"), (5400, "1h30m")]
+)
+def test_durations_are_spoken(seconds: float, text: str) -> None:
+    assert spoken(seconds) == text
+
+
+def test_under_json_every_line_parses_and_nothing_else_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console("json")
+    console.say("plain words")
+    console.warn("größer")
+
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"event": "warning", "text": "größer"}
+    assert err == ""
+
+
+def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console("quiet")
+    console.say("plain words")
+    console.warn("careful")
+
+    assert capsys.readouterr() == ("", "tuner: warning: careful\n")
+
+
+def test_markup_and_emoji_codes_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Console("normal").say("[red]classes[/red] :smile: [0]")
+
+    assert capsys.readouterr().out == "[red]classes[/red] :smile: [0]\n"
+
+
+def test_an_ascii_terminal_gets_ascii() -> None:
+    code = "from tuner.commands.console import Console; c = Console('normal'); c.say('best ★ IMAGE… größer')"
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+
+    assert out.stdout == b"best * IMAGE... gr??er\n"
+
+
+def test_in_a_terminal_a_bar_and_whole_lines_and_warnings_above_it() -> None:
+    """A pseudo-terminal: the bar is redrawn, and what is said meanwhile stands on lines of its own."""
+    code = """
+from tuner.commands.console import Console
+from tuner.messages import Epoch
+from tuner.config import parsing, yaml_document as document
+from tests.conftest import SMALL
+run = parsing.parse(document.parse(SMALL, "small.yaml")).run({})
+c = Console("normal")
+show = c.retraining(run)
+show(Epoch(1, 0.5, {}, 0.1))
+c.warn("half of the images are grey")
+c.say("a line")
+c.pause()
+"""
+    leader, follower = pty.openpty()
+    environ = os.environ | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=follower,
+        stderr=follower,
+        env=environ,
+        cwd=Path(__file__).parents[2],
+    ) as process:
+        os.close(follower)
+        data = b""
+        while True:
+            try:
+                chunk = os.read(leader, 4096)
+            except OSError:  # how a pseudo-terminal says that nobody writes any more
+                break
+            if not chunk:
+                break
+            data += chunk
+    os.close(leader)
+    text = data.decode()
+
+    assert process.returncode == 0
+    assert "winner" in text and "━" in text and "epoch 1/" in text
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "\n").split("\n")
+    assert "tuner: warning: half of the images are grey" in [row.strip() for row in plain]
+    assert "a line" in [row.strip() for row in plain]
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", text), "NO_COLOR"

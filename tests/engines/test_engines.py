@@ -1,0 +1,323 @@
+"""Every engine carries the same jobs to the same ends; the local one outlives its workers."""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuner.config import plugins
+from tuner.config.run import Engine
+from tuner.engines import local as local_engine
+from tuner.jobs import Carry, Job, Outcome
+
+ENGINES = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "ray" else name
+    for name in plugins.names("engine")
+]
+SETTINGS = {"ray": Engine(name="ray", address="local")}
+
+
+def carry_all(
+    carry: Carry, jobs: list[Job], answer: bool = True, workers: int = 1
+) -> tuple[list[tuple[Job, Outcome]], list[Any]]:
+    ended: list[tuple[Job, Outcome]] = []
+    heard: list[Any] = []
+    queue = iter(jobs)
+
+    def report(job: Job, value: Any) -> bool:
+        heard.append(value)
+        return answer
+
+    carry(
+        lambda: next(queue, None),
+        report,
+        lambda job, outcome: ended.append((job, outcome)),
+        lambda: True,
+        workers,
+    )
+    return ended, heard
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def carry(request: pytest.FixtureRequest) -> Iterator[Carry]:
+    if request.param == "ray" and importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    with plugins.attribute("engine", request.param)(SETTINGS.get(request.param, Engine())) as carry:
+        yield carry
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Carry]:
+    with plugins.attribute("engine", "local")() as carry:
+        yield carry
+
+
+def test_an_engine_returns_values_and_carries_reports_and_answers(carry: Carry) -> None:
+    ended, heard = carry_all(carry, [Job(0, "tests.helpers.jobs:count", 3)])
+    assert [o.value for _, o in ended] == [3] and heard == [1, 2, 3]
+    ended, heard = carry_all(carry, [Job(0, "tests.helpers.jobs:count", 3)], answer=False)
+    assert [o.value for _, o in ended] == [1] and heard == [1]
+
+
+def test_what_a_job_raises_becomes_an_outcome_and_the_next_job_runs(carry: Carry) -> None:
+    ended, _ = carry_all(
+        carry,
+        [
+            Job(0, "tests.helpers.jobs:fail", "no such layer"),
+            Job(1, "tests.helpers.jobs:refuse", "gone"),
+            Job(2, "tests.helpers.jobs:count", 1),
+        ],
+    )
+    (_, failed), (_, refused), (_, done) = ended
+    assert (failed.kind, failed.reason) == (
+        "failed",
+        "ValueError: no such layer",
+    ) and "Traceback" in failed.trace
+    assert (refused.kind, refused.reason, refused.problems, refused.code) == (
+        "refused",
+        "DataError",
+        ("gone", "and more"),
+        3,
+    )
+    assert done.value == 1
+
+
+def test_what_fails_in_the_coordinator_is_not_taken_for_a_failure_of_the_job(carry: Carry) -> None:
+    jobs = iter([Job(0, "tests.helpers.jobs:count", 1)])
+
+    def report(job: Job, value: Any) -> bool:
+        raise ConnectionError("the database is gone")
+
+    with pytest.raises(ConnectionError, match="the database is gone"):
+        carry(
+            lambda: next(jobs, None),
+            report,
+            lambda job, outcome: pytest.fail(outcome.reason),
+            lambda: True,
+            1,
+        )
+
+
+def test_a_worker_persists_between_jobs_and_calls(local: Carry) -> None:
+    first, _ = carry_all(
+        local, [Job(0, "tests.helpers.jobs:pid", None), Job(1, "tests.helpers.jobs:pid", None)]
+    )
+    second, _ = carry_all(local, [Job(2, "tests.helpers.jobs:pid", None)])
+    pids = {o.value for _, o in first + second}
+    assert len(pids) == 1 and os.getpid() not in pids
+
+
+@pytest.mark.parametrize(
+    ("work", "argument", "reason", "cause"),
+    [
+        ("die", signal.SIGKILL, "worker ended by SIGKILL (out of memory?)", "memory"),
+        ("die", signal.SIGSEGV, "worker ended by SIGSEGV", "died"),
+        ("leave", 7, "worker ended with exit code 7", "died"),
+    ],
+)
+def test_a_dead_worker_ends_its_job_as_lost_and_the_next_job_gets_a_new_one(
+    local: Carry, work: str, argument: int, reason: str, cause: str
+) -> None:
+    ended, _ = carry_all(
+        local,
+        [Job(0, f"tests.helpers.jobs:{work}", argument), Job(1, "tests.helpers.jobs:count", 1)],
+    )
+    assert [(o.kind, o.reason, o.cause) for _, o in ended] == [
+        ("lost", reason, cause),
+        ("done", "", ""),
+    ]
+
+
+def test_several_workers_carry_jobs_at_once_and_share_the_cores(local: Carry) -> None:
+    ended, _ = carry_all(
+        local, [Job(i, "tests.helpers.jobs:pid", None) for i in range(6)], workers=2
+    )
+    assert len({o.value for _, o in ended}) == 2
+    ended, _ = carry_all(
+        local,
+        [Job(0, "tests.helpers.jobs:torch_loaded", None)],
+        workers=len(os.sched_getaffinity(0)),
+    )
+    assert ended[0][1].value == (True, 1)
+
+
+def test_when_time_is_up_a_busy_worker_ends_at_once_and_cleans_up(tmp_path: Path) -> None:
+    held = tmp_path / "download.partial"
+    ended: list[Outcome] = []
+    heard: list[int] = []
+    jobs = iter([Job(0, "tests.helpers.jobs:hang", str(held))])
+    with plugins.attribute("engine", "local")() as carry:
+        start = time.monotonic()
+        carry(
+            lambda: next(jobs, None),
+            lambda job, value: not heard.append(value),
+            lambda job, outcome: ended.append(outcome),
+            lambda: not heard,
+            1,
+        )
+        assert time.monotonic() - start < 30
+    assert [(o.kind, o.cause) for o in ended] == [("lost", "interrupted")]
+    assert not held.exists()  # SIGTERM unwinds the worker, so that half a download does not stay
+    with pytest.raises(ProcessLookupError):
+        os.kill(heard[0], 0)
+
+
+def test_leaving_the_engine_leaves_no_process() -> None:
+    with plugins.attribute("engine", "local")() as carry:
+        ended, _ = carry_all(carry, [Job(0, "tests.helpers.jobs:pid", None)])
+    with pytest.raises(ProcessLookupError), contextlib.suppress(PermissionError):
+        os.kill(ended[0][1].value, 0)
+
+
+# -- workers that fall silent
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Carry]:
+    """The local engine, whose workers may be silent for a second."""
+    with plugins.attribute("engine", "local")(silence=1.0) as carry:
+        yield carry
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_stopped_worker_is_given_up_another_takes_over_and_it_never_comes_back(
+    strict: Carry,
+) -> None:
+    ended, heard = carry_all(
+        strict, [Job(0, "tests.helpers.jobs:stop", 5), Job(1, "tests.helpers.jobs:count", 2)]
+    )
+    assert [(o.kind, o.reason, o.value) for _, o in ended] == [
+        ("lost", "worker silent for 1 s", None),
+        ("done", "", 2),
+    ]
+    zombie, *rest = heard
+    assert rest == [1, 2]  # of the second job alone
+    with pytest.raises(ProcessLookupError):
+        os.kill(zombie, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_worker_that_computes_without_a_word_is_not_taken_for_a_silent_one(strict: Carry) -> None:
+    ended, _ = carry_all(
+        strict,
+        [
+            Job(0, "tests.helpers.jobs:pid", None),
+            Job(1, "tests.helpers.jobs:sleep", 2.5),
+            Job(2, "tests.helpers.jobs:pid", None),
+        ],
+    )
+    assert [o.kind for _, o in ended] == ["done"] * 3 and len({o.value for _, o in ended}) == 1
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_was_busy_for_long_takes_nobody_for_silent(strict: Carry) -> None:
+    def report(job: Job, value: Any) -> bool:
+        heard.append(value)
+        if len(heard) == 1:
+            time.sleep(2.5)  # no look in this time
+        return True
+
+    jobs, heard = iter([Job(0, "tests.helpers.jobs:ticks", 4)]), list[Any]()
+    ended: list[Outcome] = []
+    strict(
+        lambda: next(jobs, None),
+        report,
+        lambda job, outcome: ended.append(outcome),
+        lambda: True,
+        1,
+    )
+    assert [o.kind for o in ended] == ["done"] and len(heard) == 4
+
+
+@pytest.mark.slow
+def test_a_zombie_whose_pipe_is_closed_stops_itself() -> None:
+    worker = local_engine.hire(0, 1.0)
+    worker.pipe.send((Job(0, "tests.helpers.jobs:ticks", 1000), 1))
+    while worker.pipe.recv()[0] != "report":
+        pass
+    os.kill(worker.process.pid or 0, signal.SIGSTOP)
+    worker.pipe.close()  # its job has gone to another
+    os.kill(worker.process.pid or 0, signal.SIGCONT)
+    worker.process.join(20)
+    assert worker.process.exitcode == 0
+
+
+COORDINATOR = """
+from tuner.config import plugins
+from tuner.jobs import Job
+if __name__ == "__main__":
+    def report(job, value):
+        print(value[0], flush=True)
+        return True
+    jobs, ended = iter([Job(0, "tests.helpers.jobs:ticks", 15)]), []
+    with plugins.attribute("engine", "local")(silence=2.0) as carry:
+        carry(lambda: next(jobs, None), report, lambda job, outcome: ended.append(outcome.kind), lambda: True, 1)
+    print(*ended)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [False, True])
+def test_a_coordinator_that_was_stopped_finds_its_workers_waiting(
+    both: bool, tmp_path: Path
+) -> None:
+    """Stopped for longer than a worker may be silent; `both`: the worker too, and it goes on a little later."""
+    (tmp_path / "coordinator.py").write_text(COORDINATOR)
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "coordinator.py"],
+        cwd=tmp_path,
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        stopped = [process.pid, worker] if both else [process.pid]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(4)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.5)
+        *said, end = process.stdout.read().splitlines()
+    assert (
+        end == "done" and said == [str(worker)] * 14
+    )  # each report once, all from the same worker
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_does_not_outlive_its_coordinator(tmp_path: Path) -> None:
+    (tmp_path / "coordinator.py").write_text(COORDINATOR)
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "coordinator.py"],
+        cwd=tmp_path,
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        os.kill(worker, signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 10
+        while not gone(worker) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert gone(worker)

@@ -1,0 +1,310 @@
+"""Killed at every named point of the code and started again, a study ends as if nothing had happened."""
+
+import ast
+import contextlib
+import hashlib
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tuner
+from tests.helpers.forked_commands import Forks, forks
+from tuner import manifest
+from tuner.files.crash_points import POINTS
+
+STUDY = """
+task: classification
+data: {name: synthetic, examples: 60, classes: 3, size: 32}
+model: {name: resnet18_slim, weights: bundled}
+recipe: {optimizer: sgd, lr: [0.001, 0.01], freeze_depth: [3, 5], epochs: 2, batch_size: 16}
+search: {name: s, trials: 6, sampler: random, pruner: none, seed: 0}
+engine: {name: inline, device: cpu, cache: always}
+export: [safetensors]
+"""
+
+# Points that the study passes are tested with it, the others with a work that passes them.
+WORKS = {"note": "timing", "download": "downloading", "pins": "pinning", "tokens": "encoding"}
+LATER = (
+    "search.requeued",
+    "search.failing",
+    "export.moved",
+)  # passed only after something else has happened
+PASSED = [point for point in POINTS if point.partition(".")[0] not in WORKS and point not in LATER]
+
+
+# -- the list of points is the code's
+
+
+def strings(call: ast.Call) -> list[str]:
+    """The constant strings among a call's arguments."""
+    return [
+        a.value
+        for a in (*call.args, *(k.value for k in call.keywords))
+        if isinstance(a, ast.Constant) and isinstance(a.value, str)
+    ]
+
+
+def calls(name: str) -> Iterator[tuple[Path, ast.Call]]:
+    for path in Path(tuner.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == name
+            ):
+                yield path, node
+
+
+def test_every_point_of_the_code_is_listed_and_every_listed_one_is_in_the_code() -> None:
+    there = {point for _, call in calls("crash") for point in strings(call)}
+    steps = {
+        "atomic_path": ("begun", "written", "synced", "renamed"),
+        "atomic_folder": ("begun", "filled", "renamed"),
+    }
+    for name, expected in steps.items():
+        inside = [
+            a for _, call in calls("crash") for a in call.args if isinstance(a, ast.JoinedStr)
+        ]
+        assert len(inside) == sum(map(len, steps.values()))
+        for _, call in calls(name):
+            what = strings(call) or ["file"]
+            assert len(what) == 1, ast.unparse(call)
+            there |= {f"{what[0]}.{step}" for step in expected}
+    assert there == set(POINTS) and len(POINTS) == len(set(POINTS))
+
+
+# -- a study
+
+
+@pytest.fixture(scope="module")
+def forking() -> Iterator[Forks]:
+    with forks() as found:
+        yield found
+
+
+def begun(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "study.yaml").write_text(STUDY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calm(forking: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the study as it ends undisturbed."""
+    folder = begun(tmp_path_factory.mktemp("calm"))
+    code, said = forking.tuner(folder, "run", "study.yaml")
+    assert code == 0, said
+    return folder
+
+
+def trials(folder: Path) -> list[tuple[Any, ...]]:
+    """Parameters, state and epoch scores of the trials that ended, in the order of their draws; all others failed as orphans."""
+    import optuna
+
+    from tuner.search import storage
+
+    study = optuna.load_study(study_name="s", storage=storage.connect(None, folder / "studies/s"))
+    for trial in study.trials:
+        assert trial.state.name in ("COMPLETE", "PRUNED", "FAIL"), trial
+        assert trial.state.name != "FAIL" or trial.user_attrs["tuner:reason"].startswith(
+            ("orphaned", "worker ended")
+        ), trial
+    return [
+        (t.params, t.state.name, t.intermediate_values, t.values)
+        for t in study.trials
+        if t.state.name != "FAIL"
+    ]
+
+
+def ended_alike(folder: Path, calm: Path) -> None:
+    assert trials(folder) == trials(calm)
+    found, expected = (
+        manifest.read(folder / "studies/s/export"),
+        manifest.read(calm / "studies/s/export"),
+    )  # raises on a file that differs
+    assert found is not None and expected is not None
+    assert (
+        found.manifest["files"]["model.safetensors"]
+        == expected.manifest["files"]["model.safetensors"]
+    )
+    assert chosen(folder) == chosen(calm)
+    with contextlib.closing(sqlite3.connect(folder / "studies/s/study.db")) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert [str(path) for path in folder.rglob(".*") if path.suffix in (".tmp", ".old")] == []
+
+
+def chosen(folder: Path) -> list[str]:
+    """best.yaml, but for the trial's number, which retries take, and the engine."""
+    return [
+        line
+        for line in (folder / "studies/s/best.yaml").read_text().splitlines()[1:]
+        if not line.startswith("engine:")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point",
+    [
+        *PASSED,
+        "file.begun:2",
+        "file.renamed:2",
+        "search.drawn:3",
+        "activations.filled:3",
+        "search.told:4",
+    ],
+)
+def test_27_killed_at_a_point_and_started_again_a_study_ends_as_the_calm_one(
+    point: str, forking: Forks, calm: Path, tmp_path: Path
+) -> None:
+    begun(tmp_path)
+    code, said = forking.tuner(tmp_path, "run", "study.yaml", TUNER_CRASH_AT=point)
+    assert code == 137, f"{point} was not passed: {said}"
+    if (tmp_path / "studies/s/export").exists():
+        assert manifest.read(tmp_path / "studies/s/export") is not None  # whole, or not there
+    code, said = forking.tuner(tmp_path, "run", "study.yaml")
+    assert code == 0, said
+    ended_alike(tmp_path, calm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["search.requeued", "search.failing"])
+def test_27_killed_again_while_the_first_kill_is_mended(
+    point: str, forking: Forks, calm: Path, tmp_path: Path
+) -> None:
+    begun(tmp_path)
+    for where in ("search.reported:3", point):
+        code, said = forking.tuner(tmp_path, "run", "study.yaml", TUNER_CRASH_AT=where)
+        assert code == 137, f"{where} was not passed: {said}"
+    code, said = forking.tuner(tmp_path, "run", "study.yaml")
+    assert code == 0, said
+    ended_alike(tmp_path, calm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point", ["export.filled", "export.written", "export.moved", "export.renamed"]
+)
+def test_27_killed_while_an_export_is_replaced_the_old_or_the_new_one_is_there(
+    point: str, forking: Forks, calm: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(calm, tmp_path, dirs_exist_ok=True)
+    words = ("export", "s", "--format", "torch_export")
+    code, said = forking.tuner(tmp_path, *words, TUNER_CRASH_AT=point)
+    assert code == 137, f"{point} was not passed: {said}"
+    export = tmp_path / "studies/s/export"
+    there = manifest.read(export if export.exists() else export.with_name(".export.old"))
+    assert there is not None and ("torch_export" in there.manifest["exports"]) == (
+        point == "export.renamed"
+    )
+    code, said = forking.tuner(tmp_path, *words)
+    assert code == 0, said
+    ended_alike(tmp_path, calm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["activations.filled:4", "export.written"])
+def test_27_a_worker_that_dies_at_a_point_is_noticed_and_replaced(
+    point: str, forking: Forks, calm: Path, tmp_path: Path
+) -> None:
+    begun(tmp_path)
+    code, said = forking.tuner(
+        tmp_path,
+        "run",
+        "study.yaml",
+        "engine.name=local",
+        "search.retries=10",
+        TUNER_CRASH_AT=point,
+    )
+    lost = failures(tmp_path)
+    if point.startswith(
+        "activations"
+    ):  # each worker that comes after has fewer entries left to fill, and gets further
+        assert lost and set(lost) == {"worker ended with exit code 137"}
+    if code != 0:  # it died while the winner was made
+        assert code == 3 and "a worker died" in said and "exit code 137" in said
+        code, said = forking.tuner(
+            tmp_path, "run", "study.yaml", "engine.name=local", "search.retries=10"
+        )
+    assert code == 0, said
+    ended_alike(tmp_path, calm)
+
+
+def failures(folder: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(folder / "studies/s/study.db")) as database:
+        rows = database.execute(
+            "select value_json from trial_user_attributes where key = 'tuner:reason'"
+        )
+        return [json.loads(value) for (value,) in rows]
+
+
+# -- works, each passing the points of one kind
+
+
+def timing(folder: str) -> list[str]:
+    """What an example costs through a prefix, kept in a note."""
+    import torch
+
+    from tests.helpers.frozen_prefixes import Counting, chain, frozen
+    from tuner.training.activation_cache import Live, timed
+
+    place = Path(folder) / "activations"
+    place.mkdir(exist_ok=True)
+    found = timed(Live(frozen(chain(3)), Counting()), place)
+    assert torch.get_num_threads() >= 1
+    return sorted(found)
+
+
+def downloading(folder: str) -> str:
+    from tuner.files.atomic import sweep
+    from tuner.files.downloads import download
+
+    sweep(Path(folder))
+    download(f"file://{folder}/origin", Path(folder) / "fetched", "weights")
+    return hashlib.sha256((Path(folder) / "fetched").read_bytes()).hexdigest()
+
+
+def pinning(folder: str) -> str:
+    from tuner.core.weights import fetch
+
+    fetch(Path(folder) / "home", f"file://{folder}/origin", name="origin")
+    return (Path(folder) / "home/weights/pins.json").read_text()
+
+
+def encoding(folder: str) -> list[int]:
+    from tests.helpers import small_transformers
+    from tuner.core.input_spec import Tokens
+    from tuner.preprocessing import tokenization
+
+    place = Path(folder) / "bert"
+    if not place.exists():
+        small_transformers.folder(Path(folder), "bert", weights=False)
+    wanted = Tokens(str(place), 24, ("input_ids", "attention_mask"))
+    return list(
+        tokenization.store(
+            Path(folder) / "home", wanted, [text for text, _ in small_transformers.corpus(20)], None
+        ).lengths.tolist()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", [point for point in POINTS if point.partition(".")[0] in WORKS])
+def test_27_what_is_written_once_is_whole_or_absent_wherever_the_kill_comes(
+    point: str, forking: Forks, tmp_path: Path
+) -> None:
+    (tmp_path / "origin").write_bytes(b"weights")
+    work = f"tests.faults.test_crash_points:{WORKS[point.partition('.')[0]]}"
+    code, said = forking.work(tmp_path, work, str(tmp_path), TUNER_CRASH_AT=point)
+    assert code == 137, f"{point} was not passed: {said}"
+    code, said = forking.work(tmp_path, work, str(tmp_path))
+    assert code == 0, said
+    other = tmp_path / "undisturbed"
+    other.mkdir()
+    (other / "origin").write_bytes(b"weights")
+    code, expected = forking.work(other, work, str(other))
+    assert code == 0 and said == expected

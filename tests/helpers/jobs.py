@@ -1,0 +1,171 @@
+"""What the engine tests have workers do, and a model that diverges."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import DataError
+
+
+def pid(argument: Any, report: Callable[[Any], bool], slot: int) -> int:
+    return os.getpid()
+
+
+def count(argument: int, report: Callable[[Any], bool], slot: int) -> int:
+    """Reports 1, 2, … up to `argument`, or until told to stop; returns the last."""
+    for i in range(1, argument + 1):
+        if not report(i):
+            return i
+    return argument
+
+
+def die(argument: int, report: Callable[[Any], bool], slot: int) -> None:
+    report("about to die")
+    os.kill(os.getpid(), argument)
+    time.sleep(10)
+
+
+def leave(argument: int, report: Callable[[Any], bool], slot: int) -> None:
+    os._exit(argument)
+
+
+def fail(argument: str, report: Callable[[Any], bool], slot: int) -> None:
+    raise ValueError(argument)
+
+
+def refuse(argument: str, report: Callable[[Any], bool], slot: int) -> None:
+    raise DataError(argument, "and more")
+
+
+def hang(argument: str, report: Callable[[Any], bool], slot: int) -> None:
+    """Holds a temporary file until asked to end, as a download does."""
+    path = argument
+    try:
+        with open(path, "w"):
+            report(os.getpid())
+            time.sleep(60)
+    finally:
+        os.unlink(path)
+
+
+def torch_loaded(argument: Any, report: Callable[[Any], bool], slot: int) -> tuple[bool, int]:
+    import torch
+
+    return "torch" in sys.modules, torch.get_num_threads()
+
+
+def linear(outputs: int) -> Any:
+    """A model without normalisation, which a large learning rate drives to infinity."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(3 * 32 * 32, 64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, outputs),
+    )
+
+
+def stop(argument: int, report: Callable[[Any], bool], slot: int) -> int:
+    """Reports its process, stops it, and reports up to `argument` times more once it goes on."""
+    report(os.getpid())
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return count(argument, report, slot)
+
+
+def sleep(argument: float, report: Callable[[Any], bool], slot: int) -> int:
+    """Says nothing for so many seconds."""
+    time.sleep(argument)
+    return os.getpid()
+
+
+def ticks(argument: int, report: Callable[[Any], bool], slot: int) -> int:
+    """Reports (its process, a count) five times a second."""
+    for i in range(argument):
+        report((os.getpid(), i))
+        time.sleep(0.2)
+    return os.getpid()
+
+
+def where(argument: Any, report: Callable[[Any], bool], slot: int) -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def same(argument: Any, report: Callable[[Any], bool], slot: int) -> Any:
+    return argument
+
+
+def listing(argument: str, report: Callable[[Any], bool], slot: int) -> dict[str, bytes]:
+    """The files below a folder. Raises DataError where it is missing."""
+    folder = Path(argument)
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist")
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def steps(argument: tuple[int, float, str | None], report: Callable[[Any], bool], slot: int) -> int:
+    """Takes so many steps of so many seconds; reports the pid at each, and writes the step to a file where one is named."""
+    number, length, path = argument
+    for i in range(1, number + 1):
+        if path is not None:
+            with open(path, "a") as file:
+                file.write(f"{i} {time.time()}\n")
+        if not report(os.getpid()):
+            return i
+        for _ in range(round(length / 0.05)):
+            time.sleep(0.05)
+    return number
+
+
+def held(argument: str, report: Callable[[Any], bool], slot: int) -> None:
+    """Holds a temporary file until asked to end, and can be asked at any time."""
+    try:
+        with open(argument, "w"):
+            report(os.getpid())
+            while True:
+                time.sleep(0.05)
+    finally:
+        os.unlink(argument)
+
+
+def remember(argument: tuple[str, int], report: Callable[[Any], bool], slot: int) -> list[str]:
+    """Keeps a file per step in a folder, drops the step before, and says what was there at first. Ends its process at step -`last`."""
+    folder, last = Path(argument[0]), argument[1]
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(len(found), abs(last)):
+        (folder / f"step{i}").write_bytes(bytes([i]) * 1000)
+        (folder / f"step{i - 2}").unlink(missing_ok=True)
+        report(i)
+    if last < 0:
+        os._exit(1)
+    return found
+
+
+def filling(argument: tuple[Any, str], report: Callable[[Any], bool], slot: int) -> int:
+    """A trial that notes each folder of remembered activations that it builds."""
+    from tuner.training import activation_cache, worker_jobs
+
+    assignment, path = argument
+    real = activation_cache.atomic_folder
+
+    def build(folder: Path, *more: Any, **named: Any) -> Any:
+        with open(path, "a") as file:
+            file.write(f"{folder.name}\n")
+        return real(folder, *more, **named)
+
+    activation_cache.atomic_folder = build
+    try:
+        return len(worker_jobs.carry(assignment, report, slot).epochs)
+    finally:
+        activation_cache.atomic_folder = real

@@ -1,0 +1,57 @@
+"""The cut and partition laws as functions: a model cut at any depth computes what it computes whole."""
+
+import pytest
+import torch
+from torch import nn
+
+from tuner.core.input_spec import Tree, leaves
+from tuner.core.types import Staged
+
+
+def check_cut(staged: Staged, x: Tree) -> None:
+    """suffix(prefix(x)) == model(x) at every depth; with nothing frozen also while training, dropout and all."""
+    suffix = staged.split(0)[1].train()
+    staged.model.train()
+    if (
+        staged.native is None
+    ):  # where it is not model(x), its answer while training is of another kind
+        outputs = []
+        for whole in (staged.model, suffix):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                outputs.append(whole(x))
+        assert equal(*outputs)
+    staged.model.eval()
+    with torch.no_grad():
+        expected = staged.call(x)
+        assert all(leaf.isfinite().all() for leaf in leaves(expected).values())
+        assert all(
+            leaf.std() > 0 for leaf in leaves(expected).values() if leaf.is_floating_point()
+        )  # all objects may be of one class
+        for depth in range(staged.max_depth + 1):
+            prefix, suffix = staged.split(depth)
+            assert equal(suffix.eval()(prefix(x)), expected), depth
+
+
+def equal(a: Tree, b: Tree) -> bool:
+    return leaves(a).keys() == leaves(b).keys() and all(
+        torch.equal(leaf, leaves(b)[name]) for name, leaf in leaves(a).items()
+    )
+
+
+def check_partition(staged: Staged) -> None:
+    """Each parameter and buffer lies in exactly one stage; a prefix is frozen and still, a suffix is all trainable."""
+    for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
+        own = sorted(id(v) for _, v in kind(staged.model))
+        inside = sorted(id(v) for stage in staged.stages.values() for _, v in kind(stage))
+        assert inside == own
+    for depth in range(staged.max_depth + 1):
+        staged.model.train()
+        prefix, suffix = staged.split(depth)
+        assert not any(p.requires_grad for p in prefix.parameters())
+        assert not any(module.training for module in prefix.modules())
+        assert all(p.requires_grad for p in suffix.parameters())
+        assert all(module.training for module in suffix.modules() if module is not suffix)
+        assert next(suffix.parameters(), None) is not None
+    with pytest.raises(ValueError, match=rf"freeze depth must be in 0\.\.{staged.max_depth}, got"):
+        staged.split(staged.max_depth + 1)

@@ -1,0 +1,285 @@
+"""The laws of docs/design.md that hold whatever is in the folders. Cut and partition: test_models.py; narrowing: test_space.py."""
+
+import hashlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import SMALL, Said
+from tests.helpers.study_contents import trials
+from tuner.config import parsing, plugins, yaml_document
+from tuner.config.run import Engine, Run
+from tuner.core.types import Source
+from tuner.training.devices import Place, place
+from tuner.training.training_loop import fit, prepare
+
+
+def run(model: str, depth: int, **data: Any) -> Run:
+    words = [
+        f"model.name={model}",
+        "model.weights=none",
+        f"recipe.freeze_depth={depth}",
+        "recipe.epochs=2",
+        "recipe.lr=0.01",
+        "recipe.optimizer=sgd",
+        "recipe.momentum=0.9",
+    ]
+    doc = parsing.override(
+        yaml_document.parse(SMALL, "small.yaml"),
+        [*words, *(f"data.{k}={v}" for k, v in data.items())],
+    )
+    return parsing.parse(doc).sample(None, seed=5)
+
+
+def here(home: Path, cache: str) -> Place:
+    return place(Engine.model_validate({"device": "cpu", "cache": cache}), home)
+
+
+@pytest.mark.parametrize(
+    ("model", "depth"),
+    [("resnet18_slim", 1), ("resnet18_slim", 3), ("resnet18_slim", 5), ("vgg11_bn", 6)],
+)
+def test_stillness_after_fit_the_prefix_is_bit_identical(
+    model: str, depth: int, tmp_path: Path
+) -> None:
+    r = run(model, depth)
+    bench = prepare(r, here(tmp_path, "auto"), "accuracy")
+    prefix, _ = bench.staged.split(depth)
+    frozen = {k: v.clone() for k, v in prefix.state_dict().items()}
+    moving = {k: v.clone() for k, v in bench.net.state_dict().items()}
+    list(fit(bench, r.recipe, r.seed))
+    assert any("running_mean" in k for k in frozen)  # BatchNorm's buffers are part of the law
+    assert all(torch.equal(v, frozen[k]) for k, v in prefix.state_dict().items())
+    assert any(not torch.equal(v, moving[k]) for k, v in bench.net.state_dict().items())
+
+
+@pytest.mark.parametrize("data", [{}, {"augment": "flip", "views": 2}])
+@pytest.mark.parametrize(
+    ("model", "depth"),
+    [("resnet18_slim", 1), ("resnet18_slim", 2), ("resnet18_slim", 5), ("vgg11_bn", 6)],
+)
+def test_memory_fit_over_the_cache_equals_fit_without(
+    model: str, depth: int, data: dict[str, Any], tmp_path: Path
+) -> None:
+    r = run(model, depth, **data)
+    benches = [prepare(r, here(tmp_path, cache), "accuracy") for cache in ("always", "never")]
+    kinds = [type(b.train).__name__ for b in benches]
+    assert kinds == ["Remembered", "Live"]
+    remembered, live = (list(fit(b, r.recipe, r.seed)) for b in benches)
+    for a, b in zip(remembered, live, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-3)
+        assert a.scores == pytest.approx(
+            b.scores, abs=0.12
+        )  # one of the 9 validation images may tip over by rounding
+        assert a.scores["log_likelihood"] == pytest.approx(b.scores["log_likelihood"], rel=1e-2)
+
+
+def test_memory_equal_batches_from_the_cache_and_without(tmp_path: Path) -> None:
+    r = run("resnet18_slim", 3, augment="flip", views=2)
+    cached, live = (
+        prepare(r, here(tmp_path, cache), "accuracy").train for cache in ("always", "never")
+    )
+    index = torch.tensor([5, 0, 17, 3])
+    for view in (0, 1, 2):
+        a, b = cached.take(index, view), live.take(index, view)
+        assert torch.allclose(_tensor(a.x), _tensor(b.x), atol=1e-5) and torch.equal(a.y, b.y)
+    assert not torch.equal(_tensor(cached.take(index, 0).x), _tensor(cached.take(index, 1).x))
+
+
+def _tensor(x: Any) -> torch.Tensor:
+    assert isinstance(x, torch.Tensor)
+    return x
+
+
+def test_what_a_prefix_computed_is_not_computed_again_by_a_later_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = run("resnet18_slim", 3)
+    list(fit(prepare(r, here(tmp_path, "always"), "accuracy"), r.recipe, r.seed))
+
+    def never(*_: object) -> Source:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("tuner.training.activation_cache.Remembered._fill", never)
+    again = run("resnet18_slim", 3)
+    assert (
+        len(list(fit(prepare(again, here(tmp_path, "always"), "accuracy"), again.recipe, 9))) == 2
+    )
+
+
+@pytest.mark.parametrize("change", [{"cache_gb": 0.0001}, {"cache": "never"}])
+def test_what_does_not_fit_is_computed_on_the_fly(change: dict[str, Any], tmp_path: Path) -> None:
+    r = run("resnet18_slim", 1)
+    bench = prepare(
+        r, place(Engine.model_validate({"device": "cpu", **change}), tmp_path), "accuracy"
+    )
+    assert type(bench.train).__name__ == "Live"
+    assert (
+        not [p for p in (tmp_path / "activations").glob("*") if p.is_dir()]
+        if (tmp_path / "activations").exists()
+        else True
+    )
+
+
+def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(
+    tmp_path: Path,
+) -> None:
+    endless = run("resnet18_slim", 2, augment="flip", views="null")
+    assert type(prepare(endless, here(tmp_path, "auto"), "accuracy").train).__name__ == "Live"
+    assert (
+        type(prepare(run("resnet18_slim", 0), here(tmp_path, "auto"), "accuracy").train).__name__
+        == "Ready"
+    )
+
+
+@pytest.mark.parametrize("kind", plugins.names("export"))
+def test_export_what_is_read_back_agrees_with_the_model(
+    kind: str, tuner: Callable[..., Said], small: Path
+) -> None:
+    said = tuner(
+        "train",
+        small,
+        "recipe.lr=0.01",
+        "recipe.optimizer=sgd",
+        "recipe.momentum=0.9",
+        "recipe.freeze_depth=2",
+        "recipe.epochs=1",
+        f"export=[{kind}]",
+        "--quiet",
+    )
+    assert said.code == 0, said.err
+    manifest = json.loads((small.parent / "studies/small/train/manifest.json").read_text())
+    assert manifest["exports"][kind]["largest_difference"] < 1e-3
+    assert {
+        n: hashlib.sha256((small.parent / "studies/small/train" / n).read_bytes()).hexdigest()
+        for n in manifest["files"]
+    } == manifest["files"]
+
+
+@pytest.mark.slow
+def test_engines_the_same_study_whichever_carries_it(calm: Path) -> None:
+    finish(start(calm, "inline", "engine.name=inline"))
+    assert trials(calm, "inline") == trials(calm, "calm")
+
+
+@pytest.mark.slow
+def test_engines_ray_carries_the_same_study(calm: Path) -> None:
+    pytest.importorskip("ray")
+    cores = len(
+        os.sched_getaffinity(0)
+    )  # of one local worker: sums of floats follow the number of threads
+    said = finish(
+        start(
+            calm,
+            "ray",
+            "engine.name=ray",
+            "engine.address=local",
+            "engine.workers=1",
+            f"engine.cpus_per_trial={cores}",
+        )
+    )
+    assert trials(calm, "ray") == trials(calm, "calm")
+    assert "raylet" not in said  # what Ray says stays out of what tuner says
+
+
+# -- resume: killed and continued equals undisturbed
+
+
+def start(folder: Path, name: str, *words: str) -> "subprocess.Popen[str]":
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "tuner",
+        "run",
+        str(folder / "kill.yaml"),
+        f"search.name={name}",
+        *words,
+    ]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    return out
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an undisturbed study named calm."""
+    folder = tmp_path_factory.mktemp("kills")
+    text = (
+        SMALL.replace("inline", "local")
+        .replace("examples: 60", "examples: 400")
+        .replace("low: 1, high: 3", "low: 3, high: 5")
+        .replace("trials: 4", "trials: 5")
+    )
+    (folder / "kill.yaml").write_text(text)
+    finish(start(folder, "calm"))
+    return folder
+
+
+def victim(process: "subprocess.Popen[str]", who: str) -> int:
+    """The coordinator's pid, or its worker's."""
+    if who == "coordinator":
+        return process.pid
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "spawn_main"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(found.stdout.split()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [0.0, 0.4, 0.9])
+@pytest.mark.parametrize("who", ["coordinator", "worker"])
+def test_resume_killed_and_continued_equals_undisturbed(
+    calm: Path, who: str, moment: float
+) -> None:
+    name = f"{who}-{moment}"
+    process = start(calm, name)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("#1 "):
+            break
+    time.sleep(moment)
+    os.kill(victim(process, who), signal.SIGKILL)
+    if who == "coordinator":
+        process.wait()
+        process.stdout.close()
+        finish(start(calm, name))
+    else:
+        finish(process)  # the study goes on by itself
+    assert trials(calm, name) == trials(calm, "calm")
+    database = sqlite3.connect(calm / "studies" / name / "study.db")
+    assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    database.close()
+    files = [
+        json.loads((calm / "studies" / n / "export" / "manifest.json").read_text())["files"][
+            "model.safetensors"
+        ]
+        for n in (name, "calm")
+    ]
+    assert files[0] == files[1]  # the winner, retrained, is the same to the bit
+    left = [
+        sorted(p.name.partition("-")[0] for p in kept.iterdir())
+        for kept in (calm / "studies" / name / "checkpoints").iterdir()
+    ]
+    assert (
+        left == [["best"]] * 3
+    )  # of all checkpoints the best three trials' weights stay; test_resume.py counts epochs

@@ -1,0 +1,312 @@
+"""The cut and partition laws, for members of every family, at every depth; models as a table."""
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import get_model
+
+from tests.conftest import Said
+from tests.helpers.split_laws import check_cut, check_partition
+from tuner.config import plugins
+from tuner.config.run import Part, Recipe, Run
+from tuner.core.types import Staged, cut
+from tuner.errors import SpaceError
+from tuner.training.building import build
+from tuner.training.model_summary import describe
+
+# small enough to be computed here; the others differ from them in widths and counts, and are cut by the same lines
+COMPUTED = [
+    "resnet18_slim",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "vgg11",
+    "vgg11_bn",
+]
+
+
+def built(name: str, outputs: int = 3) -> Staged:
+    part = Part(name, {} if ":" in name else {"weights": "none"})
+    return build(
+        Run(Part("classification", {}), Part("synthetic", {}), part, Recipe(), 0), Path(), outputs
+    )
+
+
+def filled(name: str) -> Staged:
+    """The model with numbers everywhere, also where a fresh one has zeros and ones that would hide a layer left out."""
+    with torch.device("meta"):
+        staged = built(name)
+    staged.model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for value in staged.model.state_dict().values():
+        if value.dim() > 1:
+            bound = math.sqrt(3 / value[0].numel())
+            value.uniform_(-bound, bound, generator=generator)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1.5, generator=generator)
+        else:
+            value.zero_()
+    return staged
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_the_cut_law(name: str) -> None:
+    check_cut(filled(name), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+
+
+CLASSIFIERS = [
+    name
+    for name in plugins.names("model")
+    if "*" not in name and "classification" in plugins.tasks("model", name)
+]
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_model_is_cut_into_all_its_parameters(name: str) -> None:
+    with torch.device("meta"):
+        staged = built(name)
+        check_partition(staged)
+        x = torch.zeros(2, 3, 64, 64)
+        prefix, suffix = staged.split(staged.max_depth)
+        assert suffix(prefix(x)).shape == (2, 3)
+        if name != "resnet18_slim":  # native names, so that weights and exports fit elsewhere
+            assert list(staged.model.state_dict()) == list(
+                get_model(name, num_classes=3).state_dict()
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("resnet18_slim", ["stem", "layer1", "layer2", "layer3", "layer4", "head"]),
+        ("vgg11", ["block1", "block2", "block3", "block4", "block5", "fc1", "fc2", "head"]),
+    ],
+)
+def test_stages_have_names(name: str, stages: list[str]) -> None:
+    with torch.device("meta"):
+        assert list(built(name).stages) == stages
+
+
+TIMM = {
+    "efficientnet_b0": 10,
+    "tf_efficientnet_lite0": 10,
+    "mobilenetv2_050": 10,
+    "mobilenetv3_small_050": 9,
+    "mobilenetv4_conv_small_035": 8,
+    "mnasnet_small": 10,
+    "resnet10t": 6,
+    "resnet26d": 6,
+    "seresnet18": 6,
+    "regnetx_002": 2,
+    "convnext_atto": 2,
+    "densenet121": 2,
+    "ghostnet_050": 2,
+    "vit_tiny_patch16_224": 2,
+}
+
+
+@pytest.mark.parametrize(("name", "stages"), TIMM.items())
+def test_models_of_timm_are_cut_by_both_laws(name: str, stages: int) -> None:
+    timm = pytest.importorskip("timm")
+    staged = built(f"timm/{name}")
+    check_partition(staged)
+    check_cut(
+        staged,
+        torch.randn(
+            2,
+            3,
+            *(224, 224) if "224" in name else (64, 64),
+            generator=torch.Generator().manual_seed(1),
+        ),
+    )
+    assert len(staged.stages) == stages
+    assert list(staged.model.state_dict()) == list(
+        timm.create_model(name, num_classes=3).state_dict()
+    )
+
+
+def test_what_a_deeply_frozen_convolutional_model_gives_is_a_vector() -> None:
+    pytest.importorskip("timm")
+    for name in (
+        "timm/tf_efficientnet_lite0",
+        "timm/mobilenetv3_small_050",
+        "timm/resnet10t",
+        "resnet18",
+        "vgg11",
+    ):
+        staged = built(name)
+        prefix, _ = staged.split(staged.max_depth)
+        assert prefix(torch.zeros(2, 3, 64, 64)).dim() == 2, name
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("timm/efficientnet_lite00", "did you mean 'efficientnet_lite0'"),
+        ("timm/resnet50.a9_in1k", "timm has no such weights.*resnet50.a1_in1k"),
+    ],
+)
+def test_a_name_that_timm_does_not_have_gets_the_nearest(name: str, said: str) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(SpaceError, match=said):
+        built(name)
+
+
+def test_without_timm_the_way_to_have_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(SpaceError, match=r"pip install 'tuner-finetune\[timm\]'"):
+        built("timm/resnet18")
+
+
+def test_training_a_suffix_trains_the_model_and_leaves_the_prefix_still() -> None:
+    staged = filled("resnet18_slim")
+    before = {k: v.clone() for k, v in staged.model.state_dict().items()}
+    prefix, suffix = staged.split(3)
+    suffix.train()
+    optimizer = torch.optim.SGD(suffix.parameters(), lr=0.1)
+    suffix(prefix(torch.randn(4, 3, 32, 32))).square().sum().backward()
+    optimizer.step()
+    changed = {k for k, v in staged.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {k.split(".")[0] for k in changed} == {"layer3", "layer4", "fc"}
+    assert {"layer3.0.bn1.running_mean", "fc.weight"} <= changed
+
+
+# -- a user's own
+
+
+OWN = """
+import torch
+from torch import nn
+
+def sequential(outputs):
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, outputs)
+    )
+
+class Whole(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.flat, self.fc = nn.Flatten(), nn.Linear(3 * 32 * 32, outputs)
+    def forward(self, x):
+        return self.fc(self.flat(x))
+
+def nothing(outputs):
+    return "a model"
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """A module of the user's in the current folder."""
+    (tmp_path / "own_models_of_a_test.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield lambda name: f"own_models_of_a_test:{name}"
+    plugins.keys.cache_clear()
+
+
+def test_a_sequential_is_cut_at_its_children(own: Callable[[str], str]) -> None:
+    staged = built(own("sequential"))
+    assert list(staged.stages) == ["0", "1", "2", "3", "4", "5", "6"]
+    assert staged.max_depth == 6
+    for value in staged.model.state_dict().values():
+        torch.nn.init.uniform_(value, 0.5, 1.5) if value.is_floating_point() else None
+    check_cut(staged, torch.randn(2, 3, 32, 32))
+    check_partition(staged)
+
+
+def test_any_other_module_is_one_stage(own: Callable[[str], str]) -> None:
+    staged = built(own("Whole"))
+    assert (list(staged.stages), staged.max_depth) == (["model"], 0)
+    check_partition(staged)
+
+
+def test_nested_sequentials_share_no_parameter() -> None:
+    check_partition(cut(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))))
+
+
+# -- models as a table
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "gflops"),
+    [
+        ("resnet18", 11.69, 3.63),
+        ("resnet50", 25.56, 8.18),
+        ("vgg16", 138.36, 30.94),
+        ("resnext50_32x4d", 25.03, 8.46),
+    ],
+)
+def test_numbers_agree_with_torchvisions_own(name: str, millions: float, gflops: float) -> None:
+    """torchvision states multiply-adds (resnet18: 1.81 G), which count as two here."""
+    found = describe(name)
+    meta = (
+        plugins.module("model", name)
+        .torchvision_preprocess.__globals__["get_model_weights"](name)
+        .DEFAULT.meta
+    )
+    assert found.parameters == meta["num_params"]
+    assert round(found.parameters / 1e6, 2) == millions
+    assert found.flops / 1e9 == pytest.approx(gflops, abs=0.006)
+    assert found.flops / 2e9 == pytest.approx(meta["_ops"], rel=0.01)
+    assert found.example == "224 x 224 image"
+
+
+def test_shares_grow_with_depth_from_nothing_to_less_than_all() -> None:
+    rows = describe("resnet18_slim", outputs=10).depths
+    assert [(row.depth, row.stage) for row in rows] == [
+        (0, "(nothing)"),
+        *enumerate(["stem", "layer1", "layer2", "layer3", "layer4"], 1),
+    ]
+    assert rows[0].parameters == rows[0].flops == 0
+    assert all(
+        a.parameters < b.parameters < 1 and a.flops < b.flops < 1
+        for a, b in itertools.pairwise(rows)
+    )
+    assert describe("resnet18_slim", outputs=10).parameters == 703_386
+
+
+def test_a_users_model_is_described_at_a_size_that_passes(own: Callable[[str], str]) -> None:
+    found = describe(own("Whole"), outputs=10)
+    assert (found.example, found.parameters, found.flops) == ("32 x 32 image", 30_730, 2 * 30_720)
+    assert describe(own("sequential"), outputs=10).depths[1].parameters == pytest.approx(
+        112 / (112 + 8 + 50)
+    )
+
+
+def test_what_builds_no_model_is_named(own: Callable[[str], str]) -> None:
+    with pytest.raises(SpaceError, match=r"returned str; expected an nn.Module"):
+        describe(own("nothing"))
+
+
+def test_the_command_lists_and_describes(tuner: Callable[..., Said]) -> None:
+    assert tuner("models").out.splitlines() == plugins.names("model")
+    said = tuner("models", "resnet18")
+    assert said.code == 0
+    first, header, *rows = said.out.splitlines()
+    assert first == "resnet18: 11.69 M parameters, 3.628 GFLOPs a 224 x 224 image (1000 classes)"
+    assert header.split() == ["depth", "frozen", "up", "to", "parameters", "FLOPs"]
+    assert rows[-1].split() == ["5", "layer4", "95.6%", "100.0%"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet81", "'resnet81' is not known; did you mean 'resnet18'? (allowed: "),
+        (
+            "no_such_package_of_mine:build",
+            "importing no_such_package_of_mine failed (ModuleNotFoundError: ",
+        ),
+    ],
+)
+def test_an_unknown_model_ends_with_2(tuner: Callable[..., Said], name: str, message: str) -> None:
+    said = tuner("models", name)
+    assert (said.code, said.out) == (2, "")
+    assert message in said.err

@@ -1,0 +1,419 @@
+"""Models of segmentation: cut and partition at every depth, the laws of freezing, the native loss, weights, exports."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import get_model
+
+from tests.conftest import Said
+from tests.helpers.http_server import serving
+from tests.helpers.mask_files import SPACE, scenes
+from tests.helpers.split_laws import check_cut, check_partition, equal
+from tuner.config import parsing
+from tuner.config.run import Engine, Part, Recipe, Run
+from tuner.core.types import Batch, Staged
+from tuner.errors import DataError, SpaceError
+from tuner.models import smp as ours
+from tuner.models import torchvision_segmentation
+from tuner.training.building import build, task_of
+from tuner.training.devices import Place, place
+from tuner.training.training_loop import fit, prepare
+
+smp = pytest.importorskip("segmentation_models_pytorch")
+SMALL = "tu-mobilenetv3_small_050"
+
+
+def run_of(name: str, weights: str = "none") -> Run:
+    return Run(
+        Part("segmentation", {}), Part("masks", {}), Part(name, {"weights": weights}), Recipe(), 0
+    )
+
+
+def built(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()) -> Staged:
+    return build(run_of(name, weights), home, outputs)
+
+
+def shaken(staged: Staged) -> Staged:
+    """BatchNorms that do something, so that one left out or doubled is seen."""
+    generator = torch.Generator().manual_seed(0)
+    for module in staged.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight, module.bias, module.running_var):
+                assert value is not None
+                value.data.uniform_(0.5, 1.5, generator=generator)
+    return staged
+
+
+def images(side: int = 64) -> Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+TAPS = {
+    "fcn_resnet50": (6, {"c4", "c5"}),
+    "deeplabv3_mobilenet_v3_large": (7, {"c3", "c6"}),
+    "lraspp_mobilenet_v3_large": (7, {"c3", "c6"}),
+    "unet/resnet18": (7, {"f1", "f2", "f3", "f4", "f5"}),
+    f"unet/{SMALL}": (9, {"f1", "f2", "f3", "f4", "f5"}),
+    f"unetplusplus/{SMALL}": (9, {"f1", "f2", "f3", "f4", "f5"}),
+    f"fpn/{SMALL}": (9, {"f2", "f3", "f4", "f5"}),
+    "unet/tu-convnext_atto": (6, {"f2", "f3", "f4", "f5"}),
+    "unet/mit_b0": (3, {"f2", "f3", "f4", "f5"}),
+    "unet/mobilenet_v2": (7, {"f1", "f2", "f3", "f4", "f5"}),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), TAPS.items())
+def test_a_segmenter_is_cut_by_both_laws_and_hands_on_what_later_stages_need(
+    name: str, expected: tuple[int, set[str]]
+) -> None:
+    staged = shaken(built(name))
+    check_partition(staged)
+    check_cut(staged, images())
+    count, taps = expected
+    assert len(staged.stages) == count
+    prefix, _ = staged.split(
+        staged.max_depth - ("/" in name)
+    )  # all but the heads; all but decoder and head
+    x = prefix(images())
+    assert isinstance(x, dict)
+    assert {leaf for leaf in x if leaf not in ("height", "width")} == taps
+    logits = staged.function().eval()(images())
+    assert logits.shape == (2, 3, 64, 64)
+
+
+ENCODERS = [
+    "vgg11",
+    "resnet34",
+    "efficientnet-b0",
+    "mobileone_s0",
+    "densenet121",
+    "timm-skresnet18",
+    "tu-tf_efficientnet_lite0",
+    "tu-resnet18",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "encoder",
+    [*ENCODERS, "se_resnet50", "tu-vgg11", "tu-regnetx_002", "xception", "dpn68", "mit_b0"],
+)
+@pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn"])
+def test_encoders_of_many_kinds_are_cut_by_both_laws(architecture: str, encoder: str) -> None:
+    if (architecture, encoder) == ("unetplusplus", "mit_b0"):
+        with pytest.raises(SpaceError, match="smp cannot build it"):
+            built(f"{architecture}/{encoder}")
+        return
+    staged = shaken(built(f"{architecture}/{encoder}"))
+    check_partition(staged)
+    check_cut(staged, images())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", torchvision_segmentation.NAMES)
+def test_each_of_torchvisions_is_cut_by_both_laws(name: str) -> None:
+    staged = shaken(built(name))
+    check_partition(staged)
+    check_cut(staged, images(48))  # not a multiple of the stride: the input's size travels
+    whole = get_model(
+        name,
+        weights=None,
+        weights_backbone=None,
+        num_classes=3,
+        **({} if "lraspp" in name else {"aux_loss": True}),
+    )
+    assert list(staged.model.state_dict()) == list(whole.state_dict())
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
+def test_while_training_torchvisions_outputs_are_native_too_and_any_size_passes(name: str) -> None:
+    staged = shaken(built(name))
+    staged.model.train()
+    _, suffix = staged.split(0)
+    outputs = []
+    for whole in (staged.model, suffix.train()):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outputs.append(dict(whole(images(50))))
+    assert set(outputs[0]) == ({"out"} if "lraspp" in name else {"out", "aux"})
+    assert equal(*outputs)
+
+
+def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
+    """Three steps of references/segmentation/train.py, and of the task over the stages, from the same weights on the same batches."""
+    torch.manual_seed(0)
+    batches = [
+        (torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8))
+        for _ in range(3)
+    ]
+    batches[0][1][:, :8] = 255
+    theirs, mine = [], []
+    model = built("fcn_resnet50").model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    for step, (image, target) in enumerate(batches):
+        torch.manual_seed(step)
+        output = model(image)
+        losses = {
+            name: nn.functional.cross_entropy(x, target.long(), ignore_index=255)
+            for name, x in output.items()
+        }
+        loss = losses["out"] + 0.5 * losses["aux"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        theirs.append(float(loss.detach()))
+    staged = built("fcn_resnet50")
+    _, net = staged.split(0)
+    net.train()
+    task = task_of(run_of("fcn_resnet50"), ("a", "b", "c"))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    for step, (image, target) in enumerate(batches):
+        torch.manual_seed(step)
+        loss = task.loss(net, Batch(image, target))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mine.append(float(loss.detach()))
+    assert mine == theirs
+
+
+# -- the laws of freezing
+
+
+def trained(tmp_path: Path, name: str, depth: int, *words: str) -> Run:
+    path = tmp_path / "s.yaml"
+    path.write_text(SPACE.replace("path: x", f"path: {scenes(tmp_path / 'scenes', 12)}"))
+    return parsing.load(
+        path, [f"model.name={name}", f"recipe.freeze_depth={depth}", *words]
+    ).sample(None, seed=5)
+
+
+def here(home: Path, cache: str) -> Place:
+    return place(Engine.model_validate({"device": "cpu", "cache": cache}), home)
+
+
+CUTS = [
+    (f"unet/{SMALL}", 3),
+    (f"unet/{SMALL}", 7),
+    (f"fpn/{SMALL}", 8),
+    ("deeplabv3_mobilenet_v3_large", 4),
+    ("lraspp_mobilenet_v3_large", 6),
+]
+
+
+@pytest.mark.parametrize(("name", "depth"), CUTS)
+def test_memory_and_stillness(name: str, depth: int, tmp_path: Path) -> None:
+    r = trained(tmp_path, name, depth, "data.augment=flip", "data.views=2")
+    epochs = {}
+    for cache, kind in (("always", "Remembered"), ("never", "Live")):
+        bench = prepare(r, here(tmp_path / "home", cache), "mean_iou")
+        assert type(bench.train).__name__ == kind
+        prefix, _ = bench.staged.split(depth)
+        frozen = {k: v.clone() for k, v in prefix.state_dict().items()}
+        moving = {k: v.clone() for k, v in bench.net.state_dict().items()}
+        epochs[cache] = list(fit(bench, r.recipe, r.seed))
+        assert all(torch.equal(v, frozen[k]) for k, v in prefix.state_dict().items())
+        assert any(not torch.equal(v, moving[k]) for k, v in bench.net.state_dict().items())
+    for a, b in zip(epochs["always"], epochs["never"], strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-3)
+        assert a.scores == pytest.approx(b.scores, abs=0.05)
+
+
+# -- weights
+
+
+def saved(path: Path, state: dict[str, Tensor]) -> str:
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    return str(path)
+
+
+def test_weights_for_other_classes_renew_the_last_convolutions_alone(tmp_path: Path) -> None:
+    given = shaken(built("deeplabv3_mobilenet_v3_large", 4)).model.state_dict()
+    path = saved(tmp_path / "w.safetensors", given)
+    same = built("deeplabv3_mobilenet_v3_large", 4, path)
+    assert same.notes == () and all(
+        torch.equal(v, given[k]) for k, v in same.model.state_dict().items()
+    )
+    other = built("deeplabv3_mobilenet_v3_large", 2, path)
+    assert other.notes == (
+        "classifier.4 and aux_classifier.4: new, the weights have none for these classes",
+    )
+    new = {
+        k
+        for k, v in other.model.state_dict().items()
+        if not (v.shape == given[k].shape and torch.equal(v, given[k]))
+    }
+    assert new == {
+        f"{head}.4.{kind}"
+        for head in ("classifier", "aux_classifier")
+        for kind in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [("lraspp_mobilenet_v3_large", "mobilenet_v3_large"), ("fcn_resnet50", "resnet50")],
+)
+def test_a_classifiers_weights_go_into_the_backbone(
+    name: str, backbone: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    given = {
+        k.removeprefix("features."): v
+        for k, v in get_model(backbone, weights=None).state_dict().items()
+    }
+    torch.manual_seed(3)
+    staged = built(
+        name, 3, saved(tmp_path / "w.safetensors", get_model(backbone, weights=None).state_dict())
+    )
+    assert staged.notes == ("heads: new, the weights are the backbone's",)
+    found: Any = staged.model.backbone
+    assert all(torch.equal(v, given[k]) for k, v in found.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "convnext_atto", "resnet10t"])
+def test_timms_weights_go_into_an_encoder_of_the_same_name(name: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    given = timm.create_model(name, pretrained=False).state_dict()
+    staged = built(f"unet/tu-{name}", 3, saved(tmp_path / "w.safetensors", given))
+    assert staged.notes == ("decoder and head: new, the weights are the encoder's",)
+    encoder: Any = staged.model.encoder
+    found = {k: v for k, v in encoder.model.state_dict().items() if v.dim() > 1}
+    theirs = {tuple(v.flatten()[:3].tolist()) for v in given.values() if v.dim() > 1}
+    assert found and all(tuple(v.flatten()[:3].tolist()) in theirs for v in found.values())
+
+
+def test_a_whole_models_weights_are_taken_but_for_a_head_of_other_classes(tmp_path: Path) -> None:
+    given = shaken(built(f"unet/{SMALL}", 4)).model.state_dict()
+    staged = built(f"unet/{SMALL}", 2, saved(tmp_path / "w.safetensors", given))
+    assert staged.notes == ("segmentation_head: new, the weights have none for these classes",)
+    assert all(
+        torch.equal(v, given[k])
+        for k, v in staged.model.state_dict().items()
+        if not k.startswith("segmentation_head.")
+    )
+
+
+def test_anothers_weights_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.safetensors", get_model("resnet18", weights=None).state_dict())
+    with pytest.raises(DataError, match=r"conv1.weight is missing|another model's weights"):
+        built("unet/tu-mobilenetv3_small_050", 3, path)
+    with pytest.raises(DataError, match="another model's weights"):
+        built("fcn_resnet50", 3, path)
+
+
+def test_smps_default_weights_are_fetched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = smp.encoders.encoders["mobileone_s0"]["pretrained_settings"]["imagenet"]
+    torch.manual_seed(3)
+    encoder: Any = built("unet/mobileone_s0").model.encoder
+    folder = tmp_path / "hub" / settings["repo_id"] / "resolve" / settings["revision"]
+    folder.mkdir(parents=True)
+    save_file(encoder.state_dict(), folder / "model.safetensors")
+    with serving(tmp_path / "hub") as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        built("unet/mobileone_s0", 3, "default", tmp_path / "home")
+    again: Any = built(
+        "unet/mobileone_s0", 3, "default", tmp_path / "home"
+    ).model.encoder  # the server is gone
+    assert equal(again.state_dict(), encoder.state_dict())
+    with pytest.raises(DataError) as error:
+        built("unet/resnet18", 3, "default", tmp_path / "home")
+    assert f"{address}/smp-hub/resnet18.imagenet/resolve/" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "said"),
+    [
+        (
+            "unet/resnet81",
+            "none",
+            r"encoder 'resnet81' is not known to smp .*; did you mean 'resnet18'\?",
+        ),
+        ("unet/tf_efficientnet_lite0", "none", "timm's are called tu-<name>"),
+        ("fpn/tu-tf_efficientnet_lite00", "none", "did you mean 'tf_efficientnet_lite0'"),
+        (
+            "unet/resnet18",
+            "imaginet",
+            r"'imaginet' is not known for resnet18; did you mean 'imagenet'\? \(allowed: default, none, imagenet",
+        ),
+        (
+            "fcn_resnet50",
+            "COCO",
+            r"'COCO' is not known for fcn_resnet50.*allowed: default, backbone, IMAGENET1K_V1",
+        ),
+    ],
+)
+def test_unknown_names_get_the_nearest(name: str, weights: str, said: str) -> None:
+    with pytest.raises(SpaceError, match=said):
+        built(name, 3, weights)
+
+
+def test_without_the_package_the_way_to_have_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    with pytest.raises(SpaceError, match=r"pip install 'tuner-finetune\[segmentation\]'"):
+        built("unet/resnet18")
+
+
+def test_what_the_weights_want() -> None:
+    assert ours.wants("unet/resnet18").mean == (0.485, 0.456, 0.406)
+    assert ours.wants("unet/tu-tf_efficientnet_lite0").std == (0.5, 0.5, 0.5)
+    swin = ours.wants("unet/tu-swin_tiny_patch4_window7_224")
+    assert (swin.size, swin.multiple) == (224, 224)
+    assert torchvision_segmentation.wants("fcn_resnet50").size == 520
+
+
+# -- exports
+
+
+def check_exports(name: str, formats: str, tuner: Callable[..., Said], folder: Path) -> None:
+    """Every format agrees with the model, and ONNX is read by its runtime alone, for another number of images."""
+    import onnxruntime
+
+    (folder / "s.yaml").write_text(
+        SPACE.replace("path: x", f"path: {scenes(folder / 'scenes', 12)}")
+    )
+    said = tuner(
+        "train", "s.yaml", f"model.name={name}", "recipe.epochs=1", f"export=[{formats}]", "--quiet"
+    )
+    assert said.code == 0, said.err
+    place = folder / "studies" / "s" / "train"
+    exports = json.loads((place / "manifest.json").read_text())["exports"]
+    assert set(exports) == {"safetensors", *formats.split(",")}
+    assert all(export["largest_difference"] < 1e-3 for export in exports.values())
+    session = onnxruntime.InferenceSession(
+        str(place / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    (logits,) = session.run(None, {"image": torch.rand(3, 3, 32, 32).numpy()})
+    assert logits.shape == (3, 2, 32, 32)
+
+
+def test_an_export_agrees_and_a_runtime_alone_reads_it(
+    tuner: Callable[..., Said], tmp_path: Path
+) -> None:
+    check_exports(f"unet/{SMALL}", "onnx", tuner, tmp_path)
+
+
+EXPORTED = [
+    "lraspp_mobilenet_v3_large",
+    "fcn_resnet50",
+    "deeplabv3_mobilenet_v3_large",
+    "unet/resnet18",
+    f"unetplusplus/{SMALL}",
+    f"fpn/{SMALL}",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*EXPORTED, "unet/mit_b0"])
+def test_each_system_in_every_format(name: str, tuner: Callable[..., Said], tmp_path: Path) -> None:
+    check_exports(name, "onnx,torch_export", tuner, tmp_path)

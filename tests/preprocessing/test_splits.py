@@ -1,0 +1,155 @@
+"""Splits are disjoint, cover everything, keep the classes' proportions, and follow the seed."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tuner.config.run import ImageOptions
+from tuner.errors import DataError
+from tuner.preprocessing.splits import (
+    TEST,
+    TRAIN,
+    UNSPLIT,
+    VALID,
+    Items,
+    checked,
+    divided,
+    limited,
+    split,
+)
+
+
+def items(counts: list[int], part: int = UNSPLIT) -> Items:
+    """As many one-pixel pictures of each class; a picture's value is its place."""
+    n = sum(counts)
+    pictures = [np.full((1, 1), i % 256, np.uint8) for i in range(n)]
+    names = tuple(f"c{i}" for i in range(len(counts)))
+    return Items(pictures, np.repeat(np.arange(len(counts)), counts), names, np.full(n, part))
+
+
+def counts(found: Items, part: int) -> list[int]:
+    return np.bincount(found.labels[found.part == part], minlength=len(found.strata)).tolist()
+
+
+def test_every_class_is_divided_in_proportion() -> None:
+    found = split(items([100, 40, 20]), ImageOptions(valid=0.15, test=0.25))
+    assert counts(found, TRAIN) == [60, 24, 12]
+    assert counts(found, VALID) == [15, 6, 3]
+    assert counts(found, TEST) == [25, 10, 5]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(3, 40), min_size=2, max_size=5),
+    st.floats(0.01, 0.49),
+    st.floats(0.01, 0.49),
+    st.integers(0, 1000),
+)
+def test_each_item_is_in_one_part_and_each_class_in_all(
+    sizes: list[int], valid: float, test: float, seed: int
+) -> None:
+    found = split(items(sizes), ImageOptions(valid=valid, test=test, seed=seed))
+    assert set(found.part.tolist()) == {
+        TRAIN,
+        VALID,
+        TEST,
+    }  # one label an item: disjoint, and nothing is left over
+    assert all(min(counts(found, part)) >= 1 for part in (TRAIN, VALID, TEST))
+    assert np.array_equal(
+        found.part, split(items(sizes), ImageOptions(valid=valid, test=test, seed=seed)).part
+    )
+
+
+def test_another_seed_splits_otherwise() -> None:
+    first, second = (split(items([50, 50]), ImageOptions(seed=seed)) for seed in (0, 1))
+    assert counts(first, TEST) == counts(second, TEST)
+    assert not np.array_equal(first.part, second.part)
+
+
+def test_parts_that_are_given_stay() -> None:
+    given_ = items([10, 10])
+    part = given_.part.copy()
+    part[::2] = TEST
+    found = split(
+        Items(given_.pictures, given_.labels, given_.strata, part), ImageOptions(valid=0.2)
+    )
+    assert np.flatnonzero(found.part == TEST).tolist() == list(range(0, 20, 2))
+    assert counts(found, VALID) == [1, 1]
+
+
+def test_limit_keeps_proportions_in_each_part() -> None:
+    whole = split(items([400, 200, 100]), ImageOptions(valid=0.2, test=0.2))
+    found = limited(whole, ImageOptions(limit=70))
+    assert counts(found, TRAIN) == [40, 20, 10]
+    assert counts(found, VALID) == [40, 20, 10]
+    assert counts(found, TEST) == [40, 20, 10]
+    assert len(found.pictures) == 210
+
+
+def test_limit_leaves_no_class_out() -> None:
+    found = limited(split(items([500, 3, 3]), ImageOptions()), ImageOptions(limit=10))
+    assert min(counts(found, TRAIN)) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ([5], {}, "data: classification needs at least 2 classes, found 1 ('c0')"),
+        ([], {}, "data: classification needs at least 2 classes, found none"),
+        (
+            [5, 0, 0],
+            {},
+            "data: classes with 0 examples: 'c1', 'c2'; add some or remove the classes",
+        ),
+        (
+            [5, 1, 2],
+            {},
+            "data: each class needs at least 3 examples to be split, but 'c1' has 1, 'c2' has 2; add some or give the parts themselves",
+        ),
+        (
+            [5] * 12,
+            {"limit": 10},
+            "data.limit: 10, but there are 12 classes; allow one example of each at least",
+        ),
+    ],
+)
+def test_too_few_classes_or_images(sizes: list[int], options: dict[str, int], message: str) -> None:
+    with pytest.raises(DataError) as error:
+        _whole(items(sizes), ImageOptions(**options))
+    assert str(error.value) == message
+
+
+def _whole(found: Items, options: ImageOptions) -> Items:
+    checked(found)
+    return divided(found, options)
+
+
+def test_enough_is_enough() -> None:
+    checked(items([1, 1]))
+
+
+def test_each_item_validates_in_exactly_one_fold_and_each_class_in_all() -> None:
+    whole = items([50, 25])
+    found = [divided(whole, ImageOptions(test=0.2, folds=5, fold=fold)) for fold in range(5)]
+    assert all(np.array_equal(f.part == TEST, found[0].part == TEST) for f in found)
+    assert [
+        sum(int(f.part[i] == VALID) for f in found) for i in np.flatnonzero(found[0].part != TEST)
+    ] == [1] * 60
+    assert all(counts(f, VALID) == [8, 4] and counts(f, TRAIN) == [32, 16] for f in found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"folds": 5, "fold": 5}, "data.fold: 5, but there are 5 folds, 0 to 4"),
+        (
+            {"folds": 20},
+            "data.folds: 20, but there are 14 examples to train and validate with; lower it",
+        ),
+    ],
+)
+def test_impossible_folds_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(DataError) as error:
+        divided(items([10, 8]), ImageOptions(test=0.25, **options))
+    assert str(error.value) == message

@@ -1,0 +1,72 @@
+"""The projection pruner judges a trial by those like it: what rises late is left to rise, what is alike and low ends."""
+
+import optuna
+import pytest
+from optuna.distributions import IntDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from tuner.search.samplers import PRUNERS
+
+KINDS = {"freeze_depth": IntDistribution(0, 5), "epochs": IntDistribution(1, 10)}
+
+
+def trial(
+    depth: int, epochs: int, values: list[float], state: TrialState = TrialState.COMPLETE
+) -> FrozenTrial:
+    return create_trial(
+        params={"freeze_depth": depth, "epochs": epochs},
+        distributions=KINDS,
+        intermediate_values=dict(enumerate(values, 1)),
+        value=max(values) if state == TrialState.COMPLETE else None,
+        state=state,
+    )
+
+
+DEEP = [
+    trial(5, 4, [0.70, 0.71, 0.71, 0.72]) for _ in range(6)
+]  # heads alone are soon where they end
+WHOLE = [trial(0, 8, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8]) for _ in range(5)]
+
+
+def pruned(now: FrozenTrial, before: list[FrozenTrial], pruner: str = "projection") -> bool:
+    study = optuna.create_study(direction="maximize", pruner=PRUNERS[pruner](8))
+    study.add_trials(before)
+    return study.pruner.prune(study, now)
+
+
+@pytest.mark.parametrize(("pruner", "ended"), [("projection", False), ("median", True)])
+def test_a_model_trained_whole_is_not_judged_by_heads_alone(pruner: str, ended: bool) -> None:
+    now = trial(0, 8, [0.2, 0.3, 0.4], TrialState.RUNNING)
+    assert pruned(now, DEEP + WHOLE, pruner) == ended
+
+
+def test_a_head_alone_as_low_ends_and_so_does_a_whole_model_below_its_like() -> None:
+    assert pruned(trial(5, 4, [0.4, 0.4, 0.4], TrialState.RUNNING), DEEP + WHOLE)
+    assert pruned(trial(0, 8, [0.1, 0.1, 0.1], TrialState.RUNNING), DEEP + WHOLE)
+
+
+def test_a_long_trial_is_compared_at_the_same_share_of_its_length() -> None:
+    short = [trial(0, 3, [0.5, 0.6, 0.8]) for _ in range(6)]
+    long = trial(0, 10, [0.3, 0.4, 0.5], TrialState.RUNNING)
+    assert not pruned(long, short) and pruned(long, short, "median")
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_none_is_judged_by_its_first_epochs_nor_before_five_have_completed(epochs: int) -> None:
+    assert not pruned(trial(5, 4, [0.0] * epochs, TrialState.RUNNING), DEEP)
+    assert not pruned(trial(5, 4, [0.0] * 3, TrialState.RUNNING), DEEP[:4])
+    assert not pruned(trial(5, 4, [], TrialState.RUNNING), DEEP)
+
+
+def test_where_nothing_is_searched_but_the_rate_its_length_is_the_files() -> None:
+    alike = [
+        create_trial(value=0.8, intermediate_values=dict(enumerate([0.5, 0.6, 0.7, 0.8], 1)))
+        for _ in range(5)
+    ]
+    study = optuna.create_study(direction="maximize", pruner=PRUNERS["projection"](4))
+    study.add_trials(alike)
+    for value, ended in ((0.3, True), (0.75, False)):
+        now = create_trial(
+            state=TrialState.RUNNING, intermediate_values=dict.fromkeys((1, 2, 3), value)
+        )
+        assert study.pruner.prune(study, now) == ended

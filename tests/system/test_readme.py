@@ -1,0 +1,91 @@
+"""README's commands and paths are true: each command line is parsed by the command it names, and those that can be run are."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Said
+from tuner.config import parsing, yaml_document
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for _, block in BLOCKS
+        for line in block.splitlines()
+        if line.startswith("tuner ")
+    }
+)
+
+
+def test_the_two_commands_install_what_constraints_pin() -> None:
+    setup = [block for language, block in BLOCKS if language == "bash" and "pip install" in block]
+    assert len(setup) == 2 and all("-c constraints.txt" in block for block in setup)
+    assert "tuner run search_spaces/resnet.yaml" in setup[0] and "pytest" in setup[1]
+    assert len(setup[0].strip().splitlines()) == len(setup[1].strip().splitlines()) == 1
+
+
+def test_the_space_file_shown_is_the_shipped_one() -> None:
+    shown = next(block for language, block in BLOCKS if language == "yaml" and "digits" in block)
+    shipped = parsing.load(ROOT / "search_spaces" / "resnet.yaml")
+    assert parsing.parse(yaml_document.parse(shown, "README.md")) == shipped
+
+
+def test_the_engines_and_storages_shown_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNER_DB_PASSWORD", "x")
+    base = (ROOT / "search_spaces/resnet.yaml").read_text()
+    shown = next(
+        block for language, block in BLOCKS if language == "yaml" and "storage:" in block
+    ).splitlines()
+    assert len(shown) == 3
+    for line in shown:
+        parsing.parse(yaml_document.parse(f"{base}\n{line}", "README.md"))
+
+
+def test_every_link_and_picture_is_there() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_and_its_options_exist(command: str) -> None:
+    words = shlex.split(command)
+    names = [w for w in words if w.startswith("--")]
+    said = subprocess.run(
+        [sys.executable, "-m", "tuner", words[1], "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert all(name.split("=")[0] in said for name in names)
+
+
+def test_the_commands_of_the_table_run_one_after_the_other(
+    tuner: Callable[..., Said], tmp_path: Path
+) -> None:
+    """As a reader would type them, on the embedded data with a small budget."""
+    (tmp_path / "search_spaces").symlink_to(ROOT / "search_spaces")
+    (tmp_path / "my.yaml").write_text((ROOT / "search_spaces/imagefolder.yaml").read_text())
+    quick = ["search.trials=2", "recipe.epochs=1", "engine.name=inline"]
+    ran = []
+    for command in (c for _, block in BLOCKS for c in block.splitlines() if c.startswith("tuner ")):
+        words = shlex.split(command.split("#")[0])[1:]
+        if (
+            words[0] == "dashboard"
+            or "my.yaml" in words
+            or any("*" in w or w.endswith((".jpg", ".png")) for w in words)
+        ):
+            continue  # the dashboard runs until it is stopped, and the reader's own pictures are not here; other tests run these
+        if words[0] == "run":
+            words += quick
+        said = tuner(*words)
+        assert said.code == 0, (command, said.err)
+        ran.append(words[0])
+    assert {"run", "check", "train", "export", "models", "schema"} <= set(ran)

@@ -1,0 +1,247 @@
+"""What SECURITY.md says, held: its sentences name tests that exist, as the table of faults does; these are those that stand nowhere else."""
+
+import ast
+import hashlib
+import json
+import os
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tuner as package
+from tests.conftest import Said
+from tests.helpers import damaged_files
+from tuner import manifest
+from tuner.config.run import ImageOptions
+from tuner.core import weights
+from tuner.core.input_spec import Preprocess
+from tuner.data import cifar10, coco, voc, yolo
+from tuner.errors import DataError, SpaceError
+from tuner.models import _hub
+
+ROOT = Path(__file__).parents[2]
+SIDE = Preprocess(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3)
+Tuner = Callable[..., Said]
+
+
+@pytest.mark.parametrize("page", ["SECURITY.md", "docs/faults.md"])
+def test_every_test_that_a_page_names_is_there(page: str) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / page).read_text())
+    assert len(named) > 20
+    for file, name in named:
+        functions = {
+            node.name
+            for node in ast.walk(ast.parse((ROOT / file).read_text()))
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert name in functions, f"{file}::{name}"
+
+
+class Evil:
+    """Unpickled, it leaves a mark in the working folder."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+# -- the package's own calls
+
+
+def calls() -> list[tuple[str, str, ast.Call]]:
+    found = []
+    for path in Path(package.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                found.append((path.name, ast.unparse(node.func), node))
+    return found
+
+
+def given(call: ast.Call) -> dict[str, str]:
+    return {str(k.arg): ast.unparse(k.value) for k in call.keywords}
+
+
+def test_no_loader_that_runs_code_is_called() -> None:
+    seen = set()
+    for file, name, call in calls():
+        words = given(call)
+        assert name not in (
+            "pickle.load",
+            "pickle.loads",
+            "pickle.Unpickler",
+            "marshal.loads",
+            "joblib.load",
+            "os.system",
+            "exec",
+        ), file
+        assert name != "eval" or file == "plugins.py"  # annotations of the package's own source
+        assert name != "torch.load" or words.get("weights_only") == "True", file
+        assert name != "torch.export.load" or file == "torch_export.py"  # SECURITY.md says for whom
+        assert name not in ("np.load", "numpy.load", "torch.hub.load"), file
+        assert name != "yaml.load" or words["Loader"] in ("_Plain",), file
+        assert name not in ("yaml.unsafe_load", "yaml.full_load"), file
+        assert name != "Image.open" or words.get("formats") == "FORMATS", file
+        assert not name.endswith(".extractall") or words.get("filter") == "'data'", file
+        assert (
+            words.get("shell", "False") == "False"
+            and words.get("trust_remote_code", "False") == "False"
+        ), file
+        assert (
+            not name.endswith(".from_pretrained")
+            or "state_dict" in words
+            or words.get("trust_remote_code") == "False"
+        ), file
+        seen.add(name)
+    assert {
+        "torch.load",
+        "yaml.load",
+        "Image.open",
+        "tar.extractall",
+    } <= seen  # else the test looks for what is not there
+
+
+# -- weights and models
+
+
+@pytest.mark.parametrize("length", [2**62, 2**31, 10_000, 0])
+def test_a_safetensors_header_that_promises_too_much_is_refused(
+    length: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(
+        struct.pack("<Q", length)
+        + b'{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,4]}}'
+    )
+    with pytest.raises(DataError, match=r"w\.safetensors is damaged or not a safetensors file"):
+        weights.read(path)
+
+
+def test_pickles_of_cifar_are_not_opened_unless_their_md5_is_the_published_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
+        (folder / name).write_bytes(pickle.dumps(Evil()))
+    from tuner.files.downloads import offline
+
+    with offline(True), pytest.raises(DataError, match="is not there yet"):
+        cifar10.load(
+            tmp_path / "home", SIDE, "classification", path=str(tmp_path), image=ImageOptions()
+        )
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"auto_map": {"AutoModel": "evil.Model"}},
+        {"attn_implementation": "owner/kernel"},
+        {"_attn_implementation": "a/b"},
+    ],
+)
+def test_a_models_folder_that_asks_for_code_is_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **change}))
+    with pytest.raises(SpaceError, match=r"asks for code .*never"):
+        _hub.stated(tmp_path)
+
+
+# -- names that lead elsewhere
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.png", "/etc/passwd", "a/../../outside.png", "..\\outside.png", "a\0.png", ""],
+)
+def test_names_that_leave_the_folder_are_refused(name: str, tmp_path: Path) -> None:
+    damaged_files.picture(0).save(tmp_path / "outside.png")
+    file = damaged_files.coco(tmp_path / "coco")
+    tree = json.loads(file.read_text())
+    tree["images"][0]["file_name"] = name
+    file.write_text(json.dumps(tree))
+    with pytest.raises(
+        DataError, match=r"image 0: file_name: .* leaves the folder|there is no such image"
+    ):
+        coco.load(
+            tmp_path / "home", SIDE, "detection", path=str(tmp_path / "coco"), image=ImageOptions()
+        )
+    damaged_files.yolo(tmp_path / "yolo")
+    (tmp_path / "yolo/data.yaml").write_text("train: list.txt\nnames: [cat, dog]\n")
+    (tmp_path / "yolo/list.txt").write_text(f"images/1.png\n{name or '..'}\n")
+    with pytest.raises(DataError, match=r"list\.txt:2: .* leaves the folder"):
+        yolo.load(
+            tmp_path / "home", SIDE, "detection", path=str(tmp_path / "yolo"), image=ImageOptions()
+        )
+    annotation = damaged_files.voc(tmp_path / "voc")
+    annotation.write_text(
+        annotation.read_text().replace("<filename>0.png<", f"<filename>{name.replace(chr(0), '')}<")
+    )
+    data = voc.load(
+        tmp_path / "home", SIDE, "detection", path=str(tmp_path / "voc"), image=ImageOptions()
+    )
+    assert (
+        len(data.train) + len(data.valid) + len(data.test) == 12
+    )  # what the file says of its own name is not used
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", ".hidden", ""])
+def test_a_studys_name_cannot_leave_the_studies_folder(
+    name: str, tuner: Tuner, small: Path
+) -> None:
+    said = tuner("run", small, f"search.name='{name}'")
+    assert said.code == 2 and "search.name" in said.err and "Traceback" not in said.err
+    assert [path.name for path in small.parent.iterdir()] == ["small.yaml"]
+
+
+@pytest.fixture
+def export(tuner: Tuner, small: Path) -> Path:
+    words = (
+        "recipe.lr=0.01",
+        "recipe.optimizer=sgd",
+        "recipe.momentum=0.9",
+        "recipe.freeze_depth=5",
+        "recipe.epochs=1",
+        "--quiet",
+    )
+    assert tuner("train", small, *words, "--out", small.parent / "export").code == 0
+    return small.parent / "export"
+
+
+def changed(export: Path, **change: Any) -> None:
+    path = export / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_a_manifest_that_points_elsewhere_is_refused(export: Path) -> None:
+    whole = json.loads((export / "manifest.json").read_text())
+    outside = export.parent / "outside.safetensors"
+    outside.write_bytes((export / "model.safetensors").read_bytes())
+    digest = hashlib.sha256(outside.read_bytes()).hexdigest()
+    for name in ("../outside.safetensors", str(outside)):
+        changed(export, files={**whole["files"], name: digest})
+        with pytest.raises(DataError, match="is no file that it vouches for in its folder"):
+            manifest.read(export)
+    changed(export, files=whole["files"], exports={"safetensors": {"file": "other.safetensors"}})
+    with pytest.raises(DataError, match=r"names 'other\.safetensors'"):
+        manifest.read(export)
+
+
+@pytest.mark.slow
+def test_an_exports_other_formats_are_not_opened_unasked(export: Path, tuner: Tuner) -> None:
+    whole = json.loads((export / "manifest.json").read_text())
+    for name, file in (("torch_export", "model.pt2"), ("onnx", "model.onnx")):
+        (export / file).write_bytes(pickle.dumps(Evil()))
+        whole["files"][file] = hashlib.sha256((export / file).read_bytes()).hexdigest()
+        whole["exports"][name] = {**whole["exports"]["safetensors"], "file": file}
+    changed(export, files=whole["files"], exports=whole["exports"])
+    damaged_files.picture(0).save(export.parent / "a.png")
+    said = tuner("predict", export, export.parent / "a.png")
+    assert said.code == 0 and "a.png" in said.out
+    assert not (export.parent / "ran").exists()

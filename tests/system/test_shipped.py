@@ -1,0 +1,101 @@
+"""Every file in search_spaces/ is checked and runs: those that want data run on small made-up files, those that want a download without weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Said
+from tests.helpers import box_files, mask_files, small_transformers
+from tuner.config import parsing, plugins, space, yaml_document
+
+FILES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
+IMAGES = "data={name: synthetic, size: 32, examples: 40}"
+TEXTS = ["data.path=messages.csv", "model.weights=none", "model.length=32", "recipe.freeze_depth=2"]
+TINY = {
+    "resnet": ["recipe.freeze_depth=4"],
+    "cifar10_resnet50": [IMAGES, "model.weights=none", "recipe.batch_size=64"],
+    "vgg": [IMAGES, "model.name=vgg11_bn", "model.weights=none", "recipe.freeze_depth=7"],
+    "timm": [IMAGES, "model.weights=none", "recipe.freeze_depth=9"],
+    "imagefolder": [IMAGES, "model.weights=none"],
+    "fasterrcnn": [
+        "data={name: voc, path: voc, size: 64}",
+        "model={name: fasterrcnn/timm/mobilenetv3_small_050, backbone: none, regions: 16, proposals: 50}",
+        "recipe.freeze_depth=8",
+    ],
+    "yolo": [
+        "data={name: voc, path: voc, size: 64}",
+        "model.weights=none",
+        "recipe.freeze_depth=6",
+    ],
+    "rtdetr": [
+        "data={name: voc, path: voc, size: 128, limit: 10}",
+        "model.weights=none",
+        "recipe.freeze_depth=6",
+    ],
+    "unet": [
+        "data={name: masks, path: masks, size: 32}",
+        "model={name: unet/tu-mobilenetv3_small_050, weights: none}",
+    ],
+    "fcn": [
+        "data={name: masks, path: masks, size: 32}",
+        "model={name: lraspp_mobilenet_v3_large, weights: none}",
+    ],
+    "bert": [*TEXTS, "model.folder=bert"],
+    "gpt2": [*TEXTS, "model.folder=gpt2"],
+}
+PACKAGES = {
+    "yolo": "cv2",
+    "rtdetr": "transformers",
+    "bert": "transformers",
+    "gpt2": "transformers",
+    "unet": "segmentation_models_pytorch",
+}
+SLOW = {"rtdetr"}
+
+
+def files(slow: set[str]) -> list[object]:
+    return [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in slow))
+        for path in FILES
+    ]
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the files name, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    box_files.voc(Path("voc"))
+    mask_files.scenes(Path("masks"))
+    small_transformers.write_csv(Path("messages.csv"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_shipped_file_resolves_and_reads_back(path: Path) -> None:
+    found = parsing.load(path)
+    assert parsing.parse(yaml_document.parse(space.dump(found.tree()), "printed")) == found
+    run = found.run({})
+    stated = plugins.stated(run.model.name, "RECIPES", {}).get(run.task.name, {})
+    assert found.default()["lr"] == stated.get(
+        "lr", 0.001
+    )  # the first trials are what the model's people begin with
+
+
+@pytest.mark.parametrize("path", files(SLOW))
+def test_a_shipped_file_runs(path: Path, tuner: Callable[..., Said], data: None) -> None:
+    pytest.importorskip(PACKAGES.get(path.stem, "torch"), exc_type=ImportError)
+    if path.stem in small_transformers.KINDS:
+        small_transformers.folder(Path(), path.stem, weights=False)
+    words = [
+        *TINY[path.stem],
+        "recipe.epochs=1",
+        "search.trials=2",
+        "engine.name=inline",
+        "engine.device=cpu",
+        "export=[safetensors]",
+    ]
+    said = tuner("run", path, *words)
+    assert said.code == 0, said.err
+    assert (
+        f"\ntest     {str(parsing.load(path).settings.search.metric).replace('_', ' ')}" in said.out
+    )

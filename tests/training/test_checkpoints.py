@@ -1,0 +1,615 @@
+"""Checkpoints: two epochs and two more are four, to the bit; damaged ones and others' are left aside; parts of a batch are the batch."""
+
+import json
+import os
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import SMALL, narrow
+from tests.helpers import box_files, counting_model, small_transformers
+from tuner.config import parsing, yaml_document
+from tuner.config.run import Engine, Part, Run
+from tuner.core.types import digest_of
+from tuner.errors import StorageError
+from tuner.files import checkpoint_files
+from tuner.files.atomic import sha256
+from tuner.messages import Epoch
+from tuner.training import checkpoints, training_loop
+from tuner.training.checkpoints import Checkpoints
+from tuner.training.cross_validation import crossed
+from tuner.training.devices import Place, place
+from tuner.training.micro_batches import room
+from tuner.training.training_loop import Best, checkpoints_of, fit, prepare
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
+    "cosine": {"schedule": "cosine", "warmup": 0.3},
+    "patience": {"patience": 2, "lr": 1e-5},
+    "frozen": {"freeze_depth": 1, "clip_norm": 1.0},
+    "both": {"fit": "train+valid", "schedule": "linear"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "STAKE", 0.0)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Place:
+    return place(Engine(device="cpu"), tmp_path / "home")
+
+
+def run(seed: int = 3, model: str = "tests.helpers.counting_model:model", **recipe: Any) -> Run:
+    space = parsing.parse(yaml_document.parse(SMALL, "small.yaml"))
+    chosen = {
+        "epochs": 4,
+        "lr": 0.02,
+        "freeze_depth": 0,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "head": "fresh",
+    } | recipe
+    found = space.run({("recipe", key): value for key, value in chosen.items()}, seed=seed)
+    return replace(found, model=Part(model, {})) if ":" in model else found
+
+
+def attempt(
+    r: Run, here: Place, folder: Path | None, most: int | None = None, metric: str = "accuracy"
+) -> tuple[list[Any], list[str], Best, list[str]]:
+    """Epochs, the SHA-256 of the weights after each and at the end, the best, and what was said; given up after `most` epochs."""
+    bench, best = prepare(r, here, metric), Best()
+    kept = checkpoints_of(r, bench, folder)
+    told, digests, notes = [], [], []
+    for epoch in islice(fit(bench, r.recipe, r.seed, best, kept), most):
+        told.append((epoch.number, epoch.loss, epoch.scores))
+        digests.append(digest_of(bench.net))
+        notes += epoch.notes
+    return told, [*digests, digest_of(bench.net)], best, notes
+
+
+def trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the number of each epoch that is really trained."""
+    numbers: list[int] = []
+    real = training_loop.learn
+
+    def learn(*words: Any) -> float:
+        numbers.append(words[-1])
+        return real(*words)
+
+    monkeypatch.setattr(training_loop, "learn", learn)
+    return numbers
+
+
+# -- going on
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_epochs_and_the_rest_are_all_of_them_to_the_bit(
+    name: str, here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = run(**VARIANTS[name])
+    straight, digests, best, _ = attempt(r, here, None)
+    attempt(r, here, tmp_path / "kept", most=2)
+    counted = trained(tmp_path, monkeypatch)
+    again, continued, found, notes = attempt(r, here, tmp_path / "kept")
+    assert again == straight and notes == []
+    assert continued[2:] == digests[2:]  # after the third epoch, and after each that follows
+    assert counted == list(range(3, len(straight) + 1)) and len(counted) == (
+        1 if name == "patience" else 2
+    )
+    assert (found.epoch and found.epoch.number) == (best.epoch and best.epoch.number)
+    assert (len(best.pairs) > 0) == (name != "both")
+    assert len(found.pairs) == len(best.pairs) and all(
+        torch.equal(a, b) for (a, _), (b, _) in zip(found.pairs, best.pairs, strict=True)
+    )
+
+
+def test_an_attempt_killed_when_all_was_trained_trains_nothing_more(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, _, best, _ = attempt(run(), here, tmp_path / "kept", most=4)
+    counted = trained(tmp_path, monkeypatch)
+    again, continued, found, _ = attempt(run(), here, tmp_path / "kept")
+    assert again == straight and counted == [] and found.epoch == best.epoch
+    assert (
+        continued[-1] == attempt(run(), here, None)[1][-1]
+    )  # the best epoch's weights, which are not the last's
+
+
+def test_the_best_epochs_weights_survive_worse_ones(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuner.tasks.classification import Classification
+
+    ends = []
+    for folder, most in ((None, None), (tmp_path / "kept", 3), (tmp_path / "kept", None)):
+        scripted = iter([0.1, 0.9, 0.3, 0.2] if most != None or folder is None else [0.2])  # noqa: E711
+        monkeypatch.setattr(
+            Classification, "score", lambda self, pairs, s=scripted: {"accuracy": next(s)}
+        )
+        ends.append(attempt(run(), here, folder, most))
+    (_, digests, best, _), _, (_, continued, found, _) = ends
+    assert (
+        best.epoch is not None
+        and found.epoch is not None
+        and best.epoch.number == found.epoch.number == 2
+    )
+    assert continued[-1] == digests[-1] == digests[1] != digests[2]
+
+
+def test_a_trial_stopped_while_it_remembers_shows_nothing_of_a_later_epoch(
+    here: Place, tmp_path: Path
+) -> None:
+    attempt(run(), here, tmp_path / "kept", most=3)
+    told, _, best, _ = attempt(run(), here, tmp_path / "kept", most=1)
+    assert len(told) == 1 and best.epoch is not None and best.epoch.number == 1
+    held = json.loads(
+        json.dumps(
+            checkpoints.about(checkpoint_files.generations(tmp_path / "kept")[0].read_bytes())
+        )
+    )["best"]
+    assert (best.pairs == []) == (held != 1)
+
+
+@pytest.mark.parametrize("after", [(2, 2), (2, 1)])
+def test_folds_continue_in_step(
+    after: tuple[int, int], here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two epochs, or when the second fold was an epoch behind."""
+    whole = run(epochs=3)
+    r = replace(whole, data=Part(whole.data.name, {**whole.data.options, "folds": 2}))
+    straight = [(e.number, e.loss, e.scores) for e in crossed(r, here, "accuracy", Best())]
+    for _ in islice(crossed(r, here, "accuracy", Best(), tmp_path / "kept"), 2):
+        pass
+    if after == (2, 1):
+        checkpoint_files.generations(tmp_path / "kept" / "fold-1")[0].unlink()
+    counted = trained(tmp_path, monkeypatch)
+    assert [
+        (e.number, e.loss, e.scores)
+        for e in crossed(r, here, "accuracy", Best(), tmp_path / "kept")
+    ] == straight
+    assert counted == ([3, 3] if after == (2, 2) else [2, 3, 3])
+
+
+def test_every_random_state_follows_the_seed_and_the_epoch(here: Place) -> None:
+    """A model that draws by Python, numpy and torch trains alike whatever its process drew before."""
+    import random
+
+    import numpy as np
+
+    first = attempt(run(), here, None)
+    for draw in (random.random, np.random.rand, torch.rand(()).uniform_):
+        draw()
+        assert attempt(run(), here, None)[:2] == first[:2]
+
+
+def goes_on(text: str, metric: str, here: Place, kept: Path) -> None:
+    """One epoch and the rest are all of them to the bit."""
+    r = parsing.parse(yaml_document.parse(text, "run.yaml")).sample(None, seed=2)
+    straight = attempt(r, here, None, metric=metric)
+    attempt(r, here, kept, most=1, metric=metric)
+    again = attempt(r, here, kept, metric=metric)
+    assert again[0] == straight[0] and again[1][1:] == straight[1][1:] and again[3] == []
+
+
+@pytest.mark.slow
+def test_a_detector_goes_on(here: Place, tmp_path: Path) -> None:
+    root = box_files.voc(tmp_path / "voc")
+    text = (
+        f"task: detection\ndata: {{name: voc, path: {root}, size: 64, augment: flip, views: 2}}\n"
+    )
+    text += "model: {name: ssdlite320_mobilenet_v3_large, weights: none, backbone: none}\n"
+    text += "recipe: {optimizer: adamw, lr: 0.001, freeze_depth: 3, epochs: 3, batch_size: 8}\n"
+    goes_on(text, "map", here, tmp_path / "kept")
+
+
+@pytest.mark.slow
+def test_texts_go_on_with_embeddings_that_are_the_head_too(here: Place, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    small_transformers.folder(tmp_path, "gpt2")
+    small_transformers.write_csv(tmp_path / "messages.csv")
+    text = f"task: text_generation\ndata: {{name: text, path: {tmp_path / 'messages.csv'}}}\n"
+    text += f"model: {{name: gpt2, folder: {tmp_path / 'gpt2'}, length: 24}}\n"
+    text += "recipe: {optimizer: adamw, lr: 0.001, freeze_depth: 0, epochs: 3, batch_size: 8, schedule: cosine}\n"
+    goes_on(text, "negative_log_perplexity", here, tmp_path / "kept")
+
+
+# -- what is written
+
+
+def test_two_generations_stay_the_newest_and_the_last_that_was_synced(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt(run(), here, None)  # fills the caches
+    synced: list[str] = []
+    monkeypatch.setattr("tuner.files.atomic.fsync", lambda path: synced.append(path.name))
+
+    def there(name: str) -> list[int]:
+        return [
+            int(p.name.partition("-")[0]) for p in checkpoint_files.generations(tmp_path / name)
+        ]
+
+    monkeypatch.setattr(checkpoints, "SYNC", 0.0)
+    attempt(run(), here, tmp_path / "each", most=3)
+    assert there("each") == [3, 2]
+    assert synced.count("each") == 3 and len(synced) == 6  # each file, then its folder
+    synced.clear()
+    monkeypatch.setattr(checkpoints, "SYNC", 1e9)
+    attempt(run(), here, tmp_path / "none", most=3)
+    assert synced == [] and there("none") == [3, 1]
+    clock = iter([0.0, *[now for now in (0.4, 0.8, 1.2, 1.6) for _ in range(2)]])
+    monkeypatch.setattr(checkpoints, "SYNC", 1.0)
+    bench = prepare(run(), here, "accuracy")
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: next(clock))
+    kept = checkpoints_of(run(), bench, tmp_path / "some")
+    assert kept is not None
+    training = checkpoints.Training(bench.net, *state_of(bench.net))
+    for number in range(1, 5):
+        kept.save(training, [Epoch(n, 0.5, {}, 0.1) for n in range(1, number + 1)], 0, {})
+    assert there("some") == [4, 3] and synced[1:] == ["some"]
+
+
+def state_of(net: nn.Module) -> tuple[Any, Any, Any]:
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0), room(net, 16)
+
+
+def test_a_file_says_what_it_is_and_its_name_vouches_for_it(here: Place, tmp_path: Path) -> None:
+    import tuner
+
+    attempt(run(), here, tmp_path / "kept", most=1)
+    (path,) = (tmp_path / "kept").iterdir()
+    assert path.name == f"000001-{sha256(path)}.safetensors"
+    about = checkpoints.about(path.read_bytes())
+    assert (about["format"], about["tuner"], about["torch"]) == (
+        1,
+        tuner.__version__,
+        torch.__version__,
+    ) and len(about["run"]) == 64
+
+
+def test_short_epochs_are_not_written_one_by_one(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "STAKE", 1e9)
+    attempt(run(), here, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_optimizers_memory_lies_as_before(here: Place, tmp_path: Path) -> None:
+    """Convolutions train with their channels last; so does their momentum, after a checkpoint too."""
+    bench = prepare(run(), here, "accuracy")
+    weight = bench.net[0][0].weight
+    for value in (torch.randn(weight.shape), torch.tensor(3.0)):
+        found = checkpoints.like(weight, value)
+        assert torch.equal(found, value) and not found.requires_grad
+        assert found.shape != weight.shape or found.stride() == weight.stride()
+
+
+def test_weights_in_two_places_are_written(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    path = Checkpoints(tmp_path / "kept", "key").write(
+        "000001", dict(net.state_dict()), {}, sync=True
+    )
+    assert checkpoint_files.whole(path) is not None
+
+
+# -- what is left aside
+
+
+def spoil(content: bytes, how: str) -> bytes:
+    if how == "empty":
+        return b""
+    if how == "flipped":
+        return (
+            content[: len(content) // 2]
+            + bytes([content[len(content) // 2] ^ 1])
+            + content[len(content) // 2 + 1 :]
+        )
+    if how == "zeroed":
+        return bytes(len(content))
+    return content[: int(how)]
+
+
+@pytest.mark.parametrize("how", ["empty", "flipped", "zeroed", "100", "4096"])
+def test_30_a_damaged_checkpoint_gives_way_to_the_one_before(
+    how: str, here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = attempt(run(), here, None)
+    monkeypatch.setattr(checkpoints, "SYNC", 0.0)
+    attempt(run(), here, tmp_path / "kept", most=3)
+    newest = checkpoint_files.generations(tmp_path / "kept")[0]
+    newest.write_bytes(spoil(newest.read_bytes(), how))
+    counted = trained(tmp_path, monkeypatch)
+    told, digests, _, notes = attempt(run(), here, tmp_path / "kept")
+    assert told == straight[0] and digests[-2:] == straight[1][-2:] and counted == [3, 4]
+    assert notes == [
+        f"{newest}: damaged (its SHA-256 is not that of its name); left aside; going on from epoch 2"
+    ]
+
+
+@pytest.mark.slow
+def test_30_a_checkpoint_cut_anywhere_is_noticed(here: Place, tmp_path: Path) -> None:
+    attempt(run(), here, tmp_path / "kept", most=1)
+    (path,) = checkpoint_files.generations(tmp_path / "kept")
+    content = path.read_bytes()
+    for end in [*range(0, len(content), 4096), len(content) - 1]:
+        path.write_bytes(content[:end])
+        assert checkpoint_files.whole(path) is None
+    for place_ in range(0, len(content), 1021):
+        path.write_bytes(content[:place_] + bytes([content[place_] ^ 1]) + content[place_ + 1 :])
+        assert checkpoint_files.whole(path) is None
+    path.write_bytes(content)
+    assert checkpoint_files.whole(path) == content
+
+
+def test_30_with_both_damaged_the_training_begins_again(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "SYNC", 0.0)
+    straight = attempt(run(), here, tmp_path / "kept", most=3)
+    for path in checkpoint_files.generations(tmp_path / "kept"):
+        path.write_bytes(b"")
+    counted = trained(tmp_path, monkeypatch)
+    told, _, _, notes = attempt(run(), here, tmp_path / "kept", most=3)
+    assert told == straight[0] and counted == [1, 2, 3]
+    assert len(notes) == 2 and all(
+        note.endswith("left aside; the training begins again") for note in notes
+    )
+
+
+def renamed(path: Path, change: dict[str, Any]) -> None:
+    """The checkpoint with another header, under the name that this has."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"]["checkpoint"] = json.dumps(
+        json.loads(header["__metadata__"]["checkpoint"]) | change
+    )
+    text = json.dumps(header).encode()
+    changed = len(text).to_bytes(8, "little") + text + content[8 + size :]
+    path.unlink()
+    (path.parent / checkpoint_files.name_of("000002", changed)).write_bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 2, "tuner": "9.0"}, "written by tuner 9.0 in another format"),
+        ({"run": "0" * 64}, "of another run, or of other data"),
+    ],
+)
+def test_30_a_checkpoint_of_a_newer_tuner_or_another_run_is_never_taken(
+    change: dict[str, Any], said: str, here: Place, tmp_path: Path
+) -> None:
+    straight = attempt(run(), here, tmp_path / "kept", most=2)
+    renamed(checkpoint_files.generations(tmp_path / "kept")[0], change)
+    for path in checkpoint_files.generations(tmp_path / "kept")[1:]:
+        path.unlink()
+    told, digests, _, notes = attempt(run(), here, tmp_path / "kept", most=2)
+    assert told == straight[0] and digests == straight[1]
+    assert len(notes) == 1 and said in notes[0]
+
+
+@pytest.mark.parametrize("other", [{"seed": 4}, {"lr": 0.03}, {"freeze_depth": 1}, {"epochs": 5}])
+def test_30_runs_that_differ_in_anything_share_no_checkpoint(
+    other: dict[str, Any], here: Place, tmp_path: Path
+) -> None:
+    attempt(run(), here, tmp_path / "kept", most=2)
+    alone = attempt(run(**other), here, None)
+    found = attempt(run(**other), here, tmp_path / "kept")
+    assert found[:2] == alone[:2] and "of another run" in found[3][0]
+
+
+def test_30_a_model_that_has_changed_begins_again(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt(run(), here, tmp_path / "kept", most=2)
+    wider = nn.Sequential(nn.Flatten(), counting_model.Counted(), nn.Linear(3 * 32 * 32, 3))
+    monkeypatch.setattr(counting_model, "model", lambda outputs: wider)
+    monkeypatch.setattr("tuner.training.building._built", {})
+    told, _, _, notes = attempt(run(), here, tmp_path / "kept", most=1)
+    assert [number for number, _, _ in told] == [
+        1
+    ] and "of another model; left aside; the training begins again" in notes[0]
+
+
+def test_what_has_no_digest_in_its_name_is_not_looked_at(here: Place, tmp_path: Path) -> None:
+    attempt(run(), here, tmp_path / "kept", most=2)
+    (path, *_) = checkpoint_files.generations(tmp_path / "kept")
+    path.rename(path.with_name("000002.safetensors"))
+    (tmp_path / "kept" / ".half.tmp").write_bytes(b"half")
+    assert attempt(run(), here, tmp_path / "kept", most=1)[3] == []
+    assert not (tmp_path / "kept" / ".half.tmp").exists()  # what a killed write left goes
+
+
+def test_26_a_full_disk_is_named_with_the_need_and_leaves_no_half_file(
+    here: Place, tmp_path: Path
+) -> None:
+    kept = Checkpoints(tmp_path / "kept", "key")
+    with pytest.raises(StorageError) as error, narrow(5000):
+        kept.write("000001", {"a": torch.zeros(1_000_000)}, {}, sync=True)
+    assert f"disk full while writing {tmp_path}/kept/000001-" in str(
+        error.value
+    ) and "(4 MB needed: File too large)" in str(error.value)
+    assert os.listdir(tmp_path / "kept") == []
+
+
+# -- memory
+
+
+class Greedy(nn.Module):
+    """Runs out of memory when it is given more than `most` examples to train on."""
+
+    most = 5
+    asked: list[int] = []  # noqa: RUF012
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.asked.append(len(x))
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError(f"CUDA out of memory: {len(x)} examples")
+        return x
+
+
+def greedy(outputs: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), Greedy(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, outputs)
+    )
+
+
+def by_hand(r: Run, here: Place, most: int) -> list[Any]:
+    """The same training, each batch accumulated in parts of four by hand."""
+    from tuner.training.epoch import batches, predictions
+    from tuner.training.optimizers import factor, optimizer
+
+    bench = prepare(r, here, "accuracy")
+    opt = optimizer(bench.net.parameters(), r.recipe)
+    steps = r.recipe.epochs * len(batches(len(bench.train), r.recipe.batch_size, r.seed, 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: factor(r.recipe, step, steps))
+    told = []
+    for number in range(1, r.recipe.epochs + 1):
+        total = 0.0
+        for index in batches(len(bench.train), r.recipe.batch_size, r.seed, number):
+            opt.zero_grad()
+            bench.net.train()
+            for part in torch.tensor_split(index, -(-len(index) // most)):
+                batch = bench.train.take(part, 0)
+                (
+                    nn.functional.cross_entropy(bench.net(batch.x), batch.y, reduction="sum")
+                    / len(index)
+                ).backward()
+                with torch.no_grad():
+                    total += float(
+                        nn.functional.cross_entropy(bench.net(batch.x), batch.y, reduction="sum")
+                    )
+            opt.step()
+            schedule.step()
+        told.append(
+            (total / len(bench.train), bench.task.score(predictions(bench, bench.valid, 4)))
+        )
+    return told
+
+
+def test_what_does_not_fit_is_accumulated_and_means_the_same(
+    here: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    r = run(
+        model="tests.training.test_checkpoints:greedy", lr=0.01, epochs=2, schedule="cosine"
+    )  # batches of 16: 17, 8 and 4 are tried
+    monkeypatch.setattr(Greedy, "asked", [])
+    told, _, _, notes = attempt(r, here, None)
+    assert (
+        Greedy.asked[:2] == [16, 8] and max(Greedy.asked[2:]) == 4
+    )  # learnt once, kept for the whole trial
+    assert notes == [
+        "out of memory with 16 examples at once; batches go on in parts of 8, their gradients added up",
+        "out of memory with 8 examples at once; batches go on in parts of 4, their gradients added up",
+    ]
+    monkeypatch.setattr(Greedy, "most", 99)
+    for (_, loss, scores), (expected, of_hand) in zip(told, by_hand(r, here, 4), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert scores["log_likelihood"] == pytest.approx(of_hand["log_likelihood"], rel=1e-5)
+    whole = attempt(r, here, None)[0]
+    assert [loss for _, loss, _ in told] == pytest.approx(
+        [loss for _, loss, _ in whole], rel=1e-4
+    )  # as if all had fitted
+
+
+def test_a_continued_trial_knows_how_much_fits(
+    here: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    r = run(model="tests.training.test_checkpoints:greedy", lr=0.01, epochs=3)
+    straight = attempt(r, here, None)
+    attempt(r, here, tmp_path / "kept", most=1)
+    monkeypatch.setattr(Greedy, "asked", [])
+    told, digests, _, notes = attempt(r, here, tmp_path / "kept")
+    assert told == straight[0] and digests[1:] == straight[1][1:]
+    assert max(Greedy.asked) == 4 and notes == []
+
+
+@pytest.mark.parametrize(("normed", "least"), [(False, 1), (True, 2)])
+def test_where_nothing_fits_the_trial_ends_as_out_of_memory(
+    normed: bool, least: int, here: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuner.messages import Assignment
+    from tuner.training import worker_jobs
+
+    monkeypatch.setattr(Greedy, "most", 0)
+    monkeypatch.setattr(Greedy, "asked", [])
+    monkeypatch.setattr("tuner.training.building._built", {})
+    if normed:
+        monkeypatch.setattr(
+            "tests.training.test_checkpoints.greedy",
+            lambda outputs: nn.Sequential(
+                nn.Flatten(),
+                Greedy(),
+                nn.Linear(3072, 16),
+                nn.BatchNorm1d(16),
+                nn.Linear(16, outputs),
+            ),
+        )
+    r = run(model="tests.training.test_checkpoints:greedy")
+    result = worker_jobs.carry(
+        Assignment(r, "accuracy", Engine(device="cpu"), str(here.home)), lambda epoch: True, 0
+    )
+    assert (result.state, result.epochs) == ("oom", ()) and "out of memory" in result.reason
+    assert min(Greedy.asked) == least and Greedy.asked == sorted(Greedy.asked, reverse=True)
+
+
+def test_an_error_that_is_not_of_memory_is_not_tried_again(
+    here: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: Greedy, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(Greedy, "forward", wrong)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        attempt(run(model="tests.training.test_checkpoints:greedy"), here, None)
+
+
+# -- which files stay
+
+
+def test_only_the_best_keep_their_weights(tmp_path: Path) -> None:
+    found = checkpoint_files.Keeping(tmp_path, 2)
+    for draw in range(5):
+        folder = tmp_path / str(draw) / "fold-0"
+        folder.mkdir(parents=True)
+        for what in ("000003", "best"):
+            (folder.parent / checkpoint_files.name_of(what, str(draw).encode())).write_bytes(
+                str(draw).encode()
+            )
+
+    def there() -> dict[str, list[str]]:
+        return {
+            p.name: sorted(q.name.partition("-")[0] for q in p.iterdir())
+            for p in sorted(tmp_path.iterdir())
+        }
+
+    found.ended(0, (-0.5, 3, 0))
+    assert there()["0"] == ["best"]
+    found.ended(1)  # pruned, or failed for good
+    found.ended(2, (-0.7, 3, 2))
+    found.ended(3, (-0.6, 3, 3))
+    assert there() == {
+        "2": ["best"],
+        "3": ["best"],
+        "4": ["000003", "best", "fold"],
+    }  # 0 fell out of the best; 4 is to go on
+    again = checkpoint_files.Keeping(tmp_path, 1)
+    again.begin({0: (-0.5, 3, 0), 1: None, 2: (-0.7, 3, 2), 3: (-0.6, 3, 3)})
+    assert there() == {"2": ["best"], "4": ["000003", "best", "fold"]}
+    none = checkpoint_files.Keeping(tmp_path, 0)
+    none.begin({})
+    none.ended(4, (-0.9, 1, 4))
+    assert list(there()) == ["2"]

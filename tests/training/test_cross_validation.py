@@ -1,0 +1,79 @@
+"""Cross-validation: a trial trained once a fold, its scores their mean."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL, Said
+from tuner.config import parsing, yaml_document
+from tuner.config.run import Engine, Run
+from tuner.training import cross_validation
+from tuner.training.cross_validation import crossed, folds_of
+from tuner.training.devices import Place, place
+from tuner.training.training_loop import Best, fit, prepare
+
+FIXED = [
+    "recipe.lr=0.01",
+    "recipe.optimizer=sgd",
+    "recipe.momentum=0.9",
+    "recipe.freeze_depth=4",
+    "recipe.epochs=3",
+]
+
+
+def run(*words: str) -> Run:
+    return parsing.parse(
+        parsing.override(yaml_document.parse(SMALL, "small.yaml"), [*FIXED, *words])
+    ).sample(None, seed=5)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Place:
+    return place(Engine(device="cpu"), tmp_path)
+
+
+def test_an_epoch_is_the_mean_of_the_folds(here: Place) -> None:
+    best = Best()
+    found = list(crossed(run("data.folds=3"), here, "accuracy", best))
+    alone = [
+        list(fit(prepare(fold, here, "accuracy"), fold.recipe, fold.seed))
+        for fold in folds_of(run("data.folds=3"))
+    ]
+    assert [e.number for e in found] == [1, 2, 3]
+    for i, epoch in enumerate(found):
+        for name, value in epoch.scores.items():
+            assert value == pytest.approx(sum(fold[i].scores[name] for fold in alone) / 3, abs=1e-5)
+    assert (
+        len({fold[0].scores["log_likelihood"] for fold in alone}) == 3
+    )  # they are not one fold three times
+    assert best.epoch is not None and best.epoch.scores["accuracy"] == max(
+        e.scores["accuracy"] for e in found
+    )
+
+
+def test_one_fold_is_no_cross_validation(here: Place) -> None:
+    plain, crossed_ = (
+        list(fit(prepare(run(), here, "accuracy"), run().recipe, 5)),
+        list(crossed(run(), here, "accuracy", Best())),
+    )
+    assert [(e.loss, e.scores) for e in plain] == [(e.loss, e.scores) for e in crossed_]
+
+
+def test_the_mean_decides_when_patience_ends(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted = iter([0.5, 0.9, 0.1, 0.9, 0.2, 0.9])
+    real = cross_validation.fit
+
+    def fitted(*arguments: object) -> object:
+        for epoch in real(*arguments):  # type: ignore[arg-type]
+            yield type(epoch)(epoch.number, epoch.loss, {"accuracy": next(scripted)}, epoch.seconds)
+
+    monkeypatch.setattr(cross_validation, "fit", fitted)
+    found = list(crossed(run("data.folds=2", "recipe.patience=1"), here, "accuracy", Best()))
+    assert [e.scores["accuracy"] for e in found] == [pytest.approx(0.7), pytest.approx(0.5)]
+
+
+def test_a_study_over_folds_ends_in_an_export(tuner: Callable[..., Said], small: Path) -> None:
+    said = tuner("run", small, "data.folds=3", "search.trials=2", "recipe.epochs=1")
+    assert said.code == 0, said.err
+    assert "\ntest     accuracy" in said.out

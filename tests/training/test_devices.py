@@ -1,0 +1,198 @@
+"""Which GPU a worker gets, and how much of it. torch.cuda is replaced at its edge: no GPU is needed, and none was used."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Said
+from tuner.commands.run import workers_of
+from tuner.config.run import Engine
+from tuner.errors import StorageError
+from tuner.messages import Assignment
+from tuner.preprocessing import tensor_files
+from tuner.training import worker_jobs
+from tuner.training.devices import gpus, place
+
+Tuner = Callable[..., Said]
+
+
+@pytest.fixture
+def four(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """A machine with four GPUs of 80 GB; filled with the share of each that was asked for."""
+    shares: dict[str, float] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: shares.update({str(device): share}),
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda device: shares.get(str(device), 1.0)
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80_000, 80_000))
+    return shares
+
+
+@pytest.mark.parametrize(
+    ("engine", "used", "of_slots"),
+    [
+        ({}, (0, 1, 2, 3), "0 1 2 3 0"),
+        ({"device": "cuda"}, (0, 1, 2, 3), "0 1 2 3 0"),
+        ({"gpus": 2}, (0, 1), "0 1 0 1 0"),
+        ({"gpus": [3, 1]}, (3, 1), "3 1 3 1 3"),
+        ({"device": "cuda:2"}, (2,), "2 2 2 2 2"),
+        ({"gpus": [3, 1], "per_gpu": 2}, (3, 1), "3 1 3 1 3"),
+    ],
+)
+def test_workers_are_dealt_out_over_the_gpus_in_use(
+    engine: dict[str, Any],
+    used: tuple[int, ...],
+    of_slots: str,
+    four: dict[str, float],
+    tmp_path: Path,
+) -> None:
+    asked = Engine.model_validate(engine)
+    assert gpus(asked) == used
+    assert [str(place(asked, tmp_path, slot).device) for slot in range(5)] == [
+        f"cuda:{n}" for n in of_slots.split()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("engine", "share"),
+    [
+        ({}, None),
+        ({"per_gpu": 3}, 1 / 3),
+        ({"gpus": 1, "per_gpu": 4}, 1 / 4),
+        ({"workers": 8}, 1 / 2),  # more workers than GPUs share them too
+        ({"workers": 8, "gpus": 1}, 1 / 8),
+        ({"workers": 4}, None),
+        ({"name": "ray", "workers": 8}, None),  # they are on other machines
+        ({"workers": 2, "per_gpu": 2}, 1 / 2),
+    ],
+)
+def test_workers_that_share_a_gpu_share_its_memory(
+    engine: dict[str, Any], share: float | None, four: dict[str, float], tmp_path: Path
+) -> None:
+    place(Engine.model_validate(engine), tmp_path, 0)
+    assert four == ({} if share is None else {"cuda:0": pytest.approx(share)})
+
+
+def test_remembered_activations_move_into_a_quarter_of_the_workers_part(
+    four: dict[str, float], tmp_path: Path
+) -> None:
+    values = {"x": torch.zeros(10_000, dtype=torch.uint8)}
+    assert tensor_files.fits_on_gpu(values, place(Engine(per_gpu=1), tmp_path).device)
+    assert not tensor_files.fits_on_gpu(values, place(Engine(per_gpu=4), tmp_path).device)
+
+
+@pytest.mark.parametrize(
+    ("words", "workers"),
+    [
+        ([], 4),
+        (["per_gpu=2"], 8),
+        (["gpus=1", "per_gpu=3"], 3),
+        (["gpus=[0, 3]"], 2),
+        (["workers=5", "per_gpu=2"], 5),
+        (["device=cuda:1"], 1),
+    ],
+)
+def test_one_worker_per_gpu_unless_the_file_says_otherwise(
+    words: list[str], workers: int, four: dict[str, float], small: Path
+) -> None:
+    from tuner.config import parsing, yaml_document
+
+    doc = parsing.override(
+        yaml_document.read(small), ["engine={name: local}", *(f"engine.{word}" for word in words)]
+    )
+    space = parsing.parse(doc)
+    orders = tuple(
+        Assignment(run, "accuracy", space.settings.engine, str(small.parent))
+        for run in space.corners()
+    )
+    found = worker_jobs.survey(orders, lambda _: True, 0)
+    assert workers_of(space, found.gpus) == workers
+
+
+def test_without_a_gpu_there_is_one_worker_on_the_cpu(small: Path) -> None:
+    from tuner.config import parsing, yaml_document
+
+    assert (
+        workers_of(
+            parsing.parse(parsing.override(yaml_document.read(small), ["engine={per_gpu: 2}"])), 0
+        )
+        == 1
+    )
+
+
+def test_a_gpu_that_is_not_there_is_named_with_those_that_are(four: dict[str, float]) -> None:
+    with pytest.raises(
+        StorageError, match=r"engine.gpus: \[0, 7\], but torch sees 4 GPUs, cuda:0 to cuda:3"
+    ):
+        gpus(Engine(gpus=[0, 7]))
+    with pytest.raises(StorageError, match=r"engine.gpus: 5, but torch sees 4 GPUs"):
+        gpus(Engine(gpus=5))
+    with pytest.raises(StorageError, match=r"engine.device: cuda:4, but torch sees 4 GPUs"):
+        gpus(Engine(device="cuda:4"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["engine.gpus=0"],
+            "engine.gpus: write how many GPUs, at least 1, or their numbers, such as [0, 2]; for none, device: cpu, got 0",
+        ),
+        (["engine.gpus=[]"], "engine.gpus: write the GPUs' numbers"),
+        (["engine.gpus=[1, 1]"], "engine.gpus: write the GPUs' numbers"),
+        (["engine.gpus=[-1]"], "engine.gpus: write the GPUs' numbers"),
+        (["engine.gpus=two"], "engine.gpus: expected a whole number, a list or null"),
+        (["engine.gpus={low: 1, high: 2}"], "engine holds no ranges or choices"),
+        (["engine.per_gpu=0"], "engine.per_gpu: must be at least 1"),
+        (["engine.device=auto", "engine.per_gpu=[1, 2]"], "engine holds no ranges or choices"),
+        (["engine.gpus=1"], "engine.gpus: which GPUs is already said by device: cpu"),
+        (
+            ["engine.device=cuda:1", "engine.gpus=[0]"],
+            "engine.gpus: which GPUs is already said by device: cuda:1",
+        ),
+        (
+            ["engine.per_gpu=2"],
+            "engine.per_gpu: is for GPUs, and device is cpu; for several workers write workers: 2",
+        ),
+        (["engine.workers=0"], "engine.workers: must be at least 1, got 0"),
+    ],
+)
+def test_wrong_values_are_named_before_anything_is_made(
+    words: list[str], message: str, tuner: Tuner, small: Path
+) -> None:
+    said = tuner("run", small, *words)
+    assert said.code == 2 and message in said.err and not (small.parent / "studies").exists()
+
+
+@pytest.mark.parametrize("value", ["2", "[0]"])
+def test_31_gpus_where_there_are_none_end_before_anything_is_made(
+    value: str, tuner: Tuner, small: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    said = tuner("run", small, "engine.device=auto", f"engine.gpus={value}")
+    assert said.code == 4 and f"engine.gpus: {value}" in said.err and "sees no GPU here" in said.err
+    assert not (small.parent / "studies").exists()
+
+
+def test_the_keys_survive_writing_and_reading(small: Path) -> None:
+    from tuner.config import parsing, yaml_document
+    from tuner.config.space import dump
+
+    space = parsing.parse(
+        parsing.override(
+            yaml_document.read(small), ["engine={name: local, gpus: [2, 0], per_gpu: 3}"]
+        )
+    )
+    again = parsing.parse(yaml_document.parse(dump(space.tree()), "again.yaml"))
+    assert again.settings.engine == space.settings.engine and space.settings.engine.gpus == [2, 0]

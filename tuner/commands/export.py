@@ -1,0 +1,92 @@
+"""`tuner export`: the best model of a finished study, or another trial's, in the formats asked for."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from tuner import manifest
+from tuner.commands.console import Console
+from tuner.commands.run import to_publish
+from tuner.commands.session import Places, home_folder, session
+from tuner.config import parsing, plugins
+from tuner.dashboard.server import find
+from tuner.errors import DataError, SpaceError, suggest
+from tuner.files import checkpoint_files
+from tuner.manifest import Published
+from tuner.search import history, storage
+from tuner.search.history import REASON, SAME_AS
+from tuner.search.samplers import PRUNERS
+
+
+def export_trial(
+    studies: Path, name: str, formats: tuple[str, ...], trial: int | None, console: Console
+) -> Published:
+    """Into the study's `export` folder, or `export-N` for trial N. What is exported already is kept."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    folder = find(studies, name)
+    space = parsing.load(
+        folder / "space.yaml", [f"search.name={json.dumps(folder.name, ensure_ascii=False)}"]
+    )
+    known = plugins.names("export")
+    for wanted in formats:
+        if ":" not in wanted and wanted not in known:
+            raise SpaceError(f"--format {wanted!r} is not known{suggest(wanted, known)}")
+    with storage.lock(folder), contextlib.ExitStack() as stack:
+        s = stack.enter_context(session(space, Places(studies, home_folder(console.warn)), console))
+        database = storage.connect(space.settings.storage, folder, console.warn)
+        stack.callback(storage.close, database)
+        study = optuna.load_study(
+            study_name=folder.name,
+            storage=database,
+            sampler=optuna.samplers.RandomSampler(),
+            pruner=PRUNERS["none"](1),
+        )
+        chosen = _choose(study, trial)
+        found, epoch = history.run_of(space, study, chosen), chosen.user_attrs[history.BEST_EPOCH]
+        left = checkpoint_files.best_weights(
+            folder / checkpoint_files.FOLDER / str(history.roots(study)[chosen.number])
+        )
+        run, weights = to_publish(
+            trial is not None or space.settings.search.retrain, found, epoch, left
+        )
+        place = folder / ("export" if trial is None else f"export-{trial}")
+        manifest.recover(place)
+        before = manifest.read(place)
+        kept = (
+            tuple(before.manifest["exports"])
+            if before is not None and before.manifest["run_digest"] == run.digest()
+            else ()
+        )
+        if kept and set(formats) <= set(kept) and before is not None:
+            return before
+        published: Published = s.crown(
+            run,
+            place,
+            (*kept, *(formats or space.settings.export)),
+            chosen.number,
+            chosen.user_attrs[history.SCORES],
+            weights,
+        )
+        return published
+
+
+def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
+    """The best trial, or the one named. Raises DataError when it trained no epoch that could be exported."""
+    if number is None:
+        return history.best(study)[0]
+    trials = study.get_trials(deepcopy=False)
+    if not 0 <= number < len(trials):
+        raise DataError(
+            f"study {study.study_name!r} has trials 0 to {len(trials) - 1}, not {number}"
+        )
+    chosen = trials[number]
+    if SAME_AS in chosen.user_attrs:
+        return trials[int(chosen.user_attrs[SAME_AS])]
+    if history.BEST_EPOCH not in chosen.user_attrs:
+        raise DataError(
+            f"trial {number} ended {chosen.state.name.lower()} without an epoch ({chosen.user_attrs.get(REASON, 'no reason given')}); choose another"
+        )
+    return chosen

@@ -1,0 +1,155 @@
+"""The JSON schema of a space file, for editors that complete and check YAML."""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
+
+from tuner.config import fields, plugins
+from tuner.config.parsing import Top
+from tuner.config.run import Engine, Recipe, Search
+
+NUMBER = {"type": "number"}
+WHEN = {
+    "type": "object",
+    "minProperties": 1,
+    "description": "searched only while these keys have these values",
+}
+
+
+def schema() -> dict[str, Any]:
+    """Everything `tuner check` takes, ranges and choices included."""
+    one = {"anyOf": [{"enum": plugins.names("export")}, _own()]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "tuner search space",
+        "type": "object",
+        "required": ["task", "data", "model"],
+        "additionalProperties": False,
+        "properties": {
+            "task": part("task"),
+            "data": part("data"),
+            "model": part("model"),
+            "recipe": section(Recipe.model_fields, searched=True),
+            "seed": plain(Top.model_fields["seed"]),
+            "search": section(Search.model_fields, searched=False),
+            "engine": {
+                "anyOf": [
+                    {"enum": plugins.names("engine")},
+                    section(Engine.model_fields, searched=False),
+                ]
+            },
+            "storage": {
+                "type": ["string", "null"],
+                "description": "SQLAlchemy URL; null: SQLite in the study's folder",
+            },
+            "export": {"anyOf": [{"type": "null"}, one, {"type": "array", "items": one}]},
+        },
+    }
+
+
+def _own() -> dict[str, Any]:
+    return {
+        "type": "string",
+        "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$",
+        "description": "your own: package.module:attribute",
+    }
+
+
+def _among(names: list[str]) -> dict[str, Any]:
+    """One of these names; one with a star stands for many."""
+    bare = [name for name in names if "*" not in name]
+    patterns = [
+        {"type": "string", "pattern": f"^{name.replace('*', '.+')}$"}
+        for name in names
+        if "*" in name
+    ]
+    forms: list[dict[str, Any]] = [{"enum": bare}] * bool(bare) + patterns
+    return forms[0] if len(forms) == 1 else {"anyOf": forms}
+
+
+def part(kind: str) -> dict[str, Any]:
+    """A plug-in by its bare name, or a mapping whose keys depend on the name."""
+    known = plugins.names(kind)
+    alike: dict[str, list[str]] = {}  # the schema of their keys -> the names that share it
+    for name in known:
+        alike.setdefault(
+            json.dumps(section(plugins.keys(kind, name).fields, searched=True)), []
+        ).append(name)
+    one: dict[str, Any] = {"anyOf": [_among(known), _own()]}
+    several = {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}
+    chosen = {
+        "type": "object",
+        "required": ["choices"],
+        "additionalProperties": False,
+        "properties": {"choices": several, "when": WHEN},
+    }
+    forms: list[dict[str, Any]] = [one, *([several, chosen] if kind == "model" else [])]
+    for written, members in alike.items():
+        keys = json.loads(written)
+        named = _among(members)
+        if kind == "model":
+            named = {"anyOf": [named, several, chosen]}
+        forms.append(
+            {
+                **keys,
+                "properties": {"name": named, **keys["properties"]},
+                "required": ["name", *keys.get("required", [])],
+            }
+        )
+    forms.append({"type": "object", "properties": {"name": _own()}, "required": ["name"]})
+    return {"anyOf": forms}
+
+
+def section(wanted: Mapping[str, FieldInfo], *, searched: bool) -> dict[str, Any]:
+    found = {name: key(field) if searched else plain(field) for name, field in wanted.items()}
+    required = [name for name, field in wanted.items() if field.is_required()]
+    tree: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": found}
+    return tree | ({"required": required} if required else {})
+
+
+def plain(field: FieldInfo) -> dict[str, Any]:
+    """One value of a field."""
+    annotation: Any = (
+        Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    )
+    found = TypeAdapter(annotation).json_schema()
+    extra = {} if field.is_required() else {"default": field.get_default(call_default_factory=True)}
+    return {**found, **extra, **({"description": field.description} if field.description else {})}
+
+
+def key(field: FieldInfo) -> dict[str, Any]:
+    """One value, a list of choices, or a range."""
+    one = plain(field)
+    bare = {k: v for k, v in one.items() if k not in ("description", "default")}
+    forms: list[dict[str, Any]] = [bare]
+    if not fields.is_sequence(field):
+        listed = {"type": "array", "items": bare, "minItems": 1, "uniqueItems": True}
+        forms += [
+            listed,
+            {
+                "type": "object",
+                "required": ["choices"],
+                "additionalProperties": False,
+                "properties": {"choices": listed, "when": WHEN},
+            },
+        ]
+    if fields.is_number(field):
+        properties = {
+            "low": NUMBER,
+            "high": NUMBER,
+            "log": {"type": "boolean"},
+            "step": NUMBER,
+            "when": WHEN,
+        }
+        forms.append(
+            {
+                "type": "object",
+                "required": ["low", "high"],
+                "additionalProperties": False,
+                "properties": properties,
+            }
+        )
+    return {"anyOf": forms, **{k: one[k] for k in ("description", "default") if k in one}}

@@ -1,0 +1,214 @@
+"""From a document to a Space. Every problem is found before any is reported, each with its line and the way out."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from tuner.config import conditions, fields, plugins, section_keys, yaml_document
+from tuner.config.draft import Draft
+from tuner.config.run import Recipe, Search, Section
+from tuner.config.settings import settings
+from tuner.config.space import MAX_MEMBERS, Dimension, Space
+from tuner.config.yaml_document import COMMAND_LINE, Document, dotted, kind
+from tuner.errors import SpaceError, suggest
+
+PARTS = ("task", "data", "model")
+SECTIONS = (*PARTS, "recipe", "seed", "search", "engine", "storage", "export")
+
+
+class Top(Section):
+    """Keys of the file that lie in no section."""
+
+    seed: int | None = Field(
+        None, ge=0, le=2**32 - 1, description="of every training; null: each trial has its own"
+    )
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Space:
+    """The space in a file, with `key=value` overrides from the command line. Raises SpaceError with every problem."""
+    return parse(override(yaml_document.read(path), overrides))
+
+
+def override(doc: Document, overrides: Sequence[str]) -> Document:
+    """Sets dotted keys; the values are read like the file's, and what is wrong with them joins its problems."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            doc.problems.append(
+                f"{COMMAND_LINE}: {text!r}: expected key=value, such as recipe.lr=0.01"
+            )
+            continue
+        try:
+            _set(doc, path, yaml_document.value(value))
+        except SpaceError as error:
+            doc.problems.extend(
+                f"{COMMAND_LINE}: {dotted(path)}: {problem}" for problem in error.problems
+            )
+    return doc
+
+
+def _set(doc: Document, path: tuple[str, ...], value: Any) -> None:
+    node = doc.tree
+    for depth, part in enumerate(path[:-1], 1):
+        inner = node.get(part)
+        if isinstance(inner, str) and depth == 1 and part in (*PARTS, "engine"):
+            inner = {"name": inner}
+            doc.lines[part, "name"] = doc.where((part,))
+        elif inner is None:
+            inner = {}
+            doc.lines[path[:depth]] = COMMAND_LINE
+        elif not isinstance(inner, dict):
+            above = dotted(path[:depth])
+            raise SpaceError(
+                f"{above} is {kind(inner)}, not a mapping; set the whole of it: {above}=…"
+            )
+        node[part] = inner
+        node = inner
+    node[path[-1]] = value
+    doc.lines = {p: line for p, line in doc.lines.items() if p[: len(path)] != path}
+    doc.lines[path] = COMMAND_LINE
+
+
+def parse(doc: Document) -> Space:
+    """Raises SpaceError with every problem of the document."""
+    draft = Draft(doc, list(doc.problems))
+    for key in doc.tree:
+        if key not in SECTIONS:
+            draft.wrong(
+                (key,), f"unknown section{section_keys.elsewhere(key)}{suggest(key, SECTIONS)}"
+            )
+    for section in PARTS:
+        part(draft, section)
+    fitting(draft)
+    recipe = doc.tree.get("recipe")
+    if recipe is not None and not isinstance(recipe, dict):
+        draft.wrong(("recipe",), f"expected a mapping of keys, got {kind(recipe)}")
+    section_keys.section(
+        draft, ("recipe",), recipe if isinstance(recipe, dict) else {}, recipe_fields(draft)
+    )
+    if doc.tree.get("seed") is not None:
+        draft.fix(("seed",), Top.model_fields["seed"], doc.tree["seed"])
+    searched = conditions.dimensions(draft)
+    found = settings(draft)
+    if found is not None:
+        gridded(draft, found.search, searched)
+    if draft.problems or found is None:
+        raise SpaceError(*dict.fromkeys(draft.problems))
+    return Space(draft.values, searched, found, doc)
+
+
+def part(draft: Draft, section: str) -> None:
+    """Task, data or model. Its keys are the plug-in's own; `model: resnet18` is short for `model: {name: resnet18}`."""
+    written = draft.doc.tree.get(section)
+    if isinstance(written, (str, list)) or (isinstance(written, dict) and "choices" in written):
+        written = {"name": written}
+    if written is not None and not isinstance(written, dict):
+        draft.wrong((section,), f"expected a name or a mapping of keys, got {kind(written)}")
+        return
+    keys = written or {}
+    if "name" not in keys:
+        close = [key for key in keys if suggest(key, ("name",)).startswith(";")]
+        for key in close:
+            draft.wrong((section, key), f"unknown key{suggest(key, ('name',))}")
+        if not close:
+            draft.wrong(
+                (section,),
+                f"needs a name: {', '.join(plugins.names(section))}, or your own as package.module:attribute",
+            )
+        return
+    name = (section, "name")
+    section_keys.node(draft, name, FieldInfo.from_annotation(str), keys["name"])
+    wanted: dict[str, FieldInfo] = {}
+    before = len(draft.problems)
+    for option in names(draft, section, keys["name"]):
+        try:
+            wanted.update(plugins.keys(section, option).fields)
+        except SpaceError as error:
+            draft.problems.extend(draft.doc.problem(name, problem) for problem in error.problems)
+    if (
+        len(draft.problems) == before and name in draft.values
+    ):  # otherwise nobody knows which keys there are
+        section_keys.section(
+            draft,
+            (section,),
+            {k: v for k, v in keys.items() if k != "name"},
+            wanted,
+            also=("name",),
+        )
+
+
+def names(draft: Draft, section: str, written: Any) -> list[str]:
+    """The plug-ins that a name can mean. Models may be searched; a study has one task and one data set."""
+    several = isinstance(written, (list, dict))
+    if several and section != "model":
+        draft.wrong(
+            (section, "name"), f"one {section} per study; scores on different ones do not compare"
+        )
+        return []
+    options = written.get("choices", []) if isinstance(written, dict) else written
+    return [o for o in (options if isinstance(options, list) else [options]) if isinstance(o, str)]
+
+
+def fitting(draft: Draft) -> None:
+    """Whether data and models are for the task."""
+    task = draft.values.get(("task", "name"))
+    if not isinstance(task, str) or ":" in task or task not in plugins.names("task"):
+        return
+    for section in ("data", "model"):
+        for name in chosen(draft, section):
+            try:
+                for_ = plugins.tasks(section, name)
+            except SpaceError:
+                continue  # said where the name is read
+            if task not in for_:
+                others = [
+                    other
+                    for other in plugins.names(section)
+                    if task in plugins.tasks(section, other)
+                ]
+                draft.wrong(
+                    (section, "name"),
+                    f"{name} is for {fields.alternatives(for_)}, not for {task} (allowed: {', '.join(others[:20])})",
+                )
+
+
+def chosen(draft: Draft, section: str) -> list[str]:
+    """The built-in plug-ins that a section names."""
+    leaf = draft.leaves.get((section, "name"))
+    written = leaf.members() if leaf else [draft.values.get((section, "name"))]
+    return [name for name in written or () if isinstance(name, str) and ":" not in name]
+
+
+def recipe_fields(draft: Draft) -> dict[str, FieldInfo]:
+    """The recipe's keys; their defaults are what the people of the (first) model fine-tune it with, where its file says so."""
+    found = dict(Recipe.model_fields)
+    for name in chosen(draft, "model")[:1]:
+        for key, value in (
+            plugins.stated(name, "RECIPES", {}).get(draft.values.get(("task", "name")), {}).items()
+        ):
+            found[key] = FieldInfo.merge_field_infos(found[key], default=value)
+    return found
+
+
+def gridded(draft: Draft, search: Search, searched: Sequence[Dimension]) -> None:
+    """Whether sampler grid can try every value there is."""
+    if search.sampler != "grid":
+        return
+    members = {d.path: d.leaf.members() for d in searched}
+    for path, values in members.items():
+        if values is None:
+            draft.wrong(
+                path,
+                "sampler grid tries every value, and these are endless or too many; add a step, list choices, or use sampler tpe or random",
+            )
+    count = math.prod(len(values or ()) for values in members.values())
+    if count > MAX_MEMBERS:
+        draft.wrong(
+            ("search", "sampler"),
+            f"the grid has {count:,} combinations, at most {MAX_MEMBERS:,} are possible; use larger steps, or sampler tpe or random",
+        )

@@ -1,0 +1,268 @@
+"""The folders are the registry: a file's name is the YAML name, listed and read for its keys without being imported.
+
+    tasks/<name>.py     METRICS, build(classes, recipe, **keys) -> Task
+    data/<name>.py      TASKS, load(home, wanted, task, **keys) -> Data
+    models/<family>.py  TASKS, NAMES, wants(name, **keys) -> Wanted, build(home, name, task, outputs, **keys) -> Staged;
+                        RECIPES (task -> the recipe its people begin with) and EXPORTS (formats that hold it) where others than usual
+    export/<name>.py    save(...), load(...)
+    engines/<name>.py   run(...)
+
+Keyword-only arguments are the YAML keys and their annotations the schema. Every kind also accepts the user's own as
+`package.module:attribute`.
+"""
+
+import ast
+import fnmatch
+import functools
+import importlib
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
+
+from tuner.config import run
+from tuner.errors import SpaceError, nearest, suggest
+
+KINDS = {
+    "task": "tasks",
+    "data": "data",
+    "model": "models",
+    "export": "export",
+    "engine": "engines",
+}
+VERBS = {"task": "build", "data": "load", "model": "build", "export": "save", "engine": "run"}
+OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_SCOPE = {
+    "Annotated": Annotated,
+    "Literal": Literal,
+    "Field": Field,
+    "ImageOptions": run.ImageOptions,
+    "SplitOptions": run.SplitOptions,
+}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A plug-in's keyword arguments. `groups` are arguments whose own fields are written flat in the YAML."""
+
+    fields: Mapping[str, FieldInfo]
+    groups: Mapping[str, type[BaseModel]]
+
+    def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The flat options of a file as the plug-in's keyword arguments."""
+        grouped = {
+            k: group(**{n: options[n] for n in group.model_fields})
+            for k, group in self.groups.items()
+        }
+        inside = {n for group in self.groups.values() for n in group.model_fields}
+        return {k: v for k, v in options.items() if k not in inside} | grouped
+
+
+def names(kind: str) -> list[str]:
+    """The built-in plug-ins of a kind, without importing any."""
+    folder = Path(__file__).parents[1] / KINDS[kind]
+    files = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    if kind == "model":
+        return [name for file in files for name in constant(kind, file, "NAMES")]
+    return files
+
+
+@functools.cache
+def constant(kind: str, file: str, name: str) -> Any:
+    """A literal assigned at the top of a plug-in's file, read without importing it."""
+    for node in _syntax(kind, file).body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == name for t in node.targets
+        ):
+            return ast.literal_eval(node.value)
+    raise LookupError(f"{KINDS[kind]}/{file}.py assigns no {name}")
+
+
+def metrics(task: str) -> tuple[str, ...]:
+    """What a task scores, its main metric first: METRICS in its file, or beside the user's own. Raises SpaceError."""
+    if ":" not in task:
+        keys("task", task)
+        return tuple(constant("task", task, "METRICS"))
+    attribute("task", task)
+    return tuple(getattr(sys.modules[task.partition(":")[0]], "METRICS", ()))
+
+
+def tasks(kind: str, name: str) -> tuple[str, ...]:
+    """The tasks that a built-in data source or model is for: TASKS in its file. Raises SpaceError on an unknown name."""
+    keys(kind, name)
+    return tuple(constant(kind, str(family(name)) if kind == "model" else name, "TASKS"))
+
+
+def stated(name: str, constant_name: str, default: Any) -> Any:
+    """What a built-in model's file assigns to a name at its top; `default` where it does not, and for the user's own."""
+    file = family(name)
+    try:
+        return constant("model", file, constant_name) if file else default
+    except LookupError:
+        return default
+
+
+def family(name: str) -> str | None:
+    """The file in models/ that builds model `name`; None when there is none."""
+    folder = Path(__file__).parents[1] / "models"
+    for path in sorted(folder.glob("[!_]*.py")):
+        if any(
+            fnmatch.fnmatchcase(name, pattern) for pattern in constant("model", path.stem, "NAMES")
+        ):
+            return path.stem
+    return None
+
+
+@functools.cache
+def _syntax(kind: str, file: str) -> ast.Module:
+    return ast.parse(
+        (Path(__file__).parents[1] / KINDS[kind] / f"{file}.py").read_text(encoding="utf-8")
+    )
+
+
+@functools.cache
+def keys(kind: str, name: str) -> Keys:
+    """The YAML keys of a plug-in. Raises SpaceError, without a place, on an unknown name or a failing import."""
+    if ":" in name:
+        return _imported_keys(name, attribute(kind, name))
+    file = family(name) if kind == "model" else name
+    if file is None or (kind != "model" and name not in names(kind)):
+        raise SpaceError(
+            f"{name!r} is not known{suggest(name, names(kind))}; your own goes as package.module:attribute"
+        )
+    return _written_keys(kind, file)
+
+
+def _written_keys(kind: str, file: str) -> Keys:
+    for node in _syntax(kind, file).body:
+        if isinstance(node, ast.FunctionDef) and node.name == VERBS[kind]:
+            arguments = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            return _collect(
+                {a.arg: (_evaluate(a.annotation), _evaluate(default)) for a, default in arguments}
+            )
+    raise LookupError(f"{KINDS[kind]}/{file}.py defines no {VERBS[kind]}")
+
+
+def _evaluate(node: ast.expr | None) -> Any:
+    """An annotation or default of tuner's own source: literals, and the few names of _SCOPE."""
+    if node is None:
+        return inspect.Parameter.empty
+    return eval(compile(ast.Expression(node), "<signature>", "eval"), dict(_SCOPE))
+
+
+def _imported_keys(name: str, function: Callable[..., Any]) -> Keys:
+    """Raises SpaceError where an argument cannot be written in a file."""
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):
+        raise SpaceError(
+            f"{name!r}: its arguments cannot be read; wrap it in a function of your own"
+        ) from None
+    try:
+        hints = typing.get_type_hints(
+            function.__init__ if inspect.isclass(function) else function, include_extras=True
+        )
+    except (NameError, TypeError, AttributeError):
+        hints = {}
+    wanted = {
+        p.name: (hints.get(p.name, Any), p.default)
+        for p in signature.parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    }
+    found = _collect(wanted)
+    for key, field in found.fields.items():
+        if not (
+            _writable(field.annotation)
+            and (field.is_required() or _plain(field.get_default(call_default_factory=True)))
+        ):
+            raise SpaceError(
+                f"{name!r}: its argument {key!r} is not made of numbers, text, true/false, null, Literal and lists of them"
+            )
+    return found
+
+
+def _writable(annotation: Any) -> bool:
+    """Whether a file can say every value of this type."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return _writable(parts[0])
+    if typing.get_origin(annotation) is Literal:
+        return _plain(list(parts))
+    if parts:
+        return typing.get_origin(annotation) in (
+            list,
+            tuple,
+            typing.Union,
+            types.UnionType,
+        ) and all(map(_writable, parts))
+    return annotation in (Any, int, float, str, bool, None, types.NoneType, list, tuple, ...)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or type(value) in (int, float, str, bool)
+
+
+def _collect(arguments: Mapping[str, tuple[Any, Any]]) -> Keys:
+    fields: dict[str, FieldInfo] = {}
+    groups: dict[str, type[BaseModel]] = {}
+    for name, (annotation, default) in arguments.items():
+        if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+            groups[name] = annotation
+            fields.update(annotation.model_fields)
+        elif default is inspect.Parameter.empty:
+            fields[name] = FieldInfo.from_annotation(annotation)
+        else:
+            fields[name] = FieldInfo.from_annotated_attribute(annotation, default)
+    return Keys(fields, groups)
+
+
+def module(kind: str, name: str) -> types.ModuleType:
+    """A built-in plug-in's module, imported."""
+    file = family(name) if kind == "model" else name
+    return importlib.import_module(f"tuner.{KINDS[kind]}.{file}")
+
+
+def attribute(kind: str, name: str) -> Callable[..., Any]:
+    """The function or class behind a plug-in's name, imported. The current folder is on the path for the user's own."""
+    if ":" not in name:
+        found: Callable[..., Any] = getattr(module(kind, name), VERBS[kind])
+        return found
+    module_name, _, wanted = name.partition(":")
+    if not OWN.fullmatch(name):
+        raise SpaceError(f"{name!r}: your own {kind} goes as package.module:attribute")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        own = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # whatever the user's module raises is theirs to read
+        first = str(error).strip().partition("\n")[0]
+        raise SpaceError(
+            f"{name!r}: importing {module_name} failed ({type(error).__name__}: {first})"
+        ) from error
+    target = getattr(own, wanted, None)
+    if target is None:
+        raise SpaceError(
+            f"{name!r}: module {module_name} has no {wanted!r}{nearest(wanted, dir(own))}"
+        )
+    if not callable(target) or _of_python(target):
+        raise SpaceError(
+            f"{name!r}: {wanted} is not a function or class of yours; {kind} needs one"
+        )
+    return typing.cast(Callable[..., Any], target)
+
+
+def _of_python(target: Any) -> bool:
+    """Whether this is a function or class of the standard library, such as os.system, which nobody means to call."""
+    if not (inspect.isroutine(target) or inspect.isclass(target)):
+        return False
+    return (target.__module__ or "builtins").partition(".")[0] in sys.stdlib_module_names

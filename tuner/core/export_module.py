@@ -1,0 +1,69 @@
+"""What is exported of a model, and how two exports are compared."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner.core.input_spec import Tree, Wanted
+from tuner.core.types import Staged
+
+
+class Portable(nn.Module):
+    """From an example as an export takes it (RGB in 0..1, or token ids) to the model's own output."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, staged: Staged, wanted: Wanted) -> None:
+        super().__init__()
+        self.function = staged.function()
+        self.staged = (staged,)  # in a tuple, so that its model is not taken for a child
+        self.longest = wanted.longest
+        self.normalised = wanted.normalisation() is not None
+        for name, values in zip(("mean", "std"), wanted.normalisation() or (), strict=False):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+
+    def forward(self, x: Tree) -> Tree:
+        if self.normalised:
+            x = (x - self.mean) / self.std  # type: ignore[operator]
+        return self.function(x)  # type: ignore[no-any-return]
+
+    def state(self) -> dict[str, Tensor]:
+        """All weights: the model's under their native names, what an export adds under `tuner.`. No two share memory."""
+        own = {f"tuner.{name}": value for name, value in self.named_buffers(recurse=False)}
+        model = self.staged[0].model.state_dict()
+        return {name: value.detach().clone().contiguous() for name, value in (model | own).items()}
+
+    def take(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` gave."""
+        self.staged[0].model.load_state_dict(
+            {name: value for name, value in state.items() if not name.startswith("tuner.")}
+        )
+        for name, buffer in self.named_buffers(recurse=False):
+            buffer.copy_(state[f"tuner.{name}"])
+
+
+def free(model: Portable, example: Tree) -> Any:
+    """The sizes that an export leaves open, as torch.export wants them: the number of examples, and the length of texts."""
+    if not model.staged[0].batched:
+        return dict.fromkeys(example) if isinstance(example, dict) else None
+    batch = torch.export.Dim("batch", min=1, max=65_536)
+    if isinstance(example, Tensor):
+        return {0: batch}
+    length = torch.export.Dim("length", min=2, max=model.longest)
+    return {name: {0: batch, 1: length} for name in example}
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """While an exporter traces a model: what torch and torchvision tell each other is of no use to who exports."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*create_unbacked_symint.* is deprecated", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", "# The axis name", UserWarning
+        )  # leaves share theirs, as they should
+        yield

@@ -1,0 +1,134 @@
+"""What the dashboard shows beside the numbers: each trial's pictures and tables, and notes in Markdown."""
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import optuna
+import yaml
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.trial import Trial
+
+from tuner.config.run import Run
+from tuner.config.space import Space, dump
+from tuner.files.atomic import disk_errors
+from tuner.files.crash_points import crash
+from tuner.messages import Epoch, Result
+
+PIECE = 2045  # characters that optuna_dashboard keeps in one attribute
+TYPES = {".png": "image/png", ".csv": "text/csv"}
+
+
+class Artifacts:
+    """Files lie in the study's folder, notes in its database."""
+
+    def __init__(self, study: optuna.Study, folder: Path, metric: str) -> None:
+        self.study, self.metric = study, metric
+        self.folder = folder / "artifacts"
+        with disk_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        self.store = FileSystemArtifactStore(self.folder)
+
+    def describe(self, space: Space) -> None:
+        """The study's note and the metric's name; once, so that what somebody added to the note in the browser stays."""
+        if self.study.metric_names is not None:
+            return
+        write_note(self.study, None, study_note(space, self.study.study_name, self.metric))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.study.set_metric_names(
+                [self.metric]
+            )  # last: it says that the study has been described
+
+    def files(self, trial: Trial, run: Run, result: Result) -> None:
+        """Attaches a running trial's files and writes its note."""
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, content in result.files.items():
+                path = Path(temporary) / name
+                path.write_bytes(content)
+                with disk_errors(self.folder):
+                    upload_artifact(
+                        artifact_store=self.store,
+                        file_path=str(path),
+                        study_or_trial=trial,
+                        mimetype=TYPES.get(path.suffix),
+                    )
+                crash("artifact.kept")
+        write_note(self.study, trial, note(run, result, self.metric))
+
+
+def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
+    """A note as optuna_dashboard keeps it, where there is none yet.
+
+    Its own `save_note` reads all notes of the study at each call, and importing it takes longer than many a trial.
+    """
+    begin = f"dashboard:{trial._trial_id}:" if trial else "dashboard:"
+    storage = trial.storage if trial else study._storage
+    for i, start in enumerate(range(0, len(body), PIECE)):
+        storage.set_study_system_attr(
+            study._study_id, f"{begin}note_str:{i}", body[start : start + PIECE]
+        )
+    storage.set_study_system_attr(study._study_id, f"{begin}note_ver", 1)
+
+
+def study_note(space: Space, name: str, metric: str) -> str:
+    """What is searched and for what, as far as it can never change."""
+    tree = {
+        section: keys
+        for section, keys in space.tree().items()
+        if section in ("task", "data", "model", "recipe")
+    }
+    searched = ", ".join(f"`{d.name}`" for d in space.dimensions)
+    return f"""Searches {searched or "nothing"} for the best **{spoken(metric)}** on the validation examples.
+
+- One trial is the default recipe, so that the best can be compared with it.
+- A trial's value is its best epoch's; its learning curve, its predictions and its scores per class are its artifacts.
+- `tuner export {name} --trial N` retrains and exports any of them.
+
+```yaml
+{dump({section: {k: v for k, v in keys.items() if v is not None} for section, keys in tree.items()})}```
+"""
+
+
+def note(run: Run, result: Result, metric: str) -> str:
+    """A trial's note: how it ended, its epochs as a table, its recipe with a key a line."""
+    names = [metric, *(n for n in result.epochs[0].scores if n != metric)] if result.epochs else []
+    recipe = {key: value for key, value in run.recipe.model_dump().items() if value is not None}
+    carried_out = yaml.safe_dump(
+        {"recipe": recipe, "seed": run.seed}, sort_keys=False
+    )  # a key a line: the page is narrow
+    table = ""
+    if names:
+        heads = ["epoch", "training loss", *map(spoken, names), "seconds"]
+        head = f"| {' | '.join(f'&emsp;{h}' for h in heads)} |\n|{'---:|' * len(heads)}"  # the page puts cells side by side
+        table = "\n".join(
+            [head, *(row(e, names, best=e.number == result.best) for e in result.epochs)]
+        )
+    return f"{outcome(run, result, metric)}\n\n{table}\n\n```yaml\n{carried_out}```\n"
+
+
+def outcome(run: Run, result: Result, metric: str) -> str:
+    reached = len(result.epochs)
+    why = {"complete": "", "stopped": f"**Pruned** after epoch {reached} of {run.recipe.epochs}. "}
+    ended = why.get(result.state, f"**{result.state.capitalize()}**: {result.reason}. ")
+    best = next((e for e in result.epochs if e.number == result.best), None)
+    told = (
+        f"Best {spoken(metric)} **{best.scores[metric]:.4f}** in epoch {best.number} of {reached}, "
+        if best
+        else "No score, "
+    )
+    return f"{ended}{told}{result.seconds:.1f} s in all."
+
+
+def row(epoch: Epoch, names: list[str], *, best: bool) -> str:
+    cells = [
+        str(epoch.number),
+        f"{epoch.loss:.4f}",
+        *(f"{epoch.scores[n]:.4f}" for n in names),
+        f"{epoch.seconds:.2f}",
+    ]
+    return f"| {' | '.join(f'**{cell}**' for cell in cells) if best else ' | '.join(cells)} |"
+
+
+def spoken(metric: str) -> str:
+    return metric.replace("_", " ")

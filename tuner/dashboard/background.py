@@ -1,0 +1,47 @@
+"""The dashboard process of `tuner run --dashboard`: waits for the study to be made, serves it, ends with the search."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import optuna
+
+from tuner.config import database_url, parsing
+from tuner.dashboard import server
+from tuner.errors import TunerError
+
+
+def start(name: str, studies: Path, port: int, url: str) -> "subprocess.Popen[bytes]":
+    """The process, which Ctrl-C does not reach: that is the search's. `url` is the database's as it is written."""
+    password = database_url.written_password(
+        url
+    )  # it is in no file that the process reads, and not on its command line
+    known = os.environ | ({"PGPASSWORD": password} if password else {})
+    command = [sys.executable, "-m", "tuner.dashboard.background", name, str(studies), str(port)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=known)
+
+
+def main(name: str, studies: str, port: str) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    folder = Path(studies) / name
+    while not (folder / "space.yaml").is_file():
+        time.sleep(0.2)
+    try:
+        url = parsing.load(folder / "space.yaml").settings.storage
+        server.serve(folder, url, int(port), write=False, announce=lambda _: None)
+    except TunerError as error:
+        print(f"tuner: warning: dashboard: {error}", file=sys.stderr)
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin and never writes; the kernel closes it however the parent ends."""
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,15 @@
+"""What a trial leaves of its pictures, to be drawn when someone looks: tuner.dashboard.plots.
+
+Drawing takes longer than training a head does, and most trials are never looked at. No matplotlib here: workers import this.
+"""
+
+import json
+from typing import Any
+
+MARK = "tuner:figure"
+BEGIN = f'{{"{MARK}":'.encode()
+
+
+def later(kind: str, **shown: Any) -> bytes:
+    """What `tuner.dashboard.plots.drawn` makes a picture of: the name of a function there, and its arguments as JSON."""
+    return json.dumps({MARK: kind, **shown}).encode()

@@ -1,0 +1,87 @@
+"""Files of a folder in pieces of bounded size, for a machine that does not see the folder: names and bytes, nothing else."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tuner.errors import DataError
+from tuner.files.atomic import disk_errors, fsync
+
+LIMIT = 64 * 2**20  # bytes of a parcel
+
+Piece = tuple[str, int, bytes, bool]
+"""A file's name below its folder, where the bytes begin, the bytes, whether they are the last; a folder's name ends with a slash."""
+
+Seen = dict[str, tuple[int, int]]
+"""What a folder holds: name -> when it was written, bytes."""
+
+
+def seen(folder: Path) -> Seen:
+    """The files of a folder and of all below it, the oldest first, so that what was written last also arrives last."""
+    found: Seen = {}
+    for name in names(folder):
+        if not name.endswith("/"):
+            state = (folder / name).stat()
+            found[name] = (state.st_mtime_ns, state.st_size)
+    return dict(sorted(found.items(), key=lambda item: item[1][0]))
+
+
+def names(folder: Path) -> Iterator[str]:
+    """Files and folders below `folder`; links are followed, once. What is half written (`.x.tmp`) is left out."""
+    been = set()
+    for place, below, files in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        if here in been:
+            below.clear()
+            continue
+        been.add(here)
+        below[:] = sorted(name for name in below if not _half(name))
+        start = os.path.relpath(place, folder)
+        for name in (*(f"{name}/" for name in below), *sorted(files)):
+            if not _half(name) and (name.endswith("/") or Path(place, name).is_file()):
+                yield os.path.normpath(os.path.join(start, name)) + "/" * name.endswith("/")
+
+
+def _half(name: str) -> bool:
+    return name.startswith(".") and name.endswith((".tmp", ".arriving"))
+
+
+def parcels(folder: Path, wanted: Iterable[str]) -> Iterator[list[Piece]]:
+    """The named files, LIMIT bytes at a time: many small ones together, a large one in several."""
+    parcel: list[Piece] = []
+    size = 0
+    for name in wanted:
+        if name.endswith("/"):
+            parcel.append((name, 0, b"", True))
+            continue
+        with open(folder / name, "rb") as file:
+            last = False
+            while not last:
+                begin, data = file.tell(), file.read(LIMIT - size)
+                last = len(data) < LIMIT - size
+                parcel.append((name, begin, data, last))
+                size += len(data)
+                if not last:
+                    yield parcel
+                    parcel, size = [], 0
+    if parcel:
+        yield parcel
+
+
+def unpack(folder: Path, parcel: Iterable[Piece]) -> None:
+    """Writes pieces below `folder`; a file appears under its name when its last piece is there. Raises DataError, StorageError."""
+    for name, begin, data, last in parcel:
+        path = folder / name
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise DataError(f"{name!r} would leave the folder {folder}")
+        with disk_errors(path):
+            (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+            if name.endswith("/"):
+                continue
+            temporary = path.with_name(f".{path.name}.arriving")
+            with open(temporary, "r+b" if begin else "wb") as file:
+                file.seek(begin)
+                file.write(data)
+            if last:
+                fsync(temporary)
+                temporary.replace(path)

@@ -1,0 +1,82 @@
+"""What happens to files around a job on another node: what it needs is sent there, what must outlive the node is brought back."""
+
+import concurrent.futures
+import threading
+import uuid
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tuner.engines._file_chunks import names, parcels, seen, unpack
+from tuner.engines._ray_cluster import Node
+from tuner.files.atomic import disk_errors
+from tuner.jobs import Job
+
+
+class Errands:
+    """`ship`: folders that a node lacks are sent to it, once a node. Errands run in threads, so that other slots are heard meanwhile."""
+
+    def __init__(self, ray: Any, ship: bool) -> None:
+        self.ray, self.ship = ray, ship
+        self.threads = concurrent.futures.ThreadPoolExecutor(8, "tuner-errand")
+        self.locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self.looked: set[tuple[str, str]] = set()  # (node, folder): it is there
+        self.shares: dict[tuple[str, Path], bool] = {}  # (node, folder): its files are ours
+
+    def before(
+        self, actor: Any, node: Node, job: Job
+    ) -> "concurrent.futures.Future[list[str]] | None":
+        """Begins what a job needs first. Its result: the folders of `job.keep` whose changes must be brought back. None: nothing to do."""
+        folders = [f for f in job.folders if self.ship and (node.id, f) not in self.looked]
+        if not folders and not job.keep:
+            return None
+        return self.threads.submit(self.run, actor, node, folders, job.keep)
+
+    def run(self, actor: Any, node: Node, folders: list[str], keep: tuple[str, ...]) -> list[str]:
+        with self.locks[node.id]:
+            for path in self.ray.get(actor.missing.remote(folders)) if folders else ():
+                self.send(actor, Path(path))
+            self.looked.update((node.id, f) for f in folders)
+            apart = [folder for folder in keep if not self.shared(actor, node, Path(folder).parent)]
+        for folder in apart:
+            self.ray.get(
+                actor.clear.remote(folder)
+            )  # what an earlier attempt left there is older than what came back
+            for parcel in parcels(Path(folder), seen(Path(folder))):
+                self.ray.get(actor.take.remote(folder, parcel))
+        return apart
+
+    def send(self, actor: Any, path: Path) -> None:
+        """A file or a folder, to the same path; it is there whole or not at all. One parcel at a time is in the object store."""
+        if path.is_file():
+            for parcel in parcels(path.parent, [path.name]):
+                self.ray.get(actor.take.remote(str(path.parent), parcel))
+            return
+        arriving = str(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.arriving"))
+        for parcel in parcels(path, names(path)):
+            self.ray.get(actor.take.remote(arriving, parcel))
+        self.ray.get(actor.settle.remote(arriving, str(path)))
+
+    def shared(self, actor: Any, node: Node, folder: Path) -> bool:
+        """Whether a node sees this folder's files, not others at the same path."""
+        if (node.id, folder) not in self.shares:
+            marker = folder / f".{uuid.uuid4().hex}.tmp"
+            with disk_errors(marker):
+                folder.mkdir(parents=True, exist_ok=True)
+                marker.touch()
+            try:
+                self.shares[node.id, folder] = not self.ray.get(actor.missing.remote([str(marker)]))
+            finally:
+                marker.unlink(missing_ok=True)
+        return self.shares[node.id, folder]
+
+    def arrived(self, kind: str, folder: Path, value: Any) -> None:
+        """Files that changed in a kept folder on a job's node, or their names where they are gone. Raises StorageError."""
+        if kind == "kept":
+            unpack(folder, value)
+        else:
+            for name in value:
+                (folder / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)

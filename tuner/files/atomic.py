@@ -1,0 +1,215 @@
+"""Files that are whole or absent: written beside their place, synced, renamed; locked by the kernel; known by digest."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tuner.errors import StorageError
+from tuner.files.crash_points import crash
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # some file systems cannot sync a folder; a file that cannot be synced is a real failure
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_path(
+    path: Path,
+    mode: int = 0o644,
+    what: str = "file",
+    *,
+    need: float | None = None,
+    sync: bool = True,
+) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
+
+    `what` begins the names of its crash points, `need` is the bytes to be written, where they are known. Without `sync` a power
+    cut may tear it. What a killed process left is removed by the next `sweep`. Raises StorageError when the disk is full or the
+    place cannot be written.
+    """
+    with disk_errors(path, need), _temporary(path.parent) as temporary:
+        try:
+            crash(f"{what}.begun")
+            yield temporary
+            crash(f"{what}.written")
+            if sync:
+                fsync(temporary)  # data first
+            crash(f"{what}.synced")
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(mode & ~mask)
+            temporary.replace(path)  # then the name
+            crash(f"{what}.renamed")
+            if sync:
+                fsync(path.parent)  # then the entry
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A new file, locked while it is being written, so that `sweep` lets it be."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+        with open(handle, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is(file, Path(name)):  # else it was swept before it was locked
+                yield Path(name)
+                return
+
+
+def _is(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is still the one at `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path, need: float | None = None, what: str = "folder") -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well; only who holds `folder`'s lock may build it.
+
+    A killed build leaves a `.tmp` that the next build of the same folder, or `sweep`, removes. `need`: the bytes that it will hold,
+    where they are known; `what` begins the names of its crash points.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with disk_errors(folder, need):
+        for rest in (temporary, folder):
+            shutil.rmtree(rest, ignore_errors=True)
+        temporary.mkdir()
+        crash(f"{what}.begun")
+        try:
+            yield temporary
+            crash(f"{what}.filled")
+            for path in (*temporary.iterdir(), temporary):
+                fsync(path)
+            temporary.rename(folder)
+            crash(f"{what}.renamed")
+            fsync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def sweep(parent: Path) -> None:
+    """Removes what killed processes left in `parent`: half-written files and folders, and locks of what is not there."""
+    for rest in parent.glob(".*.tmp"):
+        if rest.is_dir():
+            with locked(parent / f"{rest.name[1:-4]}.lock", wait=False) as ours:
+                if ours:  # else it is being built right now
+                    shutil.rmtree(rest, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError), open(rest, "rb") as file:
+                fcntl.flock(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # raises where it is being written right now
+                rest.unlink()
+    for lock in parent.glob("[!.]*.lock"):
+        if not lock.with_suffix("").exists():
+            unlock(lock)
+
+
+def unlock(lock: Path) -> None:
+    """Removes a lock that nobody holds."""
+    with locked(lock, wait=False) as ours:
+        if ours:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, need: float | None = None) -> Iterator[None]:
+    """Turns a full disk, a quota or a missing permission into a StorageError that names the path, and the bytes where they are known."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except (
+        Exception
+    ) as error:  # libraries written in other languages say a full disk in words of their own
+        reason = _full(error)
+        if reason:
+            needed = f"{max(1, round(need / 1e6)):,} MB needed: " if need is not None else ""
+            raise StorageError(
+                f"disk full while writing {path} ({needed}{reason}); free some space, such as by `tuner clean`, and run the same command"
+            ) from error
+        if isinstance(error, OSError) and error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
+            raise StorageError(f"cannot write {path}: {error.strerror}") from error
+        raise
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _full(error: BaseException | None) -> str:
+    """Why a disk takes no more, where that is what an error or what led to it says; else ''."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return os.strerror(error.errno)
+        for number in FULL:
+            if f"os error {number}" in str(error) or os.strerror(number) in str(
+                error
+            ):  # safetensors, tokenizers
+                return os.strerror(number)
+        if "PytorchStreamWriter failed writing" in str(error):
+            return "torch could not write all of it"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock at `path`; the kernel frees it when its holder ends, however it ends.
+
+    With `wait` it is true inside; without, it may be false: someone else has the lock.
+    """
+    while True:
+        with open(path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if _is(file, path):  # else its last holder removed it, and others lock the next
+                yield True
+                return
+
+
+def require_space(folder: Path, need: float, why: str) -> None:
+    """Raises StorageError, saying why, unless `need` bytes are free where `folder` is or will be."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < need:
+        raise StorageError(
+            f"disk: {folder} has {free / 1e6:,.0f} MB free, but {need / 1e6:,.0f} MB are needed ({why}); "
+            "free some space, such as by `tuner clean`, or use another disk"
+        )

@@ -1,0 +1,121 @@
+"""Checkpoint files as the coordinator sees them, which has no torch: their names, their digests, and which of them stay."""
+
+import contextlib
+import hashlib
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tuner.files.atomic import disk_errors, fsync
+
+FOLDER = "checkpoints"
+NAME = re.compile(r"(\d+|best)-([0-9a-f]{64})\.safetensors")
+Rank = tuple[float, int, int]
+"""Of a trial that completed, smaller is better: minus its value, its best epoch, its number."""
+
+
+def name_of(what: str, content: bytes) -> str:
+    """A file's name vouches for its content: `000012-<SHA-256>.safetensors`, `best-<SHA-256>.safetensors`."""
+    return f"{what}-{hashlib.sha256(content).hexdigest()}.safetensors"
+
+
+def generations(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, the newest first."""
+    found = [
+        p
+        for p in folder.glob("*.safetensors")
+        if (match := NAME.fullmatch(p.name)) and match[1] != "best"
+    ]
+    return sorted(found, key=lambda p: int(p.name.partition("-")[0]), reverse=True)
+
+
+def best_weights(folder: Path) -> Path | None:
+    """Where a trial that completed has left the weights of its best epoch."""
+    return next(
+        (p for p in sorted(folder.glob("best-*.safetensors")) if NAME.fullmatch(p.name)), None
+    )
+
+
+def whole(path: Path) -> bytes | None:
+    """A file's content; None where it is not what its name vouches for, is gone or cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    match = NAME.fullmatch(path.name)
+    return content if match and hashlib.sha256(content).hexdigest() == match[2] else None
+
+
+class Keeping:
+    """Which trials' files stay under `folder`, one folder a draw: a trial that is to go on keeps all, the best `count` of those that
+    completed keep their best epoch's weights, the others nothing. Only the coordinator removes."""
+
+    def __init__(self, folder: Path | None, count: int) -> None:
+        self.folder, self.count = folder, count
+        self.best: dict[int, Rank] = {}  # draw -> its rank, of those whose weights are kept
+
+    def place(self, draw: int) -> str | None:
+        return str(self.folder / str(draw)) if self.folder is not None else None
+
+    def weights(self, draw: int) -> Path | None:
+        """Of a trial's best epoch, where they are kept."""
+        return best_weights(self.folder / str(draw)) if self.folder is not None else None
+
+    def begin(self, ended: Mapping[int, Rank | None]) -> None:
+        """Takes over what an earlier coordinator left; `ended` has every draw that is over, with its rank where it completed."""
+        self.best = dict(
+            sorted(((d, r) for d, r in ended.items() if r is not None), key=lambda item: item[1])[
+                : self.count
+            ]
+        )
+        if self.folder is not None and self.folder.is_dir():
+            for draw in [int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()]:
+                if draw in self.best:
+                    self._reduce(draw)
+                elif draw in ended:
+                    self._drop(draw)
+
+    def ended(self, draw: int, rank: Rank | None = None) -> None:
+        """A trial is over; `rank`: it completed."""
+        if rank is None or self.folder is None:
+            self._drop(draw)
+            return
+        self.best[draw] = rank
+        for worse in sorted(self.best, key=self.best.__getitem__)[self.count :]:
+            del self.best[worse]
+            self._drop(worse)
+        if draw in self.best:
+            self._reduce(draw)
+
+    def _reduce(self, draw: int) -> None:
+        """Leaves a trial the weights of its best epoch, which must survive a power cut from now on."""
+        assert self.folder is not None
+        place = self.folder / str(draw)
+        kept = best_weights(place)
+        if kept is None:
+            self._drop(draw)
+            return
+        with disk_errors(place):
+            for path in (kept, place, self.folder):
+                fsync(path)
+            remove(p for p in place.iterdir() if p != kept)
+
+    def _drop(self, draw: int) -> None:
+        if self.folder is not None:
+            remove([self.folder / str(draw)])
+
+
+def remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Removes a training's checkpoints, and the folder around them once it is empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()

@@ -1,0 +1,316 @@
+"""A study's database on a PostgreSQL server: calls wait for it when it goes away, and what coordinators must not do at once has a lock."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.dialects import postgresql
+
+from tuner.config import database_url
+from tuner.errors import StorageError
+from tuner.search.bulk_reads import quick
+from tuner.search.history import OWNER
+
+T = TypeVar("T")
+FIRST, LONGEST, PATIENCE = (
+    0.5,
+    30.0,
+    600.0,
+)  # seconds: the first wait, the longest, all of them together
+STALLED = 60  # seconds after which the server ends a transaction, or a lock, whose holder has stopped moving
+LOCKS = 0x74756E65  # the space of tuner's advisory locks; within it a study's id, and 0 for the making of tables and studies
+OPTIONS = {
+    "connect_timeout": 8,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+PASSING = {
+    "40001",
+    "40P01",
+    "53300",
+    "57P01",
+    "57P02",
+    "57P03",
+    "57P05",
+    "25P03",
+}  # deadlocks, shutdown, starting up, idle too long
+LASTING = (
+    "authentication failed",
+    "does not exist",
+    "no password supplied",
+    "pg_hba.conf",
+    "permission denied",
+    "not permitted",
+)
+
+
+class Lost(Exception):
+    """The server went away in the middle of a call: whether that was carried out is not known."""
+
+
+class Server:
+    """Takes Optuna's database's place behind Optuna's cache. Calls are tried again until the server answers, for ten minutes.
+
+    All go over one connection. `exclusively` holds the study's lock on that very connection, so nothing can be written by whom the
+    lock was taken from; where the connection breaks, all that was begun under the lock is begun again. So a trial that was made
+    although nobody heard of it is found by who repeats: it runs, it has this owner, and nobody holds it.
+    """
+
+    def __init__(
+        self,
+        database: RDBStorage,
+        shown: str,
+        tell: Callable[[str], None],
+        hopeless: Callable[[], bool],
+    ) -> None:
+        self.database, self.engine, self.shown, self.tell, self.hopeless = (
+            database,
+            database.engine,
+            shown,
+            tell,
+            hopeless,
+        )
+        self.owner = uuid.uuid4().hex
+        self.holder: Any = None  # the connection that holds a lock
+        self.told = float("-inf")
+        sqlalchemy.event.listen(self.engine, "connect", self._limit)
+        sqlalchemy.event.listen(self.engine, "checkout", self._only_the_holder)
+        sqlalchemy.event.listen(self.engine, "handle_error", lost)
+        self.engine.dispose()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.database, name)
+        if not callable(found):
+            return found
+        return lambda *words, **named: self.patiently(lambda again: found(*words, **named))
+
+    # -- the server that goes away
+
+    def patiently(self, call: Callable[[bool], T]) -> T:
+        """What `call` returns. It is told whether an earlier try may have been carried out. Raises StorageError when patience ends."""
+        if self.holder is not None:
+            return call(False)  # what holds the lock is repeated as a whole
+        wait, began, again = FIRST, time.monotonic(), False
+        while True:
+            try:
+                found = call(again)
+            except Lost as cause:
+                began = began if again else time.monotonic()
+                again = True
+                if self.hopeless() or time.monotonic() - began + wait > PATIENCE:
+                    raise StorageError(
+                        f"storage: {self.shown} does not answer ({cause}); finished trials are kept: see to it and run the same command"
+                    ) from None
+                if time.monotonic() - self.told > 60:
+                    self.tell(
+                        f"the database does not answer ({cause}); trying again for {PATIENCE / 60:g} minutes"
+                    )
+                    self.told = time.monotonic()
+                self._sleep(wait)
+                wait = min(2 * wait, LONGEST)
+            else:
+                if again and self.told >= began:
+                    self.tell("the database answers again")
+                return found
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.hopeless():
+            time.sleep(0.1)
+
+    def _limit(self, connection: Any, _: Any) -> None:
+        """A coordinator that is stopped in a transaction must not hold up the others."""
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET idle_in_transaction_session_timeout = '{STALLED}s'")
+        connection.commit()
+
+    def _only_the_holder(self, connection: Any, *_: Any) -> None:
+        if self.holder is not None and connection is not self.holder:
+            raise Lost("the connection that held the study's lock is gone")
+
+    # -- one at a time
+
+    def exclusively(self, key: int, work: Callable[[], T]) -> T:
+        """What `work` returns, done while no other coordinator does anything under the same key. It may be done several times over."""
+        if self.holder is not None:
+            return work()
+
+        def held(_: bool) -> T:
+            self._lock(key)
+            try:
+                return work()
+            finally:
+                self._unlock(key)
+
+        return self.patiently(held)
+
+    def _lock(self, key: int) -> None:
+        with self.engine.connect() as connection:
+            connection.execute(
+                sqlalchemy.text(
+                    f"SELECT pg_advisory_lock({LOCKS}, {int(key)}) {self._stalled(STALLED)}"
+                )
+            )
+            connection.commit()
+            self.holder = connection.connection.dbapi_connection
+
+    def _unlock(self, key: int) -> None:
+        try:
+            with contextlib.suppress(Lost), self.engine.connect() as connection:
+                connection.execute(
+                    sqlalchemy.text(
+                        f"SELECT pg_advisory_unlock({LOCKS}, {int(key)}) {self._stalled(0)}"
+                    )
+                )
+                connection.commit()
+        finally:
+            self.holder = None
+
+    def _stalled(self, seconds: int) -> str:
+        """Sets how long who holds the lock may be silent; servers before 14 cannot."""
+        known = (self.engine.dialect.server_version_info or (0,)) >= (14,)
+        return f", set_config('idle_session_timeout', '{seconds}s', false)" if known else ""
+
+    # -- what is not safe to repeat as it is
+
+    def _create_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None = None
+    ) -> FrozenTrial:
+        """A trial that runs has its owner from the first moment."""
+        template = template_trial or create_trial(
+            state=TrialState.RUNNING, user_attrs={OWNER: self.owner}
+        )
+        return self.patiently(lambda again: self.database._create_new_trial(study_id, template))
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """As Optuna's. Raises UpdateFinishedTrialError when the trial was ended by somebody else."""
+        if state == TrialState.RUNNING:
+            return self.patiently(lambda again: self._take(trial_id))
+
+        def end(again: bool) -> bool:
+            try:
+                return self.database.set_trial_state_values(trial_id, state, values)
+            except UpdateFinishedTrialError:
+                found = self.database.get_trial(trial_id)
+                if not again or (found.state, found.values) != (
+                    state,
+                    list(values) if values else None,
+                ):
+                    raise
+                return True  # the try that was not heard of had been carried out
+
+        return self.patiently(end)
+
+    def _take(self, trial_id: int) -> bool:
+        """From waiting to running, with its owner, in one transaction."""
+        # Optuna's columns are in UTC, by the clock of this machine
+        trials, now = models.TrialModel, datetime.now(UTC).replace(tzinfo=None)
+        attribute = {"trial_id": trial_id, "key": OWNER, "value_json": f'"{self.owner}"'}
+        waits = sqlalchemy.update(trials).where(
+            trials.trial_id == trial_id, trials.state == TrialState.WAITING
+        )
+        marks = postgresql.insert(models.TrialUserAttributeModel).values(attribute)
+        marks = marks.on_conflict_do_update(
+            index_elements=["trial_id", "key"], set_={"value_json": marks.excluded.value_json}
+        )
+        with self.engine.begin() as connection:
+            taken = (
+                connection.execute(
+                    waits.values(state=TrialState.RUNNING, datetime_start=now)
+                ).rowcount
+                == 1
+            )
+            if taken:
+                connection.execute(marks)
+        return taken
+
+    def insert(self, trial_id: int, rows: Mapping[Any, list[dict[str, Any]]]) -> None:
+        """A running trial's rows, all or none. Raises UpdateFinishedTrialError when it does not run any more."""
+        state = (
+            sqlalchemy.select(models.TrialModel.state)
+            .where(models.TrialModel.trial_id == trial_id)
+            .with_for_update(read=True)
+        )
+
+        def write(again: bool) -> None:
+            try:
+                with self.engine.begin() as connection:
+                    if connection.execute(state).scalar_one() != TrialState.RUNNING:
+                        raise UpdateFinishedTrialError(
+                            f"trial {trial_id} was taken by another coordinator"
+                        )
+                    for kind, found in rows.items():
+                        connection.execute(sqlalchemy.insert(kind), found)
+            except sqlalchemy.exc.IntegrityError:
+                if not again:
+                    raise  # else the try that was not heard of had been carried out
+
+        self.patiently(write)
+
+
+def open_server(
+    url: str, shown: str, tell: Callable[[str], None], hopeless: Callable[[], bool]
+) -> BaseStorage:
+    """Optuna's storage over a server. Raises what the driver raises when it cannot be reached now."""
+    doubled = database_url.escaped(url)
+    gate = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=options(url))
+    with gate.connect() as connection:  # two that begin at once would both make the tables
+        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCKS}, 0)"))
+        RDBStorage(doubled, engine_kwargs={"connect_args": options(url)}).engine.dispose()
+    gate.dispose()
+    pool = {"pool_size": 1, "max_overflow": 0, "pool_pre_ping": True, "connect_args": options(url)}
+    database = quick(
+        RDBStorage(
+            doubled, engine_kwargs=pool, skip_compatibility_check=True, skip_table_creation=True
+        )
+    )
+    storage = get_storage(database)
+    storage._backend = Server(database, shown, tell, hopeless)  # type: ignore[attr-defined]
+    return storage
+
+
+def of(storage: BaseStorage) -> Server | None:
+    """The server that a storage is on."""
+    found = getattr(storage, "_backend", None)
+    return found if isinstance(found, Server) else None
+
+
+def options(url: str | sqlalchemy.engine.URL) -> dict[str, Any]:
+    """How to connect, as far as the URL leaves it open."""
+    written = sqlalchemy.engine.make_url(url)
+    usual = OPTIONS if written.get_driver_name() in ("psycopg", "psycopg2") else {}
+    return {key: value for key, value in usual.items() if key not in written.query}
+
+
+def lost(context: sqlalchemy.engine.ExceptionContext) -> None:
+    """Turns the driver's words for a server that went away into Lost; what will not pass stays as it is."""
+    error = context.original_exception
+    connecting = context.connection is None and isinstance(
+        error, context.dialect.loaded_dbapi.OperationalError
+    )
+    lasting = connecting and any(word in str(error) for word in LASTING)
+    if context.is_pre_ping or lasting:
+        return
+    if context.is_disconnect or connecting or getattr(error, "sqlstate", None) in PASSING:
+        raise Lost(reason(error)) from None
+
+
+def reason(error: BaseException) -> str:
+    """The driver's words on one line; several addresses make several."""
+    return " ".join(str(getattr(error, "orig", None) or error).split())
+
+
+def hidden_reason(error: BaseException, url: str) -> str:
+    return database_url.hidden(reason(error), url)

@@ -1,0 +1,260 @@
+"""The study's place: its folder, its lock, its database, and what it must have in common with the file."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+
+from tuner.config import database_url
+from tuner.errors import SpaceError, StorageError
+from tuner.files.atomic import disk_errors
+from tuner.files.crash_points import crash
+from tuner.search import postgresql
+from tuner.search.bulk_reads import quick
+
+SPACE, DATA = "tuner:space", "tuner:data"
+
+
+@contextlib.contextmanager
+def lock(folder: Path, name: str = "lock") -> Iterator[None]:
+    """Holds the study; the kernel frees it however the holder ends. Raises StorageError when another process has it."""
+    make(folder)
+    with disk_errors(folder):
+        (folder / name).touch()
+    with open(folder / name, "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise StorageError(
+                f"study {folder.name!r} is being run by {holder}; wait for it, or use another search.name"
+            ) from None
+        file.truncate(0)
+        file.write(
+            f"pid {os.getpid()} on host {socket.gethostname()} since {time.strftime('%H:%M')}"
+        )
+        file.flush()
+        yield
+
+
+def make(folder: Path) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def held(url: str | None, folder: Path) -> Iterator[None]:
+    """The study's folder, and alone where its database is a file: a server has room for several coordinators."""
+    with contextlib.ExitStack() as stack:
+        if url is None or not on_server(url):
+            stack.enter_context(lock(folder))
+        if url is not None and (path := database_url.sqlite_path(database_url.expanded(url))):
+            stack.enter_context(
+                lock(path.parent, f"{path.name}.lock")
+            )  # another folder's study may lie in the same file
+        make(folder)
+        yield
+
+
+def on_server(url: str) -> bool:
+    return database_url.expanded(url).startswith(("postgresql:", "postgresql+"))
+
+
+def connect(
+    url: str | None,
+    folder: Path,
+    tell: Callable[[str], None] = lambda text: None,
+    hopeless: Callable[[], bool] = lambda: False,
+) -> optuna.storages.BaseStorage:
+    """The study's database: SQLite in WAL mode in its folder, or any SQLAlchemy URL. Raises StorageError.
+
+    `tell` is told when a server goes away and comes back; once things are `hopeless`, it is not waited for.
+    """
+    try:
+        real = None if url is None else database_url.expanded(url)
+        path = folder / "study.db" if real is None else database_url.sqlite_path(real)
+        if real is not None and on_server(real):
+            return postgresql.open_server(real, shown(url, folder), tell, hopeless)
+        if path is not None:
+            _refuse_network(path.parent)
+            return _sqlite(path)
+        assert real is not None
+        found = optuna.storages.RDBStorage(
+            database_url.escaped(real), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800}
+        )
+    except (
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+        ImportError,
+        RuntimeError,
+        postgresql.Lost,
+    ) as error:
+        raise full(error, shown(url, folder)) or cannot("opened", error, url, folder) from None
+    tell(
+        f"storage: {shown(url, folder)} is passed on as it is: tuner is tested with SQLite and PostgreSQL only"
+    )
+    return found
+
+
+def close(database: optuna.storages.BaseStorage) -> None:
+    """Ends the connections to a server."""
+    place = postgresql.of(database)
+    if place is not None:
+        place.engine.dispose()
+
+
+def cannot(be: str, error: Exception, url: str | None, folder: Path) -> StorageError:
+    """The database's own words, without passwords, and what to do where that is known."""
+    cause = error.__cause__ or error
+    found = postgresql.hidden_reason(cause, url) if url else postgresql.reason(cause)
+    hint = ""
+    if isinstance(cause, ModuleNotFoundError):
+        hint = (
+            "; pip install 'tuner-finetune[postgres]'"
+            if cause.name == "psycopg"
+            else "; install its driver, or write postgresql://…"
+        )
+    elif url and database_url.expanded(url).startswith("postgres:"):
+        hint = "; the scheme is called postgresql://, not postgres://"
+    return StorageError(f"storage: {shown(url, folder)} cannot be {be}: {found}{hint}")
+
+
+@contextlib.contextmanager
+def database_errors(place: str) -> Iterator[None]:
+    """Turns a database that stops answering, or a full disk under it, into a StorageError."""
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.OperationalError) as error:
+        cause = postgresql.reason(error.__cause__ or error)
+        raise full(error, place) or StorageError(
+            f"storage: {place} failed while the search ran ({cause}); finished trials are kept: "
+            "see to its disk or server and run the same command"
+        ) from error
+
+
+def full(error: BaseException, place: str) -> StorageError | None:
+    """A database's own words for a full disk as ours; None where it is something else."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if (
+            "disk is full" in str(cause)
+            or "disk I/O error" in str(cause)
+            or "No space left" in str(cause)
+        ):
+            said = str(cause.__cause__ or cause).splitlines()[0]
+            return StorageError(
+                f"disk full while writing {place} ({said}); finished trials are kept: free some space and run the same command"
+            )
+        cause = cause.__cause__
+    return None
+
+
+def shown(url: str | None, folder: Path) -> str:
+    """Where the study's database is, without the password."""
+    if url is None:
+        return str(folder / "study.db")
+    return database_url.kept(url)
+
+
+def _sqlite(path: Path) -> optuna.storages.RDBStorage:
+    def pragmas(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+
+    url = sqlalchemy.engine.URL.create("sqlite", database=str(path)).render_as_string()
+    storage = optuna.storages.RDBStorage(
+        database_url.escaped(url), engine_kwargs={"connect_args": {"timeout": 60}}
+    )
+    sqlalchemy.event.listen(storage.engine, "connect", pragmas)
+    storage.engine.dispose()  # connections from before the hook
+    return quick(storage)
+
+
+def _refuse_network(folder: Path) -> None:
+    """SQLite's locks are not safe on network file systems."""
+    found = subprocess.run(
+        ["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False
+    )
+    if found.stdout.strip() in ("nfs", "nfs4", "cifs", "smb2", "fuseblk"):
+        raise StorageError(
+            f"storage: {folder} lies on a network file system ({found.stdout.strip()}), where SQLite loses data; "
+            "use storage: postgresql://… or a local folder (--studies)"
+        )
+
+
+def open_study(
+    storage: optuna.storages.BaseStorage,
+    name: str,
+    sampler: optuna.samplers.BaseSampler,
+    pruner: optuna.pruners.BasePruner,
+    identity: Mapping[str, Any],
+    data: str,
+) -> optuna.Study:
+    """The study of that name, made if need be. Raises SpaceError when it was made from another space or other data."""
+    try:
+        study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
+    except KeyError:
+        study = optuna.create_study(
+            storage=storage, study_name=name, direction="maximize", sampler=sampler, pruner=pruner
+        )
+        crash("study.created")
+        return _marked(study, identity, data)
+    direction = study.direction.name.lower()
+    if direction != "maximize":
+        raise SpaceError(
+            f"study {name!r} was created with direction={direction}, this file maximises; use another search.name"
+        )
+    if SPACE not in study.user_attrs and not study.get_trials(deepcopy=False):
+        return _marked(
+            study, identity, data
+        )  # who made it was killed, or lost the server, at that moment
+    if SPACE not in study.user_attrs:
+        raise SpaceError(f"study {name!r} was not made by tuner; use another search.name")
+    made = flat(json.loads(study.user_attrs[SPACE]))
+    now = flat(json.loads(json.dumps(identity)))
+    problems = [
+        f"study {name!r} was created with {key}={_shown(made.get(key))}, this file has {_shown(now.get(key))}"
+        for key in sorted(made.keys() | now.keys())
+        if made.get(key) != now.get(key)
+    ]
+    if not problems and study.user_attrs.get(DATA) not in (None, data):
+        problems = [
+            f"study {name!r} was created with other data: the images, their labels or their split have changed"
+        ]
+    if problems:
+        raise SpaceError(
+            *problems,
+            f"study {name!r}: put these back, or use another search.name; the study is untouched",
+        )
+    return study
+
+
+def _marked(study: optuna.Study, identity: Mapping[str, Any], data: str) -> optuna.Study:
+    """The study, which says of what space and data it is."""
+    study.set_user_attr(DATA, data)
+    study.set_user_attr(SPACE, json.dumps(identity))  # last: it says that the study is tuner's
+    return study
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}.{key}" if path else key)
+    return found
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value

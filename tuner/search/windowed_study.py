@@ -1,0 +1,181 @@
+"""A study that shows its sampler and pruner a window of its trials, from memory: ten thousand trials cost what hundreds do."""
+
+import bisect
+import contextlib
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from tuner.search.projection_pruner import ProjectionPruner
+from tuner.search.write_buffer import Batched, batch
+
+BEST, LATEST, UNDERWAY = 100, 400, 100
+SEEN = frozenset({TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING})
+
+
+class WindowedStudy(optuna.Study):
+    """Inside `window()` only these trials are there: the latest 100 that run, the latest 400 that ended and, of the earlier ones,
+    the best 100 that completed. While there are no more, a sampler proposes and a pruner decides as over the whole study.
+
+    The window follows from the history, so that a search that was killed and continued has the same.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
+        self.narrow = self.judging = False
+        self.kinds: dict[
+            Any, FrozenTrial
+        ] = {}  # of those that ended, one for each set of parameters and how it ended
+        self.running: dict[int, Trial] = {}  # by number
+        self.waiting: list[FrozenTrial] | None = (
+            None  # what `next_waiting` found for the coming ask
+        )
+        self.batches: dict[int, Batched] = {}  # by trial number
+        self.best: list[tuple[float, int, FrozenTrial]] = []  # by value, the worst first
+        self.latest: list[FrozenTrial] = []
+        self.elsewhere: list[FrozenTrial] = []  # what other coordinators run
+        self.known: set[int] = set()  # the numbers of all that were ever in the window
+        for trial in self.get_trials(deepcopy=False):
+            self.keep(trial)
+
+    @contextlib.contextmanager
+    def window(self) -> Iterator[None]:
+        self.narrow = True
+        try:
+            yield
+        finally:
+            self.narrow = False
+
+    def ask(
+        self, fixed_distributions: dict[str, optuna.distributions.BaseDistribution] | None = None
+    ) -> Trial:
+        trial = super().ask(fixed_distributions)
+        self.running[trial.number] = trial
+        collected = batch(trial)
+        if collected is not None:
+            self.batches[trial.number] = collected
+        return trial
+
+    def next_waiting(self) -> FrozenTrial | None:
+        """The enqueued trial that the next `ask` takes."""
+        database = getattr(
+            self._storage, "_backend", self._storage
+        )  # Optuna's cache would read all running trials again
+        self.waiting = database.get_all_trials(
+            self._study_id, deepcopy=False, states=(TrialState.WAITING,)
+        )
+        return self.waiting[0] if self.waiting else None
+
+    def take(self, trial: FrozenTrial) -> bool:
+        """Has an enqueued trial run; False: it is not waiting any more."""
+        return self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+
+    def enqueue_trial(
+        self,
+        params: dict[str, Any],
+        user_attrs: dict[str, Any] | None = None,
+        skip_if_exists: bool = False,
+    ) -> None:
+        super().enqueue_trial(params, user_attrs, skip_if_exists)
+        self.waiting = None
+
+    def _pop_waiting_trial_id(self) -> int | None:
+        none, self.waiting = self.waiting == [], None
+        return None if none else super()._pop_waiting_trial_id()
+
+    def write(self, trial: Trial, *, now: bool = False) -> None:
+        """Writes what a running trial has told, if it waits for long, or `now`."""
+        collected = self.batches.get(trial.number)
+        if collected is not None and (now or collected.due()):
+            collected.flush()
+
+    def prunes(self, trial: Trial) -> bool:
+        """Whether the pruner ends the trial."""
+        with self.window():
+            if isinstance(
+                self.pruner,
+                (optuna.pruners.MedianPruner, ProjectionPruner, optuna.pruners.NopPruner),
+            ):
+                return self.pruner.prune(
+                    self, trial._cached_frozen_trial
+                )  # all they ask of a trial is in memory
+            self.write(trial, now=True)
+            self.judging = True
+            try:
+                return trial.should_prune()
+            finally:
+                self.judging = False
+
+    def tell(
+        self,
+        trial: Trial | int,
+        values: float | Sequence[float] | None = None,
+        state: TrialState | None = None,
+        skip_if_finished: bool = False,
+    ) -> FrozenTrial:
+        collected = self.batches.pop(trial if isinstance(trial, int) else trial.number, None)
+        if collected is not None:
+            collected.flush()
+        found = super().tell(trial, values, state, skip_if_finished)
+        self.running.pop(found.number, None)
+        self.keep(found)
+        return found
+
+    def lose(self, number: int) -> None:
+        """Another coordinator ended this trial; what it told and was not written is dropped."""
+        self.running.pop(number, None)
+        self.batches.pop(number, None)
+
+    def keep(self, trial: FrozenTrial) -> None:
+        """Takes a trial that has ended, here or elsewhere, into the window; once."""
+        if trial.number in self.known or trial.state not in (
+            TrialState.COMPLETE,
+            TrialState.PRUNED,
+        ):
+            return
+        self.known.add(trial.number)
+        self.kinds.setdefault((trial.state, frozenset(trial.distributions.items())), trial)
+        self.latest.append(trial)
+        if len(self.latest) > LATEST:
+            old = self.latest.pop(0)
+            if old.state == TrialState.COMPLETE:
+                bisect.insort(self.best, (float(old.value or 0.0), -old.number, old))
+                del self.best[:-BEST]
+
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return self._get_trials(deepcopy, states)
+
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
+        if (
+            self.narrow and states is None and not self.judging
+        ):  # a sampler looks for the parameters that all trials have
+            return list(
+                self.kinds.values()
+            )  # that is the same of one trial of each kind, and Optuna's cache reads running ones anew
+        if (
+            not self.narrow
+            or states is None
+            or any(state in states for state in set(TrialState) - SEEN)
+        ):
+            return super()._get_trials(deepcopy, states, use_cache)
+        found = [*(trial for _, _, trial in self.best), *self.latest]
+        if TrialState.RUNNING in states:
+            underway = [
+                *(trial._cached_frozen_trial for trial in self.running.values()),
+                *self.elsewhere,
+            ]
+            found += sorted(underway, key=lambda trial: trial.number)[
+                -UNDERWAY:
+            ]  # each makes TPE's next proposal dearer
+        return sorted(
+            (trial for trial in found if trial.state in states), key=lambda trial: trial.number
+        )
