@@ -112,25 +112,6 @@ def test_23_a_studies_folder_that_cannot_be_written(tuner: Tuner, small: Path) -
     assert said.code == 4 and "studies" in said.err
 
 
-def test_23_sqlite_on_a_network_file_system_points_to_postgresql(
-    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = subprocess.run
-
-    def stat(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
-        return (
-            subprocess.CompletedProcess(command, 0, "nfs\n", "")
-            if command[0] == "stat"
-            else real(command, **options)
-        )
-
-    monkeypatch.setattr("tuner.search.storage.subprocess.run", stat)
-    said = tuner("run", small)
-    assert (
-        said.code == 4 and "network file system (nfs)" in said.err and "postgresql://" in said.err
-    )
-
-
 @pytest.mark.parametrize(
     "place",
     [

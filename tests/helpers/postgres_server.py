@@ -7,8 +7,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,46 @@ def serving(binaries: Path) -> Iterator[Server]:
     finally:
         _run(binaries / "pg_ctl", "-D", folder / "data", "-m", "immediate", "-w", "stop")
         shutil.rmtree(folder)
+
+
+@contextmanager
+def pooling(server: Server, mode: str) -> Iterator[int]:
+    """PgBouncer in front of the server: its port. It hands out sessions as `mode` says: session, transaction or statement."""
+    folder = server.folder / f"pool-{mode}"
+    folder.mkdir()
+    port = _free_port()
+    (folder / "users").write_text(f'"{server.user}" "{server.password}"\n')
+    (folder / "pgbouncer.ini").write_text(
+        f"[databases]\n* = host=127.0.0.1 port={server.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+        f"listen_port = {port}\nunix_socket_dir =\nauth_type = scram-sha-256\n"
+        f"auth_file = {folder / 'users'}\npool_mode = {mode}\n"
+    )
+    user, group = _owner() if os.geteuid() == 0 else (None, None)
+    if user is not None and group is not None:
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, user, group)
+    program = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
+    with subprocess.Popen(
+        [program, "-q", str(folder / "pgbouncer.ini")],
+        stderr=subprocess.DEVNULL,
+        user=user,
+        group=group,
+        extra_groups=[] if user else None,
+    ) as process:
+        try:
+            _until_open(port)
+            yield port
+        finally:
+            process.terminate()
+
+
+def _until_open(port: int) -> None:
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"nothing listens on port {port}")
 
 
 def _run(program: Path, *words: object) -> "subprocess.CompletedProcess[str]":

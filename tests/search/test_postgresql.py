@@ -588,6 +588,31 @@ def test_20_what_the_server_refuses_is_said_at_once(
     assert parts["password"] not in said.err + said.out
 
 
+@pytest.mark.skipif(
+    not shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin"),
+    reason="PgBouncer is not installed (Debian: apt-get install pgbouncer)",
+)
+@pytest.mark.parametrize("mode", ["session", "transaction", "statement"])
+def test_20_a_pooler_that_does_not_keep_sessions_is_refused(
+    mode: str, postgres: serving.Server, database: str, tmp_path: Path
+) -> None:
+    with serving.pooling(postgres, mode) as port:
+        url = postgres.url(database).replace(f":{postgres.port}/", f":{port}/")
+        if mode == "session":
+            with shared_search.sharing(url, tmp_path, 2) as c:
+                drive(c)
+            assert len(draws(url, "t", 2)) == 2
+            return
+        with pytest.raises(StorageError, match="pool_mode = session") as error, opened(url):
+            pass
+    assert error.value.code == 4 and postgres.password not in str(error.value)
+    locks = postgres.query("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
+    assert locks == [(0,)]
+    assert postgres.query(
+        "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'", database
+    ) == [(0,)]
+
+
 def test_the_dashboard_reads_and_the_server_lets_it_write_nothing(url: str, tmp_path: Path) -> None:
     with opened(url) as database:
         drive(coordinator(space(trials=3), database))

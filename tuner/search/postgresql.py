@@ -1,6 +1,7 @@
 """A study's database on a PostgreSQL server: calls wait for it when it goes away, and what coordinators must not do at once has a lock."""
 
 import contextlib
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,11 @@ FIRST, LONGEST, PATIENCE = (
 )  # seconds: the first wait, the longest, all of them together
 STALLED = 60  # seconds after which the server ends a transaction, or a lock, whose holder has stopped moving
 LOCKS = 0x74756E65  # the space of tuner's advisory locks; within it a study's id, and 0 for the making of tables and studies
+PROBES = 5
+POOLED = (
+    "it answers through a connection pooler that hands out the server's sessions by the transaction, where coordinators cannot lock "
+    "a study; name the server itself, or a pooler's port that keeps sessions (PgBouncer: pool_mode = session; Supabase: port 5432)"
+)
 OPTIONS = {
     "connect_timeout": 8,
     "keepalives_idle": 30,
@@ -265,7 +271,11 @@ def open_server(
 ) -> BaseStorage:
     """Optuna's storage over a server. Raises what the driver raises when it cannot be reached now."""
     doubled = database_url.escaped(url)
-    gate = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=options(url))
+    words = options(url)
+    if sqlalchemy.engine.make_url(url).get_driver_name() == "psycopg":
+        words["prepare_threshold"] = None  # a pooler may not know a prepared statement again
+    gate = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=words)
+    _refuse_pooler(gate, shown)
     with gate.connect() as connection:  # two that begin at once would both make the tables
         connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCKS}, 0)"))
         RDBStorage(doubled, engine_kwargs={"connect_args": options(url)}).engine.dispose()
@@ -279,6 +289,33 @@ def open_server(
     storage = get_storage(database)
     storage._backend = Server(database, shown, tell, hopeless)  # type: ignore[attr-defined]
     return storage
+
+
+def _refuse_pooler(gate: sqlalchemy.Engine, shown: str) -> None:
+    """Raises StorageError where a pooler gives each transaction another session of the server.
+
+    A lock belongs to a session. So one connection takes a lock, and the next transaction of another one, which a pooler gives the
+    session that was free last, must not hold it. Some poolers take turns, so this is done several times.
+    """
+    held = sqlalchemy.text(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() "
+        f"AND classid = {LOCKS} AND objid = :key"
+    )
+    with gate.connect() as holder, gate.connect() as other:
+        for _ in range(PROBES):
+            key = {"key": secrets.randbelow(2**30) + 2**30}  # no study's id
+            holder.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCKS}, :key)"), key)
+            holder.commit()
+            # `other` keeps its session, as its transaction stays open
+            shared = other.execute(held, key).scalar_one() > 0
+            lasts = holder.execute(held, key).scalar_one() > 0
+            if shared or lasts:
+                unlock = sqlalchemy.text(f"SELECT pg_advisory_unlock({LOCKS}, :key)")
+                (other if shared else holder).execute(unlock, key)
+            holder.commit()
+            other.commit()
+            if shared or not lasts:
+                raise StorageError(f"storage: {shown} cannot be used: {POOLED}")
 
 
 def of(storage: BaseStorage) -> Server | None:

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 
+from tuner import mounts
 from tuner.config import database_url
 from tuner.errors import SpaceError, StorageError
 from tuner.files.atomic import disk_errors
@@ -86,7 +86,7 @@ def connect(
         if real is not None and on_server(real):
             return postgresql.open_server(real, shown(url, folder), tell, hopeless)
         if path is not None:
-            _refuse_network(path.parent)
+            _refuse_network(path.parent, tell)
             return _sqlite(path)
         assert real is not None
         found = optuna.storages.RDBStorage(
@@ -126,6 +126,8 @@ def cannot(be: str, error: Exception, url: str | None, folder: Path) -> StorageE
         )
     elif url and database_url.expanded(url).startswith("postgres:"):
         hint = "; the scheme is called postgresql://, not postgres://"
+    elif "pooling mode" in found:  # PgBouncer's words for pool_mode = statement
+        hint = f"; {postgresql.POOLED}"
     return StorageError(f"storage: {shown(url, folder)} cannot be {be}: {found}{hint}")
 
 
@@ -180,15 +182,19 @@ def _sqlite(path: Path) -> optuna.storages.RDBStorage:
     return quick(storage)
 
 
-def _refuse_network(folder: Path) -> None:
-    """SQLite's locks are not safe on network file systems."""
-    found = subprocess.run(
-        ["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False
-    )
-    if found.stdout.strip() in ("nfs", "nfs4", "cifs", "smb2", "fuseblk"):
+def _refuse_network(folder: Path, tell: Callable[[str], None]) -> None:
+    """SQLite's locks and its shared memory are not safe on network file systems."""
+    kind = mounts.kind_of(folder)
+    shared = mounts.networked(kind)
+    if shared:
         raise StorageError(
-            f"storage: {folder} lies on a network file system ({found.stdout.strip()}), where SQLite loses data; "
-            "use storage: postgresql://… or a local folder (--studies)"
+            f"storage: {folder} lies on a network file system ({kind}), where SQLite can lose data; "
+            "name a folder on a local disk (--studies DIR), or use storage: postgresql://…"
+        )
+    if kind is not None and shared is None:
+        tell(
+            f"storage: {folder} lies on a file system of a kind that is not known ({kind}); if it is shared by several machines, "
+            "SQLite can lose data there: use a local disk (--studies DIR), or storage: postgresql://…"
         )
 
 
