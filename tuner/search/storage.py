@@ -13,9 +13,9 @@ from typing import Any
 import optuna
 import sqlalchemy
 
-from tuner import mounts
 from tuner.config import database_url
 from tuner.errors import SpaceError, StorageError
+from tuner.files import mounts
 from tuner.files.atomic import disk_errors
 from tuner.files.crash_points import crash
 from tuner.search import postgresql

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Said
-from tuner import mounts
 from tuner.errors import StorageError
+from tuner.files import mounts
 from tuner.search import storage
 
 Tuner = Callable[..., Said]
