@@ -6,7 +6,7 @@ TunerError                  1   a bug in tuner
 ├── StorageError            4   disk, database, permission, device
 ├── NoUsableTrial           5   the search ended without a trial to crown
 ├── ExportMismatch          1   an export that disagrees with its model
-└── Interrupted       130/143   stopped by the user; the same command continues
+└── Interrupted   129/130/143   stopped by the user; the same command continues
 """
 
 import difflib
@@ -47,7 +47,7 @@ class ExportMismatch(TunerError):
 
 
 class Interrupted(TunerError):
-    """Raised once everything is at rest; `signal` is SIGINT (2) or SIGTERM (15)."""
+    """Raised once everything is at rest; `signal` is SIGINT (2), SIGTERM (15) or SIGHUP (1)."""
 
     def __init__(self, signal: int, *problems: str) -> None:
         super().__init__(*problems)

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from tuner import errors
+from tuner.config.run import Engine, seconds
 from tuner.errors import TunerError
+
+Stall = float | Literal["auto"] | None
+"""Seconds without a report after which a job is given up; auto: by the pace of its own reports; None: never."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,8 @@ class Job:
     attempt finds them, and so does who handed it out.
     `everywhere`: carried out once on every node, before any other job is there; the values must be equal, and the first is the
     job's. `folders` are what a node needs for it that may have to be shipped there.
+    `stall`: when a job that reports nothing is taken for one that hangs; an engine that carries jobs out in the
+    coordinator's own process cannot see to it.
     """
 
     number: int
@@ -24,6 +30,7 @@ class Job:
     keep: tuple[str, ...] = ()
     everywhere: bool = False
     folders: tuple[str, ...] = ()
+    stall: Stall = None
 
 
 Cause = Literal["", "memory", "died", "silent", "stalled", "node", "interrupted"]
@@ -51,6 +58,13 @@ class Outcome:
     problems: tuple[str, ...] = ()
     code: int = 0
     cause: Cause = ""
+
+
+def stall_of(engine: Engine, *, paced: bool) -> Stall:
+    """What engine.stall says. `paced`: a report comes after each epoch, and little is done after the last one."""
+    if engine.stall == "never" or (engine.stall == "auto" and not paced):
+        return None
+    return "auto" if engine.stall == "auto" else seconds(engine.stall)
 
 
 def refusal(outcome: Outcome) -> TunerError:

@@ -1,5 +1,7 @@
 """What a worker asks of the machine: memory that is kept, threads that sleep only where others want the cores."""
 
+import math
+import os
 import platform
 import subprocess
 import sys
@@ -84,3 +86,33 @@ def test_what_the_environment_says_stays(
     assert _process_settings.os.environ.get("OMP_WAIT_POLICY") == (
         value if name == "OMP_WAIT_POLICY" else None
     )
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "250000 100000"}, 2.5),  # version 2, as seen in a container
+        ("0::/pod/main\n", {"pod/cpu.max": "400000 100000", "pod/main/cpu.max": "max 100000"}, 4),
+        ("0::/elsewhere\n", {"cpu.max": "max 100000"}, math.inf),
+        (
+            "5:memory:/a\n4:cpu,cpuacct:/docker/1\n3:cpuset:/\n",  # version 1, the host's path
+            {"cpu,cpuacct/cpu.cfs_quota_us": "150000", "cpu,cpuacct/cpu.cfs_period_us": "50000"},
+            3,
+        ),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        ("0::/\n", {"cpu.max": "nonsense"}, math.inf),
+        (None, {}, math.inf),  # no Linux
+    ],
+)
+def test_a_containers_quota_limits_the_cores(
+    groups: str | None, files: dict[str, str], expected: float, tmp_path: Path
+) -> None:
+    if groups is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert _process_settings.quota(tmp_path) == expected
+    assert _process_settings.cores(tmp_path) == min(len(os.sched_getaffinity(0)), expected)

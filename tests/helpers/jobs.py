@@ -1,8 +1,10 @@
 """What the engine tests have workers do, and a model that diverges."""
 
+import inspect
 import os
 import signal
-import sys
+import struct
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,10 +54,10 @@ def hang(argument: str, report: Callable[[Any], bool], slot: int) -> None:
         os.unlink(path)
 
 
-def torch_loaded(argument: Any, report: Callable[[Any], bool], slot: int) -> tuple[bool, int]:
+def threads(argument: Any, report: Callable[[Any], bool], slot: int) -> int:
     import torch
 
-    return "torch" in sys.modules, torch.get_num_threads()
+    return torch.get_num_threads()
 
 
 def linear(outputs: int) -> Any:
@@ -77,6 +79,29 @@ def stop(argument: int, report: Callable[[Any], bool], slot: int) -> int:
     report(os.getpid())
     os.kill(os.getpid(), signal.SIGSTOP)
     return count(argument, report, slot)
+
+
+def stop_amid_a_message(argument: Any, report: Callable[[Any], bool], slot: int) -> None:
+    """Reports its process, and stops it when the first bytes of a long message are written."""
+    report(os.getpid())
+    pipe = inspect.getclosurevars(report).nonlocals["pipe"]
+    os.write(pipe.fileno(), struct.pack("!i", 1_000_000) + b"x" * 10)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def wait(argument: float | None, report: Callable[[Any], bool], slot: int) -> None:
+    """Reports its process, and waits for a lock that nobody frees, for ever or for so many seconds."""
+    report(os.getpid())
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire(timeout=-1 if argument is None else argument)
+
+
+def deaf(argument: Any, report: Callable[[Any], bool], slot: int) -> None:
+    """Reports its process, and does not listen to SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    report(os.getpid())
+    time.sleep(60)
 
 
 def sleep(argument: float, report: Callable[[Any], bool], slot: int) -> int:
@@ -169,3 +194,18 @@ def filling(argument: tuple[Any, str], report: Callable[[Any], bool], slot: int)
         return len(worker_jobs.carry(assignment, report, slot).epochs)
     finally:
         activation_cache.atomic_folder = real
+
+
+class Unreadable:
+    """A value that can be sent, and that cannot be read where it arrives."""
+
+    def __reduce__(self) -> Any:
+        return _refuse_to_be_read, (os.getpid(),)
+
+
+def _refuse_to_be_read(pid: int) -> None:
+    raise ImportError("no module named yours")
+
+
+def unreadable(argument: Any, report: Callable[[Any], bool], slot: int) -> Any:
+    return Unreadable()

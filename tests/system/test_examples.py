@@ -14,6 +14,7 @@ import yaml
 from tests.conftest import SMALL
 from tuner.cli import app
 from tuner.config import parsing
+from tuner.config.run import seconds
 from tuner.errors import SpaceError
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -97,3 +98,13 @@ def test_a_wrong_key_in_a_recipe_would_be_found(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(SMALL)
     with pytest.raises(SpaceError, match="unknown key"):
         parsing.load(tmp_path / "x.yaml", ["engine.adress=auto"])
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *MANIFESTS], ids=lambda path: path.name)
+def test_the_running_epoch_has_what_the_cluster_leaves_it(path: Path) -> None:
+    """`search.grace` ends some seconds before the cluster sends SIGKILL."""
+    text = path.read_text()
+    given = re.search(r"--signal=B:TERM@(\d+)|terminationGracePeriodSeconds: (\d+)", text)
+    grace = re.search(r"search\.grace=(\w+)", text)
+    assert given is not None and grace is not None
+    assert 5 <= int(given[1] or given[2]) - seconds(grace[1]) <= 20

@@ -66,12 +66,12 @@ def test_workers_are_dealt_out_over_the_gpus_in_use(
 @pytest.mark.parametrize(
     ("engine", "share"),
     [
-        ({}, None),
+        ({}, 1.0),  # the whole, also after it was shared
         ({"per_gpu": 3}, 1 / 3),
         ({"gpus": 1, "per_gpu": 4}, 1 / 4),
         ({"workers": 8}, 1 / 2),  # more workers than GPUs share them too
         ({"workers": 8, "gpus": 1}, 1 / 8),
-        ({"workers": 4}, None),
+        ({"workers": 4}, 1.0),
         ({"name": "ray", "workers": 8}, None),  # they are on other machines
         ({"workers": 2, "per_gpu": 2}, 1 / 2),
     ],

@@ -72,7 +72,7 @@ def search(s: Session, coordinator: Coordinator, workers: int) -> None:
             coordinator.next_job,
             coordinator.report,
             coordinator.ended,
-            lambda: not s.stop.now,
+            s.go_on,
             workers,
         )
         if s.stop or coordinator.error is not None or not coordinator.waits():
@@ -92,21 +92,6 @@ def preflight(places: Places, facts: Facts) -> None:
         require_space(
             place, need, f"three times the model's size, and {RESERVE / 1e6:.0f} MB in reserve"
         )
-
-
-class Stopping:
-    """Whether the search was asked to stop; says so when it first notices."""
-
-    def __init__(self, s: Session) -> None:
-        self.session, self.said = s, False
-
-    def __call__(self) -> bool:
-        if self.session.stop and not self.said:
-            self.said = True
-            self.session.console.note(
-                "stopping after the running epoch; press Ctrl-C again to stop now"
-            )
-        return self.said
 
 
 def workers_of(space: Space, gpus: int) -> int:
@@ -159,7 +144,7 @@ def open_coordinator(
         )
     keeping = Keeping((folder / FOLDER).absolute(), search.keep)
     return Coordinator(
-        study, space, s.assignment, Both(s.console, artifacts), Stopping(s), lease, keeping
+        study, space, s.assignment, Both(s.console, artifacts), s.stopping, lease, keeping
     )
 
 

@@ -13,13 +13,13 @@ from typing import Any
 from tuner.commands.console import Console
 from tuner.commands.signals import Stop, stoppable
 from tuner.config import plugins
-from tuner.config.run import Run
+from tuner.config.run import Run, seconds
 from tuner.config.space import Choice, Range, Space, dump
 from tuner.config.yaml_document import Document
 from tuner.errors import DataError, Interrupted, SpaceError, TunerError
 from tuner.files import checkpoint_files
 from tuner.files.atomic import atomic_path
-from tuner.jobs import Carry, Job, Outcome, refusal
+from tuner.jobs import Carry, Job, Outcome, refusal, stall_of
 from tuner.messages import Assignment, Crown, Facts, Survey
 
 
@@ -68,6 +68,7 @@ class Session:
             stop,
         )
         self.settings = space.settings
+        self.answered = False  # the user knows that a signal was heard
 
     def assignment(self, run: Run, *, fetch: bool = True) -> Assignment:
         return Assignment(
@@ -111,12 +112,23 @@ class Session:
             return not self.stop
 
         def go_on() -> bool:
-            return not self.stop.now if finish else not self.stop
+            return self.go_on() if finish else not self.stop
 
         self.carry(next_job, heard, lambda job, outcome: found.append(outcome), go_on, 1)
         if self.stop:
             raise interrupted(self.stop, self.space)
         return value_of(found[-1])
+
+    def stopping(self) -> bool:
+        """Whether the command was asked to stop; says so when it first notices."""
+        if self.stop and not self.answered:
+            self.answered = True
+            self.console.note(f"stopping after the running epoch; {self.stop.way_out}")
+        return self.answered
+
+    def go_on(self) -> bool:
+        """What engines ask several times a second: whether the running epochs may still end."""
+        return not (self.stopping() and self.stop.now)
 
     def survey(self) -> Survey:
         """Checks against the models what the file alone cannot tell."""
@@ -164,7 +176,8 @@ class Session:
         A training that is killed is continued by the next crowning for the same folder.
         """
         kept = str((folder.parent / checkpoint_files.FOLDER / folder.name).absolute())
-        assignment = replace(self.assignment(run), checkpoints=kept)
+        alone = self.settings.engine.model_copy(update={"per_gpu": 1, "workers": 1})
+        assignment = replace(self.assignment(run), engine=alone, checkpoints=kept)
         given = str(weights.absolute()) if weights else None
         needed = (
             kept if weights is None else str(weights.parent.absolute()),
@@ -182,7 +195,12 @@ class Session:
         try:
             heard = self.console.retraining(run) if weights is None else lambda _: None
             published = self.call(
-                "tuner.training.finalization:crown", order, heard, finish=True, keep=needed
+                "tuner.training.finalization:crown",
+                order,
+                heard,
+                finish=True,
+                keep=needed,
+                stall=stall_of(self.settings.engine, paced=False),
             )
         finally:
             self.console.pause()
@@ -196,7 +214,7 @@ def session(
 ) -> Iterator[Session]:
     name = engine or space.settings.engine.name
     with (
-        stoppable(abrupt=name == "inline") as stop,
+        stoppable(seconds(space.settings.search.grace), abrupt=name == "inline") as stop,
         plugins.attribute("engine", name)(space.settings.engine, console.warn) as carry,
     ):
         yield Session(space, places, console, carry, stop)
@@ -223,7 +241,12 @@ def value_of(outcome: Outcome) -> Any:
     if outcome.kind == "refused":
         raise refusal(outcome)
     if outcome.kind == "lost":
-        raise DataError(f"a worker died: {outcome.reason}; is there enough memory?")
+        hint = (
+            "is there enough memory?"
+            if outcome.cause == "memory"
+            else "the same command tries again"
+        )
+        raise DataError(f"a worker was lost: {outcome.reason}; {hint}")
     raise Broken(outcome.reason, outcome.trace)
 
 

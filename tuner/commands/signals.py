@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first asks for an orderly stop, the second, or ten seconds after a SIGTERM, ends the work now."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP: the first asks for an orderly stop, the second ends the work now.
+
+After a SIGTERM or a SIGHUP, which nobody repeats, a time of grace does what a second signal would.
+"""
 
 import contextlib
 import signal
@@ -6,14 +9,14 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-GRACE = 8.0  # seconds that a SIGTERM leaves to the running epoch
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """`signal` is what arrived, if anything; `now` says that there is no more time."""
+    """`signal` is what arrived, if anything; `now` says that there is no more time. `grace`: seconds."""
 
-    def __init__(self, abrupt: bool = False) -> None:
-        self.abrupt = abrupt
+    def __init__(self, grace: float, abrupt: bool = False) -> None:
+        self.grace, self.abrupt = grace, abrupt
         self.signal: int | None = None
         self.count = 0
         self.since = 0.0
@@ -30,16 +33,32 @@ class Stop:
         return self.signal is not None
 
     @property
+    def patient(self) -> bool:
+        """A person who presses Ctrl-C waits as long as it takes."""
+        return self.signal == signal.SIGINT
+
+    @property
     def now(self) -> bool:
-        late = self.signal == signal.SIGTERM and time.monotonic() - self.since > GRACE
+        late = bool(self) and not self.patient and time.monotonic() - self.since > self.grace
         return self.count > 1 or late
+
+    @property
+    def way_out(self) -> str:
+        """What ends the work sooner, or when it ends."""
+        if self.patient:
+            return "press Ctrl-C again to stop now"
+        return f"it may take {self.grace:g} s (search.grace)"
 
 
 @contextlib.contextmanager
-def stoppable(*, abrupt: bool = False) -> Iterator[Stop]:
-    """Handlers that only set a flag, for the length of the block."""
-    stop = Stop(abrupt)
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+def stoppable(grace: float, *, abrupt: bool = False) -> Iterator[Stop]:
+    """Handlers that only set a flag, for the length of the block. A SIGHUP that `nohup` has ignored stays ignored."""
+    stop = Stop(grace, abrupt)
+    before = {
+        number: signal.signal(number, stop)
+        for number in HEARD
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield stop
     finally:

@@ -180,6 +180,11 @@ class Search(Section):
         True,
         description="retrain the best on train and validation before it is tested and exported; false: as its trial left it",
     )
+    grace: Annotated[str, AfterValidator(_duration)] = Field(
+        "8s",
+        description="what SIGTERM leaves to the running epoch: a little less than the time until "
+        "SIGKILL, which Kubernetes calls terminationGracePeriodSeconds",
+    )
     keep: int = Field(
         3,
         ge=0,
@@ -214,6 +219,15 @@ def _address(text: str) -> str:
     return text
 
 
+def _stall(text: str) -> str:
+    if text not in ("auto", "never"):
+        try:
+            seconds(text)
+        except ValueError as error:
+            raise ValueError(f"{error}; or auto, or never") from None
+    return text
+
+
 class Engine(Section):
     """Where trials are carried out."""
 
@@ -235,6 +249,11 @@ class Engine(Section):
         None, ge=0, le=1, description="ray: 1, or a fraction; null: 1 where the cluster has GPUs"
     )
     cpus_per_trial: int = Field(1, ge=1, le=1024, description="ray: cores of a trial")
+    stall: Annotated[str, AfterValidator(_stall)] = Field(
+        "auto",
+        description="a training that reports no epoch for so long is given up: 30m, 2h; never; "
+        "auto: 10 times the longest epoch of its own, and an hour at least, after its first epoch",
+    )
     ship: bool = Field(
         False, description="ray: send data and weights to nodes that do not have them"
     )

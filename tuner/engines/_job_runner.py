@@ -21,7 +21,12 @@ def carry_out(job: Job, report: Callable[[Any], bool], slot: int) -> Outcome:
             "refused", reason=type(error).__name__, problems=tuple(error.problems), code=error.code
         )
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return Outcome(
-            "failed", reason=f"{type(error).__name__}: {first}"[:300], trace=traceback.format_exc()
-        )
+        return failure(error)
+
+
+def failure(error: Exception) -> Outcome:
+    """How a job that raised ended; called where the exception is handled."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return Outcome(
+        "failed", reason=f"{type(error).__name__}: {first}"[:300], trace=traceback.format_exc()
+    )

@@ -1,6 +1,7 @@
 """What a process asks of the machine before torch is loaded: memory that stays, threads that wait as the load allows, an end."""
 
 import ctypes
+import math
 import os
 import signal
 import time
@@ -35,6 +36,50 @@ def end_with_parent() -> bool:
     except (OSError, AttributeError, TypeError):  # no Linux
         return False
     return bool(prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL)) == 0)
+
+
+def cores(root: Path = Path("/")) -> float:
+    """How many cores this process may use at a time: those that it may run on, or its quota where that is less."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    there = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return min(float(there), quota(root))
+
+
+def quota(root: Path = Path("/")) -> float:
+    """The CPU time that this process's control groups allow, in cores; infinite where nothing limits it.
+
+    A container with a quota of 4 cores sees all 64 of its machine. With 64 threads it uses its quota up in a moment, and
+    is stopped for the rest of each period. `root` holds /proc and /sys.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return math.inf
+    limits = [math.inf]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / controllers  # version 2 has no controllers in its line
+        folder = top / path.strip("/")  # of this group; in a container it may be seen as `top`
+        for group in (folder, *folder.parents):
+            limits.append(_limit(group))
+            if group == top:
+                break
+    return min(limits)
+
+
+def _limit(group: Path) -> float:
+    """A control group's quota in cores."""
+    try:
+        if (group / "cpu.max").is_file():
+            allowed, period = (group / "cpu.max").read_text().split()
+        else:
+            allowed = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        return float(allowed) / float(period) if float(allowed) > 0 else math.inf
+    except (OSError, ValueError):  # no such file, or `max`
+        return math.inf
 
 
 def quiet_threads() -> None:

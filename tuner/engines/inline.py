@@ -11,6 +11,11 @@ from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport
 
 @contextlib.contextmanager
 def run(engine: Engine = Engine(), warn: Callable[[str], None] = lambda _: None) -> Iterator[Carry]:
+    if engine.stall not in ("auto", "never"):
+        warn(
+            f"engine.stall: {engine.stall} has no effect with engine.name: inline, "
+            "which cannot end a training that hangs"
+        )
     yield carry
 
 

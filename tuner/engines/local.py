@@ -1,152 +1,216 @@
 """Jobs in worker processes of this machine. Workers persist, so that torch, data and caches stay loaded between jobs."""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from tuner.config.run import Engine
 from tuner.engines import _process_settings
-from tuner.engines._job_runner import carry_out
+from tuner.engines._job_runner import carry_out, failure
+from tuner.engines._watch import HEARTBEATS, POLL, SILENCE, Clock, Watch
 from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport, Outcome
 
-POLL = 0.2  # seconds between looks at `go_on`
-SILENCE = 120.0  # seconds without a sign of life after which a worker is given up
-BEATS = 20  # signs of life in that time
-YOUNG = 10  # times as long for a worker that has shown none yet: it may be reading torch from a slow disk
+STOP_TIMEOUT = 3.0  # seconds in which workers that are stopped can end by themselves
 
 
-@dataclass
+@dataclass(eq=False)
 class Worker:
     process: BaseProcess
     pipe: Connection
     slot: int
     job: Job | None = None
-    silent: float = 0.0  # seconds, as far as they were watched
-    young: bool = True
+    watch: Watch = field(default_factory=lambda: Watch("worker", SILENCE, None, starting=True))
+    begun: bool = False  # it has taken the job
+
+
+Message = tuple[Worker, str, Any]
+"""The worker; the kind (begun, alive, report, ended, unreadable, or closed: the worker is dead); the value."""
 
 
 @contextlib.contextmanager
-def run(  # noqa: C901
+def run(
     engine: Engine = Engine(),
     warn: Callable[[str], None] = lambda _: None,
     *,
     silence: float = SILENCE,
 ) -> Iterator[Carry]:
-    """Workers live as long as the `with` block, but for one that is `silent` for so many seconds (stopped, or stuck)."""
-    crew: list[Worker] = []
-
-    def carry(jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int) -> None:
-        look = time.monotonic()
-        while go_on():
-            hand_out(crew, jobs, workers, silence / BEATS)
-            busy = [w for w in crew if w.job]
-            if not busy:
-                return
-            heard = wait([w.pipe for w in busy], timeout=POLL)
-            # by looks: what passed while the coordinator itself was stopped or at work is nobody's silence
-            passed, look = min(time.monotonic() - look, 2 * POLL), time.monotonic()
-            for worker in busy:
-                if worker.pipe in heard:
-                    if not listen(worker, report, ended):
-                        crew.remove(worker)
-                elif overdue(worker, passed, silence):
-                    crew.remove(worker)
-                    give_up(worker, silence, ended)
-        for worker in [w for w in crew if w.job]:
-            crew.remove(worker)
-            job = worker.job
-            dismiss(worker)
-            if job:
-                ended(job, Outcome("lost", reason="interrupted", cause="interrupted"))
-
+    """Workers live as long as the `with` block. One without a sign of life for `silence` seconds is given up."""
+    pool = WorkerPool(silence)
     try:
-        yield carry
+        yield pool.run_jobs
     finally:
-        for worker in crew:
-            dismiss(worker)
+        stop_workers(pool.workers)
 
 
-def hand_out(workers: list[Worker], jobs: NextJob, room: int, beat: float) -> None:
-    """A job for each idle worker, and new workers as long as there are jobs and room."""
-    while True:
-        idle = next((w for w in workers if w.job is None), None)
-        if idle is None and len(workers) >= room:
+class WorkerPool:
+    """The workers of one engine.
+
+    A thread per worker reads its pipe, so that half a message of a stopped worker does not block the coordinator.
+    """
+
+    def __init__(self, silence: float) -> None:
+        self.silence = silence
+        self.workers: list[Worker] = []
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.undelivered: list[Job] = []  # assigned to workers that died before they read them
+
+    def run_jobs(
+        self, jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int
+    ) -> None:
+        """Carries out jobs until there are none, `workers` at a time."""
+        self.stop_surplus(workers)
+        clock = Clock()
+        try:
+            while go_on():
+                self.assign_jobs(jobs, workers)
+                if not self.busy():
+                    return
+                for message in self.receive():
+                    self.handle(*message, report, ended)
+                self.give_up_unresponsive(clock.passed(), ended)
+        finally:  # whether there are no jobs left, time is up, or the coordinator failed
+            unfinished = self.stop_busy()
+        for job in unfinished:
+            ended(job, Outcome("lost", reason="interrupted", cause="interrupted"))
+
+    def busy(self) -> list[Worker]:
+        return [w for w in self.workers if w.job is not None]
+
+    def stop_surplus(self, limit: int) -> None:
+        """Stops workers beyond `limit`, so that their memory is free for the others. All are idle."""
+        surplus = self.workers[limit:]
+        del self.workers[limit:]
+        stop_workers(surplus)
+
+    def assign_jobs(self, jobs: NextJob, limit: int) -> None:
+        """A job for each idle worker, and new workers up to `limit` as long as there are jobs."""
+        while True:
+            idle = next((w for w in self.workers if w.job is None), None)
+            if idle is None and len(self.workers) >= limit:
+                return
+            job = self.undelivered.pop() if self.undelivered else jobs()
+            if job is None:
+                return
+            worker = idle or self.start_worker(limit)
+            worker.job, worker.begun = job, False
+            worker.watch = Watch("worker", self.silence, job.stall, starting=worker.watch.starting)
+            with contextlib.suppress(OSError):  # a worker that just died is noticed by its reader
+                worker.pipe.send((job, limit))
+
+    def start_worker(self, limit: int) -> Worker:
+        taken = {w.slot for w in self.workers}
+        worker = start_worker(
+            next(i for i in range(limit) if i not in taken), self.silence / HEARTBEATS
+        )
+        self.workers.append(worker)
+        threading.Thread(target=read_messages, args=(worker, self.inbox), daemon=True).start()
+        return worker
+
+    def receive(self) -> Iterator[Message]:
+        """The messages that are there; waits a moment for the first one."""
+        with contextlib.suppress(queue.Empty):
+            yield self.inbox.get(timeout=POLL)
+        for _ in range(self.inbox.qsize()):  # no more: the loop must come to `go_on`
+            yield self.inbox.get_nowait()
+
+    def handle(self, worker: Worker, kind: str, value: Any, report: OnReport, ended: OnEnd) -> None:
+        if worker not in self.workers:  # stopped a moment ago
             return
-        job = jobs()
-        if job is None:
-            return
-        if idle is None:
-            taken = {w.slot for w in workers}
-            idle = hire(next(i for i in range(room) if i not in taken), beat)
-            workers.append(idle)
-        idle.job, idle.silent = job, 0.0
-        with contextlib.suppress(OSError):  # a worker that just died is noticed when listened to
-            idle.pipe.send((job, room))
+        if kind == "closed":
+            self.remove_dead(worker, ended)
+        elif kind == "begun":
+            worker.begun = True
+        elif worker.job is not None:
+            worker.watch.alive()
+            if kind == "report":
+                worker.watch.reported(value)
+                answer = report(worker.job, value)
+                with contextlib.suppress(OSError):  # as above
+                    worker.pipe.send(answer)
+            elif kind == "ended":
+                job, worker.job = worker.job, None
+                ended(job, value)
+            elif kind == "unreadable":
+                self.give_up(worker, value, ended)
+
+    def remove_dead(self, worker: Worker, ended: OnEnd) -> None:
+        """Ends the job of a dead worker. A job that the worker never read, because it died idle, is assigned again."""
+        worker.process.join(STOP_TIMEOUT)
+        outcome = death_outcome(worker.process.exitcode)
+        job, worker.job = worker.job, None
+        self.workers.remove(worker)
+        stop_workers([worker])
+        if job is not None and not worker.begun and not worker.watch.starting:
+            self.undelivered.append(job)
+        elif job is not None:
+            ended(job, outcome)
+
+    def give_up_unresponsive(self, passed: float, ended: OnEnd) -> None:
+        """Gives up workers that are silent or whose job hangs. `passed`: seconds since the last call."""
+        for worker in self.busy():
+            outcome = worker.watch.passed(passed)
+            if outcome is None:
+                continue
+            if outcome.cause == "silent":
+                worker.process.kill()  # reaches a stopped process too, which therefore cannot come back
+            self.give_up(worker, outcome, ended)
+
+    def give_up(self, worker: Worker, outcome: Outcome, ended: OnEnd) -> None:
+        job = worker.job
+        assert job is not None
+        self.workers.remove(worker)
+        stop_workers([worker])
+        ended(job, outcome)
+
+    def stop_busy(self) -> list[Job]:
+        """Stops busy workers at once. Returns the jobs that did not end."""
+        busy = self.busy()
+        unfinished = [*self.undelivered, *(w.job for w in busy if w.job is not None)]
+        self.workers, self.undelivered = [w for w in self.workers if w.job is None], []
+        stop_workers(busy)
+        return unfinished
 
 
-def hire(slot: int, beat: float) -> Worker:
+def start_worker(slot: int, heartbeat: float) -> Worker:
     _process_settings.quiet_threads()  # its environment is the worker's
     context = multiprocessing.get_context("spawn")  # a forked torch or SQLite breaks
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=work, args=(theirs, slot, beat), name=f"tuner-worker-{slot}", daemon=True
+        target=run_worker, args=(theirs, slot, heartbeat), name=f"tuner-worker-{slot}", daemon=True
     )
     process.start()
     theirs.close()
     return Worker(process, ours, slot)
 
 
-def listen(worker: Worker, report: OnReport, ended: OnEnd) -> bool:
-    """Takes one message. False: the worker is dead."""
-    job = worker.job
-    assert job is not None
-    worker.silent, worker.young = 0.0, False
+def read_messages(worker: Worker, inbox: "queue.SimpleQueue[Message]") -> None:
+    """What the thread of a worker does: it moves messages from the pipe to the inbox until the worker is dead.
+
+    The process is waited for too: where it leaves children, its pipe stays open after its death.
+    """
     try:
-        kind, value = worker.pipe.recv()
+        while worker.pipe in wait([worker.pipe, worker.process.sentinel]):
+            inbox.put((worker, *worker.pipe.recv()))
+        inbox.put((worker, "closed", None))
     except (EOFError, OSError):
-        worker.job = None
-        dismiss(worker)
-        ended(job, death(worker.process.exitcode))
-        return False
-    if kind == "alive":
-        return True
-    if kind == "report":
-        answer = report(job, value)
-        with contextlib.suppress(OSError):  # a worker that just died is noticed when listened to
-            worker.pipe.send(answer)
-        return True
-    worker.job = None
-    ended(job, value)
-    return True
+        inbox.put((worker, "closed", None))
+    except Exception as error:  # a value of the user's own class that cannot be unpickled here
+        inbox.put((worker, "unreadable", failure(error)))
 
 
-def overdue(worker: Worker, passed: float, silence: float) -> bool:
-    """Counts the seconds of a worker that said nothing; whether they are too many."""
-    worker.silent += passed
-    return worker.silent > silence * (YOUNG if worker.young else 1)
-
-
-def give_up(worker: Worker, silence: float, ended: OnEnd) -> None:
-    """Ends a silent worker. SIGKILL reaches a stopped process too, and its pipe is closed: it cannot come back to report."""
-    job = worker.job
-    assert job is not None
-    worker.process.kill()
-    dismiss(worker)
-    reason = f"worker silent for {silence * (YOUNG if worker.young else 1):g} s"
-    ended(job, Outcome("lost", reason=reason, cause="silent"))
-
-
-def death(code: int | None) -> Outcome:
-    """How the job of a worker that ended by itself did; `code` is the exit code, negative for a signal."""
+def death_outcome(code: int | None) -> Outcome:
+    """The outcome of a job whose worker died by itself. `code`: its exit code, negative for a signal."""
     if code == -signal.SIGKILL:  # the kernel's way where memory runs out
         reason = "worker ended by SIGKILL (out of memory?)"
         return Outcome("lost", reason=reason, cause="memory")
@@ -155,78 +219,88 @@ def death(code: int | None) -> Outcome:
     return Outcome("lost", reason=f"worker ended with exit code {code}", cause="died")
 
 
-def dismiss(worker: Worker) -> None:
-    """Ends a worker: an idle one by closing its pipe, a busy one by SIGTERM, so that it can remove a half-finished
-    download, and either by SIGKILL when it does not listen."""
-    worker.pipe.close()
-    if worker.job is not None and worker.process.is_alive():
-        worker.process.terminate()
-    worker.process.join(3)
-    if worker.process.is_alive():
+def stop_workers(workers: list[Worker]) -> None:
+    """Stops workers, all at the same time, and waits until they are dead.
+
+    An idle worker gets None instead of a job. A busy one gets SIGTERM, so that it can remove a half-finished download.
+    Those that do not end within STOP_TIMEOUT get SIGKILL.
+    """
+    for worker in workers:
+        if worker.job is not None:
+            worker.process.terminate()
+        else:
+            with contextlib.suppress(OSError):  # it is dead
+                worker.pipe.send(None)
+    deadline = time.monotonic() + STOP_TIMEOUT
+    for worker in workers:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+    for worker in workers:
         worker.process.kill()
+    for worker in workers:
         worker.process.join()
 
 
 # -- the worker's side
 
 
-def work(pipe: Connection, slot: int, beat: float) -> None:
-    """The life of a worker process: jobs from the pipe until it closes."""
+def run_worker(pipe: Connection, slot: int, heartbeat: float) -> None:
+    """The life of a worker process: it takes jobs from the pipe until it gets None or the pipe closes."""
     _process_settings.end_with_parent()
     _process_settings.keep_memory()
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the coordinator decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to all processes
+        signal.signal(number, signal.SIG_IGN)  # the coordinator decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    voice = Voice(pipe)
-    threading.Thread(target=voice.beat, args=(beat,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    channel = WorkerChannel(pipe)
+    threading.Thread(target=channel.send_heartbeats, args=(heartbeat,), daemon=True).start()
 
     def report(value: Any) -> bool:
-        voice.say("report", value)
+        channel.send("report", value)
         return bool(pipe.recv())
 
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
-        while True:
-            job, sharing = pipe.recv()
-            limit_threads(sharing)
-            voice.busy.set()
+        while (message := pipe.recv()) is not None:
+            job, sharing = message
+            channel.send("begun")
+            # heartbeats begin when torch is loaded: until then no other thread of this process may run for minutes
+            with contextlib.suppress(Exception):  # carry_out reports what is wrong with the module
+                importlib.import_module(job.work.partition(":")[0])
+            limit_threads(_process_settings.cores() / sharing)
+            channel.busy.set()
             outcome = carry_out(job, report, slot)
-            voice.busy.clear()
-            voice.say("ended", outcome)
+            channel.busy.clear()
+            channel.send("ended", outcome)
 
 
-class Voice:
-    """What a worker says, one at a time: its work's reports, and every few seconds that it lives."""
+class WorkerChannel:
+    """A worker's end of the pipe. Two threads send: the job its reports, the other one heartbeats."""
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe, self.lock, self.busy = pipe, threading.Lock(), threading.Event()
 
-    def say(self, kind: str, value: Any = None) -> None:
+    def send(self, kind: str, value: Any = None) -> None:
         with self.lock:
             self.pipe.send((kind, value))
 
-    def beat(self, every: float) -> None:
-        """While there is a job, for only then is anyone listening; an operator that computes for minutes lets this thread run."""
-        with contextlib.suppress(OSError):  # the coordinator has dismissed this worker
+    def send_heartbeats(self, every: float) -> None:
+        """Sends a sign of life every few seconds while there is a job; an operator that computes for minutes does not block this thread."""
+        with contextlib.suppress(OSError):  # the coordinator has stopped this worker
             while self.busy.wait():
-                self.say("alive")
+                self.send("alive")
                 time.sleep(every)
 
 
-def _die_with(parent: BaseProcess) -> None:
+def _exit_with_parent(parent: BaseProcess) -> None:
     """A coordinator that was killed leaves no worker behind."""
     wait([parent.sentinel])
     os._exit(1)
 
 
-def limit_threads(sharing: int) -> None:
-    """A fair share of the cores for one of `sharing` workers."""
-    import torch  # here: the coordinator imports this module too, and stays without torch
-
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    torch.set_num_threads(max(1, cores // sharing))
+def limit_threads(share: float) -> None:
+    """Gives torch `share` cores, rounded down. Where torch is not loaded yet, the environment says it."""
+    threads = max(1, int(share))
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)

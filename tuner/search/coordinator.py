@@ -15,7 +15,7 @@ from tuner.config.space import Space
 from tuner.errors import TunerError
 from tuner.files.checkpoint_files import Keeping
 from tuner.files.crash_points import crash
-from tuner.jobs import Job, Outcome, refusal
+from tuner.jobs import Job, Outcome, refusal, stall_of
 from tuner.messages import Assignment, Epoch, Result
 from tuner.search import history
 from tuner.search.failures import Failures
@@ -130,6 +130,7 @@ class Coordinator:
                     "tuner.training.worker_jobs:carry",
                     assignment,
                     (kept,) if kept else (),
+                    stall=stall_of(self.space.settings.engine, paced=True),
                 )
         return None
 

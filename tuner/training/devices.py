@@ -67,12 +67,15 @@ def gpus(engine: Engine) -> tuple[int, ...]:
 
 
 def _share_memory(engine: Engine, device: torch.device, count: int) -> None:
-    """Keeps a worker that shares its GPU within its part: out of memory is then its own doing, and not its neighbour's."""
+    """Keeps a worker that shares its GPU within its part: out of memory is then its own doing, and not its neighbour's.
+
+    One that is alone gets the whole, also where it shared it before.
+    """
     workers = (
         engine.workers if isinstance(engine.workers, int) and engine.name == "local" else 1
     )  # elsewhere not all of them are here
     sharing = max(engine.per_gpu, math.ceil(workers / count))
-    if sharing > 1:
+    if sharing > 1 or engine.name == "local":  # Ray's slots know their part themselves
         torch.cuda.set_per_process_memory_fraction(1 / sharing, device)
 
 

@@ -1,0 +1,81 @@
+"""Signals reach a session while a worker trains: it answers at once, and ends the work when there is no more time."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tuner.commands.console import Console
+from tuner.commands.session import Places, session
+from tuner.commands.signals import Stop, stoppable
+from tuner.config import parsing
+from tuner.errors import Interrupted
+
+LONG = 20.0  # seconds of an epoch that nobody waits for
+
+
+class Listener(Console):
+    """Sends this process a second signal when the first one is answered."""
+
+    def __init__(self, second: signal.Signals | None) -> None:
+        super().__init__("normal")
+        self.second, self.notes = second, list[str]()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        if self.second is not None:
+            os.kill(os.getpid(), self.second)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code", "note"),
+    [
+        (signal.SIGINT, signal.SIGINT, 130, "press Ctrl-C again to stop now"),
+        (signal.SIGTERM, None, 143, "it may take 0.3 s (search.grace)"),
+        (signal.SIGHUP, None, 129, "it may take 0.3 s (search.grace)"),
+    ],
+)
+def test_a_signal_is_answered_during_the_epoch_and_ends_it_in_time(
+    first: signal.Signals, second: signal.Signals | None, code: int, note: str, small: Path
+) -> None:
+    space = parsing.load(small, ["search.grace=0.3s"])
+    console = Listener(second)
+    begun: list[float] = []
+
+    def report(pid: int) -> None:
+        begun.append(time.monotonic())
+        os.kill(os.getpid(), first)
+
+    with (
+        pytest.raises(Interrupted) as error,
+        session(space, Places(small.parent, small.parent), console, engine="local") as s,
+    ):
+        s.call("tests.helpers.jobs:wait", LONG, report, finish=True)
+    assert time.monotonic() - begun[0] < LONG / 2
+    assert console.notes == [f"stopping after the running epoch; {note}"]
+    assert error.value.code == code
+
+
+def test_without_a_second_signal_ctrl_c_waits_as_long_as_it_takes() -> None:
+    for number, waits in ((signal.SIGINT, True), (signal.SIGTERM, False)):
+        stop = Stop(grace=10.0)
+        assert not stop and not stop.now
+        stop(number, None)
+        assert stop and not stop.now
+        stop.since -= 11
+        assert stop.now is not waits
+        stop(signal.SIGINT, None)
+        assert stop.now and stop.signal == number
+
+
+def test_a_hang_up_that_nohup_has_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable(1.0) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
