@@ -164,6 +164,9 @@ def predict(
     out: Annotated[Path, typer.Option(help="the folder for pictures of boxes and masks")] = Path(
         "predictions"
     ),
+    trust: Annotated[
+        bool, typer.Option("--trust", help="import and run the code that the export names")
+    ] = False,
     studies: Studies = Path("studies"),
     json_: Json = False,
     debug: Debug = False,
@@ -174,7 +177,7 @@ def predict(
 
     published = predicting.find(studies, study)
     bad = 0
-    for number, found in enumerate(predicting.predict(published, examples, format_)):
+    for number, found in enumerate(predicting.predict(published, examples, format_, trust=trust)):
         if isinstance(found, str):
             bad += 1
             print(f"tuner: error: {found}", file=sys.stderr)
@@ -209,12 +212,12 @@ def dashboard(
     """Serve optuna-dashboard for a study on 127.0.0.1, read-only."""
     import optuna
 
-    from tuner.config import parsing
     from tuner.dashboard import server as serving
+    from tuner.search import storage
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = serving.find(studies, study)
-    url = parsing.load(folder / "space.yaml").settings.storage
+    url = storage.stated(folder)
     mode = "can be changed in the browser" if write else "read-only"
     serving.serve(
         folder,
@@ -322,13 +325,17 @@ def start_dashboard(
     from tuner.commands.session import study_name
     from tuner.dashboard import background
     from tuner.dashboard import server as serving
+    from tuner.dashboard.guard import new_token
 
     found = serving.free_port(port)
     if port not in (0, found):
         console.warn(f"port {port} on 127.0.0.1 is taken; the dashboard is on {found}")
-    console.event("dashboard", url=f"http://127.0.0.1:{found}/dashboard")
-    console.say(f"browse http://127.0.0.1:{found}/dashboard while the search runs")
-    return background.start(study_name(space), places.studies, found, space.settings.storage or "")
+    token = new_token()
+    page = serving.address(found, "", token)
+    console.event("dashboard", url=page)
+    console.say(f"browse {page} while the search runs")
+    url = space.settings.storage or ""
+    return background.start(study_name(space), places.studies, found, url, token)
 
 
 def main() -> NoReturn:

@@ -23,6 +23,13 @@ class Published:
     def run(self) -> Run:
         return run_of(self.manifest["run"])
 
+    def code(self, format_: str) -> dict[str, str]:
+        """What a prediction by that format would import and run, by its key in the manifest: names such as
+        `package.module:attribute`."""
+        run = self.manifest["run"]
+        names = {f"run.{part}.name": str(run[part]["name"]) for part in ("task", "model")}
+        return {key: name for key, name in {**names, "exports": format_}.items() if ":" in name}
+
 
 def run_of(tree: Mapping[str, Any]) -> Run:
     """A run from `Run.tree()`, as JSON keeps it."""

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,18 @@ def test_all_takes_the_study_out_of_a_database_elsewhere(tuner: Tuner, small: Pa
         optuna.get_all_study_names(url) == ["other"]
         and not (small.parent / "studies/small").exists()
     )
+
+
+def test_a_study_whose_own_modules_do_not_import_here_is_cleaned(tuner: Tuner, study: Path) -> None:
+    written = (study / "space.yaml").read_text()
+    (study / "space.yaml").write_text(re.sub("resnet18_slim", "not_here:build", written))
+    assert (said := tuner("clean", "small")).code == 0 and "removed checkpoints" in said.out
+    (study / "space.yaml").write_text(f"{written}\nstorage: [1]\n")
+    said = tuner("clean", "small", "--all", "--yes")
+    assert said.code == 2 and re.search(r"space\.yaml:\d+: storage: ", said.err)
+    (study / "space.yaml").write_text(re.sub("resnet18_slim", "not_here:build", written))
+    assert tuner("clean", "small", "--all", "--yes").code == 0
+    assert not study.exists()
 
 
 def test_a_study_that_is_being_run_is_left_alone(tuner: Tuner, study: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import Said
+from tests.helpers import damaged_files
 from tuner.config.run import Engine
 from tuner.files import checkpoint_files
 from tuner.manifest import run_of
@@ -239,6 +240,10 @@ def test_a_model_of_the_users_own_is_searched(
         "data.size=16",
     )
     assert said.code == 0, said.err
+    assert "  PYTHONPATH=. tuner predict small IMAGE… --trust " in said.out
+    damaged_files.picture(0).save(small.parent / "a.png")
+    assert tuner("predict", "small", "a.png").code == 2
+    assert tuner("predict", "small", "a.png", "--trust").out.startswith("a.png  ")
     assert "width" in (small.parent / "studies/small/best.yaml").read_text()
     assert (
         tuner(

@@ -1,5 +1,8 @@
 """The dashboard called in this process: what it answers, whom it refuses, and that it can never write."""
 
+import ast
+import json
+import re
 import shutil
 import socket
 import sqlite3
@@ -12,9 +15,11 @@ from typing import Any
 import optuna
 import pytest
 
-from tests.helpers.dashboard_requests import browse
+import tuner
+from tests.helpers.dashboard_requests import Answer
+from tests.helpers.dashboard_requests import browse as request
 from tuner import deferred_figures
-from tuner.dashboard import server
+from tuner.dashboard import background, dashboard_internals, server
 from tuner.errors import DataError, StorageError
 from tuner.search import storage
 
@@ -52,9 +57,25 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "studies" / "digits"))
 
 
+TOKEN = "a-token-of-the-tests"
+COOKIE = f"other=1; tuner_8080={TOKEN}"
+
+
+def guarded_app(folder: Path, *, write: bool = False, study: int = 1) -> server.App:
+    """What the command serves."""
+    database = storage.connect(None, folder) if write else server.reader(None, folder)
+    guard = server.guard_of(database, study, TOKEN, write=write)
+    inner = server.app(database, folder / "artifacts", study, write=write)
+    return server.guarded(inner, guard)
+
+
+def browse(app: server.App, path: str, method: str = "GET", **headers: Any) -> Answer:
+    return request(app, path, method, **{"COOKIE": COOKIE, **headers})
+
+
 @pytest.fixture(scope="module")
 def app(made: Path) -> server.App:
-    return server.app(server.reader(None, made), made / "artifacts")
+    return guarded_app(made)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +119,7 @@ def test_a_picture_is_drawn_when_it_is_asked_for(folder: Path) -> None:
     artifact.write_bytes(
         deferred_figures.later("curve", losses=[1.0], scores=[{"accuracy": 0.5}], metric="accuracy")
     )
-    served = server.app(server.reader(None, folder), folder / "artifacts")
-
-    answer = browse(served, f"/artifacts/1/1/{artifact.name}")
+    answer = browse(guarded_app(folder), f"/artifacts/1/1/{artifact.name}")
 
     assert (answer.status, answer.headers["Content-Type"]) == (200, "image/png")
     assert answer.body.startswith(b"\x89PNG")
@@ -132,16 +151,192 @@ def test_a_foreign_host_is_refused(app: server.App, host: str | None) -> None:
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:9999", "127.0.0.1"])
 def test_this_machine_is_served(app: server.App, host: str) -> None:
-    assert browse(app, "/api/studies", host=host).status == 200
+    port = host.partition(":")[2] or "80"
+    answer = browse(app, "/api/studies", host=host, COOKIE=f"tuner_{port}={TOKEN}")
+    assert answer.status == 200
 
 
 def test_with_write_the_study_can_be_deleted_but_not_from_another_page(folder: Path) -> None:
-    app = server.app(storage.connect(None, folder), folder / "artifacts", write=True)
+    app = guarded_app(folder, write=True)
 
-    assert browse(app, "/api/studies/1", "DELETE", ORIGIN="https://evil.example").status == 403
+    for origin in ("https://evil.example", "http://127.0.0.1:3000", "http://127.0.0.1", "null"):
+        assert browse(app, "/api/studies/1", "DELETE", ORIGIN=origin).status == 403
     assert b"digits" in browse(app, "/api/studies").body
     assert browse(app, "/api/studies/1", "DELETE", ORIGIN="http://127.0.0.1:8080").status == 204
     assert b"digits" not in browse(app, "/api/studies").body
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize(
+    "cookie", ["", "tuner_8080=", "tuner_8080=wrong", f"tuner_80={TOKEN}", f"x=tuner_8080={TOKEN}"]
+)
+def test_without_the_token_nothing_is_read_or_written(
+    cookie: str, write: bool, folder: Path
+) -> None:
+    app = guarded_app(folder, write=write)
+
+    for path in ("/dashboard", "/api/studies/1?after=0", "/csv/1", "/api/meta?token=wrong"):
+        answer = browse(app, path, COOKIE=cookie)
+        assert answer.status == 403 and b"?token=" in answer.body
+        assert TOKEN.encode() not in answer.body and "Set-Cookie" not in answer.headers
+    assert browse(app, "/api/studies/1", "DELETE", COOKIE=cookie).status in (403, 405)
+    assert b"digits" in browse(app, "/api/studies").body
+
+
+def test_the_token_in_the_address_becomes_a_cookie(app: server.App) -> None:
+    answer = browse(
+        app, f"/dashboard/studies/1?a=%26&token={TOKEN}", host="localhost:9999", COOKIE=""
+    )
+
+    assert (answer.status, answer.headers["Location"]) == (303, "/dashboard/studies/1?a=%26")
+    cookie, *kept = answer.headers["Set-Cookie"].split("; ")
+    assert set(kept) == {"Path=/", "HttpOnly", "SameSite=Strict"}
+    assert browse(app, "/api/meta", host="localhost:9999", COOKIE=cookie).status == 200
+    elsewhere = browse(app, f"//evil.example/?token={TOKEN}", COOKIE="")
+    assert elsewhere.headers["Location"] == "/evil.example/"
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_only_the_one_study_of_a_shared_database_is_served(write: bool, folder: Path) -> None:
+    database = storage.connect(None, folder)
+    other = optuna.create_study(storage=database, study_name="others", direction="maximize")
+    other.tell(other.ask(), 0.5)  # trial id 4
+    app = guarded_app(folder, write=write)
+
+    listed = json.loads(browse(app, "/api/studies").body)["study_summaries"]
+    assert [study["study_name"] for study in listed] == ["digits"]
+    for path in ("/api/studies/2", "/api/studies/2?after=0", "/csv/2", "/artifacts/2/4/ab-cd"):
+        assert browse(app, path).status == 404
+    for method, path in (
+        ("DELETE", "/api/studies/2"),
+        ("PUT", "/api/studies/2/note"),
+        ("PUT", "/api/studies/1/4/note"),
+        ("POST", "/api/trials/4/tell"),
+        ("POST", "/api/trials/4/user-attrs"),
+        ("DELETE", "/api/artifacts/1/4/ab-cd"),
+        ("POST", "/api/studies/1/rename"),
+        ("POST", "/api/studies"),
+        ("POST", "/incompatible-rdb-schema"),
+        ("POST", "/api/studies/２/note"),
+        ("DELETE", "/api/studies/-2"),
+    ):
+        assert browse(app, path, method).status == (404 if write else 405), path
+    assert browse(app, "/api/studies/1?after=0").status == 200
+
+
+def test_a_client_that_names_no_encoding_gets_the_files_of_the_page(app: server.App) -> None:
+    for path in ("/static/bundle.js", "/favicon.ico"):
+        answer = browse(app, path, ACCEPT_ENCODING=None)
+        assert answer.status == 200 and answer.body
+
+
+# -- another version of optuna-dashboard
+
+
+def gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("optuna_dashboard._serializer.serialize_study_detail")
+
+
+def module_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna_dashboard._inmemory_cache", None)
+
+
+def other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optuna_dashboard._serializer.serialize_study_detail", lambda study: {})
+
+
+def other_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna_dashboard import _serializer
+
+    real = _serializer.serialize_frozen_trial
+    monkeypatch.setattr(
+        _serializer, "serialize_frozen_trial", lambda *words: real(*words) | {"note": "other"}
+    )
+
+
+@pytest.fixture
+def ours(folder: Path) -> Path:
+    """A study that tuner has marked as its own, which is what it answers for itself."""
+    storage.connect(None, folder).set_study_user_attr(1, storage.SPACE, "{}")
+    return folder
+
+
+def answers_of(app: server.App) -> list[Any]:
+    found = [json.loads(request(app, f"/api/studies/1?after={n}").body) for n in (0, 2)]
+    for part in found:
+        for trial in part["trials"]:
+            trial["user_attrs"].sort(key=json.dumps)
+    return [*found, len(request(app, "/static/bundle.js").body)]
+
+
+@pytest.mark.parametrize("change", [gone, module_gone, other_arguments, other_answer])
+def test_where_the_dashboard_differs_inside_its_own_page_is_served(
+    change: Callable[[pytest.MonkeyPatch], None], ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import optuna_dashboard
+
+    place, warnings = ours / "artifacts", list[str]()
+    store = optuna.artifacts.FileSystemArtifactStore(place)
+    optunas = optuna_dashboard.wsgi(
+        optuna.storages.get_storage(f"sqlite:///{ours}/study.db"), store
+    )
+    change(monkeypatch)
+
+    app = server.app(server.reader(None, ours), place, 1, warn=warnings.append)
+
+    assert answers_of(app) == answers_of(optunas)
+    assert len(warnings) == 1 and "optuna-dashboard 0." in warnings[0] and "slower" in warnings[0]
+
+
+def test_an_answer_that_fails_while_serving_is_optunas_own_from_then_on(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, warnings = ours / "artifacts", list[str]()
+    app = server.app(server.reader(None, ours), place, 1, warn=warnings.append)
+    before = answers_of(app)
+    assert warnings == []
+
+    other_arguments(monkeypatch)
+    assert answers_of(app)[:2] == before[:2]
+    assert len(warnings) == 1 and warnings[0].startswith("TypeError: ")
+
+
+def test_warming_cannot_end_the_command() -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("whatever it is")
+
+    server.warm(fails, 1)
+
+
+def test_the_installed_pages_script_has_the_timeline_where_it_is_looked_for() -> None:
+    import optuna_dashboard
+
+    path = Path(optuna_dashboard.__file__).parent / "public" / "bundle.js"
+    plain, changed = path.read_bytes(), dashboard_internals.script(77)
+    (place,) = re.finditer(rb"(\w+)=\1\.slice\(-77\);", changed)
+    assert changed == plain[: place.start()] + place[0] + plain[place.start() :]
+    assert dashboard_internals.trouble() == ""
+
+
+def test_inner_names_of_the_dashboard_are_used_in_one_module() -> None:
+    """Imports of its submodules, and the keys and files of its own."""
+    inner = re.compile(r"optuna_dashboard\.(_|\w+\.)|dashboard:|.*optuna_dashboard/public")
+    for path in Path(tuner.__file__).parent.rglob("*.py"):
+        source = path.read_text()
+        if path.name == "dashboard_internals.py" or "dashboard" not in source:
+            continue
+        for node in ast.walk(ast.parse(source)):
+            names: list[object] = []
+            if isinstance(node, ast.Import):
+                names = [f"{alias.name}." for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                names = [ast.unparse(node)]
+            elif isinstance(node, ast.Constant):
+                names = [node.value]
+            for name in names:
+                assert not inner.match(str(name)), f"{path.name} uses {name}"
 
 
 def test_the_reader_cannot_write_even_past_the_guard(folder: Path) -> None:
@@ -152,7 +347,7 @@ def test_the_reader_cannot_write_even_past_the_guard(folder: Path) -> None:
 
 
 def test_the_reader_sees_what_a_running_search_commits(folder: Path) -> None:
-    app = server.app(server.reader(None, folder), folder / "artifacts")
+    app = guarded_app(folder)
     before = browse(app, "/csv/1").body.count(b"\n")
     study = optuna.load_study(storage=storage.connect(None, folder), study_name="digits")
 
@@ -212,14 +407,19 @@ def test_a_study_missing_from_its_storage_is_said(folder: Path) -> None:
         server.serve(other, None, 0, write=False, announce=print)
 
 
-def test_the_process_beside_a_search_ends_when_the_search_does(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tuner.dashboard.background", "digits", str(tmp_path), "0"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as waiting:
+def test_the_process_beside_a_search_ends_when_the_search_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "optuna.py").write_text("open('ran', 'w')")  # as the search's folder may have
+    monkeypatch.chdir(tmp_path)
+    with background.start("digits", tmp_path, 0, "", TOKEN) as process:
+        assert TOKEN not in " ".join(map(str, process.args))  # which every user of the machine sees
         with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(0.5)
-        assert waiting.stdin is not None
-        waiting.stdin.close()  # as the kernel does when the search is killed
-        assert waiting.wait(30) == 0
+            process.wait(0.5)
+        assert process.stdin is not None
+        process.stdin.close()  # as the kernel does when the search is killed
+        assert process.wait(30) == 0
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_command_serves_until_interrupted(
@@ -229,12 +429,14 @@ def test_the_command_serves_until_interrupted(
         raise KeyboardInterrupt
 
     (folder / "space.yaml").write_text(
-        "task: classification\ndata: {name: digits}\nmodel: {name: resnet18_slim}\n"
-    )
+        "task: classification\ndata: {name: 'not_here:load'}\nmodel: {name: 'not_here:build'}\n"
+    )  # of modules that do not import on this machine
     monkeypatch.setattr(server._Server, "serve_forever", interrupted)
 
     said = tuner("dashboard", "digits", "--studies", folder.parent, "--port", 0)
 
     assert said.code == 0
     assert said.out.startswith("study digits: http://127.0.0.1:")
-    assert said.out.endswith("/dashboard/studies/1  (read-only; Ctrl-C ends it)\n")
+    assert re.search(
+        r"/dashboard/studies/1\?token=[\w-]{32}  \(read-only; Ctrl-C ends it\)\n$", said.out
+    )

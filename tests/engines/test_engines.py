@@ -147,6 +147,11 @@ def test_a_dead_worker_ends_its_job_as_lost_and_the_next_job_gets_a_new_one(
     ]
 
 
+def test_what_a_job_starts_is_as_if_typed_by_hand(local: Carry) -> None:
+    ((_, outcome),), _ = carry_all(local, [Job(0, "tests.helpers.jobs:python_started", None)])
+    assert outcome.value == (None, sys.path[0])
+
+
 def test_several_workers_carry_jobs_at_once_and_share_the_cores(local: Carry) -> None:
     ended, _ = carry_all(
         local, [Job(i, "tests.helpers.jobs:pid", None) for i in range(6)], workers=2

@@ -467,6 +467,18 @@ def test_a_job_for_everywhere_runs_once_on_every_node_and_ends_once(
         )  # the node that came was checked before its first job
 
 
+def test_a_slot_does_not_import_from_the_current_folder(
+    whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "ran"
+    for name in ("torch", "numpy", "pydantic", "yaml", "tuner"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    with joined(whole) as carry:
+        ended = carry_all(carry, [Job(0, "tests.helpers.jobs:threads", None)], workers=1)
+    assert ended[0].kind == "done" and not mark.exists()
+
+
 def test_nodes_that_disagree_are_both_named(whole: Any) -> None:
     with joined(whole) as carry:
         ended = carry_all(

@@ -19,12 +19,15 @@ def browse(
     path: str,
     method: str = "GET",
     host: str | None = "127.0.0.1:8080",
-    **headers: str,
+    **headers: str | None,
 ) -> Answer:
     environ: dict[str, Any] = {
         "REQUEST_METHOD": method,
-        "HTTP_ACCEPT_ENCODING": "gzip",
-        **{f"HTTP_{k}": v for k, v in headers.items()},
+        **{
+            f"HTTP_{k}": v
+            for k, v in {"ACCEPT_ENCODING": "gzip", **headers}.items()
+            if v is not None
+        },
     }
     environ["PATH_INFO"], _, environ["QUERY_STRING"] = path.partition("?")
     setup_testing_defaults(environ)

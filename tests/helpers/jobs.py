@@ -54,6 +54,11 @@ def hang(argument: str, report: Callable[[Any], bool], slot: int) -> None:
         os.unlink(path)
 
 
+def python_started(argument: Any, report: Callable[[Any], bool], slot: int) -> tuple[Any, Any]:
+    """What the programs inherit that a job starts, and where this process imports from first."""
+    return os.environ.get("PYTHONSAFEPATH"), sys.path[0]
+
+
 def threads(argument: Any, report: Callable[[Any], bool], slot: int) -> int:
     import torch
 

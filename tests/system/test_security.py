@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tuner.config.run import ImageOptions
 from tuner.core import weights
 from tuner.core.input_spec import Preprocess
 from tuner.data import cifar10, coco, voc, yolo
+from tuner.engines import local
 from tuner.errors import DataError, SpaceError
 from tuner.models import _hub
 
@@ -102,6 +104,33 @@ def test_no_loader_that_runs_code_is_called() -> None:
         "Image.open",
         "tar.extractall",
     } <= seen  # else the test looks for what is not there
+
+
+def test_python_is_never_started_with_the_current_folder_on_its_path() -> None:
+    started = 0
+    for path in Path(package.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            words = [ast.unparse(word) for word in node.elts] if isinstance(node, ast.List) else []
+            if "sys.executable" in words:
+                started += 1
+                assert words[:2] == ["sys.executable", "'-P'"], path.name
+    assert started == 2
+
+
+def test_a_worker_does_not_import_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("multiprocessing", "pickle"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+
+    worker = local.start_worker(0, 1.0)
+    worker.pipe.close()
+    worker.process.join(60)
+
+    assert worker.process.exitcode == 0 and not (tmp_path / "ran").exists()
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 # -- weights and models
@@ -200,17 +229,19 @@ def test_a_studys_name_cannot_leave_the_studies_folder(
     assert [path.name for path in small.parent.iterdir()] == ["small.yaml"]
 
 
+EXPORTED = (
+    "recipe.lr=0.01",
+    "recipe.optimizer=sgd",
+    "recipe.momentum=0.9",
+    "recipe.freeze_depth=5",
+    "recipe.epochs=1",
+    "--quiet",
+)
+
+
 @pytest.fixture
 def export(tuner: Tuner, small: Path) -> Path:
-    words = (
-        "recipe.lr=0.01",
-        "recipe.optimizer=sgd",
-        "recipe.momentum=0.9",
-        "recipe.freeze_depth=5",
-        "recipe.epochs=1",
-        "--quiet",
-    )
-    assert tuner("train", small, *words, "--out", small.parent / "export").code == 0
+    assert tuner("train", small, *EXPORTED, "--out", small.parent / "export").code == 0
     return small.parent / "export"
 
 
@@ -231,6 +262,38 @@ def test_a_manifest_that_points_elsewhere_is_refused(export: Path) -> None:
     changed(export, files=whole["files"], exports={"safetensors": {"file": "other.safetensors"}})
     with pytest.raises(DataError, match=r"names 'other\.safetensors'"):
         manifest.read(export)
+
+
+def test_an_export_that_names_code_runs_it_only_when_trusted(
+    export: Path, tuner: Tuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = json.loads((export / "manifest.json").read_text())
+    damaged_files.picture(0).save(export / "a.png")
+    (export / "loader.py").write_text(
+        "open('ran', 'w')\ndef build(*_, **__): raise OSError('mine')"
+    )
+    monkeypatch.chdir(export)
+    run = whole["run"]
+    forged: list[dict[str, Any]] = [
+        {"run": {**run, part: {**run[part], "name": "loader:build"}}} for part in ("task", "model")
+    ]
+    forged.append({"exports": {"loader:build": whole["exports"]["safetensors"]}})
+    for change in forged:
+        changed(export, **{**whole, **change})
+        said = tuner("predict", ".", "a.png")
+        assert said.code == 2 and "'loader:build' is code" in said.err and "--trust" in said.err
+        said = tuner("predict", ".", "a.png", "--trust")
+        assert said.code == 2 and "set PYTHONPATH" in said.err  # nor is it looked for here
+        assert not (export / "ran").exists() and str(export) not in sys.path
+    changed(export, **{**whole, **forged[1]})  # whose digest is still that of the honest run
+    monkeypatch.chdir(export.parent)
+    assert tuner("train", "small.yaml", *EXPORTED, "--out", export).code == 0
+    assert not list(export.parent.rglob("ran"))
+    changed(export, **forged[1])
+    (export / "loader.py").write_text("def build(*_, **__): raise OSError('mine')")
+    monkeypatch.syspath_prepend(str(export))
+    said = tuner("predict", export, export / "a.png", "--trust")
+    assert said.code == 2 and "mine" in said.err
 
 
 @pytest.mark.slow

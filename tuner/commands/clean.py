@@ -10,7 +10,6 @@ import optuna
 import typer
 
 from tuner.commands.session import home_folder
-from tuner.config import parsing
 from tuner.dashboard.server import find, reader
 from tuner.errors import DataError, SpaceError, StorageError
 from tuner.files.atomic import disk_errors, sweep
@@ -114,7 +113,7 @@ def to_go_on(folder: Path) -> int:
     """How many of a study's trials were interrupted and will go on from their checkpoints."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        database = reader(parsing.load(folder / "space.yaml").settings.storage, folder)
+        database = reader(storage.stated(folder), folder)
         with contextlib.ExitStack() as ends:
             ends.callback(database.engine.dispose)
             trials = database.get_all_trials(
@@ -136,7 +135,7 @@ def _deleter(path: Path) -> Callable[[], bool]:
 
 def _forget(folder: Path) -> bool:
     """Removes the study from its database, where that is not in its folder. Raises StorageError while others run it."""
-    url = parsing.load(folder / "space.yaml").settings.storage
+    url = storage.stated(folder)
     if url is None:
         return True
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -94,9 +94,12 @@ def next_steps(s: Summary) -> Iterator[str]:
     name = shlex.quote(s.folder.name)
     steps = [(f"tuner dashboard {name}{studies}", "every trial in the browser")]
     if s.published is not None:
+        example = "TEXT" if s.published.manifest["preprocess"]["kind"] == "tokens" else "IMAGE"
+        own = bool(s.published.code("safetensors"))
+        before, after = ("PYTHONPATH=. ", " --trust") if own else ("", "")
         steps.append(
             (
-                f"tuner predict {name} {'TEXT' if s.published.manifest['preprocess']['kind'] == 'tokens' else 'IMAGE'}…{studies}",
+                f"{before}tuner predict {name} {example}…{studies}{after}",
                 "what it says of your own",
             )
         )

@@ -12,6 +12,8 @@ Keyword-only arguments are the YAML keys and their annotations the schema. Every
 """
 
 import ast
+import contextlib
+import contextvars
 import fnmatch
 import functools
 import importlib
@@ -20,7 +22,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -232,22 +234,39 @@ def module(kind: str, name: str) -> types.ModuleType:
     return importlib.import_module(f"tuner.{KINDS[kind]}.{file}")
 
 
+_with_folder = contextvars.ContextVar("_with_folder", default=True)
+
+
+@contextlib.contextmanager
+def installed_only() -> Iterator[None]:
+    """The user's own modules come from Python's path as it is, and the current folder is not added to it."""
+    token = _with_folder.set(False)
+    try:
+        yield
+    finally:
+        _with_folder.reset(token)
+
+
 def attribute(kind: str, name: str) -> Callable[..., Any]:
-    """The function or class behind a plug-in's name, imported. The current folder is on the path for the user's own."""
+    """The function or class behind a plug-in's name, imported. The current folder is on the path for the user's own,
+    but for `installed_only`."""
     if ":" not in name:
         found: Callable[..., Any] = getattr(module(kind, name), VERBS[kind])
         return found
     module_name, _, wanted = name.partition(":")
     if not OWN.fullmatch(name):
         raise SpaceError(f"{name!r}: your own {kind} goes as package.module:attribute")
-    if str(Path.cwd()) not in sys.path:
+    if _with_folder.get() and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         own = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever the user's module raises is theirs to read
         first = str(error).strip().partition("\n")[0]
+        missing = isinstance(error, ModuleNotFoundError) and not _with_folder.get()
+        hint = "; the current folder is not searched: set PYTHONPATH to the module's folder, or install it"
         raise SpaceError(
             f"{name!r}: importing {module_name} failed ({type(error).__name__}: {first})"
+            f"{hint if missing else ''}"
         ) from error
     target = getattr(own, wanted, None)
     if target is None:

@@ -11,11 +11,11 @@ from optuna.trial import Trial
 
 from tuner.config.run import Run
 from tuner.config.space import Space, dump
+from tuner.dashboard.dashboard_internals import note_attributes
 from tuner.files.atomic import disk_errors
 from tuner.files.crash_points import crash
 from tuner.messages import Epoch, Result
 
-PIECE = 2045  # characters that optuna_dashboard keeps in one attribute
 TYPES = {".png": "image/png", ".csv": "text/csv"}
 
 
@@ -62,13 +62,10 @@ def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
 
     Its own `save_note` reads all notes of the study at each call, and importing it takes longer than many a trial.
     """
-    begin = f"dashboard:{trial._trial_id}:" if trial else "dashboard:"
     storage = trial.storage if trial else study._storage
-    for i, start in enumerate(range(0, len(body), PIECE)):
-        storage.set_study_system_attr(
-            study._study_id, f"{begin}note_str:{i}", body[start : start + PIECE]
-        )
-    storage.set_study_system_attr(study._study_id, f"{begin}note_ver", 1)
+    about = trial._trial_id if trial else None
+    for key, value in note_attributes(about, body).items():
+        storage.set_study_system_attr(study._study_id, key, value)
 
 
 def study_note(space: Space, name: str, metric: str) -> str:

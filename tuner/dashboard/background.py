@@ -9,18 +9,30 @@ from pathlib import Path
 
 import optuna
 
-from tuner.config import database_url, parsing
+from tuner.config import database_url
 from tuner.dashboard import server
 from tuner.errors import TunerError
+from tuner.search import storage
+
+TOKEN = "TUNER_DASHBOARD_TOKEN"  # in the environment: other users see a command line, and not that
 
 
-def start(name: str, studies: Path, port: int, url: str) -> "subprocess.Popen[bytes]":
+def start(name: str, studies: Path, port: int, url: str, token: str) -> "subprocess.Popen[bytes]":
     """The process, which Ctrl-C does not reach: that is the search's. `url` is the database's as it is written."""
     password = database_url.written_password(
         url
     )  # it is in no file that the process reads, and not on its command line
-    known = os.environ | ({"PGPASSWORD": password} if password else {})
-    command = [sys.executable, "-m", "tuner.dashboard.background", name, str(studies), str(port)]
+    known = os.environ | {TOKEN: token} | ({"PGPASSWORD": password} if password else {})
+    # -P: without it Python would import from the current folder, where anything may lie
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "tuner.dashboard.background",
+        name,
+        str(studies),
+        str(port),
+    ]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=known)
 
 
@@ -31,8 +43,9 @@ def main(name: str, studies: str, port: str) -> None:
     while not (folder / "space.yaml").is_file():
         time.sleep(0.2)
     try:
-        url = parsing.load(folder / "space.yaml").settings.storage
-        server.serve(folder, url, int(port), write=False, announce=lambda _: None)
+        token = os.environ.pop(TOKEN, None)
+        place = storage.stated(folder)
+        server.serve(folder, place, int(port), write=False, announce=lambda _: None, token=token)
     except TunerError as error:
         print(f"tuner: warning: dashboard: {error}", file=sys.stderr)
 

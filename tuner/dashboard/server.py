@@ -1,4 +1,4 @@
-"""optuna-dashboard on this machine only, and read-only: it has no login, so neither others nor other pages may reach it."""
+"""optuna-dashboard for one study, on this machine only and read-only; guard.py decides who may ask."""
 
 import contextlib
 import io
@@ -22,86 +22,142 @@ from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage, RDBStorage
 
 from tuner.config import database_url
-from tuner.dashboard.study_json import Detail, script
+from tuner.dashboard import dashboard_internals, study_json
+from tuner.dashboard.dashboard_internals import script
+from tuner.dashboard.guard import App, Environment, Guard, StartResponse, guarded, new_token
+from tuner.dashboard.study_json import Detail
 from tuner.errors import DataError, StorageError, nearest
 from tuner.search import storage
 from tuner.search.bulk_reads import quick
 from tuner.search.postgresql import options
 
-Environment = dict[str, Any]
-StartResponse = Callable[..., Any]
-App = Callable[[Environment, StartResponse], Iterable[bytes]]
-HOST = re.compile(
-    r"(127\.0\.0\.1|localhost)(:\d+)?", re.IGNORECASE
-)  # any port: an SSH tunnel may end on another one
 STUDY = re.compile(r"GET /api/studies/(\d{1,9})/?\?after=(\d{1,9})")
 REFRESH = 10.0  # seconds
+SLOWER = "optuna-dashboard's own page is served, which is slower with thousands of trials"
+DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 
-def app(database: optuna.storages.BaseStorage, artifacts: Path, *, write: bool = False) -> App:
-    """The dashboard as a WSGI application behind `guarded`."""
+def complain(problem: str) -> None:
+    print(f"tuner: warning: dashboard: {problem}", file=sys.stderr)
+
+
+def app(
+    database: BaseStorage,
+    artifacts: Path,
+    study: int,
+    *,
+    write: bool = False,
+    warn: Callable[[str], None] = complain,
+) -> App:
+    """The dashboard of one study as a WSGI application, for whoever has passed the guard."""
     import optuna_dashboard
 
     # get_storage adds the cache without which every poll reads the whole study again
     cached = optuna.storages.get_storage(database)
+    list_only(cached, study)
     inner: App = optuna_dashboard.wsgi(cached, artifact_store=Drawing(artifacts))
     if not write and isinstance(database, RDBStorage):
-        inner = quickly(inner, database, cached)
-    return guarded(inner, write=write)
+        different = dashboard_internals.trouble()
+        if different:
+            warn(f"{different}; {SLOWER}")
+        else:
+            inner = Faster(inner, database, cached, study, warn)
+    return with_encoding(inner)
 
 
-def quickly(inner: App, database: RDBStorage, cached: BaseStorage) -> App:
-    """Answers with `Detail` for studies that tuner made, and with a script that draws less; Optuna's dashboard answers all else."""
-    details: dict[int, Detail] = {}
+def list_only(storage: BaseStorage, study: int) -> None:
+    """Lets `storage` list one study only: the page shows all that are listed, and a server may hold those of others."""
+    list_all, name = storage.get_all_studies, storage.get_study_name_from_id(study)
 
-    def send(
-        start_response: StartResponse, kind: str, body: bytes, *headers: tuple[str, str]
-    ) -> list[bytes]:
-        start_response(
-            "200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), *headers]
-        )
-        return [body]
+    def list_one() -> list[Any]:
+        return [frozen for frozen in list_all() if frozen.study_name == name]
+
+    storage.get_all_studies = list_one  # type: ignore[method-assign]
+
+
+def with_encoding(inner: App) -> App:
+    """optuna-dashboard fails on a request that does not say which encodings it takes, such as curl's."""
 
     def outer(environ: Environment, start_response: StartResponse) -> Iterable[bytes]:
-        line = f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}"
-        if line == "GET /static/bundle.js":
-            return send(
-                start_response,
-                "text/javascript; charset=utf-8",
-                script(),
-                ("Cache-Control", "max-age=600"),
-            )
-        asked = STUDY.fullmatch(f"{line}?{environ.get('QUERY_STRING', '')}")
-        if asked is None:
-            return inner(environ, start_response)
-        study, after = int(asked[1]), int(asked[2])
-        try:
-            if study not in details and storage.SPACE in cached.get_study_user_attrs(study):
-                details[study] = Detail(database, cached, study)
-            body = details[study].answer(after)
-        except KeyError:  # there is no such study, or it is somebody else's
-            return inner(environ, start_response)
-        return send(start_response, "application/json", body)
+        environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
+        return inner(environ, start_response)
 
     return outer
+
+
+class Faster:
+    """Answers with `Detail` for a study that tuner made, and with a script that draws less.
+
+    Optuna's dashboard answers all else. It answers everything from the moment at which an answer of ours fails:
+    another version of it may differ inside in ways that `dashboard_internals.trouble` does not see.
+    """
+
+    def __init__(
+        self,
+        inner: App,
+        database: RDBStorage,
+        cached: BaseStorage,
+        study: int,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.inner, self.database, self.cached, self.study = inner, database, cached, study
+        self.warn, self.lock = warn, threading.Lock()
+        self.detail: Detail | None = None
+        self.failed = False
+
+    def __call__(self, environ: Environment, start_response: StartResponse) -> Iterable[bytes]:
+        answer = None if self.failed else self.answer(environ)
+        if answer is None:
+            return self.inner(environ, start_response)
+        headers, body = answer
+        start_response("200 OK", [*headers, ("Content-Length", str(len(body)))])
+        return [body]
+
+    def answer(self, environ: Environment) -> tuple[list[tuple[str, str]], bytes] | None:
+        """Headers and body; None where Optuna's dashboard is to answer."""
+        line = f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}"
+        wanted = STUDY.fullmatch(f"{line}?{environ.get('QUERY_STRING', '')}")
+        try:
+            if line == "GET /static/bundle.js":
+                kind = ("Content-Type", "text/javascript; charset=utf-8")
+                return [kind, ("Cache-Control", "max-age=600")], script(study_json.BARS)
+            if wanted and int(wanted[1]) == self.study and self.is_ours():
+                return [("Content-Type", "application/json")], self.read(int(wanted[2]))
+        except (
+            DATABASE_ERRORS
+        ):  # Optuna's own answer fails in the same way, or the next one succeeds
+            return None
+        except Exception as error:  # inner names fail in any way, and Optuna's own page is right
+            self.give_up(error)
+        return None
+
+    def is_ours(self) -> bool:
+        try:
+            return self.detail is not None or (
+                storage.SPACE in self.cached.get_study_user_attrs(self.study)
+            )
+        except KeyError:  # the study has been removed
+            return False
+
+    def read(self, after: int) -> bytes:
+        with self.lock:
+            self.detail = self.detail or Detail(self.database, self.cached, self.study)
+        return self.detail.answer(after)
+
+    def give_up(self, error: Exception) -> None:
+        with self.lock:
+            first, self.failed = not self.failed, True
+        if first:
+            self.warn(f"{type(error).__name__}: {error}; {SLOWER}")
 
 
 def warm(application: App, study: int) -> None:
     """Asks for what the study's page asks for, so that whoever opens it need not wait for the study to be read."""
     for path in (f"/api/studies/{study}", f"/api/studies/{study}/param_importances"):
-        environ: Environment = {
-            "PATH_INFO": path,
-            "QUERY_STRING": "after=999999999",
-            "HTTP_HOST": "localhost",
-        }
+        environ: Environment = {"PATH_INFO": path, "QUERY_STRING": "after=999999999"}
         wsgiref.util.setup_testing_defaults(environ)
-        # a database that does not answer is for who opens the page to see
-        with (
-            warnings.catch_warnings(),
-            contextlib.suppress(
-                sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
-            ),
-        ):
+        # whatever fails here fails again, and is then shown, when somebody opens the page
+        with warnings.catch_warnings(), contextlib.suppress(Exception):
             warnings.simplefilter("ignore")  # Optuna's, of importances that rest on few trials
             list(application(environ, lambda *_: None))
 
@@ -123,50 +179,6 @@ class Drawing(FileSystemArtifactStore):
 
         with super().open_reader(artifact_id) as file:
             return io.BytesIO(plots.drawn(file.read()))
-
-
-def guarded(inner: App, *, write: bool) -> App:
-    """Refuses foreign Host and Origin headers (DNS rebinding, other pages) and, unless `write`, every method but GET and HEAD."""
-
-    def outer(environ: Environment, start_response: StartResponse) -> Iterable[bytes]:
-        origin = environ.get("HTTP_ORIGIN")
-        reads = environ.get("REQUEST_METHOD") in ("GET", "HEAD")
-        if not HOST.fullmatch(str(environ.get("HTTP_HOST", ""))):
-            return _refuse(
-                start_response,
-                "403 Forbidden",
-                "this dashboard answers on 127.0.0.1 and localhost only; use an SSH tunnel",
-            )
-        if not reads and not write:
-            return _refuse(
-                start_response,
-                "405 Method Not Allowed",
-                "this dashboard is read-only; start it with --write to change things",
-            )
-        if (
-            not reads
-            and origin is not None
-            and not HOST.fullmatch(urllib.parse.urlsplit(str(origin)).netloc)
-        ):
-            return _refuse(
-                start_response, "403 Forbidden", f"a page of {origin} may not change this study"
-            )
-        return inner(environ, start_response)
-
-    return outer
-
-
-def _refuse(start_response: StartResponse, status: str, why: str) -> list[bytes]:
-    body = f"{why}\n".encode()
-    start_response(
-        status,
-        [
-            ("Content-Type", "text/plain; charset=utf-8"),
-            ("Content-Length", str(len(body))),
-            ("Allow", "GET, HEAD"),
-        ],
-    )
-    return [body]
 
 
 def reader(url: str | None, folder: Path) -> RDBStorage:
@@ -255,9 +267,15 @@ def find(studies: Path, name: str | None) -> Path:
 
 
 def serve(
-    folder: Path, url: str | None, port: int, *, write: bool, announce: Callable[[str], None]
+    folder: Path,
+    url: str | None,
+    port: int,
+    *,
+    write: bool,
+    announce: Callable[[str], None],
+    token: str | None = None,
 ) -> None:
-    """Serves one study until interrupted. `announce` is told the address of the study's page."""
+    """Serves one study until interrupted. `announce` is told the address of the study's page, which holds the token."""
     database = storage.connect(url, folder, print) if write else reader(url, folder)
     name = folder.resolve().name
     try:
@@ -266,12 +284,13 @@ def serve(
         raise DataError(
             f"study {name!r} is not in its storage; `tuner run` makes it again"
         ) from None
-    application = app(database, folder / "artifacts", write=write)
-    httpd = server(application, port)
+    application = app(database, folder / "artifacts", study, write=write)
+    guard = guard_of(database, study, token or new_token(), write=write)
+    httpd = server(guarded(application, guard), port)
     warm(application, study)
     over = threading.Event()
     threading.Thread(target=keep_warm, args=(application, study, over), daemon=True).start()
-    announce(f"http://127.0.0.1:{httpd.server_port}/dashboard/studies/{study}")
+    announce(address(httpd.server_port, f"/studies/{study}", guard.token))
     try:
         httpd.serve_forever()
     except (KeyboardInterrupt, SystemExit):
@@ -279,3 +298,14 @@ def serve(
     finally:
         over.set()
         httpd.server_close()
+
+
+def guard_of(database: BaseStorage, study: int, token: str, *, write: bool) -> Guard:
+    def list_trials() -> list[int]:
+        return [trial._trial_id for trial in database.get_all_trials(study, deepcopy=False)]
+
+    return Guard(token, study, list_trials, write)
+
+
+def address(port: int, page: str, token: str) -> str:
+    return f"http://127.0.0.1:{port}/dashboard{page}?token={token}"

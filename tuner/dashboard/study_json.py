@@ -3,11 +3,8 @@
 Optuna's own way reads every value as an object, and searches the notes of all trials for those of each.
 """
 
-import functools
 import json
-import re
 import threading
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy
@@ -16,15 +13,10 @@ from optuna.storages._rdb import models
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.dashboard import dashboard_internals as internals
+
 CURVES = 500  # up to so many trials the page has all learning curves in one chart; ten thousand take a browser a minute
 BARS = 1000  # so many trials, the latest, stand in the timeline; it shows a hundred and is as slow as if it showed all
-TIMELINE = re.compile(
-    r"if\(null===document\.getElementById\((\w+)\)\)return;"
-    r"(?=if\(0===(\w+)\.length\)return void \w+\.react\(\1,\[\],\{template:\w+\}\);const \w+=\{Complete:)"
-)  # where the page's script begins to draw the timeline of a list of trials, whatever its inner names
-OF_TRIAL = re.compile(
-    r"(?:dashboard|dashboard:artifacts):(\d+):"
-)  # what a study keeps for one of its trials
 
 Attributes = dict[str, str]  # key -> JSON
 
@@ -33,10 +25,8 @@ class Detail:
     """One study's answers. `cached` is `database` behind Optuna's cache of what has ended."""
 
     def __init__(self, database: RDBStorage, cached: BaseStorage, study: int) -> None:
-        from optuna_dashboard._inmemory_cache import InMemoryCache
-
         self.database, self.cached, self.study = database, cached, study
-        self.cache = InMemoryCache()
+        self.cache = internals.new_cache()
         self.lock = threading.Lock()
         self.words: dict[
             int, tuple[Attributes, str]
@@ -47,10 +37,8 @@ class Detail:
 
     def answer(self, after: int) -> bytes:
         """The JSON that the page asks for: the study, and its trials from number `after` on."""
-        from optuna_dashboard import _storage
-
         with self.lock:
-            trials = _storage.get_trials(self.cache, self.cached, self.study)
+            trials = internals.read_trials(self.cache, self.cached, self.study)
             own, of_trials = self._attributes()
             texts = [self._text(trial, of_trials.get(trial._trial_id, {})) for trial in trials][
                 after:
@@ -66,7 +54,7 @@ class Detail:
         of_trials: dict[int, Attributes] = {}
         with self.database.engine.connect() as connection:
             for key, text in connection.execute(query.order_by(kind.study_system_attribute_id)):
-                match = OF_TRIAL.match(key)
+                match = internals.OF_TRIAL.match(key)
                 (of_trials.setdefault(int(match[1]), {}) if match else own)[key] = text
         return own, of_trials
 
@@ -85,10 +73,6 @@ class Detail:
         self, trials: list[FrozenTrial], own: Attributes, of_trials: dict[int, Attributes]
     ) -> dict[str, Any]:
         """Everything but the trials."""
-        from optuna_dashboard import _serializer
-        from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
-        from optuna_dashboard._inmemory_cache import get_cached_extra_study_property
-
         directions = self.cached.get_study_directions(self.study)
         attributes = decoded(own)
         name, user = (
@@ -96,13 +80,11 @@ class Detail:
             self.cached.get_study_user_attrs(self.study),
         )
         study = FrozenStudy(name, None, user, attributes, self.study, directions=directions)
-        extra = get_cached_extra_study_property(
+        extra = internals.search_space(
             self.cache, self.study, [t for t in trials if t.number not in self.ended]
         )
         self.ended |= {t.number for t in trials if t.state.is_finished()}
-        rest: dict[str, Any] = _serializer.serialize_study_detail(
-            study, [], [], *extra, get_plotly_graph_objects(attributes), []
-        )
+        rest = internals.describe_study(study, extra)
         del rest["trials"]
         if any(trial.state == TrialState.COMPLETE for trial in trials):
             best = self.cached.get_best_trial(self.study)
@@ -113,23 +95,9 @@ class Detail:
         return rest
 
 
-@functools.cache
-def script() -> bytes:
-    """The page's JavaScript. Where a later version of the dashboard draws its timeline otherwise, the script is as it was."""
-    import optuna_dashboard
-
-    text = (Path(optuna_dashboard.__file__).parent / "public" / "bundle.js").read_text(
-        encoding="utf-8"
-    )
-    return TIMELINE.sub(rf"\g<0>\2=\2.slice(-{BARS});", text, count=1).encode()
-
-
 def worded(study: int, trial: FrozenTrial, attributes: Attributes) -> dict[str, Any]:
     """A trial as the page has it."""
-    from optuna_dashboard import _serializer
-
-    found: dict[str, Any] = _serializer.serialize_frozen_trial(study, trial, decoded(attributes))
-    return found
+    return internals.describe_trial(study, trial, decoded(attributes))
 
 
 def decoded(attributes: Attributes) -> dict[str, Any]:

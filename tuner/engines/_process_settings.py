@@ -1,15 +1,18 @@
 """What a process asks of the machine before torch is loaded: memory that stays, threads that wait as the load allows, an end."""
 
+import contextlib
 import ctypes
 import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 LOOKS, BETWEEN = 10, 0.01  # seconds
 PR_SET_PDEATHSIG = 1  # prctl.h of Linux
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
+SAFE_PATH, OURS = "PYTHONSAFEPATH", "tuner"  # Python's own variable, which may have any value
 KEEP, PAD = 2**31 - 1, 64 * 2**20  # bytes
 
 
@@ -36,6 +39,29 @@ def end_with_parent() -> bool:
     except (OSError, AttributeError, TypeError):  # no Linux
         return False
     return bool(prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL)) == 0)
+
+
+@contextlib.contextmanager
+def safe_path() -> Iterator[None]:
+    """A Python that is started in this block does not import from the current folder, where anything may lie.
+
+    multiprocessing gives it this process's `sys.path` a little later, with the folder in it where the user's own module
+    needs it.
+    """
+    if os.environ.get(SAFE_PATH):  # the user wants it for everything
+        yield
+        return
+    os.environ[SAFE_PATH] = OURS
+    try:
+        yield
+    finally:
+        del os.environ[SAFE_PATH]
+
+
+def forget_safe_path() -> None:
+    """Programs that the user's own code starts in this process import as if they were started by hand."""
+    if os.environ.get(SAFE_PATH) == OURS:
+        del os.environ[SAFE_PATH]
 
 
 def cores(root: Path = Path("/")) -> float:

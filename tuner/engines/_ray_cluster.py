@@ -113,7 +113,13 @@ def signals_kept() -> Iterator[None]:
 
 def init(ray: Any, address: str, **options: Any) -> None:
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
+        ray.init(
+            address=address,
+            job_config=job_config(ray),
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            **options,
+        )
     except (ray.exceptions.RayError, RuntimeError, ConnectionError, ValueError) as error:
         said = " ".join(str(error).split())
         if "ersion mismatch" in said:
@@ -121,6 +127,16 @@ def init(ray: Any, address: str, **options: Any) -> None:
                 f"engine.address: {address}: {said}; install the same versions of Ray and Python on every machine"
             ) from None
         raise StorageError(f"engine.address: {address}: {said}") from None
+
+
+def job_config(ray: Any) -> Any:
+    """Keeps Ray from putting the current folder, where anything may lie, first on its workers' path.
+
+    A slot gets this process's path instead, after its own.
+    """
+    config = ray.job_config.JobConfig()
+    config._runtime_env_has_working_dir = lambda: True  # no public setting does it
+    return config
 
 
 def leave(ray: Any) -> None:
@@ -187,7 +203,7 @@ def enabled(environment: Any) -> dict[str, str]:
 
 def knock(address: str, environment: dict[str, str]) -> str | None:
     """Asks a cluster, from a process of its own, whether it is alive: empty when it is, the error's name, None when nobody answers."""
-    command = [sys.executable, "-c", KNOCK, address]
+    command = [sys.executable, "-P", "-c", KNOCK, address]
     try:
         found = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=ANSWERS, check=False

@@ -189,7 +189,8 @@ def start_worker(slot: int, heartbeat: float) -> Worker:
     process = context.Process(
         target=run_worker, args=(theirs, slot, heartbeat), name=f"tuner-worker-{slot}", daemon=True
     )
-    process.start()
+    with _process_settings.safe_path():
+        process.start()
     theirs.close()
     return Worker(process, ours, slot)
 
@@ -245,6 +246,7 @@ def stop_workers(workers: list[Worker]) -> None:
 
 def run_worker(pipe: Connection, slot: int, heartbeat: float) -> None:
     """The life of a worker process: it takes jobs from the pipe until it gets None or the pipe closes."""
+    _process_settings.forget_safe_path()
     _process_settings.end_with_parent()
     _process_settings.keep_memory()
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to all processes

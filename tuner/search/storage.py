@@ -13,7 +13,8 @@ from typing import Any
 import optuna
 import sqlalchemy
 
-from tuner.config import database_url
+from tuner.config import database_url, yaml_document
+from tuner.config.yaml_document import kind
 from tuner.errors import SpaceError, StorageError
 from tuner.files import mounts
 from tuner.files.atomic import disk_errors
@@ -50,6 +51,21 @@ def lock(folder: Path, name: str = "lock") -> Iterator[None]:
 def make(folder: Path) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def stated(folder: Path) -> str | None:
+    """The `storage:` of a study's file, read alone: the modules that its other keys name need not be on this machine.
+
+    Raises SpaceError.
+    """
+    written = yaml_document.read(folder / "space.yaml")
+    url = written.tree.get("storage")
+    problems = database_url.problems(url) if isinstance(url, str) else []
+    if url is not None and not isinstance(url, str):
+        problems = [f"expected a database URL such as postgresql://host/name, got {kind(url)}"]
+    if problems:
+        raise SpaceError(*(written.problem(("storage",), problem) for problem in problems))
+    return url
 
 
 @contextlib.contextmanager

@@ -89,6 +89,8 @@ def reuse(folder: Path, a: Assignment) -> tuple[Staged, dict[str, Any], float] |
     published = read(folder)
     if published is None or published.manifest["run_digest"] != a.run.digest():
         return None
+    if published.run.digest() != a.run.digest():  # else a manifest from elsewhere chose the model
+        return None
     model = blank(published)
     exporter("safetensors").restore(
         published.folder / published.manifest["exports"]["safetensors"]["file"], model

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from tuner.config import plugins
 from tuner.core.input_spec import Preprocess, Tokens, Tree, Wanted, wanted_of
 from tuner.core.types import Told
 from tuner.errors import DataError, SpaceError, nearest, suggest
 from tuner.files.atomic import disk_errors
-from tuner.manifest import Published, read
+from tuner.manifest import MANIFEST, Published, read
 from tuner.preprocessing.image_decoding import SUFFIXES, attempt, quietly, upright
 from tuner.training.building import task_of
 from tuner.training.finalization import open_export
@@ -75,11 +76,12 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def predict(
-    published: Published, named: Sequence[str], kind: str | None = None
+    published: Published, named: Sequence[str], kind: str | None = None, *, trust: bool = False
 ) -> Iterator[Prediction | str]:
     """A prediction for each image or text that `named` means, or a sentence for one that cannot be read.
 
-    Raises SpaceError on an unknown format, DataError for what is not there.
+    Raises SpaceError on an unknown format, and on an export that names code unless it is to be trusted; DataError for
+    what is not there.
     """
     exports = published.manifest["exports"]
     if kind is not None and kind not in exports:
@@ -87,8 +89,11 @@ def predict(
             f"--format {kind!r} was not exported{suggest(kind, exports)}; make it with `tuner export`"
         )
     kind = kind or next((k for k in PREFERRED if k in exports), next(iter(exports)))
-    function = open_export(published, kind)
-    task = task_of(published.run, tuple(published.manifest["classes"]))
+    if not trust:
+        refuse_code(published, kind)
+    with plugins.installed_only():
+        function = open_export(published, kind)
+        task = task_of(published.run, tuple(published.manifest["classes"]))
     wanted = wanted_of(published.manifest["preprocess"], published.folder)
     batches = (
         of_texts(texts(named), wanted)
@@ -104,6 +109,15 @@ def predict(
             yield from (
                 Prediction(kind, name, one) for name, one in zip(batch.names, told, strict=True)
             )
+
+
+def refuse_code(published: Published, kind: str) -> None:
+    """Raises SpaceError where the export names code that is not tuner's: it may be somebody else's export."""
+    for key, name in published.code(kind).items():
+        raise SpaceError(
+            f"{published.folder / MANIFEST}: {key}: {name!r} is code, which would be imported and run; if the export is "
+            "your own, or you have read that code, add --trust (its module is found on PYTHONPATH, not in this folder)"
+        )
 
 
 @dataclass(frozen=True)
