@@ -182,7 +182,7 @@ def test_the_format_that_is_used(
     asked = Published(
         published.folder, {**published.manifest, "exports": {kind: {} for kind in exported}}
     )
-    assert len(list(predict(asked, [str(photos)], wanted))) == 3
+    assert len(list(predict(asked, [str(photos)], wanted, trust=True))) == 3
     assert opened == [used]
 
 
