@@ -4,6 +4,7 @@ import inspect
 import os
 import signal
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
