@@ -291,9 +291,13 @@ def schema() -> None:
 
 
 def console_of(quiet: bool, json_: bool) -> "Console":
+    """For the commands that train: what they do is worth more than who reads what they print."""
     from tuner.commands.console import Console
+    from tuner.commands.output import keep_streams
 
-    return Console("json" if json_ else "quiet" if quiet else "normal")
+    console = Console("json" if json_ else "quiet" if quiet else "normal")
+    keep_streams()
+    return console
 
 
 def opened(
@@ -340,6 +344,8 @@ def start_dashboard(
 
 def main() -> NoReturn:
     """The command line; every error a line on stderr, and the exit code that its kind has."""
+    if sys.platform == "win32":  # no fcntl, so most of tuner's modules cannot be imported
+        sys.exit(refuse_windows())
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -358,6 +364,15 @@ def main() -> NoReturn:
     except Exception as error:
         code = bug(error, debug)
     sys.exit(code)
+
+
+def refuse_windows() -> int:
+    link = "https://learn.microsoft.com/windows/wsl/install"
+    print(
+        f"tuner: error: tuner runs on Linux and macOS; on Windows use WSL2 ({link}) and install it there",
+        file=sys.stderr,
+    )
+    return SpaceError.code
 
 
 def complain(error: TunerError, debug: bool) -> int:
