@@ -110,7 +110,8 @@ def train(
 ) -> None:
     """Carry out one run, such as a study's best.yaml: train, test, export."""
     from tuner.commands.run import preflight
-    from tuner.commands.session import session, study_name
+    from tuner.commands.session import INSTEAD, session, study_name
+    from tuner.files.removal import require_target
 
     space, places, console = opened(file, overrides, studies, quiet, json_)
     if space.dimensions:
@@ -118,11 +119,12 @@ def train(
         raise SpaceError(
             f"{file}: {names} still to be chosen; search with `tuner run {file}`, or set them: {space.dimensions[0].name}=…"
         )
+    folder = out or studies / study_name(space) / "train"
+    require_target(folder, INSTEAD)
     with session(space, places, console) as s:
         s.survey()
         preflight(places, s.inspect())
         chosen = space.sample(None, seed=space.settings.search.seed)
-        folder = out or studies / study_name(space) / "train"
         published = s.crown(chosen, folder, space.settings.export, -1, {})
     show_published(console, published)
 

@@ -17,7 +17,7 @@ class Job:
     """`work` names the function a worker calls, as module:function(argument, report, slot).
 
     `keep` are folders, at the same path wherever the job is carried out, whose files must outlive the place: the job's next
-    attempt finds them, and so does who handed it out.
+    attempt finds them, and so does who handed it out. `whole` is the one of them that is an export: it appears in one step.
     `everywhere`: carried out once on every node, before any other job is there; the values must be equal, and the first is the
     job's. `folders` are what a node needs for it that may have to be shipped there.
     `stall`: when a job that reports nothing is taken for one that hangs; an engine that carries jobs out in the
@@ -28,6 +28,7 @@ class Job:
     work: str
     argument: Any
     keep: tuple[str, ...] = ()
+    whole: str = ""
     everywhere: bool = False
     folders: tuple[str, ...] = ()
     stall: Stall = None

@@ -1,7 +1,7 @@
 """A published export as it lies on disk: its manifest, checked against its files."""
 
+import contextlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,9 @@ from typing import Any
 
 from tuner.config.run import Part, Recipe, Run
 from tuner.errors import DataError
-from tuner.files.atomic import sha256
-
-MANIFEST = "manifest.json"
+from tuner.files import removal
+from tuner.files.atomic import lock_of_export, sha256, sweep_exports, unlock
+from tuner.files.removal import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,42 @@ def run_of(tree: Mapping[str, Any]) -> Run:
 
 
 def read(folder: Path) -> Published | None:
-    """The export in `folder`; None when there is none. Raises DataError when a file is missing or was changed."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
+    """The export in `folder`; None when there is none. Raises DataError when a file is missing or was changed.
+
+    Where another export takes its place meanwhile, that one is read.
+    """
+    while True:
+        text = _text(folder)
+        if text is None:
+            return None
+        try:
+            return _read(folder, text)
+        except (DataError, FileNotFoundError):
+            if _text(folder) == text:
+                raise
+
+
+def replaced(published: Published) -> bool:
+    """Whether another export has taken the place of one that was read."""
+    text = _text(published.folder)
     try:
-        manifest = json.loads(path.read_text())
+        return text is not None and json.loads(text)["files"] != published.manifest["files"]
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
+def _text(folder: Path) -> bytes | None:
+    """What the manifest in `folder` says now; None where there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return (folder / MANIFEST).read_bytes()
+    return None
+
+
+def _read(folder: Path, text: bytes) -> Published:
+    """The export in `folder`, whose manifest says `text`."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(text)
         files = dict(manifest["files"])
         loaded = [str(entry["file"]) for entry in manifest["exports"].values()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -85,11 +115,11 @@ def read(folder: Path) -> Published | None:
 
 def recover(folder: Path) -> None:
     """Undoes what a killed export left: the older export comes back, half-written ones go."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for rest in [old, *folder.parent.glob(".export-*.tmp")]:
-        shutil.rmtree(rest, ignore_errors=True)
+    removal.recover_older(folder)
+    removal.remove_arriving(folder)
+    sweep_exports(folder.parent)
+    if (lock := lock_of_export(folder)).exists():
+        unlock(lock)
 
 
 def model_card(m: Mapping[str, Any]) -> str:

@@ -19,6 +19,8 @@ Tuner = Callable[..., Said]
 
 
 ROOT = Path(__file__).parents[2]
+HALF_EXPORT, HALF_FILE = ".export-abcd_123.tmp", ".abcd_123.tmp"
+CHECKPOINT = f"checkpoints/0/000002-{'0' * 64}.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +50,11 @@ def study(tuner: Tuner, small: Path, finished: Path, monkeypatch: pytest.MonkeyP
     for made in ("studies", "home"):
         shutil.copytree(finished / made, small.parent / made, dirs_exist_ok=True)
     folder = small.parent / "studies" / "small"
-    (folder / ".export-abc.tmp").mkdir()
-    (folder / ".export-abc.tmp" / "model.safetensors").write_bytes(bytes(2_000_000))
-    (folder / ".xyz.tmp").write_bytes(bytes(10))
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    (folder / "checkpoints" / "0.pt").write_bytes(bytes(1_000_000))
+    (folder / HALF_EXPORT).mkdir()
+    (folder / HALF_EXPORT / "model.safetensors").write_bytes(bytes(2_000_000))
+    (folder / HALF_FILE).write_bytes(bytes(10))
+    (folder / CHECKPOINT).parent.mkdir(parents=True)
+    (folder / CHECKPOINT).write_bytes(bytes(1_000_000))
     return folder
 
 
@@ -66,7 +68,7 @@ def test_leftovers_and_checkpoints_go_and_what_a_study_is_made_of_stays(
     before = names(study)
     said = tuner("clean", "small")
     assert (said.code, said.err) == (0, "")
-    assert before - names(study) == {".export-abc.tmp", ".xyz.tmp", "checkpoints"}
+    assert before - names(study) == {HALF_EXPORT, HALF_FILE, "checkpoints"}
     first, *rest = said.out.splitlines()
     assert first.startswith("study small: ") and all(
         kind in first for kind in ("leftovers 2.0 MB", "checkpoints 1.0 MB", "exports", "trials")
@@ -98,7 +100,7 @@ def test_checkpoints_of_trials_that_will_go_on_stay(tuner: Tuner, study: Path) -
         said.code == 0
         and "1 trials were interrupted and will go on, so checkpoints are kept" in said.out
     )
-    assert (study / "checkpoints" / "0.pt").exists() and not (study / ".xyz.tmp").exists()
+    assert (study / CHECKPOINT).exists() and not (study / HALF_FILE).exists()
 
 
 def test_a_dry_run_removes_nothing(tuner: Tuner, study: Path) -> None:
@@ -166,7 +168,7 @@ def test_a_study_that_is_being_run_is_left_alone(tuner: Tuner, study: Path) -> N
         fcntl.flock(holder, fcntl.LOCK_EX)
         said = tuner("clean", "small", "--all", "--yes")
     assert said.code == 4 and "study 'small' is being run by" in said.err
-    assert {"checkpoints", ".xyz.tmp", "study.db"} <= names(study)
+    assert {"checkpoints", HALF_FILE, "study.db"} <= names(study)
 
 
 def test_an_older_export_that_a_kill_moved_away_is_not_taken_for_a_leftover(

@@ -166,11 +166,12 @@ def test_26_a_database_that_cannot_be_written_ends_in_order_and_continues(
 def test_27_an_export_killed_between_its_renames_comes_back(tmp_path: Path) -> None:
     folder, old = tmp_path / "export", tmp_path / ".export.old"
     folder.mkdir()
-    (folder / "manifest.json").write_text("old")
+    text = '{"tuner": "0.1", "run_digest": "", "files": {}}'
+    (folder / "manifest.json").write_text(text)
     folder.rename(old)  # killed here: the old export is moved away, the new one not yet in place
-    (tmp_path / ".export-x.tmp").mkdir()
+    (tmp_path / ".export-abcdefgh.tmp").mkdir()
     finalization.recover(folder)
-    assert (folder / "manifest.json").read_text() == "old"
+    assert (folder / "manifest.json").read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
@@ -308,8 +309,11 @@ def test_32_a_signal_is_heard_at_the_next_epoch_inline_too(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Console, "epoch", epoch)
-    said = tuner("run", small, "recipe.epochs=2", "search.trials=2")
-    assert said.code == 130 and "continues where it stopped" in said.err
+    words = ("run", small, "recipe.epochs=2", "search.trials=2")
+    said = tuner(*words, "--studies", "my studies")
+    typed = f"`tuner {' '.join(map(str, words))} --studies 'my studies'`"
+    assert said.code == 130 and f"{typed} continues where it stopped" in said.err
+    (small.parent / "my studies").rename(small.parent / "studies")
     assert finished(small.parent / "studies/small") == [(0, "FAIL"), (1, "WAITING")]
     assert max(_steps(small.parent / "studies/small")) == 1  # not a second epoch
 

@@ -284,11 +284,13 @@ def test_a_file_that_is_being_written_is_not_swept_and_a_dead_writers_is(tmp_pat
 
 
 def test_locks_of_what_is_not_there_are_swept(tmp_path: Path) -> None:
-    one = entry(tmp_path, "one", 10, 0)
+    here, gone = "0" * 32, f"{'1' * 32}-0"
+    one = entry(tmp_path, here, 10, 0)
     lock_of(one).touch()
-    lock_of(tmp_path / "gone").touch()
+    lock_of(tmp_path / gone).touch()
+    (tmp_path / "poetry.lock").touch()  # not ours: no entry has such a name
     sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "one.lock"]
+    assert {p.name for p in tmp_path.iterdir()} == {here, f"{here}.lock", "poetry.lock"}
     shutil.rmtree(one)
     sweep(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["poetry.lock"]

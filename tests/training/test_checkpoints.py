@@ -427,9 +427,9 @@ def test_what_has_no_digest_in_its_name_is_not_looked_at(here: Place, tmp_path: 
     attempt(run(), here, tmp_path / "kept", most=2)
     (path, *_) = checkpoint_files.generations(tmp_path / "kept")
     path.rename(path.with_name("000002.safetensors"))
-    (tmp_path / "kept" / ".half.tmp").write_bytes(b"half")
+    (tmp_path / "kept" / ".half_123.tmp").write_bytes(b"half")
     assert attempt(run(), here, tmp_path / "kept", most=1)[3] == []
-    assert not (tmp_path / "kept" / ".half.tmp").exists()  # what a killed write left goes
+    assert not (tmp_path / "kept" / ".half_123.tmp").exists()  # what a killed write left goes
 
 
 def test_26_a_full_disk_is_named_with_the_need_and_leaves_no_half_file(

@@ -16,6 +16,7 @@ from tuner.config.run import ImageOptions
 from tuner.data import synthetic
 from tuner.errors import DataError, SpaceError
 from tuner.manifest import Published
+from tuner.training import finalization
 from tuner.training.building import wants
 from tuner.training.inference import Prediction, find, images, predict
 
@@ -184,6 +185,31 @@ def test_the_format_that_is_used(
     )
     assert len(list(predict(asked, [str(photos)], wanted, trust=True))) == 3
     assert opened == [used]
+
+
+def test_an_export_that_takes_anothers_place_meanwhile_is_the_one_that_predicts(
+    studies: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer one names its file otherwise, so that it and the older one's manifest do not go together."""
+    folder = Path(shutil.copytree(studies / "stripes" / "export", tmp_path / "export"))
+    newer = Path(shutil.copytree(folder, tmp_path / "newer"))
+    text = json.loads((newer / "manifest.json").read_text())
+    (newer / "model.safetensors").rename(newer / "renamed.safetensors")
+    text["exports"]["safetensors"]["file"] = "renamed.safetensors"
+    text["files"]["renamed.safetensors"] = text["files"].pop("model.safetensors")
+    (newer / "manifest.json").write_text(json.dumps(text))
+    published, real = find(tmp_path, str(folder)), finalization.open_export
+    opened: list[str] = []
+
+    def late(published: Published, kind: str) -> Any:
+        if not opened:
+            finalization.replace(newer, folder)
+        opened.append(published.manifest["exports"][kind]["file"])
+        return real(published, kind)
+
+    monkeypatch.setattr("tuner.training.inference.open_export", late)
+    assert len(list(predict(published, [str(photos)]))) == 3
+    assert opened == ["model.safetensors", "renamed.safetensors"]
 
 
 def test_a_format_that_was_not_exported(studies: Path, photos: Path) -> None:

@@ -1,7 +1,6 @@
 """`tuner clean`: what a study no longer needs, what killed runs left, and the caches that nobody is reading."""
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from tuner.commands.session import home_folder
 from tuner.dashboard.server import find, reader
 from tuner.errors import DataError, SpaceError, StorageError
+from tuner.files import removal
 from tuner.files.atomic import disk_errors, sweep
 from tuner.files.cache_entries import evict, size
 from tuner.search import postgresql, storage
@@ -53,15 +53,6 @@ class Cleaned:
         return sum(item.bytes for item in self.removed)
 
 
-def delete(path: Path) -> bool:
-    with disk_errors(path):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    return True
-
-
 def sizes(folder: Path) -> dict[str, int]:
     """The bytes of a study's folder by kind."""
     kinds = {
@@ -75,35 +66,32 @@ def sizes(folder: Path) -> dict[str, int]:
     for path in sorted(folder.iterdir()):
         kind = (
             "leftovers"
-            if _left(path)
+            if removal.is_left(path)
             else "exports"
-            if (path / "manifest.json").exists()
-            else kinds.get(path.name, "other")
+            if removal.files_of_export(path) is not None
+            else kinds.get(path.name, "other" if removal.is_of_study(path) else "not tuner's")
         )
         found[kind] = found.get(kind, 0) + size(path)
     return found
 
 
-def _left(path: Path) -> bool:
-    return path.name.startswith(".") and path.suffix in (".tmp", ".old")
-
-
 def of_study(folder: Path, *, whole: bool) -> list[Item]:
     """What a study that nobody runs can do without: leftovers of killed runs and checkpoints; all of it where `whole`."""
     if whole:
-        return [Item("study", folder, size(folder), lambda: _forget(folder) and delete(folder))]
+        own = sum(size(path) for path in folder.iterdir() if removal.is_of_study(path))
+        return [Item("study", folder, own, lambda: _forget(folder) and remove_study(folder))]
     found = [
         path
         for path in sorted(folder.iterdir())
         if (path.name == "checkpoints" and not to_go_on(folder))
-        or (_left(path) and not _needed(path))
+        or (removal.is_left(path) and not _needed(path))
     ]
     return [
         Item(
             "checkpoints" if path.name == "checkpoints" else "leftovers",
             path,
             size(path),
-            _deleter(path),
+            _remover(removal.remove_of_study, path),
         )
         for path in found
     ]
@@ -129,8 +117,21 @@ def _needed(path: Path) -> bool:
     return path.suffix == ".old" and not path.with_name(path.stem[1:]).exists()
 
 
-def _deleter(path: Path) -> Callable[[], bool]:
-    return lambda: delete(path)
+def _remover(remove: Callable[[Path], object], path: Path) -> Callable[[], bool]:
+    """What removes `path`, if it has tuner's marks, and says whether it is gone."""
+
+    def gone() -> bool:
+        with disk_errors(path):
+            remove(path)
+        return not path.exists()
+
+    return gone
+
+
+def remove_study(folder: Path) -> bool:
+    with disk_errors(folder):
+        removal.remove_study(folder)
+    return True
 
 
 def _forget(folder: Path) -> bool:
@@ -163,10 +164,10 @@ def of_caches(home: Path) -> Iterator[Item]:
         if not parent.is_dir():
             continue
         for path in sorted(parent.glob("[!.]*")):
-            if path.is_dir():
+            if removal.is_entry(path):
                 yield Item(kind, path, size(path), _evicter(path))
-            elif path.suffix != ".lock":
-                yield Item(kind, path, size(path), _deleter(path))
+            elif removal.NOTE.fullmatch(path.name):
+                yield Item(kind, path, size(path), _remover(removal.remove_file, path))
 
 
 def _evicter(path: Path) -> Callable[[], bool]:
@@ -191,9 +192,24 @@ def found(studies: Path, name: str) -> Path:
     folder = find(studies, name)
     if folder.is_symlink():
         raise StorageError(f"{folder} is a link; clean what it points to by its own path")
-    if not (folder / "space.yaml").is_file():
-        raise DataError(f"{folder} holds no study")
+    if not removal.is_study(folder):
+        raise DataError(
+            f"{folder} holds no study of tuner's: its space.yaml was not written by `tuner run` (it does not begin with "
+            f"{removal.HEADERS['space.yaml'].strip()!r}); nothing was removed"
+        )
     return folder
+
+
+def strangers(folder: Path, *, dry: bool) -> list[str]:
+    """What lies in a study's folder, or in its exports, and is not tuner's: all that is left of it, unless `dry`."""
+    inside = [
+        f"{path.name}/{name}"
+        for path in sorted(folder.iterdir())
+        if removal.files_of_export(path) is not None
+        for name in removal.strangers(path)
+    ]
+    beside = (p.name for p in folder.iterdir() if not removal.is_of_study(p) or not dry)
+    return inside + sorted(beside)
 
 
 def megabytes(count: int) -> str:
@@ -227,6 +243,9 @@ def carry_out(
                     f"{waiting} trials were interrupted and will go on, so checkpoints are kept; finish them with `tuner run`"
                 )
             told(clean(of_study(folder, whole=all_), dry=dry), dry=dry)
+            if all_ and folder.is_dir() and (others := strangers(folder, dry=dry)):
+                verb = "would keep" if dry else "kept"
+                typer.echo(f"{verb} what tuner did not make: {', '.join(others)}")
     if cache:
         home = home_folder(lambda _: None)
         for name, kind in DOWNLOADS.items():

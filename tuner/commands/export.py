@@ -10,11 +10,11 @@ from optuna.trial import FrozenTrial
 from tuner import manifest
 from tuner.commands.console import Console
 from tuner.commands.run import to_publish
-from tuner.commands.session import Places, home_folder, session
+from tuner.commands.session import INSTEAD, Places, home_folder, session
 from tuner.config import parsing, plugins
 from tuner.dashboard.server import find
 from tuner.errors import DataError, SpaceError, suggest
-from tuner.files import checkpoint_files
+from tuner.files import checkpoint_files, removal
 from tuner.manifest import Published
 from tuner.search import history, storage
 from tuner.search.history import REASON, SAME_AS
@@ -34,6 +34,8 @@ def export_trial(
     for wanted in formats:
         if ":" not in wanted and wanted not in known:
             raise SpaceError(f"--format {wanted!r} is not known{suggest(wanted, known)}")
+    place = folder / ("export" if trial is None else f"export-{trial}")
+    removal.require_target(place, INSTEAD)
     with storage.lock(folder), contextlib.ExitStack() as stack:
         s = stack.enter_context(session(space, Places(studies, home_folder(console.warn)), console))
         database = storage.connect(space.settings.storage, folder, console.warn)
@@ -52,7 +54,6 @@ def export_trial(
         run, weights = to_publish(
             trial is not None or space.settings.search.retrain, found, epoch, left
         )
-        place = folder / ("export" if trial is None else f"export-{trial}")
         manifest.recover(place)
         before = manifest.read(place)
         kept = (

@@ -10,7 +10,15 @@ import optuna
 
 from tuner import manifest
 from tuner.commands.console import Console
-from tuner.commands.session import Places, Session, interrupted, session, study_name, write_yaml
+from tuner.commands.session import (
+    INSTEAD,
+    Places,
+    Session,
+    interrupted,
+    session,
+    study_name,
+    write_yaml,
+)
 from tuner.commands.summary import Summary
 from tuner.config import database_url
 from tuner.config.run import Run
@@ -18,6 +26,7 @@ from tuner.config.space import Range, Space
 from tuner.config.yaml_document import COMMAND_LINE
 from tuner.dashboard.artifacts import Artifacts
 from tuner.errors import StorageError
+from tuner.files import removal
 from tuner.files.atomic import require_space, sweep
 from tuner.files.checkpoint_files import FOLDER, Keeping
 from tuner.jobs import AS_MANY
@@ -33,6 +42,8 @@ RESERVE = 100_000_000  # bytes that must be free beside what is written, for the
 def run_study(space: Space, places: Places, console: Console) -> Summary:
     """Searches until the budget is spent, crowns the best, and says what came out."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    removal.require_own(places.folder(space))
+    removal.require_target(places.folder(space) / "export", INSTEAD)
     with session(space, places, console) as s:
         survey = s.survey()
         facts = s.inspect()
@@ -53,12 +64,12 @@ def run_study(space: Space, places: Places, console: Console) -> Summary:
                 search(s, coordinator, workers)
             except StorageError:
                 if s.stop:  # the database went away, and who waited for it had enough
-                    raise interrupted(s.stop, space) from None
+                    raise interrupted(s.stop) from None
                 raise
             finally:
                 console.pause()
             if s.stop:
-                raise interrupted(s.stop, space)
+                raise interrupted(s.stop)
             if coordinator.error is not None:
                 raise coordinator.error
             return crown_once(s, coordinator, folder, fresh=coordinator.closed > before)

@@ -1,10 +1,9 @@
 """`tuner run` and its kin from beginning to end: look before leaping, search, crown."""
 
-import atexit
 import contextlib
 import os
-import shutil
-import tempfile
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +11,17 @@ from typing import Any
 
 from tuner.commands.console import Console
 from tuner.commands.signals import Stop, stoppable
-from tuner.config import plugins
+from tuner.config import database_url, plugins
 from tuner.config.run import Run, seconds
 from tuner.config.space import Choice, Range, Space, dump
 from tuner.config.yaml_document import Document
 from tuner.errors import DataError, Interrupted, SpaceError, TunerError
-from tuner.files import checkpoint_files
-from tuner.files.atomic import atomic_path
+from tuner.files import checkpoint_files, removal
+from tuner.files.atomic import atomic_path, claimed, disk_errors, lock_of_export
 from tuner.jobs import Carry, Job, Outcome, refusal, stall_of
 from tuner.messages import Assignment, Crown, Facts, Survey
+
+INSTEAD = "move it away, or choose another folder (--out, --studies, search.name)"
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,8 @@ def home_folder(warn: Callable[[str], None]) -> Path:
         p for p in (home, *home.absolute().parents) if p.exists()
     )  # nothing is made before it is needed
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        temporary = Path(tempfile.mkdtemp(prefix="tuner-"))
+        temporary = removal.scratch_until_exit()
         warn(f"the cache folder {home} cannot be written; using {temporary} for this run only")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         home = temporary
     return home.resolve()
 
@@ -116,7 +116,7 @@ class Session:
 
         self.carry(next_job, heard, lambda job, outcome: found.append(outcome), go_on, 1)
         if self.stop:
-            raise interrupted(self.stop, self.space)
+            raise interrupted(self.stop)
         return value_of(found[-1])
 
     def stopping(self) -> bool:
@@ -173,9 +173,11 @@ class Session:
     ) -> Any:
         """Retrains, tests and exports in a worker; returns what was published. With `weights` it takes these, of the run's trial.
 
-        A training that is killed is continued by the next crowning for the same folder.
+        A training that is killed is continued by the next crowning for the same folder. Raises StorageError where an export cannot
+        be put there, or another process is making one.
         """
-        kept = str((folder.parent / checkpoint_files.FOLDER / folder.name).absolute())
+        folder = folder.resolve() if folder.is_symlink() else folder
+        kept = str(checkpoint_files.place_of(folder).absolute())
         alone = self.settings.engine.model_copy(update={"per_gpu": 1, "workers": 1})
         assignment = replace(self.assignment(run), engine=alone, checkpoints=kept)
         given = str(weights.absolute()) if weights else None
@@ -192,19 +194,21 @@ class Session:
             tuple(valid.items()),
             given,
         )
-        try:
-            heard = self.console.retraining(run) if weights is None else lambda _: None
-            published = self.call(
-                "tuner.training.finalization:crown",
-                order,
-                heard,
-                finish=True,
-                keep=needed,
-                stall=stall_of(self.settings.engine, paced=False),
-            )
-        finally:
-            self.console.pause()
-        checkpoint_files.discard(Path(kept))
+        with publishing(folder):
+            try:
+                heard = self.console.retraining(run) if weights is None else lambda _: None
+                published = self.call(
+                    "tuner.training.finalization:crown",
+                    order,
+                    heard,
+                    finish=True,
+                    keep=needed,
+                    whole=needed[1],
+                    stall=stall_of(self.settings.engine, paced=False),
+                )
+            finally:
+                self.console.pause()
+            checkpoint_files.discard(Path(kept))
         return published
 
 
@@ -258,11 +262,37 @@ class Broken(TunerError):
         self.trace = trace
 
 
-def interrupted(stop: Stop, space: Space) -> Interrupted:
+def interrupted(stop: Stop) -> Interrupted:
     return Interrupted(
-        stop.signal or 2,
-        f"interrupted; `tuner run {space.document.file}` continues where it stopped",
+        stop.signal or 2, f"interrupted; `{command(sys.argv[1:])}` continues where it stopped"
     )
+
+
+def command(words: list[str]) -> str:
+    """The command line as it was typed, but for passwords in it."""
+    shown = []
+    for word in words:
+        key, given, value = word.partition("=")
+        url = value.strip("'\"")
+        shown.append(
+            key + given + database_url.kept(url) if database_url.kept(url) != url else word
+        )
+    return shlex.join(["tuner", *shown])
+
+
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[None]:
+    """Holds the place of an export, which this process alone may then make there. Raises StorageError."""
+    instead = "wait for it, or choose another folder"
+    removal.require_target(folder, INSTEAD)
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    shown = str(folder).replace("{", "{{").replace("}", "}}")
+    with claimed(
+        lock_of_export(folder), f"{shown} is being written by {{holder}}; {instead}", remove=True
+    ):
+        removal.require_target(folder, INSTEAD)
+        yield
 
 
 def too_deep(space: Space, model: str, depth: int) -> Iterator[str]:

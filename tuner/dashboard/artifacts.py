@@ -1,6 +1,5 @@
 """What the dashboard shows beside the numbers: each trial's pictures and tables, and notes in Markdown."""
 
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from optuna.trial import Trial
 from tuner.config.run import Run
 from tuner.config.space import Space, dump
 from tuner.dashboard.dashboard_internals import note_attributes
+from tuner.files import removal
 from tuner.files.atomic import disk_errors
 from tuner.files.crash_points import crash
 from tuner.messages import Epoch, Result
@@ -42,9 +42,9 @@ class Artifacts:
 
     def files(self, trial: Trial, run: Run, result: Result) -> None:
         """Attaches a running trial's files and writes its note."""
-        with tempfile.TemporaryDirectory() as temporary:
+        with removal.scratch() as temporary:
             for name, content in result.files.items():
-                path = Path(temporary) / name
+                path = temporary / name
                 path.write_bytes(content)
                 with disk_errors(self.folder):
                     upload_artifact(

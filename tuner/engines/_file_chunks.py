@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tuner.errors import DataError
+from tuner.files import removal
 from tuner.files.atomic import disk_errors, fsync
 
 LIMIT = 64 * 2**20  # bytes of a parcel
@@ -84,4 +85,4 @@ def unpack(folder: Path, parcel: Iterable[Piece]) -> None:
                 file.write(data)
             if last:
                 fsync(temporary)
-                temporary.replace(path)
+                removal.put(temporary, path)

@@ -9,6 +9,8 @@ from typing import Any
 
 from tuner.engines._file_chunks import names, parcels, seen, unpack
 from tuner.engines._ray_cluster import Node
+from tuner.errors import StorageError
+from tuner.files import removal
 from tuner.files.atomic import disk_errors
 from tuner.jobs import Job
 
@@ -20,6 +22,7 @@ class Errands:
         self.ray, self.ship = ray, ship
         self.threads = concurrent.futures.ThreadPoolExecutor(8, "tuner-errand")
         self.locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self.token = uuid.uuid4().hex
         self.looked: set[tuple[str, str]] = set()  # (node, folder): it is there
         self.shares: dict[tuple[str, Path], bool] = {}  # (node, folder): its files are ours
 
@@ -39,11 +42,16 @@ class Errands:
             self.looked.update((node.id, f) for f in folders)
             apart = [folder for folder in keep if not self.shared(actor, node, Path(folder).parent)]
         for folder in apart:
-            self.ray.get(
-                actor.clear.remote(folder)
-            )  # what an earlier attempt left there is older than what came back
-            for parcel in parcels(Path(folder), seen(Path(folder))):
-                self.ray.get(actor.take.remote(folder, parcel))
+            removal.remove_arriving(Path(folder))
+            # what an earlier attempt left there is older than what came back
+            others = self.ray.get(actor.clear.remote(folder))
+            if others:
+                raise StorageError(
+                    f"{folder} on node {node.name} holds {others[0]}, which tuner did not make and "
+                    "would have to remove; move it away there, or write to another folder "
+                    "(--studies, --out)"
+                )
+            self.send_all(actor, Path(folder), list(seen(Path(folder))))
         return apart
 
     def send(self, actor: Any, path: Path) -> None:
@@ -52,10 +60,15 @@ class Errands:
             for parcel in parcels(path.parent, [path.name]):
                 self.ray.get(actor.take.remote(str(path.parent), parcel))
             return
-        arriving = str(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.arriving"))
-        for parcel in parcels(path, names(path)):
+        self.send_all(actor, path, list(names(path)))
+
+    def send_all(self, actor: Any, folder: Path, wanted: list[str]) -> None:
+        """Files of a folder, which is there once all of them are."""
+        arriving = str(removal.arriving(folder, uuid.uuid4().hex))
+        for parcel in parcels(folder, wanted):
             self.ray.get(actor.take.remote(arriving, parcel))
-        self.ray.get(actor.settle.remote(arriving, str(path)))
+        if wanted:
+            self.ray.get(actor.settle.remote(arriving, str(folder)))
 
     def shared(self, actor: Any, node: Node, folder: Path) -> bool:
         """Whether a node sees this folder's files, not others at the same path."""
@@ -67,16 +80,28 @@ class Errands:
             try:
                 self.shares[node.id, folder] = not self.ray.get(actor.missing.remote([str(marker)]))
             finally:
-                marker.unlink(missing_ok=True)
+                removal.remove_file(marker)
         return self.shares[node.id, folder]
 
-    def arrived(self, kind: str, folder: Path, value: Any) -> None:
-        """Files that changed in a kept folder on a job's node, or their names where they are gone. Raises StorageError."""
-        if kind == "kept":
-            unpack(folder, value)
-        else:
-            for name in value:
-                (folder / name).unlink(missing_ok=True)
+    def arrived(self, job: Job, kind: str, folder: Path, value: Any) -> None:
+        """Files that changed in a kept folder on a job's node, or their names where they are gone. Raises StorageError.
+
+        An export takes the place of an older one when all its files are here.
+        """
+        if job.whole != str(folder):
+            if kind == "kept":
+                unpack(folder, value)
+            else:
+                for name in value:
+                    removal.remove_gone(folder, name)
+        elif kind == "kept":
+            new = removal.arriving(folder, self.token)
+            unpack(new, value)
+            if removal.is_whole_export(new):
+                with disk_errors(folder):
+                    old = removal.take_place(new, folder)
+                    if old is not None:
+                        removal.remove_export(old)
 
     def close(self) -> None:
         self.threads.shutdown(wait=False, cancel_futures=True)

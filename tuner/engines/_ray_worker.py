@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import ctypes
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import tuner
 from tuner.engines import _process_settings
 from tuner.engines._file_chunks import Piece, Seen, parcels, seen, unpack
 from tuner.engines._job_runner import carry_out
+from tuner.files import removal
 from tuner.files.atomic import disk_errors
 from tuner.jobs import Job, Outcome
 
@@ -58,15 +58,15 @@ class Slot:
     def take(self, folder: str, parcel: list[Piece]) -> None:
         unpack(Path(folder), parcel)
 
-    def clear(self, folder: str) -> None:
+    def clear(self, folder: str) -> list[str]:
+        """Removes what an earlier attempt left at a kept folder; returns what else is there, which stays."""
         with disk_errors(Path(folder)):
-            shutil.rmtree(folder, ignore_errors=True)
-            os.makedirs(folder)
+            return removal.clear(Path(folder))
 
     def settle(self, arrived: str, folder: str) -> None:
         """A folder that has arrived whole gets its name."""
         with contextlib.suppress(OSError):  # it is there by now
-            os.rename(arrived, folder)
+            removal.put(Path(arrived), Path(folder))
 
     # -- a job
 

@@ -206,7 +206,7 @@ class Fleet:
         elif kind == "ended":
             self.finish(worker, value)
         else:
-            self.errands.arrived(kind, *value)
+            self.errands.arrived(work.job, kind, *value)
 
     def finish(self, worker: Worker, outcome: Outcome) -> None:
         work, worker.work, worker.stream, worker.errand, worker.token = (

@@ -6,12 +6,16 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from tuner.errors import StorageError
+from tuner.files import removal
 from tuner.files.crash_points import crash
 
 
@@ -58,12 +62,12 @@ def atomic_path(
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(mode & ~mask)
-            temporary.replace(path)  # then the name
+            removal.put(temporary, path)  # then the name
             crash(f"{what}.renamed")
             if sync:
                 fsync(path.parent)  # then the entry
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            removal.remove_file(temporary)
             raise
 
 
@@ -73,7 +77,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
     while True:
         handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
         with open(handle, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            flock(file, Path(name), fcntl.LOCK_EX)
             if _is(file, Path(name)):  # else it was swept before it was locked
                 yield Path(name)
                 return
@@ -96,7 +100,7 @@ def atomic_folder(folder: Path, need: float | None = None, what: str = "folder")
     temporary = folder.with_name(f".{folder.name}.tmp")
     with disk_errors(folder, need):
         for rest in (temporary, folder):
-            shutil.rmtree(rest, ignore_errors=True)
+            removal.remove_entry(rest)
         temporary.mkdir()
         crash(f"{what}.begun")
         try:
@@ -104,40 +108,129 @@ def atomic_folder(folder: Path, need: float | None = None, what: str = "folder")
             crash(f"{what}.filled")
             for path in (*temporary.iterdir(), temporary):
                 fsync(path)
-            temporary.rename(folder)
+            removal.put(temporary, folder)
             crash(f"{what}.renamed")
             fsync(folder.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            removal.remove_entry(temporary)
+
+
+@contextlib.contextmanager
+def half_export(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` for an export that is being written, locked so that `sweep` lets it be.
+
+    What lies at its name when the block ends goes: a half-written export, or one that was replaced.
+    """
+    temporary = parent / f".export-{uuid.uuid4().hex[:8]}.tmp"
+    lock = temporary.with_suffix(".lock")
+    with locked(lock):
+        try:
+            temporary.mkdir()
+            yield temporary
+        finally:
+            removal.remove_half_export(temporary)
+            removal.remove_lock(lock)
 
 
 def lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
+def lock_of_export(folder: Path) -> Path:
+    """Which process makes an export for `folder` is written there."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
 def sweep(parent: Path) -> None:
     """Removes what killed processes left in `parent`: half-written files and folders, and locks of what is not there."""
+    sweep_exports(parent)
     for rest in parent.glob(".*.tmp"):
-        if rest.is_dir():
+        if removal.is_entry(rest):
             with locked(parent / f"{rest.name[1:-4]}.lock", wait=False) as ours:
                 if ours:  # else it is being built right now
-                    shutil.rmtree(rest, ignore_errors=True)
-        else:
+                    removal.remove_entry(rest)
+        elif rest.is_file():
             with contextlib.suppress(OSError), open(rest, "rb") as file:
-                fcntl.flock(
-                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # raises where it is being written right now
-                rest.unlink()
+                flock(
+                    file, rest, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # raises where it is being written now
+                removal.remove_file(rest)
     for lock in parent.glob("[!.]*.lock"):
-        if not lock.with_suffix("").exists():
+        if removal.is_entry_name(lock.stem) and not lock.with_suffix("").exists():
             unlock(lock)
 
 
-def unlock(lock: Path) -> None:
-    """Removes a lock that nobody holds."""
+def sweep_exports(parent: Path) -> None:
+    """Removes exports that killed processes were writing in `parent`, and their locks."""
+    for rest in parent.glob(".export-*.tmp"):
+        unlock(rest.with_suffix(".lock"), rest)
+    for lock in parent.glob(".export-*.lock"):
+        if removal.EXPORT_LOCK.fullmatch(lock.name):
+            unlock(lock)
+
+
+def unlock(lock: Path, half: Path | None = None) -> None:
+    """Removes a lock that nobody holds, and first the export `half` that it was for."""
     with locked(lock, wait=False) as ours:
         if ours:
-            lock.unlink(missing_ok=True)
+            if half is not None:
+                removal.remove_half_export(half)
+            removal.remove_lock(lock)
+
+
+def flock(file: IO[Any] | int, path: Path, how: int) -> None:
+    """The kernel's lock on the open file at `path`.
+
+    Raises BlockingIOError where another has it, StorageError where there are no locks.
+    """
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{path}: its file system has no locks ({error.strerror}), so two processes could "
+            "write the same place; mount it with them (Lustre: -o flock), or use another disk "
+            "(--studies, --out, TUNER_HOME)"
+        ) from None
+
+
+@contextlib.contextmanager
+def claimed(path: Path, busy: str, *, remove: bool = False) -> Iterator[None]:
+    """Holds the lock at `path`, in which the holder is written; `remove`: the file goes with it.
+
+    Raises StorageError where another process has it: `busy`, with its name for {holder}.
+    """
+    while True:
+        with disk_errors(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with open(handle, "r+") as file:
+            try:
+                flock(file, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = file.read().strip() or "another process"
+                raise StorageError(busy.format(holder=holder)) from None
+            if not _is(file, path):  # its last holder removed it a moment ago
+                continue
+            if not removal.is_holder(file.read()):
+                raise StorageError(
+                    f"{path} is no lock of tuner's; move it away, or write elsewhere"
+                )
+            with disk_errors(
+                path
+            ):  # not through the file's buffer, which its end would write again
+                os.ftruncate(file.fileno(), 0)
+                os.pwrite(file.fileno(), _holder().encode(), 0)
+            try:
+                yield
+            finally:
+                if remove:
+                    removal.remove_lock(path)
+            return
+
+
+def _holder() -> str:
+    return f"pid {os.getpid()} on host {socket.gethostname()} since {time.strftime('%H:%M')}"
 
 
 @contextlib.contextmanager
@@ -195,7 +288,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     while True:
         with open(path, "a+") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                flock(file, path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
                 return

@@ -11,9 +11,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tuner.files.atomic import lock_of, locked, sha256, sweep
+from tuner.files import removal
+from tuner.files.atomic import flock, lock_of, locked, sha256, sweep
+from tuner.files.removal import SUMS
 
-SUMS = "sha256.json"  # written last: the SHA-256 of every other file of the entry
 UNUSED_DAYS = 60  # after which an entry goes when another is made
 
 State = tuple[tuple[str, int, int, int], ...]
@@ -67,7 +68,7 @@ def hold(folder: Path, *, written: bool = False) -> Held | None:
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        flock(handle, folder / SUMS, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(handle), (folder / SUMS).stat()):
             raise FileNotFoundError(folder)
     except (BlockingIOError, FileNotFoundError):  # it is being removed
@@ -104,31 +105,33 @@ def _state(path: Path) -> tuple[int, int, int]:
 
 
 def evict(folder: Path) -> bool:
-    """Removes an entry, unless somebody reads or makes it."""
+    """Removes an entry, unless somebody reads or makes it, or it is none."""
+    if folder.is_dir() and not removal.is_entry(folder):
+        return False
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(locked(lock_of(folder), wait=False)):
             return False
         with contextlib.suppress(FileNotFoundError):  # one that was never finished has no readers
             file = stack.enter_context(open(folder / SUMS, "r+b"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                flock(file, folder / SUMS, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 return False
         gone = folder.with_name(
             f".{folder.name}.tmp"
         )  # first out of sight, so that a kill leaves no half of it there
-        shutil.rmtree(gone, ignore_errors=True)
+        removal.remove_entry(gone)
         with contextlib.suppress(FileNotFoundError):
-            folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-        lock_of(folder).unlink(missing_ok=True)
+            removal.put(folder, gone)
+        removal.remove_entry(gone)
+        removal.remove_lock(lock_of(folder))
         return True
 
 
 def entries(parent: Path) -> list[Path]:
     """The least recently used first."""
     found = (
-        [(path.stat().st_mtime, path) for path in parent.glob("[!.]*") if path.is_dir()]
+        [(path.stat().st_mtime, path) for path in parent.glob("[!.]*") if removal.is_entry(path)]
         if parent.is_dir()
         else []
     )

@@ -2,15 +2,14 @@
 
 import contextlib
 import hashlib
-import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from tuner.files import removal
 from tuner.files.atomic import disk_errors, fsync
+from tuner.files.removal import CHECKPOINT as NAME
 
 FOLDER = "checkpoints"
-NAME = re.compile(r"(\d+|best)-([0-9a-f]{64})\.safetensors")
 Rank = tuple[float, int, int]
 """Of a trial that completed, smaller is better: minus its value, its best epoch, its number."""
 
@@ -99,23 +98,29 @@ class Keeping:
         with disk_errors(place):
             for path in (kept, place, self.folder):
                 fsync(path)
-            remove(p for p in place.iterdir() if p != kept)
+            removal.remove_checkpoints(place, keep=kept)
 
     def _drop(self, draw: int) -> None:
         if self.folder is not None:
-            remove([self.folder / str(draw)])
+            with contextlib.suppress(OSError):
+                removal.remove_checkpoints(self.folder / str(draw))
 
 
 def remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        removal.remove_file(path)
+
+
+def place_of(export: Path) -> Path:
+    """Where the checkpoints of the training for an export lie: in its study's folder, else beside it, hidden and with its name."""
+    if removal.is_study(export.parent):
+        return export.parent / FOLDER / export.name
+    return export.with_name(f".{export.name}.checkpoints")
 
 
 def discard(folder: Path) -> None:
-    """Removes a training's checkpoints, and the folder around them once it is empty."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes a training's checkpoints, and the folder around those of a study once it is empty."""
     with contextlib.suppress(OSError):
-        folder.parent.rmdir()
+        removal.remove_checkpoints(folder)
+    if folder.parent.name == FOLDER:
+        removal.remove_empty(folder.parent)

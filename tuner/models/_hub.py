@@ -11,6 +11,7 @@ from typing import Any
 from tuner.core.input_spec import TOKENIZER
 from tuner.core.weights import fetch
 from tuner.errors import DataError, SpaceError, nearest
+from tuner.files import removal
 from tuner.files.atomic import disk_errors, lock_of, locked
 from tuner.preprocessing.tokenization import NEED
 
@@ -142,7 +143,7 @@ def _need(home: Path, repository: str, folder: Path, file: str) -> None:
     path = fetch(home, f"{base}/{repository}/resolve/main/{file}", name=f"{folder.name}--{file}")
     link = folder / file
     if not link.exists():
-        link.unlink(missing_ok=True)
+        removal.remove_dangling(link)
         link.symlink_to(os.path.relpath(path, folder))
 
 

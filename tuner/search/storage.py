@@ -1,11 +1,7 @@
 """The study's place: its folder, its lock, its database, and what it must have in common with the file."""
 
 import contextlib
-import fcntl
 import json
-import os
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,7 @@ from tuner.config import database_url, yaml_document
 from tuner.config.yaml_document import kind
 from tuner.errors import SpaceError, StorageError
 from tuner.files import mounts
-from tuner.files.atomic import disk_errors
+from tuner.files.atomic import claimed, disk_errors
 from tuner.files.crash_points import crash
 from tuner.search import postgresql
 from tuner.search.bulk_reads import quick
@@ -29,22 +25,9 @@ SPACE, DATA = "tuner:space", "tuner:data"
 def lock(folder: Path, name: str = "lock") -> Iterator[None]:
     """Holds the study; the kernel frees it however the holder ends. Raises StorageError when another process has it."""
     make(folder)
-    with disk_errors(folder):
-        (folder / name).touch()
-    with open(folder / name, "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise StorageError(
-                f"study {folder.name!r} is being run by {holder}; wait for it, or use another search.name"
-            ) from None
-        file.truncate(0)
-        file.write(
-            f"pid {os.getpid()} on host {socket.gethostname()} since {time.strftime('%H:%M')}"
-        )
-        file.flush()
+    quoted = repr(folder.name).replace("{", "{{").replace("}", "}}")
+    busy = f"study {quoted} is being run by {{holder}}; wait for it, or use another search.name"
+    with claimed(folder / name, busy):
         yield
 
 

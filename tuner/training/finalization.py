@@ -5,7 +5,6 @@ import math
 import platform
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,9 +19,11 @@ from tuner.core.export_module import Portable
 from tuner.core.input_spec import Tree, leaves, wanted_of
 from tuner.core.types import Data, Staged, Task
 from tuner.errors import DataError, ExportMismatch, NoUsableTrial
-from tuner.files.atomic import disk_errors, fsync, sha256
+from tuner.files import removal
+from tuner.files.atomic import disk_errors, fsync, half_export, sha256
 from tuner.files.crash_points import crash
-from tuner.manifest import MANIFEST, Published, model_card, read, recover
+from tuner.files.removal import MANIFEST
+from tuner.manifest import Published, model_card, read, recover
 from tuner.messages import Assignment, Crown, Epoch
 from tuner.training.building import build, load, task_of
 from tuner.training.checkpoints import put
@@ -147,8 +148,7 @@ def publish(
     )
     with disk_errors(folder, need):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".export-", suffix=".tmp", dir=folder.parent))
-        try:
+        with half_export(folder.parent) as temporary:
             for name, path in data.wanted.files().items():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, temporary / name)
@@ -168,24 +168,17 @@ def publish(
             )  # last: it vouches for the rest
             fsync(temporary / MANIFEST)
             crash("export.written")
-            temporary.chmod(0o755)
             replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return Published(folder, manifest)
 
 
 def replace(new: Path, folder: Path) -> None:
-    """Puts a finished folder in the place of an older one; `recover` mends a crash between the two renames."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        crash("export.moved")
-    new.rename(folder)
+    """Puts a finished folder in the place of an older one; `recover` ends what a crash in between leaves."""
+    old = removal.take_place(new, folder)
     crash("export.renamed")
     fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old is not None:
+        removal.remove_export(old)
 
 
 def samples(data: Data) -> Tree:

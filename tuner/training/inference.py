@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 
 from tuner.config import plugins
 from tuner.core.input_spec import Preprocess, Tokens, Tree, Wanted, wanted_of
-from tuner.core.types import Told
+from tuner.core.types import Task, Told
 from tuner.errors import DataError, SpaceError, nearest, suggest
 from tuner.files.atomic import disk_errors
-from tuner.manifest import MANIFEST, Published, read
+from tuner.files.removal import MANIFEST
+from tuner.manifest import Published, read, replaced
 from tuner.preprocessing.image_decoding import SUFFIXES, attempt, quietly, upright
 from tuner.training.building import task_of
 from tuner.training.finalization import open_export
@@ -84,17 +85,8 @@ def predict(
     what is not there.
     """
     exports = published.manifest["exports"]
-    if kind is not None and kind not in exports:
-        raise SpaceError(
-            f"--format {kind!r} was not exported{suggest(kind, exports)}; make it with `tuner export`"
-        )
     kind = kind or next((k for k in PREFERRED if k in exports), next(iter(exports)))
-    if not trust:
-        refuse_code(published, kind)
-    with plugins.installed_only():
-        function = open_export(published, kind)
-        task = task_of(published.run, tuple(published.manifest["classes"]))
-    wanted = wanted_of(published.manifest["preprocess"], published.folder)
+    function, task, wanted = opened(published, kind, trust=trust)
     batches = (
         of_texts(texts(named), wanted)
         if isinstance(wanted, Tokens)
@@ -111,6 +103,14 @@ def predict(
             )
 
 
+def require_format(published: Published, kind: str) -> None:
+    exports = published.manifest["exports"]
+    if kind not in exports:
+        raise SpaceError(
+            f"--format {kind!r} was not exported{suggest(kind, exports)}; make it with `tuner export`"
+        )
+
+
 def refuse_code(published: Published, kind: str) -> None:
     """Raises SpaceError where the export names code that is not tuner's: it may be somebody else's export."""
     for key, name in published.code(kind).items():
@@ -118,6 +118,35 @@ def refuse_code(published: Published, kind: str) -> None:
             f"{published.folder / MANIFEST}: {key}: {name!r} is code, which would be imported and run; if the export is "
             "your own, or you have read that code, add --trust (its module is found on PYTHONPATH, not in this folder)"
         )
+
+
+def opened(
+    published: Published, kind: str, *, trust: bool
+) -> tuple[Callable[[Tree], Tree], Task, Wanted]:
+    """The export as a function, its task and what it takes; where another takes its place meanwhile, of that one."""
+    while True:
+        require_format(published, kind)
+        if not trust:
+            refuse_code(published, kind)
+        try:
+            with plugins.installed_only():
+                function = open_export(published, kind)
+                task = task_of(published.run, tuple(published.manifest["classes"]))
+            wanted = wanted_of(published.manifest["preprocess"], published.folder)
+        except Exception:  # of a half of each: a file is gone, or fits no more
+            newer = replacement(published)
+            if newer is None:
+                raise
+        else:
+            newer = replacement(published)
+            if newer is None:
+                return function, task, wanted
+        published = newer
+
+
+def replacement(published: Published) -> Published | None:
+    """The export that has taken this one's place since it was read."""
+    return read(published.folder) if replaced(published) else None
 
 
 @dataclass(frozen=True)
