@@ -11,6 +11,7 @@ class Assignment:
     """A run and where to carry it out. `fetch`: weights may be downloaded.
 
     `checkpoints` is the folder that the run continues from and leaves its state in; `keep`: the best epoch's weights too, at its end.
+    `parts`: batches are taken in so many parts, their gradients added up, since whole ones did not fit the machine's memory.
     """
 
     run: Run
@@ -20,6 +21,7 @@ class Assignment:
     fetch: bool = True
     checkpoints: str | None = None
     keep: bool = False
+    parts: int = 1
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from tuner.config.run import Run
 from tuner.config.space import Space
 from tuner.jobs import Job, Outcome
 from tuner.messages import Assignment, Epoch, Result
-from tuner.search.coordinator import Coordinator, Live
+from tuner.search.coordinator import Coordinator
+from tuner.search.running_trial import RunningTrial
 from tuner.search.samplers import PRUNERS
 
 
@@ -20,7 +21,7 @@ class Silent:
     def __init__(self) -> None:
         self.ends: list[int] = []
 
-    def epoch(self, live: Live, epoch: Epoch) -> None: ...
+    def epoch(self, running: RunningTrial, epoch: Epoch) -> None: ...
     def files(self, trial: optuna.Trial, run: Run, result: Result) -> None: ...
     def ended(self, trial: FrozenTrial, run: Run, result: Result | None) -> None:
         self.ends.append(trial.number)

@@ -258,7 +258,7 @@ def test_a_retry_whose_first_attempt_lives_after_all_is_withdrawn(ended: bool) -
     c = coordinator(space(trials=3))
     job = c.next_job()
     assert job is not None
-    c.study.enqueue_trial(c.live[0].trial.params, {history.ROOT: 0})
+    c.study.enqueue_trial(c.running[0].trial.params, {history.ROOT: 0})
     if ended:
         c.ended(job, train(c, job))
     c.ledger.read(c.held())

@@ -7,6 +7,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from tuner.dashboard.artifacts import write_note
@@ -66,6 +67,21 @@ def test_a_window_that_holds_all_proposes_and_prunes_as_optuna_does(
     assert ours == [step(plain, n, sampler) for n in range(30)]
     if pruner != "none":
         assert any(epochs < EPOCHS for _, epochs in ours)
+
+
+def test_the_median_of_few_trials_prunes_nothing() -> None:
+    study = fresh(None, "median")
+    for epochs in (2, 2, 2, 2, 2, 2, 5, 5, 5, 5):  # only four are longer than two epochs
+        trial = study.ask()
+        for epoch in range(1, epochs + 1):
+            trial.report(0.5, epoch)
+        study.tell(trial, 0.5)
+    trial = study.ask()
+    trial.report(0.1, 3)
+    assert not trial.should_prune()
+    short = study.ask()
+    short.report(0.1, 2)
+    assert short.should_prune()
 
 
 def test_what_lies_outside_the_window_is_not_shown_and_what_is_best_stays(
@@ -204,6 +220,19 @@ def test_what_a_running_trial_tells_reaches_the_database_within_the_wait(
     monkeypatch.setattr("tuner.search.write_buffer.WAIT", 0.0)
     study.write(trial)
     assert study.trials[0].intermediate_values == {1: 0.5}
+
+
+def test_a_trial_that_somebody_else_ended_is_told_apart_from_a_wrong_call(tmp_path: Path) -> None:
+    study = WindowedStudy(fresh(tmp_path, "none"))
+    trial, other = study.ask(), study.ask()
+    for one in (trial, other):
+        study.write(one, now=True)
+    optuna.load_study(study_name="s", storage=storage.connect(None, tmp_path)).tell(0, 0.5)
+    with pytest.raises(UpdateFinishedTrialError):
+        study.tell(trial, 0.7)
+    with pytest.raises(ValueError, match="nan is not acceptable"):
+        study.tell(other, float("nan"), state=TrialState.COMPLETE)
+    assert study.trials[0].value == 0.5
 
 
 @pytest.mark.parametrize("length", [0, 10, 2045, 2046, 9000])

@@ -537,6 +537,20 @@ def test_a_continued_trial_knows_how_much_fits(
     assert max(Greedy.asked) == 4 and notes == []
 
 
+def test_a_trial_that_was_killed_for_its_memory_goes_on_with_parts_of_its_batches(
+    here: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Greedy, "most", 99)
+    r = run(model="tests.test_checkpoints:greedy", lr=0.01, epochs=3)
+    straight = attempt(r, here, None)[0]
+    attempt(r, here, tmp_path / "kept", most=1)  # and then its worker was killed
+    monkeypatch.setattr(Greedy, "asked", [])
+    told, _, _, notes = attempt(r, replace(here, parts=4), tmp_path / "kept")
+    assert max(Greedy.asked) == 4 and [number for number, _, _ in told] == [1, 2, 3]
+    assert [loss for _, loss, _ in told] == pytest.approx([loss for _, loss, _ in straight], 1e-4)
+    assert len(notes) == 1 and "batches are taken in parts of 4" in notes[0]
+
+
 @pytest.mark.parametrize(("normed", "least"), [(False, 1), (True, 2)])
 def test_where_nothing_fits_the_trial_ends_as_out_of_memory(
     normed: bool, least: int, here: Place, monkeypatch: pytest.MonkeyPatch

@@ -17,8 +17,9 @@ from tuner.commands.trial_line import METRICS, Columns, reached, spoken
 from tuner.config.run import Run, seconds
 from tuner.jobs import AS_MANY
 from tuner.messages import Epoch, Facts, Result, Survey
-from tuner.search.coordinator import Coordinator, Live
+from tuner.search.coordinator import Coordinator
 from tuner.search.history import REASON, SAME_AS
+from tuner.search.running_trial import RunningTrial
 
 Mode = Literal["normal", "quiet", "json"]
 ASCII = str.maketrans({"★": "*", "…": "..."})
@@ -141,15 +142,15 @@ class Console:
             )
             self.bar.start()
 
-    def epoch(self, live: Live, epoch: Epoch) -> None:
-        number, total = live.trial.number, live.run.recipe.epochs
+    def epoch(self, running: RunningTrial, epoch: Epoch) -> None:
+        number, total = running.trial.number, running.run.recipe.epochs
         for note in epoch.notes:
             self.warn(f"trial {number}: {note}")
         values = {"loss": epoch.loss, "scores": epoch.scores, "seconds": epoch.seconds}
         self.event("epoch", trial=number, epoch=epoch.number, of=total, **values)
         if self.bar is None or self.coordinator is None:
             return
-        for gone in self.rows.keys() - self.coordinator.live.keys():
+        for gone in self.rows.keys() - self.coordinator.running.keys():
             self.bar.remove_task(self.rows.pop(gone))
         if number not in self.rows:
             self.rows[number] = self.bar.add_task(f"#{number}", total=total, state="")

@@ -113,7 +113,9 @@ def how(trial: FrozenTrial) -> str:
     reason = (str(trial.user_attrs.get(REASON, "")).splitlines() or [""])[0]
     if trial.state == TrialState.PRUNED:
         return f" pruned{f' ({reason})' if reason else ''}"
-    return f" FAILED ({reason})" if trial.state == TrialState.FAIL else ""
+    return (
+        f" FAILED ({reason or 'ended by somebody else'})" if trial.state == TrialState.FAIL else ""
+    )
 
 
 def shown(value: Any, digits: int = 3) -> str:

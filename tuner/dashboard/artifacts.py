@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import optuna
 import yaml
@@ -15,6 +16,7 @@ from tuner.files import removal
 from tuner.files.atomic import disk_errors
 from tuner.files.crash_points import crash
 from tuner.messages import Epoch, Result
+from tuner.search.write_buffer import Batched
 
 TYPES = {".png": "image/png", ".csv": "text/csv"}
 
@@ -58,14 +60,24 @@ class Artifacts:
 
 
 def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
-    """A note as optuna_dashboard keeps it, where there is none yet.
+    """A note as optuna_dashboard keeps it; a note that somebody wrote on the trial in the browser stays.
 
     Its own `save_note` reads all notes of the study at each call, and importing it takes longer than many a trial.
     """
     storage = trial.storage if trial else study._storage
     about = trial._trial_id if trial else None
-    for key, value in note_attributes(about, body).items():
+    attributes = note_attributes(about, body)
+    version = list(attributes)[-1]
+    if trial and _has(storage, study, version):
+        return
+    for key, value in attributes.items():
         storage.set_study_system_attr(study._study_id, key, value)
+
+
+def _has(storage: Any, study: optuna.Study, key: str) -> bool:
+    if isinstance(storage, Batched):
+        return storage.has_study_system_attr(key)
+    return key in storage.get_study_system_attrs(study._study_id)
 
 
 def study_note(space: Space, name: str, metric: str) -> str:

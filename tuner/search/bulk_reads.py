@@ -12,8 +12,10 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.dialects import postgresql, sqlite
 
 Rows = dict[int, list[Any]]  # by trial id
+UPSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 KEPT = 1024  # distributions that differ; a space has a handful
 
 
@@ -36,6 +38,17 @@ def quick(database: RDBStorage) -> RDBStorage:
     database._get_trials = read  # type: ignore[method-assign]
     database.get_all_studies = read_studies  # type: ignore[method-assign]
     return database
+
+
+def insertion(kind: Any, dialect: str) -> Any:
+    """A statement that writes rows of a table. An attribute that is there already is replaced, as Optuna does."""
+    if dialect not in UPSERTS or "value_json" not in kind.__table__.columns:
+        return sqlalchemy.insert(kind)
+    statement = UPSERTS[dialect](kind)
+    owner = "study_id" if "study_id" in kind.__table__.columns else "trial_id"
+    return statement.on_conflict_do_update(
+        index_elements=[owner, "key"], set_={"value_json": statement.excluded.value_json}
+    )
 
 
 def studies(connection: sqlalchemy.Connection) -> list[FrozenStudy]:

@@ -8,7 +8,7 @@ MAX_ALIKE, MAX_FAILURES = 3, 10
 
 
 class Failures:
-    """The reasons of this process's failed trials, since the last that completed."""
+    """The reasons of this process's failed trials, since the last that its worker brought to a healthy end."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -27,3 +27,7 @@ class Failures:
                 f"{len(self.reasons)} trials failed and none completed; first: {self.reasons[0]}; in all: {counts}"
             )
         return None
+
+    def clear(self) -> None:
+        """A trial completed, or was pruned for its scores: whatever failed before was no general fault."""
+        self.reasons.clear()

@@ -16,6 +16,8 @@ from tuner.search.samplers import mix
 ROOT, ATTEMPT, REASON, SAME_AS = "tuner:root", "tuner:attempt", "tuner:reason", "tuner:same_as"
 BEST_EPOCH, SCORES = "best_epoch", "scores"
 FINAL, TRACE = "tuner:final", "tuner:trace"
+KILLED = "tuner:killed"  # how many earlier attempts of a trial a memory limit ended
+REFUSED = "tuner:refused"  # whether an earlier attempt was refused by its worker
 OWNER = "tuner:owner"  # which coordinator runs a trial, where there may be several
 DEFAULT = (
     "tuner:default"  # whether a trial that was asked for at the beginning is the default recipe

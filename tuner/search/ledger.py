@@ -1,5 +1,7 @@
 """What a study's trials come to: how many count against the budget, which parameters are known, which draws were made, what is orphaned."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -7,7 +9,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner.files.crash_points import crash
 from tuner.search import history
-from tuner.search.history import ATTEMPT, DEFAULT, FINAL, REASON, ROOT, key_of
+from tuner.search.history import ATTEMPT, DEFAULT, FINAL, KILLED, REASON, REFUSED, ROOT, key_of
 from tuner.search.leases import Alone, Leases
 from tuner.search.proposals import Asker
 from tuner.search.windowed_study import WindowedStudy
@@ -57,17 +59,25 @@ class Ledger:
         if t.state in ENDED:
             self.known.setdefault(key_of(t.params), t.number)
 
-    def again(self, trial: Trial, root: int, reason: str, *, count: bool) -> None:
-        """Ends a trial of ours and asks for it again; where another coordinator took it, that one has. `count`: it was an attempt."""
+    def again(
+        self,
+        trial: Trial,
+        root: int,
+        reason: str,
+        *,
+        count: bool,
+        marks: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Ends a trial of ours and asks for it again, unless somebody else has ended it.
+
+        `count`: it was an attempt. `marks`: what the next attempt must know of this one.
+        """
 
         def requeue() -> None:
-            if (
-                not self.leases.shared
-                or self.study._storage.get_trial(trial._trial_id).state == TrialState.RUNNING
-            ):
-                self.requeue(
-                    trial.number, trial.params, root, trial.user_attrs, reason, count=count
-                )
+            state = self.study._storage.get_trial(trial._trial_id).state
+            if state == TrialState.RUNNING:
+                attrs = {**trial.user_attrs, **marks}
+                self.requeue(trial.number, trial.params, root, attrs, reason, count=count)
 
         self.leases.exclusively(requeue)
         self.study.lose(trial.number)
@@ -84,7 +94,7 @@ class Ledger:
     ) -> None:
         """Records a lost attempt and asks for the same parameters again. `count`: it was one of the limited attempts."""
         marks = {ROOT: root, ATTEMPT: int(attrs.get(ATTEMPT, 1)) + count} | {
-            k: v for k, v in attrs.items() if k == DEFAULT
+            k: v for k, v in attrs.items() if k in (DEFAULT, KILLED, REFUSED)
         }
         # first the new one, then the end of the old one: a crash in between leaves an orphan that is swept again
         waiting = [

@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql
 
 from tuner.config import database_url
 from tuner.errors import StorageError
-from tuner.search.bulk_reads import quick
+from tuner.search.bulk_reads import insertion, quick
 from tuner.search.history import OWNER
 
 T = TypeVar("T")
@@ -258,7 +258,7 @@ class Server:
                             f"trial {trial_id} was taken by another coordinator"
                         )
                     for kind, found in rows.items():
-                        connection.execute(sqlalchemy.insert(kind), found)
+                        connection.execute(insertion(kind, self.engine.dialect.name), found)
             except sqlalchemy.exc.IntegrityError:
                 if not again:
                     raise  # else the try that was not heard of had been carried out

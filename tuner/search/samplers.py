@@ -17,8 +17,11 @@ SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 
 PRUNERS: Mapping[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "median": lambda epochs: optuna.pruners.MedianPruner(
-        n_startup_trials=5, n_warmup_steps=2
-    ),  # steps count from 1: none is judged by its first epoch
+        # steps count from 1: none is judged by its first epoch. Where few trials are as long, their median says little
+        n_startup_trials=5,
+        n_warmup_steps=2,
+        n_min_trials=5,
+    ),
     "projection": ProjectionPruner,
     "successive-halving": lambda epochs: optuna.pruners.SuccessiveHalvingPruner(
         min_resource=1, reduction_factor=3

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner.search.projection_pruner import ProjectionPruner
@@ -115,16 +116,29 @@ class WindowedStudy(optuna.Study):
         state: TrialState | None = None,
         skip_if_finished: bool = False,
     ) -> FrozenTrial:
-        collected = self.batches.pop(trial if isinstance(trial, int) else trial.number, None)
+        """As Optuna's. Raises UpdateFinishedTrialError where somebody else has ended the trial, Optuna a ValueError."""
+        number = trial if isinstance(trial, int) else trial.number
+        collected = self.batches.pop(number, None)
         if collected is not None:
             collected.flush()
-        found = super().tell(trial, values, state, skip_if_finished)
+        try:
+            found = super().tell(trial, values, state, skip_if_finished)
+        except ValueError:
+            self._refuse_finished(number)
+            raise
         self.running.pop(found.number, None)
         self.keep(found)
         return found
 
+    def _refuse_finished(self, number: int) -> None:
+        """Raises UpdateFinishedTrialError where the trial has ended."""
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        state = self._storage.get_trial(trial_id).state
+        if state.is_finished():
+            raise UpdateFinishedTrialError(f"trial {number} has ended: {state.name}")
+
     def lose(self, number: int) -> None:
-        """Another coordinator ended this trial; what it told and was not written is dropped."""
+        """Somebody else ended this trial; what it told and was not written is dropped."""
         self.running.pop(number, None)
         self.batches.pop(number, None)
 
@@ -166,7 +180,11 @@ class WindowedStudy(optuna.Study):
             or states is None
             or any(state in states for state in set(TrialState) - SEEN)
         ):
-            return super()._get_trials(deepcopy, states, use_cache)
+            everything = super()._get_trials(deepcopy, states, use_cache)
+            if not self.judging:
+                return everything
+            # successive halving compares with all that were judged: a lost attempt would compete with its retry
+            return [trial for trial in everything if trial.state != TrialState.FAIL]
         found = [*(trial for _, _, trial in self.best), *self.latest]
         if TrialState.RUNNING in states:
             underway = [

@@ -6,10 +6,12 @@ from typing import Any
 
 import sqlalchemy
 from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
-from optuna.trial import Trial
+from optuna.trial import Trial, TrialState
 
+from tuner.search.bulk_reads import insertion
 from tuner.search.postgresql import Server
 
 WAIT = 1.0  # seconds that a value may wait, so that who watches a long trial sees its epochs
@@ -18,7 +20,7 @@ WAIT = 1.0  # seconds that a value may wait, so that who watches a long trial se
 class Batched:
     """What a trial takes for its storage. Its parameters, reports, attributes, files and note wait for `flush`; all else goes through.
 
-    Each key is written once, as a trial that is carried out once does. Nothing that has ended waits: see WindowedStudy.tell.
+    Parameters and reports are written once, as a trial that is carried out once does. Nothing that has ended waits: see WindowedStudy.tell.
     """
 
     def __init__(self, inner: BaseStorage, database: RDBStorage | Server, trial_id: int) -> None:
@@ -86,15 +88,39 @@ class Batched:
         return time.monotonic() - self.written > WAIT
 
     def flush(self) -> None:
-        """Raises UpdateFinishedTrialError where other coordinators may take a trial, and one has."""
+        """All rows or none. Raises UpdateFinishedTrialError where somebody else has ended the trial."""
         rows, self.rows = self.rows, {}
         if rows and isinstance(self.database, Server):
             self.database.insert(self.trial_id, rows)
         elif rows:
-            with self.database.engine.begin() as connection:
-                for kind, found in rows.items():
-                    connection.execute(sqlalchemy.insert(kind), found)
+            self._insert(self.database.engine, rows)
         self.written = time.monotonic()
+
+    def _insert(self, engine: sqlalchemy.Engine, rows: dict[Any, list[dict[str, Any]]]) -> None:
+        model = models.TrialModel
+        state = sqlalchemy.select(model.state).where(model.trial_id == self.trial_id)
+        with engine.begin() as connection:
+            for kind, values in rows.items():
+                connection.execute(insertion(kind, engine.dialect.name), values)
+            # read after writing: from the first row on SQLite lets nobody else write
+            if connection.execute(state).scalar_one_or_none() != TrialState.RUNNING:
+                raise UpdateFinishedTrialError(f"trial {self.trial_id} has ended")
+
+    def has_study_system_attr(self, key: str) -> bool:
+        """Whether the database has it: one row read, where Optuna reads the notes of all trials."""
+        model = models.StudySystemAttributeModel
+        trial = sqlalchemy.select(models.TrialModel.study_id).where(
+            models.TrialModel.trial_id == self.trial_id
+        )
+        query = sqlalchemy.select(model.key).where(
+            model.key == key, model.study_id == trial.scalar_subquery()
+        )
+
+        def look(_: bool) -> bool:
+            with self.database.engine.connect() as connection:
+                return connection.execute(query).first() is not None
+
+        return self.database.patiently(look) if isinstance(self.database, Server) else look(False)
 
 
 def batch(trial: Trial) -> Batched | None:

@@ -216,7 +216,7 @@ def restore(training: Training, tensors: dict[str, Tensor], values: dict[str, An
         )
     training.optimizer.load_state_dict({**optimizer, "state": states})
     training.schedule.load_state_dict({**training.schedule.state_dict(), **values["schedule"]})
-    training.room.size = values["room"]
+    training.room.size = min(training.room.size, values["room"])
 
 
 def like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ class Place:
     device: torch.device
     precision: str  # float32 or bfloat16
     limits: Limits
+    parts: int = 1  # in which batches are taken, for lack of memory
 
     def autocast(self) -> AbstractContextManager[None]:
         """bfloat16 autocast where the precision says so; otherwise nothing changes."""

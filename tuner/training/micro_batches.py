@@ -27,10 +27,15 @@ class Room:
         return torch.tensor_split(index, count)
 
 
-def room(net: nn.Module, batch_size: int) -> Room:
-    """Room for whole batches, as long as nothing says otherwise; BatchNorm cannot train on one example."""
+def room(net: nn.Module, batch_size: int, parts: int = 1) -> Room:
+    """Room for whole batches, or for one of `parts`; BatchNorm cannot train on one example."""
     normed = any(isinstance(module, _BatchNorm) for module in net.modules())
-    return Room(batch_size + 1, 2 if normed else 1)  # the last batch may have one more
+    least = 2 if normed else 1
+    if parts == 1:
+        return Room(batch_size + 1, least)  # the last batch may have one more
+    size = max(least, math.ceil(batch_size / parts))
+    note = "earlier attempts were killed as by a memory limit; batches are taken in parts of"
+    return Room(size, least, [f"{note} {size}, their gradients added up"])
 
 
 def fitting(work: Callable[[], Tensor], room: Room, count: int) -> Tensor:

@@ -151,7 +151,8 @@ def fit(
         batches(len(bench.train), recipe.batch_size, seed, 1, bench.train.lengths)
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: factor(recipe, step, steps))
-    training = Training(bench.net, opt, schedule, room(bench.net, recipe.batch_size))
+    fits = room(bench.net, recipe.batch_size, bench.place.parts)
+    training = Training(bench.net, opt, schedule, fits)
     past = remembered(bench, training, recipe.batch_size, checkpoints)
     epochs: list[Epoch] = []
     for number in range(1, min(recipe.epochs, recipe.stop_epoch or recipe.epochs) + 1):

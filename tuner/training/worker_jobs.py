@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,10 +68,8 @@ def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:
     state: Literal["complete", "stopped", "diverged", "oom"] = "complete"
     reason = ""
     try:
-        there, checkpoints = (
-            place(a.engine, Path(a.home), slot),
-            Path(a.checkpoints) if a.checkpoints else None,
-        )
+        there = replace(place(a.engine, Path(a.home), slot), parts=a.parts)
+        checkpoints = Path(a.checkpoints) if a.checkpoints else None
         for epoch in crossed(a.run, there, a.metric, best, checkpoints, keep=a.keep):
             epochs.append(epoch)
             if not report(epoch):
