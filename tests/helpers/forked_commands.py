@@ -12,6 +12,24 @@ from pathlib import Path
 from typing import Any
 
 
+# what a command and its trials would import
+LOADED = (
+    "alembic.command",
+    "sqlalchemy.dialects.sqlite",
+    "tuner.cli",
+    "tuner.commands.run",
+    "tuner.config.parsing",
+    "tuner.data.synthetic",
+    "tuner.engines.inline",
+    "tuner.export.safetensors",
+    "tuner.models.resnet",
+    "tuner.tasks.classification",
+    "tuner.training.finalization",
+    "tuner.training.training_loop",
+    "tuner.training.worker_jobs",
+)
+
+
 class Forks:
     def __init__(self) -> None:
         quiet = {
@@ -97,15 +115,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    for needed in (
-        "running",
-        "trial",
-        "winner",
-        "work",
-        "engines.inline",
-        "models.resnet",
-        "data.synthetic",
-        "tasks.classification",
-    ):
-        importlib.import_module(f"tuner.{needed}")
+    for needed in LOADED:
+        importlib.import_module(needed)
     serve()
