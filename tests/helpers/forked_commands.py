@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 # what a command and its trials would import
 LOADED = (
     "alembic.command",
