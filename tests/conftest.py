@@ -143,8 +143,6 @@ def _postgres() -> Iterator[postgres_server.Server]:
         pytest.skip(
             "PostgreSQL's server programs are not installed (Debian: apt-get install postgresql)"
         )
-    pytest.importorskip(
-        "psycopg", reason="psycopg is not installed: pip install 'tuner-finetune[postgres]'"
-    )
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install -e '.[test]'")
     with postgres_server.serving(binaries) as server:
         yield server

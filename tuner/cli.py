@@ -8,10 +8,21 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from tuner.commands.arguments import (
+    Command,
+    Debug,
+    File,
+    Json,
+    Overrides,
+    Port,
+    Quiet,
+    Studies,
+    Study,
+)
 from tuner.errors import SpaceError, TunerError
 
 if TYPE_CHECKING:
@@ -28,22 +39,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-File = Annotated[Path, typer.Argument(help="a space file, such as search_spaces/resnet.yaml")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="keys to set, such as recipe.lr=0.01 search.trials=5", metavar="[KEY=VALUE]…"
-    ),
-]
-Studies = Annotated[Path, typer.Option(help="the folder that holds one folder per study")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors and warnings")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
-Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0 takes a free one")]
-Study = Annotated[str, typer.Argument(help="a study's name")]
 
-
-@app.command()
+@app.command(cls=Command)
 def run(
     file: File,
     overrides: Overrides = None,
@@ -69,7 +66,24 @@ def run(
             server.wait()
 
 
-@app.command()
+@app.command(cls=Command)
+def init(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="of the example; without one, all are listed", metavar="NAME"),
+    ] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="write the example of this name here, to be changed")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """List the example space files, or write one here."""
+    from tuner.commands.init import carry_out
+
+    carry_out(name, example)
+
+
+@app.command(cls=Command)
 def check(
     file: File,
     overrides: Overrides = None,
@@ -78,7 +92,7 @@ def check(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Find everything that can be wrong before training: the file, the model, the data. Nothing is downloaded."""
+    """Find what can be wrong before training. Nothing is downloaded."""
     from tuner.commands.session import session
     from tuner.config.space import dump
 
@@ -96,19 +110,21 @@ def check(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     file: File,
     overrides: Overrides = None,
     studies: Studies = Path("studies"),
     out: Annotated[
-        Path | None, typer.Option(help="where to export; default: STUDIES/NAME/train")
+        Path | None,
+        typer.Option(help="where to export; default: STUDIES/NAME/train", metavar="FOLDER"),
     ] = None,
     quiet: Quiet = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Carry out one run, such as a study's best.yaml: train, test, export."""
+    """Train, test and export one run, such as a study's best.yaml."""
+    from tuner.commands.export import show_published
     from tuner.commands.run import preflight
     from tuner.commands.session import INSTEAD, session, study_name
     from tuner.files.removal import require_target
@@ -129,29 +145,31 @@ def train(
     show_published(console, published)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     study: Study,
     format_: Annotated[
         list[str] | None,
-        typer.Option("--format", help="safetensors, torch_export, onnx; may be repeated"),
+        typer.Option(
+            "--format", help="safetensors, torch_export, onnx; may be repeated", metavar="FORMAT"
+        ),
     ] = None,
     trial: Annotated[
-        int | None, typer.Option(help="another trial than the best; it is retrained")
+        int | None, typer.Option(help="another trial than the best; it is retrained", metavar="N")
     ] = None,
     studies: Studies = Path("studies"),
     quiet: Quiet = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Export a study's best model, or another trial's, in further formats."""
-    from tuner.commands.export import export_trial
+    """Export a study's best model, or another trial's."""
+    from tuner.commands.export import export_trial, show_published
 
     console = console_of(quiet, json_)
     show_published(console, export_trial(studies, study, tuple(format_ or ()), trial, console))
 
 
-@app.command()
+@app.command(cls=Command)
 def predict(
     study: Annotated[
         str, typer.Argument(help="a study's name, or an export's folder", metavar="STUDY_OR_EXPORT")
@@ -159,13 +177,15 @@ def predict(
     examples: Annotated[
         list[str],
         typer.Argument(
-            help="images, folders, globs; or texts, and files with one a line", metavar="EXAMPLE…"
+            help="images, folders, globs; or texts, and files with one a line", metavar="EXAMPLE"
         ),
     ],
-    format_: Annotated[str | None, typer.Option("--format", help="which export to use")] = None,
-    out: Annotated[Path, typer.Option(help="the folder for pictures of boxes and masks")] = Path(
-        "predictions"
-    ),
+    format_: Annotated[
+        str | None, typer.Option("--format", help="which export to use", metavar="FORMAT")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="the folder for pictures of boxes and masks", metavar="FOLDER")
+    ] = Path("predictions"),
     trust: Annotated[
         bool, typer.Option("--trust", help="import and run the code that the export names")
     ] = False,
@@ -173,37 +193,24 @@ def predict(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What the model says: classes with probabilities, boxes and masks drawn, texts labelled or continued."""
-    from tuner.errors import DataError
-    from tuner.training import inference as predicting
+    """Apply an exported model to images or texts.
 
-    published = predicting.find(studies, study)
-    bad = 0
-    for number, found in enumerate(predicting.predict(published, examples, format_, trust=trust)):
-        if isinstance(found, str):
-            bad += 1
-            print(f"tuner: error: {found}", file=sys.stderr)
-            continue
-        picture = predicting.draw(found, out, number)
-        if json_:
-            typer.echo(
-                json.dumps(
-                    {
-                        found.kind: found.name,
-                        **found.told.values,
-                        **({"picture": str(picture)} if picture else {}),
-                    }
-                )
-            )
-        else:
-            typer.echo(f"{found.name}  {found.told.line}{f'  -> {picture}' if picture else ''}")
-    if bad:
-        raise DataError(f"{bad} images cannot be read; the others were predicted")
+    It tells classes with probabilities, draws boxes and masks, labels or continues texts.
+    """
+    from tuner.commands.predict import print_predictions
+    from tuner.training import inference
+
+    published = inference.find(studies, study)
+    print_predictions(
+        inference.predict(published, examples, format_, trust=trust), out, as_json=json_
+    )
 
 
-@app.command()
+@app.command(cls=Command)
 def dashboard(
-    study: Annotated[str | None, typer.Argument(help="a study's name; default: the latest")] = None,
+    study: Annotated[
+        str | None, typer.Argument(help="a study's name; default: the latest", metavar="STUDY")
+    ] = None,
     studies: Studies = Path("studies"),
     port: Port = 8080,
     write: Annotated[
@@ -230,10 +237,11 @@ def dashboard(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def clean(
     study: Annotated[
-        str | None, typer.Argument(help="a study's name; may be left out with --cache")
+        str | None,
+        typer.Argument(help="a study's name; may be left out with --cache", metavar="STUDY"),
     ] = None,
     all_: Annotated[
         bool, typer.Option("--all", help="remove the whole study: trials, pictures, exports")
@@ -251,20 +259,24 @@ def clean(
     studies: Studies = Path("studies"),
     debug: Debug = False,
 ) -> None:
-    """Show what a study takes up, and remove its checkpoints and what killed runs left."""
+    """Show what a study takes up, and remove its leftovers.
+
+    These are checkpoints and what killed runs left.
+    """
     from tuner.commands.clean import carry_out
 
     carry_out(studies, study, all_=all_, cache=cache, dry=dry_run, sure=yes)
 
 
-@app.command()
+@app.command(cls=Command)
 def models(
     name: Annotated[
-        str | None, typer.Argument(help="or your own: package.module:attribute")
+        str | None,
+        typer.Argument(help="a model, or your own: package.module:attribute", metavar="NAME"),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """List the models, or one model's stages and what each freeze depth saves."""
+    """List the models, or what each freeze depth of one saves."""
     from tuner.config import plugins
 
     if name is None:
@@ -281,7 +293,7 @@ def models(
         typer.echo(f"{d.depth:>5}  {d.stage:<14}  {d.parameters:>9.1%}  {d.flops:>5.1%}")
 
 
-@app.command()
+@app.command(cls=Command)
 def schema() -> None:
     """Print the JSON schema of space files, for editors."""
     from tuner.config.json_schema import schema as build
@@ -312,16 +324,6 @@ def opened(
     space = parsing.load(file, overrides or ())
     console = console_of(quiet, json_)
     return space, Places(studies, home_folder(console.warn)), console
-
-
-def show_published(console: "Console", published: Any) -> None:
-    scores = published.manifest["scores"]["test"]
-    console.event("published", folder=str(published.folder), test=scores)
-    console.say("test    " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-    for kind, e in published.manifest["exports"].items():
-        console.say(
-            f"export  {published.folder / e['file']}  {kind}, verified to {e['largest_difference']:.0e}"
-        )
 
 
 def start_dashboard(

@@ -128,7 +128,7 @@ def test_20_without_psycopg_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "psycopg", None)
-    with pytest.raises(StorageError, match=r"pip install 'tuner-finetune\[postgres\]'"):
+    with pytest.raises(StorageError, match=r"pip install 'psycopg\[binary\]"):
         storage.connect("postgresql://tuner:secret@127.0.0.1/db", tmp_path)
 
 

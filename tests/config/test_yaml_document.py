@@ -78,8 +78,8 @@ def test_a_message_stays_on_one_line_whatever_the_key_holds() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "f.yaml:1: the file is empty; see the examples in search_spaces/"),
-        ("# nothing\n", "f.yaml:1: the file is empty; see the examples in search_spaces/"),
+        ("", "f.yaml:1: the file is empty; `tuner init` lists examples to begin with"),
+        ("# nothing\n", "f.yaml:1: the file is empty; `tuner init` lists examples to begin with"),
         ("- a\n", "f.yaml:1: expected a mapping (task:, data:, model:, …) at the top, got a list"),
         (
             "a: 1\nb: &x 2\n",

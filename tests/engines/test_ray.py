@@ -18,6 +18,7 @@ import pytest
 import tuner
 from tests.conftest import SMALL
 from tuner.config import plugins
+from tuner.config.requirements import pip_install
 from tuner.config.run import Engine
 from tuner.errors import StorageError
 from tuner.jobs import Carry, Job, Outcome
@@ -701,8 +702,7 @@ def test_ray_that_is_not_installed_says_which_extra(tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=60)
     assert (
         process.returncode == 4
-        and out
-        == "tuner: error: engine.name: ray needs the package ray: pip install 'tuner-finetune[ray]'\n"
+        and out == f"tuner: error: engine.name: ray needs the package ray: {pip_install('ray')}\n"
     )
 
 

@@ -314,7 +314,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 
 def test_without_transformers_the_way_to_have_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SpaceError, match=r"pip install 'tuner-finetune\[text\]'"):
+    with pytest.raises(SpaceError, match=r"pip install 'transformers"):
         made("rtdetr_r18")
 
 

@@ -161,7 +161,7 @@ def test_a_name_that_timm_does_not_have_gets_the_nearest(name: str, said: str) -
 
 def test_without_timm_the_way_to_have_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(SpaceError, match=r"pip install 'tuner-finetune\[timm\]'"):
+    with pytest.raises(SpaceError, match=r"pip install 'timm"):
         built("timm/resnet18")
 
 

@@ -360,7 +360,7 @@ def test_unknown_names_get_the_nearest(name: str, weights: str, said: str) -> No
 
 def test_without_the_package_the_way_to_have_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
-    with pytest.raises(SpaceError, match=r"pip install 'tuner-finetune\[segmentation\]'"):
+    with pytest.raises(SpaceError, match=r"pip install 'segmentation-models-pytorch"):
         built("unet/resnet18")
 
 

@@ -287,7 +287,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "said"),
     [
-        ("libreyolo", r"pip install 'tuner-finetune\[yolo\]'"),
+        ("libreyolo", r"pip install 'libreyolo"),
         ("cv2", "pip uninstall opencv-python"),
     ],
 )

@@ -91,3 +91,13 @@ def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
             f"trial {number} ended {chosen.state.name.lower()} without an epoch ({chosen.user_attrs.get(REASON, 'no reason given')}); choose another"
         )
     return chosen
+
+
+def show_published(console: Console, published: Published) -> None:
+    scores = published.manifest["scores"]["test"]
+    console.event("published", folder=str(published.folder), test=scores)
+    console.say("test    " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    for kind, e in published.manifest["exports"].items():
+        console.say(
+            f"export  {published.folder / e['file']}  {kind}, verified to {e['largest_difference']:.0e}"
+        )

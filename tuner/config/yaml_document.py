@@ -95,7 +95,7 @@ def parse(text: str, file: str) -> Document:
             f"{file}:1: not valid YAML: an escape or directive holds a number that is too large"
         ) from None
     if tree is None:
-        raise SpaceError(f"{file}:1: the file is empty; see the examples in search_spaces/")
+        raise SpaceError(f"{file}:1: the file is empty; `tuner init` lists examples to begin with")
     if not isinstance(tree, dict):
         raise SpaceError(
             f"{file}:1: expected a mapping (task:, data:, model:, …) at the top, got {kind(tree)}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.config.requirements import pip_install
 from tuner.config.run import Engine
 from tuner.errors import StorageError
 
@@ -73,7 +74,7 @@ def library(*, local: bool) -> Any:
         import ray
     except ImportError:
         raise StorageError(
-            "engine.name: ray needs the package ray: pip install 'tuner-finetune[ray]'"
+            f"engine.name: ray needs the package ray: {pip_install('ray')}"
         ) from None
     core: Any = ray._raylet
     core.Config.initialize(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from tuner.config.requirements import pip_install
 from tuner.core.detectors import MOST, Head, Objects, Stage, padded
 from tuner.core.input_spec import Preprocess, Tree
 from tuner.core.types import Staged
@@ -40,7 +41,7 @@ def library() -> Any:
         return importlib.import_module("transformers")
     except ImportError:
         raise SpaceError(
-            "model.name: RT-DETR and D-FINE need the package transformers: pip install 'tuner-finetune[text]'"
+            f"model.name: RT-DETR and D-FINE need the package transformers: {pip_install('text')}"
         ) from None
 
 

@@ -13,7 +13,7 @@ from tuner.core.weights import fetch
 from tuner.errors import DataError, SpaceError, nearest
 from tuner.files import removal
 from tuner.files.atomic import disk_errors, lock_of, locked
-from tuner.preprocessing.tokenization import NEED
+from tuner.preprocessing.tokenization import without_transformers
 
 HUB = {
     "bert": "google-bert/bert-base-uncased",
@@ -35,7 +35,7 @@ def library() -> Any:
     try:
         import transformers
     except ImportError:
-        raise SpaceError(NEED) from None
+        raise without_transformers() from None
     return transformers
 
 

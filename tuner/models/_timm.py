@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tuner.config.requirements import pip_install
 from tuner.core.weights import fetch
 from tuner.errors import SpaceError, nearest
 
@@ -16,7 +17,7 @@ def package() -> Any:
         import timm.data
     except ImportError:
         raise SpaceError(
-            "model.name: timm's models need the package timm: pip install 'tuner-finetune[timm]'"
+            f"model.name: timm's models need the package timm: {pip_install('timm')}"
         ) from None
     return timm
 

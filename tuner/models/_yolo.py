@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from tuner.config.requirements import pip_install
 from tuner.core.detectors import MOST, Objects
 from tuner.core.targets import NO_OBJECT
 from tuner.core.weights import adopt, fetch, is_path, read
@@ -33,7 +34,7 @@ def network(family: str) -> Any:
         importlib.import_module("libreyolo")
     except ImportError:
         raise SpaceError(
-            "model.name: YOLO needs the package libreyolo: pip install 'tuner-finetune[yolo]'"
+            f"model.name: YOLO needs the package libreyolo: {pip_install('yolo')}"
         ) from None
     try:
         return importlib.import_module(f"libreyolo.models.{family}.nn")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tuner.config.requirements import pip_install
 from tuner.core.input_spec import IMAGENET, Preprocess
 from tuner.core.types import Staged
 from tuner.core.weights import State, adopt, fetch, is_path, read
@@ -97,7 +98,7 @@ def _smp() -> Any:
             import segmentation_models_pytorch
     except ImportError:
         raise SpaceError(
-            "model.name: unet/…, unetplusplus/… and fpn/… need segmentation_models_pytorch: pip install 'tuner-finetune[segmentation]'"
+            f"model.name: unet/…, unetplusplus/… and fpn/… need segmentation_models_pytorch: {pip_install('segmentation')}"
         ) from None
     return segmentation_models_pytorch
 

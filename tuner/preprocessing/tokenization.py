@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuner.config.requirements import pip_install
 from tuner.core.input_spec import Tokens, Tree, Wanted
 from tuner.core.types import Batch
 from tuner.errors import DataError, SpaceError
@@ -23,9 +24,12 @@ from tuner.preprocessing.tensor_files import Writer, mapped
 FORMAT = 1  # of the stored files; another number is another store
 CHUNK = 1024  # texts encoded at once
 ROUND = 8  # batches are cut to a multiple of so many tokens, so that few shapes occur
-NEED = (
-    "model.name: models of texts need the package transformers: pip install 'tuner-finetune[text]'"
-)
+
+
+def without_transformers() -> SpaceError:
+    return SpaceError(
+        f"model.name: models of texts need the package transformers: {pip_install('text')}"
+    )
 
 
 def encode(
@@ -77,7 +81,7 @@ def _read(folder: str, state: tuple[tuple[int, ...], ...]) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise SpaceError(NEED) from None
+        raise without_transformers() from None
     try:
         with quietly():
             found = AutoTokenizer.from_pretrained(

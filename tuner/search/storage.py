@@ -10,6 +10,7 @@ import optuna
 import sqlalchemy
 
 from tuner.config import database_url, yaml_document
+from tuner.config.requirements import pip_install
 from tuner.config.yaml_document import kind
 from tuner.errors import SpaceError, StorageError
 from tuner.files import mounts
@@ -119,7 +120,7 @@ def cannot(be: str, error: Exception, url: str | None, folder: Path) -> StorageE
     hint = ""
     if isinstance(cause, ModuleNotFoundError):
         hint = (
-            "; pip install 'tuner-finetune[postgres]'"
+            f"; {pip_install('postgres')}"
             if cause.name == "psycopg"
             else "; install its driver, or write postgresql://…"
         )

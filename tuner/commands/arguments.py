@@ -1,0 +1,46 @@
+"""What several commands take on the command line, and how their help shows it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+
+class Command(TyperCommand):
+    """A command whose help names what to write, without the types of Python."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [
+            piece.translate({ord("{"): "", ord("}"): ""})
+            for piece in super().collect_usage_pieces(ctx)
+        ]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        for title, kind in (("Arguments", "argument"), ("Options", "option")):
+            records = [
+                p.get_help_record(ctx) for p in self.get_params(ctx) if p.param_type_name == kind
+            ]
+            rows = [(names.partition(" <")[0], text) for names, text in filter(None, records)]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+File = Annotated[
+    Path, typer.Argument(help="a space file; `tuner init` writes examples", metavar="FILE")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="keys to set, such as recipe.lr=0.01 search.trials=5", metavar="KEY=VALUE"),
+]
+Studies = Annotated[
+    Path, typer.Option(help="the folder that holds one folder per study", metavar="FOLDER")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors and warnings")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0 takes a free one", metavar="N")
+]
+Study = Annotated[str, typer.Argument(help="a study's name", metavar="STUDY")]
