@@ -23,6 +23,7 @@ from tuner.search.samplers import PRUNERS
 
 RAW = arms.PLOTS / "pruners.json"
 LONGEST = 8
+DEFAULT = 1  # the default recipe's trial; trial 0 is the linear probe's
 KINDS = {
     "lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True),
     "momentum": optuna.distributions.FloatDistribution(0.8, 0.99),
@@ -94,9 +95,9 @@ def pruned(trials: list[dict[str, Any]], pruner: str) -> tuple[float, float]:
         ):
             trial.report(value, step)
             spent += seconds
-            if (
-                step < len(known["scores"]) and trial.number and trial.should_prune()
-            ):  # the first is the default recipe
+            # as the search does: never the default recipe, and nobody after the last epoch
+            last = step == len(known["scores"])
+            if not last and trial.number != DEFAULT and trial.should_prune():
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 break
         else:

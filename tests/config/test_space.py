@@ -366,6 +366,19 @@ def test_optuna_takes_the_default_and_every_point_of_the_grid_as_members() -> No
         assert trial.params == point
 
 
+def test_outside_its_condition_a_key_has_its_own_default_and_not_the_nearest_of_its_range() -> None:
+    text = """recipe:
+  optimizer: [sgd, adamw]
+  momentum: {low: 0.95, high: 0.99, when: {optimizer: sgd}}
+"""
+    found = space(text)
+    adamw = found.sample(optuna.trial.FixedTrial({"optimizer": "adamw"}))
+    assert adamw.recipe.momentum == 0.9
+    sgd = found.sample(optuna.trial.FixedTrial({"optimizer": "sgd", "momentum": 0.97}))
+    assert sgd.recipe.momentum == 0.97
+    assert found.default()["momentum"] == 0.95  # the default recipe, as far as the space allows
+
+
 def test_a_grid_holds_each_effective_combination_once() -> None:
     text = "recipe: {optimizer: [sgd, adamw], momentum: {low: 0.7, high: 0.9, step: 0.1, when: {optimizer: sgd}}, epochs: {low: 1, high: 2}}"
     assert space(text).grid() == [

@@ -223,6 +223,32 @@ def test_grid_asks_each_combination_once_and_then_ends() -> None:
     assert len(keys) == len(set(keys)) == 6
 
 
+def test_a_grid_that_the_budget_cuts_is_spread_over_its_values_by_the_seed_and_said() -> None:
+    def asked(seed: int, trials: int) -> tuple[list[str], Coordinator]:
+        ranges = ["recipe.lr={low: 0.01, high: 1, step: 0.01}", "recipe.epochs={low: 1, high: 100}"]
+        fixed = ["recipe.optimizer=[sgd, adamw]", "recipe.momentum=0.9", "recipe.freeze_depth=0"]
+        search = ["search.sampler=grid", f"search.seed={seed}", f"search.trials={trials}"]
+        document = yaml_document.parse(SMALL, "x")
+        c = coordinator(parsing.parse(parsing.override(document, [*ranges, *fixed, *search])))
+        for _ in range(min(trials, 12)):
+            c.next_job()
+        return [history.key_of(t.params) for t in c.study.trials], c
+
+    keys, c = asked(0, 12)
+    assert keys == asked(0, 20_000)[0]  # a larger budget begins alike
+    assert keys[1:] != asked(1, 12)[0][1:] and len(set(keys)) == 12
+    params = [t.params for t in c.study.trials]
+    assert {p["optimizer"] for p in params} == {"sgd", "adamw"}
+    assert len({p["lr"] for p in params}) > 8 and len({p["epochs"] for p in params}) > 8
+    assert c.asker.warning() == (
+        "search.trials: the grid has 20,000 combinations, of which 12 are tried, drawn by search.seed; "
+        "for all of them set search.trials to 20000"
+    )
+    assert asked(0, 20_000)[1].asker.warning() is None
+    grid = c.asker.grid
+    assert c.asker.budget() == 12 and c.asker.grid is grid  # it is made once
+
+
 def test_a_grid_point_that_was_asked_for_and_is_not_drawn_yet_is_not_asked_for_again() -> None:
     """As by another coordinator, which draws the parameters outside of the lock."""
     c = coordinator(gridded())

@@ -154,9 +154,12 @@ def open_coordinator(
             f"study {study.study_name!r} is also being run by {other} since {other.since}"
         )
     keeping = Keeping((folder / FOLDER).absolute(), search.keep)
-    return Coordinator(
+    coordinator = Coordinator(
         study, space, s.assignment, Both(s.console, artifacts), s.stopping, lease, keeping
     )
+    if warning := coordinator.asker.warning():
+        s.console.warn(warning)
+    return coordinator
 
 
 def longest(space: Space) -> int:

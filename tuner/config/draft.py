@@ -45,6 +45,14 @@ class Draft:
         except Unfit as error:
             self.unfit(path, error)
 
+    def defaults(self) -> dict[KeyPath, Any]:
+        """Each key's default as its plug-in or schema has it, of the keys that have one."""
+        return {
+            path: field.get_default(call_default_factory=True)
+            for path, field in self.fields.items()
+            if not field.is_required()
+        }
+
     def search(self, path: KeyPath, field: FieldInfo, leaf: Range | Choice) -> None:
         """The key is searched; its default is the field's, brought into the leaf."""
         self.leaves[path] = leaf

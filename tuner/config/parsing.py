@@ -99,7 +99,7 @@ def parse(doc: Document) -> Space:
         gridded(draft, found.search, searched)
     if draft.problems or found is None:
         raise SpaceError(*dict.fromkeys(draft.problems))
-    return Space(draft.values, searched, found, doc)
+    return Space(draft.values, searched, found, doc, draft.defaults())
 
 
 def part(draft: Draft, section: str) -> None:

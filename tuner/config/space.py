@@ -114,12 +114,14 @@ class Trial(Protocol):
 
 @dataclass(frozen=True)
 class Space:
-    """`values` holds every key, searched ones at their default; `dimensions` are in the order of sampling."""
+    """`values` holds every key, searched ones at their default, brought into their range; `dimensions` are in the order
+    of sampling. `defaults` are the keys' own: what a searched key has where its condition is not met."""
 
     values: Mapping[KeyPath, Any]
     dimensions: tuple[Dimension, ...]
     settings: Settings
     document: Document = field(compare=False)
+    defaults: Mapping[KeyPath, Any] = field(compare=False, default_factory=dict)
 
     def sample(self, trial: Trial | None, seed: int = 0) -> Run:
         """The run that `trial` chooses. Without a trial there must be nothing to choose."""
@@ -133,7 +135,10 @@ class Space:
         for dimension in self.dimensions:
             if self._active(dimension, chosen):
                 chosen[dimension.path] = _suggest(trial, dimension)
-        return self.run(chosen, seed)
+        unmet = {d.path for d in self.dimensions} - chosen.keys()
+        return self.run(
+            chosen | {path: self.defaults.get(path, self.values[path]) for path in unmet}, seed
+        )
 
     def _active(self, dimension: Dimension, chosen: Mapping[KeyPath, Any]) -> bool:
         searched = {d.path for d in self.dimensions} if dimension.when else set()

@@ -1,5 +1,7 @@
 """Which parameters are tried next: what a study begins with, and what its sampler proposes after that."""
 
+import functools
+import random
 from typing import Any
 
 from optuna.trial import Trial
@@ -28,11 +30,28 @@ class Asker:
         if not self.space.dimensions:
             return 1
         if self.search.sampler == "grid":
-            return min(
-                self.search.trials,
-                len({key_of(p) for p in [self.space.default(), *self.space.grid()]}),
-            )
+            return min(self.search.trials, len(self.grid))
         return self.search.trials
+
+    @functools.cached_property
+    def grid(self) -> dict[str, dict[str, Any]]:
+        """Every combination of the space by its key, in the order in which they are tried: drawn by the seed, so that
+        the first ones, which a budget or a time limit leaves over, lie everywhere and not in one corner."""
+        default = self.space.default()
+        points = {key_of(point): point for point in [default, *self.space.grid()]}
+        keys = sorted(points)
+        random.Random(self.search.seed).shuffle(keys)
+        return {key: points[key] for key in keys}
+
+    def warning(self) -> str | None:
+        """What there is to say about a budget that does not try all that the file asks for."""
+        trials = self.search.trials
+        if self.search.sampler != "grid" or not self.space.dimensions or trials >= len(self.grid):
+            return None
+        return (
+            f"search.trials: the grid has {len(self.grid):,} combinations, of which {trials:,} are tried, drawn by search.seed; "
+            f"for all of them set search.trials to {len(self.grid)}"
+        )
 
     def _cheap(self) -> dict[str, Any] | None:
         """The default recipe frozen as deep as the space has it, for as few epochs. None where that says nothing: the head would not
@@ -71,7 +90,7 @@ class Asker:
         waiting = self.study.next_waiting()
         if not waiting and self.search.sampler == "grid":
             asked = {key_of(history.asked(t)) for t in self.study.get_trials(deepcopy=False)}
-            point = next((p for p in self.space.grid() if key_of(p) not in asked), None)
+            point = next((p for key, p in self.grid.items() if key not in asked), None)
             if point is None:
                 return None
             self.study.enqueue_trial(point)
