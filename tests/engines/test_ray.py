@@ -233,12 +233,10 @@ def test_a_stopped_coordinator_does_not_stop_its_workers(whole: Any, tmp_path: P
     driver = child(["-c", code, whole.address, path], tmp_path)
     until(lambda: path.exists() and len(path.read_text().splitlines()) >= 3)
     os.kill(driver.pid, signal.SIGSTOP)
-    time.sleep(45)
-    during = path.read_text().splitlines()
+    until(lambda: len(path.read_text().splitlines()) >= 6)  # thirty seconds of patience, then on
     os.kill(driver.pid, signal.SIGCONT)
     out, _ = driver.communicate(timeout=60)
     assert out.split() == ["done", "12", "12"], out  # and no report is lost
-    assert len(during) >= 6  # thirty seconds of patience, then on
 
 
 def test_a_zombie_is_fenced(whole: Any, tmp_path: Path) -> None:
@@ -388,32 +386,32 @@ def slots(cluster: Any) -> list[str]:
 
 
 @pytest.mark.timeout(480)
-def test_two_minutes_of_random_kills(whole: Any, tmp_path: Path) -> None:
+def test_nodes_that_are_killed_at_random_cost_no_trial(whole: Any, tmp_path: Path) -> None:
     import random
 
     draw = random.Random(0)
     process = study(
         tmp_path,
         whole,
-        "search.trials=60",
+        "search.trials=24",
         "recipe.epochs=6",
         "data.examples=400",
         "search.retries=10",
         "search.pruner=none",
     )
-    end = time.monotonic() + 120
+    end = time.monotonic() + 45
     kills = 0
     while time.monotonic() < end and process.poll() is None:
-        time.sleep(draw.uniform(3, 9))
+        time.sleep(draw.uniform(2, 6))
         if draw.random() < 0.7 and whole.worker_nodes:
             gone(whole, draw.choice(sorted(whole.worker_nodes, key=id)))
             kills += 1
         if len(whole.worker_nodes) < 2:
             whole.add_node(num_cpus=1, object_store_memory=MEMORY)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and kills > 5, (kills, out)
+    assert process.returncode == 0 and kills > 2, (kills, out)
     assert "raylet" not in out and "Traceback" not in out
-    counted(tmp_path, 60)
+    counted(tmp_path, 24)
 
 
 def test_ctrl_c_ends_a_local_ray_and_leaves_no_process(tmp_path: Path) -> None:

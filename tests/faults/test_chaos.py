@@ -1,4 +1,4 @@
-"""Thirty seeded blows, SIGKILL or SIGSTOP, to coordinator and workers of real searches: nothing is lost, doubled or left behind."""
+"""Seeded blows, SIGKILL or SIGSTOP, to coordinator and workers of real searches: nothing is lost, doubled or left behind."""
 
 import contextlib
 import fcntl
@@ -23,7 +23,7 @@ from tuner.dashboard import server
 from tuner.search import history
 
 BUDGET = 8
-ROUNDS = 10  # of each case
+ROUNDS = 6  # of each case
 PATIENCE = 240.0  # seconds for whatever is waited for
 DEAD_WORKER = (
     3  # the exit code when a worker dies while data and weights are read, or the winner is made

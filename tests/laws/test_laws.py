@@ -246,8 +246,7 @@ def victim(process: "subprocess.Popen[str]", who: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [0.0, 0.4, 0.9])
-@pytest.mark.parametrize("who", ["coordinator", "worker"])
+@pytest.mark.parametrize(("who", "moment"), [("coordinator", 0.4), ("worker", 0.0)])
 def test_resume_killed_and_continued_equals_undisturbed(
     calm: Path, who: str, moment: float
 ) -> None:
