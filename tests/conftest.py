@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -125,6 +126,21 @@ def tuner(
 
     yield call
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def studied(
+    tuner: Callable[..., Said], small: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a finished study of `small` with two trials: run once, a copy for each test."""
+    original = tmp_path_factory.getbasetemp() / "studied"
+    study = small.parent / "studies" / "small"
+    if not original.exists():
+        run = tuner("run", small, "search.trials=2")
+        assert run.code == 0, run.err
+        shutil.copytree(study, original)
+        return study
+    return Path(shutil.copytree(original, study))
 
 
 @pytest.fixture(scope="session")

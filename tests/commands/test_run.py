@@ -83,31 +83,28 @@ def test_running_again_says_that_nothing_is_left_and_a_larger_budget_continues(
     assert sum(line.startswith("#") for line in more.out.splitlines()) == 1
 
 
-def test_train_repeats_the_winner_to_the_bit(tuner: Tuner, small: Path) -> None:
-    tuner("run", small, "search.trials=2")
-    study = small.parent / "studies" / "small"
-    said = tuner("train", study / "best.yaml", "--out", small.parent / "again")
+def test_train_repeats_the_winner_to_the_bit(tuner: Tuner, studied: Path, tmp_path: Path) -> None:
+    said = tuner("train", studied / "best.yaml", "--out", tmp_path / "again")
     assert said.code == 0, said.err
     first, second = (
-        load_file(f / "model.safetensors") for f in (study / "export", small.parent / "again")
+        load_file(f / "model.safetensors") for f in (studied / "export", tmp_path / "again")
     )
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert (
-        manifest(study / "export")["scores"]["test"]
-        == manifest(small.parent / "again")["scores"]["test"]
+        manifest(studied / "export")["scores"]["test"]
+        == manifest(tmp_path / "again")["scores"]["test"]
     )
 
 
-def test_best_yaml_is_a_space_file_with_nothing_left_to_choose(tuner: Tuner, small: Path) -> None:
-    tuner("run", small, "search.trials=2")
-    tree = yaml.safe_load((small.parent / "studies/small/best.yaml").read_text())
+def test_best_yaml_is_a_space_file_with_nothing_left_to_choose(tuner: Tuner, studied: Path) -> None:
+    tree = yaml.safe_load((studied / "best.yaml").read_text())
     assert (
         tree["recipe"]["fit"] == "train+valid"
         and isinstance(tree["recipe"]["lr"], float)
         and isinstance(tree["seed"], int)
     )
     assert tree["recipe"]["stop_epoch"] <= tree["recipe"]["epochs"]
-    assert tuner("check", small.parent / "studies/small/best.yaml").code == 0
+    assert tuner("check", studied / "best.yaml").code == 0
 
 
 def test_train_refuses_what_is_still_to_be_chosen(tuner: Tuner, small: Path) -> None:
@@ -135,19 +132,17 @@ def test_export_adds_a_format_without_training_again_and_exports_other_trials(
     ("words", "code", "message"),
     [
         (["--format", "onxx"], 2, "did you mean 'onnx'?"),
-        (["--trial", "9"], 3, "has trials 0 to 0, not 9"),
+        (["--trial", "9"], 3, "has trials 0 to 1, not 9"),
     ],
 )
 def test_export_errors_teach(
-    words: list[str], code: int, message: str, tuner: Tuner, small: Path
+    words: list[str], code: int, message: str, tuner: Tuner, studied: Path
 ) -> None:
-    tuner("run", small, "search.trials=1")
     said = tuner("export", "small", *words)
     assert said.code == code and message in said.err
 
 
-def test_an_unknown_study_is_named_with_the_nearest(tuner: Tuner, small: Path) -> None:
-    tuner("run", small, "search.trials=1")
+def test_an_unknown_study_is_named_with_the_nearest(tuner: Tuner, studied: Path) -> None:
     said = tuner("export", "smal")
     assert said.code == 3 and "did you mean 'small'?" in said.err
 

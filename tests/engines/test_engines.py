@@ -61,6 +61,9 @@ def gone(pid: int) -> bool:
 def carry(request: pytest.FixtureRequest) -> Iterator[Carry]:
     if request.param == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
+    if request.param == "local":
+        yield request.getfixturevalue("local")
+        return
     with plugins.attribute("engine", request.param)(SETTINGS.get(request.param, Engine())) as carry:
         yield carry
 
@@ -117,20 +120,24 @@ def test_what_fails_in_the_coordinator_is_not_taken_for_a_failure_of_the_job(car
         )
 
 
-def test_a_worker_persists_between_jobs_and_calls(local: Carry) -> None:
-    first, _ = carry_all(
-        local, [Job(0, "tests.helpers.jobs:pid", None), Job(1, "tests.helpers.jobs:pid", None)]
-    )
-    second, _ = carry_all(local, [Job(2, "tests.helpers.jobs:pid", None)])
-    pids = {o.value for _, o in first + second}
-    assert len(pids) == 1 and os.getpid() not in pids
+def test_a_worker_persists_between_jobs_and_calls_and_ends_with_the_engine() -> None:
+    with plugins.attribute("engine", "local")() as carry:
+        first, _ = carry_all(
+            carry, [Job(0, "tests.helpers.jobs:pid", None), Job(1, "tests.helpers.jobs:pid", None)]
+        )
+        second, _ = carry_all(carry, [Job(2, "tests.helpers.jobs:pid", None)])
+    (pid,) = {o.value for _, o in first + second}
+    assert pid != os.getpid()
+    assert gone(pid)
 
 
 @pytest.mark.parametrize(
     ("work", "argument", "reason", "cause"),
     [
         ("die", signal.SIGKILL, "worker ended by SIGKILL (out of memory?)", "memory"),
-        ("die", signal.SIGSEGV, "worker ended by SIGSEGV", "died"),
+        pytest.param(
+            *("die", signal.SIGSEGV, "worker ended by SIGSEGV", "died"), marks=pytest.mark.slow
+        ),
         ("leave", 7, "worker ended with exit code 7", "died"),
     ],
 )
@@ -244,12 +251,6 @@ def test_workers_are_ended_together(monkeypatch: pytest.MonkeyPatch) -> None:
     pool.run_jobs(lambda: next(jobs, None), report, lambda job, o: None, go_on, 3)
     assert len(heard) == 3 and all(gone(pid) for pid in heard)
     assert time.monotonic() - stopped[-1] < 2 * 0.7
-
-
-def test_leaving_the_engine_leaves_no_process() -> None:
-    with plugins.attribute("engine", "local")() as carry:
-        ended, _ = carry_all(carry, [Job(0, "tests.helpers.jobs:pid", None)])
-    assert gone(ended[0][1].value)
 
 
 # -- workers that fall silent

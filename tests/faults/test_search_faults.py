@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -59,13 +58,12 @@ def test_20_a_storage_url_that_cannot_be_used(
     ],
 )
 def test_21_a_study_of_another_space_metric_or_data_is_refused_with_the_differing_keys(
-    change: str, message: str, tuner: Tuner, small: Path
+    change: str, message: str, tuner: Tuner, small: Path, studied: Path
 ) -> None:
-    tuner("run", small, "search.trials=1")
-    before = finished(small.parent / "studies/small")
+    before = finished(studied)
     said = tuner("run", small, change)
     assert said.code == 2 and message in said.err and "use another search.name" in said.err
-    assert finished(small.parent / "studies/small") == before
+    assert finished(studied) == before
 
 
 def test_21_a_study_of_another_direction_is_refused(tuner: Tuner, small: Path) -> None:
@@ -93,17 +91,18 @@ def test_21_changed_images_are_refused(tuner: Tuner, small: Path) -> None:
     assert said.code == 2 and "other data" in said.err
 
 
-def test_22_a_study_that_is_being_run_is_not_run_twice(tuner: Tuner, small: Path) -> None:
-    tuner("run", small, "search.trials=1")
-    with open(small.parent / "studies/small/lock") as holder:
+def test_22_a_study_that_is_being_run_is_not_run_twice(
+    tuner: Tuner, small: Path, studied: Path
+) -> None:
+    with open(studied / "lock") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        said = tuner("run", small, "search.trials=2")
+        said = tuner("run", small, "search.trials=3")
     assert (
         said.code == 4
         and f"study 'small' is being run by pid {os.getpid()} on host" in said.err
         and "since" in said.err
     )
-    assert len(finished(small.parent / "studies/small")) == 1
+    assert len(finished(studied)) == 2
 
 
 def test_23_a_studies_folder_that_cannot_be_written(tuner: Tuner, small: Path) -> None:
@@ -397,10 +396,9 @@ def test_33_only_pruned_trials_leave_no_winner(
 
 
 def test_34_an_export_that_disagrees_is_not_published_and_the_earlier_one_stays(
-    tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
+    tuner: Tuner, studied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuner("run", small, "search.trials=1")
-    export = small.parent / "studies/small/export"
+    export = studied / "export"
     before = {p.name: p.read_bytes() for p in export.iterdir()}
     from tuner.export import torch_export
 
@@ -418,10 +416,8 @@ def test_34_an_export_that_disagrees_is_not_published_and_the_earlier_one_stays(
     assert [p.name for p in export.parent.glob(".export*")] == []
 
 
-def test_an_export_whose_file_was_changed_is_refused(tuner: Tuner, small: Path) -> None:
-    tuner("run", small, "search.trials=1")
-    path = small.parent / "studies/small/export/model.safetensors"
-    shutil.copy(path, small.parent / "copy")
+def test_an_export_whose_file_was_changed_is_refused(tuner: Tuner, studied: Path) -> None:
+    path = studied / "export" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

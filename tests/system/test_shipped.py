@@ -89,7 +89,7 @@ def test_a_shipped_file_runs(path: Path, tuner: Callable[..., Said], data: None)
     words = [
         *TINY[path.stem],
         "recipe.epochs=1",
-        "search.trials=2",
+        "search.trials=1",
         "engine.name=inline",
         "engine.device=cpu",
         "export=[safetensors]",
