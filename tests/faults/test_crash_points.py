@@ -250,7 +250,7 @@ def test_27_a_worker_that_dies_at_a_point_is_noticed_and_replaced(
     ):  # each worker that comes after has fewer entries left to fill, and gets further
         assert lost and set(lost) == {"worker ended with exit code 137"}
     if code != 0:  # it died while the winner was made
-        assert code == 3 and "a worker died" in said and "exit code 137" in said
+        assert code == 3 and "a worker was lost" in said and "exit code 137" in said
         code, said = forking.tuner(
             tmp_path, "run", "study.yaml", "engine.name=local", "search.retries=10"
         )

@@ -158,7 +158,7 @@ def test_a_kill_half_way_leaves_nothing_that_passes_for_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr(image_decoding, "attempt", dying)
-        patch.setattr("tuner.files.atomic.shutil.rmtree", lambda *a, **k: None)
+        patch.setattr("tuner.files.removal.shutil.rmtree", lambda *a, **k: None)
         with pytest.raises(Killed):
             store(tmp_path, pictures, SMALL, "error")
     (left,) = (tmp_path / "images").glob(".*.tmp")

@@ -287,12 +287,14 @@ def test_an_export_that_names_code_runs_it_only_when_trusted(
         assert not (export / "ran").exists() and str(export) not in sys.path
     changed(export, **{**whole, **forged[1]})  # whose digest is still that of the honest run
     monkeypatch.chdir(export.parent)
+    for name in ("a.png", "loader.py"):  # an export with these in it would not be replaced
+        (export / name).rename(export.parent / name)
     assert tuner("train", "small.yaml", *EXPORTED, "--out", export).code == 0
     assert not list(export.parent.rglob("ran"))
     changed(export, **forged[1])
-    (export / "loader.py").write_text("def build(*_, **__): raise OSError('mine')")
-    monkeypatch.syspath_prepend(str(export))
-    said = tuner("predict", export, export / "a.png", "--trust")
+    Path("loader.py").write_text("def build(*_, **__): raise OSError('mine')")
+    monkeypatch.syspath_prepend(str(export.parent))
+    said = tuner("predict", export, "a.png", "--trust")
     assert said.code == 2 and "mine" in said.err
 
 
