@@ -1,1 +1,1 @@
-"""Files that are whole or absent: atomic writes, locks, checksums, cache entries, downloads, crash points."""
+"""Files that are whole or absent: atomic writes, locks, checksums, cache entries, downloads, crash points, removal."""
