@@ -45,6 +45,7 @@ from tuner.messages import Assignment, Epoch, Facts, Result, Survey
 from tuner.search import storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import PRUNERS
+from tuner.search.study_identity import identity
 
 BINARIES = Path("/usr/lib/postgresql/15/bin")
 DYING = 0.01  # of the trials
@@ -156,7 +157,7 @@ def coordinator(folder: Path, url: str | None) -> Coordinator:
     )
     database, sampler = storage.connect(url, folder), optuna.samplers.RandomSampler()
     study = storage.open_study(
-        database, "scale", sampler, PRUNERS["median"](EPOCHS), running.identity(space), "d"
+        database, "scale", sampler, PRUNERS["median"](EPOCHS), identity(space), "d"
     )
     console = Console("quiet")  # the lines that it prints are measured by coordinator.py
     listener = running.Both(console, Artifacts(study, folder, "accuracy"))

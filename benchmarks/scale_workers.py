@@ -38,6 +38,7 @@ from tuner.messages import Assignment, Epoch, Facts, Result, Survey
 from tuner.search import storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import PRUNERS
+from tuner.search.study_identity import identity
 
 EPOCHS = 5
 
@@ -73,7 +74,7 @@ def study(folder: Path, trials: int) -> Coordinator:
     )
     database, sampler = storage.connect(None, folder), optuna.samplers.RandomSampler()
     made = storage.open_study(
-        database, "scale", sampler, PRUNERS["none"](EPOCHS), running.identity(space), "d"
+        database, "scale", sampler, PRUNERS["none"](EPOCHS), identity(space), "d"
     )
     console = Console("quiet")
     listener = running.Both(console, Artifacts(made, folder, "accuracy"))

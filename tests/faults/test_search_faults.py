@@ -86,7 +86,10 @@ def test_21_changed_images_are_refused(tuner: Tuner, small: Path) -> None:
             Image.new("RGB", (32, 32), (i * 20, 255 if label == "a" else 0, 0)).save(path)
     words = ("run", small, "data={name: folder, path: photos}", "search.trials=1")
     assert tuner(*words).code == 0
-    Image.new("RGB", (32, 32), "white").save(small.parent / "photos/a/0.png")
+    (small.parent / "photos").rename(small.parent / "moved")  # as on another machine
+    words = ("run", small, "data={name: folder, path: moved}", "search.trials=1")
+    assert tuner(*words).code == 0
+    Image.new("RGB", (32, 32), "white").save(small.parent / "moved/a/0.png")
     said = tuner(*words)
     assert said.code == 2 and "other data" in said.err
 

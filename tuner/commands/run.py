@@ -21,6 +21,7 @@ from tuner.commands.session import (
 )
 from tuner.commands.summary import Summary
 from tuner.config import database_url
+from tuner.config.parsing import with_values
 from tuner.config.run import Run
 from tuner.config.space import Range, Space
 from tuner.config.yaml_document import COMMAND_LINE
@@ -35,6 +36,7 @@ from tuner.messages import Facts
 from tuner.search import history, leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import PRUNERS
+from tuner.search.study_identity import defaulted_keys, identity
 
 RESERVE = 100_000_000  # bytes that must be free beside what is written, for the database and the cache's small things
 
@@ -132,11 +134,24 @@ def open_coordinator(
             "write ${NAME} in its place, or use PGPASSWORD or ~/.pgpass"
         )
 
+    earlier = storage.earlier_defaults(
+        database, study_name(space), identity(space), defaulted_keys(space)
+    )
+    if earlier:
+        data_digest = keep_earlier_defaults(s, earlier, data_digest)
+        space = s.space
+
     def open_it() -> tuple[optuna.Study, Artifacts]:
         sampler = optuna.samplers.RandomSampler()  # each ask brings its own
         pruner = PRUNERS[search.pruner](longest(space))
         study = storage.open_study(
-            database, study_name(space), sampler, pruner, identity(space), data_digest
+            database,
+            study_name(space),
+            sampler,
+            pruner,
+            identity(space),
+            data_digest,
+            defaulted_keys(space),
         )
         artifacts = Artifacts(study, folder, str(search.metric))
         artifacts.describe(space)
@@ -162,6 +177,19 @@ def open_coordinator(
     return coordinator
 
 
+def keep_earlier_defaults(s: Session, earlier: dict[str, Any], data_digest: str) -> str:
+    """Gives the session's space the defaults that its study was made with. Returns the digest of the data that they name."""
+    values = {tuple(key.split(".")): value for key, value in earlier.items()}
+    listed = ", ".join(f"{key}={value}" for key, value in earlier.items())
+    s.console.note(
+        f"study {study_name(s.space)!r} goes on with the defaults that it was created with: {listed}"
+    )
+    s.space = with_values(s.space.document, values)
+    if all(path[0] == "recipe" for path in values):
+        return data_digest
+    return s.inspect().digest
+
+
 def longest(space: Space) -> int:
     """The most epochs that a trial of this space can have."""
     leaf = next((d.leaf for d in space.dimensions if d.path == ("recipe", "epochs")), None)
@@ -175,15 +203,6 @@ class Both:
 
     def __init__(self, console: Console, artifacts: Artifacts) -> None:
         self.epoch, self.ended, self.files = console.epoch, console.ended, artifacts.files
-
-
-def identity(space: Space) -> dict[str, Any]:
-    """What a study's trials have in common; a change in it makes another study."""
-    tree = space.tree()
-    search = space.settings.search
-    return {k: tree[k] for k in ("task", "data", "model", "recipe", "seed") if k in tree} | {
-        "search": {"metric": search.metric, "seed": search.seed}
-    }
 
 
 def best_run(run: Run, epoch: int, fit: str = "train+valid") -> Run:

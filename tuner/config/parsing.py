@@ -1,7 +1,8 @@
 """From a document to a Space. Every problem is found before any is reported, each with its line and the way out."""
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tuner.config import conditions, fields, plugins, section_keys, yaml_documen
 from tuner.config.draft import Draft
 from tuner.config.run import Recipe, Search, Section
 from tuner.config.settings import settings
-from tuner.config.space import MAX_MEMBERS, Dimension, Space
+from tuner.config.space import MAX_MEMBERS, Dimension, KeyPath, Space
 from tuner.config.yaml_document import COMMAND_LINE, Document, dotted, kind
 from tuner.errors import SpaceError, suggest
 
@@ -72,6 +73,14 @@ def _set(doc: Document, path: tuple[str, ...], value: Any) -> None:
     node[path[-1]] = value
     doc.lines = {p: line for p, line in doc.lines.items() if p[: len(path)] != path}
     doc.lines[path] = COMMAND_LINE
+
+
+def with_values(doc: Document, values: Mapping[KeyPath, Any]) -> Space:
+    """The space of the document with these keys set in it."""
+    changed = copy.deepcopy(doc)
+    for path, value in values.items():
+        _set(changed, path, value)
+    return parse(changed)
 
 
 def parse(doc: Document) -> Space:

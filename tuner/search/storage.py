@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from tuner.files.atomic import claimed, disk_errors
 from tuner.files.crash_points import crash
 from tuner.search import postgresql
 from tuner.search.bulk_reads import quick
+from tuner.search.study_identity import Comparison
 
-SPACE, DATA = "tuner:space", "tuner:data"
+SPACE, DATA, DEFAULTED = "tuner:space", "tuner:data", "tuner:defaulted"
 
 
 @contextlib.contextmanager
@@ -205,8 +206,12 @@ def open_study(
     pruner: optuna.pruners.BasePruner,
     identity: Mapping[str, Any],
     data: str,
+    defaulted: Collection[str] = (),
 ) -> optuna.Study:
-    """The study of that name, made if need be. Raises SpaceError when it was made from another space or other data."""
+    """The study of that name, made if need be. Raises SpaceError when it was made from another space or other data.
+
+    `defaulted` are the keys that the file leaves at their default.
+    """
     try:
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
     except KeyError:
@@ -214,25 +219,19 @@ def open_study(
             storage=storage, study_name=name, direction="maximize", sampler=sampler, pruner=pruner
         )
         crash("study.created")
-        return _marked(study, identity, data)
+        return _marked(study, identity, data, defaulted)
     direction = study.direction.name.lower()
     if direction != "maximize":
         raise SpaceError(
             f"study {name!r} was created with direction={direction}, this file maximises; use another search.name"
         )
     if SPACE not in study.user_attrs and not study.get_trials(deepcopy=False):
-        return _marked(
-            study, identity, data
-        )  # who made it was killed, or lost the server, at that moment
+        # who made it was killed, or lost the server, at that moment
+        return _marked(study, identity, data, defaulted)
     if SPACE not in study.user_attrs:
         raise SpaceError(f"study {name!r} was not made by tuner; use another search.name")
-    made = flat(json.loads(study.user_attrs[SPACE]))
-    now = flat(json.loads(json.dumps(identity)))
-    problems = [
-        f"study {name!r} was created with {key}={_shown(made.get(key))}, this file has {_shown(now.get(key))}"
-        for key in sorted(made.keys() | now.keys())
-        if made.get(key) != now.get(key)
-    ]
+    compared = _compared(study.user_attrs, identity, defaulted)
+    problems = [f"study {name!r} was created {difference}" for difference in compared.problems]
     if not problems and study.user_attrs.get(DATA) not in (None, data):
         problems = [
             f"study {name!r} was created with other data: the images, their labels or their split have changed"
@@ -245,22 +244,31 @@ def open_study(
     return study
 
 
-def _marked(study: optuna.Study, identity: Mapping[str, Any], data: str) -> optuna.Study:
+def earlier_defaults(
+    storage: optuna.storages.BaseStorage,
+    name: str,
+    identity: Mapping[str, Any],
+    defaulted: Collection[str],
+) -> dict[str, Any]:
+    """The values, by dotted key, of the defaults that have changed since the study was made; none where there is no study."""
+    try:
+        attrs = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+    except KeyError:
+        return {}
+    return _compared(attrs, identity, defaulted).earlier if SPACE in attrs else {}
+
+
+def _compared(
+    attrs: Mapping[str, Any], identity: Mapping[str, Any], defaulted: Collection[str]
+) -> Comparison:
+    return Comparison(json.loads(attrs[SPACE]), attrs.get(DEFAULTED, ()), identity, defaulted)
+
+
+def _marked(
+    study: optuna.Study, identity: Mapping[str, Any], data: str, defaulted: Collection[str]
+) -> optuna.Study:
     """The study, which says of what space and data it is."""
     study.set_user_attr(DATA, data)
+    study.set_user_attr(DEFAULTED, list(defaulted))
     study.set_user_attr(SPACE, json.dumps(identity))  # last: it says that the study is tuner's
     return study
-
-
-def flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(tree, dict):
-        return {path: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{path}.{key}" if path else key)
-    return found
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, str) else value
