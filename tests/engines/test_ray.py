@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 import tuner
 from tests.conftest import SMALL
+from tests.helpers.jobs import checkpoint
 from tuner.config import plugins
 from tuner.config.requirements import pip_install
 from tuner.config.run import Engine
@@ -106,10 +108,12 @@ def gone(cluster: Any, node: Any = None) -> None:
 
 
 @contextlib.contextmanager
-def joined(cluster: Any, warnings: list[str] | None = None, **settings: Any) -> Iterator[Carry]:
+def joined(
+    cluster: Any, warnings: list[str] | None = None, *, silence: float = 60.0, **settings: Any
+) -> Iterator[Carry]:
     engine = Engine(name="ray", address=cluster.address, **settings)
     with plugins.attribute("engine", "ray")(
-        engine, (warnings if warnings is not None else []).append
+        engine, (warnings if warnings is not None else []).append, silence=silence
     ) as carry:
         yield carry
 
@@ -172,6 +176,32 @@ def test_a_killed_worker_costs_its_job_an_attempt_and_the_next_job_gets_a_new_on
     assert (
         ended[0].kind == "lost" and "the worker on node" in ended[0].reason and ended[1].value == 1
     )
+
+
+def test_workers_that_stop_or_hang_are_given_up_and_end(whole: Any) -> None:
+    """A stopped worker on a living node, and a training that waits for ever; one that computes long is left alone."""
+    pids: dict[int, int] = {}
+
+    def report(job: Job, value: int) -> bool:
+        pids.setdefault(job.number, value)
+        return True
+
+    with joined(whole, silence=2.0) as carry:
+        jobs = [
+            Job(0, "tests.helpers.jobs:stop", 3),
+            Job(1, "tests.helpers.jobs:wait", None, stall=1.0),
+            Job(2, "tests.helpers.jobs:wait", 4.0),
+            Job(3, "tests.helpers.jobs:count", 2),
+        ]
+        ended = carry_all(carry, jobs, report)
+        assert {number: (o.kind, o.cause) for number, o in ended.items()} == {
+            0: ("lost", "silent"),
+            1: ("lost", "stalled"),
+            2: ("done", ""),
+            3: ("done", ""),
+        }
+        assert "the worker on node" in ended[0].reason and "silent for 2 s" in ended[0].reason
+        until(lambda: not alive(pids[0]) and not alive(pids[1]))
 
 
 def test_when_all_nodes_are_gone_jobs_wait_for_one_that_comes(whole: Any) -> None:
@@ -288,8 +318,8 @@ def test_an_answer_to_a_job_that_is_gone_is_not_taken() -> None:
     from tuner.engines._ray_worker import Slot
 
     slot = Slot(os.getcwd(), [], 1, 1)
-    stream = slot.carry(Job(0, "tests.helpers.jobs:count", 2), "new", [])
-    assert next(stream) == ("report", "new", 1)
+    stream = slot.carry(Job(0, "tests.helpers.jobs:count", 2), "new", [], 60.0)
+    assert next(stream)[0] == "alive" and next(stream) == ("report", "new", 1)
     slot.answer("old", False)
     slot.answer("new", True)
     assert next(stream) == ("report", "new", 2)
@@ -579,14 +609,14 @@ def test_a_kept_folder_survives_its_node(cluster: Any, tmp_path: Path) -> None:
         )[0]
         assert first.kind == "lost"
         assert (
-            sorted(p.name for p in keep.iterdir()) == ["step1", "step2"]
-            and (keep / "step2").read_bytes() == b"\2" * 1000
+            sorted(p.name for p in keep.iterdir()) == [checkpoint(1), checkpoint(2)]
+            and (keep / checkpoint(2)).read_bytes() == b"\2" * 1000
         )
     with blind(cluster, unseen), joined(cluster) as carry:  # another node
         second = carry_all(
             carry, [Job(0, "tests.helpers.jobs:remember", (str(keep), 2), keep=(str(keep),))]
         )[0]
-    assert second.value == ["step1", "step2"]
+    assert second.value == [checkpoint(1), checkpoint(2)]
 
 
 @pytest.mark.parametrize("retrain", [True, False])
@@ -704,36 +734,40 @@ def test_ray_that_is_not_installed_says_which_extra(tmp_path: Path) -> None:
     )
 
 
-def test_a_cluster_that_others_reach_must_ask_for_a_token(tmp_path: Path) -> None:
-    own = subprocess.run(
-        ["hostname", "-I"], capture_output=True, text=True, check=True
-    ).stdout.split()
+@pytest.mark.parametrize(
+    ("loopback", "expected"),
+    [
+        (False, "tuner: error: .* asks nobody for a token, so anyone can run code on it"),
+        (True, "tuner: warning: .* asks nobody for a token, so every user of this machine can"),
+    ],
+)
+def test_a_cluster_that_asks_for_no_token_is_refused_or_on_loopback_warned_of(
+    loopback: bool, expected: str, tmp_path: Path
+) -> None:
+    own = ["127.0.0.1"]
+    if not loopback:
+        own = subprocess.run(
+            ["hostname", "-I"], capture_output=True, text=True, check=True
+        ).stdout.split()
     if not own:
         pytest.skip("this machine has no address but loopback")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-        "RAY_AUTH_MODE": "disabled"
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        "--head",
-        f"--node-ip-address={own[0]}",
-        "--port=46379",
-    ]
-    command += ["--num-cpus=1", "--include-dashboard=false", "--block", "--disable-usage-stats"]
+    address = f"{own[0]}:{46380 if loopback else 46379}"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += [f"--node-ip-address={own[0]}", f"--port={address.rpartition(':')[2]}"]
+    command += ["--num-cpus=1", "--include-dashboard=false", "--disable-usage-stats"]
     head = subprocess.Popen(
         command,
-        env=clean,
+        env=clean | {"RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
         time.sleep(6)
-        code, out = refused(f"{own[0]}:46379", tmp_path, RAY_AUTH_MODE="disabled")
-        assert code == 4 and "asks nobody for a token, so anyone can run code on it" in out, out
+        words = ["engine.gpus_per_trial=0.3"]  # of which there are none: nothing begins
+        code, out = refused(address, tmp_path, *words, RAY_AUTH_MODE="disabled")
+        assert code == 4 and re.search(expected, out), out
     finally:
         head.terminate()
         head.wait(30)

@@ -169,14 +169,18 @@ def held(argument: str, report: Callable[[Any], bool], slot: int) -> None:
         os.unlink(argument)
 
 
+def checkpoint(step: int) -> str:
+    return f"{step}-{'0' * 64}.safetensors"
+
+
 def remember(argument: tuple[str, int], report: Callable[[Any], bool], slot: int) -> list[str]:
-    """Keeps a file per step in a folder, drops the step before, and says what was there at first. Ends its process at step -`last`."""
+    """Keeps a file per step, named as a checkpoint is, in a folder, drops the step before, and says what was there at first. Ends its process at step -`last`."""
     folder, last = Path(argument[0]), argument[1]
     found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(len(found), abs(last)):
-        (folder / f"step{i}").write_bytes(bytes([i]) * 1000)
-        (folder / f"step{i - 2}").unlink(missing_ok=True)
+        (folder / checkpoint(i)).write_bytes(bytes([i]) * 1000)
+        (folder / checkpoint(i - 2)).unlink(missing_ok=True)
         report(i)
     if last < 0:
         os._exit(1)

@@ -14,6 +14,8 @@ from tuner.files import removal
 from tuner.files.atomic import disk_errors
 from tuner.jobs import Job
 
+ANSWER = 600.0  # seconds in which a worker takes one chunk of files
+
 
 class Errands:
     """`ship`: folders that a node lacks are sent to it, once a node. Errands run in threads, so that other slots are heard meanwhile."""
@@ -37,14 +39,14 @@ class Errands:
 
     def run(self, actor: Any, node: Node, folders: list[str], keep: tuple[str, ...]) -> list[str]:
         with self.locks[node.id]:
-            for path in self.ray.get(actor.missing.remote(folders)) if folders else ():
+            for path in self.get(actor.missing.remote(folders)) if folders else ():
                 self.send(actor, Path(path))
             self.looked.update((node.id, f) for f in folders)
             apart = [folder for folder in keep if not self.shared(actor, node, Path(folder).parent)]
         for folder in apart:
             removal.remove_arriving(Path(folder))
             # what an earlier attempt left there is older than what came back
-            others = self.ray.get(actor.clear.remote(folder))
+            others = self.get(actor.clear.remote(folder))
             if others:
                 raise StorageError(
                     f"{folder} on node {node.name} holds {others[0]}, which tuner did not make and "
@@ -54,11 +56,15 @@ class Errands:
             self.send_all(actor, Path(folder), list(seen(Path(folder))))
         return apart
 
+    def get(self, reference: Any) -> Any:
+        """A worker's answer. A worker that is stopped must not keep this thread for ever."""
+        return self.ray.get(reference, timeout=ANSWER)
+
     def send(self, actor: Any, path: Path) -> None:
         """A file or a folder, to the same path; it is there whole or not at all. One parcel at a time is in the object store."""
         if path.is_file():
             for parcel in parcels(path.parent, [path.name]):
-                self.ray.get(actor.take.remote(str(path.parent), parcel))
+                self.get(actor.take.remote(str(path.parent), parcel))
             return
         self.send_all(actor, path, list(names(path)))
 
@@ -66,9 +72,9 @@ class Errands:
         """Files of a folder, which is there once all of them are."""
         arriving = str(removal.arriving(folder, uuid.uuid4().hex))
         for parcel in parcels(folder, wanted):
-            self.ray.get(actor.take.remote(arriving, parcel))
+            self.get(actor.take.remote(arriving, parcel))
         if wanted:
-            self.ray.get(actor.settle.remote(arriving, str(folder)))
+            self.get(actor.settle.remote(arriving, str(folder)))
 
     def shared(self, actor: Any, node: Node, folder: Path) -> bool:
         """Whether a node sees this folder's files, not others at the same path."""
@@ -78,7 +84,7 @@ class Errands:
                 folder.mkdir(parents=True, exist_ok=True)
                 marker.touch()
             try:
-                self.shares[node.id, folder] = not self.ray.get(actor.missing.remote([str(marker)]))
+                self.shares[node.id, folder] = not self.get(actor.missing.remote([str(marker)]))
             finally:
                 removal.remove_file(marker)
         return self.shares[node.id, folder]

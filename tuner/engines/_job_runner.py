@@ -17,11 +17,15 @@ def carry_out(job: Job, report: Callable[[Any], bool], slot: int) -> Outcome:
             "done", getattr(importlib.import_module(module), function)(job.argument, report, slot)
         )
     except TunerError as error:
-        return Outcome(
-            "refused", reason=type(error).__name__, problems=tuple(error.problems), code=error.code
-        )
+        return refused(error)
     except Exception as error:
         return failure(error)
+
+
+def refused(error: TunerError) -> Outcome:
+    return Outcome(
+        "refused", reason=type(error).__name__, problems=tuple(error.problems), code=error.code
+    )
 
 
 def failure(error: Exception) -> Outcome:

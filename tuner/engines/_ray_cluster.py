@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tuner.config.requirements import pip_install
 from tuner.config.run import Engine
 from tuner.errors import StorageError
 
-KNOCK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
+PING = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
 ANSWERS = 20.0  # seconds in which a cluster answers; ray.init itself tries for many minutes
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
 
@@ -41,7 +41,7 @@ class Node:
 
 
 @contextlib.contextmanager
-def connected(engine: Engine) -> Iterator[Any]:
+def connected(engine: Engine, warn: Callable[[str], None]) -> Iterator[Any]:
     """The module `ray`, connected to the cluster for the length of the block. Raises StorageError."""
     ray = library(local=engine.address == "local")
     with quiet(ray):
@@ -51,7 +51,7 @@ def connected(engine: Engine) -> Iterator[Any]:
                     init(ray, "local", num_gpus=None, include_dashboard=False)
                 else:
                     init(ray, address := find(ray, engine.address))
-                    guard(address)
+                    guard(address, warn)
             yield ray
         finally:
             leave(ray)
@@ -173,7 +173,7 @@ def find(ray: Any, wanted: str) -> str:
                 "engine.address: auto, but no Ray cluster runs on this machine; start one with `ray start --head`, write HOST:PORT of "
                 "a cluster's head, or local"
             ) from None
-    said = knock(address, enabled(os.environ))
+    said = ping(address, enabled(os.environ))
     if said is None:
         raise StorageError(
             f"engine.address: no Ray cluster answers at {address} within {ANSWERS:.0f} s; is it HOST:PORT of the head (`ray start --head "
@@ -186,13 +186,25 @@ def find(ray: Any, wanted: str) -> str:
     return address
 
 
-def guard(address: str) -> None:
-    """Raises StorageError when a cluster that other machines reach lets anyone in: whoever is in runs what he likes on every node."""
-    if not loopback(address) and knock(address, {**os.environ, "RAY_AUTH_MODE": "disabled"}) == "":
-        raise StorageError(
-            f"engine.address: the Ray cluster at {address} can be reached from other machines and asks nobody for a token, so anyone can run "
-            f"code on it; {TOKEN} on every node before `ray start`, and here"
+def guard(address: str, warn: Callable[[str], None]) -> None:
+    """What is done about a cluster that asks nobody for a token: whoever reaches it can run code on every node.
+
+    Raises StorageError where other machines reach it, and warns of the other users of this machine.
+    """
+    anonymous = enabled(os.environ)["RAY_AUTH_MODE"] == "disabled"  # then it has just let us in
+    if not anonymous and ping(address, {**os.environ, "RAY_AUTH_MODE": "disabled"}) != "":
+        return
+    remedy = f"{TOKEN} on every node before `ray start`, and here"
+    if loopback(address):
+        warn(
+            f"engine.address: the Ray cluster at {address} asks nobody for a token, so every user of "
+            f"this machine can run code on it as you; {remedy}"
         )
+        return
+    raise StorageError(
+        f"engine.address: the Ray cluster at {address} can be reached from other machines and asks nobody for a token, so anyone can run "
+        f"code on it; {remedy}"
+    )
 
 
 def enabled(environment: Any) -> dict[str, str]:
@@ -202,9 +214,9 @@ def enabled(environment: Any) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token" if has else "disabled", **environment}
 
 
-def knock(address: str, environment: dict[str, str]) -> str | None:
+def ping(address: str, environment: dict[str, str]) -> str | None:
     """Asks a cluster, from a process of its own, whether it is alive: empty when it is, the error's name, None when nobody answers."""
-    command = [sys.executable, "-P", "-c", KNOCK, address]
+    command = [sys.executable, "-P", "-c", PING, address]
     try:
         found = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=ANSWERS, check=False

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import tuner
@@ -23,7 +23,7 @@ PATIENCE = 30.0  # seconds without an answer after which a job goes on as if it 
 FAREWELL = 3.0  # seconds in which a job that is ended can remove its temporary files
 
 Message = tuple[str, str, Any]
-"""Its kind (kept, gone, report or ended), the token of the job it is of, the value."""
+"""Its kind (alive, kept, gone, report or ended), the token of the job it is of, the value."""
 
 
 class Slot:
@@ -70,18 +70,26 @@ class Slot:
 
     # -- a job
 
-    def carry(self, job: Job, token: str, keeping: list[str]) -> Iterator[Message]:
-        """Carries out a job in a thread beside this one. What changes in the folders `keeping` is sent along."""
+    def carry(
+        self, job: Job, token: str, keeping: list[str], heartbeat: float
+    ) -> Iterator[Message]:
+        """Carries out a job in a thread beside this one. What changes in the folders `keeping` is sent along.
+
+        From its first message on there is a sign of life after each `heartbeat` seconds without another message.
+        """
         with self.heard:
             self.token, self.reports, self.answers, self.go_on = token, 0, 0, True
         said: SimpleQueue[Message] = SimpleQueue()
         kept = [Kept(folder, said, token) for folder in keeping]
         self.thread.submit(self.work, job, token, said, kept)
-        while True:
-            message = said.get()
+        message, timeout = ("", "", None), None
+        while message[0] != "ended":
+            try:
+                message = said.get(timeout=timeout)
+            except Empty:
+                message = ("alive", token, None)
             yield message
-            if message[0] == "ended":
-                return
+            timeout = heartbeat
 
     def work(self, job: Job, token: str, said: "SimpleQueue[Message]", kept: "list[Kept]") -> None:
         def report(value: Any) -> bool:
@@ -95,7 +103,8 @@ class Slot:
 
         self.running = threading.get_ident()
         try:
-            self.share()
+            self.share()  # reads torch, while which no other thread of this process may run for minutes
+            said.put(("alive", token, None))
             outcome = carry_out(job, report, 0)  # Ray shows a slot only its own GPU
             for folder in kept:
                 folder.send()

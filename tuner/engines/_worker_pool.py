@@ -5,7 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tuner
@@ -13,11 +13,11 @@ from tuner.config.run import Engine
 from tuner.engines import _ray_cluster
 from tuner.engines._ray_cluster import Node
 from tuner.engines._ray_worker import FAREWELL, Slot
+from tuner.engines._watch import SILENCE, Watch
 from tuner.errors import StorageError
 from tuner.jobs import Job, OnEnd, OnReport, Outcome
 
 LOOK = 1.0  # seconds between looks at the cluster
-STRIKES = 3  # times in a row that a node loses a check
 GRACE = 15.0  # seconds in which a node may fail to start slots: one that has just gone is still listed for a while, one that comes too soon
 
 
@@ -43,6 +43,7 @@ class Worker:
     token: str = ""
     stream: Any = None
     errand: Any = None  # a future: what is done before the job starts
+    watch: Watch = field(default_factory=lambda: Watch("worker", SILENCE, None))
 
     @property
     def idle(self) -> bool:
@@ -162,6 +163,10 @@ class Crew:
         name, said = worker.node.name, str(error)
         if "node has died" in said or worker.node.id not in _ray_cluster.nodes(self.ray):
             return gone(worker.node)
+        if isinstance(error, self.ray.exceptions.GetTimeoutError):
+            return Outcome(
+                "lost", reason=f"the worker on node {name} does not take files", cause="silent"
+            )
         if isinstance(error, self.ray.exceptions.ActorUnavailableError):
             return Outcome(
                 "lost", reason=f"the worker on node {name} cannot be reached", cause="died"
