@@ -37,7 +37,8 @@ from tuner.commands import run as running
 from tuner.commands.console import Console
 from tuner.config import parsing, yaml_document
 from tuner.dashboard import server, study_json
-from tuner.dashboard.artifacts import PIECE, Artifacts, note
+from tuner.dashboard.artifacts import Artifacts, note
+from tuner.dashboard.dashboard_internals import note_attributes
 from tuner.messages import Assignment, Epoch, Result
 from tuner.search import storage
 from tuner.search.coordinator import Coordinator
@@ -99,18 +100,9 @@ def made(place: Path, trials: int) -> Path:
             }
             trial_rows.append(row)
         body = note(run, Result("complete", epochs, EPOCHS, {}, 1.0), "accuracy")
-        pieces = {
-            f"note_str:{i}": body[start : start + PIECE]
-            for i, start in enumerate(range(0, len(body), PIECE))
-        }
-        for key, value in {**pieces, "note_ver": 1}.items():
-            study_rows.append(
-                {
-                    "study_id": study._study_id,
-                    "key": f"dashboard:{number + 1}:{key}",
-                    "value_json": json.dumps(value),
-                }
-            )
+        for key, value in note_attributes(number + 1, body).items():
+            row = {"study_id": study._study_id, "key": key, "value_json": json.dumps(value)}
+            study_rows.append(row)
     with study._storage._backend.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.execute(sqlalchemy.insert(models.TrialSystemAttributeModel), trial_rows)
         connection.execute(sqlalchemy.insert(models.StudySystemAttributeModel), study_rows)
@@ -151,7 +143,7 @@ def served(app: server.App) -> Iterator[str]:
 
 def tuner_app(folder: Path) -> server.App:
     """What the command serves, as it serves it once the page's address has been said."""
-    found = server.app(server.reader(None, folder), folder / "artifacts")
+    found = server.app(server.reader(None, folder), folder / "artifacts", 1)
     server.warm(found, 1)
     return found
 
@@ -172,6 +164,8 @@ def plain(folder: Path) -> Iterator[str]:
 def answered(page: str) -> dict[str, Any]:
     """Seconds until each thing that the page loads has been answered, one after another."""
     base = page.partition("/dashboard")[0]
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    browser.open(page, timeout=1200).close()  # the token in the address becomes a cookie
     found: dict[str, Any] = {}
     for name, path in {
         "page": "/dashboard/studies/1",
@@ -184,7 +178,7 @@ def answered(page: str) -> dict[str, Any]:
     }.items():
         start = time.monotonic()
         request = urllib.request.Request(base + path, headers={"Accept-Encoding": "gzip"})
-        with urllib.request.urlopen(request, timeout=1200) as answer:
+        with browser.open(request, timeout=1200) as answer:
             body = answer.read()
         found[name] = round(time.monotonic() - start, 3)
         if name == "study":

@@ -341,6 +341,8 @@ def start_dashboard(
     token = new_token()
     page = serving.address(found, "", token)
     console.event("dashboard", url=page)
+    if console.mode == "quiet":  # nobody can guess the address
+        typer.echo(page)
     console.say(f"browse {page} while the search runs")
     url = space.settings.storage or ""
     return background.start(study_name(space), places.studies, found, url, token)

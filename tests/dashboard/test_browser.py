@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +69,15 @@ def free() -> int:
 
 
 @contextlib.contextmanager
-def served(place: Path, *tuner: str) -> Iterator[str]:
-    """The address of the study's page, which `tuner dashboard` says."""
-    command = [sys.executable, *tuner, "dashboard", "small", "--port", str(free())]
+def served(place: Path, *tuner: str, options: Sequence[str] = ()) -> Iterator[str]:
+    """The address of the study's page, with the token, as `tuner dashboard` prints it."""
+    command = [sys.executable, *tuner, "dashboard", "small", "--port", str(free()), *options]
     with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             yield process.stdout.readline().split()[2]
         finally:
             process.terminate()
-
-
-@pytest.fixture(scope="module")
-def page(place: Path) -> Iterator[str]:
-    with served(place, "-m", "tuner") as page:
-        yield page
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +90,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
     yield driver
     driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(place: Path, browser: Any) -> Iterator[str]:
+    """The study's page without the token, which the browser has."""
+    with served(place, "-m", "tuner") as address:
+        browser.get(address)
+        yield address.partition("?")[0]
 
 
 def body(browser: Any) -> str:
@@ -152,6 +154,33 @@ def test_a_trial_shows_its_note_and_its_pictures(browser: Any, page: str) -> Non
     assert complaints(browser) == []
 
 
+NOTE = """
+const [version, done] = arguments;
+fetch('/api/studies/1/note', {method: 'PUT', headers: {'Content-Type': 'application/json'},
+  body: JSON.stringify({version, body: 'written by a person'})}).then(answer => done(answer.status));
+"""  # what the page sends when somebody saves a note
+
+
+def test_the_page_may_write_with_the_token_and_write_only(
+    place: Path, browser: Any, page: str, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "studies", tmp_path / "studies")  # the others read the study's note
+    with served(tmp_path, "-m", "tuner", options=["--write"]) as address:
+        bare = address.partition("?")[0]
+        browser.get(bare)
+        assert "?token=" in body(browser) and "Best Trial" not in body(browser)
+        browser.get(address)
+        wait(browser, lambda b: "Best Trial (number=" in body(b))
+        assert browser.current_url == bare  # the token has left the address
+        assert browser.execute_script("return document.cookie") == ""  # out of reach of scripts
+        assert browser.execute_async_script(NOTE, 2) == 204
+        browser.get(f"{bare}/note")
+        wait(browser, lambda b: "written by a person" in body(b))
+        browser.get(page)  # another port, for which the browser has another token
+        assert browser.execute_async_script(NOTE, 2) == 405
+    complaints(browser)  # of what was refused
+
+
 def test_the_studys_note_is_shown(browser: Any, page: str) -> None:
     browser.get(f"{page}/note")
 
@@ -169,11 +198,15 @@ def test_the_dashboard_beside_a_search_shows_a_running_trial(place: Path, browse
         "recipe.freeze_depth=0",
     ]
     command = [*TUNER, "run", "small.yaml", *words, "--dashboard", "--port", str(port), "--quiet"]
+    environ = os.environ | {"TUNER_HOME": str(place / "home")}
     with subprocess.Popen(
-        command, cwd=place, env=os.environ | {"TUNER_HOME": str(place / "home")}
+        command, cwd=place, env=environ, stdout=subprocess.PIPE, text=True
     ) as search:
-        answers(f"http://127.0.0.1:{port}/api/meta", search)
-        browser.get(f"http://127.0.0.1:{port}/dashboard/studies/1/trials")
+        assert search.stdout is not None
+        address, _, token = search.stdout.readline().strip().partition("?")
+        assert address == f"http://127.0.0.1:{port}/dashboard"
+        answers(f"{address}?{token}", search)
+        browser.get(f"{address}/studies/1/trials?{token}")
         wait(browser, lambda b: "Running" in body(b))
         assert complaints(browser) == []
         assert search.poll() is None
@@ -183,12 +216,13 @@ def test_the_dashboard_beside_a_search_shows_a_running_trial(place: Path, browse
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
 
 
-def answers(url: str, search: "subprocess.Popen[bytes]") -> None:
+def answers(url: str, search: "subprocess.Popen[str]") -> None:
     """Waits until the dashboard of a running search answers."""
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
     end = time.monotonic() + PATIENCE
     while search.poll() is None and time.monotonic() < end:
         try:
-            urllib.request.urlopen(url, timeout=5).close()
+            opener.open(url, timeout=5).close()
             return
         except OSError:
             time.sleep(0.2)

@@ -37,7 +37,9 @@ Overrides = Annotated[
 Studies = Annotated[
     Path, typer.Option(help="the folder that holds one folder per study", metavar="FOLDER")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors and warnings")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="print nothing but errors, warnings and addresses")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 Port = Annotated[
