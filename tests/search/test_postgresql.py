@@ -630,6 +630,21 @@ def test_the_dashboard_reads_and_the_server_lets_it_write_nothing(url: str, tmp_
     assert "read-only transaction" in str(refused.value.__cause__)
 
 
+def test_a_dashboard_that_writes_lists_one_study_of_the_server(url: str, tmp_path: Path) -> None:
+    with opened(url) as database:
+        optuna.create_study(storage=database, study_name="others")
+        drive(coordinator(space(trials=1), database))
+        study = database.get_study_id_from_name("t")
+        guard = dashboard.guard_of(database, study, "token", write=True)
+        app = dashboard.guarded(dashboard.app(database, tmp_path, study, write=True), guard)
+        listed = browse(app, "/api/studies", COOKIE="tuner_8080=token").body
+        assert b'"t"' in listed and b"others" not in listed
+        for path, status in (("/api/studies/1", 404), (f"/api/studies/{study}", 204)):
+            assert browse(app, path, "DELETE", COOKIE="tuner_8080=token").status == status
+    with opened(url) as database:
+        assert [study.study_name for study in database.get_all_studies()] == ["others"]
+
+
 def test_tuner_export_finds_the_server_again(url: str, tuner: Tuner, small: Path) -> None:
     assert tuner("run", small, f"storage='{url}'", "search.trials=2").code == 0
     said = tuner("export", "small", "--format", "torch_export")
