@@ -56,7 +56,9 @@ def fresh(folder: Path | None, pruner: str) -> optuna.Study:
     )
 
 
-@pytest.mark.parametrize(("sampler", "on_disk"), [("tpe", False), ("tpe", True), ("random", False)])
+@pytest.mark.parametrize(
+    ("sampler", "on_disk"), [*((name, False) for name in sorted(SAMPLERS)), ("tpe", True)]
+)
 @pytest.mark.parametrize("pruner", sorted(PRUNERS))
 def test_a_window_that_holds_all_proposes_and_prunes_as_optuna_does(
     pruner: str, sampler: str, on_disk: bool, tmp_path: Path

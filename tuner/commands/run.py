@@ -35,6 +35,7 @@ from tuner.manifest import Published
 from tuner.messages import Facts
 from tuner.search import history, leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
+from tuner.search.optuna_internals import study_id_of
 from tuner.search.samplers import PRUNERS
 from tuner.search.study_identity import defaulted_keys, identity
 
@@ -163,7 +164,7 @@ def open_coordinator(
         space.tree(),
         f"what study {study_name(space)!r} searches, with every default",
     )
-    lease = stack.enter_context(leases.leased(place, study._study_id, folder))
+    lease = stack.enter_context(leases.leased(place, study_id_of(study), folder))
     for other in lease.others():
         s.console.note(
             f"study {study.study_name!r} is also being run by {other} since {other.since}"

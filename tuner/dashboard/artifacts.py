@@ -16,6 +16,7 @@ from tuner.files import removal
 from tuner.files.atomic import disk_errors
 from tuner.files.crash_points import crash
 from tuner.messages import Epoch, Result
+from tuner.search.optuna_internals import storage_for, storage_of, study_id_of, trial_id_of
 from tuner.search.write_buffer import Batched
 
 TYPES = {".png": "image/png", ".csv": "text/csv"}
@@ -64,20 +65,20 @@ def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
 
     Its own `save_note` reads all notes of the study at each call, and importing it takes longer than many a trial.
     """
-    storage = trial.storage if trial else study._storage
-    about = trial._trial_id if trial else None
+    storage = storage_for(study, trial) if trial else storage_of(study)
+    about = trial_id_of(study, trial) if trial else None
     attributes = note_attributes(about, body)
     version = list(attributes)[-1]
     if trial and _has(storage, study, version):
         return
     for key, value in attributes.items():
-        storage.set_study_system_attr(study._study_id, key, value)
+        storage.set_study_system_attr(study_id_of(study), key, value)
 
 
 def _has(storage: Any, study: optuna.Study, key: str) -> bool:
     if isinstance(storage, Batched):
         return storage.has_study_system_attr(key)
-    return key in storage.get_study_system_attrs(study._study_id)
+    return key in storage.get_study_system_attrs(study_id_of(study))
 
 
 def study_note(space: Space, name: str, metric: str) -> str:

@@ -29,6 +29,7 @@ from tuner.dashboard.study_json import Detail
 from tuner.errors import DataError, StorageError, nearest
 from tuner.search import storage
 from tuner.search.bulk_reads import quick
+from tuner.search.optuna_internals import stored_trial_id
 from tuner.search.postgresql import options
 
 STUDY = re.compile(r"GET /api/studies/(\d{1,9})/?\?after=(\d{1,9})")
@@ -302,7 +303,8 @@ def serve(
 
 def guard_of(database: BaseStorage, study: int, token: str, *, write: bool) -> Guard:
     def list_trials() -> list[int]:
-        return [trial._trial_id for trial in database.get_all_trials(study, deepcopy=False)]
+        trials = database.get_all_trials(study, deepcopy=False)
+        return [stored_trial_id(database, study, trial) for trial in trials]
 
     return Guard(token, study, list_trials, write)
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages._rdb import models
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.dashboard import dashboard_internals as internals
+from tuner.search import optuna_internals
 
 CURVES = 500  # up to so many trials the page has all learning curves in one chart; ten thousand take a browser a minute
 BARS = 1000  # so many trials, the latest, stand in the timeline; it shows a hundred and is as slow as if it showed all
@@ -40,15 +39,13 @@ class Detail:
         with self.lock:
             trials = internals.read_trials(self.cache, self.cached, self.study)
             own, of_trials = self._attributes()
-            texts = [self._text(trial, of_trials.get(trial._trial_id, {})) for trial in trials][
-                after:
-            ]
+            texts = [self._text(trial, of_trials) for trial in trials][after:]
             rest = self._rest(trials, own, of_trials)
         return f'{json.dumps(rest)[:-1]}, "trials": [{",".join(texts)}]}}'.encode()
 
     def _attributes(self) -> tuple[Attributes, dict[int, Attributes]]:
         """The study's own attributes, and those that it keeps for its trials: notes."""
-        kind = models.StudySystemAttributeModel
+        kind = optuna_internals.table("study_system_attributes").c
         query = sqlalchemy.select(kind.key, kind.value_json).where(kind.study_id == self.study)
         own: Attributes = {}
         of_trials: dict[int, Attributes] = {}
@@ -58,16 +55,21 @@ class Detail:
                 (of_trials.setdefault(int(match[1]), {}) if match else own)[key] = text
         return own, of_trials
 
-    def _text(self, trial: FrozenTrial, attributes: Attributes) -> str:
-        known = self.words.get(trial._trial_id)
+    def _text(self, trial: FrozenTrial, of_trials: dict[int, Attributes]) -> str:
+        number = self._id(trial)
+        attributes = of_trials.get(number, {})
+        known = self.words.get(number)
         if known is None or known[0] != attributes:
             known = (
                 attributes,
                 json.dumps(worded(self.study, trial, attributes), separators=(",", ":")),
             )
             if trial.state.is_finished():
-                self.words[trial._trial_id] = known
+                self.words[number] = known
         return known[1]
+
+    def _id(self, trial: FrozenTrial) -> int:
+        return optuna_internals.stored_trial_id(self.cached, self.study, trial)
 
     def _rest(
         self, trials: list[FrozenTrial], own: Attributes, of_trials: dict[int, Attributes]
@@ -79,7 +81,7 @@ class Detail:
             self.cached.get_study_name_from_id(self.study),
             self.cached.get_study_user_attrs(self.study),
         )
-        study = FrozenStudy(name, None, user, attributes, self.study, directions=directions)
+        study = optuna_internals.frozen_study(name, user, attributes, self.study, directions)
         extra = internals.search_space(
             self.cache, self.study, [t for t in trials if t.number not in self.ended]
         )
@@ -88,7 +90,7 @@ class Detail:
         del rest["trials"]
         if any(trial.state == TrialState.COMPLETE for trial in trials):
             best = self.cached.get_best_trial(self.study)
-            rest["best_trials"] = [worded(self.study, best, of_trials.get(best._trial_id, {}))]
+            rest["best_trials"] = [worded(self.study, best, of_trials.get(self._id(best), {}))]
         rest["has_intermediate_values"] &= (
             len(trials) <= CURVES
         )  # each trial's own page has its curve all the same

@@ -9,10 +9,11 @@ from typing import Any
 import sqlalchemy
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.dialects import postgresql, sqlite
+
+from tuner.search import optuna_internals
+from tuner.search.optuna_internals import table
 
 Rows = dict[int, list[Any]]  # by trial id
 UPSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
@@ -31,60 +32,53 @@ def quick(database: RDBStorage) -> RDBStorage:
         with database.engine.connect() as connection:
             return trials(connection, study_id, states, included_trial_ids, trial_id_greater_than)
 
-    def read_studies() -> list[FrozenStudy]:
+    def read_studies() -> list[Any]:
         with database.engine.connect() as connection:
             return studies(connection)
 
-    database._get_trials = read  # type: ignore[method-assign]
-    database.get_all_studies = read_studies  # type: ignore[method-assign]
+    optuna_internals.replace_reads(database, read, read_studies)
     return database
 
 
-def insertion(kind: Any, dialect: str) -> Any:
+def insertion(name: str, dialect: str) -> Any:
     """A statement that writes rows of a table. An attribute that is there already is replaced, as Optuna does."""
-    if dialect not in UPSERTS or "value_json" not in kind.__table__.columns:
-        return sqlalchemy.insert(kind)
-    statement = UPSERTS[dialect](kind)
-    owner = "study_id" if "study_id" in kind.__table__.columns else "trial_id"
+    rows = table(name)
+    if dialect not in UPSERTS or "value_json" not in rows.c:
+        return sqlalchemy.insert(rows)
+    statement = UPSERTS[dialect](rows)
+    owner = "study_id" if "study_id" in rows.c else "trial_id"
     return statement.on_conflict_do_update(
         index_elements=[owner, "key"], set_={"value_json": statement.excluded.value_json}
     )
 
 
-def studies(connection: sqlalchemy.Connection) -> list[FrozenStudy]:
-    """All studies, by id. A study keeps two attributes for each of its trials, their notes."""
-    kinds: tuple[Any, ...] = (
-        models.StudyDirectionModel,
-        models.StudyUserAttributeModel,
-        models.StudySystemAttributeModel,
-    )
-    found: list[Rows] = [{}, {}, {}]
-    for rows, kind in zip(found, kinds, strict=True):
-        columns = (
-            (kind.objective, kind.direction)
-            if kind is models.StudyDirectionModel
-            else (kind.key, kind.value_json)
-        )
-        for study, *pair in connection.execute(sqlalchemy.select(kind.study_id, *columns)):
-            rows.setdefault(study, []).append(pair)
-    names = connection.execute(
-        sqlalchemy.select(models.StudyModel.study_id, models.StudyModel.study_name)
-    ).all()
-    directions, user, system = found
+def studies(connection: sqlalchemy.Connection) -> list[Any]:
+    """All studies, by id, as Optuna's FrozenStudy. A study keeps two attributes for each of its trials, their notes."""
+    directions = _by_study(connection, "study_directions", "objective", "direction")
+    user = _by_study(connection, "study_user_attributes", "key", "value_json")
+    system = _by_study(connection, "study_system_attributes", "key", "value_json")
+    study = table("studies").c
+    names = connection.execute(sqlalchemy.select(study.study_id, study.study_name)).all()
     return [
-        FrozenStudy(
+        optuna_internals.frozen_study(
             name,
-            None,
-            {key: json.loads(text) for key, text in user.get(study, ())},
-            {key: json.loads(text) for key, text in system.get(study, ())},
-            study,
-            directions=[
-                direction
-                for _, direction in sorted(directions[study], key=lambda pair: int(pair[0]))
-            ],
+            {key: json.loads(text) for key, text in user.get(number, ())},
+            {key: json.loads(text) for key, text in system.get(number, ())},
+            number,
+            [direction for _, direction in sorted(directions[number], key=lambda row: int(row[0]))],
         )
-        for study, name in sorted(names)
+        for number, name in sorted(names)
     ]
+
+
+def _by_study(connection: sqlalchemy.Connection, name: str, *columns: str) -> Rows:
+    """These columns of a table's rows, by the id of their study."""
+    column = table(name).c
+    rows: Rows = {}
+    query = sqlalchemy.select(column.study_id, *(column[each] for each in columns))
+    for study, *cells in connection.execute(query):
+        rows.setdefault(study, []).append(cells)
+    return rows
 
 
 def trials(
@@ -95,76 +89,61 @@ def trials(
     after: int,
 ) -> list[FrozenTrial]:
     """A study's trials, by id: those with a higher id than `after`, and those `included`. Raises KeyError without such a study."""
-    trial = models.TrialModel
-    if (
-        connection.execute(
-            sqlalchemy.select(models.StudyModel.study_id).where(models.StudyModel.study_id == study)
-        ).first()
-        is None
-    ):
-        raise KeyError(models.NOT_FOUND_MSG)
+    trial, all_studies = table("trials").c, table("studies").c
+    exists = sqlalchemy.select(all_studies.study_id).where(all_studies.study_id == study)
+    if connection.execute(exists).first() is None:
+        raise KeyError("Record does not exist.")  # as Optuna says it
     wanted = trial.study_id == study
     if after > -1:
         older = sorted(number for number in included if number <= after)
-        wanted &= (
-            sqlalchemy.or_(trial.trial_id > after, trial.trial_id.in_(older))
-            if older
-            else trial.trial_id > after
-        )
+        newer = trial.trial_id > after
+        wanted &= sqlalchemy.or_(newer, trial.trial_id.in_(older)) if older else newer
     if states is not None:
         assert isinstance(states, Iterable)
         wanted &= trial.state.in_(list(states))
-    columns = (
-        trial.trial_id,
-        trial.number,
-        trial.state,
-        trial._datetime_start_utc,
-        trial._datetime_complete_utc,
+    query = sqlalchemy.select(
+        trial.trial_id, trial.number, trial.state, trial.datetime_start, trial.datetime_complete
     )
-    found = connection.execute(
-        sqlalchemy.select(*columns).where(wanted).order_by(trial.trial_id)
-    ).all()
-    if not found:
+    selected = connection.execute(query.where(wanted).order_by(trial.trial_id)).all()
+    if not selected:
         return []
-    rows = {kind: values(connection, kind, names, wanted) for kind, names in VALUES.items()}
-    return [frozen(row, rows) for row in found]
+    rows = {name: values(connection, name, columns, wanted) for name, columns in VALUES.items()}
+    return [frozen(row, rows) for row in selected]
 
 
 VALUES = {
-    models.TrialParamModel: ("param_id", "param_name", "param_value", "distribution_json"),
-    models.TrialValueModel: ("trial_value_id", "objective", "value", "value_type"),
-    models.TrialUserAttributeModel: ("trial_user_attribute_id", "key", "value_json"),
-    models.TrialSystemAttributeModel: ("trial_system_attribute_id", "key", "value_json"),
-    models.TrialIntermediateValueModel: (
-        "trial_intermediate_value_id",
-        "step",
-        "intermediate_value",
-        "intermediate_value_type",
-    ),
+    name: optuna_internals.COLUMNS[name]
+    for name in (
+        "trial_params",
+        "trial_values",
+        "trial_user_attributes",
+        "trial_system_attributes",
+        "trial_intermediate_values",
+    )
 }
 
 
 def values(
-    connection: sqlalchemy.Connection, kind: Any, names: tuple[str, ...], wanted: Any
+    connection: sqlalchemy.Connection, name: str, columns: tuple[str, ...], wanted: Any
 ) -> Rows:
-    """What a table holds of the wanted trials, in the order it was written."""
-    identity, *columns = (getattr(kind, name) for name in names)
-    trial = models.TrialModel
+    """What a table holds of the wanted trials, in the order it was written: the columns are its key, the trial's id, and others."""
+    column, trial = table(name).c, table("trials").c
+    identity, *others = (column[each] for each in columns)
     query = (
-        sqlalchemy.select(kind.trial_id, *columns)
-        .join(trial, trial.trial_id == kind.trial_id)
+        sqlalchemy.select(*others)
+        .join(table("trials"), trial.trial_id == column.trial_id)
         .where(wanted)
         .order_by(identity)
     )
-    found: Rows = {}
+    rows: Rows = {}
     for row in connection.execute(query):
-        found.setdefault(row[0], []).append(row)
-    return found
+        rows.setdefault(row[0], []).append(row)
+    return rows
 
 
 def frozen(row: Any, rows: dict[Any, Rows]) -> FrozenTrial:
     trial, number, state, start, complete = row
-    params, results, user, system, reports = (rows[kind].get(trial, ()) for kind in VALUES)
+    params, results, user, system, reports = (rows[name].get(trial, ()) for name in VALUES)
     distributions = {name: distribution(text) for _, name, _, text in params}
     return FrozenTrial(
         number=number,
@@ -178,8 +157,7 @@ def frozen(row: Any, rows: dict[Any, Rows]) -> FrozenTrial:
         user_attrs={key: json.loads(text) for _, key, text in user},
         system_attrs={key: json.loads(text) for _, key, text in system},
         intermediate_values={
-            step: models.TrialIntermediateValueModel.stored_repr_to_intermediate_value(value, kind)
-            for _, step, value, kind in reports
+            step: optuna_internals.report_from(value, kind) for _, step, value, kind in reports
         },
         trial_id=trial,
     )
@@ -192,7 +170,7 @@ def local(moment: datetime | None) -> datetime | None:
 
 def objectives(results: Any) -> Iterator[float]:
     for _, _, value, kind in sorted(results, key=lambda row: int(row[1])):
-        yield models.TrialValueModel.stored_repr_to_value(value, kind)
+        yield optuna_internals.value_from(value, kind)
 
 
 @lru_cache(KEPT)

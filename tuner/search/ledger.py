@@ -11,6 +11,7 @@ from tuner.files.crash_points import crash
 from tuner.search import history
 from tuner.search.history import ATTEMPT, DEFAULT, FINAL, KILLED, REASON, REFUSED, ROOT, key_of
 from tuner.search.leases import Alone, Leases
+from tuner.search.optuna_internals import trial_id_of
 from tuner.search.proposals import Asker
 from tuner.search.windowed_study import WindowedStudy
 
@@ -74,7 +75,7 @@ class Ledger:
         """
 
         def requeue() -> None:
-            state = self.study._storage.get_trial(trial._trial_id).state
+            state = self.study.storage.get_trial(trial_id_of(self.study, trial)).state
             if state == TrialState.RUNNING:
                 attrs = {**trial.user_attrs, **marks}
                 self.requeue(trial.number, trial.params, root, attrs, reason, count=count)
@@ -122,13 +123,8 @@ class Ledger:
                 self.fail(t.number, "withdrawn: an earlier attempt of this trial goes on or ended")
 
     def fail(self, number: int, reason: str) -> None:
-        storage, trial_id = (
-            self.study._storage,
-            self.study._storage.get_trial_id_from_study_id_trial_number(
-                self.study._study_id, number
-            ),
-        )
-        storage.set_trial_user_attr(trial_id, REASON, reason)
+        trial_id = trial_id_of(self.study, number)
+        self.study.storage.set_trial_user_attr(trial_id, REASON, reason)
         crash("search.failing")
         self.study.tell(number, state=TrialState.FAIL)
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.dialects import postgresql
 
@@ -19,6 +18,7 @@ from tuner.config import database_url
 from tuner.errors import StorageError
 from tuner.search.bulk_reads import insertion, quick
 from tuner.search.history import OWNER
+from tuner.search.optuna_internals import DatabaseProxy, database_of, require_for_server, table
 
 T = TypeVar("T")
 FIRST, LONGEST, PATIENCE = (
@@ -64,7 +64,7 @@ class Lost(Exception):
     """The server went away in the middle of a call: whether that was carried out is not known."""
 
 
-class Server:
+class Server(DatabaseProxy):
     """Takes Optuna's database's place behind Optuna's cache. Calls are tried again until the server answers, for ten minutes.
 
     All go over one connection. `exclusively` holds the study's lock on that very connection, so nothing can be written by whom the
@@ -189,14 +189,11 @@ class Server:
 
     # -- what is not safe to repeat as it is
 
-    def _create_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None = None
-    ) -> FrozenTrial:
+    def create_trial(self, study_id: int, template: FrozenTrial | None) -> FrozenTrial:
         """A trial that runs has its owner from the first moment."""
-        template = template_trial or create_trial(
-            state=TrialState.RUNNING, user_attrs={OWNER: self.owner}
-        )
-        return self.patiently(lambda again: self.database._create_new_trial(study_id, template))
+        owned = template or create_trial(state=TrialState.RUNNING, user_attrs={OWNER: self.owner})
+        make = super().create_trial
+        return self.patiently(lambda again: make(study_id, owned))
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
@@ -222,12 +219,12 @@ class Server:
     def _take(self, trial_id: int) -> bool:
         """From waiting to running, with its owner, in one transaction."""
         # Optuna's columns are in UTC, by the clock of this machine
-        trials, now = models.TrialModel, datetime.now(UTC).replace(tzinfo=None)
+        trials, now = table("trials"), datetime.now(UTC).replace(tzinfo=None)
         attribute = {"trial_id": trial_id, "key": OWNER, "value_json": f'"{self.owner}"'}
         waits = sqlalchemy.update(trials).where(
-            trials.trial_id == trial_id, trials.state == TrialState.WAITING
+            trials.c.trial_id == trial_id, trials.c.state == TrialState.WAITING
         )
-        marks = postgresql.insert(models.TrialUserAttributeModel).values(attribute)
+        marks = postgresql.insert(table("trial_user_attributes")).values(attribute)
         marks = marks.on_conflict_do_update(
             index_elements=["trial_id", "key"], set_={"value_json": marks.excluded.value_json}
         )
@@ -242,11 +239,12 @@ class Server:
                 connection.execute(marks)
         return taken
 
-    def insert(self, trial_id: int, rows: Mapping[Any, list[dict[str, Any]]]) -> None:
+    def insert(self, trial_id: int, rows: Mapping[str, list[dict[str, Any]]]) -> None:
         """A running trial's rows, all or none. Raises UpdateFinishedTrialError when it does not run any more."""
+        trials = table("trials").c
         state = (
-            sqlalchemy.select(models.TrialModel.state)
-            .where(models.TrialModel.trial_id == trial_id)
+            sqlalchemy.select(trials.state)
+            .where(trials.trial_id == trial_id)
             .with_for_update(read=True)
         )
 
@@ -257,8 +255,8 @@ class Server:
                         raise UpdateFinishedTrialError(
                             f"trial {trial_id} was taken by another coordinator"
                         )
-                    for kind, found in rows.items():
-                        connection.execute(insertion(kind, self.engine.dialect.name), found)
+                    for name, values in rows.items():
+                        connection.execute(insertion(name, self.engine.dialect.name), values)
             except sqlalchemy.exc.IntegrityError:
                 if not again:
                     raise  # else the try that was not heard of had been carried out
@@ -270,6 +268,7 @@ def open_server(
     url: str, shown: str, tell: Callable[[str], None], hopeless: Callable[[], bool]
 ) -> BaseStorage:
     """Optuna's storage over a server. Raises what the driver raises when it cannot be reached now."""
+    require_for_server(shown)
     doubled = database_url.escaped(url)
     words = options(url)
     if sqlalchemy.engine.make_url(url).get_driver_name() == "psycopg":
@@ -287,7 +286,7 @@ def open_server(
         )
     )
     storage = get_storage(database)
-    storage._backend = Server(database, shown, tell, hopeless)  # type: ignore[attr-defined]
+    Server(database, shown, tell, hopeless).put_before(storage)
     return storage
 
 
@@ -320,8 +319,8 @@ def _refuse_pooler(gate: sqlalchemy.Engine, shown: str) -> None:
 
 def of(storage: BaseStorage) -> Server | None:
     """The server that a storage is on."""
-    found = getattr(storage, "_backend", None)
-    return found if isinstance(found, Server) else None
+    database = database_of(storage)
+    return database if isinstance(database, Server) else None
 
 
 def options(url: str | sqlalchemy.engine.URL) -> dict[str, Any]:

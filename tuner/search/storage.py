@@ -18,6 +18,7 @@ from tuner.files.atomic import claimed, disk_errors
 from tuner.files.crash_points import crash
 from tuner.search import postgresql
 from tuner.search.bulk_reads import quick
+from tuner.search.optuna_internals import warn_of_missing
 from tuner.search.study_identity import Comparison
 
 SPACE, DATA, DEFAULTED = "tuner:space", "tuner:data", "tuner:defaulted"
@@ -81,6 +82,7 @@ def connect(
 
     `tell` is told when a server goes away and comes back; once things are `hopeless`, it is not waited for.
     """
+    warn_of_missing(tell)
     try:
         real = None if url is None else database_url.expanded(url)
         path = folder / "study.db" if real is None else database_url.sqlite_path(real)

@@ -9,14 +9,18 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from tuner.search.optuna_internals import HookedStudy, snapshot_of, trial_id_of
 from tuner.search.projection_pruner import ProjectionPruner
 from tuner.search.write_buffer import Batched, batch
 
 BEST, LATEST, UNDERWAY = 100, 400, 100
 SEEN = frozenset({TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING})
 
+# pruners that ask nothing of a trial but what is in memory
+FROM_MEMORY = (optuna.pruners.MedianPruner, ProjectionPruner, optuna.pruners.NopPruner)
 
-class WindowedStudy(optuna.Study):
+
+class WindowedStudy(HookedStudy):
     """Inside `window()` only these trials are there: the latest 100 that run, the latest 400 that ended and, of the earlier ones,
     the best 100 that completed. While there are no more, a sampler proposes and a pruner decides as over the whole study.
 
@@ -24,7 +28,7 @@ class WindowedStudy(optuna.Study):
     """
 
     def __init__(self, study: optuna.Study) -> None:
-        super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
+        super().__init__(study)
         self.narrow = self.judging = False
         self.kinds: dict[
             Any, FrozenTrial
@@ -54,24 +58,19 @@ class WindowedStudy(optuna.Study):
     ) -> Trial:
         trial = super().ask(fixed_distributions)
         self.running[trial.number] = trial
-        collected = batch(trial)
+        collected = batch(self, trial)
         if collected is not None:
             self.batches[trial.number] = collected
         return trial
 
     def next_waiting(self) -> FrozenTrial | None:
         """The enqueued trial that the next `ask` takes."""
-        database = getattr(
-            self._storage, "_backend", self._storage
-        )  # Optuna's cache would read all running trials again
-        self.waiting = database.get_all_trials(
-            self._study_id, deepcopy=False, states=(TrialState.WAITING,)
-        )
+        self.waiting = self.waiting_trials()
         return self.waiting[0] if self.waiting else None
 
     def take(self, trial: FrozenTrial) -> bool:
         """Has an enqueued trial run; False: it is not waiting any more."""
-        return self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        return self.storage.set_trial_state_values(trial_id_of(self, trial), TrialState.RUNNING)
 
     def enqueue_trial(
         self,
@@ -82,9 +81,9 @@ class WindowedStudy(optuna.Study):
         super().enqueue_trial(params, user_attrs, skip_if_exists)
         self.waiting = None
 
-    def _pop_waiting_trial_id(self) -> int | None:
+    def none_waits(self) -> bool:
         none, self.waiting = self.waiting == [], None
-        return None if none else super()._pop_waiting_trial_id()
+        return none
 
     def write(self, trial: Trial, *, now: bool = False) -> None:
         """Writes what a running trial has told, if it waits for long, or `now`."""
@@ -95,13 +94,9 @@ class WindowedStudy(optuna.Study):
     def prunes(self, trial: Trial) -> bool:
         """Whether the pruner ends the trial."""
         with self.window():
-            if isinstance(
-                self.pruner,
-                (optuna.pruners.MedianPruner, ProjectionPruner, optuna.pruners.NopPruner),
-            ):
-                return self.pruner.prune(
-                    self, trial._cached_frozen_trial
-                )  # all they ask of a trial is in memory
+            snapshot = snapshot_of(trial)
+            if snapshot is not None and isinstance(self.pruner, FROM_MEMORY):
+                return self.pruner.prune(self, snapshot)
             self.write(trial, now=True)
             self.judging = True
             try:
@@ -132,8 +127,7 @@ class WindowedStudy(optuna.Study):
 
     def _refuse_finished(self, number: int) -> None:
         """Raises UpdateFinishedTrialError where the trial has ended."""
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-        state = self._storage.get_trial(trial_id).state
+        state = self.storage.get_trial(trial_id_of(self, number)).state
         if state.is_finished():
             raise UpdateFinishedTrialError(f"trial {number} has ended: {state.name}")
 
@@ -158,42 +152,36 @@ class WindowedStudy(optuna.Study):
                 bisect.insort(self.best, (float(old.value or 0.0), -old.number, old))
                 del self.best[:-BEST]
 
-    def get_trials(
-        self, deepcopy: bool = True, states: Container[TrialState] | None = None
-    ) -> list[FrozenTrial]:
-        return self._get_trials(deepcopy, states)
-
-    def _get_trials(
-        self,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
-        use_cache: bool = False,
-    ) -> list[FrozenTrial]:
-        if (
-            self.narrow and states is None and not self.judging
-        ):  # a sampler looks for the parameters that all trials have
-            return list(
-                self.kinds.values()
-            )  # that is the same of one trial of each kind, and Optuna's cache reads running ones anew
-        if (
-            not self.narrow
-            or states is None
-            or any(state in states for state in set(TrialState) - SEEN)
-        ):
-            everything = super()._get_trials(deepcopy, states, use_cache)
-            if not self.judging:
-                return everything
-            # successive halving compares with all that were judged: a lost attempt would compete with its retry
-            return [trial for trial in everything if trial.state != TrialState.FAIL]
-        found = [*(trial for _, _, trial in self.best), *self.latest]
+    def visible_trials(self, states: Container[TrialState] | None) -> list[FrozenTrial] | None:
+        """None, which means all, outside of `window()` and where others than these are asked for."""
+        if not self.narrow:
+            return None
+        if states is None and not self.judging:
+            # A sampler looks for the parameters that all trials have: the same of one trial of each kind.
+            return list(self.kinds.values())
+        if states is None or any(state in states for state in set(TrialState) - SEEN):
+            return self._judged(states) if self.judging else None
+        visible = [*(trial for _, _, trial in self.best), *self.latest]
         if TrialState.RUNNING in states:
-            underway = [
-                *(trial._cached_frozen_trial for trial in self.running.values()),
-                *self.elsewhere,
-            ]
-            found += sorted(underway, key=lambda trial: trial.number)[
-                -UNDERWAY:
-            ]  # each makes TPE's next proposal dearer
+            underway = self._underway()
+            if underway is None:
+                return None
+            visible += underway[-UNDERWAY:]  # each makes TPE's next proposal dearer
         return sorted(
-            (trial for trial in found if trial.state in states), key=lambda trial: trial.number
+            (trial for trial in visible if trial.state in states), key=lambda trial: trial.number
         )
+
+    def _judged(self, states: Container[TrialState] | None) -> list[FrozenTrial]:
+        """Successive halving compares with all that were judged: a lost attempt would compete with its retry."""
+        trials = self.storage.get_all_trials(self.study_id, deepcopy=False, states=states)
+        return [trial for trial in trials if trial.state != TrialState.FAIL]
+
+    def _underway(self) -> list[FrozenTrial] | None:
+        """All running trials, by number; None where they must be read from the storage."""
+        underway = [*self.elsewhere]
+        for trial in self.running.values():
+            snapshot = snapshot_of(trial)
+            if snapshot is None:
+                return None
+            underway.append(snapshot)
+        return sorted(underway, key=lambda trial: trial.number)

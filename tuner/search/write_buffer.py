@@ -5,12 +5,13 @@ import time
 from typing import Any
 
 import sqlalchemy
+from optuna import Study
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages._rdb import models
 from optuna.trial import Trial, TrialState
 
+from tuner.search import optuna_internals
 from tuner.search.bulk_reads import insertion
 from tuner.search.postgresql import Server
 
@@ -25,7 +26,7 @@ class Batched:
 
     def __init__(self, inner: BaseStorage, database: RDBStorage | Server, trial_id: int) -> None:
         self.inner, self.database, self.trial_id = inner, database, trial_id
-        self.rows: dict[Any, list[dict[str, Any]]] = {}
+        self.rows: dict[str, list[dict[str, Any]]] = {}  # by table
         self.written = time.monotonic()
 
     def __getattr__(self, name: str) -> Any:
@@ -40,7 +41,7 @@ class Batched:
     ) -> None:
         text = distribution_to_json(distribution)
         self._add(
-            models.TrialParamModel,
+            "trial_params",
             trial_id=trial_id,
             param_name=param_name,
             param_value=param_value_internal,
@@ -50,10 +51,9 @@ class Batched:
     def set_trial_intermediate_value(
         self, trial_id: int, step: int, intermediate_value: float
     ) -> None:
-        kind = models.TrialIntermediateValueModel
-        value, value_type = kind.intermediate_value_to_stored_repr(intermediate_value)
+        value, value_type = optuna_internals.report_columns(intermediate_value)
         self._add(
-            kind,
+            "trial_intermediate_values",
             trial_id=trial_id,
             step=step,
             intermediate_value=value,
@@ -61,13 +61,11 @@ class Batched:
         )
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._add(
-            models.TrialUserAttributeModel, trial_id=trial_id, key=key, value_json=json.dumps(value)
-        )
+        self._add("trial_user_attributes", trial_id=trial_id, key=key, value_json=json.dumps(value))
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         self._add(
-            models.TrialSystemAttributeModel,
+            "trial_system_attributes",
             trial_id=trial_id,
             key=key,
             value_json=json.dumps(value),
@@ -75,14 +73,14 @@ class Batched:
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
         self._add(
-            models.StudySystemAttributeModel,
+            "study_system_attributes",
             study_id=study_id,
             key=key,
             value_json=json.dumps(value),
         )
 
-    def _add(self, kind: Any, **row: Any) -> None:
-        self.rows.setdefault(kind, []).append(row)
+    def _add(self, table: str, **row: Any) -> None:
+        self.rows.setdefault(table, []).append(row)
 
     def due(self) -> bool:
         return time.monotonic() - self.written > WAIT
@@ -96,24 +94,23 @@ class Batched:
             self._insert(self.database.engine, rows)
         self.written = time.monotonic()
 
-    def _insert(self, engine: sqlalchemy.Engine, rows: dict[Any, list[dict[str, Any]]]) -> None:
-        model = models.TrialModel
-        state = sqlalchemy.select(model.state).where(model.trial_id == self.trial_id)
+    def _insert(self, engine: sqlalchemy.Engine, rows: dict[str, list[dict[str, Any]]]) -> None:
+        trials = optuna_internals.table("trials").c
+        state = sqlalchemy.select(trials.state).where(trials.trial_id == self.trial_id)
         with engine.begin() as connection:
-            for kind, values in rows.items():
-                connection.execute(insertion(kind, engine.dialect.name), values)
+            for name, values in rows.items():
+                connection.execute(insertion(name, engine.dialect.name), values)
             # read after writing: from the first row on SQLite lets nobody else write
             if connection.execute(state).scalar_one_or_none() != TrialState.RUNNING:
                 raise UpdateFinishedTrialError(f"trial {self.trial_id} has ended")
 
     def has_study_system_attr(self, key: str) -> bool:
         """Whether the database has it: one row read, where Optuna reads the notes of all trials."""
-        model = models.StudySystemAttributeModel
-        trial = sqlalchemy.select(models.TrialModel.study_id).where(
-            models.TrialModel.trial_id == self.trial_id
-        )
-        query = sqlalchemy.select(model.key).where(
-            model.key == key, model.study_id == trial.scalar_subquery()
+        attributes = optuna_internals.table("study_system_attributes").c
+        trials = optuna_internals.table("trials").c
+        study = sqlalchemy.select(trials.study_id).where(trials.trial_id == self.trial_id)
+        query = sqlalchemy.select(attributes.key).where(
+            attributes.key == key, attributes.study_id == study.scalar_subquery()
         )
 
         def look(_: bool) -> bool:
@@ -123,14 +120,11 @@ class Batched:
         return self.database.patiently(look) if isinstance(self.database, Server) else look(False)
 
 
-def batch(trial: Trial) -> Batched | None:
-    """Has the trial's writes collected, where its study lies in a database; None where it does not."""
-    inner = trial.storage
-    database = getattr(
-        inner, "_backend", inner
-    )  # Optuna wraps a database into a cache of what has ended
-    if not isinstance(database, (RDBStorage, Server)):
+def batch(study: Study, trial: Trial) -> Batched | None:
+    """Has the trial's writes collected, where its study lies in a database; None where it does not, or Optuna does not let it."""
+    inner = optuna_internals.storage_of(study)
+    database = optuna_internals.database_of(inner)
+    if not isinstance(database, (RDBStorage, Server)) or not optuna_internals.tables_known():
         return None
-    found = Batched(inner, database, trial._trial_id)
-    trial.storage = found  # type: ignore[assignment]
-    return found
+    collected = Batched(inner, database, optuna_internals.trial_id_of(study, trial))
+    return collected if optuna_internals.redirect(trial, collected) else None

@@ -1,0 +1,388 @@
+"""Every inner name of Optuna that tuner uses, and what happens where a version of Optuna does not have it.
+
+Optuna promises nothing about these names, so each is tried before it is relied on (`missing`). Where one does not do what is
+expected, the public and slower way is taken; `warn_of_missing` says so when a study is opened. What several coordinators on a
+PostgreSQL server cannot do without is refused there (`require_for_server`). No other module names them: see
+tests/search/test_optuna_internals.py.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Container, Sequence
+from typing import Any, cast
+
+import optuna
+import sqlalchemy
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from tuner.errors import StorageError
+
+TESTED = "optuna>=5.0,<5.1"
+READ = ("study_id", "states", "included_trial_ids", "trial_id_greater_than")
+COLUMNS = {
+    "studies": ("study_id", "study_name"),
+    "study_directions": ("study_id", "objective", "direction"),
+    "study_user_attributes": ("study_id", "key", "value_json"),
+    "study_system_attributes": ("study_system_attribute_id", "study_id", "key", "value_json"),
+    "trials": ("trial_id", "number", "study_id", "state", "datetime_start", "datetime_complete"),
+    "trial_params": ("param_id", "trial_id", "param_name", "param_value", "distribution_json"),
+    "trial_values": ("trial_value_id", "trial_id", "objective", "value", "value_type"),
+    "trial_user_attributes": ("trial_user_attribute_id", "trial_id", "key", "value_json"),
+    "trial_system_attributes": ("trial_system_attribute_id", "trial_id", "key", "value_json"),
+    "trial_intermediate_values": (
+        "trial_intermediate_value_id",
+        "trial_id",
+        "step",
+        "intermediate_value",
+        "intermediate_value_type",
+    ),
+}
+
+
+# -- a study and its trials
+
+
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """Where the study is stored. Relies on `Study._storage`, for which there is no other way."""
+    storage = getattr(study, "_storage", None)
+    if not isinstance(storage, BaseStorage):
+        raise StorageError(_without(["Study._storage"]))
+    return storage
+
+
+def study_id_of(study: optuna.Study) -> int:
+    """The study's id in its storage: `Study._study_id`, or what the storage answers to its name."""
+    number = getattr(study, "_study_id", None)
+    if isinstance(number, int):
+        return number
+    return storage_of(study).get_study_id_from_name(study.study_name)
+
+
+def trial_id_of(study: optuna.Study, trial: Trial | FrozenTrial | int) -> int:
+    """The id in its storage of a trial, or of the trial with that number."""
+    return stored_trial_id(storage_of(study), study_id_of(study), trial)
+
+
+def stored_trial_id(storage: BaseStorage, study: int, trial: Trial | FrozenTrial | int) -> int:
+    """The same, of the study with that id: `_trial_id`, or what the storage answers to the trial's number."""
+    if isinstance(trial, int):
+        return storage.get_trial_id_from_study_id_trial_number(study, trial)
+    number = getattr(trial, "_trial_id", None)
+    if isinstance(number, int):
+        return number
+    return storage.get_trial_id_from_study_id_trial_number(study, trial.number)
+
+
+def snapshot_of(trial: Trial) -> FrozenTrial | None:
+    """What a running trial has told, from memory: `Trial._cached_frozen_trial`. None where it must be read from the storage."""
+    if "Trial._cached_frozen_trial" in missing():
+        return None
+    snapshot = trial._cached_frozen_trial
+    return snapshot if isinstance(snapshot, FrozenTrial) else None
+
+
+def storage_for(study: optuna.Study, trial: Trial) -> BaseStorage:
+    """Where the trial writes to: its own `storage`, which may be a buffer of ours, or its study's."""
+    own: BaseStorage | None = getattr(trial, "storage", None)
+    return storage_of(study) if own is None else own
+
+
+def redirect(trial: Trial, storage: Any) -> bool:
+    """Has the trial write to `storage`: relies on Trial using its attribute `storage`. False: it would not."""
+    if "Trial.storage" in missing():
+        return False
+    trial.storage = storage
+    return True
+
+
+class HookedStudy(optuna.Study):
+    """A study whose subclass decides which trials sampler and pruner see, and whether any trial waits to be asked for.
+
+    Relies on samplers calling `Study._get_trials`, and on `ask` calling `Study._pop_waiting_trial_id`. Where they do not, all
+    trials are seen and the queue is looked into at each `ask`, as by Optuna alone.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.storage = storage_of(study)
+        super().__init__(study.study_name, self.storage, study.sampler, study.pruner)
+        self.study_id = study_id_of(self)
+
+    def visible_trials(self, states: Container[TrialState] | None) -> list[FrozenTrial] | None:
+        """The trials to see. None: all that are in the storage."""
+        return None
+
+    def none_waits(self) -> bool:
+        """Whether it is certain that no trial waits."""
+        return False
+
+    def waiting_trials(self) -> list[FrozenTrial]:
+        """The trials that wait. Optuna's cache would read all running trials again for this."""
+        database: BaseStorage = database_of(self.storage)
+        return database.get_all_trials(self.study_id, deepcopy=False, states=(TrialState.WAITING,))
+
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        visible = self.visible_trials(states)
+        return super().get_trials(deepcopy, states) if visible is None else visible
+
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
+        visible = self.visible_trials(states)
+        return super()._get_trials(deepcopy, states, use_cache) if visible is None else visible
+
+    def _pop_waiting_trial_id(self) -> int | None:
+        return None if self.none_waits() else super()._pop_waiting_trial_id()
+
+
+# -- the database behind a storage
+
+
+def database_of(storage: BaseStorage) -> Any:
+    """What a storage reads and writes through its cache of ended trials: `_CachedStorage._backend`; else the storage itself."""
+    return getattr(storage, "_backend", storage)
+
+
+class DatabaseProxy:
+    """What takes a database's place behind Optuna's cache: everything that the cache calls, a subclass has or passes on.
+
+    Relies on the cache making trials with `_create_new_trial`, and on its attribute `_backend`.
+    """
+
+    database: RDBStorage
+
+    def create_trial(self, study_id: int, template: FrozenTrial | None) -> FrozenTrial:
+        """Makes a trial, by default one that runs."""
+        return self.database._create_new_trial(study_id, template)
+
+    def _create_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None = None
+    ) -> FrozenTrial:
+        return self.create_trial(study_id, template_trial)
+
+    def put_before(self, storage: BaseStorage) -> None:
+        """Has the storage call this instead of its database."""
+        if getattr(storage, "_backend", None) is not self.database:
+            raise StorageError(_without(["_CachedStorage._backend"]))
+        storage._backend = self  # type: ignore[attr-defined]
+
+
+def replace_reads(
+    database: RDBStorage,
+    read_trials: Callable[..., list[FrozenTrial]],
+    read_studies: Callable[[], list[Any]],
+) -> None:
+    """Has the database read so. Relies on `RDBStorage._get_trials` being what both it and the cache read trials with."""
+    if "RDBStorage._get_trials" not in missing():
+        database._get_trials = read_trials  # type: ignore[method-assign]
+    if "FrozenStudy" not in missing():
+        database.get_all_studies = read_studies  # type: ignore[method-assign]
+
+
+def frozen_study(
+    name: str, user: dict[str, Any], system: dict[str, Any], study_id: int, directions: list[Any]
+) -> Any:
+    """A study as a storage lists it."""
+    from optuna.study._frozen import FrozenStudy
+
+    return FrozenStudy(name, None, user, system, study_id, directions=directions)
+
+
+# -- the tables
+
+
+def table(name: str) -> sqlalchemy.Table:
+    """One of the tables in which Optuna keeps studies; COLUMNS are there where `tables_known`."""
+    from optuna.storages._rdb.models import BaseModel
+
+    found: sqlalchemy.Table = BaseModel.metadata.tables[name]
+    return found
+
+
+def tables_known() -> bool:
+    return TABLES not in missing()
+
+
+def value_from(row_value: float | None, kind: Any) -> float:
+    """A trial's value, from the two columns that hold it: infinity has no number everywhere."""
+    from optuna.storages._rdb.models import TrialValueModel
+
+    return TrialValueModel.stored_repr_to_value(row_value, kind)
+
+
+def report_from(row_value: float | None, kind: Any) -> float:
+    """An intermediate value, from the two columns that hold it."""
+    from optuna.storages._rdb.models import TrialIntermediateValueModel
+
+    return TrialIntermediateValueModel.stored_repr_to_intermediate_value(row_value, kind)
+
+
+def report_columns(value: float) -> tuple[float | None, Any]:
+    """The reverse of `report_from`."""
+    from optuna.storages._rdb.models import TrialIntermediateValueModel
+
+    return TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
+
+
+# -- does this Optuna have them?
+
+TABLES = "the tables of optuna.storages._rdb.models"
+FOR_SERVER = (TABLES, "_CachedStorage._backend", "RDBStorage._create_new_trial")
+
+
+@functools.cache
+def missing() -> tuple[str, ...]:
+    """The inner names that are not there, or that do not do what tuner expects of them. Each was tried, once in a process."""
+    return tuple(name for name, probe in PROBES.items() if not _works(probe))
+
+
+def warn_of_missing(warn: Callable[[str], None]) -> None:
+    if missing():
+        warn(f"{_without(missing())}. The search is right without, and slower with many trials")
+
+
+def require_for_server(shown: str) -> None:
+    """Raises StorageError where what keeps several coordinators apart cannot be relied on."""
+    lacking = [name for name in missing() if name in FOR_SERVER]
+    if lacking:
+        raise StorageError(
+            f"storage: {shown} cannot be used: the locks and owners of its coordinators need more of Optuna. {_without(lacking)}"
+            "; without `storage:` the study is in a file of its own"
+        )
+
+
+def _without(names: Sequence[str]) -> str:
+    return (
+        f"Optuna {optuna.__version__} has no {', '.join(names)} as tuner knows it; install what tuner was tested with: "
+        f"pip install '{TESTED}'"
+    )
+
+
+def _works(probe: Callable[[], bool]) -> bool:
+    try:
+        return probe()
+    except (
+        Exception
+    ):  # what another version of Optuna raises is not known; whatever it is, the name is not usable
+        return False
+
+
+class Recorder:
+    """Passes calls on, to nothing where it has no `inner`, and knows the names of the methods that were called."""
+
+    def __init__(self, inner: Any = None) -> None:
+        self.inner = inner
+        self.calls: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls.add(name)
+        if self.inner is None:
+            raise NotImplementedError(name)
+        return getattr(self.inner, name)
+
+
+class _Probe(HookedStudy):
+    """A study in memory that knows which hooks were called."""
+
+    def __init__(self) -> None:
+        storage = InMemoryStorage()
+        storage.create_new_study([StudyDirection.MAXIMIZE], "probe")
+        sampler = optuna.samplers.TPESampler(n_startup_trials=0, seed=0)
+        self.hooks: set[str] = set()
+        super().__init__(optuna.Study("probe", storage, sampler, optuna.pruners.NopPruner()))
+
+    def _get_trials(self, *arguments: Any, **named: Any) -> list[FrozenTrial]:
+        self.hooks.add("_get_trials")
+        return super()._get_trials(*arguments, **named)
+
+    def _pop_waiting_trial_id(self) -> int | None:
+        self.hooks.add("_pop_waiting_trial_id")
+        return super()._pop_waiting_trial_id()
+
+
+def _hook_is_called(name: str) -> bool:
+    study = _Probe()
+    study.ask().suggest_float("x", 0, 1)
+    return name in study.hooks
+
+
+def _trial_writes_to_its_storage() -> bool:
+    study = _Probe()
+    trial = study.ask()
+    recorder = Recorder(study.storage)
+    trial.storage = cast(BaseStorage, recorder)
+    _use(trial)
+    written = {"set_trial_param", "set_trial_intermediate_value", "set_trial_user_attr"}
+    return recorder.calls >= written
+
+
+def _snapshot_is_kept() -> bool:
+    trial = _Probe().ask()
+    _use(trial)
+    snapshot = trial._cached_frozen_trial
+    known = ([*snapshot.params], snapshot.intermediate_values, snapshot.user_attrs)
+    return known == (["x"], {1: 0.5}, {"key": "value"})
+
+
+def _use(trial: Trial) -> None:
+    trial.suggest_float("x", 0, 1)
+    trial.report(0.5, 1)
+    trial.set_user_attr("key", "value")
+
+
+def _cache_calls_its_backend() -> bool:
+    from optuna.storages._cached_storage import _CachedStorage
+
+    recorder = Recorder()
+    storage = _CachedStorage(cast(RDBStorage, Recorder()))
+    storage._backend = cast(RDBStorage, recorder)
+    calls: list[Callable[[], Any]] = [
+        lambda: storage.create_new_trial(1),
+        lambda: storage.set_trial_state_values(1, TrialState.RUNNING),
+        lambda: storage.get_trial(1),
+        lambda: storage.set_trial_user_attr(1, "key", "value"),
+    ]
+    for call in calls:
+        with contextlib.suppress(NotImplementedError):
+            call()
+    wanted = {"_create_new_trial", "set_trial_state_values", "get_trial", "set_trial_user_attr"}
+    return recorder.calls >= wanted
+
+
+def _takes(method: Any, *names: str) -> bool:
+    return tuple(inspect.signature(method).parameters)[1:] == names
+
+
+def _frozen_study_works() -> bool:
+    study = frozen_study("name", {"a": 1}, {"b": 2}, 7, [StudyDirection.MAXIMIZE])
+    known = (study.study_name, study.user_attrs, study.system_attrs)
+    return known == ("name", {"a": 1}, {"b": 2})
+
+
+def _tables_are_there() -> bool:
+    infinity = float("inf")
+    return report_from(*report_columns(infinity)) == infinity and all(
+        {*table(name).columns.keys()} >= {*columns} for name, columns in COLUMNS.items()
+    )
+
+
+PROBES: dict[str, Callable[[], bool]] = {
+    "Study._get_trials": lambda: _hook_is_called("_get_trials"),
+    "Study._pop_waiting_trial_id": lambda: _hook_is_called("_pop_waiting_trial_id"),
+    "Trial._cached_frozen_trial": _snapshot_is_kept,
+    "Trial.storage": _trial_writes_to_its_storage,
+    "_CachedStorage._backend": _cache_calls_its_backend,
+    "RDBStorage._create_new_trial": lambda: _takes(
+        RDBStorage._create_new_trial, "study_id", "template_trial"
+    ),
+    "RDBStorage._get_trials": lambda: _tables_are_there() and _takes(RDBStorage._get_trials, *READ),
+    "FrozenStudy": _frozen_study_works,
+    TABLES: _tables_are_there,
+}
