@@ -38,6 +38,12 @@ def test_the_space_file_shown_is_the_shipped_one() -> None:
     assert parsing.parse(yaml_document.parse(shown, "README.md")) == shipped
 
 
+def test_the_space_file_for_photographs_is_understood() -> None:
+    shown = next(block for language, block in BLOCKS if language == "yaml" and "folder" in block)
+    space = parsing.parse(yaml_document.parse(shown, "photos.yaml"))
+    assert {d.name for d in space.dimensions} == {"optimizer", "lr", "freeze_depth", "epochs"}
+
+
 def test_the_engines_and_storages_shown_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNER_DB_PASSWORD", "x")
     base = (ROOT / "search_spaces/resnet.yaml").read_text()
@@ -72,14 +78,13 @@ def test_the_commands_of_the_table_run_one_after_the_other(
 ) -> None:
     """As a reader would type them, on the embedded data with a small budget."""
     (tmp_path / "search_spaces").symlink_to(ROOT / "search_spaces")
-    (tmp_path / "my.yaml").write_text((ROOT / "search_spaces/imagefolder.yaml").read_text())
     quick = ["search.trials=2", "recipe.epochs=1", "engine.name=inline", "export=[safetensors]"]
     ran = []
     for command in (c for _, block in BLOCKS for c in block.splitlines() if c.startswith("tuner ")):
         words = shlex.split(command.split("#")[0])[1:]
         if (
             words[0] == "dashboard"
-            or "my.yaml" in words
+            or {"imagefolder.yaml", "photos.yaml"} & set(words)
             or any("*" in w or w.endswith((".jpg", ".png")) for w in words)
         ):
             continue  # the dashboard runs until it is stopped, and the reader's own pictures are not here; other tests run these
@@ -88,4 +93,4 @@ def test_the_commands_of_the_table_run_one_after_the_other(
         said = tuner(*words)
         assert said.code == 0, (command, said.err)
         ran.append(words[0])
-    assert {"run", "check", "train", "export", "models", "schema"} <= set(ran)
+    assert {"init", "run", "check", "train", "export", "models", "schema"} <= set(ran)

@@ -2,8 +2,10 @@
 
 import tarfile
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
@@ -20,7 +22,17 @@ TASKS = ("classification",)
 
 
 def load(
-    home: Path, wanted: Wanted, task: str, *, path: str | None = None, image: ImageOptions
+    home: Path,
+    wanted: Wanted,
+    task: str,
+    *,
+    path: Annotated[
+        str | None,
+        Field(
+            description="the folder with CIFAR-10, or where it is downloaded to; null: the cache"
+        ),
+    ] = None,
+    image: ImageOptions,
 ) -> Data:
     """`path` is the folder that holds or shall hold `cifar-10-batches-py`; by default it lies in tuner's cache."""
     root = Path(path).expanduser() if path else home / "data"

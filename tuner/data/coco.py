@@ -7,14 +7,16 @@ import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from tuner.config.run import ImageOptions
 from tuner.core.input_spec import Wanted
 from tuner.core.types import Data
 from tuner.errors import DataError, nearest
 from tuner.preprocessing.detection_dataset import (
-    Annotated,
+    AnnotatedImage,
     Box,
     detection,
     inside,
@@ -40,8 +42,16 @@ def load(
     wanted: Wanted,
     task: str,
     *,
-    path: str,
-    images: str | None = None,
+    path: Annotated[
+        str,
+        Field(
+            description="the JSON file of annotations, or the folder that holds annotations/ with one file per split"
+        ),
+    ],
+    images: Annotated[
+        str | None,
+        Field(description="the folder of the images; null: looked for beside the annotations"),
+    ] = None,
     image: ImageOptions,
 ) -> Data:
     """`path`: a JSON file, or a folder with one for each part; `images`: the folder of the images, where it is not beside them."""
@@ -59,7 +69,7 @@ def load(
                 raise DataError(
                     f"{files[part]}: category {number} is {name!r}, but {categories[number]!r} in another part"
                 )
-    found: list[Annotated] = []
+    found: list[AnnotatedImage] = []
     for part, tree in trees.items():
         found += _annotated(
             tree, files[part], Path(images).expanduser() if images else None, categories, part
@@ -132,7 +142,7 @@ def _by_id(tree: dict[str, Any], key: str, file: Path) -> dict[int, dict[str, An
 
 def _annotated(
     tree: dict[str, Any], file: Path, images: Path | None, categories: Category, part: int
-) -> list[Annotated]:
+) -> list[AnnotatedImage]:
     """Raises DataError naming objects of unknown images or categories, and such as have no box."""
     pictures = _by_id(tree, "images", file)
     objects: dict[int, list[tuple[Box, int, str]]] = defaultdict(list)
@@ -177,7 +187,7 @@ def _annotated(
         )
         boxes, labels, places = zip(*objects[key], strict=True) if objects[key] else ((), (), ())
         found.append(
-            Annotated(_picture(file, images, name), boxes, labels, places, part, size=size)
+            AnnotatedImage(_picture(file, images, name), boxes, labels, places, part, size=size)
         )
     return found
 

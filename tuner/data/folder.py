@@ -4,8 +4,10 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from tuner.config.run import ImageOptions
 from tuner.core.input_spec import Wanted
@@ -22,7 +24,19 @@ Identity = tuple[int, int]  # of a folder, however it is reached: device and ino
 Classes = dict[str, list[Path]]
 
 
-def load(home: Path, wanted: Wanted, task: str, *, path: str, image: ImageOptions) -> Data:
+def load(
+    home: Path,
+    wanted: Wanted,
+    task: str,
+    *,
+    path: Annotated[
+        str,
+        Field(
+            description="the folder that holds one folder per class, or train/, valid/ and test/ with one folder per class each"
+        ),
+    ],
+    image: ImageOptions,
+) -> Data:
     root = Path(path).expanduser()
     loops: list[str] = []
     try:

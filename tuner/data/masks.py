@@ -31,7 +31,12 @@ def load(
     wanted: Wanted,
     task: str,
     *,
-    path: str,
+    path: Annotated[
+        str,
+        Field(
+            description="the folder that holds the folders of images and of masks, or train/, valid/ and test/ with these"
+        ),
+    ],
     images: Annotated[str, Field(description="the folder of images, in path")] = "images",
     masks: Annotated[str, Field(description="the folder of masks, in path")] = "masks",
     classes: Annotated[

@@ -20,9 +20,14 @@ def load(
     wanted: Wanted,
     task: str,
     *,
-    examples: Annotated[int, Field(ge=12, le=1_000_000)] = 300,
-    classes: Annotated[int, Field(ge=2, le=100)] = 3,
-    noise: Annotated[float, Field(ge=0, le=10)] = 0.5,
+    examples: Annotated[
+        int, Field(ge=12, le=1_000_000, description="how many images are made")
+    ] = 300,
+    classes: Annotated[int, Field(ge=2, le=100, description="how many classes they have")] = 3,
+    noise: Annotated[
+        float,
+        Field(ge=0, le=10, description="standard deviation of the noise over the stripes"),
+    ] = 0.5,
     image: ImageOptions,
 ) -> Data:
     rng = np.random.default_rng(image.seed)

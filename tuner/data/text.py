@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from tuner.config.run import SplitOptions
 from tuner.core.input_spec import Tokens, Wanted
@@ -50,11 +51,24 @@ def load(
     wanted: Wanted,
     task: str,
     *,
-    path: str,
-    text: str | None = None,
-    second: str | None = None,
-    label: str | None = None,
-    header: bool | None = None,
+    path: Annotated[
+        str,
+        Field(
+            description="a csv, tsv, JSON lines or text file, or a folder with train, valid and test files"
+        ),
+    ],
+    text: Annotated[
+        str | None, Field(description="the column of the texts; null: guessed from its name")
+    ] = None,
+    second: Annotated[
+        str | None, Field(description="the column of second texts, where a label belongs to a pair")
+    ] = None,
+    label: Annotated[
+        str | None, Field(description="the column of the labels; null: guessed from its name")
+    ] = None,
+    header: Annotated[
+        bool | None, Field(description="whether the first row names the columns; null: guessed")
+    ] = None,
     split: SplitOptions,
 ) -> Data:
     """`path`: a file, or a folder with train, valid and test files. `text`, `second` and `label` name columns; null is guessed."""

@@ -7,13 +7,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 from xml.etree import ElementTree
+
+from pydantic import Field
 
 from tuner.config.run import ImageOptions
 from tuner.core.input_spec import Wanted
 from tuner.core.types import Data
 from tuner.errors import DataError, nearest, suggest
-from tuner.preprocessing.detection_dataset import Annotated, Box, detection, listed, parts_of
+from tuner.preprocessing.detection_dataset import AnnotatedImage, Box, detection, listed, parts_of
 from tuner.preprocessing.image_decoding import SUFFIXES
 from tuner.preprocessing.segmentation_dataset import of_voc
 from tuner.preprocessing.splits import TEST, TRAIN, VALID
@@ -29,9 +32,19 @@ def load(
     wanted: Wanted,
     task: str,
     *,
-    path: str,
-    classes: list[str] | None = None,
-    difficult: bool = False,
+    path: Annotated[
+        str,
+        Field(
+            description="the folder that holds JPEGImages/ (or images/) and Annotations/; for segmentation SegmentationClass/"
+        ),
+    ],
+    classes: Annotated[
+        list[str] | None,
+        Field(description="names of the classes in order; null: those found (for masks: VOC's 21)"),
+    ] = None,
+    difficult: Annotated[
+        bool, Field(description="whether objects that are marked as difficult count too")
+    ] = False,
     image: ImageOptions,
 ) -> Data:
     """`classes`: the names in order, where others than found (for masks: than VOC's 21). `difficult`: objects marked so count as well.
@@ -68,7 +81,7 @@ def load(
         picture = pictures.get(stem, _inside(root, IMAGES) / f"{stem}.jpg")
         labels = [names.index(name) for name, _, _ in named]
         found.append(
-            Annotated(
+            AnnotatedImage(
                 picture,
                 [box for _, box, _ in named],
                 labels,

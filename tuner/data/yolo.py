@@ -6,16 +6,17 @@ The layout is that of Ultralytics and Darknet: data.yaml names classes and parts
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
 from tuner.config.run import ImageOptions
 from tuner.core.input_spec import Wanted
 from tuner.core.types import Data
 from tuner.errors import DataError, nearest
 from tuner.preprocessing.detection_dataset import (
-    Annotated,
+    AnnotatedImage,
     Box,
     detection,
     inside,
@@ -31,7 +32,16 @@ LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
 LARGEST, LARGEST_YAML = 10_000_000, 200_000  # bytes of one text file, and of data.yaml
 
 
-def load(home: Path, wanted: Wanted, task: str, *, path: str, image: ImageOptions) -> Data:
+def load(
+    home: Path,
+    wanted: Wanted,
+    task: str,
+    *,
+    path: Annotated[
+        str, Field(description="data.yaml, or the folder that holds it or images/ and labels/")
+    ],
+    image: ImageOptions,
+) -> Data:
     """`path`: a data.yaml, or a folder that holds one, or classes.txt beside images/ and labels/."""
     root = Path(path).expanduser()
     if not root.exists():
@@ -152,7 +162,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
     )
 
 
-def _annotated(picture: Path, part: int, classes: list[str], wrong: list[str]) -> Annotated:
+def _annotated(picture: Path, part: int, classes: list[str], wrong: list[str]) -> AnnotatedImage:
     """An image with what its text file says; without one it has no objects. What cannot be read goes to `wrong`."""
     parts = list(picture.parts)
     if "images" in parts:
@@ -168,7 +178,7 @@ def _annotated(picture: Path, part: int, classes: list[str], wrong: list[str]) -
             else:
                 rows.append((*found, f"{file}:{number}"))
     boxes, labels, places = zip(*rows, strict=True) if rows else ((), (), ())
-    return Annotated(picture, boxes, labels, places, part, relative=True)
+    return AnnotatedImage(picture, boxes, labels, places, part, relative=True)
 
 
 def _row(line: str, classes: list[str]) -> tuple[Box, int] | str:

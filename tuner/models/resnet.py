@@ -5,7 +5,9 @@ He et al., Deep Residual Learning for Image Recognition, CVPR 2016; Xie et al., 
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -37,7 +39,19 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return GREY if name == "resnet18_slim" else torchvision_preprocess(name, weights)
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: Annotated[
+        str,
+        Field(
+            description="default: torchvision's best; bundled: those of resnet18_slim; none: fresh parameters; or a torchvision name, or a path to a .safetensors or .pth file"
+        ),
+    ] = "default",
+) -> Staged:
     """Model `name` with `outputs` classes; depth 1 freezes the stem, 2..5 one residual layer more each."""
     if name == "resnet18_slim":
         model, notes = _slim(outputs, weights)

@@ -4,6 +4,9 @@ Lin et al., Focal Loss for Dense Object Detection, ICCV 2017; v2: Zhang et al., 
 """
 
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from tuner.core.input_spec import Preprocess
 from tuner.core.types import Staged
@@ -40,8 +43,18 @@ def build(
     task: str,
     outputs: int,
     *,
-    weights: str = "default",
-    backbone: str = "default",
+    weights: Annotated[
+        str,
+        Field(
+            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+        ),
+    ] = "default",
+    backbone: Annotated[
+        str,
+        Field(
+            description="weights of the backbone alone, for weights: none; default, none, or a path"
+        ),
+    ] = "default",
 ) -> Staged:
     """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
     model, notes = pyramid_detector(

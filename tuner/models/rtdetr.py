@@ -4,7 +4,9 @@ Zhao et al., DETRs Beat YOLOs on Real-time Object Detection, CVPR 2024.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from tuner.core.input_spec import Preprocess
 from tuner.core.types import Staged
@@ -53,7 +55,19 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return _detr.CANVAS
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: Annotated[
+        str,
+        Field(
+            description="default: the published weights; none: fresh parameters; or a path to a .safetensors file or a folder with one"
+        ),
+    ] = "default",
+) -> Staged:
     """Model `name` for `outputs` classes; see `_detr.build`."""
     library = _detr.library()
     size = name.removeprefix("rtdetr_")

@@ -10,7 +10,9 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from tuner.config.requirements import pip_install
 from tuner.core.input_spec import IMAGENET, Preprocess
@@ -60,7 +62,19 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return Preprocess(size, size, "bilinear", mean, std, "letterbox", multiple)
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: Annotated[
+        str,
+        Field(
+            description="of the encoder: default, or a name that smp has; none: fresh parameters; or a path to a .safetensors or .pth file"
+        ),
+    ] = "default",
+) -> Staged:
     """Architecture/encoder `name` with `outputs` classes: depth 1 freezes the encoder's stem, then a stage more each, then the decoder.
 
     `weights`: default or a name of smp's for the encoder, none, or a path to an encoder's weights under smp's or timm's names, or to a

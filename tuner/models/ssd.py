@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models.detection._utils import retrieve_out_channels
@@ -58,8 +59,18 @@ def build(
     task: str,
     outputs: int,
     *,
-    weights: str = "default",
-    backbone: str = "default",
+    weights: Annotated[
+        str,
+        Field(
+            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+        ),
+    ] = "default",
+    backbone: Annotated[
+        str,
+        Field(
+            description="weights of the backbone alone, for weights: none; default, none, or a path"
+        ),
+    ] = "default",
 ) -> Staged:
     """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
     model: Any = get_model(

@@ -5,9 +5,10 @@ Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-mod
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from tuner.core.input_spec import Preprocess
@@ -28,7 +29,19 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return Preprocess(size, int(size / stated["crop_pct"]), stated["interpolation"], mean, std)  # type: ignore[arg-type]
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: Annotated[
+        str,
+        Field(
+            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+        ),
+    ] = "default",
+) -> Staged:
     """Model `name` with `outputs` classes: depth 1 freezes the stem, then one stage of blocks more each; others have one cut.
 
     Raises SpaceError on a name or weights that timm does not have, DataError on weights that do not fit.

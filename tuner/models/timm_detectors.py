@@ -54,10 +54,30 @@ def build(
     task: str,
     outputs: int,
     *,
-    weights: str = "none",
-    backbone: str = "default",
-    regions: Annotated[int, Field(ge=8, le=4096)] = 512,
-    proposals: Annotated[int, Field(ge=8, le=4096)] = 1000,
+    weights: Annotated[
+        str,
+        Field(description="a path to the weights of a whole detector, or none"),
+    ] = "none",
+    backbone: Annotated[
+        str,
+        Field(
+            description="weights of the backbone alone, for weights: none; default, none, or a path"
+        ),
+    ] = "default",
+    regions: Annotated[
+        int,
+        Field(
+            ge=8, le=4096, description="Faster R-CNN: proposals per image that the head learns from"
+        ),
+    ] = 512,
+    proposals: Annotated[
+        int,
+        Field(
+            ge=8,
+            le=4096,
+            description="Faster R-CNN: proposals per image that the second stage looks at",
+        ),
+    ] = 1000,
 ) -> Staged:
     """A detector for `outputs` classes. `weights`: a path to a whole detector's; `backbone`: ImageNet weights, used where that is none.
 

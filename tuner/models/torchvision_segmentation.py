@@ -5,9 +5,10 @@ Image Segmentation, 2017; Howard et al., Searching for MobileNetV3, ICCV 2019.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
@@ -55,7 +56,19 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return Preprocess(t.resize_size[0], t.resize_size[0], "bilinear", mean, std, "letterbox")  # type: ignore[arg-type]
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: Annotated[
+        str,
+        Field(
+            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+        ),
+    ] = "default",
+) -> Staged:
     """Model `name` with `outputs` classes: depth 1 freezes the stem, then one layer of the backbone more each.
 
     `weights`: default or a name of torchvision's, of which other classes than theirs renew the last convolutions alone; backbone, or a

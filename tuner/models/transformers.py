@@ -86,9 +86,24 @@ def build(
     task: str,
     outputs: int,
     *,
-    folder: str | None = None,
-    weights: Literal["default", "none"] = "default",
-    length: Annotated[int, Field(ge=2, le=1_000_000)] = 128,
+    folder: Annotated[
+        str | None,
+        Field(
+            description="a local folder as save_pretrained writes it; null: the model of the hub"
+        ),
+    ] = None,
+    weights: Annotated[
+        Literal["default", "none"],
+        Field(description="default: those of the folder or the hub; none: fresh parameters"),
+    ] = "default",
+    length: Annotated[
+        int,
+        Field(
+            ge=2,
+            le=1_000_000,
+            description="tokens that the model sees of a text; longer texts are truncated",
+        ),
+    ] = 128,
 ) -> Staged:
     """The model with a head of `outputs` classes, or as it tells the next token. Depth 1 freezes the embeddings, then a block more each.
 

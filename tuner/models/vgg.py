@@ -4,7 +4,9 @@ Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image R
 """
 
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from torch import nn
 
 from tuner.core.input_spec import Preprocess
@@ -19,7 +21,19 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return torchvision_preprocess(name, weights)
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: Annotated[
+        str,
+        Field(
+            description="default: torchvision's best; none: fresh parameters; or a torchvision name, or a path to a .safetensors or .pth file"
+        ),
+    ] = "default",
+) -> Staged:
     """Model `name` with `outputs` classes; depths 1..5 freeze convolution blocks, 6 and 7 the fully connected layers."""
     model, notes = torchvision_model(home, name, outputs, weights, head="classifier.6")
     stages: dict[str, nn.Module] = {}

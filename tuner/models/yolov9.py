@@ -5,9 +5,10 @@ MIT-licensed release, https://github.com/MultimediaTechLab/YOLO.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from tuner.core.detectors import Head, Objects, Stage, padded
@@ -42,7 +43,19 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return Preprocess(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox")
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: Annotated[
+        str,
+        Field(
+            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+        ),
+    ] = "default",
+) -> Staged:
     """Model `name` for `outputs` classes; depth 1 freezes the stem, 2..5 a part of the backbone more each, 6 the neck too.
 
     Raises SpaceError without libreyolo or on unknown weights, DataError on weights that do not fit.

@@ -4,9 +4,10 @@ Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv:2107.08430.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
@@ -45,7 +46,19 @@ def wants(name: str, *, weights: str = "default") -> Preprocess:
     return Preprocess(size, size, "bilinear", (0.0,) * 3, (1 / 255,) * 3, fit="letterbox")
 
 
-def build(home: Path, name: str, task: str, outputs: int, *, weights: str = "default") -> Staged:
+def build(
+    home: Path,
+    name: str,
+    task: str,
+    outputs: int,
+    *,
+    weights: Annotated[
+        str,
+        Field(
+            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+        ),
+    ] = "default",
+) -> Staged:
     """Model `name` for `outputs` classes; depth 1 freezes the stem, 2..5 a part of the backbone more each, 6 the neck too.
 
     Raises SpaceError without libreyolo or on unknown weights, DataError on weights that do not fit.

@@ -25,7 +25,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Annotated:
+class AnnotatedImage:
     """An image and its objects. `boxes`: left, top, right, bottom in pixels, or in shares of the image's sides where `relative`.
 
     `labels` index the classes; `places` say where each object is written, as messages should name it. `size`: the image's width and
@@ -43,7 +43,7 @@ class Annotated:
 
 def detection(
     home: Path,
-    annotated: Sequence[Annotated],
+    annotated: Sequence[AnnotatedImage],
     classes: Sequence[str],
     options: ImageOptions,
     wanted: Wanted,
@@ -70,7 +70,7 @@ def detection(
     return replace(data, warnings=(*dict.fromkeys(found), *data.warnings))
 
 
-def _present(annotated: Sequence[Annotated]) -> None:
+def _present(annotated: Sequence[AnnotatedImage]) -> None:
     missing = [str(image.picture) for image in annotated if not image.picture.is_file()]
     if missing:
         raise DataError(
@@ -87,7 +87,7 @@ def _present(annotated: Sequence[Annotated]) -> None:
         )
 
 
-def _items(annotated: Sequence[Annotated]) -> Items:
+def _items(annotated: Sequence[AnnotatedImage]) -> Items:
     """Each part gets its share of images without objects, where there are enough of them to go round."""
     bare = np.array([not image.labels for image in annotated])
     labels = (
@@ -113,7 +113,7 @@ def parts_of(given: NDArray[np.int64] | Sequence[int]) -> list[int]:
 
 
 def on_canvas(
-    annotated: Sequence[Annotated],
+    annotated: Sequence[AnnotatedImage],
     sizes: NDArray[np.int64],
     preprocess: Preprocess,
     warnings: list[str],

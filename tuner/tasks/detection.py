@@ -28,7 +28,14 @@ def build(
     classes: tuple[str, ...],
     recipe: Recipe,
     *,
-    confidence: Annotated[float, Field(ge=0, le=1)] = 0.5,
+    confidence: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="objects of a lower score are neither listed nor drawn by predict",
+        ),
+    ] = 0.5,
 ) -> Task:
     """`confidence`: objects of lower scores are neither told nor drawn. Metrics take all."""
     return Detection(classes, confidence)

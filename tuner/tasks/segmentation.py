@@ -8,13 +8,14 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -36,7 +37,10 @@ def build(
     classes: tuple[str, ...],
     recipe: Recipe,
     *,
-    loss: Literal["cross_entropy", "dice", "both"] = "cross_entropy",
+    loss: Annotated[
+        Literal["cross_entropy", "dice", "both"],
+        Field(description="cross_entropy per pixel, dice (overlap per class), or the sum of both"),
+    ] = "cross_entropy",
 ) -> Task:
     return Segmentation(classes, recipe.label_smoothing, loss)
 

@@ -24,10 +24,28 @@ def build(
     classes: tuple[str, ...],
     recipe: Recipe,
     *,
-    max_new_tokens: Annotated[int, Field(ge=1, le=10_000)] = 40,
-    top_k: Annotated[int, Field(ge=1, le=100_000)] = 1,
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0,
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0,
+    max_new_tokens: Annotated[
+        int, Field(ge=1, le=10_000, description="how many tokens predict adds to a text at most")
+    ] = 40,
+    top_k: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=100_000,
+            description="each token is drawn from the likeliest so many; 1: always the likeliest",
+        ),
+    ] = 1,
+    temperature: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=100,
+            description="below 1: likelier tokens are drawn more often; above 1: less often",
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int, Field(ge=0, le=2**32 - 1, description="of the tokens that predict draws")
+    ] = 0,
 ) -> Task:
     """`top_k`: the next token is drawn from so many, by `seed`; 1 takes the likeliest."""
     return TextGeneration(recipe.label_smoothing, max_new_tokens, top_k, temperature, seed)
