@@ -207,7 +207,8 @@ def commands() -> Iterator[str]:
 
 def written_argument(argument: Any) -> str:
     name = argument.metavar or argument.name.upper()
-    return name if argument.required or name.startswith("[") else f"[{name}]"
+    name += "…" * (argument.nargs != 1)
+    return name if argument.required else f"[{name}]"
 
 
 def parameter_row(parameter: Any) -> str | None:
