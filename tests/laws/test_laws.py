@@ -23,6 +23,8 @@ from tuner.core.types import Source
 from tuner.training.devices import Place, place
 from tuner.training.training_loop import fit, prepare
 
+CORES = len(os.sched_getaffinity(0))  # of one local worker
+
 
 def run(model: str, depth: int, **data: Any) -> Run:
     words = [
@@ -175,9 +177,6 @@ def test_engines_the_same_study_whichever_carries_it(calm: Path) -> None:
 @pytest.mark.slow
 def test_engines_ray_carries_the_same_study(calm: Path) -> None:
     pytest.importorskip("ray")
-    cores = len(
-        os.sched_getaffinity(0)
-    )  # of one local worker: sums of floats follow the number of threads
     said = finish(
         start(
             calm,
@@ -185,7 +184,7 @@ def test_engines_ray_carries_the_same_study(calm: Path) -> None:
             "engine.name=ray",
             "engine.address=local",
             "engine.workers=1",
-            f"engine.cpus_per_trial={cores}",
+            f"engine.cpus_per_trial={CORES}",
         )
     )
     assert trials(calm, "ray") == trials(calm, "calm")
@@ -206,8 +205,15 @@ def start(folder: Path, name: str, *words: str) -> "subprocess.Popen[str]":
         f"search.name={name}",
         *words,
     ]
+    # as many threads in every engine: sums of floats follow their number
+    environment = os.environ | {"OMP_NUM_THREADS": str(CORES)}
     return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -223,9 +229,8 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kills")
     text = (
         SMALL.replace("inline", "local")
-        .replace("examples: 60", "examples: 400")
-        .replace("low: 1, high: 3", "low: 3, high: 5")
-        .replace("trials: 4", "trials: 5")
+        .replace("examples: 60", "examples: 200")
+        .replace("low: 1, high: 3", "low: 3, high: 4")
     )
     (folder / "kill.yaml").write_text(text)
     finish(start(folder, "calm"))
@@ -246,7 +251,7 @@ def victim(process: "subprocess.Popen[str]", who: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("who", "moment"), [("coordinator", 0.4), ("worker", 0.0)])
+@pytest.mark.parametrize(("who", "moment"), [("coordinator", 0.2), ("worker", 0.0)])
 def test_resume_killed_and_continued_equals_undisturbed(
     calm: Path, who: str, moment: float
 ) -> None:
