@@ -13,7 +13,7 @@ from tuner.commands.signals import Stop, stoppable
 from tuner.config import parsing
 from tuner.errors import Interrupted
 
-LONG = 20.0  # seconds of an epoch that nobody waits for
+LONG = 15.0  # seconds of an epoch that nobody waits for
 
 
 class Listener(Console):
@@ -53,7 +53,7 @@ def test_a_signal_is_answered_during_the_epoch_and_ends_it_in_time(
         session(space, Places(small.parent, small.parent), console, engine="local") as s,
     ):
         s.call("tests.helpers.jobs:wait", LONG, report, finish=True)
-    assert time.monotonic() - begun[0] < LONG / 2
+    assert time.monotonic() - begun[0] < 5  # eight seconds of grace, if the file had not said so
     assert console.notes == [f"stopping after the running epoch; {note}"]
     assert error.value.code == code
 

@@ -125,7 +125,7 @@ def test_a_worker_persists_between_jobs_and_calls_and_ends_with_the_engine() -> 
         first, _ = carry_all(
             carry, [Job(0, "tests.helpers.jobs:pid", None), Job(1, "tests.helpers.jobs:pid", None)]
         )
-        second, _ = carry_all(carry, [Job(2, "tests.helpers.jobs:pid", None)])
+        second, _ = carry_all(carry, [Job(2, "tests.helpers.jobs:hear_the_terminal", None)])
     (pid,) = {o.value for _, o in first + second}
     assert pid != os.getpid()
     assert gone(pid)

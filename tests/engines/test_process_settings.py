@@ -91,8 +91,8 @@ def test_what_the_environment_says_stays(
 @pytest.mark.parametrize(
     ("groups", "files", "expected"),
     [
-        ("0::/\n", {"cpu.max": "250000 100000"}, 2.5),  # version 2, as seen in a container
-        ("0::/pod/main\n", {"pod/cpu.max": "400000 100000", "pod/main/cpu.max": "max 100000"}, 4),
+        ("0::/\n", {"cpu.max": "150000 100000"}, 1.5),  # version 2, as seen in a container
+        ("0::/pod/main\n", {"pod/cpu.max": "50000 100000", "pod/main/cpu.max": "max 100000"}, 0.5),
         ("0::/elsewhere\n", {"cpu.max": "max 100000"}, math.inf),
         (
             "5:memory:/a\n4:cpu,cpuacct:/docker/1\n3:cpuset:/\n",  # version 1, the host's path

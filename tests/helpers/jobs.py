@@ -18,6 +18,13 @@ def pid(argument: Any, report: Callable[[Any], bool], slot: int) -> int:
     return os.getpid()
 
 
+def hear_the_terminal(argument: Any, report: Callable[[Any], bool], slot: int) -> int:
+    """Gets the signals that a terminal sends to all processes of a command."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    return os.getpid()
+
+
 def count(argument: int, report: Callable[[Any], bool], slot: int) -> int:
     """Reports 1, 2, … up to `argument`, or until told to stop; returns the last."""
     for i in range(1, argument + 1):
