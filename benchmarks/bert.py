@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from tuner.config import parsing, yaml_document
-from tuner.config.run import Engine, Run
+from tuner.config.run import EngineSettings, Run
 from tuner.engines import _process_settings
 from tuner.preprocessing import tokenization
 from tuner.training import epoch as learning
 from tuner.training import training_loop
-from tuner.training.devices import place
-from tuner.training.optimizers import factor, optimizer
+from tuner.training.devices import select_device
+from tuner.training.optimizers import lr_factor, make_optimizer
 
-_process_settings.keep_memory()  # for all: it is the worker's setting
+_process_settings.keep_freed_memory()  # for all: it is the worker's setting
 SPACE = """
 task: text_classification
 data: {name: text, path: x}
@@ -51,42 +51,45 @@ def run(args: argparse.Namespace, depth: int) -> Run:
         f"recipe.epochs={args.repeats + 1}",
         f"recipe.batch_size={args.batch}",
     ]
-    return parsing.parse(parsing.override(yaml_document.parse(SPACE, "benchmark"), words)).sample(
-        None, seed=1
-    )
+    return parsing.parse_space(
+        parsing.apply_overrides(yaml_document.parse_document(SPACE, "benchmark"), words)
+    ).sample(None, seed=1)
 
 
-def bench(args: argparse.Namespace, depth: int, cache: str, home: Path) -> training_loop.Bench:
-    return training_loop.prepare(
+def bench(
+    args: argparse.Namespace, depth: int, cache: str, home: Path
+) -> training_loop.TrainingContext:
+    return training_loop.prepare_training(
         run(args, depth),
-        place(Engine.model_validate({"device": "cpu", "cache": cache}), home),
+        select_device(EngineSettings.model_validate({"device": "cpu", "cache": cache}), home),
         "accuracy",
     )
 
 
-def ours(made: training_loop.Bench, r: Run) -> Iterator[float]:
+def ours(made: training_loop.TrainingContext, r: Run) -> Iterator[float]:
     """Seconds of each epoch by tuner."""
     for epoch in training_loop.fit(made, r.recipe, r.seed):
         yield epoch.seconds
 
 
-def bare(args: argparse.Namespace, made: training_loop.Bench, r: Run) -> Iterator[float]:
+def bare(args: argparse.Namespace, made: training_loop.TrainingContext, r: Run) -> Iterator[float]:
     """Seconds of each epoch by hand: the library's model and loss over tensors that lie ready in memory, each batch cut to its longest."""
     from transformers import AutoModelForSequenceClassification
 
-    with tokenization.quietly():
+    with tokenization.silence_transformers():
         model: Any = AutoModelForSequenceClassification.from_pretrained(
-            args.folder, num_labels=len(made.data.classes), dtype=torch.float32
+            args.folder, num_labels=len(made.dataset.classes), dtype=torch.float32
         )
     train, valid = (
-        source.take(torch.arange(len(source)), 0) for source in (made.data.train, made.data.valid)
+        source.take(torch.arange(len(source)), 0)
+        for source in (made.dataset.train, made.dataset.valid)
     )
-    lengths = made.data.train.lengths
-    opt = optimizer(model.parameters(), r.recipe)
+    lengths = made.dataset.train.lengths
+    opt = make_optimizer(model.parameters(), r.recipe)
     steps = r.recipe.epochs * len(
-        training_loop.batches(len(train.y), args.batch, r.seed, 1, lengths)
+        training_loop.shuffle_into_batches(len(train.y), args.batch, r.seed, 1, lengths)
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: factor(r.recipe, step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: lr_factor(r.recipe, step, steps))
 
     def inputs(x: Any, index: torch.Tensor) -> dict[str, torch.Tensor]:
         longest = int(x["attention_mask"][index].sum(1).max())
@@ -96,7 +99,9 @@ def bare(args: argparse.Namespace, made: training_loop.Bench, r: Run) -> Iterato
     for epoch in range(1, r.recipe.epochs + 1):
         start = time.monotonic()
         model.train()
-        for index in training_loop.batches(len(train.y), args.batch, r.seed, epoch, lengths):
+        for index in training_loop.shuffle_into_batches(
+            len(train.y), args.batch, r.seed, epoch, lengths
+        ):
             loss = model(**inputs(train.x, index), labels=train.y[index]).loss  # type: ignore[call-overload]
             opt.zero_grad(set_to_none=True)
             loss.backward()
@@ -105,7 +110,7 @@ def bare(args: argparse.Namespace, made: training_loop.Bench, r: Run) -> Iterato
             schedule.step()
         model.eval()
         with torch.no_grad():
-            chunks = torch.arange(len(valid.y)).split(learning.EVAL_BATCH)
+            chunks = torch.arange(len(valid.y)).split(learning.MAX_EVAL_BATCH)
             said = torch.cat([model(**inputs(valid.x, index)).logits for index in chunks])
         float((said.argmax(1) == valid.y).float().mean())  # type: ignore[union-attr]
         yield time.monotonic() - start
@@ -132,7 +137,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as home:
         whole = bench(args, 0, "never", Path(home))
-        depth = whole.staged.max_depth
+        depth = whole.staged_model.max_depth
         frozen = bench(args, depth, "always", Path(home))
         start = time.monotonic()
         for source in (frozen.train, frozen.valid):

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from tuner.config import parsing, yaml_document
-from tuner.config.run import Engine, Run
+from tuner.config.run import EngineSettings, Run
 from tuner.engines import _process_settings
 from tuner.training import checkpoints
 from tuner.training.checkpoints import Checkpoints
-from tuner.training.devices import place
-from tuner.training.training_loop import fit, prepare
+from tuner.training.devices import select_device
+from tuner.training.training_loop import fit, prepare_training
 
 SPACE = """
 task: classification
@@ -38,14 +38,14 @@ CASES = {
     "a head, remembered activations": (5, 100),
     "the whole network": (0, 3),
 }  # freeze depth, epochs
-KINDS = {"none": None, "as they are": checkpoints.STAKE, "every epoch": 0.0}
+KINDS = {"none": None, "as they are": checkpoints.MIN_WRITE_SECONDS, "every epoch": 0.0}
 
 
 def run(args: argparse.Namespace, depth: int, epochs: int) -> Run:
     words = [f"data.size={args.size}", f"recipe.freeze_depth={depth}", f"recipe.epochs={epochs}"]
-    return parsing.parse(parsing.override(yaml_document.parse(SPACE, "benchmark"), words)).sample(
-        None, seed=1
-    )
+    return parsing.parse_space(
+        parsing.apply_overrides(yaml_document.parse_document(SPACE, "benchmark"), words)
+    ).sample(None, seed=1)
 
 
 @dataclass
@@ -65,19 +65,19 @@ class Timed(Checkpoints):
 
     def save(self, *words: Any) -> None:
         start = time.perf_counter()
-        super().save(*words)
+        super().save_if_due(*words)
         self.spent += time.perf_counter() - start
 
     def write(self, *words: Any, **more: Any) -> Path:
         self.files += 1
-        return super().write(*words, **more)
+        return super().write_file(*words, **more)
 
 
 def training(r: Run, home: Path, stake: float | None) -> Took:
-    bench = prepare(r, place(Engine(), home), "accuracy")
+    bench = prepare_training(r, select_device(EngineSettings(), home), "accuracy")
     with tempfile.TemporaryDirectory(dir=home) as folder:
         kept = Timed(Path(folder) / "kept", "this") if stake is not None else None
-        checkpoints.STAKE = stake or 0.0
+        checkpoints.MIN_WRITE_SECONDS = stake or 0.0
         start = time.perf_counter()
         deque(fit(bench, r.recipe, r.seed, checkpoints=kept), maxlen=0)
         took = time.perf_counter() - start
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    _process_settings.keep_memory()
+    _process_settings.keep_freed_memory()
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()

@@ -28,12 +28,12 @@ from arms import hardware
 from optuna.storages._rdb import models
 
 from tuner.commands.console import Console
-from tuner.commands.run import Both
+from tuner.commands.run import CombinedListener
 from tuner.config import parsing, yaml_document
 from tuner.config.space import Space
-from tuner.dashboard.artifacts import Artifacts
+from tuner.dashboard.artifacts import ArtifactWriter
 from tuner.jobs import Job, Outcome
-from tuner.messages import Assignment, Epoch, Facts, Result, Survey
+from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
 from tuner.search import storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import PRUNERS
@@ -70,7 +70,7 @@ def score(lr: float, depth: int, epoch: int) -> float:
 def study_with(folder: Path, space: Space, finished: int) -> optuna.Study:
     """A study on disk with so many trials behind it, each written as rows: Optuna's own way would take many minutes."""
     study = optuna.create_study(
-        storage=storage.connect(None, folder),
+        storage=storage.open_storage(None, folder),
         study_name="bench",
         direction="maximize",
         pruner=PRUNERS["median"](EPOCHS),
@@ -87,7 +87,7 @@ def study_with(folder: Path, space: Space, finished: int) -> optuna.Study:
         for kind, found in rows.items():
             connection.execute(sqlalchemy.insert(kind), found)
     return optuna.load_study(
-        study_name="bench", storage=storage.connect(None, folder), pruner=study.pruner
+        study_name="bench", storage=storage.open_storage(None, folder), pruner=study.pruner
     )
 
 
@@ -182,24 +182,24 @@ def ours(folder: Path, space: Space, finished: int, trials: int) -> list[float]:
     """CPU seconds of each trial under tuner's coordinator."""
     study = study_with(folder, space, finished)
     console = Console("normal")
-    listener = Both(console, Artifacts(study, folder, "accuracy"))
+    listener = CombinedListener(console, ArtifactWriter(study, folder, "accuracy"))
     order = lambda run: Assignment(run, "accuracy", space.settings.engine, "home")  # noqa: E731
     coordinator = Coordinator(study, space, order, listener, lambda: False)
-    facts = Facts(
+    facts = DatasetReport(
         "d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, {"shape": ["batch", 3, 32, 32]}, 1
     )
-    console.begin(coordinator, facts, Survey({"resnet18_slim": 5}, 0), 1)
+    console.start_search(coordinator, facts, ModelSurvey({"resnet18_slim": 5}, 0), 1)
     seconds = []
     for _ in range(trials + 2):
         start = time.process_time()
         job = coordinator.next_job()
         assert job is not None
-        coordinator.ended(job, Outcome("done", trained(coordinator, job)))
+        coordinator.on_job_end(job, Outcome("done", trained(coordinator, job)))
         seconds.append(time.process_time() - start)
     return seconds[2:]  # the first import what is imported late
 
 
-def trained(coordinator: Coordinator, job: Job) -> Result:
+def trained(coordinator: Coordinator, job: Job) -> TrialResult:
     recipe = job.argument.run.recipe
     epochs: list[Epoch] = []
     for number in range(1, EPOCHS + 1):
@@ -212,8 +212,8 @@ def trained(coordinator: Coordinator, job: Job) -> Result:
         }
         epochs.append(Epoch(number, 1 - value, scores, 0.1))
         if not coordinator.report(job, epochs[-1]):
-            return Result("stopped", tuple(epochs), number, FILES, 1.0)
-    return Result("complete", tuple(epochs), EPOCHS, FILES, 1.0)
+            return TrialResult("stopped", tuple(epochs), number, FILES, 1.0)
+    return TrialResult("complete", tuple(epochs), EPOCHS, FILES, 1.0)
 
 
 def plain(folder: Path, space: Space, finished: int, trials: int) -> list[float]:
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    space = parsing.parse(yaml_document.parse(SPACE, "coordinator.yaml"))
+    space = parsing.parse_space(yaml_document.parse_document(SPACE, "coordinator.yaml"))
     print(hardware())
     print("| finished trials | tuner, ms a trial | plain Optuna, ms a trial |\n|---|---|---|")
     for finished in args.finished:

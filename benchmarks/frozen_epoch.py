@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from tuner.config import parsing, yaml_document
-from tuner.config.run import Engine, Run
-from tuner.training.devices import place
-from tuner.training.training_loop import fit, prepare
+from tuner.config.run import EngineSettings, Run
+from tuner.training.devices import select_device
+from tuner.training.training_loop import fit, prepare_training
 
 SPACE = """
 task: classification
@@ -35,14 +35,16 @@ def run(args: argparse.Namespace, depth: int) -> Run:
         f"model.name={args.model}",
     ]
     words += [f"recipe.freeze_depth={depth}", f"recipe.epochs={args.repeats}"]
-    return parsing.parse(parsing.override(yaml_document.parse(SPACE, "benchmark"), words)).sample(
-        None, seed=1
-    )
+    return parsing.parse_space(
+        parsing.apply_overrides(yaml_document.parse_document(SPACE, "benchmark"), words)
+    ).sample(None, seed=1)
 
 
 def epochs(args: argparse.Namespace, depth: int, cache: str, home: Path) -> list[float]:
     r = run(args, depth)
-    bench = prepare(r, place(Engine.model_validate({"cache": cache}), home), "accuracy")
+    bench = prepare_training(
+        r, select_device(EngineSettings.model_validate({"cache": cache}), home), "accuracy"
+    )
     return [epoch.seconds for epoch in fit(bench, r.recipe, r.seed)]
 
 

@@ -27,13 +27,13 @@ from tuner.core.types import Source
 from tuner.engines import _process_settings
 from tuner.training import epoch as learning
 from tuner.training import training_loop
-from tuner.training.devices import place
-from tuner.training.optimizers import optimizer
+from tuner.training.devices import select_device
+from tuner.training.optimizers import make_optimizer
 
-_process_settings.keep_memory()  # for both: it is the worker's setting, and the comparison is of loops
+_process_settings.keep_freed_memory()  # for both: it is the worker's setting, and the comparison is of loops
 
 
-def ours(bench: training_loop.Bench, recipe: Any) -> Iterator[float]:
+def ours(bench: training_loop.TrainingContext, recipe: Any) -> Iterator[float]:
     """Seconds of each epoch by tuner."""
     for epoch in training_loop.fit(bench, recipe, 0):
         yield epoch.seconds
@@ -43,7 +43,7 @@ def bare(
     net: nn.Module, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor], recipe: Any
 ) -> Iterator[float]:
     """Seconds of each epoch by hand."""
-    opt = optimizer(net.parameters(), recipe)
+    opt = make_optimizer(net.parameters(), recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda _: 1.0)
     (x, y), (vx, vy) = train, valid
     for _ in range(recipe.epochs):
@@ -62,7 +62,7 @@ def bare(
             said = torch.cat(
                 [
                     net(taken(vx, index))
-                    for index in torch.arange(len(vy)).split(learning.EVAL_BATCH)
+                    for index in torch.arange(len(vy)).split(learning.MAX_EVAL_BATCH)
                 ]
             )
         float((said.argmax(1) == vy).float().mean()), float(total)
@@ -90,13 +90,13 @@ def measure(args: argparse.Namespace, depth: int, home: Path) -> tuple[list[floa
         {"lr": 1e-3, "freeze_depth": depth, "epochs": args.repeats + 1, "head": "fresh"},
         {},
     )
-    space = parsing.load(file)
-    run = space.run({})
-    where = place(space.settings.engine, home, 0)
+    space = parsing.load_space(file)
+    run = space.make_run({})
+    where = select_device(space.settings.engine, home, 0)
     where = replace(
-        where, limits=replace(where.limits, mode="always")
+        where, limits=replace(where.cache_limits, mode="always")
     )  # this is about what remembering costs, not about when
-    bench, other = (training_loop.prepare(run, where, "accuracy") for _ in range(2))
+    bench, other = (training_loop.prepare_training(run, where, "accuracy") for _ in range(2))
     for source in (bench.train, bench.valid):
         in_memory(source)  # fills what is to be remembered
     twin = bare(other.net, in_memory(bench.train), in_memory(bench.valid), run.recipe)

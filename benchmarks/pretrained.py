@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 from tuner.config import parsing, yaml_document
-from tuner.config.run import Engine
-from tuner.training.devices import place
-from tuner.training.training_loop import fit, predictions, prepare
+from tuner.config.run import EngineSettings
+from tuner.training.devices import select_device
+from tuner.training.training_loop import fit, predict_source, prepare_training
 
 SPACE = """
 task: classification
@@ -27,14 +27,14 @@ RATES = (0.003, 0.01, 0.03, 0.1)
 def accuracy(weights: str, lr: float, seed: int, home: Path) -> tuple[float, int]:
     """Test accuracy of the last epoch, and the number of training images."""
     words = [f"model.weights={weights}", f"recipe.lr={lr}", f"seed={seed}", f"data.seed={seed}"]
-    run = parsing.parse(parsing.override(yaml_document.parse(SPACE, "benchmark"), words)).sample(
-        None
-    )
-    bench = prepare(run, place(Engine(device="cpu"), home), "accuracy")
+    run = parsing.parse_space(
+        parsing.apply_overrides(yaml_document.parse_document(SPACE, "benchmark"), words)
+    ).sample(None)
+    bench = prepare_training(run, select_device(EngineSettings(device="cpu"), home), "accuracy")
     list(fit(bench, run.recipe, run.seed))
-    return bench.task.score(predictions(bench, bench.test, run.recipe.batch_size))["accuracy"], len(
-        bench.train
-    )
+    return bench.task.score(predict_source(bench, bench.test, run.recipe.batch_size))[
+        "accuracy"
+    ], len(bench.train)
 
 
 def main() -> None:

@@ -70,10 +70,10 @@ def decoding(file: Path, home: Path) -> float:
     from tuner.training import building
 
     home.mkdir()
-    run = parsing.load(file).run({})
-    building.wants(run.model)  # imports what it needs
+    run = parsing.load_space(file).make_run({})
+    building.input_spec_of(run.model)  # imports what it needs
     start = time.monotonic()
-    building.load(run, home)
+    building.load_dataset(run, home)
     return round(time.monotonic() - start, 3)
 
 

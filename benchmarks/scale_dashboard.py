@@ -37,9 +37,9 @@ from tuner.commands import run as running
 from tuner.commands.console import Console
 from tuner.config import parsing, yaml_document
 from tuner.dashboard import server, study_json
-from tuner.dashboard.artifacts import Artifacts, note
+from tuner.dashboard.artifacts import ArtifactWriter, format_trial_note
 from tuner.dashboard.dashboard_internals import note_attributes
-from tuner.messages import Assignment, Epoch, Result
+from tuner.messages import Assignment, Epoch, TrialResult
 from tuner.search import storage
 from tuner.search.coordinator import Coordinator
 
@@ -72,10 +72,10 @@ def made(place: Path, trials: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "artifacts").mkdir()
     (folder / "space.yaml").write_text(SPACE)
-    space = parsing.parse(yaml_document.parse(SPACE, "scale.yaml"))
+    space = parsing.parse_space(yaml_document.parse_document(SPACE, "scale.yaml"))
     random.seed(0)
     study = study_with(folder, space, trials)
-    study.set_user_attr(storage.SPACE, json.dumps(space.tree()))  # it is tuner's
+    study.set_user_attr(storage.SPACE_ATTRIBUTE, json.dumps(space.to_dict()))  # it is tuner's
     trial_rows, study_rows = [], []
     for number in range(trials):
         run = space.sample(Drawn(random.Random(number)))
@@ -99,7 +99,7 @@ def made(place: Path, trials: int) -> Path:
                 "value_json": json.dumps(json.dumps(artifact)),
             }
             trial_rows.append(row)
-        body = note(run, Result("complete", epochs, EPOCHS, {}, 1.0), "accuracy")
+        body = format_trial_note(run, TrialResult("complete", epochs, EPOCHS, {}, 1.0), "accuracy")
         for key, value in note_attributes(number + 1, body).items():
             row = {"study_id": study._study_id, "key": key, "value_json": json.dumps(value)}
             study_rows.append(row)
@@ -135,7 +135,7 @@ def ours(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def served(app: server.App) -> Iterator[str]:
-    httpd = server.server(app, 0)
+    httpd = server.make_server(app, 0)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}/dashboard/studies/1"
     httpd.shutdown()
@@ -143,8 +143,8 @@ def served(app: server.App) -> Iterator[str]:
 
 def tuner_app(folder: Path) -> server.App:
     """What the command serves, as it serves it once the page's address has been said."""
-    found = server.app(server.reader(None, folder), folder / "artifacts", 1)
-    server.warm(found, 1)
+    found = server.make_app(server.open_read_only(None, folder), folder / "artifacts", 1)
+    server.preload_study(found, 1)
     return found
 
 
@@ -245,16 +245,18 @@ def drawn(app: server.App) -> dict[str, Any]:
 
 def begun(folder: Path) -> dict[str, float]:
     """CPU seconds until a coordinator has read the study and could ask, and for Optuna's own reading alone."""
-    space = parsing.load(folder / "space.yaml")
+    space = parsing.load_space(folder / "space.yaml")
     found = {}
     for name, database in {
-        "tuner": storage.connect(None, folder),
+        "tuner": storage.open_storage(None, folder),
         "optuna": optuna.storages.RDBStorage(f"sqlite:///{folder}/study.db"),
     }.items():
         start = time.process_time()
         study = optuna.load_study(study_name="bench", storage=database)
         if name == "tuner":
-            listener = running.Both(Console("quiet"), Artifacts(study, folder, "accuracy"))
+            listener = running.CombinedListener(
+                Console("quiet"), ArtifactWriter(study, folder, "accuracy")
+            )
             Coordinator(
                 study,
                 space,
@@ -276,7 +278,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--browser", action="store_true")
-    parser.add_argument("--bars", type=int, default=study_json.BARS)
+    parser.add_argument("--bars", type=int, default=study_json.MAX_TIMELINE_TRIALS)
     parser.add_argument(
         "--keep", type=Path, help="make the study here, or take the one that is here"
     )
@@ -289,7 +291,7 @@ def main() -> None:
         if not folder.exists():
             made(place, args.trials)
         print(json.dumps({"coordinator_start_cpu": begun(folder)}), flush=True)
-        study_json.BARS = args.bars
+        study_json.MAX_TIMELINE_TRIALS = args.bars
         arms = {
             "tuner": (ours, tuner_app, args.repeats),
             **({"plain": (plain, optuna_app, 1)} if args.plain else {}),

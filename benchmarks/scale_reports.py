@@ -39,9 +39,9 @@ from coordinator import EPOCHS, FILES, SPACE, score
 from tuner.commands import run as running
 from tuner.commands.console import Console
 from tuner.config import parsing, yaml_document
-from tuner.dashboard.artifacts import Artifacts
+from tuner.dashboard.artifacts import ArtifactWriter
 from tuner.jobs import Job, Outcome
-from tuner.messages import Assignment, Epoch, Facts, Result, Survey
+from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
 from tuner.search import storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import PRUNERS
@@ -75,7 +75,11 @@ class Server:
 
     def serve(self) -> None:
         coordinator = self.make()
-        work = {"report": coordinator.report, "job": coordinator.next_job, "end": coordinator.ended}
+        work = {
+            "report": coordinator.report,
+            "job": coordinator.next_job,
+            "end": coordinator.on_job_end,
+        }
         while (call := self.calls.get()) is not None:
             kind, words, loop, answer = call
             wall, cpu = time.monotonic(), time.thread_time()
@@ -144,23 +148,23 @@ async def trial(
             )
         )
         if not await server.call("report", job, epochs[-1]):
-            return Outcome("done", Result("stopped", tuple(epochs), number, FILES, 1.0))
-    return Outcome("done", Result("complete", tuple(epochs), len(epochs), FILES, 1.0))
+            return Outcome("done", TrialResult("stopped", tuple(epochs), number, FILES, 1.0))
+    return Outcome("done", TrialResult("complete", tuple(epochs), len(epochs), FILES, 1.0))
 
 
 def coordinator(folder: Path, url: str | None) -> Coordinator:
     """As `tuner run` makes it, for trials that nobody carries out."""
-    space = parsing.parse(
-        yaml_document.parse(
+    space = parsing.parse_space(
+        yaml_document.parse_document(
             SPACE.replace("pruner: median", "pruner: median, retries: 10"), "scale.yaml"
         )
     )
-    database, sampler = storage.connect(url, folder), optuna.samplers.RandomSampler()
+    database, sampler = storage.open_storage(url, folder), optuna.samplers.RandomSampler()
     study = storage.open_study(
         database, "scale", sampler, PRUNERS["median"](EPOCHS), identity(space), "d"
     )
     console = Console("quiet")  # the lines that it prints are measured by coordinator.py
-    listener = running.Both(console, Artifacts(study, folder, "accuracy"))
+    listener = running.CombinedListener(console, ArtifactWriter(study, folder, "accuracy"))
     made = Coordinator(
         study,
         space,
@@ -168,10 +172,10 @@ def coordinator(folder: Path, url: str | None) -> Coordinator:
         listener,
         lambda: False,
     )
-    facts = Facts(
+    facts = DatasetReport(
         "d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, {"shape": ["batch", 3, 32, 32]}, 1
     )
-    console.begin(made, facts, Survey({"resnet18_slim": 5}, 0), 1)
+    console.start_search(made, facts, ModelSurvey({"resnet18_slim": 5}, 0), 1)
     return made
 
 

@@ -31,10 +31,10 @@ from coordinator import FILES, SPACE
 from tuner.commands import run as running
 from tuner.commands.console import Console
 from tuner.config import parsing, plugins, yaml_document
-from tuner.config.run import Engine
-from tuner.dashboard.artifacts import Artifacts
-from tuner.jobs import Carry, Job, Outcome
-from tuner.messages import Assignment, Epoch, Facts, Result, Survey
+from tuner.config.run import EngineSettings
+from tuner.dashboard.artifacts import ArtifactWriter
+from tuner.jobs import Job, Outcome, RunJobs
+from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
 from tuner.search import storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import PRUNERS
@@ -48,7 +48,7 @@ def nap(argument: float, report: Callable[[Any], bool], slot: int) -> int:
     return os.getpid()
 
 
-def sleep(argument: float, report: Callable[[Epoch], bool], slot: int) -> Result:
+def sleep(argument: float, report: Callable[[Epoch], bool], slot: int) -> TrialResult:
     """A trial of so many seconds."""
     epochs = []
     for number in range(1, EPOCHS + 1):
@@ -57,7 +57,7 @@ def sleep(argument: float, report: Callable[[Epoch], bool], slot: int) -> Result
             Epoch(number, 1.0, {"accuracy": number / 10, "log_likelihood": -1.0}, argument / EPOCHS)
         )
         report(epochs[-1])
-    return Result("complete", tuple(epochs), EPOCHS, FILES, argument)
+    return TrialResult("complete", tuple(epochs), EPOCHS, FILES, argument)
 
 
 def length(job: Job, mean: float) -> float:
@@ -66,18 +66,18 @@ def length(job: Job, mean: float) -> float:
 
 def study(folder: Path, trials: int) -> Coordinator:
     """As `tuner run` makes it."""
-    space = parsing.parse(
-        yaml_document.parse(
+    space = parsing.parse_space(
+        yaml_document.parse_document(
             SPACE.replace("trials: 1000000, pruner: median", f"trials: {trials}, pruner: none"),
             "scale.yaml",
         )
     )
-    database, sampler = storage.connect(None, folder), optuna.samplers.RandomSampler()
+    database, sampler = storage.open_storage(None, folder), optuna.samplers.RandomSampler()
     made = storage.open_study(
         database, "scale", sampler, PRUNERS["none"](EPOCHS), identity(space), "d"
     )
     console = Console("quiet")
-    listener = running.Both(console, Artifacts(made, folder, "accuracy"))
+    listener = running.CombinedListener(console, ArtifactWriter(made, folder, "accuracy"))
     found = Coordinator(
         made,
         space,
@@ -85,14 +85,14 @@ def study(folder: Path, trials: int) -> Coordinator:
         listener,
         lambda: False,
     )
-    facts = Facts(
+    facts = DatasetReport(
         "d", ("a", "b"), {"train": 1, "valid": 1, "test": 1}, {"shape": ["batch", 3, 32, 32]}, 1
     )
-    console.begin(found, facts, Survey({"resnet18_slim": 5}, 0), 1)
+    console.start_search(found, facts, ModelSurvey({"resnet18_slim": 5}, 0), 1)
     return found
 
 
-def start(carry: Carry, workers: int) -> float:
+def start(carry: RunJobs, workers: int) -> float:
     """Seconds until so many workers carry out jobs; longer jobs until they do, since a fast worker would take them all."""
     begun = time.monotonic()
     for seconds in (2.0, 10.0, 30.0, 60.0):
@@ -110,7 +110,7 @@ def start(carry: Carry, workers: int) -> float:
     raise SystemExit(f"there are never {workers} workers at once: {pids}")
 
 
-def timed(carry: Carry, workers: int, trials: int, mean: float) -> dict[str, float]:
+def timed(carry: RunJobs, workers: int, trials: int, mean: float) -> dict[str, float]:
     started, slept = start(carry, workers), 0.0
     with tempfile.TemporaryDirectory() as folder:
         coordinator = study(Path(folder), trials)
@@ -125,7 +125,7 @@ def timed(carry: Carry, workers: int, trials: int, mean: float) -> dict[str, flo
 
         def ended(job: Job, outcome: Outcome) -> None:
             assert outcome.kind == "done", outcome
-            coordinator.ended(job, outcome)
+            coordinator.on_job_end(job, outcome)
 
         begun, cpu = time.monotonic(), time.process_time()
         carry(jobs, coordinator.report, ended, lambda: True, workers)
@@ -139,13 +139,13 @@ def timed(carry: Carry, workers: int, trials: int, mean: float) -> dict[str, flo
 
 
 @contextlib.contextmanager
-def local() -> Iterator[Carry]:
-    with plugins.attribute("engine", "local")() as carry:
+def local() -> Iterator[RunJobs]:
+    with plugins.load_plugin("engine", "local")() as carry:
         yield carry
 
 
 @contextlib.contextmanager
-def ray() -> Iterator[Carry]:
+def ray() -> Iterator[RunJobs]:
     """Two nodes of one core on this machine."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # a process has one for good
@@ -165,8 +165,8 @@ def ray() -> Iterator[Carry]:
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-        with plugins.attribute("engine", "ray")(
-            Engine.model_validate({"name": "ray", "address": cluster.address})
+        with plugins.load_plugin("engine", "ray")(
+            EngineSettings.model_validate({"name": "ray", "address": cluster.address})
         ) as carry:
             yield carry
     finally:

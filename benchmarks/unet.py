@@ -16,13 +16,13 @@ from pathlib import Path
 from arms import hardware, spread
 
 from tuner.config import parsing, yaml_document
-from tuner.config.run import Engine, Run
+from tuner.config.run import EngineSettings, Run
 from tuner.engines import _process_settings
 from tuner.messages import Epoch
-from tuner.training.devices import place
-from tuner.training.training_loop import fit, prepare
+from tuner.training.devices import select_device
+from tuner.training.training_loop import fit, prepare_training
 
-_process_settings.keep_memory()  # for all: it is the worker's setting
+_process_settings.keep_freed_memory()  # for all: it is the worker's setting
 SPACE = """
 task: {name: segmentation, loss: dice}
 data: {name: masks, path: x}
@@ -43,16 +43,18 @@ def run(args: argparse.Namespace, depth: int) -> Run:
         f"recipe.freeze_depth={depth}",
         f"recipe.epochs={args.repeats + 1}",
     ]
-    return parsing.parse(parsing.override(yaml_document.parse(SPACE, "benchmark"), words)).sample(
-        None, seed=1
-    )
+    return parsing.parse_space(
+        parsing.apply_overrides(yaml_document.parse_document(SPACE, "benchmark"), words)
+    ).sample(None, seed=1)
 
 
 def arm(args: argparse.Namespace, depth: int, cache: str, home: Path) -> Iterator[Epoch]:
     r = run(args, depth)
     return fit(
-        prepare(
-            r, place(Engine.model_validate({"cache": cache, "device": "cpu"}), home), "mean_iou"
+        prepare_training(
+            r,
+            select_device(EngineSettings.model_validate({"cache": cache, "device": "cpu"}), home),
+            "mean_iou",
         ),
         r.recipe,
         r.seed,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tuner.models.resnet import slim
+from tuner.models.resnet import build_slim_resnet
 
 OUT = Path(__file__).parent.parent / "tuner" / "models" / "resnet18_slim.safetensors"
 MEAN, STD, SIZE = 0.286, 0.353, 32
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     args = parser.parse_args()
     torch.manual_seed(0)
-    net = slim(10).to(memory_format=torch.channels_last)
+    net = build_slim_resnet(10).to(memory_format=torch.channels_last)
     train(net, *load(args.data, "train"), epochs=args.epochs)
     net.half().float()  # the accuracy on the card is that of the half-precision weights which ship
     score = accuracy(net, *load(args.data, "t10k"))

@@ -42,7 +42,7 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 
 @contextlib.contextmanager
-def narrow(size: int) -> Iterator[None]:
+def limit_file_size(size: int) -> Iterator[None]:
     """A real limit on the bytes of a file, as a full disk. For moments: pytest's own output may be a file that is larger already."""
     limits, handler = (
         resource.getrlimit(resource.RLIMIT_FSIZE),
@@ -85,7 +85,7 @@ def _refuse_missing(report: Report) -> Report:
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     code: int
     out: str
     err: str
@@ -107,22 +107,22 @@ def small(tmp_path: Path) -> Path:
 @pytest.fixture
 def tuner(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Callable[..., Said]]:
+) -> Iterator[Callable[..., CommandResult]]:
     """The command line in this process, in a folder of its own."""
     from tuner.cli import main
 
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGINT)
 
-    def call(*words: object) -> Said:
+    def call(*words: object) -> CommandResult:
         trial = sys.modules.get("tuner.training.building")
         if trial is not None:
-            trial._loaded.clear()  # a command is a process of its own, which keeps no data from the one before
+            trial._loaded_datasets.clear()  # a command is a process of its own, which keeps no data from the one before
         monkeypatch.setattr(sys, "argv", ["tuner", *map(str, words)])
         with pytest.raises(SystemExit) as end:
             main()
         found = capsys.readouterr()
-        return Said(int(end.value.code or 0), found.out, found.err)
+        return CommandResult(int(end.value.code or 0), found.out, found.err)
 
     yield call
     signal.signal(signal.SIGINT, before)
@@ -130,7 +130,7 @@ def tuner(
 
 @pytest.fixture
 def studied(
-    tuner: Callable[..., Said], small: Path, tmp_path_factory: pytest.TempPathFactory
+    tuner: Callable[..., CommandResult], small: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of a finished study of `small` with two trials: run once, a copy for each test."""
     original = tmp_path_factory.getbasetemp() / "studied"
@@ -152,13 +152,13 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", name="postgres")
-def _postgres() -> Iterator[postgres_server.Server]:
+def _postgres() -> Iterator[postgres_server.TestServer]:
     """A PostgreSQL server of the tests' own; skips, saying so, where none is installed."""
-    binaries = postgres_server.programs()
+    binaries = postgres_server.find_server_programs()
     if binaries is None:
         pytest.skip(
             "PostgreSQL's server programs are not installed (Debian: apt-get install postgresql)"
         )
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install -e '.[test]'")
-    with postgres_server.serving(binaries) as server:
+    with postgres_server.run_server(binaries) as server:
         yield server

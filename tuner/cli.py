@@ -27,7 +27,7 @@ from tuner.errors import SpaceError, TunerError
 
 if TYPE_CHECKING:
     from tuner.commands.console import Console
-    from tuner.commands.session import Places
+    from tuner.commands.session import Folders
     from tuner.config.space import Space
 
 app = typer.Typer(
@@ -56,10 +56,10 @@ def run(
     """Search, retrain the best, test it, export it. The same command continues a study."""
     from tuner.commands.run import run_study
 
-    space, places, console = opened(file, overrides, studies, quiet, json_)
+    space, places, console = open_space(file, overrides, studies, quiet, json_)
     server = start_dashboard(space, places, port, console) if dashboard else None
     try:
-        console.summary(run_study(space, places, console))
+        console.print_summary(run_study(space, places, console))
     finally:
         if server is not None:
             server.terminate()
@@ -93,18 +93,20 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Find what can be wrong before training. Nothing is downloaded."""
-    from tuner.commands.session import session
-    from tuner.config.space import dump
+    from tuner.commands.session import open_session
+    from tuner.config.space import dump_yaml
 
-    space, places, console = opened(file, overrides, Path("studies"), False, False)
-    with session(space, places, console, engine="inline") as s:
-        survey = s.survey()
-        facts = s.inspect(fetch=False)
+    space, places, console = open_space(file, overrides, Path("studies"), False, False)
+    with open_session(space, places, console, engine="inline") as s:
+        survey = s.survey_models()
+        facts = s.inspect_data(allow_downloads=False)
     if print_:
-        typer.echo(dump(space.tree()), nl=False)
+        typer.echo(dump_yaml(space.to_dict()), nl=False)
         return
-    sizes = ", ".join(f"{n:,} {part}" for part, n in facts.sizes.items())
-    depths = ", ".join(f"{name} freeze depth 0..{depth}" for name, depth in survey.depths.items())
+    sizes = ", ".join(f"{n:,} {part}" for part, n in facts.split_sizes.items())
+    depths = ", ".join(
+        f"{name} freeze depth 0..{depth}" for name, depth in survey.max_depths.items()
+    )
     typer.echo(
         f"ok: {len(space.dimensions)} searched keys; {sizes} examples of {len(facts.classes)} classes; {depths}"
     )
@@ -125,11 +127,11 @@ def train(
 ) -> None:
     """Train, test and export one run, such as a study's best.yaml."""
     from tuner.commands.export import show_published
-    from tuner.commands.run import preflight
-    from tuner.commands.session import INSTEAD, session, study_name
+    from tuner.commands.run import check_free_space
+    from tuner.commands.session import INSTEAD, open_session, study_name
     from tuner.files.removal import require_target
 
-    space, places, console = opened(file, overrides, studies, quiet, json_)
+    space, places, console = open_space(file, overrides, studies, quiet, json_)
     if space.dimensions:
         names = ", ".join(d.name for d in space.dimensions)
         raise SpaceError(
@@ -137,11 +139,11 @@ def train(
         )
     folder = out or studies / study_name(space) / "train"
     require_target(folder, INSTEAD)
-    with session(space, places, console) as s:
-        s.survey()
-        preflight(places, s.inspect())
+    with open_session(space, places, console) as s:
+        s.survey_models()
+        check_free_space(places, s.inspect_data())
         chosen = space.sample(None, seed=space.settings.search.seed)
-        published = s.crown(chosen, folder, space.settings.export, -1, {})
+        published = s.finalize(chosen, folder, space.settings.export, -1, {})
     show_published(console, published)
 
 
@@ -165,7 +167,7 @@ def export(
     """Export a study's best model, or another trial's."""
     from tuner.commands.export import export_trial, show_published
 
-    console = console_of(quiet, json_)
+    console = make_console(quiet, json_)
     show_published(console, export_trial(studies, study, tuple(format_ or ()), trial, console))
 
 
@@ -200,9 +202,9 @@ def predict(
     from tuner.commands.predict import print_predictions
     from tuner.training import inference
 
-    published = inference.find(studies, study)
+    published = inference.find_export(studies, study)
     print_predictions(
-        inference.predict(published, examples, format_, trust=trust), out, as_json=json_
+        inference.predict_examples(published, examples, format_, trust=trust), out, as_json=json_
     )
 
 
@@ -225,14 +227,14 @@ def dashboard(
     from tuner.search import storage
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    folder = serving.find(studies, study)
+    folder = serving.find_study(studies, study)
     url = storage.stated(folder)
     mode = "can be changed in the browser" if write else "read-only"
     serving.serve(
         folder,
         url,
         port,
-        write=write,
+        allow_writes=write,
         announce=lambda page: typer.echo(f"study {folder.name}: {page}  ({mode}; Ctrl-C ends it)"),
     )
 
@@ -263,9 +265,9 @@ def clean(
 
     These are checkpoints and what killed runs left.
     """
-    from tuner.commands.clean import carry_out
+    from tuner.commands.clean import run_clean
 
-    carry_out(studies, study, all_=all_, cache=cache, dry=dry_run, sure=yes)
+    run_clean(studies, study, whole_study=all_, cache=cache, dry_run=dry_run, assume_yes=yes)
 
 
 @app.command(cls=Command)
@@ -280,11 +282,11 @@ def models(
     from tuner.config import plugins
 
     if name is None:
-        typer.echo("\n".join(plugins.names("model")))
+        typer.echo("\n".join(plugins.list_names("model")))
         return
-    from tuner.training.model_summary import describe
+    from tuner.training.model_summary import summarize_model
 
-    found = describe(name)
+    found = summarize_model(name)
     typer.echo(
         f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.example} (1000 classes)"
     )
@@ -296,7 +298,7 @@ def models(
 @app.command(cls=Command)
 def schema() -> None:
     """Print the JSON schema of space files, for editors."""
-    from tuner.config.json_schema import schema as build
+    from tuner.config.json_schema import space_schema as build
 
     typer.echo(json.dumps(build(), indent=2))
 
@@ -304,7 +306,7 @@ def schema() -> None:
 # -- shared by the commands
 
 
-def console_of(quiet: bool, json_: bool) -> "Console":
+def make_console(quiet: bool, json_: bool) -> "Console":
     """For the commands that train: what they do is worth more than who reads what they print."""
     from tuner.commands.console import Console
     from tuner.commands.output import keep_streams
@@ -314,20 +316,20 @@ def console_of(quiet: bool, json_: bool) -> "Console":
     return console
 
 
-def opened(
+def open_space(
     file: Path, overrides: list[str] | None, studies: Path, quiet: bool, json_: bool
-) -> "tuple[Space, Places, Console]":
+) -> "tuple[Space, Folders, Console]":
     """The space and where everything goes. The file is checked before any folder is made."""
-    from tuner.commands.session import Places, home_folder
+    from tuner.commands.session import Folders, home_folder
     from tuner.config import parsing
 
-    space = parsing.load(file, overrides or ())
-    console = console_of(quiet, json_)
-    return space, Places(studies, home_folder(console.warn)), console
+    space = parsing.load_space(file, overrides or ())
+    console = make_console(quiet, json_)
+    return space, Folders(studies, home_folder(console.warn)), console
 
 
 def start_dashboard(
-    space: "Space", places: "Places", port: int, console: "Console"
+    space: "Space", folders: "Folders", port: int, console: "Console"
 ) -> "subprocess.Popen[bytes]":
     """A process of its own: a dashboard that fails must not take the search with it. It waits for the study to appear."""
     from tuner.commands.session import study_name
@@ -335,17 +337,17 @@ def start_dashboard(
     from tuner.dashboard import server as serving
     from tuner.dashboard.guard import new_token
 
-    found = serving.free_port(port)
+    found = serving.choose_port(port)
     if port not in (0, found):
         console.warn(f"port {port} on 127.0.0.1 is taken; the dashboard is on {found}")
     token = new_token()
     page = serving.address(found, "", token)
-    console.event("dashboard", url=page)
+    console.emit_event("dashboard", url=page)
     if console.mode == "quiet":  # nobody can guess the address
         typer.echo(page)
-    console.say(f"browse {page} while the search runs")
+    console.print_line(f"browse {page} while the search runs")
     url = space.settings.storage or ""
-    return background.start(study_name(space), places.studies, found, url, token)
+    return background.start_process(study_name(space), folders.studies, found, url, token)
 
 
 def main() -> NoReturn:
@@ -362,13 +364,13 @@ def main() -> NoReturn:
     try:
         app()  # ends by SystemExit, with 2 for a usage error
     except TunerError as error:
-        code = complain(error, debug)
+        code = print_error(error, debug)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `tuner models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        code = bug(error, debug)
+        code = report_bug(error, debug)
     sys.exit(code)
 
 
@@ -381,15 +383,15 @@ def refuse_windows() -> int:
     return SpaceError.code
 
 
-def complain(error: TunerError, debug: bool) -> int:
+def print_error(error: TunerError, debug: bool) -> int:
     if debug:
-        print(getattr(error, "trace", "") or traceback.format_exc(), file=sys.stderr)
+        print(getattr(error, "traceback", "") or traceback.format_exc(), file=sys.stderr)
     for problem in error.problems:
         print(f"tuner: error: {problem}", file=sys.stderr)
     return error.code
 
 
-def bug(error: Exception, debug: bool) -> int:
+def report_bug(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     said = f"{type(error).__name__}: {error}; run again with --debug and report what it prints"

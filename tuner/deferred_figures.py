@@ -6,10 +6,10 @@ Drawing takes longer than training a head does, and most trials are never looked
 import json
 from typing import Any
 
-MARK = "tuner:figure"
-BEGIN = f'{{"{MARK}":'.encode()
+KIND_KEY = "tuner:figure"
+PREFIX = f'{{"{KIND_KEY}":'.encode()
 
 
-def later(kind: str, **shown: Any) -> bytes:
+def defer_figure(kind: str, **shown: Any) -> bytes:
     """What `tuner.dashboard.plots.drawn` makes a picture of: the name of a function there, and its arguments as JSON."""
-    return json.dumps({MARK: kind, **shown}).encode()
+    return json.dumps({KIND_KEY: kind, **shown}).encode()

@@ -54,14 +54,14 @@ class Interrupted(TunerError):
         self.code = 128 + signal
 
 
-def nearest(word: str, allowed: Iterable[str]) -> str:
+def nearest_hint(word: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest allowed word, or nothing when none is close."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def suggest(word: object, allowed: Iterable[str]) -> str:
+def suggest_names(word: object, allowed: Iterable[str]) -> str:
     """The closest allowed word, then all of them."""
     words = list(allowed)
-    close = nearest(word, words) if isinstance(word, str) else ""
+    close = nearest_hint(word, words) if isinstance(word, str) else ""
     return f"{close} (allowed: {', '.join(words)})"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from tuner import errors
-from tuner.config.run import Engine, seconds
+from tuner.config.run import EngineSettings, parse_duration
 from tuner.errors import TunerError
 
 Stall = float | Literal["auto"] | None
@@ -25,16 +25,16 @@ class Job:
     """
 
     number: int
-    work: str
+    function: str
     argument: Any
-    keep: tuple[str, ...] = ()
+    folders_to_keep: tuple[str, ...] = ()
     whole: str = ""
-    everywhere: bool = False
-    folders: tuple[str, ...] = ()
+    on_every_node: bool = False
+    folders_needed: tuple[str, ...] = ()
     stall: Stall = None
 
 
-Cause = Literal["", "memory", "died", "silent", "stalled", "node", "interrupted"]
+LossCause = Literal["", "memory", "died", "silent", "stalled", "node", "interrupted"]
 """Why a job was lost.
 
 memory: its worker was ended as by a memory limit (SIGKILL that nobody here sent, or Ray says so). died: it ended in
@@ -55,42 +55,47 @@ class Outcome:
     kind: Literal["done", "refused", "failed", "lost"]
     value: Any = None
     reason: str = ""
-    trace: str = ""
+    traceback: str = ""
     problems: tuple[str, ...] = ()
-    code: int = 0
-    cause: Cause = ""
+    exit_code: int = 0
+    loss_cause: LossCause = ""
 
 
-def stall_of(engine: Engine, *, paced: bool) -> Stall:
+def stall_of(engine: EngineSettings, *, paced: bool) -> Stall:
     """What engine.stall says. `paced`: a report comes after each epoch, and little is done after the last one."""
     if engine.stall == "never" or (engine.stall == "auto" and not paced):
         return None
-    return "auto" if engine.stall == "auto" else seconds(engine.stall)
+    return "auto" if engine.stall == "auto" else parse_duration(engine.stall)
 
 
-def refusal(outcome: Outcome) -> TunerError:
+def to_tuner_error(outcome: Outcome) -> TunerError:
     """A worker's TunerError, with its exit code, in this process."""
     kind: type[TunerError] = getattr(errors, outcome.reason, TunerError)
     return kind(*outcome.problems)
 
 
-AS_MANY = 1_000_000  # workers: as many as there is room for
+AS_MANY_AS_POSSIBLE = 1_000_000  # workers: as many as there is room for
 
 NextJob = Callable[[], Job | None]
 """The next job; None: nothing now, and nothing ever once no job is running."""
 OnReport = Callable[[Job, Any], bool]
 """What a running job reports; answers whether it shall go on."""
 OnEnd = Callable[[Job, Outcome], None]
-GoOn = Callable[[], bool]
+ShouldContinue = Callable[[], bool]
 """False: end every worker now; their jobs end as lost, with the reason `interrupted`."""
 
 
-class Carry(Protocol):
+class RunJobs(Protocol):
     """What an engine's `run()` gives inside `with`: carries out jobs until there are none.
 
     `workers`: at most so many at once.
     """
 
     def __call__(
-        self, jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int
+        self,
+        next_job: NextJob,
+        on_report: OnReport,
+        on_end: OnEnd,
+        should_continue: ShouldContinue,
+        workers: int,
     ) -> None: ...

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.config.run import Part, Recipe, Run
+from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.errors import DataError
 from tuner.files import removal
-from tuner.files.atomic import lock_of_export, sha256, sweep_exports, unlock
+from tuner.files.atomic import file_sha256, lock_of_export, remove_unused_lock, sweep_exports
 from tuner.files.removal import MANIFEST
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedExport:
     folder: Path
     manifest: dict[str, Any]
 
     @property
     def run(self) -> Run:
-        return run_of(self.manifest["run"])
+        return run_from_dict(self.manifest["run"])
 
     def code(self, format_: str) -> dict[str, str]:
         """What a prediction by that format would import and run, by its key in the manifest: names such as
@@ -31,14 +31,14 @@ class Published:
         return {key: name for key, name in {**names, "exports": format_}.items() if ":" in name}
 
 
-def run_of(tree: Mapping[str, Any]) -> Run:
+def run_from_dict(tree: Mapping[str, Any]) -> Run:
     """A run from `Run.tree()`, as JSON keeps it."""
 
-    def part(section: Mapping[str, Any]) -> Part:
+    def part(section: Mapping[str, Any]) -> PluginConfig:
         options = {
             k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k != "name"
         }
-        return Part(section["name"], options)
+        return PluginConfig(section["name"], options)
 
     return Run(
         part(tree["task"]),
@@ -49,7 +49,7 @@ def run_of(tree: Mapping[str, Any]) -> Run:
     )
 
 
-def read(folder: Path) -> Published | None:
+def read_export(folder: Path) -> PublishedExport | None:
     """The export in `folder`; None when there is none. Raises DataError when a file is missing or was changed.
 
     Where another export takes its place meanwhile, that one is read.
@@ -65,7 +65,7 @@ def read(folder: Path) -> Published | None:
                 raise
 
 
-def replaced(published: Published) -> bool:
+def replaced(published: PublishedExport) -> bool:
     """Whether another export has taken the place of one that was read."""
     text = _text(published.folder)
     try:
@@ -81,7 +81,7 @@ def _text(folder: Path) -> bytes | None:
     return None
 
 
-def _read(folder: Path, text: bytes) -> Published:
+def _read(folder: Path, text: bytes) -> PublishedExport:
     """The export in `folder`, whose manifest says `text`."""
     path = folder / MANIFEST
     try:
@@ -106,28 +106,28 @@ def _read(folder: Path, text: bytes) -> Published:
             raise DataError(
                 f"{folder / name}: missing; remove the folder and run `tuner export` again"
             )
-        if sha256(folder / name) != digest:
+        if file_sha256(folder / name) != digest:
             raise DataError(
                 f"{folder / name}: changed since it was exported (its SHA-256 differs from {MANIFEST}); export again"
             )
-    return Published(folder, manifest)
+    return PublishedExport(folder, manifest)
 
 
-def recover(folder: Path) -> None:
+def recover_export(folder: Path) -> None:
     """Undoes what a killed export left: the older export comes back, half-written ones go."""
     removal.recover_older(folder)
     removal.remove_arriving(folder)
     sweep_exports(folder.parent)
     if (lock := lock_of_export(folder)).exists():
-        unlock(lock)
+        remove_unused_lock(lock)
 
 
-def model_card(m: Mapping[str, Any]) -> str:
+def format_model_card(m: Mapping[str, Any]) -> str:
     """MODEL_CARD.md: what the model is, how it was found, how well it does, how to call it."""
     run, metric = m["run"], m["metric"]
     recipe = run["recipe"]
     scores = "\n".join(
-        f"| {name.replace('_', ' ')} | {_number(m['scores']['valid'].get(name))} | {_number(m['scores']['test'].get(name))} |"
+        f"| {name.replace('_', ' ')} | {_format_score(m['scores']['valid'].get(name))} | {_format_score(m['scores']['test'].get(name))} |"
         for name in m["scores"]["test"]
     )
     exports = "\n".join(
@@ -155,7 +155,7 @@ Found by `tuner` {m["tuner"]} in study `{m["study"]}` (trial {m["trial"]}), sear
 
 ## Use
 
-{_usage(m)}
+{_format_usage(m)}
 
 | file | format | largest difference from the trained model | ms for one example, CPU |
 |---|---|---|---|
@@ -163,7 +163,7 @@ Found by `tuner` {m["tuner"]} in study `{m["study"]}` (trial {m["trial"]}), sear
 """
 
 
-def _usage(m: Mapping[str, Any]) -> str:
+def _format_usage(m: Mapping[str, Any]) -> str:
     """What goes in and what comes out."""
     p, output = m["preprocess"], f"Output: {m['output']['meaning']}."
     if p["kind"] == "tokens":
@@ -175,5 +175,5 @@ def _usage(m: Mapping[str, Any]) -> str:
     return f"Input: RGB in 0..1, float32, batch x 3 x {p['size']} x {p['size']}: {fits[p['fit']]}. The normalisation is inside the model. {output}"
 
 
-def _number(value: float | None) -> str:
+def _format_score(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tuner.config.run import Engine, Run
+from tuner.config.run import EngineSettings, Run
 
 
 @dataclass(frozen=True)
@@ -16,29 +16,29 @@ class Assignment:
 
     run: Run
     metric: str
-    engine: Engine
+    engine: EngineSettings
     home: str
-    fetch: bool = True
-    checkpoints: str | None = None
-    keep: bool = False
+    allow_downloads: bool = True
+    checkpoint_folder: str | None = None
+    keep_best_weights: bool = False
     parts: int = 1
 
 
 @dataclass(frozen=True)
-class Survey:
-    depths: dict[str, int]  # model name -> the deepest freeze
-    gpus: int
+class ModelSurvey:
+    max_depths: dict[str, int]  # model name -> the deepest freeze
+    gpu_count: int
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetReport:
     """What was found when data and weights were read. Warnings and notes are not compared: nodes that agree may word them apart."""
 
     digest: str
     classes: tuple[str, ...]
-    sizes: dict[str, int]
-    input: dict[str, Any]  # what the model takes, as the manifest says it
-    parameters: int
+    split_sizes: dict[str, int]
+    input_description: dict[str, Any]  # what the model takes, as the manifest says it
+    parameter_count: int
     warnings: tuple[str, ...] = field(default=(), compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -55,28 +55,28 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Result:
+class TrialResult:
     """How a trial went. `best` is the number of the best epoch; `files` are name -> content for the dashboard."""
 
     state: Literal["complete", "stopped", "diverged", "oom"]
     epochs: tuple[Epoch, ...]
-    best: int
-    files: dict[str, bytes]
+    best_epoch: int
+    artifacts: dict[str, bytes]
     seconds: float
     reason: str = ""
 
 
 @dataclass(frozen=True)
-class Crown:
+class FinalizeJob:
     """Retrain, test, export: the winner's assignment, where to publish, and what the search knows of it.
 
     `weights`: not retrained, but given what its trial has left there.
     """
 
     assignment: Assignment
-    formats: tuple[str, ...]
-    folder: str
-    study: str
-    trial: int
-    valid: tuple[tuple[str, float], ...] = ()
-    weights: str | None = None
+    export_formats: tuple[str, ...]
+    export_folder: str
+    study_name: str
+    trial_number: int
+    valid_scores: tuple[tuple[str, float], ...] = ()
+    weights_file: str | None = None

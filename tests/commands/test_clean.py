@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tuner import manifest
 
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_leftovers_and_checkpoints_go_and_what_a_study_is_made_of_stays(
         rest[-1] == "removed 3.0 MB in all"
         and f"removed checkpoints: {Path('studies/small/checkpoints')}, 1.0 MB" in rest
     )
-    assert manifest.read(study / "export") is not None
+    assert manifest.read_export(study / "export") is not None
     assert "nothing to remove" in tuner("clean", "small").out
     assert (
         tuner(

@@ -15,15 +15,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tests.conftest import SMALL
 from tuner.commands.console import Console
-from tuner.commands.trial_line import Columns, shown, spoken
+from tuner.commands.trial_line import TrialLineFormatter, format_duration, format_value
 from tuner.config import parsing, yaml_document
-from tuner.search.history import REASON, SAME_AS
+from tuner.search.history import DUPLICATE_OF, REASON
 
 PARAMS: list[dict[str, Any]] = [
     {"optimizer": "sgd", "lr": 0.001, "momentum": 0.925, "freeze_depth": 0, "epochs": 3},
     {"optimizer": "adamw", "lr": 0.0342, "freeze_depth": 5, "epochs": 1},
 ]
-SPACE = parsing.parse(yaml_document.parse(SMALL, "small.yaml"))
+SPACE = parsing.parse_space(yaml_document.parse_document(SMALL, "small.yaml"))
 
 
 def ended(
@@ -46,22 +46,22 @@ def ended(
 
 
 def line(
-    columns: Columns,
+    columns: TrialLineFormatter,
     trial: FrozenTrial,
     best: tuple[float, int] | None,
     tally: str = "2/12, eta 18m",
 ) -> str:
     run = SPACE.sample(optuna.trial.FixedTrial(trial.params))
-    return columns.line(trial, run, 100.0 if trial.number % 2 else 4.0, best, tally)
+    return columns.format_line(trial, run, 100.0 if trial.number % 2 else 4.0, best, tally)
 
 
 def test_lines_stand_in_columns() -> None:
-    columns = Columns(SPACE, "accuracy", 12, 5, None)
+    columns = TrialLineFormatter(SPACE, "accuracy", 12, 5, None)
     lines = [
         line(columns, ended(0, [0.5, 0.75, 0.9433]), (0.9433, 0)),
         line(columns, ended(11, [0.71]), (0.9433, 0)),
         line(columns, ended(2, [0.2], TrialState.PRUNED), (0.9433, 0)),
-        line(columns, ended(3, [0.71], **{SAME_AS: 11}), (0.9433, 0)),
+        line(columns, ended(3, [0.71], **{DUPLICATE_OF: 11}), (0.9433, 0)),
     ]
 
     assert lines == [
@@ -75,7 +75,7 @@ def test_lines_stand_in_columns() -> None:
 @pytest.mark.parametrize(("room", "told"), [(140, "(best"), (100, "(best"), (80, "pruned")])
 def test_a_line_fits_the_terminal(room: int, told: str) -> None:
     text = line(
-        Columns(SPACE, "accuracy", 12, 5, room),
+        TrialLineFormatter(SPACE, "accuracy", 12, 5, room),
         ended(2, [0.2], TrialState.PRUNED),
         (0.9433, 0),
         "12/50, 3 pruned, eta 18m",
@@ -89,9 +89,9 @@ def test_a_line_fits_the_terminal(room: int, told: str) -> None:
 def test_a_failure_gives_its_reason_in_one_line() -> None:
     trial = ended(0, [], TrialState.FAIL, **{REASON: "ValueError: bad\nand more"})
 
-    assert "no score" in line(Columns(SPACE, "accuracy", 12, 5, None), trial, None)
+    assert "no score" in line(TrialLineFormatter(SPACE, "accuracy", 12, 5, None), trial, None)
     assert "FAILED (ValueError: bad) |" in line(
-        Columns(SPACE, "accuracy", 12, 5, None), trial, None
+        TrialLineFormatter(SPACE, "accuracy", 12, 5, None), trial, None
     )
 
 
@@ -109,21 +109,21 @@ def test_a_failure_gives_its_reason_in_one_line() -> None:
     ],
 )
 def test_parameters_are_short(value: Any, text: str) -> None:
-    assert shown(value, 2) == text
+    assert format_value(value, 2) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0s"), (90, "1m30s"), (3600, "1h00m"), (5400, "1h30m")]
 )
 def test_durations_are_spoken(seconds: float, text: str) -> None:
-    assert spoken(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_under_json_every_line_parses_and_nothing_else_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     console = Console("json")
-    console.say("plain words")
+    console.print_line("plain words")
     console.warn("größer")
 
     out, err = capsys.readouterr()
@@ -133,14 +133,14 @@ def test_under_json_every_line_parses_and_nothing_else_is_said(
 
 def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console("quiet")
-    console.say("plain words")
+    console.print_line("plain words")
     console.warn("careful")
 
     assert capsys.readouterr() == ("", "tuner: warning: careful\n")
 
 
 def test_markup_and_emoji_codes_are_text(capsys: pytest.CaptureFixture[str]) -> None:
-    Console("normal").say("[red]classes[/red] :smile: [0]")
+    Console("normal").print_line("[red]classes[/red] :smile: [0]")
 
     assert capsys.readouterr().out == "[red]classes[/red] :smile: [0]\n"
 

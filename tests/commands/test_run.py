@@ -13,16 +13,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tests.helpers import damaged_files
-from tuner.config.run import Engine
+from tuner.config.run import EngineSettings
 from tuner.files import checkpoint_files
-from tuner.manifest import run_of
+from tuner.manifest import run_from_dict
 from tuner.training import finalization
-from tuner.training.devices import place
-from tuner.training.training_loop import fit, prepare
+from tuner.training.devices import select_device
+from tuner.training.training_loop import fit, prepare_training
 
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def test_without_retraining_the_best_trials_own_weights_are_exported(
     tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is trained for it, and they are to the bit what training that run again gives."""
-    monkeypatch.setattr(finalization, "retraining", lambda *_: pytest.fail("it is retrained"))
+    monkeypatch.setattr(finalization, "retrain", lambda *_: pytest.fail("it is retrained"))
     words = (
         "run",
         small,
@@ -188,19 +188,23 @@ def test_without_retraining_the_best_trials_own_weights_are_exported(
     assert tuner(*words).code == 0
     study = small.parent / "studies" / "small"
     found = manifest(study / "export")
-    run = run_of(found["run"])
+    run = run_from_dict(found["run"])
     assert found["retrained"] is False and run.recipe.fit == "train"
     kept = [
-        p for p in (study / checkpoint_files.FOLDER).iterdir() if checkpoint_files.best_weights(p)
+        p
+        for p in (study / checkpoint_files.CHECKPOINTS_FOLDER).iterdir()
+        if checkpoint_files.find_best_weights(p)
     ]
     assert len(kept) == 2 and all(len(list(p.iterdir())) == 1 for p in kept)
-    bench = prepare(run, place(Engine(device="cpu"), Path(os.environ["TUNER_HOME"])), "accuracy")
+    bench = prepare_training(
+        run, select_device(EngineSettings(device="cpu"), Path(os.environ["TUNER_HOME"])), "accuracy"
+    )
     epochs = list(fit(bench, run.recipe, run.seed))
     assert epochs[-1].scores == found["scores"]["valid"]
     exported = load_file(study / "export" / "model.safetensors")
     assert all(
         torch.equal(exported[name], value)
-        for name, value in bench.staged.model.state_dict().items()
+        for name, value in bench.staged_model.model.state_dict().items()
     )
     assert "nothing left to do" in tuner(*words).out
     assert tuner("export", "small", "--format", "torch_export").code == 0  # not retrained either
@@ -236,7 +240,7 @@ def test_a_model_of_the_users_own_is_searched(
     )
     assert said.code == 0, said.err
     assert "  PYTHONPATH=. tuner predict small IMAGE… --trust " in said.out
-    damaged_files.picture(0).save(small.parent / "a.png")
+    damaged_files.make_picture(0).save(small.parent / "a.png")
     assert tuner("predict", "small", "a.png").code == 2
     assert tuner("predict", "small", "a.png", "--trust").out.startswith("a.png  ")
     assert "width" in (small.parent / "studies/small/best.yaml").read_text()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tuner.commands.console import Console
-from tuner.commands.session import Places, session
-from tuner.commands.signals import Stop, stoppable
+from tuner.commands.session import Folders, open_session
+from tuner.commands.signals import StopSignal, handle_signals
 from tuner.config import parsing
 from tuner.errors import Interrupted
 
@@ -40,7 +40,7 @@ class Listener(Console):
 def test_a_signal_is_answered_during_the_epoch_and_ends_it_in_time(
     first: signal.Signals, second: signal.Signals | None, code: int, note: str, small: Path
 ) -> None:
-    space = parsing.load(small, ["search.grace=0.3s"])
+    space = parsing.load_space(small, ["search.grace=0.3s"])
     console = Listener(second)
     begun: list[float] = []
 
@@ -50,9 +50,9 @@ def test_a_signal_is_answered_during_the_epoch_and_ends_it_in_time(
 
     with (
         pytest.raises(Interrupted) as error,
-        session(space, Places(small.parent, small.parent), console, engine="local") as s,
+        open_session(space, Folders(small.parent, small.parent), console, engine="local") as s,
     ):
-        s.call("tests.helpers.jobs:wait", LONG, report, finish=True)
+        s.run_job("tests.helpers.jobs:wait", LONG, report, finish_epoch=True)
     assert time.monotonic() - begun[0] < 5  # eight seconds of grace, if the file had not said so
     assert console.notes == [f"stopping after the running epoch; {note}"]
     assert error.value.code == code
@@ -60,20 +60,20 @@ def test_a_signal_is_answered_during_the_epoch_and_ends_it_in_time(
 
 def test_without_a_second_signal_ctrl_c_waits_as_long_as_it_takes() -> None:
     for number, waits in ((signal.SIGINT, True), (signal.SIGTERM, False)):
-        stop = Stop(grace=10.0)
-        assert not stop and not stop.now
+        stop = StopSignal(grace=10.0)
+        assert not stop and not stop.is_now
         stop(number, None)
-        assert stop and not stop.now
-        stop.since -= 11
-        assert stop.now is not waits
+        assert stop and not stop.is_now
+        stop.first_signal_at -= 11
+        assert stop.is_now is not waits
         stop(signal.SIGINT, None)
-        assert stop.now and stop.signal == number
+        assert stop.is_now and stop.signal == number
 
 
 def test_a_hang_up_that_nohup_has_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stoppable(1.0) as stop:
+        with handle_signals(1.0) as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

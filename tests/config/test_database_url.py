@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tuner.config import database_url, parsing, yaml_document
 from tuner.errors import StorageError
 from tuner.search import storage
 
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 HEAD = "task: classification\ndata: {name: synthetic}\nmodel: {name: resnet18_slim, weights: bundled}\n"
 
 
@@ -44,8 +44,11 @@ HEAD = "task: classification\ndata: {name: synthetic}\nmodel: {name: resnet18_sl
 def test_what_is_shown_and_kept_has_no_password(
     written: str, kept: str, password: str | None
 ) -> None:
-    assert database_url.kept(written) == kept and database_url.kept(kept) == kept
-    assert database_url.written_password(written) == password
+    assert (
+        database_url.without_password(written) == kept
+        and database_url.without_password(kept) == kept
+    )
+    assert database_url.literal_password(written) == password
 
 
 def test_variables_are_filled_in_as_a_url_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,17 +56,19 @@ def test_variables_are_filled_in_as_a_url_wants_them(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PW", odd)
     monkeypatch.setenv("HOST", "db.example:5433")
     monkeypatch.setenv("WHOLE", "postgresql://u:p@h/d")
-    found = sqlalchemy.engine.make_url(database_url.expanded("postgresql://tuner:${PW}@${HOST}/db"))
+    found = sqlalchemy.engine.make_url(
+        database_url.expand_variables("postgresql://tuner:${PW}@${HOST}/db")
+    )
     assert (found.password, found.host, found.port, found.database) == (
         odd,
         "db.example",
         5433,
         "db",
     )
-    assert database_url.expanded("${WHOLE}") == "postgresql://u:p@h/d"
+    assert database_url.expand_variables("${WHOLE}") == "postgresql://u:p@h/d"
     assert (
-        database_url.hidden(
-            f"no {odd} and no {database_url.secrets(database_url.expanded('x://u:${PW}@h'))[0]}",
+        database_url.hide_passwords(
+            f"no {odd} and no {database_url.find_passwords(database_url.expand_variables('x://u:${PW}@h'))[0]}",
             "x://u:${PW}@h",
         )
         == "no *** and no ***"
@@ -103,9 +108,11 @@ def test_the_file_as_it_is_printed_holds_neither_a_password_nor_a_variables_valu
 ) -> None:
     monkeypatch.setenv("PW", "fromtheenvironment")
     for written in ("postgresql://tuner:secret@host/db", "postgresql://tuner:${PW}@host/db"):
-        space = parsing.parse(yaml_document.parse(f"{HEAD}storage: '{written}'\n", "x.yaml"))
+        space = parsing.parse_space(
+            yaml_document.parse_document(f"{HEAD}storage: '{written}'\n", "x.yaml")
+        )
         assert space.settings.storage == written  # what connects
-        assert space.tree()["storage"] == written.replace(":secret", "")
+        assert space.to_dict()["storage"] == written.replace(":secret", "")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,7 @@ def test_20_without_psycopg_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "psycopg", None)
     with pytest.raises(StorageError, match=r"pip install 'psycopg\[binary\]"):
-        storage.connect("postgresql://tuner:secret@127.0.0.1/db", tmp_path)
+        storage.open_storage("postgresql://tuner:secret@127.0.0.1/db", tmp_path)
 
 
 def test_20_a_server_that_is_down_is_named_within_ten_seconds_without_password(
@@ -141,7 +148,7 @@ def test_20_a_server_that_is_down_is_named_within_ten_seconds_without_password(
         url = f"postgresql://tuner:secret@127.0.0.1:{closed.getsockname()[1]}/db"
         begun = time.monotonic()
         with pytest.raises(StorageError, match=r"cannot be opened: .*[Rr]efused") as error:
-            storage.connect(url, small.parent)
+            storage.open_storage(url, small.parent)
     assert (
         time.monotonic() - begun < 10 and "secret" not in str(error.value) and error.value.code == 4
     )
@@ -152,7 +159,7 @@ def test_20_a_server_that_never_answers_is_given_up_within_ten_seconds(tmp_path:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begun = time.monotonic()
         with pytest.raises(StorageError, match=r"cannot be opened: .*timeout"):
-            storage.connect(
+            storage.open_storage(
                 f"postgresql://tuner:secret@127.0.0.1:{silent.getsockname()[1]}/db?connect_timeout=2",
                 tmp_path,
             )
@@ -166,6 +173,6 @@ def test_an_sqlite_file_of_ones_own_is_as_safe_as_the_default_and_belongs_to_one
     assert tuner("run", small, url, "search.trials=1", "search.retrain=false").code == 0
     with sqlalchemy.create_engine(f"sqlite:///{small.parent}/own.db").connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
-    with storage.held(url.partition("=")[2], small.parent / "elsewhere" / "small"):
+    with storage.lock_if_local(url.partition("=")[2], small.parent / "elsewhere" / "small"):
         said = tuner("run", small, url)
     assert said.code == 4 and "is being run by pid" in said.err

@@ -7,27 +7,27 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from tuner.config import fields
-from tuner.config.run import Engine, ImageOptions, Recipe, Search, seconds
+from tuner.config.run import EngineSettings, ImageOptions, Recipe, SearchSettings, parse_duration
 
 LR, EPOCHS, OPTIMIZER = (Recipe.model_fields[key] for key in ("lr", "epochs", "optimizer"))
 MEAN, NAME, TIMEOUT = (
     ImageOptions.model_fields["mean"],
-    Search.model_fields["name"],
-    Search.model_fields["timeout"],
+    SearchSettings.model_fields["name"],
+    SearchSettings.model_fields["timeout"],
 )
 
 
 def sentence(field: FieldInfo, value: object) -> str:
-    with pytest.raises(fields.Unfit) as caught:
-        fields.fit(field, value)
+    with pytest.raises(fields.InvalidValue) as caught:
+        fields.convert_value(field, value)
     return str(caught.value)
 
 
 def test_only_lossless_conversions() -> None:
-    assert fields.fit(LR, 1) == 1.0 and isinstance(fields.fit(LR, 1), float)
-    assert fields.fit(MEAN, [0, 0.5, 1]) == (0.0, 0.5, 1.0)
-    assert fields.fit(Recipe.model_fields["patience"], None) is None
-    assert fields.fit(FieldInfo.from_annotation(list[int]), [1, 2]) == [1, 2]
+    assert fields.convert_value(LR, 1) == 1.0 and isinstance(fields.convert_value(LR, 1), float)
+    assert fields.convert_value(MEAN, [0, 0.5, 1]) == (0.0, 0.5, 1.0)
+    assert fields.convert_value(Recipe.model_fields["patience"], None) is None
+    assert fields.convert_value(FieldInfo.from_annotation(list[int]), [1, 2]) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -65,18 +65,22 @@ def test_only_lossless_conversions() -> None:
             f"a duration must be above 0 and at most 10,000d, got the string '{'9' * 57}...'",
         ),
         (
-            Engine.model_fields["device"],
+            EngineSettings.model_fields["device"],
             "cuda:\N{ARABIC-INDIC DIGIT ONE}",
             "expected auto, cpu, cuda, cuda:N or mps, got the string 'cuda:\N{ARABIC-INDIC DIGIT ONE}'",
         ),
         (
-            Engine.model_fields["device"],
+            EngineSettings.model_fields["device"],
             "gpu",
             "expected auto, cpu, cuda, cuda:N or mps, got the string 'gpu'",
         ),
-        (Engine.model_fields["device"], 0, "expected auto, cpu, cuda, cuda:N or mps, got 0"),
         (
-            Engine.model_fields["workers"],
+            EngineSettings.model_fields["device"],
+            0,
+            "expected auto, cpu, cuda, cuda:N or mps, got 0",
+        ),
+        (
+            EngineSettings.model_fields["workers"],
             "many",
             "expected a whole number or auto, got the string 'many'",
         ),
@@ -114,7 +118,7 @@ def test_what_a_field_can_be_searched_as() -> None:
     ("words", "says"), [(["a"], "a"), (["a", "b"], "a or b"), (["a", "b", "c"], "a, b or c")]
 )
 def test_alternatives(words: list[str], says: str) -> None:
-    assert fields.alternatives(words) == says
+    assert fields.join_alternatives(words) == says
 
 
 @pytest.mark.parametrize(
@@ -122,4 +126,4 @@ def test_alternatives(words: list[str], says: str) -> None:
     [("90s", 90), ("1h30m", 5_400), ("1.5h", 5_400), ("2d", 172_800), ("1d0.5m", 86_430)],
 )
 def test_a_duration_has_days_and_fractions(text: str, meant: float) -> None:
-    assert fields.fit(TIMEOUT, text) == text and seconds(text) == meant
+    assert fields.convert_value(TIMEOUT, text) == text and parse_duration(text) == meant

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tuner.config import parsing, yaml_document
-from tuner.config.run import Recipe, Search
-from tuner.config.space import Space, dump
+from tuner.config.run import Recipe, SearchSettings
+from tuner.config.space import Space, dump_yaml
 from tuner.errors import SpaceError
 
 SHIPPED = [
@@ -26,11 +26,16 @@ modest = settings(max_examples=150, deadline=None, suppress_health_check=[Health
 
 def answer(text: str, overrides: Sequence[str] = ()) -> Space | None:
     try:
-        space = parsing.parse(parsing.override(yaml_document.parse(text, "f.yaml"), overrides))
+        space = parsing.parse_space(
+            parsing.apply_overrides(yaml_document.parse_document(text, "f.yaml"), overrides)
+        )
     except SpaceError as error:
         found = error.problems
     else:
-        assert parsing.parse(yaml_document.parse(dump(space.tree()), "f.yaml")) == space
+        assert (
+            parsing.parse_space(yaml_document.parse_document(dump_yaml(space.to_dict()), "f.yaml"))
+            == space
+        )
         return space
     assert found and len(set(found)) == len(found)
     assert [problem for problem in found if not PLACE.match(problem) or "\n" in problem] == []
@@ -86,7 +91,7 @@ PLAIN = (
 KEYS = st.sampled_from(
     [
         *Recipe.model_fields,
-        *Search.model_fields,
+        *SearchSettings.model_fields,
         "low",
         "high",
         "log",
@@ -189,14 +194,19 @@ class Draws:
 def test_a_space_survives_its_dump_and_so_does_each_of_its_runs(
     tree: dict[str, Any], rng: random.Random
 ) -> None:
-    space = parsing.parse(yaml_document.parse(dump(tree), "f.yaml"))
-    assert parsing.parse(yaml_document.parse(dump(space.tree()), "f.yaml")) == space
+    space = parsing.parse_space(yaml_document.parse_document(dump_yaml(tree), "f.yaml"))
+    assert (
+        parsing.parse_space(yaml_document.parse_document(dump_yaml(space.to_dict()), "f.yaml"))
+        == space
+    )
     run = space.sample(Draws(rng), seed=3)
-    best = parsing.parse(yaml_document.parse(dump(run.tree()), "f.yaml"))
+    best = parsing.parse_space(yaml_document.parse_document(dump_yaml(run.to_dict()), "f.yaml"))
     assert best.dimensions == () and best.sample(None) == run
-    assert set(space.default()) <= {d.name for d in space.dimensions}
+    assert set(space.default_params()) <= {d.name for d in space.dimensions}
     for dimension in space.dimensions:
-        members, default = dimension.leaf.members(), space.values[dimension.path]
+        members, default = dimension.domain.values(), space.values[dimension.path]
         assert (
-            default in members if members is not None else dimension.leaf.clip(default) == default
+            default in members
+            if members is not None
+            else dimension.domain.nearest_value(default) == default
         )

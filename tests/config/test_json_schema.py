@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 
 from tuner.config import parsing, yaml_document
-from tuner.config.json_schema import schema
+from tuner.config.json_schema import space_schema
 from tuner.errors import SpaceError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
@@ -15,18 +15,18 @@ PARTS = {"task": "classification", "data": "digits", "model": "resnet18_slim"}
 
 @pytest.fixture(scope="module")
 def check() -> jsonschema.Draft202012Validator:
-    jsonschema.Draft202012Validator.check_schema(schema())
-    return jsonschema.Draft202012Validator(schema())
+    jsonschema.Draft202012Validator.check_schema(space_schema())
+    return jsonschema.Draft202012Validator(space_schema())
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_files_and_their_resolved_forms_are_valid(
     path: Path, check: jsonschema.Draft202012Validator
 ) -> None:
-    space = parsing.load(path)
-    check.validate(yaml_document.read(path).tree)
-    check.validate(space.tree())
-    check.validate(next(space.corners()).tree())
+    space = parsing.load_space(path)
+    check.validate(yaml_document.read_document(path).content)
+    check.validate(space.to_dict())
+    check.validate(next(space.plugin_combinations()).to_dict())
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_shipped_files_and_their_resolved_forms_are_valid(
 def test_what_tuner_takes_the_schema_takes(
     more: dict[str, object], check: jsonschema.Draft202012Validator
 ) -> None:
-    parsing.parse(yaml_document.Document("f", PARTS | more))
+    parsing.parse_space(yaml_document.Document("f", PARTS | more))
     check.validate(PARTS | more)
 
 
@@ -94,11 +94,11 @@ def test_what_the_schema_refuses_tuner_refuses(
 ) -> None:
     assert not check.is_valid(PARTS | more)
     with pytest.raises(SpaceError):
-        parsing.parse(yaml_document.Document("f", PARTS | more))
+        parsing.parse_space(yaml_document.Document("f", PARTS | more))
 
 
 def test_every_key_is_explained_and_has_its_default(check: jsonschema.Draft202012Validator) -> None:
-    recipe = schema()["properties"]["recipe"]["properties"]
+    recipe = space_schema()["properties"]["recipe"]["properties"]
     assert (
         recipe["lr"]["default"] == 0.001
         and recipe["lr"]["description"] == "learning rate at its highest"

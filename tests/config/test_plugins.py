@@ -55,14 +55,14 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    plugins.keys.cache_clear()
+    plugins.read_keys.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == "ownpkg"]:
         del sys.modules[name]
 
 
 def space(model: str, more: str = "", task: str = "classification") -> Space:
-    return parsing.parse(
-        yaml_document.parse(f"task: {task}\ndata: digits\nmodel: {model}\n{more}", "f")
+    return parsing.parse_space(
+        yaml_document.parse_document(f"task: {task}\ndata: digits\nmodel: {model}\n{more}", "f")
     )
 
 
@@ -80,27 +80,30 @@ def test_the_folders_are_listed_without_importing() -> None:
         "text_classification",
         "text_generation",
     }
-    assert set(plugins.names("task")) == tasks
-    assert {"digits", "folder", "cifar10", "synthetic"} <= set(plugins.names("data"))
-    assert plugins.names("export") == ["onnx", "safetensors", "torch_export"]
-    assert {"inline", "local"} <= set(plugins.names("engine")) and not any(
-        n.startswith("_") for n in plugins.names("engine")
+    assert set(plugins.list_names("task")) == tasks
+    assert {"digits", "folder", "cifar10", "synthetic"} <= set(plugins.list_names("data"))
+    assert plugins.list_names("export") == ["onnx", "safetensors", "torch_export"]
+    assert {"inline", "local"} <= set(plugins.list_names("engine")) and not any(
+        n.startswith("_") for n in plugins.list_names("engine")
     )
-    assert {"resnet18_slim", "resnet50", "vgg16_bn"} <= set(plugins.names("model"))
-    assert plugins.family("wide_resnet50_2") == "resnet" and plugins.family("resnet81") is None
+    assert {"resnet18_slim", "resnet50", "vgg16_bn"} <= set(plugins.list_names("model"))
+    assert (
+        plugins.find_model_family("wide_resnet50_2") == "resnet"
+        and plugins.find_model_family("resnet81") is None
+    )
 
 
 def test_keyword_only_arguments_are_the_keys() -> None:
-    found = plugins.keys("data", "folder")
+    found = plugins.read_keys("data", "folder")
     assert found.fields["path"].is_required() and found.fields["size"].default is None
-    made = found.arguments(
+    made = found.to_arguments(
         {key: found.fields[key].get_default() for key in found.fields if key != "path"}
         | {"path": "photos"}
     )
     assert (
         set(made) == {"path", "image"} and made["path"] == "photos" and made["image"].valid == 0.15
     )
-    assert list(plugins.keys("model", "resnet18").fields) == ["weights"]
+    assert list(plugins.read_keys("model", "resnet18").fields) == ["weights"]
 
 
 def test_a_models_own_keys_are_checked_searched_and_kept() -> None:
@@ -108,19 +111,26 @@ def test_a_models_own_keys_are_checked_searched_and_kept() -> None:
         "{name: 'ownpkg.parts:build', drop: 0.1, act: [relu, gelu], width: {low: 4, high: 8}, sizes: [3, 4]}"
     )
     assert [d.name for d in found.dimensions] == ["model.width", "model.act"]
-    assert found.dimensions[0].leaf == Range(4, 8, integer=True)
-    assert found.run({}).model.options == {"width": 8, "act": "relu", "drop": 0.1, "sizes": (3, 4)}
-    assert space("ownpkg.parts:Net").run({}).model.options == {"width": 8}
-    assert space("{name: 'ownpkg.parts:partial', depth: 5}").run({}).model.options == {"depth": 5}
+    assert found.dimensions[0].domain == Range(4, 8, integer=True)
+    assert found.make_run({}).model.options == {
+        "width": 8,
+        "act": "relu",
+        "drop": 0.1,
+        "sizes": (3, 4),
+    }
+    assert space("ownpkg.parts:Net").make_run({}).model.options == {"width": 8}
+    assert space("{name: 'ownpkg.parts:partial', depth: 5}").make_run({}).model.options == {
+        "depth": 5
+    }
 
 
 def test_untyped_arguments_take_any_plain_value() -> None:
     assert space("{name: 'ownpkg.parts:untyped', depth: {low: 1, high: 3}}").dimensions[
         0
-    ].leaf == Range(1, 3, integer=True)
+    ].domain == Range(1, 3, integer=True)
     assert space("{name: 'ownpkg.parts:untyped', depth: {low: 1, high: 3, step: 0.5}}").dimensions[
         0
-    ].leaf == Range(1, 3, step=0.5)
+    ].domain == Range(1, 3, step=0.5)
 
 
 def test_a_models_own_keys_are_refused_with_key_and_cause() -> None:

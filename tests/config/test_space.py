@@ -10,15 +10,15 @@ import pytest
 from optuna.trial import FixedTrial
 
 from tuner.config import parsing, yaml_document
-from tuner.config.space import Choice, Dimension, Range, Space, dump
+from tuner.config.space import Choice, Dimension, Range, Space, dump_yaml
 from tuner.errors import SpaceError
 
 PARTS = "task: classification\ndata: digits\nmodel: resnet18_slim\n"
 
 
 def space(text: str = "", *overrides: str) -> Space:
-    return parsing.parse(
-        parsing.override(yaml_document.parse(PARTS + text, "space.yaml"), overrides)
+    return parsing.parse_space(
+        parsing.apply_overrides(yaml_document.parse_document(PARTS + text, "space.yaml"), overrides)
     )
 
 
@@ -30,7 +30,7 @@ def problems(text: str, *overrides: str) -> list[str]:
 
 def leaf(text: str) -> Range | Choice:
     (dimension,) = space(f"recipe: {{{text}}}").dimensions
-    return dimension.leaf
+    return dimension.domain
 
 
 # -- what is written
@@ -50,20 +50,22 @@ def test_short_forms_equal_long_ones() -> None:
     short = (
         "task: classification\ndata: digits\nmodel: resnet18_slim\nengine: inline\nexport: onnx\n"
     )
-    assert parsing.parse(yaml_document.parse(long, "a")) == parsing.parse(
-        yaml_document.parse(short, "a")
+    assert parsing.parse_space(yaml_document.parse_document(long, "a")) == parsing.parse_space(
+        yaml_document.parse_document(short, "a")
     )
 
 
 def test_models_can_be_searched_and_each_run_keeps_its_own_keys() -> None:
-    found = parsing.parse(
-        yaml_document.parse(
+    found = parsing.parse_space(
+        yaml_document.parse_document(
             "task: classification\ndata: digits\nmodel: {name: [resnet18, vgg11], weights: [none, default]}",
             "f",
         )
     )
     assert [d.name for d in found.dimensions] == ["model.name", "model.weights"]
-    assert [(run.model.name, run.model.options["weights"]) for run in found.corners()] == [
+    assert [
+        (run.model.name, run.model.options["weights"]) for run in found.plugin_combinations()
+    ] == [
         ("resnet18", "none"),
         ("resnet18", "default"),
         ("vgg11", "none"),
@@ -136,7 +138,9 @@ def test_a_problem_says_where_what_and_what_is_allowed(text: str, says: str) -> 
 )
 def test_a_part_needs_a_known_name(text: str, says: list[str]) -> None:
     with pytest.raises(SpaceError) as caught:
-        parsing.parse(yaml_document.parse(f"data: digits\nmodel: vgg11\n{text}", "f"))
+        parsing.parse_space(
+            yaml_document.parse_document(f"data: digits\nmodel: vgg11\n{text}", "f")
+        )
     assert [problem.partition(": ")[2] for problem in caught.value.problems] == says
 
 
@@ -162,7 +166,7 @@ def test_every_problem_is_reported_at_once_and_once() -> None:
 def test_a_study_is_named_like_a_folder_although_only_the_file_says_so() -> None:
     def named(file: str) -> str:
         with pytest.raises(SpaceError) as caught:
-            parsing.parse(yaml_document.parse(PARTS, file))
+            parsing.parse_space(yaml_document.parse_document(PARTS, file))
         return str(caught.value)
 
     assert named("x" * 256 + ".yaml").endswith(
@@ -178,8 +182,8 @@ def test_a_study_is_named_like_a_folder_although_only_the_file_says_so() -> None
         "space.yaml:4: search.name: a study's name is a folder's name: at most 255 bytes, got 300"
     ]
     assert (
-        parsing.parse(
-            yaml_document.parse(PARTS, "é" * 120 + " {x} 50% #1.yaml")
+        parsing.parse_space(
+            yaml_document.parse_document(PARTS, "é" * 120 + " {x} 50% #1.yaml")
         ).settings.search.name
         is None
     )
@@ -198,7 +202,7 @@ def test_an_override_is_read_like_the_file() -> None:
         "data.size=null",
     )
     assert found.dimensions == (Dimension(("recipe", "epochs"), Range(1, 3, integer=True)),)
-    run = found.run({})
+    run = found.make_run({})
     assert (run.recipe.lr, found.settings.search.trials, run.data.options["size"]) == (
         0.001,
         5,
@@ -307,8 +311,11 @@ def test_a_condition_reaches_into_another_section_and_onto_fixed_keys() -> None:
     found = space(
         "recipe: {lr: {low: 0.1, high: 1, when: {model.name: resnet18_slim, optimizer: sgd}}}"
     )
-    assert found.default() == {"lr": 0.1}
-    assert parsing.parse(yaml_document.parse(dump(found.tree()), "space.yaml")) == found
+    assert found.default_params() == {"lr": 0.1}
+    assert (
+        parsing.parse_space(yaml_document.parse_document(dump_yaml(found.to_dict()), "space.yaml"))
+        == found
+    )
 
 
 @pytest.mark.parametrize(
@@ -345,7 +352,7 @@ def test_a_circle_of_conditions_is_named_without_those_that_only_hang_on_it() ->
 
 def test_the_default_is_the_default_recipe_brought_into_the_space() -> None:
     text = "recipe: {lr: {low: 0.01, high: 0.1, log: true}, momentum: {low: 0.1, high: 0.95, step: 0.25}, epochs: {low: 2, high: 8}, batch_size: [16, 64], optimizer: [adamw, sgd], patience: {low: 3, high: 9}}"
-    assert space(text).default() == {
+    assert space(text).default_params() == {
         "optimizer": "sgd",
         "lr": 0.01,
         "momentum": 0.85,
@@ -360,7 +367,7 @@ def test_optuna_takes_the_default_and_every_point_of_the_grid_as_members() -> No
         CONDITIONS.replace("0.99,", "0.99, step: 0.05,").replace("0.9,", "0.85,")
         + "  epochs: {low: 1, high: 8, step: 3}\n"
     )
-    for point in (found.default(), *found.grid()):
+    for point in (found.default_params(), *found.grid_params()):
         trial = FixedTrial(point)
         found.sample(trial)  # a value that Optuna thinks outside of the range warns, which fails
         assert trial.params == point
@@ -376,12 +383,14 @@ def test_outside_its_condition_a_key_has_its_own_default_and_not_the_nearest_of_
     assert adamw.recipe.momentum == 0.9
     sgd = found.sample(optuna.trial.FixedTrial({"optimizer": "sgd", "momentum": 0.97}))
     assert sgd.recipe.momentum == 0.97
-    assert found.default()["momentum"] == 0.95  # the default recipe, as far as the space allows
+    assert (
+        found.default_params()["momentum"] == 0.95
+    )  # the default recipe, as far as the space allows
 
 
 def test_a_grid_holds_each_effective_combination_once() -> None:
     text = "recipe: {optimizer: [sgd, adamw], momentum: {low: 0.7, high: 0.9, step: 0.1, when: {optimizer: sgd}}, epochs: {low: 1, high: 2}}"
-    assert space(text).grid() == [
+    assert space(text).grid_params() == [
         {"optimizer": o, **momentum, "epochs": e}
         for o, ms in (("sgd", (0.7, 0.8, 0.9)), ("adamw", (None,)))
         for m in ms
@@ -391,14 +400,14 @@ def test_a_grid_holds_each_effective_combination_once() -> None:
 
 
 def test_steps_are_counted_in_decimals() -> None:
-    assert Range(0.1, 0.7, step=0.1).members() == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    assert Range(0.1, 0.7, step=0.1).values() == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     assert (
-        Range(0.0, 1.0, step=0.3).members() == (0.0, 0.3, 0.6, 0.9)
-        and Range(0.0, 1.0, step=0.3).last == 0.9
+        Range(0.0, 1.0, step=0.3).values() == (0.0, 0.3, 0.6, 0.9)
+        and Range(0.0, 1.0, step=0.3).highest == 0.9
     )
-    assert Range(1, 10, step=4, integer=True).members() == (1, 5, 9)
-    assert Range(0.0, 1.0).members() is None
-    assert Range(0, 10**12, integer=True).members() is None  # as good as a continuum
+    assert Range(1, 10, step=4, integer=True).values() == (1, 5, 9)
+    assert Range(0.0, 1.0).values() is None
+    assert Range(0, 10**12, integer=True).values() is None  # as good as a continuum
 
 
 @pytest.mark.parametrize(
@@ -431,7 +440,9 @@ def test_a_run_is_a_space_with_nothing_left_to_choose() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for seed in range(5):
         run = found.sample(study.ask(), seed)
-        again = parsing.parse(yaml_document.parse(dump(run.tree()), "best.yaml"))
+        again = parsing.parse_space(
+            yaml_document.parse_document(dump_yaml(run.to_dict()), "best.yaml")
+        )
         assert again.dimensions == () and again.sample(None) == run
     with pytest.raises(ValueError, match="still to be chosen: optimizer, momentum, nesterov"):
         found.sample(None)
@@ -462,12 +473,12 @@ def test_the_seed_of_the_file_wins() -> None:
 )
 def test_what_is_dumped_is_read_back(name: str) -> None:
     tree = {"a": {name: [name, 1e-7, 1e22, True, None, (0.1, 0.2)[0]]}, "b": [name] * 2}
-    assert yaml_document.parse(dump(tree), "f").tree == tree
+    assert yaml_document.parse_document(dump_yaml(tree), "f").content == tree
 
 
 def test_dumping_writes_no_aliases() -> None:
     twice = [1, 2]
-    assert yaml_document.parse(dump({"a": twice, "b": twice}), "f").tree == {
+    assert yaml_document.parse_document(dump_yaml({"a": twice, "b": twice}), "f").content == {
         "a": [1, 2],
         "b": [1, 2],
     }
@@ -479,8 +490,11 @@ def test_dumping_writes_no_aliases() -> None:
     ids=lambda p: p.name,
 )
 def test_shipped_spaces_resolve_to_themselves(path: Path) -> None:
-    found = parsing.load(path)
-    assert parsing.parse(yaml_document.parse(dump(found.tree()), str(path))) == found
+    found = parsing.load_space(path)
+    assert (
+        parsing.parse_space(yaml_document.parse_document(dump_yaml(found.to_dict()), str(path)))
+        == found
+    )
 
 
 def test_parsing_imports_neither_torch_nor_optuna() -> None:

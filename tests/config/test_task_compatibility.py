@@ -13,39 +13,42 @@ TEXT = "task: classification\ndata: {name: digits}\nmodel: {name: resnet18}\nrec
 
 def problems(text: str) -> list[str]:
     with pytest.raises(SpaceError) as caught:
-        parsing.parse(yaml_document.parse(text, "f"))
+        parsing.parse_space(yaml_document.parse_document(text, "f"))
     return list(caught.value.problems)
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind in ("data", "model") for name in plugins.names(kind)]
+    ("kind", "name"),
+    [(kind, name) for kind in ("data", "model") for name in plugins.list_names(kind)],
 )
 def test_every_part_says_which_tasks_it_is_for(kind: str, name: str) -> None:
-    found = plugins.tasks(kind, name)
-    assert found and set(found) <= set(plugins.names("task"))
+    found = plugins.list_tasks(kind, name)
+    assert found and set(found) <= set(plugins.list_names("task"))
 
 
 def test_every_task_has_data_and_models() -> None:
     for kind in ("data", "model"):
-        served = {task for name in plugins.names(kind) for task in plugins.tasks(kind, name)}
-        assert served == set(plugins.names("task"))
+        served = {
+            task for name in plugins.list_names(kind) for task in plugins.list_tasks(kind, name)
+        }
+        assert served == set(plugins.list_names("task"))
 
 
-@pytest.mark.parametrize("name", plugins.names("model"))
+@pytest.mark.parametrize("name", plugins.list_names("model"))
 def test_recipes_and_exports_that_a_model_states_exist(name: str) -> None:
-    recipes: dict[str, dict[str, Any]] = plugins.stated(name, "RECIPES", {})
-    assert set(recipes) <= set(plugins.tasks("model", name))
+    recipes: dict[str, dict[str, Any]] = plugins.read_model_constant(name, "RECIPES", {})
+    assert set(recipes) <= set(plugins.list_tasks("model", name))
     for recipe in recipes.values():
         assert Recipe(**recipe)  # every key is a recipe's, every value one it takes
-    holds = plugins.stated(name, "EXPORTS", ("safetensors",))
-    assert "safetensors" in holds and set(holds) <= set(plugins.names("export"))
+    holds = plugins.read_model_constant(name, "EXPORTS", ("safetensors",))
+    assert "safetensors" in holds and set(holds) <= set(plugins.list_names("export"))
 
 
 def stating(monkeypatch: pytest.MonkeyPatch, **constants: Any) -> None:
-    real = plugins.constant
+    real = plugins.read_constant
     monkeypatch.setattr(
         plugins,
-        "constant",
+        "read_constant",
         lambda kind, file, name: (
             constants[name] if name in constants and kind == "model" else real(kind, file, name)
         ),
@@ -65,19 +68,23 @@ def test_the_default_recipe_is_what_the_models_people_begin_with(
     stating(
         monkeypatch, RECIPES={"classification": {"optimizer": "adamw", "lr": 2e-5, "epochs": 4}}
     )
-    found = parsing.parse(yaml_document.parse(TEXT + "search: {trials: 3}", "f")).run({}).recipe
+    found = (
+        parsing.parse_space(yaml_document.parse_document(TEXT + "search: {trials: 3}", "f"))
+        .make_run({})
+        .recipe
+    )
     assert (found.optimizer, found.lr, found.epochs, found.momentum) == (
         "adamw",
         2e-5,
         3,
         0.9,
     )  # what is written wins
-    searched = parsing.parse(
-        yaml_document.parse(
+    searched = parsing.parse_space(
+        yaml_document.parse_document(
             TEXT.replace("epochs: 3", "lr: {low: 1e-6, high: 1e-3, log: true}"), "f"
         )
     )
-    assert searched.default() == {"lr": 2e-5}
+    assert searched.default_params() == {"lr": 2e-5}
 
 
 def test_a_format_that_cannot_hold_the_model_is_refused_before_training(
@@ -87,4 +94,7 @@ def test_a_format_that_cannot_hold_the_model_is_refused_before_training(
     assert problems(TEXT + "export: [onnx, torch_export]") == [
         "f:5: export.1: torch_export cannot hold resnet18; safetensors or onnx can"
     ]
-    assert parsing.parse(yaml_document.parse(TEXT, "f")).settings.export == ("safetensors", "onnx")
+    assert parsing.parse_space(yaml_document.parse_document(TEXT, "f")).settings.export == (
+        "safetensors",
+        "onnx",
+    )

@@ -11,12 +11,12 @@ from tuner.errors import SpaceError
 
 
 def value(text: str) -> object:
-    return yaml_document.parse(f"key: {text}", "f.yaml").tree["key"]
+    return yaml_document.parse_document(f"key: {text}", "f.yaml").content["key"]
 
 
 def refusal(text: str) -> str:
     with pytest.raises(SpaceError) as caught:
-        yaml_document.parse(text, "f.yaml")
+        yaml_document.parse_document(text, "f.yaml")
     return str(caught.value)
 
 
@@ -55,15 +55,15 @@ def test_plain_words_mean_what_they_say(written: str, meant: object) -> None:
 
 
 def test_every_key_knows_its_line() -> None:
-    doc = yaml_document.parse("a:\n  b: 1\n  c: [x,\n      y]\n", "f.yaml")
-    assert doc.where(("a", "b")) == "f.yaml:2"
-    assert doc.where(("a", "c", 1)) == "f.yaml:4"
-    assert doc.where(("a", "missing")) == "f.yaml:1"  # its nearest written parent
-    assert doc.where(("missing",)) == "f.yaml:1"
+    doc = yaml_document.parse_document("a:\n  b: 1\n  c: [x,\n      y]\n", "f.yaml")
+    assert doc.location(("a", "b")) == "f.yaml:2"
+    assert doc.location(("a", "c", 1)) == "f.yaml:4"
+    assert doc.location(("a", "missing")) == "f.yaml:1"  # its nearest written parent
+    assert doc.location(("missing",)) == "f.yaml:1"
 
 
 def test_a_duplicate_key_names_both_lines_and_every_one_is_found() -> None:
-    doc = yaml_document.parse("a:\n  b: 1\n  b: 2\nc: 1\na: 3\n", "f.yaml")
+    doc = yaml_document.parse_document("a:\n  b: 1\n  b: 2\nc: 1\na: 3\n", "f.yaml")
     assert doc.problems == [
         "f.yaml:3: a.b: duplicate key, first written in line 2; keep one",
         "f.yaml:5: a: duplicate key, first written in line 1; keep one",
@@ -71,7 +71,7 @@ def test_a_duplicate_key_names_both_lines_and_every_one_is_found() -> None:
 
 
 def test_a_message_stays_on_one_line_whatever_the_key_holds() -> None:
-    doc = yaml_document.parse('"a\\nb": 1\n"a\\nb": 2\n', "f.yaml")
+    doc = yaml_document.parse_document('"a\\nb": 1\n"a\\nb": 2\n', "f.yaml")
     assert doc.problems == ["f.yaml:2: a\\nb: duplicate key, first written in line 1; keep one"]
 
 
@@ -145,13 +145,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(SpaceError) as caught:
-            yaml_document.read(path)
+            yaml_document.read_document(path)
         assert str(caught.value) == says
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
     (tmp_path / "f.yaml").write_text("task: classification", encoding="utf-8-sig")
-    assert yaml_document.read(tmp_path / "f.yaml").tree == {"task": "classification"}
+    assert yaml_document.read_document(tmp_path / "f.yaml").content == {"task": "classification"}
 
 
 HOSTILE = """

@@ -14,19 +14,19 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import ResNet18_Weights, get_model
 
-from tests.helpers.http_server import serving
-from tuner.core.input_spec import Preprocess
+from tests.helpers.http_server import serve_folder
+from tuner.core.input_spec import ImageInputSpec
 from tuner.core.weights import (
-    State,
-    adopt,
-    fetch,
+    StateDict,
+    fetch_weights,
     is_path,
-    read,
+    load_matching_state,
+    read_state_dict,
     torchvision_model,
     torchvision_preprocess,
 )
 from tuner.errors import DataError, SpaceError
-from tuner.files.atomic import sha256
+from tuner.files.atomic import file_sha256
 from tuner.models import resnet
 
 
@@ -36,14 +36,14 @@ def net(classes: int = 3) -> nn.Sequential:
     )
 
 
-def state(classes: int = 3) -> State:
+def state(classes: int = 3) -> StateDict:
     torch.manual_seed(0)
     return {k: v.clone() for k, v in net(classes).state_dict().items()}
 
 
-def adopted(found: State) -> tuple[nn.Module, tuple[str, ...]]:
+def adopted(found: StateDict) -> tuple[nn.Module, tuple[str, ...]]:
     model = net()
-    return model, adopt(model, found, head="fc", where="weights: w.pth")
+    return model, load_matching_state(model, found, head="fc", source_name="weights: w.pth")
 
 
 # -- fitting a state dict to a model
@@ -58,7 +58,7 @@ def test_weights_are_taken_name_by_name() -> None:
 @pytest.mark.parametrize(
     "found", [state(2), {k: v for k, v in state().items() if not k.startswith("fc.")}]
 )
-def test_another_head_is_new_and_said_so(found: State) -> None:
+def test_another_head_is_new_and_said_so(found: StateDict) -> None:
     model, notes = adopted(found)
     assert torch.equal(model.state_dict()["body.weight"], state()["body.weight"])
     assert notes == ("fc: new, the weights have none for these classes",)
@@ -102,7 +102,9 @@ def test_another_architecture_lists_the_first_ten_and_the_count() -> None:
     with torch.device("meta"):
         model, other = get_model("resnet18", num_classes=3), get_model("vgg11", num_classes=3)
     with pytest.raises(DataError) as error:
-        adopt(model, dict(other.state_dict()), head="fc", where="weights: w.pth")
+        load_matching_state(
+            model, dict(other.state_dict()), head="fc", source_name="weights: w.pth"
+        )
     assert len(error.value.problems) == 12
     assert error.value.problems[0] == "weights: w.pth: conv1.weight is missing"
     assert error.value.problems[10].endswith("more")
@@ -130,7 +132,7 @@ def written(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "old.pth", "wrapped.pth"])
 def test_every_kind_of_file_gives_the_same(written: Callable[[str], Path], name: str) -> None:
-    found = read(written(name))
+    found = read_state_dict(written(name))
     assert found.keys() == state().keys()
     assert all(torch.equal(v, state()[k]) for k, v in found.items())
 
@@ -142,7 +144,7 @@ def test_truncated_anywhere_it_is_refused(written: Callable[[str], Path], name: 
     for length in range(0, len(whole) - 1, max(1, len(whole) // 25)):
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match=f"weights: {path} "):
-            read(path)
+            read_state_dict(path)
 
 
 class Malicious:
@@ -167,7 +169,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_runs(tmp_path: Path, how: str
         DataError,
         match=r"evil.pth refused: it is damaged or would run code when loaded .*; save the state dict as safetensors",
     ):
-        read(path)
+        read_state_dict(path)
     assert not proof.exists()
 
 
@@ -198,15 +200,15 @@ def test_what_is_no_state_dict_is_called_what_it_is(
     else:
         torch.save(content, tmp_path / name)
     with pytest.raises(DataError) as error:
-        read(tmp_path / name)
+        read_state_dict(tmp_path / name)
     assert message in str(error.value)
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.pth does not exist; give a .safetensors or .pth file"):
-        read(tmp_path / "a.pth")
+        read_state_dict(tmp_path / "a.pth")
     with pytest.raises(DataError, match="is a folder"):
-        read(tmp_path)
+        read_state_dict(tmp_path)
 
 
 # -- torchvision's weights, by name
@@ -217,7 +219,7 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random ResNet-18 weights, under a name that begins their SHA-256."""
     path = tmp_path_factory.mktemp("random") / "new.pth"
     torch.save(get_model("resnet18").state_dict(), path)
-    return path.rename(path.with_name(f"resnet18-{sha256(path)[:8]}.pth"))
+    return path.rename(path.with_name(f"resnet18-{file_sha256(path)[:8]}.pth"))
 
 
 @pytest.fixture
@@ -237,7 +239,7 @@ def test_named_weights_are_downloaded_once_pinned_and_checked(
     tmp_path: Path, web: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (file,) = web.iterdir()
-    with serving(web) as address:
+    with serve_folder(web) as address:
         linked(monkeypatch, f"{address}/{file.name}")
         model, notes = torchvision_model(tmp_path, "resnet18", 7, "default", head="fc")
     assert torch.equal(
@@ -245,7 +247,9 @@ def test_named_weights_are_downloaded_once_pinned_and_checked(
     )
     assert model.state_dict()["fc.weight"].shape == (7, 512)
     assert notes == ("fc: new, the weights have none for these classes",)
-    assert json.loads((tmp_path / "weights" / "pins.json").read_text()) == {file.name: sha256(file)}
+    assert json.loads((tmp_path / "weights" / "pins.json").read_text()) == {
+        file.name: file_sha256(file)
+    }
 
     kept = tmp_path / "weights" / file.name  # the server is gone: from here on nothing is fetched
     torchvision_model(tmp_path, "resnet18", 7, "IMAGENET1K_V1", head="fc")
@@ -256,7 +260,7 @@ def test_named_weights_are_downloaded_once_pinned_and_checked(
         damaged.write(bytes([byte ^ 1]))
     with pytest.raises(
         DataError,
-        match=rf"{kept} has SHA-256 [0-9a-f]{{64}}, expected {sha256(file)}; delete the file so that",
+        match=rf"{kept} has SHA-256 [0-9a-f]{{64}}, expected {file_sha256(file)}; delete the file so that",
     ):
         torchvision_model(tmp_path, "resnet18", 7, "default", head="fc")
 
@@ -265,12 +269,12 @@ def test_a_wrong_hash_keeps_nothing(tmp_path: Path, web: Path) -> None:
     (file,) = web.iterdir()
     file.rename(web / "resnet18-00000000.pth")
     with (
-        serving(web) as address,
+        serve_folder(web) as address,
         pytest.raises(
             DataError, match=r"has SHA-256 [0-9a-f]{64}, expected 00000000…; nothing was kept"
         ),
     ):
-        fetch(tmp_path, f"{address}/resnet18-00000000.pth")
+        fetch_weights(tmp_path, f"{address}/resnet18-00000000.pth")
     assert [p.name for p in (tmp_path / "weights").iterdir() if p.suffix != ".lock"] == []
 
 
@@ -278,7 +282,7 @@ def test_offline_the_message_says_what_to_place_where(
     tmp_path: Path, web: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (file,) = web.iterdir()
-    with serving(web) as address:
+    with serve_folder(web) as address:
         linked(monkeypatch, f"{address}/{file.name}")
     with pytest.raises(DataError) as error:
         torchvision_model(tmp_path, "resnet18", 7, "default", head="fc")
@@ -295,27 +299,27 @@ def test_torchs_own_downloads_are_used(tmp_path: Path, web: Path) -> None:
     (file,) = web.iterdir()
     (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
     there = file.rename(tmp_path / "torch" / "hub" / "checkpoints" / file.name)
-    assert fetch(tmp_path, f"http://127.0.0.1:9/{file.name}") == there
+    assert fetch_weights(tmp_path, f"http://127.0.0.1:9/{file.name}") == there
 
 
 def test_a_file_without_a_hash_in_its_name_is_pinned_too(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "own.pth").write_bytes(b"first")
-    fetch(tmp_path, "http://127.0.0.1:9/own.pth")
+    fetch_weights(tmp_path, "http://127.0.0.1:9/own.pth")
     (tmp_path / "weights" / "own.pth").write_bytes(b"other")
     with pytest.raises(DataError, match=r"own.pth has SHA-256"):
-        fetch(tmp_path, "http://127.0.0.1:9/own.pth")
+        fetch_weights(tmp_path, "http://127.0.0.1:9/own.pth")
     (tmp_path / "weights" / "pins.json").write_text("{")
     with pytest.raises(DataError, match=r"pins.json is damaged; delete it"):
-        fetch(tmp_path, "http://127.0.0.1:9/own.pth")
+        fetch_weights(tmp_path, "http://127.0.0.1:9/own.pth")
 
 
 def test_preprocessing_is_the_weights_own() -> None:
     imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    assert torchvision_preprocess("resnet18", "default") == Preprocess(
+    assert torchvision_preprocess("resnet18", "default") == ImageInputSpec(
         224, 256, "bilinear", **imagenet
     )
-    assert torchvision_preprocess("resnet50", "IMAGENET1K_V2") == Preprocess(
+    assert torchvision_preprocess("resnet50", "IMAGENET1K_V2") == ImageInputSpec(
         224, 232, "bilinear", **imagenet
     )
     assert torchvision_preprocess("resnet50", "own.pth") == torchvision_preprocess(
@@ -341,7 +345,10 @@ def test_an_unknown_name_lists_the_known() -> None:
 
 def test_the_bundled_weights_are_those_of_the_card(tmp_path: Path) -> None:
     folder = Path(resnet.__file__).parent
-    assert sha256(folder / "resnet18_slim.safetensors") in (folder / "resnet18_slim.md").read_text()
+    assert (
+        file_sha256(folder / "resnet18_slim.safetensors")
+        in (folder / "resnet18_slim.md").read_text()
+    )
     first, second = (
         resnet.build(tmp_path, "resnet18_slim", "classification", 5, weights=w).model.state_dict()
         for w in ("bundled", "default")

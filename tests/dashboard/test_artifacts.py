@@ -16,8 +16,8 @@ from tuner import deferred_figures
 from tuner.config import parsing, yaml_document
 from tuner.config.space import Space
 from tuner.dashboard import artifacts, plots
-from tuner.dashboard.artifacts import Artifacts
-from tuner.messages import Epoch, Result
+from tuner.dashboard.artifacts import ArtifactWriter
+from tuner.messages import Epoch, TrialResult
 from tuner.search import storage
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -31,13 +31,13 @@ EPOCHS = tuple(
 
 @pytest.fixture(scope="module")
 def space() -> Space:
-    return parsing.parse(yaml_document.parse(SMALL, "small.yaml"))
+    return parsing.parse_space(yaml_document.parse_document(SMALL, "small.yaml"))
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> optuna.Study:
     return optuna.create_study(
-        storage=storage.connect(None, tmp_path), study_name="small", direction="maximize"
+        storage=storage.open_storage(None, tmp_path), study_name="small", direction="maximize"
     )
 
 
@@ -52,18 +52,18 @@ def attached(study: optuna.Study, trial: optuna.Trial) -> dict[str, tuple[str, P
 
 
 def show(
-    study: optuna.Study, space: Space, folder: Path, result: Result
+    study: optuna.Study, space: Space, folder: Path, result: TrialResult
 ) -> tuple[optuna.Trial, str]:
     trial = study.ask()
     run = space.sample(trial, seed=7)
-    Artifacts(study, folder, "accuracy").files(trial, run, result)
+    ArtifactWriter(study, folder, "accuracy").save_artifacts(trial, run, result)
     return trial, get_note(trial)
 
 
 def test_a_trial_has_its_files_and_a_note(
     study: optuna.Study, space: Space, tmp_path: Path
 ) -> None:
-    trial, note = show(study, space, tmp_path, Result("complete", EPOCHS, 2, FILES, 6.5))
+    trial, note = show(study, space, tmp_path, TrialResult("complete", EPOCHS, 2, FILES, 6.5))
 
     types = {name: kind for name, (kind, _) in attached(study, trial).items()}
     assert types == {
@@ -86,10 +86,10 @@ def test_a_pruned_trial_says_where_it_was_pruned(
     study: optuna.Study, space: Space, tmp_path: Path
 ) -> None:
     trial = study.ask({"epochs": optuna.distributions.IntDistribution(3, 3)})
-    run = space.sample(optuna.trial.FixedTrial(space.default() | {"epochs": 3}), seed=7)
+    run = space.sample(optuna.trial.FixedTrial(space.default_params() | {"epochs": 3}), seed=7)
 
-    Artifacts(study, tmp_path, "accuracy").files(
-        trial, run, Result("stopped", EPOCHS[:1], 1, FILES, 2.0)
+    ArtifactWriter(study, tmp_path, "accuracy").save_artifacts(
+        trial, run, TrialResult("stopped", EPOCHS[:1], 1, FILES, 2.0)
     )
 
     assert len(attached(study, trial)) == 3
@@ -102,7 +102,7 @@ def test_a_trial_that_diverges_at_once_has_a_note_and_no_files(
     study: optuna.Study, space: Space, tmp_path: Path
 ) -> None:
     trial, note = show(
-        study, space, tmp_path, Result("diverged", (), 0, {}, 1.0, "loss nan in epoch 1")
+        study, space, tmp_path, TrialResult("diverged", (), 0, {}, 1.0, "loss nan in epoch 1")
     )
 
     assert attached(study, trial) == {}
@@ -111,7 +111,7 @@ def test_a_trial_that_diverges_at_once_has_a_note_and_no_files(
 
 
 def test_a_study_is_described_once(study: optuna.Study, space: Space, tmp_path: Path) -> None:
-    Artifacts(study, tmp_path, "accuracy").describe(space)
+    ArtifactWriter(study, tmp_path, "accuracy").write_study_note(space)
     assert study.metric_names == ["accuracy"]
     assert get_note(study).startswith(
         "Searches `optimizer`, `lr`, `momentum`, `freeze_depth`, `epochs` for the best **accuracy**"
@@ -119,35 +119,35 @@ def test_a_study_is_described_once(study: optuna.Study, space: Space, tmp_path: 
     assert "lr: {low: 0.0001, high: 0.1, log: true}" in get_note(study)
 
     save_note(study, "seen by somebody")
-    Artifacts(study, tmp_path, "accuracy").describe(space)
+    ArtifactWriter(study, tmp_path, "accuracy").write_study_note(space)
     assert get_note(study) == "seen by somebody"
 
 
 def test_the_dashboard_is_imported_only_to_write_a_note(
     tmp_path: Path, study: optuna.Study, space: Space
 ) -> None:
-    Artifacts(study, tmp_path, "accuracy").describe(space)
+    ArtifactWriter(study, tmp_path, "accuracy").write_study_note(space)
     code = f"""
 import sys, optuna
 from pathlib import Path
 from tuner.search import storage
 from tuner.dashboard import artifacts
-study = optuna.load_study(study_name="small", storage=storage.connect(None, Path({str(tmp_path)!r})))
-artifacts.Artifacts(study, Path({str(tmp_path)!r}), "accuracy").describe(None)
+study = optuna.load_study(study_name="small", storage=storage.open_storage(None, Path({str(tmp_path)!r})))
+artifacts.TrialArtifacts(study, Path({str(tmp_path)!r}), "accuracy").write_study_note(None)
 assert "optuna_dashboard" not in sys.modules and "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_note_of_a_run_without_ranges(space: Space) -> None:
-    fixed = parsing.parse(
-        yaml_document.parse(
+    fixed = parsing.parse_space(
+        yaml_document.parse_document(
             "task: classification\ndata: {name: digits}\nmodel: {name: resnet18_slim}\n",
             "fixed.yaml",
         )
     )
 
-    assert artifacts.study_note(fixed, "fixed", "log_likelihood").startswith(
+    assert artifacts.format_study_note(fixed, "fixed", "log_likelihood").startswith(
         "Searches nothing for the best **log likelihood**"
     )
 
@@ -156,7 +156,7 @@ def test_the_note_of_a_run_without_ranges(space: Space) -> None:
 def test_a_confusion_matrix_is_drawn_for_any_number_of_classes(classes: int) -> None:
     matrix = [[int(i == j) for j in range(classes)] for i in range(classes)]
 
-    assert plots.confusion(
+    assert plots.plot_confusion(
         matrix, [f"a class with a long name {i}" for i in range(classes)]
     ).startswith(PNG)
 
@@ -165,7 +165,7 @@ def test_a_confusion_matrix_is_drawn_for_any_number_of_classes(classes: int) -> 
 def test_a_learning_curve_is_drawn_for_any_number_of_epochs(scores: list[float]) -> None:
     rows: list[dict[str, Any]] = [{"balanced_accuracy": s} for s in scores]
 
-    assert plots.curve([1.0] * len(scores), rows, "balanced_accuracy").startswith(PNG)
+    assert plots.plot_learning_curve([1.0] * len(scores), rows, "balanced_accuracy").startswith(PNG)
 
 
 def test_scores_per_class_are_a_table() -> None:
@@ -173,7 +173,9 @@ def test_scores_per_class_are_a_table() -> None:
     from tuner.tasks.classification import Classification
 
     logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
-    shown = Classification(("cat", "dog"), 0.0).show([(logits, torch.tensor([0, 1, 1]))], None)  # type: ignore[arg-type]
+    shown = Classification(("cat", "dog"), 0.0).make_artifacts(
+        [(logits, torch.tensor([0, 1, 1]))], None
+    )  # type: ignore[arg-type]
 
     rows = list(csv.DictReader(shown["per_class.csv"].decode().splitlines()))
     assert rows[0] == {
@@ -183,7 +185,7 @@ def test_scores_per_class_are_a_table() -> None:
         "f1": "0.6667",
         "examples": "1",
     }
-    assert shown["confusion.png"] == deferred_figures.later(
+    assert shown["confusion.png"] == deferred_figures.defer_figure(
         "confusion", matrix=[[1, 0], [1, 1]], classes=["cat", "dog"]
     )
-    assert plots.drawn(shown["confusion.png"]).startswith(PNG)
+    assert plots.render_figure(shown["confusion.png"]).startswith(PNG)

@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "artifacts").mkdir(parents=True)
     (folder / "space.yaml").write_text("")
     study = optuna.create_study(
-        storage=storage.connect(None, folder), study_name="digits", direction="maximize"
+        storage=storage.open_storage(None, folder), study_name="digits", direction="maximize"
     )
     (tmp_path / "curve.png").write_bytes(PICTURE)
     for number in range(3):
@@ -63,9 +63,9 @@ COOKIE = f"other=1; tuner_8080={TOKEN}"
 
 def guarded_app(folder: Path, *, write: bool = False, study: int = 1) -> server.App:
     """What the command serves."""
-    database = storage.connect(None, folder) if write else server.reader(None, folder)
+    database = storage.open_storage(None, folder) if write else server.open_read_only(None, folder)
     guard = server.guard_of(database, study, TOKEN, write=write)
-    inner = server.app(database, folder / "artifacts", study, write=write)
+    inner = server.make_app(database, folder / "artifacts", study, allow_writes=write)
     return server.guarded(inner, guard)
 
 
@@ -117,7 +117,9 @@ def test_an_artifact_is_served_byte_by_byte(app: server.App, made: Path) -> None
 def test_a_picture_is_drawn_when_it_is_asked_for(folder: Path) -> None:
     (artifact,) = (folder / "artifacts").iterdir()
     artifact.write_bytes(
-        deferred_figures.later("curve", losses=[1.0], scores=[{"accuracy": 0.5}], metric="accuracy")
+        deferred_figures.defer_figure(
+            "curve", losses=[1.0], scores=[{"accuracy": 0.5}], metric="accuracy"
+        )
     )
     answer = browse(guarded_app(folder), f"/artifacts/1/1/{artifact.name}")
 
@@ -198,7 +200,7 @@ def test_the_token_in_the_address_becomes_a_cookie(app: server.App) -> None:
 
 @pytest.mark.parametrize("write", [False, True])
 def test_only_the_one_study_of_a_shared_database_is_served(write: bool, folder: Path) -> None:
-    database = storage.connect(None, folder)
+    database = storage.open_storage(None, folder)
     other = optuna.create_study(storage=database, study_name="others", direction="maximize")
     other.tell(other.ask(), 0.5)  # trial id 4
     app = guarded_app(folder, write=write)
@@ -257,7 +259,7 @@ def other_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def ours(folder: Path) -> Path:
     """A study that tuner has marked as its own, which is what it answers for itself."""
-    storage.connect(None, folder).set_study_user_attr(1, storage.SPACE, "{}")
+    storage.open_storage(None, folder).set_study_user_attr(1, storage.SPACE_ATTRIBUTE, "{}")
     return folder
 
 
@@ -282,7 +284,7 @@ def test_where_the_dashboard_differs_inside_its_own_page_is_served(
     )
     change(monkeypatch)
 
-    app = server.app(server.reader(None, ours), place, 1, warn=warnings.append)
+    app = server.make_app(server.open_read_only(None, ours), place, 1, warn=warnings.append)
 
     assert answers_of(app) == answers_of(optunas)
     assert len(warnings) == 1 and "optuna-dashboard 0." in warnings[0] and "slower" in warnings[0]
@@ -292,7 +294,7 @@ def test_an_answer_that_fails_while_serving_is_optunas_own_from_then_on(
     ours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, warnings = ours / "artifacts", list[str]()
-    app = server.app(server.reader(None, ours), place, 1, warn=warnings.append)
+    app = server.make_app(server.open_read_only(None, ours), place, 1, warn=warnings.append)
     before = answers_of(app)
     assert warnings == []
 
@@ -305,7 +307,7 @@ def test_warming_cannot_end_the_command() -> None:
     def fails(*_: Any) -> Any:
         raise RuntimeError("whatever it is")
 
-    server.warm(fails, 1)
+    server.preload_study(fails, 1)
 
 
 def test_the_installed_pages_script_has_the_timeline_where_it_is_looked_for() -> None:
@@ -341,7 +343,7 @@ def test_inner_names_of_the_dashboard_are_used_in_one_module() -> None:
 
 def test_the_reader_cannot_write_even_past_the_guard(folder: Path) -> None:
     with pytest.raises(optuna.exceptions.StorageInternalError) as refused:
-        server.reader(None, folder).set_study_user_attr(1, "key", "value")
+        server.open_read_only(None, folder).set_study_user_attr(1, "key", "value")
 
     assert "readonly database" in str(refused.value.__cause__)
 
@@ -349,7 +351,7 @@ def test_the_reader_cannot_write_even_past_the_guard(folder: Path) -> None:
 def test_the_reader_sees_what_a_running_search_commits(folder: Path) -> None:
     app = guarded_app(folder)
     before = browse(app, "/csv/1").body.count(b"\n")
-    study = optuna.load_study(storage=storage.connect(None, folder), study_name="digits")
+    study = optuna.load_study(storage=storage.open_storage(None, folder), study_name="digits")
 
     study.tell(study.ask(), 0.9)
 
@@ -358,7 +360,7 @@ def test_the_reader_sees_what_a_running_search_commits(folder: Path) -> None:
 
 def test_the_reader_makes_nothing_where_nothing_is(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"study\.db cannot be read: .*unable to open"):
-        server.reader(None, tmp_path)
+        server.open_read_only(None, tmp_path)
 
     assert list(tmp_path.iterdir()) == []
 
@@ -367,7 +369,7 @@ def test_the_reader_makes_no_tables_in_a_database_that_is_not_a_study(tmp_path: 
     sqlite3.connect(tmp_path / "study.db").execute("CREATE TABLE other (x)").connection.close()
 
     with pytest.raises(StorageError, match="cannot be read"):
-        server.reader(f"sqlite:///{tmp_path}/study.db", tmp_path)
+        server.open_read_only(f"sqlite:///{tmp_path}/study.db", tmp_path)
 
     connection = sqlite3.connect(tmp_path / "study.db")
     assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("other",)]
@@ -377,34 +379,34 @@ def test_the_reader_makes_no_tables_in_a_database_that_is_not_a_study(tmp_path: 
 def test_odd_names_are_no_obstacle(folder: Path) -> None:
     odd = folder.rename(folder.with_name("a b{c}%20?#d"))
 
-    assert server.reader(None, odd).get_study_id_from_name("digits") == 1
+    assert server.open_read_only(None, odd).get_study_id_from_name("digits") == 1
 
 
 def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StorageError, match=rf"port {port} on 127\.0\.0\.1: .*--port"):
-            server.server(lambda *_: [], port)
-        assert server.free_port(port) not in (0, port)
+            server.make_server(lambda *_: [], port)
+        assert server.choose_port(port) not in (0, port)
 
 
 def test_studies_are_found_by_name_and_the_latest_without(folder: Path) -> None:
     studies = folder.parent
 
-    assert server.find(studies, "digits") == folder
-    assert server.find(studies, None) == folder
-    assert server.find(Path("/nowhere"), str(folder)) == folder
+    assert server.find_study(studies, "digits") == folder
+    assert server.find_study(studies, None) == folder
+    assert server.find_study(Path("/nowhere"), str(folder)) == folder
     with pytest.raises(DataError, match="did you mean 'digits'"):
-        server.find(studies, "digit")
+        server.find_study(studies, "digit")
     with pytest.raises(DataError, match="no study in"):
-        server.find(studies / "digits", None)
+        server.find_study(studies / "digits", None)
 
 
 def test_a_study_missing_from_its_storage_is_said(folder: Path) -> None:
     other = folder.rename(folder.with_name("renamed"))
 
     with pytest.raises(DataError, match="'renamed' is not in its storage"):
-        server.serve(other, None, 0, write=False, announce=print)
+        server.serve(other, None, 0, allow_writes=False, announce=print)
 
 
 def test_the_process_beside_a_search_ends_when_the_search_does(
@@ -412,7 +414,7 @@ def test_the_process_beside_a_search_ends_when_the_search_does(
 ) -> None:
     (tmp_path / "optuna.py").write_text("open('ran', 'w')")  # as the search's folder may have
     monkeypatch.chdir(tmp_path)
-    with background.start("digits", tmp_path, 0, "", TOKEN) as process:
+    with background.start_process("digits", tmp_path, 0, "", TOKEN) as process:
         assert TOKEN not in " ".join(map(str, process.args))  # which every user of the machine sees
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)
@@ -431,7 +433,7 @@ def test_the_command_serves_until_interrupted(
     (folder / "space.yaml").write_text(
         "task: classification\ndata: {name: 'not_here:load'}\nmodel: {name: 'not_here:build'}\n"
     )  # of modules that do not import on this machine
-    monkeypatch.setattr(server._Server, "serve_forever", interrupted)
+    monkeypatch.setattr(server._HttpServer, "serve_forever", interrupted)
 
     said = tuner("dashboard", "digits", "--studies", folder.parent, "--port", 0)
 

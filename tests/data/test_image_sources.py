@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from tests.helpers.http_server import serving
+from tests.helpers.http_server import serve_folder
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Data
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import Dataset
 from tuner.data import cifar10, digits, folder, synthetic
 from tuner.errors import DataError
 
-WANTED = Preprocess(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3)
+WANTED = ImageInputSpec(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
 
 def paint(root: Path, tree: Mapping[str, int]) -> Path:
@@ -37,7 +37,7 @@ def paint(root: Path, tree: Mapping[str, int]) -> Path:
     return root
 
 
-def load(root: Path, **options: Any) -> Data:
+def load(root: Path, **options: Any) -> Dataset:
     return folder.load(
         root.parent / "home",
         WANTED,
@@ -47,7 +47,7 @@ def load(root: Path, **options: Any) -> Data:
     )
 
 
-def sizes(data: Data) -> tuple[int, int, int, int]:
+def sizes(data: Dataset) -> tuple[int, int, int, int]:
     return len(data.train), len(data.valid), len(data.test), len(data.full)
 
 
@@ -237,7 +237,7 @@ def test_digits_are_scikit_learns(tmp_path: Path) -> None:
 
 
 def test_stripes_follow_their_seed(tmp_path: Path) -> None:
-    def made(seed: int, **options: Any) -> Data:
+    def made(seed: int, **options: Any) -> Dataset:
         return synthetic.load(
             tmp_path, WANTED, "classification", image=ImageOptions(seed=seed), **options
         )
@@ -288,7 +288,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def check_cifar(data: Data) -> None:
+def check_cifar(data: Dataset) -> None:
     assert sizes(data) == (80, 20, 20, 100)
     assert data.classes == tuple(NAMES)
     x, y = data.test.take(torch.arange(20), 0)
@@ -298,10 +298,10 @@ def check_cifar(data: Data) -> None:
 
 
 @pytest.fixture
-def cifar(tmp_path: Path) -> Callable[..., Data]:
+def cifar(tmp_path: Path) -> Callable[..., Dataset]:
     return lambda path=None: cifar10.load(
         tmp_path / "home",
-        Preprocess(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        ImageInputSpec(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3),
         "classification",
         path=path,
         image=ImageOptions(),
@@ -309,9 +309,9 @@ def cifar(tmp_path: Path) -> Callable[..., Data]:
 
 
 def test_cifar10_is_downloaded_once(
-    archive: Path, cifar: Callable[..., Data], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    archive: Path, cifar: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with serving(archive.parent) as address:
+    with serve_folder(archive.parent) as address:
         monkeypatch.setattr(CIFAR10, "url", f"{address}/{archive.name}")
         check_cifar(cifar())
     check_cifar(cifar())  # the server is gone
@@ -320,16 +320,16 @@ def test_cifar10_is_downloaded_once(
 
 
 def test_an_archive_placed_by_hand_is_unpacked(
-    archive: Path, cifar: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
+    archive: Path, cifar: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/none")
     check_cifar(cifar(str(archive.parent)))
 
 
 def test_offline_the_message_says_where_to_place_the_archive(
-    archive: Path, cifar: Callable[..., Data], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    archive: Path, cifar: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with serving(archive.parent) as address:
+    with serve_folder(archive.parent) as address:
         monkeypatch.setattr(CIFAR10, "url", f"{address}/{archive.name}")
     with pytest.raises(DataError) as error:
         cifar(str(tmp_path / "place"))
@@ -340,10 +340,10 @@ def test_offline_the_message_says_where_to_place_the_archive(
 
 
 def test_another_archive_is_not_kept(
-    archive: Path, cifar: Callable[..., Data], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    archive: Path, cifar: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
-    with serving(archive.parent) as address:
+    with serve_folder(archive.parent) as address:
         monkeypatch.setattr(CIFAR10, "url", f"{address}/{archive.name}")
         with pytest.raises(
             DataError, match=r"has MD5 [0-9a-f]{32}, expected 0{32}…; nothing was kept"
@@ -352,7 +352,7 @@ def test_another_archive_is_not_kept(
     assert not (tmp_path / "place" / archive.name).exists()
 
 
-def test_a_file_for_a_folder(archive: Path, cifar: Callable[..., Data]) -> None:
+def test_a_file_for_a_folder(archive: Path, cifar: Callable[..., Dataset]) -> None:
     with pytest.raises(
         DataError,
         match="is a file; expected the folder that holds or shall hold cifar-10-batches-py",

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tests.helpers import small_transformers
 from tuner.config.run import SplitOptions
-from tuner.core.input_spec import IMAGENET, Tokens
-from tuner.core.types import Data
+from tuner.core.input_spec import IMAGENET_SPEC, TextInputSpec
+from tuner.core.types import Dataset
 from tuner.data import text
-from tuner.data._rows import rows
+from tuner.data._rows import read_rows
 from tuner.errors import DataError, SpaceError
 from tuner.preprocessing import tokenization
 
@@ -23,22 +23,22 @@ LINES = "".join(f"{'ham' if i % 2 else 'spam'}\tfine film {i} day\n" for i in ra
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> TextInputSpec:
     root = tmp_path_factory.mktemp("bert")
-    return Tokens(
-        str(small_transformers.folder(root, "bert", weights=False)),
+    return TextInputSpec(
+        str(small_transformers.write_model_folder(root, "bert", weights=False)),
         16,
         ("input_ids", "attention_mask", "token_type_ids"),
     )
 
 
 def load(
-    wanted: Tokens,
+    wanted: TextInputSpec,
     path: Path,
     task: str = "text_classification",
     split: SplitOptions | None = None,
     **keys: Any,
-) -> Data:
+) -> Dataset:
     return text.load(
         path.parent / "home", wanted, task, path=str(path), split=split or SplitOptions(), **keys
     )
@@ -50,8 +50,8 @@ def wrote(tmp_path: Path, content: str | bytes, name: str = "m.csv") -> Path:
     return path
 
 
-def read(source: Any, wanted: Tokens) -> list[str]:
-    return tokenization.decoded(wanted, source.take(torch.arange(len(source)), 0).x)
+def read(source: Any, wanted: TextInputSpec) -> list[str]:
+    return tokenization.decode_texts(wanted, source.take(torch.arange(len(source)), 0).x)
 
 
 FORMS = {
@@ -71,7 +71,9 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_gives_the_same_examples(name: str, wanted: Tokens, tmp_path: Path) -> None:
+def test_every_form_gives_the_same_examples(
+    name: str, wanted: TextInputSpec, tmp_path: Path
+) -> None:
     keys = {"text": "2", "label": "1"} if name == "bare.tsv" else {}
     data = load(wanted, wrote(tmp_path, FORMS[name], name), **keys)
     assert (data.classes, len(data.train), len(data.valid), len(data.test), len(data.full)) == (
@@ -94,17 +96,22 @@ def test_every_form_gives_the_same_examples(name: str, wanted: Tokens, tmp_path:
 
 
 def test_quotation_marks_in_tab_separated_values_are_characters(tmp_path: Path) -> None:
-    found = rows(
+    found = read_rows(
         wrote(tmp_path, 'label\ttext\nham\t"Oh, he said\nspam\tbuy "now"\n', "q.tsv"),
         None,
         ("text", "label"),
     )
-    assert found.rows == [("ham", '"Oh, he said'), ("spam", 'buy "now"')] and found.lines == [2, 3]
+    assert found.values == [("ham", '"Oh, he said'), ("spam", 'buy "now"')] and found.lines == [
+        2,
+        3,
+    ]
 
 
 def test_a_text_over_several_lines_keeps_its_first_lines_number(tmp_path: Path) -> None:
-    found = rows(wrote(tmp_path, 'text,label\n"one\ntwo",a\nthree,b\n'), None, ("text", "label"))
-    assert found.rows == [("one\ntwo", "a"), ("three", "b")] and found.lines == [2, 4]
+    found = read_rows(
+        wrote(tmp_path, 'text,label\n"one\ntwo",a\nthree,b\n'), None, ("text", "label")
+    )
+    assert found.values == [("one\ntwo", "a"), ("three", "b")] and found.lines == [2, 4]
 
 
 @pytest.mark.parametrize(
@@ -204,13 +211,18 @@ def test_a_text_over_several_lines_keeps_its_first_lines_number(tmp_path: Path) 
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(
-    content: str | bytes, name: str, keys: dict[str, Any], said: str, wanted: Tokens, tmp_path: Path
+    content: str | bytes,
+    name: str,
+    keys: dict[str, Any],
+    said: str,
+    wanted: TextInputSpec,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(DataError, match=said):
         load(wanted, wrote(tmp_path, content, name), **keys)
 
 
-def test_places_that_are_not_there(wanted: Tokens, tmp_path: Path) -> None:
+def test_places_that_are_not_there(wanted: TextInputSpec, tmp_path: Path) -> None:
     wrote(tmp_path, FORMS["m.csv"], "messages.csv")
     with pytest.raises(DataError, match=r"does not exist .*did you mean 'messages.csv'"):
         load(wanted, tmp_path / "mesages.csv")
@@ -219,10 +231,10 @@ def test_places_that_are_not_there(wanted: Tokens, tmp_path: Path) -> None:
     ):
         load(wanted, tmp_path)
     with pytest.raises(SpaceError, match="these are texts, but the model wants images"):
-        text.load(tmp_path, IMAGENET, "text_classification", path="x", split=SplitOptions())
+        text.load(tmp_path, IMAGENET_SPEC, "text_classification", path="x", split=SplitOptions())
 
 
-def test_a_folder_of_parts_is_taken_as_it_is(wanted: Tokens, tmp_path: Path) -> None:
+def test_a_folder_of_parts_is_taken_as_it_is(wanted: TextInputSpec, tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
     for name, count, seed in (("train.csv", 40, 0), ("dev.csv", 10, 1), ("test.csv", 6, 2)):
@@ -244,7 +256,7 @@ def test_a_folder_of_parts_is_taken_as_it_is(wanted: Tokens, tmp_path: Path) -> 
 
 
 def test_an_empty_text_among_many_is_left_out_with_a_warning(
-    wanted: Tokens, tmp_path: Path
+    wanted: TextInputSpec, tmp_path: Path
 ) -> None:
     data = load(wanted, wrote(tmp_path, "label,text\n" + LINES.replace("\t", ",") + "ham, \n"))
     assert len(data.full) + len(data.test) == 40
@@ -254,7 +266,7 @@ def test_an_empty_text_among_many_is_left_out_with_a_warning(
 
 
 def test_long_texts_and_duplicates_between_parts_are_counted(
-    wanted: Tokens, tmp_path: Path
+    wanted: TextInputSpec, tmp_path: Path
 ) -> None:
     long = "ham," + "word " * 60
     again = "spam,the very same\n" * 10
@@ -267,7 +279,9 @@ def test_long_texts_and_duplicates_between_parts_are_counted(
     )
 
 
-def test_classes_that_are_numbers_are_ordered_by_value(wanted: Tokens, tmp_path: Path) -> None:
+def test_classes_that_are_numbers_are_ordered_by_value(
+    wanted: TextInputSpec, tmp_path: Path
+) -> None:
     data = load(
         wanted,
         wrote(
@@ -279,7 +293,7 @@ def test_classes_that_are_numbers_are_ordered_by_value(wanted: Tokens, tmp_path:
     assert data.classes == tuple(map(str, range(11)))
 
 
-def test_pairs_of_texts_have_segments_of_their_own(wanted: Tokens, tmp_path: Path) -> None:
+def test_pairs_of_texts_have_segments_of_their_own(wanted: TextInputSpec, tmp_path: Path) -> None:
     content = "text,other,label\n" + "".join(
         f"fine {i},cold film,{'yes' if i % 2 else 'no'}\n" for i in range(20)
     )
@@ -292,7 +306,9 @@ def test_pairs_of_texts_have_segments_of_their_own(wanted: Tokens, tmp_path: Pat
     )
 
 
-def test_folds_and_limits_keep_the_classes_in_proportion(wanted: Tokens, tmp_path: Path) -> None:
+def test_folds_and_limits_keep_the_classes_in_proportion(
+    wanted: TextInputSpec, tmp_path: Path
+) -> None:
     path = small_transformers.write_csv(tmp_path / "m.csv", 100)
     held = [load(wanted, path, split=SplitOptions(folds=3, fold=fold)) for fold in range(3)]
     assert len({d.test.digest for d in held}) == 1 and len({d.valid.digest for d in held}) == 3
@@ -305,7 +321,9 @@ def test_folds_and_limits_keep_the_classes_in_proportion(wanted: Tokens, tmp_pat
 
 
 def test_texts_to_be_continued_need_no_labels_and_end(tmp_path: Path) -> None:
-    wanted = Tokens(str(small_transformers.folder(tmp_path / "models", "gpt2", weights=False)), 16)
+    wanted = TextInputSpec(
+        str(small_transformers.write_model_folder(tmp_path / "models", "gpt2", weights=False)), 16
+    )
     data = load(
         wanted,
         wrote(tmp_path, "".join(f"fine {i}\n" for i in range(20)) + "\n", "lines.txt"),
@@ -319,11 +337,11 @@ def test_texts_to_be_continued_need_no_labels_and_end(tmp_path: Path) -> None:
 
 
 def test_texts_are_encoded_once_and_by_content(
-    wanted: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wanted: TextInputSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load(wanted, wrote(tmp_path, FORMS["m.csv"]))
     monkeypatch.setattr(
-        "tuner.preprocessing.tokenization._encoded", lambda *_: pytest.fail("encoded again")
+        "tuner.preprocessing.tokenization._encode_int32", lambda *_: pytest.fail("encoded again")
     )
     again = load(wanted, wrote(tmp_path, FORMS["m.tsv"], "elsewhere.tsv"))
     assert (
@@ -341,16 +359,16 @@ def test_texts_are_encoded_once_and_by_content(
         and isinstance(after, dict)
         and torch.equal(after["input_ids"], before["input_ids"])
     )
-    other = Tokens(wanted.folder, 12, wanted.leaves)
+    other = TextInputSpec(wanted.tokenizer_folder, 12, wanted.input_names)
     assert load(other, tmp_path / "m.csv").digest != first.digest
 
 
 def test_the_command_line_tells_it_without_a_traceback(
-    wanted: Tokens, tuner: Callable[..., Said]
+    wanted: TextInputSpec, tuner: Callable[..., CommandResult]
 ) -> None:
     Path("m.csv").write_bytes(b"text,label\nfine,a\ncaf\xe9,b\n")
     Path("x.yaml").write_text(
-        f"task: text_classification\ndata: {{name: text, path: m.csv}}\nmodel: {{name: bert, folder: {wanted.folder}, weights: none, length: 16}}\n"
+        f"task: text_classification\ndata: {{name: text, path: m.csv}}\nmodel: {{name: bert, folder: {wanted.tokenizer_folder}, weights: none, length: 16}}\n"
         "engine: {name: inline, device: cpu}\n"
     )
     said = tuner("check", "x.yaml")

@@ -15,21 +15,21 @@ from typing import Any
 import pytest
 
 from tuner.config import plugins
-from tuner.config.run import Engine
+from tuner.config.run import EngineSettings
 from tuner.engines import _process_settings
 from tuner.engines import local as local_engine
 from tuner.engines._watch import Watch
-from tuner.jobs import Carry, Job, Outcome, Stall, stall_of
+from tuner.jobs import Job, Outcome, RunJobs, Stall, stall_of
 
 ENGINES = [
     pytest.param(name, marks=pytest.mark.slow) if name == "ray" else name
-    for name in plugins.names("engine")
+    for name in plugins.list_names("engine")
 ]
-SETTINGS = {"ray": Engine(name="ray", address="local")}
+SETTINGS = {"ray": EngineSettings(name="ray", address="local")}
 
 
 def carry_all(
-    carry: Carry, jobs: list[Job], answer: bool = True, workers: int = 1
+    carry: RunJobs, jobs: list[Job], answer: bool = True, workers: int = 1
 ) -> tuple[list[tuple[Job, Outcome]], list[Any]]:
     ended: list[tuple[Job, Outcome]] = []
     heard: list[Any] = []
@@ -58,30 +58,32 @@ def gone(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def carry(request: pytest.FixtureRequest) -> Iterator[Carry]:
+def carry(request: pytest.FixtureRequest) -> Iterator[RunJobs]:
     if request.param == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
     if request.param == "local":
         yield request.getfixturevalue("local")
         return
-    with plugins.attribute("engine", request.param)(SETTINGS.get(request.param, Engine())) as carry:
+    with plugins.load_plugin("engine", request.param)(
+        SETTINGS.get(request.param, EngineSettings())
+    ) as carry:
         yield carry
 
 
 @pytest.fixture(scope="module")
-def local() -> Iterator[Carry]:
-    with plugins.attribute("engine", "local")() as carry:
+def local() -> Iterator[RunJobs]:
+    with plugins.load_plugin("engine", "local")() as carry:
         yield carry
 
 
-def test_an_engine_returns_values_and_carries_reports_and_answers(carry: Carry) -> None:
+def test_an_engine_returns_values_and_carries_reports_and_answers(carry: RunJobs) -> None:
     ended, heard = carry_all(carry, [Job(0, "tests.helpers.jobs:count", 3)])
     assert [o.value for _, o in ended] == [3] and heard == [1, 2, 3]
     ended, heard = carry_all(carry, [Job(0, "tests.helpers.jobs:count", 3)], answer=False)
     assert [o.value for _, o in ended] == [1] and heard == [1]
 
 
-def test_what_a_job_raises_becomes_an_outcome_and_the_next_job_runs(carry: Carry) -> None:
+def test_what_a_job_raises_becomes_an_outcome_and_the_next_job_runs(carry: RunJobs) -> None:
     ended, _ = carry_all(
         carry,
         [
@@ -94,8 +96,8 @@ def test_what_a_job_raises_becomes_an_outcome_and_the_next_job_runs(carry: Carry
     assert (failed.kind, failed.reason) == (
         "failed",
         "ValueError: no such layer",
-    ) and "Traceback" in failed.trace
-    assert (refused.kind, refused.reason, refused.problems, refused.code) == (
+    ) and "Traceback" in failed.traceback
+    assert (refused.kind, refused.reason, refused.problems, refused.exit_code) == (
         "refused",
         "DataError",
         ("gone", "and more"),
@@ -104,7 +106,9 @@ def test_what_a_job_raises_becomes_an_outcome_and_the_next_job_runs(carry: Carry
     assert done.value == 1
 
 
-def test_what_fails_in_the_coordinator_is_not_taken_for_a_failure_of_the_job(carry: Carry) -> None:
+def test_what_fails_in_the_coordinator_is_not_taken_for_a_failure_of_the_job(
+    carry: RunJobs,
+) -> None:
     jobs = iter([Job(0, "tests.helpers.jobs:count", 1)])
 
     def report(job: Job, value: Any) -> bool:
@@ -121,7 +125,7 @@ def test_what_fails_in_the_coordinator_is_not_taken_for_a_failure_of_the_job(car
 
 
 def test_a_worker_persists_between_jobs_and_calls_and_ends_with_the_engine() -> None:
-    with plugins.attribute("engine", "local")() as carry:
+    with plugins.load_plugin("engine", "local")() as carry:
         first, _ = carry_all(
             carry, [Job(0, "tests.helpers.jobs:pid", None), Job(1, "tests.helpers.jobs:pid", None)]
         )
@@ -142,24 +146,24 @@ def test_a_worker_persists_between_jobs_and_calls_and_ends_with_the_engine() -> 
     ],
 )
 def test_a_dead_worker_ends_its_job_as_lost_and_the_next_job_gets_a_new_one(
-    local: Carry, work: str, argument: int, reason: str, cause: str
+    local: RunJobs, work: str, argument: int, reason: str, cause: str
 ) -> None:
     ended, _ = carry_all(
         local,
         [Job(0, f"tests.helpers.jobs:{work}", argument), Job(1, "tests.helpers.jobs:count", 1)],
     )
-    assert [(o.kind, o.reason, o.cause) for _, o in ended] == [
+    assert [(o.kind, o.reason, o.loss_cause) for _, o in ended] == [
         ("lost", reason, cause),
         ("done", "", ""),
     ]
 
 
-def test_what_a_job_starts_is_as_if_typed_by_hand(local: Carry) -> None:
+def test_what_a_job_starts_is_as_if_typed_by_hand(local: RunJobs) -> None:
     ((_, outcome),), _ = carry_all(local, [Job(0, "tests.helpers.jobs:python_started", None)])
     assert outcome.value == (None, sys.path[0])
 
 
-def test_several_workers_carry_jobs_at_once_and_share_the_cores(local: Carry) -> None:
+def test_several_workers_carry_jobs_at_once_and_share_the_cores(local: RunJobs) -> None:
     ended, _ = carry_all(
         local, [Job(i, "tests.helpers.jobs:pid", None) for i in range(6)], workers=2
     )
@@ -175,7 +179,7 @@ def test_when_time_is_up_a_busy_worker_ends_at_once_and_cleans_up(tmp_path: Path
     ended: list[Outcome] = []
     heard: list[int] = []
     jobs = iter([Job(0, "tests.helpers.jobs:hang", str(held))])
-    with plugins.attribute("engine", "local")() as carry:
+    with plugins.load_plugin("engine", "local")() as carry:
         start = time.monotonic()
         carry(
             lambda: next(jobs, None),
@@ -185,12 +189,12 @@ def test_when_time_is_up_a_busy_worker_ends_at_once_and_cleans_up(tmp_path: Path
             1,
         )
         assert time.monotonic() - start < 30
-    assert [(o.kind, o.cause) for o in ended] == [("lost", "interrupted")]
+    assert [(o.kind, o.loss_cause) for o in ended] == [("lost", "interrupted")]
     assert not held.exists()  # SIGTERM unwinds the worker, so that half a download does not stay
     assert gone(heard[0])
 
 
-def test_idle_workers_die_for_free_and_leave_when_fewer_are_wanted(local: Carry) -> None:
+def test_idle_workers_die_for_free_and_leave_when_fewer_are_wanted(local: RunJobs) -> None:
     pids = [Job(i, "tests.helpers.jobs:pid", None) for i in range(4)]
     first, _ = carry_all(local, pids[:2], workers=2)
     both = {o.value for _, o in first}
@@ -223,7 +227,7 @@ def test_a_worker_that_dies_as_it_gets_its_job_costs_it_nothing() -> None:
         local_engine.stop_workers(pool.workers)
 
 
-def test_a_value_that_cannot_be_read_here_fails_its_job_alone(local: Carry) -> None:
+def test_a_value_that_cannot_be_read_here_fails_its_job_alone(local: RunJobs) -> None:
     jobs = [Job(0, "tests.helpers.jobs:unreadable", None), Job(1, "tests.helpers.jobs:count", 1)]
     ended, _ = carry_all(local, jobs)
     assert [(o.kind, o.reason) for _, o in ended] == [
@@ -257,14 +261,14 @@ def test_workers_are_ended_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def strict() -> Iterator[Carry]:
+def strict() -> Iterator[RunJobs]:
     """The local engine, whose workers may be silent for a second."""
-    with plugins.attribute("engine", "local")(silence=1.0) as carry:
+    with plugins.load_plugin("engine", "local")(silence=1.0) as carry:
         yield carry
 
 
 def test_workers_that_stop_also_amid_a_message_or_hang_are_given_up_and_never_come_back(
-    strict: Carry,
+    strict: RunJobs,
 ) -> None:
     jobs = [
         Job(0, "tests.helpers.jobs:stop", 5),
@@ -276,7 +280,7 @@ def test_workers_that_stop_also_amid_a_message_or_hang_are_given_up_and_never_co
         Job(4, "tests.helpers.jobs:wait", 1.2),
     ]  # stall: None
     ended, heard = carry_all(strict, jobs + more, workers=3)
-    assert {job.number: (o.kind, o.cause, o.reason, o.value) for job, o in ended} == {
+    assert {job.number: (o.kind, o.loss_cause, o.reason, o.value) for job, o in ended} == {
         0: ("lost", "silent", "worker silent for 1 s", None),
         1: ("lost", "silent", "worker silent for 1 s", None),
         2: ("lost", "stalled", "no progress for 0.5 s (engine.stall)", None),
@@ -323,18 +327,18 @@ def test_how_long_a_job_may_report_nothing() -> None:
 def test_what_engine_stall_says() -> None:
     """The winner's training ends with the export, of which nobody knows how long it takes."""
     said = {
-        stall: [stall_of(Engine(stall=stall), paced=paced) for paced in (True, False)]
+        stall: [stall_of(EngineSettings(stall=stall), paced=paced) for paced in (True, False)]
         for stall in ("auto", "never", "30m")
     }
     assert said == {"auto": ["auto", None], "never": [None, None], "30m": [1800.0, 1800.0]}
     with pytest.raises(ValueError, match="or auto, or never"):
-        Engine(stall="soon")
+        EngineSettings(stall="soon")
 
 
 def test_the_inline_engine_says_that_it_cannot_give_up_a_training() -> None:
     warnings: list[str] = []
     for stall in ("auto", "never", "30m"):
-        with plugins.attribute("engine", "inline")(Engine(stall=stall), warnings.append):
+        with plugins.load_plugin("engine", "inline")(EngineSettings(stall=stall), warnings.append):
             pass
     assert warnings == [
         "engine.stall: 30m has no effect with engine.name: inline, which cannot end a training that hangs"
@@ -342,7 +346,9 @@ def test_the_inline_engine_says_that_it_cannot_give_up_a_training() -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_computes_without_a_word_is_not_taken_for_a_silent_one(strict: Carry) -> None:
+def test_a_worker_that_computes_without_a_word_is_not_taken_for_a_silent_one(
+    strict: RunJobs,
+) -> None:
     ended, _ = carry_all(
         strict,
         [
@@ -355,7 +361,7 @@ def test_a_worker_that_computes_without_a_word_is_not_taken_for_a_silent_one(str
 
 
 @pytest.mark.slow
-def test_a_coordinator_that_was_busy_for_long_takes_nobody_for_silent(strict: Carry) -> None:
+def test_a_coordinator_that_was_busy_for_long_takes_nobody_for_silent(strict: RunJobs) -> None:
     def report(job: Job, value: Any) -> bool:
         heard.append(value)
         if len(heard) == 1:

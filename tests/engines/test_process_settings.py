@@ -66,7 +66,7 @@ def test_idle_threads_sleep_where_others_run(
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setattr(Path, "read_text", running(processes))
     start = time.monotonic()
-    _process_settings.quiet_threads()
+    _process_settings.set_thread_wait_policy()
     assert (
         _process_settings.os.environ.get("OMP_WAIT_POLICY") == "PASSIVE"
     ) == asleep and time.monotonic() - start < 2
@@ -82,7 +82,7 @@ def test_what_the_environment_says_stays(
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(Path, "read_text", running(9))
-    _process_settings.quiet_threads()
+    _process_settings.set_thread_wait_policy()
     assert _process_settings.os.environ.get("OMP_WAIT_POLICY") == (
         value if name == "OMP_WAIT_POLICY" else None
     )

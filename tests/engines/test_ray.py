@@ -21,9 +21,9 @@ from tests.conftest import SMALL
 from tests.helpers.jobs import checkpoint
 from tuner.config import plugins
 from tuner.config.requirements import pip_install
-from tuner.config.run import Engine
+from tuner.config.run import EngineSettings
 from tuner.errors import StorageError
-from tuner.jobs import Carry, Job, Outcome
+from tuner.jobs import Job, Outcome, RunJobs
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,7 +56,7 @@ def cluster() -> Iterator[Any]:
     """A head without cores and two nodes with one core each; no process of it is left afterwards."""
     from tuner.engines import _ray_cluster
 
-    _ray_cluster.library(local=True)  # token and loopback, which Ray reads when it is loaded
+    _ray_cluster.import_ray(local=True)  # token and loopback, which Ray reads when it is loaded
     from ray.cluster_utils import Cluster
 
     health = {
@@ -110,16 +110,16 @@ def gone(cluster: Any, node: Any = None) -> None:
 @contextlib.contextmanager
 def joined(
     cluster: Any, warnings: list[str] | None = None, *, silence: float = 60.0, **settings: Any
-) -> Iterator[Carry]:
-    engine = Engine(name="ray", address=cluster.address, **settings)
-    with plugins.attribute("engine", "ray")(
+) -> Iterator[RunJobs]:
+    engine = EngineSettings(name="ray", address=cluster.address, **settings)
+    with plugins.load_plugin("engine", "ray")(
         engine, (warnings if warnings is not None else []).append, silence=silence
     ) as carry:
         yield carry
 
 
 def carry_all(
-    carry: Carry,
+    carry: RunJobs,
     jobs: list[Job],
     report: Callable[[Job, Any], bool] = lambda job, value: True,
     workers: int = 2,
@@ -194,7 +194,7 @@ def test_workers_that_stop_or_hang_are_given_up_and_end(whole: Any) -> None:
             Job(3, "tests.helpers.jobs:count", 2),
         ]
         ended = carry_all(carry, jobs, report)
-        assert {number: (o.kind, o.cause) for number, o in ended.items()} == {
+        assert {number: (o.kind, o.loss_cause) for number, o in ended.items()} == {
             0: ("lost", "silent"),
             1: ("lost", "stalled"),
             2: ("done", ""),
@@ -315,15 +315,15 @@ def test_a_zombie_is_fenced(whole: Any, tmp_path: Path) -> None:
 
 
 def test_an_answer_to_a_job_that_is_gone_is_not_taken() -> None:
-    from tuner.engines._ray_worker import Slot
+    from tuner.engines._ray_worker import RayWorker
 
-    slot = Slot(os.getcwd(), [], 1, 1)
-    stream = slot.carry(Job(0, "tests.helpers.jobs:count", 2), "new", [], 60.0)
+    slot = RayWorker(os.getcwd(), [], 1, 1)
+    stream = slot.run_job(Job(0, "tests.helpers.jobs:count", 2), "new", [], 60.0)
     assert next(stream)[0] == "alive" and next(stream) == ("report", "new", 1)
-    slot.answer("old", False)
-    slot.answer("new", True)
+    slot.receive_answer("old", False)
+    slot.receive_answer("new", True)
     assert next(stream) == ("report", "new", 2)
-    slot.answer("new", False)
+    slot.receive_answer("new", False)
     assert next(stream)[2] == Outcome("done", 2)
 
 
@@ -375,7 +375,7 @@ def counted(folder: Path, budget: int) -> None:
     from tuner.search import storage
 
     trials = optuna.load_study(
-        study_name="small", storage=storage.connect(None, folder / "studies" / "small")
+        study_name="small", storage=storage.open_storage(None, folder / "studies" / "small")
     ).trials
     assert all(t.state.is_finished() for t in trials)
     final = [
@@ -483,7 +483,7 @@ def test_a_job_for_everywhere_runs_once_on_every_node_and_ends_once(
     with joined(whole) as carry:
         ended = carry_all(
             carry,
-            [Job(0, "tests.helpers.jobs:steps", (1, 0.0, str(path)), everywhere=True)],
+            [Job(0, "tests.helpers.jobs:steps", (1, 0.0, str(path)), on_every_node=True)],
             workers=1,
         )
         assert ended[0].value == 1 and len(path.read_text().splitlines()) == 2
@@ -511,9 +511,9 @@ def test_a_slot_does_not_import_from_the_current_folder(
 def test_nodes_that_disagree_are_both_named(whole: Any) -> None:
     with joined(whole) as carry:
         ended = carry_all(
-            carry, [Job(0, "tests.helpers.jobs:where", None, everywhere=True)], workers=1
+            carry, [Job(0, "tests.helpers.jobs:where", None, on_every_node=True)], workers=1
         )
-    assert (ended[0].kind, ended[0].reason, ended[0].code) == ("refused", "DataError", 3)
+    assert (ended[0].kind, ended[0].reason, ended[0].exit_code) == ("refused", "DataError", 3)
     assert ended[0].problems[0].count("/") == 2 and "find different data" in ended[0].problems[0]
 
 
@@ -522,11 +522,15 @@ def test_slots_of_a_node_share_its_cache_which_is_filled_once(cluster: Any, tmp_
     from tuner.messages import Assignment
 
     (tmp_path / "x.yaml").write_text(SMALL)
-    space = parsing.load(
+    space = parsing.load_space(
         tmp_path / "x.yaml",
         ["recipe.freeze_depth=5", "recipe.epochs=2", "engine.cache=always", "recipe.optimizer=sgd"],
     )
-    run = space.sample(None, seed=0) if not space.dimensions else next(iter(space.corners()))
+    run = (
+        space.sample(None, seed=0)
+        if not space.dimensions
+        else next(iter(space.plugin_combinations()))
+    )
     order = Assignment(run, "accuracy", space.settings.engine, str(tmp_path / "home"))
     path = tmp_path / "fills"
     while cluster.worker_nodes:
@@ -576,7 +580,7 @@ def blind(cluster: Any, folder: Path) -> Iterator[None]:
 def test_what_a_node_lacks_is_named_or_shipped(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.engines._file_chunks.LIMIT", 1000)
+    monkeypatch.setattr("tuner.engines._file_chunks.CHUNK_BYTES", 1000)
     unseen = tmp_path / "disk"
     data = unseen / "photos"
     (data / "cat" / "empty").mkdir(parents=True)
@@ -584,11 +588,13 @@ def test_what_a_node_lacks_is_named_or_shipped(
     (data / "2.jpg").write_bytes(b"")
     (unseen / "weights.bin").write_bytes(b"w" * 5000)
     paths = (str(data), str(unseen / "weights.bin"))
-    look = Job(0, "tests.helpers.jobs:listing", str(unseen), everywhere=True, folders=paths)
+    look = Job(
+        0, "tests.helpers.jobs:listing", str(unseen), on_every_node=True, folders_needed=paths
+    )
     with blind(cluster, unseen):
         with joined(cluster) as carry:
             assert carry_all(
-                carry, [Job(0, "tests.helpers.jobs:listing", str(data), folders=paths)]
+                carry, [Job(0, "tests.helpers.jobs:listing", str(data), folders_needed=paths)]
             )[0].problems == (f"{data} does not exist",)
         with joined(cluster, ship=True) as carry:
             found = carry_all(carry, [look])[0].value
@@ -605,7 +611,8 @@ def test_a_kept_folder_survives_its_node(cluster: Any, tmp_path: Path) -> None:
     unseen.mkdir()
     with blind(cluster, unseen), joined(cluster) as carry:
         first = carry_all(
-            carry, [Job(0, "tests.helpers.jobs:remember", (str(keep), -3), keep=(str(keep),))]
+            carry,
+            [Job(0, "tests.helpers.jobs:remember", (str(keep), -3), folders_to_keep=(str(keep),))],
         )[0]
         assert first.kind == "lost"
         assert (
@@ -614,7 +621,8 @@ def test_a_kept_folder_survives_its_node(cluster: Any, tmp_path: Path) -> None:
         )
     with blind(cluster, unseen), joined(cluster) as carry:  # another node
         second = carry_all(
-            carry, [Job(0, "tests.helpers.jobs:remember", (str(keep), 2), keep=(str(keep),))]
+            carry,
+            [Job(0, "tests.helpers.jobs:remember", (str(keep), 2), folders_to_keep=(str(keep),))],
         )[0]
     assert second.value == [checkpoint(1), checkpoint(2)]
 

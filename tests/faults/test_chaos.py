@@ -18,7 +18,7 @@ import optuna
 import pytest
 
 from tests.conftest import SMALL
-from tests.helpers.study_contents import trials
+from tests.helpers.study_contents import ended_trials
 from tuner.dashboard import server
 from tuner.search import history
 
@@ -171,8 +171,10 @@ def check(search: Search) -> None:
         sqlite3.connect(f"file:{search.folder}/study.db?mode=ro", uri=True)
     ) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    study = optuna.load_study(study_name=search.name, storage=server.reader(None, search.folder))
-    draws = history.roots(study)
+    study = optuna.load_study(
+        study_name=search.name, storage=server.open_read_only(None, search.folder)
+    )
+    draws = history.proposal_numbers(study)
     counted = Counter(draws[t.number] for t in study.trials if counts(t))
     assert max(counted.values(), default=0) <= 1, "a draw was counted twice"
     assert counted.total() <= BUDGET
@@ -184,21 +186,25 @@ def check(search: Search) -> None:
 
 
 def counts(trial: optuna.trial.FrozenTrial) -> bool:
-    return trial.state.name in ("COMPLETE", "PRUNED") or history.FINAL in trial.user_attrs
+    return (
+        trial.state.name in ("COMPLETE", "PRUNED") or history.FAILED_PERMANENTLY in trial.user_attrs
+    )
 
 
 def done(search: Search) -> None:
     """What must hold at the end."""
     check(search)
-    study = optuna.load_study(study_name=search.name, storage=server.reader(None, search.folder))
-    draws = history.roots(study)
+    study = optuna.load_study(
+        study_name=search.name, storage=server.open_read_only(None, search.folder)
+    )
+    draws = history.proposal_numbers(study)
     assert all(t.state.is_finished() for t in study.trials)
     assert sorted(draws[t.number] for t in study.trials if counts(t)) == list(range(BUDGET))
     assert not list(search.folder.rglob("*.tmp"))
     with open(search.folder / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if search.workers == 1:
-        assert trials(search.place, search.name) == trials(search.place, "calm")
+        assert ended_trials(search.place, search.name) == ended_trials(search.place, "calm")
         assert winner(search.folder) == winner(search.place / "studies/calm")
 
 

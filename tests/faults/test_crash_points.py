@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import tuner
-from tests.helpers.forked_commands import Forks, forks
+from tests.helpers.forked_commands import ForkServer, forks
 from tuner import manifest
-from tuner.files.crash_points import POINTS
+from tuner.files.crash_points import CRASH_POINTS
 
 STUDY = """
 task: classification
@@ -35,7 +35,9 @@ LATER = (
     "search.failing",
     "export.moved",
 )  # passed only after something else has happened
-PASSED = [point for point in POINTS if point.partition(".")[0] not in WORKS and point not in LATER]
+PASSED = [
+    point for point in CRASH_POINTS if point.partition(".")[0] not in WORKS and point not in LATER
+]
 
 
 # -- the list of points is the code's
@@ -76,14 +78,14 @@ def test_every_point_of_the_code_is_listed_and_every_listed_one_is_in_the_code()
             what = strings(call) or ["file"]
             assert len(what) == 1, ast.unparse(call)
             there |= {f"{what[0]}.{step}" for step in expected}
-    assert there == set(POINTS) and len(POINTS) == len(set(POINTS))
+    assert there == set(CRASH_POINTS) and len(CRASH_POINTS) == len(set(CRASH_POINTS))
 
 
 # -- a study
 
 
 @pytest.fixture(scope="module")
-def forking() -> Iterator[Forks]:
+def forking() -> Iterator[ForkServer]:
     with forks() as found:
         yield found
 
@@ -95,7 +97,7 @@ def begun(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def calm(forking: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calm(forking: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the study as it ends undisturbed."""
     folder = begun(tmp_path_factory.mktemp("calm"))
     code, said = forking.tuner(folder, "run", "study.yaml")
@@ -109,7 +111,9 @@ def trials(folder: Path) -> list[tuple[Any, ...]]:
 
     from tuner.search import storage
 
-    study = optuna.load_study(study_name="s", storage=storage.connect(None, folder / "studies/s"))
+    study = optuna.load_study(
+        study_name="s", storage=storage.open_storage(None, folder / "studies/s")
+    )
     for trial in study.trials:
         assert trial.state.name in ("COMPLETE", "PRUNED", "FAIL"), trial
         assert trial.state.name != "FAIL" or trial.user_attrs["tuner:reason"].startswith(
@@ -125,8 +129,8 @@ def trials(folder: Path) -> list[tuple[Any, ...]]:
 def ended_alike(folder: Path, calm: Path) -> None:
     assert trials(folder) == trials(calm)
     found, expected = (
-        manifest.read(folder / "studies/s/export"),
-        manifest.read(calm / "studies/s/export"),
+        manifest.read_export(folder / "studies/s/export"),
+        manifest.read_export(calm / "studies/s/export"),
     )  # raises on a file that differs
     assert found is not None and expected is not None
     assert (
@@ -162,13 +166,15 @@ def chosen(folder: Path) -> list[str]:
     ],
 )
 def test_27_killed_at_a_point_and_started_again_a_study_ends_as_the_calm_one(
-    point: str, forking: Forks, calm: Path, tmp_path: Path
+    point: str, forking: ForkServer, calm: Path, tmp_path: Path
 ) -> None:
     begun(tmp_path)
     code, said = forking.tuner(tmp_path, "run", "study.yaml", TUNER_CRASH_AT=point)
     assert code == 137, f"{point} was not passed: {said}"
     if (tmp_path / "studies/s/export").exists():
-        assert manifest.read(tmp_path / "studies/s/export") is not None  # whole, or not there
+        assert (
+            manifest.read_export(tmp_path / "studies/s/export") is not None
+        )  # whole, or not there
     code, said = forking.tuner(tmp_path, "run", "study.yaml")
     assert code == 0, said
     ended_alike(tmp_path, calm)
@@ -177,7 +183,7 @@ def test_27_killed_at_a_point_and_started_again_a_study_ends_as_the_calm_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["search.requeued", "search.failing"])
 def test_27_killed_again_while_the_first_kill_is_mended(
-    point: str, forking: Forks, calm: Path, tmp_path: Path
+    point: str, forking: ForkServer, calm: Path, tmp_path: Path
 ) -> None:
     begun(tmp_path)
     for where in ("search.reported:3", point):
@@ -200,7 +206,7 @@ def test_27_killed_again_while_the_first_kill_is_mended(
     ],
 )
 def test_27_killed_while_an_export_is_replaced_the_old_or_the_new_one_is_there(
-    point: str, atomic: bool, forking: Forks, calm: Path, tmp_path: Path
+    point: str, atomic: bool, forking: ForkServer, calm: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(calm, tmp_path, dirs_exist_ok=True)
     words = ("export", "s", "--format", "torch_export")
@@ -208,10 +214,10 @@ def test_27_killed_while_an_export_is_replaced_the_old_or_the_new_one_is_there(
         code, said = forking.tuner(tmp_path, *words, TUNER_CRASH_AT=point)
     else:
         work = "tests.faults.test_crash_points:in_two_steps"
-        code, said = forking.work(tmp_path, work, words, TUNER_CRASH_AT=point)
+        code, said = forking.call_function(tmp_path, work, words, TUNER_CRASH_AT=point)
     assert code == 137, f"{point} was not passed: {said}"
     export = tmp_path / "studies/s/export"
-    there = manifest.read(export if export.exists() else export.with_name(".export.old"))
+    there = manifest.read_export(export if export.exists() else export.with_name(".export.old"))
     assert there is not None and ("torch_export" in there.manifest["exports"]) == (
         point == "export.renamed"
     )
@@ -233,7 +239,7 @@ def in_two_steps(words: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["activations.filled:4", "export.written"])
 def test_27_a_worker_that_dies_at_a_point_is_noticed_and_replaced(
-    point: str, forking: Forks, calm: Path, tmp_path: Path
+    point: str, forking: ForkServer, calm: Path, tmp_path: Path
 ) -> None:
     begun(tmp_path)
     code, said = forking.tuner(
@@ -273,61 +279,68 @@ def timing(folder: str) -> list[str]:
     """What an example costs through a prefix, kept in a note."""
     import torch
 
-    from tests.helpers.frozen_prefixes import Counting, chain, frozen
-    from tuner.training.activation_cache import Live, timed
+    from tests.helpers.frozen_prefixes import CountingSource, make_frozen_prefix, make_linear_chain
+    from tuner.training.activation_cache import UncachedSource, measure_costs
 
     place = Path(folder) / "activations"
     place.mkdir(exist_ok=True)
-    found = timed(Live(frozen(chain(3)), Counting()), place)
+    found = measure_costs(
+        UncachedSource(make_frozen_prefix(make_linear_chain(3)), CountingSource()), place
+    )
     assert torch.get_num_threads() >= 1
     return sorted(found)
 
 
 def downloading(folder: str) -> str:
-    from tuner.files.atomic import sweep
+    from tuner.files.atomic import remove_leftovers
     from tuner.files.downloads import download
 
-    sweep(Path(folder))
+    remove_leftovers(Path(folder))
     download(f"file://{folder}/origin", Path(folder) / "fetched", "weights")
     return hashlib.sha256((Path(folder) / "fetched").read_bytes()).hexdigest()
 
 
 def pinning(folder: str) -> str:
-    from tuner.core.weights import fetch
+    from tuner.core.weights import fetch_weights
 
-    fetch(Path(folder) / "home", f"file://{folder}/origin", name="origin")
+    fetch_weights(Path(folder) / "home", f"file://{folder}/origin", name="origin")
     return (Path(folder) / "home/weights/pins.json").read_text()
 
 
 def encoding(folder: str) -> list[int]:
     from tests.helpers import small_transformers
-    from tuner.core.input_spec import Tokens
+    from tuner.core.input_spec import TextInputSpec
     from tuner.preprocessing import tokenization
 
     place = Path(folder) / "bert"
     if not place.exists():
-        small_transformers.folder(Path(folder), "bert", weights=False)
-    wanted = Tokens(str(place), 24, ("input_ids", "attention_mask"))
+        small_transformers.write_model_folder(Path(folder), "bert", weights=False)
+    wanted = TextInputSpec(str(place), 24, ("input_ids", "attention_mask"))
     return list(
-        tokenization.store(
-            Path(folder) / "home", wanted, [text for text, _ in small_transformers.corpus(20)], None
+        tokenization.open_token_store(
+            Path(folder) / "home",
+            wanted,
+            [text for text, _ in small_transformers.make_corpus(20)],
+            None,
         ).lengths.tolist()
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", [point for point in POINTS if point.partition(".")[0] in WORKS])
+@pytest.mark.parametrize(
+    "point", [point for point in CRASH_POINTS if point.partition(".")[0] in WORKS]
+)
 def test_27_what_is_written_once_is_whole_or_absent_wherever_the_kill_comes(
-    point: str, forking: Forks, tmp_path: Path
+    point: str, forking: ForkServer, tmp_path: Path
 ) -> None:
     (tmp_path / "origin").write_bytes(b"weights")
     work = f"tests.faults.test_crash_points:{WORKS[point.partition('.')[0]]}"
-    code, said = forking.work(tmp_path, work, str(tmp_path), TUNER_CRASH_AT=point)
+    code, said = forking.call_function(tmp_path, work, str(tmp_path), TUNER_CRASH_AT=point)
     assert code == 137, f"{point} was not passed: {said}"
-    code, said = forking.work(tmp_path, work, str(tmp_path))
+    code, said = forking.call_function(tmp_path, work, str(tmp_path))
     assert code == 0, said
     other = tmp_path / "undisturbed"
     other.mkdir()
     (other / "origin").write_bytes(b"weights")
-    code, expected = forking.work(other, work, str(other))
+    code, expected = forking.call_function(other, work, str(other))
     assert code == 0 and said == expected

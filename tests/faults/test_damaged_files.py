@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from tests.helpers import damaged_files
-from tests.helpers.damaged_files import damaged, retyped
+from tests.helpers.damaged_files import damage, retype_value
 from tuner.config.run import ImageOptions, SplitOptions
-from tuner.core.input_spec import Preprocess
+from tuner.core.input_spec import ImageInputSpec
 from tuner.data import coco, text, voc, yolo
-from tuner.data._rows import rows
+from tuner.data._rows import read_rows
 from tuner.errors import DataError, TunerError
 from tuner.preprocessing import image_decoding, mask_decoding
-from tuner.preprocessing.splits import UNSPLIT, checked, divided
+from tuner.preprocessing.splits import UNSPLIT, assign_and_limit_splits, check_classes
 
-SIDE = Preprocess(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3)
+SIDE = ImageInputSpec(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3)
 QUICK, MANY = 40, 800  # files a kind
 SECONDS, BYTES = 10.0, 700_000_000  # that one file may take, and all of a kind together
 
@@ -34,23 +34,29 @@ def boxes(load: Callable[..., Any]) -> Callable[[Path], object]:
 
 def rowed(root: Path) -> object:
     (path,) = (p for p in root.iterdir() if p.is_file())
-    found = text._examples(rows(path, None, (*text.TEXT, *text.LABEL)), None, None, None, True)
-    items, _ = text._items({UNSPLIT: found}, True)
-    checked(items)
-    return divided(items, SplitOptions())
+    found = text._read_examples(
+        read_rows(path, None, (*text.USUAL_TEXT_COLUMNS, *text.USUAL_LABEL_COLUMNS)),
+        None,
+        None,
+        None,
+        True,
+    )
+    items, _ = text._make_items({UNSPLIT: found}, True)
+    check_classes(items)
+    return assign_and_limit_splits(items, SplitOptions())
 
 
 Made = Callable[[Path], Path]
 KINDS: dict[str, tuple[Made, Callable[[Path], object], tuple[damaged_files.Mutate, ...]]] = {
-    "voc": (damaged_files.voc, boxes(voc.load), (damaged,)),
-    "coco": (damaged_files.coco, boxes(coco.load), (damaged, retyped, retyped)),
-    "yolo": (damaged_files.yolo, boxes(yolo.load), (damaged,)),
-    "yolo yaml": (damaged_files.yolo_yaml, boxes(yolo.load), (damaged,)),
+    "voc": (damaged_files.write_voc, boxes(voc.load), (damage,)),
+    "coco": (damaged_files.write_coco, boxes(coco.load), (damage, retype_value, retype_value)),
+    "yolo": (damaged_files.write_yolo, boxes(yolo.load), (damage,)),
+    "yolo yaml": (damaged_files.write_yolo_yaml, boxes(yolo.load), (damage,)),
     **{
         f"text {kind}": (
-            lambda root, kind=kind: damaged_files.table(root, f"t.{kind}"),
+            lambda root, kind=kind: damaged_files.write_table(root, f"t.{kind}"),
             rowed,
-            (damaged,),
+            (damage,),
         )  # type: ignore[misc]
         for kind in ("csv", "tsv", "jsonl")
     },
@@ -162,21 +168,21 @@ def test_what_once_ended_in_a_traceback(
 
 def looked_at(path: Path) -> None:
     """As an image and as a mask: pixels, or one line that names the file."""
-    mask = mask_decoding.reading("m", None, lambda _, values, __: values)
-    for attempt in (image_decoding.attempt, mask.attempt):
+    mask = mask_decoding.make_mask_decoder("m", None, lambda _, values, __: values)
+    for attempt in (image_decoding.try_decode, mask.try_decode):
         found = attempt(path, SIDE)
         assert not isinstance(found, str) or (
             found.startswith(f"{path}: ") and "\n" not in found
         ), found
-        image_decoding.dimensions(path)
+        image_decoding.upright_size(path)
 
 
 def looked(path: Path, count: int) -> None:
     whole, before = path.read_bytes(), peak()
-    with image_decoding.quietly():
+    with image_decoding.silence_pillow():
         for seed in range(count):
             draw = random.Random(seed)
-            content = damaged(whole, draw)
+            content = damage(whole, draw)
             path.write_bytes(content)
             begin = time.monotonic()
             try:
@@ -188,7 +194,10 @@ def looked(path: Path, count: int) -> None:
 
 
 def test_damaged_images_and_masks_are_answered(tmp_path: Path) -> None:
-    for path in (*damaged_files.pictures(tmp_path / "a"), *damaged_files.masks(tmp_path / "b")):
+    for path in (
+        *damaged_files.write_pictures(tmp_path / "a"),
+        *damaged_files.write_masks(tmp_path / "b"),
+    ):
         looked(path, 15)
 
 
@@ -196,6 +205,8 @@ def test_damaged_images_and_masks_are_answered(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", range(17))
 def test_many_damaged_images_and_masks_are_answered(number: int, tmp_path: Path) -> None:
     looked(
-        [*damaged_files.pictures(tmp_path / "a"), *damaged_files.masks(tmp_path / "b")][number],
+        [*damaged_files.write_pictures(tmp_path / "a"), *damaged_files.write_masks(tmp_path / "b")][
+            number
+        ],
         MANY,
     )

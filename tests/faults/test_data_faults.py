@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torchvision.models import ResNet18_Weights
 
-from tests.conftest import Said
-from tests.helpers.http_server import serving
+from tests.conftest import CommandResult
+from tests.helpers.http_server import serve_folder
 from tests.helpers.png_headers import png_header
-from tuner.models.resnet import slim
+from tuner.models.resnet import build_slim_resnet
 
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 Write = Callable[[Path], None]
 
 SPACE = """
@@ -76,7 +76,7 @@ class Malicious:
 
 def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Write:
     def write(here: Path) -> None:
-        state = slim(3).state_dict()
+        state = build_slim_resnet(3).state_dict()
         torch.save(change(state), here / "w.pth")
 
     return both(classes(5, 5, 5), write)
@@ -214,7 +214,7 @@ def test_19_without_a_network(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "space.yaml").write_text(SPACE)
     classes(5, 5)(tmp_path)
-    with serving(tmp_path) as address:
+    with serve_folder(tmp_path) as address:
         monkeypatch.setattr(
             ResNet18_Weights.IMAGENET1K_V1.value, "url", f"{address}/resnet18-f37072fd.pth"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 
 PARTS = "task: classification\ndata: digits\nmodel: {name: resnet18_slim}\n"
 INLINE = "engine: {name: inline, device: cpu}\n"
@@ -89,7 +89,7 @@ def test_a_faulty_file_is_refused_before_anything_is_made(
     row: int,
     text: str,
     says: list[str],
-    tuner: Callable[..., Said],
+    tuner: Callable[..., CommandResult],
     home: Path,
     tmp_path: Path,
 ) -> None:
@@ -102,7 +102,7 @@ def test_a_faulty_file_is_refused_before_anything_is_made(
 
 @pytest.mark.parametrize(("row", "name", "says"), MODELS)
 def test_a_model_that_is_not_there_is_refused_before_anything_is_made(
-    row: int, name: str, says: str, tuner: Callable[..., Said], home: Path, tmp_path: Path
+    row: int, name: str, says: str, tuner: Callable[..., CommandResult], home: Path, tmp_path: Path
 ) -> None:
     Path("faultymod.py").write_text("raise ImportError('libfoo is missing')")
     Path("space.yaml").write_text(PARTS.replace("resnet18_slim", f"'{name}'"))
@@ -130,7 +130,11 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_made(
     ids=["empty", "list", "binary", "5MB", "missing"],
 )
 def test_row_7_what_is_no_space_file(
-    content: bytes | None, says: str, tuner: Callable[..., Said], home: Path, tmp_path: Path
+    content: bytes | None,
+    says: str,
+    tuner: Callable[..., CommandResult],
+    home: Path,
+    tmp_path: Path,
 ) -> None:
     if content is not None:
         Path("space.yaml").write_bytes(content)
@@ -140,7 +144,7 @@ def test_row_7_what_is_no_space_file(
 
 
 def test_every_fault_of_a_file_and_of_the_command_line_is_reported_at_once(
-    tuner: Callable[..., Said], home: Path, tmp_path: Path
+    tuner: Callable[..., CommandResult], home: Path, tmp_path: Path
 ) -> None:
     text = "recipe:\n  lr: {low: 1, high: 0}\n  lr: 0.1\n  epocs: 3\nsearch: {trials: 0}\n"
     Path("space.yaml").write_text(PARTS + text)
@@ -159,7 +163,9 @@ def test_every_fault_of_a_file_and_of_the_command_line_is_reported_at_once(
 # -- rows that need the model: found before training by a worker that writes nothing
 
 
-def test_row_3_numbers_that_yaml_takes_for_text(tuner: Callable[..., Said], home: Path) -> None:
+def test_row_3_numbers_that_yaml_takes_for_text(
+    tuner: Callable[..., CommandResult], home: Path
+) -> None:
     Path("space.yaml").write_text(PARTS + "recipe: {lr: {low: 1e-3, high: 1e-1}}\n" + INLINE)
     said = tuner("check", "space.yaml", "--print")
     assert (said.code, said.err) == (0, "")
@@ -176,7 +182,12 @@ def test_row_3_numbers_that_yaml_takes_for_text(tuner: Callable[..., Said], home
     ],
 )
 def test_row_9_a_freeze_depth_that_the_model_does_not_have(
-    command: str, depth: str, says: str, tuner: Callable[..., Said], home: Path, tmp_path: Path
+    command: str,
+    depth: str,
+    says: str,
+    tuner: Callable[..., CommandResult],
+    home: Path,
+    tmp_path: Path,
 ) -> None:
     Path("space.yaml").write_text(
         PARTS.replace("resnet18_slim", "resnet18") + f"recipe: {{freeze_depth: {depth}}}\n" + INLINE
@@ -187,17 +198,17 @@ def test_row_9_a_freeze_depth_that_the_model_does_not_have(
 
 
 def test_row_10_a_factory_that_returns_no_module(
-    tuner: Callable[..., Said], home: Path, tmp_path: Path
+    tuner: Callable[..., CommandResult], home: Path, tmp_path: Path
 ) -> None:
     Path("ownfactory.py").write_text(OWN)
     Path("space.yaml").write_text(PARTS.replace("resnet18_slim", "'ownfactory:nothing'") + INLINE)
     said = tuner("run", "space.yaml")
-    says = "model.name: ownfactory:nothing returned int; expected an nn.Module or a tuner.core.types.Staged"
+    says = "model.name: ownfactory:nothing returned int; expected an nn.Module or a tuner.core.StagedModel"
     assert (said.code, said.out, said.err) == (2, "", f"tuner: error: space.yaml:3: {says}\n")
     assert made(tmp_path) == [] and not [path for path in home.rglob("*") if path.is_file()]
 
 
-def test_row_10_a_factory_that_returns_one(tuner: Callable[..., Said], home: Path) -> None:
+def test_row_10_a_factory_that_returns_one(tuner: Callable[..., CommandResult], home: Path) -> None:
     Path("ownfactory.py").write_text(OWN)
     Path("space.yaml").write_text(
         PARTS.replace("resnet18_slim", "'ownfactory:model'").replace(
@@ -210,7 +221,7 @@ def test_row_10_a_factory_that_returns_one(tuner: Callable[..., Said], home: Pat
     assert said.out.endswith("ownfactory:model freeze depth 0..1\n")
 
 
-def test_the_schema_is_printed(tuner: Callable[..., Said]) -> None:
+def test_the_schema_is_printed(tuner: Callable[..., CommandResult]) -> None:
     said = tuner("schema")
     assert said.code == 0 and said.out.startswith(
         '{\n  "$schema": "https://json-schema.org/draft/2020-12/schema"'

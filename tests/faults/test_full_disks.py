@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SMALL, Said
-from tests.helpers.forked_commands import Forks, forks
+from tests.conftest import SMALL, CommandResult
+from tests.helpers.forked_commands import ForkServer, forks
 from tuner import manifest
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ STUDY = (
     .replace("trials: 4", "trials: 3")
     .replace("device: cpu}", "device: cpu, cache: always}")
 )
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 
 
 def limited(size: int, *words: str) -> None:
@@ -38,7 +38,7 @@ def limited(size: int, *words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def forking() -> Iterator[Forks]:
+def forking() -> Iterator[ForkServer]:
     with forks() as found:
         yield found
 
@@ -86,7 +86,7 @@ def sound(folder: Path) -> list[tuple[Any, ...]]:
     ids=["images", "database", "activations", "checkpoints", "export"],
 )
 def test_26_a_file_that_may_not_grow_is_named_nothing_is_lost_and_the_same_command_goes_on(
-    size: int, ready: list[str], more: list[str], place: str, forking: Forks, folder: Path
+    size: int, ready: list[str], more: list[str], place: str, forking: ForkServer, folder: Path
 ) -> None:
     words = ["run", "small.yaml", *more]
     if ready:  # what comes before is there already
@@ -96,7 +96,7 @@ def test_26_a_file_that_may_not_grow_is_named_nothing_is_lost_and_the_same_comma
         for path in (folder / "home/activations").iterdir():
             subprocess.run(["rm", "-r", str(path)], check=True)
     before = sound(folder)
-    code, said = forking.work(folder, "tests.faults.test_full_disks:limited", size, *words)
+    code, said = forking.call_function(folder, "tests.faults.test_full_disks:limited", size, *words)
     errors = [line for line in said.splitlines() if line.startswith("tuner: error: ")]
     assert code == 4 and len(errors) == 1 and "Traceback" not in said, said
     assert errors[0].startswith("tuner: error: disk full while writing ") and place in errors[0], (
@@ -107,7 +107,10 @@ def test_26_a_file_that_may_not_grow_is_named_nothing_is_lost_and_the_same_comma
     assert sound(folder)[: len(before)] == before
     code, said = forking.tuner(folder, *words)
     assert code == 0, said
-    assert len(sound(folder)) == 3 and manifest.read(folder / "studies/small/export") is not None
+    assert (
+        len(sound(folder)) == 3
+        and manifest.read_export(folder / "studies/small/export") is not None
+    )
 
 
 # -- a small file system
@@ -197,7 +200,10 @@ def test_26_a_disk_that_fills_up_while_a_study_runs(small: Path) -> None:
         again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
         assert again.returncode == 0, again.stderr
         after = copied(disk, small.parent / "after")
-        assert len(sound(after)) == 10 and manifest.read(after / "studies/small/export") is not None
+        assert (
+            len(sound(after)) == 10
+            and manifest.read_export(after / "studies/small/export") is not None
+        )
 
 
 # -- memory

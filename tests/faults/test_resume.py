@@ -22,7 +22,7 @@ TRIALS, EPOCHS = 3, 4
 STUDY = """
 task: classification
 data: {name: synthetic, examples: 60, classes: 3, size: 32}
-model: {name: "tests.helpers.counting_model:model"}
+model: {name: "tests.helpers.counting_model:build_counted_model"}
 recipe:
   optimizer: [sgd, adamw]
   lr: {low: 1e-3, high: 1e-1, log: true}
@@ -90,7 +90,9 @@ class Studies:
 
         from tuner.search import storage
 
-        study = optuna.load_study(study_name=name, storage=storage.connect(None, self.place(name)))
+        study = optuna.load_study(
+            study_name=name, storage=storage.open_storage(None, self.place(name))
+        )
         assert all(t.state.is_finished() for t in study.trials)
         ended = [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
         return [
@@ -140,7 +142,7 @@ def test_27_killed_and_continued_equals_undisturbed_and_one_epoch_is_trained_aga
         assert code == -9
         assert studies.run(name) == 0, studies.said
     studies.check(name, 1)
-    kept = studies.place(name) / checkpoint_files.FOLDER
+    kept = studies.place(name) / checkpoint_files.CHECKPOINTS_FOLDER
     assert sorted(p.name for p in kept.iterdir()) == ["0", "1", "2"]  # the winner's own are gone
     assert all([q.name.partition("-")[0] for q in p.iterdir()] == ["best"] for p in kept.iterdir())
 
@@ -157,10 +159,10 @@ def test_a_machine_that_dies_loses_what_was_not_synced(how: str, studies: Studie
     assert studies.run(how, KILL="both:8") == -9
     (folder,) = [
         p
-        for p in (studies.place(how) / checkpoint_files.FOLDER).iterdir()
-        if checkpoint_files.generations(p)
+        for p in (studies.place(how) / checkpoint_files.CHECKPOINTS_FOLDER).iterdir()
+        if checkpoint_files.list_checkpoints(p)
     ]
-    newest, before = checkpoint_files.generations(folder)
+    newest, before = checkpoint_files.list_checkpoints(folder)
     for path in folder.glob(".*.tmp"):
         path.unlink()
     content = newest.read_bytes()
@@ -170,7 +172,10 @@ def test_a_machine_that_dies_loses_what_was_not_synced(how: str, studies: Studie
         newest.write_bytes(content[: len(content) // 2] if how == "torn" else bytes(len(content)))
     assert studies.run(how) == 0, studies.said
     lost = (
-        3 - len(checkpoints.about(before.read_bytes() if before.exists() else content)["epochs"])
+        3
+        - len(
+            checkpoints.read_header(before.read_bytes() if before.exists() else content)["epochs"]
+        )
         if before.exists()
         else 3
     )

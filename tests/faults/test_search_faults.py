@@ -17,11 +17,11 @@ import optuna
 import pytest
 import sqlalchemy
 
-from tests.conftest import Said
-from tuner.search.write_buffer import Batched
+from tests.conftest import CommandResult
+from tuner.search.write_buffer import BufferedStorage
 from tuner.training import finalization
 
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 
 
 def finished(folder: Path) -> list[tuple[Any, ...]]:
@@ -118,8 +118,8 @@ def test_23_a_studies_folder_that_cannot_be_written(tuner: Tuner, small: Path) -
     "place",
     [
         "tuner.preprocessing.image_store._decode_all",
-        "tuner.preprocessing.tensor_files.Writer.add",
-        "tuner.training.finalization.save_all",
+        "tuner.preprocessing.tensor_files.TensorWriter.append",
+        "tuner.training.finalization.save_and_verify_all",
     ],
 )
 def test_26_a_full_disk_is_named_and_with_space_again_it_finishes(
@@ -143,19 +143,19 @@ def test_26_a_database_that_cannot_be_written_ends_in_order_and_continues(
     tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        real = Batched.flush
+        real = BufferedStorage.flush
 
-        def full(self: Batched) -> None:
+        def full(self: BufferedStorage) -> None:
             if any(
                 row.get("trial_id") == 2 and "step" in row
-                for rows in self.rows.values()
+                for rows in self.pending_rows.values()
                 for row in rows
             ):
                 cause = sqlite3.OperationalError("database or disk is full")
                 raise sqlalchemy.exc.OperationalError("INSERT", {}, cause) from cause
             real(self)
 
-        patch.setattr(Batched, "flush", full)
+        patch.setattr(BufferedStorage, "flush", full)
         said = tuner("run", small, "search.trials=2")
     assert (
         said.code == 4
@@ -172,7 +172,7 @@ def test_27_an_export_killed_between_its_renames_comes_back(tmp_path: Path) -> N
     (folder / "manifest.json").write_text(text)
     folder.rename(old)  # killed here: the old export is moved away, the new one not yet in place
     (tmp_path / ".export-abcdefgh.tmp").mkdir()
-    finalization.recover(folder)
+    finalization.recover_export(folder)
     assert (folder / "manifest.json").read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
@@ -198,7 +198,7 @@ def test_28_when_every_trial_fails_alike_the_cause_is_named_and_nothing_exported
 def test_28_when_every_trial_diverges_the_search_stops_with_the_count(
     tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.training.training_loop.learn", lambda *_: float("nan"))
+    monkeypatch.setattr("tuner.training.training_loop.train_one_epoch", lambda *_: float("nan"))
     said = tuner("run", small, "search.trials=40")
     assert (
         said.code == 5
@@ -211,7 +211,7 @@ def test_28_a_winner_that_diverges_when_trained_again_is_named_and_not_exported(
 ) -> None:
     from tuner.training import training_loop
 
-    real = training_loop.learn
+    real = training_loop.train_one_epoch
     monkeypatch.setattr(
         training_loop,
         "learn",
@@ -305,7 +305,7 @@ def test_32_a_signal_is_heard_at_the_next_epoch_inline_too(
 ) -> None:
     from tuner.commands.console import Console
 
-    real = Console.epoch
+    real = Console.on_epoch
 
     def epoch(self: Console, *words: Any) -> None:
         real(self, *words)
@@ -392,7 +392,7 @@ def test_33_a_tie_is_decided_by_rule_and_said(
 def test_33_only_pruned_trials_leave_no_winner(
     tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.training.training_loop.learn", lambda *_: float("nan"))
+    monkeypatch.setattr("tuner.training.training_loop.train_one_epoch", lambda *_: float("nan"))
     said = tuner("run", small, "search.trials=3")
     assert said.code == 5 and "no trial completed (3 pruned)" in said.err
     assert not (small.parent / "studies/small/export").exists()

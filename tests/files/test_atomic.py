@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import narrow
-from tests.helpers.http_server import serving
+from tests.conftest import limit_file_size
+from tests.helpers.http_server import serve_folder
 from tuner.errors import DataError, StorageError
-from tuner.files.atomic import atomic_path, disk_errors, locked, sha256
+from tuner.files.atomic import atomic_path, disk_errors, file_lock, file_sha256
 from tuner.files.downloads import download
 
 HELLO = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
@@ -21,7 +21,7 @@ HELLO = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
 
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"hello")
-    assert sha256(tmp_path / "a") == HELLO
+    assert file_sha256(tmp_path / "a") == HELLO
 
 
 def test_a_file_appears_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -44,7 +44,11 @@ def test_the_old_file_stays_when_it_does_not(tmp_path: Path) -> None:
 
 def test_a_real_write_limit_is_a_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    with pytest.raises(StorageError) as error, narrow(1000), atomic_path(path) as temporary:
+    with (
+        pytest.raises(StorageError) as error,
+        limit_file_size(1000),
+        atomic_path(path) as temporary,
+    ):
         temporary.write_bytes(b"x" * 5000)
     assert (
         str(error.value)
@@ -82,17 +86,17 @@ def test_a_lock_excludes_and_is_freed_when_its_holder_is_killed(tmp_path: Path) 
     ) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        with locked(tmp_path / "lock", wait=False) as ours:
+        with file_lock(tmp_path / "lock", wait=False) as ours:
             assert not ours
         holder.kill()
-    with locked(tmp_path / "lock", wait=False) as ours:
+    with file_lock(tmp_path / "lock", wait=False) as ours:
         assert ours
 
 
 def test_a_download_arrives_whole(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"hello")
-    with serving(tmp_path) as address:
-        download(f"{address}/a", tmp_path / "b", "weights", begin=HELLO[:8])
+    with serve_folder(tmp_path) as address:
+        download(f"{address}/a", tmp_path / "b", "weights", digest_prefix=HELLO[:8])
         download(f"{address}/a", tmp_path / "c", "data", "md5", hashlib.md5(b"hello").hexdigest())
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes() == b"hello"
 
@@ -125,8 +129,8 @@ def test_a_failed_download_keeps_nothing(
     (tmp_path / "short").write_bytes(b"x" * 1_000_000)
     place = tmp_path / "place"
     place.mkdir()
-    with serving(tmp_path) as address, pytest.raises(DataError) as error:
-        download(f"{address}/{name}", place / "a", "weights", begin=begin)
+    with serve_folder(tmp_path) as address, pytest.raises(DataError) as error:
+        download(f"{address}/{name}", place / "a", "weights", digest_prefix=begin)
     assert str(error.value) == "weights: " + message.format(
         url=f"{address}/{name}", path=place / "a"
     )
@@ -134,10 +138,10 @@ def test_a_failed_download_keeps_nothing(
 
 
 def test_without_a_network_the_message_says_how_to_go_on(tmp_path: Path) -> None:
-    with serving(tmp_path) as address:
+    with serve_folder(tmp_path) as address:
         pass  # nothing listens there any more
     with pytest.raises(DataError) as error:
-        download(f"{address}/a-0123abcd.pth", tmp_path / "a", "weights", begin="0123abcd")
+        download(f"{address}/a-0123abcd.pth", tmp_path / "a", "weights", digest_prefix="0123abcd")
     for part in (
         f"cannot download {address}/a-0123abcd.pth",
         "refused",
@@ -156,7 +160,7 @@ def test_a_download_to_a_full_disk_is_a_storage_error(
     def full(*_: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tuner.files.downloads._copy", full)
-    with serving(tmp_path) as address, pytest.raises(StorageError, match="disk full"):
+    monkeypatch.setattr("tuner.files.downloads._save_body", full)
+    with serve_folder(tmp_path) as address, pytest.raises(StorageError, match="disk full"):
         download(f"{address}/a", tmp_path / "b", "weights")
     assert os.listdir(tmp_path) == ["a"]

@@ -14,17 +14,23 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.frozen_prefixes import Counting, chain, frozen
-from tuner.core.input_spec import Preprocess, Tokens
+from tests.helpers.frozen_prefixes import CountingSource, make_frozen_prefix, make_linear_chain
+from tuner.core.input_spec import ImageInputSpec, TextInputSpec
 from tuner.files import cache_entries
-from tuner.files.atomic import atomic_path, lock_of, sweep
-from tuner.files.cache_entries import evict, hold, make_room, seal, tidy
-from tuner.preprocessing.image_store import store
+from tuner.files.atomic import atomic_path, lock_path, remove_leftovers
+from tuner.files.cache_entries import (
+    evict_entry,
+    evict_until_fits,
+    make_space,
+    try_open,
+    write_checksums,
+)
+from tuner.preprocessing.image_store import open_image_store
 from tuner.training import training_loop
-from tuner.training.activation_cache import Live, Remembered
+from tuner.training.activation_cache import CachedSource, UncachedSource
 
 ROOT = Path(__file__).parents[2]
-SIDE = Preprocess(64, 64, "bilinear", (0.0,) * 3, (1.0,) * 3)
+SIDE = ImageInputSpec(64, 64, "bilinear", (0.0,) * 3, (1.0,) * 3)
 BLOCK = 4096
 
 
@@ -33,12 +39,16 @@ BLOCK = 4096
 
 def images(home: Path) -> Any:
     pictures = [np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8) for i in range(3)]
-    return store(home, pictures, SIDE, "error").pixels.clone()
+    return open_image_store(home, pictures, SIDE, "error").pixels.clone()
 
 
 def activations(home: Path) -> Any:
     (home / "activations").mkdir(parents=True, exist_ok=True)
-    cached = Remembered(Live(frozen(chain(2, 600)), Counting()), home / "activations", 1e9)
+    cached = CachedSource(
+        UncachedSource(make_frozen_prefix(make_linear_chain(2, 600)), CountingSource()),
+        home / "activations",
+        1e9,
+    )
     return cached.take(torch.arange(8), 1).x
 
 
@@ -48,14 +58,14 @@ def tokens(home: Path) -> Any:
     from tuner.preprocessing import tokenization as encoding
 
     if not (home / "bert").exists():
-        small_transformers.folder(home, "bert", weights=False)
-    found = encoding.store(
+        small_transformers.write_model_folder(home, "bert", weights=False)
+    found = encoding.open_token_store(
         home,
-        Tokens(str(home / "bert"), 40),
-        [text for text, _ in small_transformers.corpus(60)],
+        TextInputSpec(str(home / "bert"), 40),
+        [text for text, _ in small_transformers.make_corpus(60)],
         None,
     )
-    return found.leaves["input_ids"].clone()
+    return found.tensors["input_ids"].clone()
 
 
 def probe(home: Path) -> Any:
@@ -67,7 +77,7 @@ def probe(home: Path) -> Any:
             head.weight += torch.arange(2400).view(60, 40)
         yield from ()
 
-    training_loop.probe(head, home / "probes", "key", training)
+    training_loop.load_or_train_probe(head, home / "probes", "key", training)
     return head.weight.detach().clone()
 
 
@@ -100,7 +110,7 @@ def test_damage_to_any_file_of_an_entry_is_named_and_mended(
 ) -> None:
     made = KINDS[kind]
     expected = made(tmp_path)
-    (entry,) = cache_entries.entries(tmp_path / kind)
+    (entry,) = cache_entries.list_entries(tmp_path / kind)
     again = 0
     for name in sorted(path.name for path in entry.iterdir()):
         for harm, damage in list(harms(entry / name)):
@@ -125,16 +135,16 @@ def test_an_entry_is_read_through_once_in_a_process_and_again_when_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images(tmp_path)
-    (entry,) = cache_entries.entries(tmp_path / "images")
+    (entry,) = cache_entries.list_entries(tmp_path / "images")
     read: list[Path] = []
-    real = cache_entries.sha256
+    real = cache_entries.file_sha256
     monkeypatch.setattr(cache_entries, "sha256", lambda path: read.append(path) or real(path))
-    assert hold(entry) is not None and read == []  # it was hashed while it was written
-    cache_entries._checked.clear()  # as another process begins
-    assert hold(entry) is not None and len(read) == 3
-    assert hold(entry) is not None and len(read) == 3
+    assert try_open(entry) is not None and read == []  # it was hashed while it was written
+    cache_entries._verified_states.clear()  # as another process begins
+    assert try_open(entry) is not None and len(read) == 3
+    assert try_open(entry) is not None and len(read) == 3
     os.utime(entry / "pixels.bin", (1, 1))
-    assert hold(entry) is not None and len(read) == 6
+    assert try_open(entry) is not None and len(read) == 6
 
 
 # -- readers
@@ -167,7 +177,7 @@ def reader(entry: Path) -> "Iterator[subprocess.Popen[str]]":
 def entry(parent: Path, name: str, size: int, age: float) -> Path:
     (parent / name).mkdir(parents=True)
     (parent / name / "0.bin").write_bytes(bytes(size))
-    seal(parent / name)
+    write_checksums(parent / name)
     os.utime(parent / name, (1e9 - age, 1e9 - age))
     return parent / name
 
@@ -181,35 +191,39 @@ def test_what_another_process_reads_stays_however_old_and_goes_when_that_is_kill
     )
     with reader(old) as process:
         os.utime(old, (1, 1))
-        assert make_room(tmp_path, 0, limit=2500)
+        assert evict_until_fits(tmp_path, 0, byte_limit=2500)
         assert old.exists() and new.exists() and not middle.exists()
-        assert not make_room(tmp_path, 1000, limit=1500)  # everything that may go has gone
+        assert not evict_until_fits(
+            tmp_path, 1000, byte_limit=1500
+        )  # everything that may go has gone
         assert old.exists() and not new.exists()
-        tidy(tmp_path, 0)  # older than 60 days as well
+        make_space(tmp_path, 0)  # older than 60 days as well
         assert old.exists()
         process.kill()
         process.wait()
-        assert make_room(tmp_path, 1000, limit=1500)
+        assert evict_until_fits(tmp_path, 1000, byte_limit=1500)
     assert list(tmp_path.iterdir()) == []  # no locks either
 
 
 def test_several_may_read_and_a_reader_finds_nothing_once_it_is_gone(tmp_path: Path) -> None:
     one = entry(tmp_path, "one", 10, 0)
-    first, second = hold(one), hold(one)
-    assert first is not None and second is not None and not evict(one)
+    first, second = try_open(one), try_open(one)
+    assert first is not None and second is not None and not evict_entry(one)
     del first
-    assert not evict(one)
+    assert not evict_entry(one)
     del second
-    assert evict(one) and hold(one) is None and not one.exists()
+    assert evict_entry(one) and try_open(one) is None and not one.exists()
 
 
 def test_where_readers_leave_no_room_it_is_computed_on_the_fly_and_the_limit_holds(
     tmp_path: Path,
 ) -> None:
-    def source(width: int) -> Remembered:
+    def source(width: int) -> CachedSource:
         (tmp_path / "activations").mkdir(exist_ok=True)
-        return Remembered(
-            Live(frozen(chain(1, width)), Counting()), tmp_path / "activations", 60_000
+        return CachedSource(
+            UncachedSource(make_frozen_prefix(make_linear_chain(1, width)), CountingSource()),
+            tmp_path / "activations",
+            60_000,
         )
 
     index = torch.tensor([3, 1])
@@ -217,37 +231,41 @@ def test_where_readers_leave_no_room_it_is_computed_on_the_fly_and_the_limit_hol
     first.take(index, 0)
     (read,) = [
         path
-        for path in cache_entries.entries(tmp_path / "activations")
-        if cache_entries.size(path) > 40_000
+        for path in cache_entries.list_entries(tmp_path / "activations")
+        if cache_entries.disk_usage(path) > 40_000
     ]
     second = source(1400)
     with reader(read):
         del first
-        got, wanted = second.take(index, 0), second.live.take(index, 0)
+        got, wanted = second.take(index, 0), second.uncached.take(index, 0)
         assert torch.equal(got.x, wanted.x) and torch.equal(got.y, wanted.y)  # type: ignore[arg-type]
         assert (
-            not second.place(2, 0).exists()
+            not second.entry_folder(2, 0).exists()
             and read.exists()
-            and cache_entries.size(tmp_path / "activations") <= 60_000
+            and cache_entries.disk_usage(tmp_path / "activations") <= 60_000
         )
         assert not list((tmp_path / "activations").glob(".*.tmp"))
     third = source(1400)
     third.take(index, 0)
     assert (
-        third.place(2, 0).exists()
+        third.entry_folder(2, 0).exists()
         and not read.exists()
-        and cache_entries.size(tmp_path / "activations") <= 60_000
+        and cache_entries.disk_usage(tmp_path / "activations") <= 60_000
     )
 
 
 def test_a_trial_that_ends_lets_go_of_what_it_read(tmp_path: Path) -> None:
     (tmp_path / "activations").mkdir()
-    cached = Remembered(Live(frozen(chain(1)), Counting()), tmp_path / "activations", 1e9)
+    cached = CachedSource(
+        UncachedSource(make_frozen_prefix(make_linear_chain(1)), CountingSource()),
+        tmp_path / "activations",
+        1e9,
+    )
     cached.take(torch.tensor([0]), 0)
-    place = cached.place(1, 0)
-    assert not evict(place)
+    place = cached.entry_folder(1, 0)
+    assert not evict_entry(place)
     del cached
-    assert evict(place)
+    assert evict_entry(place)
 
 
 # -- litter
@@ -271,26 +289,26 @@ def test_a_file_that_is_being_written_is_not_swept_and_a_dead_writers_is(tmp_pat
     ) as process:
         assert process.stdout is not None
         half = Path(process.stdout.readline().strip())
-        sweep(tmp_path)
+        remove_leftovers(tmp_path)
         assert half.exists()
         process.kill()
         process.wait()
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert not half.exists() and list(tmp_path.iterdir()) == []
     with atomic_path(tmp_path / "b") as temporary:
         temporary.write_text("whole")
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_locks_of_what_is_not_there_are_swept(tmp_path: Path) -> None:
     here, gone = "0" * 32, f"{'1' * 32}-0"
     one = entry(tmp_path, here, 10, 0)
-    lock_of(one).touch()
-    lock_of(tmp_path / gone).touch()
+    lock_path(one).touch()
+    lock_path(tmp_path / gone).touch()
     (tmp_path / "poetry.lock").touch()  # not ours: no entry has such a name
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {here, f"{here}.lock", "poetry.lock"}
     shutil.rmtree(one)
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["poetry.lock"]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tuner.errors import StorageError
 from tuner.files import mounts
 from tuner.search import storage
 
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 HERE = "27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw"
 
 
@@ -55,7 +55,7 @@ def test_23_every_kind_of_file_system_is_refused_allowed_or_warned_of(
     def warnings(kind: str, place: Path = folder.parent) -> list[str]:
         machine(place, kind)
         told: list[str] = []
-        storage.connect(None, folder, told.append)
+        storage.open_storage(None, folder, told.append)
         return told
 
     for kind in NETWORK:

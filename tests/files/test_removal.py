@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 
 import tuner as package
-from tests.conftest import Said, narrow
+from tests.conftest import CommandResult, limit_file_size
 from tuner import manifest
 from tuner.commands import session
-from tuner.engines._ray_worker import Slot
+from tuner.engines._ray_worker import RayWorker
 from tuner.errors import StorageError
 from tuner.files import cache_entries, checkpoint_files, removal
-from tuner.files.atomic import half_export, locked, sha256, sweep
-from tuner.files.checkpoint_files import name_of
+from tuner.files.atomic import file_lock, file_sha256, half_export, remove_leftovers
+from tuner.files.checkpoint_files import checkpoint_name
 from tuner.search import storage
-from tuner.training.finalization import replace
+from tuner.training.finalization import replace_folder
 
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 
 RUN = """
 task: classification
@@ -62,7 +62,7 @@ def written(folder: Path, **files: str) -> Path:
 def export(folder: Path, **files: str) -> Path:
     """An export as a manifest vouches for it."""
     written(folder, **files)
-    sums = {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
+    sums = {str(p.relative_to(folder)): file_sha256(p) for p in folder.rglob("*") if p.is_file()}
     text = {"tuner": "0.1", "run_digest": "", "files": sums, "exports": {}, "says": files}
     (folder / "manifest.json").write_text(json.dumps(text))
     return folder
@@ -139,12 +139,12 @@ def test_train_refuses_a_folder_of_somebody_elses_before_anything_is_trained(
         assert said.out == "" and tree(home) == before
     (home / "empty").mkdir()
     assert tuner("train", run, "--out", "empty", "-q").code == 0
-    assert manifest.read(home / "empty") is not None
+    assert manifest.read_export(home / "empty") is not None
     (home / "empty").rename(home / "results-2")
     names = {*map(str, home.iterdir())}
     assert tuner("train", run, "--out", "results-2", "recipe.lr=0.02", "-q").code == 0
     assert {*map(str, home.iterdir())} == names  # neither locks nor checkpoints are left beside it
-    published = manifest.read(home / "results-2")
+    published = manifest.read_export(home / "results-2")
     assert published is not None and published.run.recipe.lr == 0.02
     assert before.items() <= tree(home).items()
     written(home / "results-2", notes="read this first")
@@ -195,14 +195,14 @@ def test_an_export_that_is_being_written_is_not_swept_and_a_dead_ones_is(tmp_pat
     stranger = written(tmp_path / ".export-notes.tmp", mine="yes")
     with half_export(tmp_path) as half:
         (half / "model.safetensors").write_bytes(b"half")
-        sweep(tmp_path)
-        manifest.recover(tmp_path / "train")
+        remove_leftovers(tmp_path)
+        manifest.recover_export(tmp_path / "train")
         assert (half / "model.safetensors").exists()
     assert [*tmp_path.iterdir()] == [stranger]
     (tmp_path / ".export-abcd1234.tmp").mkdir()  # of an older version: it had no lock
     (tmp_path / ".export-0bcd1234.lock").touch()
     written(tmp_path / ".train.old", mine="no export")
-    manifest.recover(tmp_path / "train")
+    manifest.recover_export(tmp_path / "train")
     assert {p.name for p in tmp_path.iterdir()} == {stranger.name, ".train.old"}
 
 
@@ -212,7 +212,7 @@ def test_whoever_reads_while_exports_take_each_others_place_finds_one(tmp_path: 
 
     def read() -> None:
         while not over.is_set():
-            published = manifest.read(folder)
+            published = manifest.read_export(folder)
             found.append(published and published.manifest["says"])
 
     reader = threading.Thread(target=read)
@@ -220,7 +220,7 @@ def test_whoever_reads_while_exports_take_each_others_place_finds_one(tmp_path: 
     try:
         for number in range(60):
             with half_export(tmp_path) as new:
-                replace(export(new, model=str(number), **{f"only{number % 2}": ""}), folder)
+                replace_folder(export(new, model=str(number), **{f"only{number % 2}": ""}), folder)
     finally:
         over.set()
         reader.join()
@@ -236,12 +236,12 @@ def test_an_older_export_goes_and_with_something_else_in_it_stays(
         monkeypatch.setattr(removal, "exchanged", lambda one, other: False)
     folder = export(tmp_path / "out", model="old", large="old")
     with half_export(tmp_path) as new:
-        replace(export(new, model="new"), folder)
+        replace_folder(export(new, model="new"), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (folder / "model").read_text() == "new" and not (folder / "large").exists()
     written(folder, notes="mine")
     with pytest.raises(StorageError, match="notes"), half_export(tmp_path) as new:
-        replace(export(new, model="newer"), folder)
+        replace_folder(export(new, model="newer"), folder)
     assert (folder / "notes").read_text() == "mine" and (folder / "model").read_text() == "new"
 
 
@@ -261,14 +261,14 @@ def test_a_manifest_that_points_elsewhere_removes_nothing_there(tmp_path: Path) 
 
 
 def test_checkpoints_go_by_their_names(tmp_path: Path) -> None:
-    kept = checkpoint_files.Keeping(tmp_path / "checkpoints", 0)
-    ours = name_of("000001", b"x")
+    kept = checkpoint_files.CheckpointRetention(tmp_path / "checkpoints", 0)
+    ours = checkpoint_name("000001", b"x")
     for place in ("checkpoints/0/", "checkpoints/0/fold-1/", "checkpoints/1/", ".out.checkpoints/"):
         written(tmp_path, **{place + ours: "", place + ".abcdefgh.tmp": ""})
     written(tmp_path / "checkpoints" / "1", mine="yes")
-    kept.ended(0)
-    kept.ended(1)
-    checkpoint_files.discard(checkpoint_files.place_of(tmp_path / "out"))
+    kept.on_trial_end(0)
+    kept.on_trial_end(1)
+    checkpoint_files.remove_training_checkpoints(checkpoint_files.place_of(tmp_path / "out"))
     assert tree(tmp_path) == {"checkpoints/1/mine": b"yes"}
     assert not (tmp_path / "checkpoints/0").exists()
 
@@ -277,17 +277,19 @@ def test_a_slot_clears_only_what_tuner_left_on_its_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    slot = Slot(str(tmp_path), [], 1, 1.0)
+    slot = RayWorker(str(tmp_path), [], 1, 1.0)
     thesis = written(tmp_path / "results", thesis__chapter="years of work")
-    assert slot.clear(str(thesis)) == ["thesis"]
+    assert slot.clear_folder(str(thesis)) == ["thesis"]
     mixed = export(tmp_path / "mixed", model="old")
     written(mixed, notes="mine")
     before = tree(tmp_path)
-    assert slot.clear(str(mixed)) == ["notes"] and tree(tmp_path) == before
-    training = written(tmp_path / "training", **{name_of("000001", b"x"): "", "mine": "yes"})
-    assert slot.clear(str(training)) == ["mine"] and tree(training) == {"mine": b"yes"}
+    assert slot.clear_folder(str(mixed)) == ["notes"] and tree(tmp_path) == before
+    training = written(
+        tmp_path / "training", **{checkpoint_name("000001", b"x"): "", "mine": "yes"}
+    )
+    assert slot.clear_folder(str(training)) == ["mine"] and tree(training) == {"mine": b"yes"}
     written(tmp_path / ".old.0123abcd.arriving", model="half")  # of a driver that was killed
-    assert slot.clear(str(export(tmp_path / "old", model="old", tokenizer__a="b"))) == []
+    assert slot.clear_folder(str(export(tmp_path / "old", model="old", tokenizer__a="b"))) == []
     assert {p.name for p in tmp_path.iterdir()} == {"results", "mixed", "training"}
 
 
@@ -300,8 +302,8 @@ def test_what_lies_in_the_home_and_is_no_entry_stays(
     os.utime(tmp_path / "images" / "holiday", (1, 1))
     ours = written(tmp_path / "images" / ("0" * 32), pixels="")
     before = tree(tmp_path)
-    assert not cache_entries.evict(tmp_path / "images" / "holiday")
-    cache_entries.tidy(tmp_path / "images", 0)
+    assert not cache_entries.evict_entry(tmp_path / "images" / "holiday")
+    cache_entries.make_space(tmp_path / "images", 0)
     said = tuner("clean", "--cache")
     assert said.code == 0 and not ours.exists()
     assert tree(tmp_path).items() <= before.items() and len(before) == len(tree(tmp_path)) + 1
@@ -333,20 +335,20 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(
         with monkeypatch.context() as patch:
             patch.setattr(fcntl, "flock", flock)
             with pytest.raises(StorageError, match="file system has no locks") as error:
-                storage.lock(tmp_path / "s").__enter__()
+                storage.lock_study(tmp_path / "s").__enter__()
             assert "being run" not in str(error.value)
             with pytest.raises(StorageError, match="no locks"):
-                locked(tmp_path / "lock").__enter__()
+                file_lock(tmp_path / "lock").__enter__()
 
 
 def test_the_holder_of_a_lock_is_written_or_the_full_disk_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="disk full while writing"), narrow(0):
-        storage.lock(tmp_path / "s").__enter__()
+    with pytest.raises(StorageError, match="disk full while writing"), limit_file_size(0):
+        storage.lock_study(tmp_path / "s").__enter__()
     with (
-        storage.lock(tmp_path / "{s}"),
+        storage.lock_study(tmp_path / "{s}"),
         pytest.raises(StorageError, match=rf"study '{{s}}' is being run by pid {os.getpid()} on"),
     ):
-        storage.lock(tmp_path / "{s}").__enter__()
+        storage.lock_study(tmp_path / "{s}").__enter__()
 
 
 # -- Ctrl-C
@@ -362,7 +364,7 @@ def test_after_ctrl_c_the_command_is_named_as_it_was_typed(
     def retraining(*_: Any) -> Callable[[Any], None]:
         return lambda epoch: os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Console, "retraining", retraining)
+    monkeypatch.setattr(Console, "retrain", retraining)
     typed = {
         f"tuner train {run} --out 'my model'": ("train", run, "--out", "my model"),
         "tuner export run --trial 0": ("export", "run", "--trial", "0"),

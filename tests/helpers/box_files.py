@@ -11,7 +11,7 @@ INK = {"red": (220, 20, 20), "blue": (20, 20, 220)}
 Object = tuple[str, tuple[int, int, int, int]]
 
 
-def picture(
+def draw_scene(
     path: Path, objects: Sequence[Object], size: tuple[int, int] = (64, 48), seed: int = 0
 ) -> None:
     """Filled rectangles (left, top, right, bottom; the last row and column outside) on noise, as PNG."""
@@ -24,7 +24,7 @@ def picture(
     Image.fromarray(pixels).save(path)
 
 
-def scenes(count: int) -> list[list[Object]]:
+def make_scenes(count: int) -> list[list[Object]]:
     """Of each image its objects: one red rectangle, and on every second a blue one."""
     rng = np.random.default_rng(0)
     found: list[list[Object]] = []
@@ -35,7 +35,7 @@ def scenes(count: int) -> list[list[Object]]:
     return found
 
 
-def xml(objects: Sequence[Object], size: tuple[int, int] = (64, 48)) -> str:
+def voc_xml(objects: Sequence[Object], size: tuple[int, int] = (64, 48)) -> str:
     rows = "".join(
         f"<object><name>{name}</name><bndbox><xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object>"
         for name, (left, top, right, bottom) in objects
@@ -43,19 +43,19 @@ def xml(objects: Sequence[Object], size: tuple[int, int] = (64, 48)) -> str:
     return f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>{rows}</annotation>"
 
 
-def voc(root: Path, count: int = 20) -> Path:
+def write_voc(root: Path, count: int = 20) -> Path:
     (root / "annotations").mkdir(parents=True)
-    for i, objects in enumerate(scenes(count)):
-        picture(root / "images" / f"{i:02d}.png", objects, seed=i)
-        (root / "annotations" / f"{i:02d}.xml").write_text(xml(objects))
+    for i, objects in enumerate(make_scenes(count)):
+        draw_scene(root / "images" / f"{i:02d}.png", objects, seed=i)
+        (root / "annotations" / f"{i:02d}.xml").write_text(voc_xml(objects))
     return root
 
 
-def coco(root: Path, count: int = 20) -> Path:
+def write_coco(root: Path, count: int = 20) -> Path:
     """The same as `voc`, but for ids that begin at 7."""
     images, annotations = [], []
-    for i, objects in enumerate(scenes(count)):
-        picture(root / "images" / f"{i:02d}.png", objects, seed=i)
+    for i, objects in enumerate(make_scenes(count)):
+        draw_scene(root / "images" / f"{i:02d}.png", objects, seed=i)
         images.append({"id": 100 + i, "file_name": f"{i:02d}.png", "width": 64, "height": 48})
         for name, (left, top, right, bottom) in objects:
             box = [left, top, right - left, bottom - top]
@@ -69,12 +69,12 @@ def coco(root: Path, count: int = 20) -> Path:
     return root
 
 
-def yolo(root: Path, count: int = 20) -> Path:
+def write_yolo(root: Path, count: int = 20) -> Path:
     """The same as `voc`."""
     (root / "labels").mkdir(parents=True)
     (root / "data.yaml").write_text("train: images\nnames: [blue, red]\n")
-    for i, objects in enumerate(scenes(count)):
-        picture(root / "images" / f"{i:02d}.png", objects, seed=i)
+    for i, objects in enumerate(make_scenes(count)):
+        draw_scene(root / "images" / f"{i:02d}.png", objects, seed=i)
         lines = [
             f"{['blue', 'red'].index(name)} {(x + r) / 2 / 64:.9f} {(y + b) / 2 / 48:.9f} {(r - x) / 64:.9f} {(b - y) / 48:.9f}\n"
             for name, (x, y, r, b) in objects

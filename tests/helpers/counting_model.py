@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from tuner.training import checkpoints
 
 
-class Counted(nn.Module):
+class CountedModule(nn.Module):
     """Passes on what it is given, a little shaken while training."""
 
-    def train(self, mode: bool = True) -> "Counted":
+    def train(self, mode: bool = True) -> "CountedModule":
         file = os.environ.get("COUNTED")
         if mode and file:
-            checkpoints.STAKE = float(
+            checkpoints.MIN_WRITE_SECONDS = float(
                 os.environ.get("STAKE", "0")
             )  # these epochs are short, and each shall count
             with open(file, "a") as lines:
@@ -48,11 +48,11 @@ class Counted(nn.Module):
         )
 
 
-def model(outputs: int) -> nn.Module:
+def build_counted_model(outputs: int) -> nn.Module:
     """Four stages; BatchNorm in the first and in the third, dropout before the head."""
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()),
-        Counted(),
+        CountedModule(),
         nn.Sequential(
             nn.Conv2d(8, 16, 3, 2, 1),
             nn.BatchNorm2d(16),

@@ -20,7 +20,7 @@ ODD = (
 VALUES: tuple[Any, ...] = (None, True, -1, 0, 1.5, 1e400, -1e308, float("nan"), 10**400, "", "x", "\ud800", "../../../../etc/passwd", "\x00", [], {}, [[]], {"a": 1}, [None] * 4, ["1"] * 4)  # fmt: skip
 
 
-def damaged(data: bytes, draw: random.Random) -> bytes:  # noqa: C901 (one branch a kind)
+def damage(data: bytes, draw: random.Random) -> bytes:  # noqa: C901 (one branch a kind)
     """One to three kinds of damage to a file's bytes."""
     for _ in range(draw.randint(1, 3)):
         at, length = draw.randrange(len(data) + 1), draw.choice((1, 2, 8, 64, 512))
@@ -48,11 +48,11 @@ def damaged(data: bytes, draw: random.Random) -> bytes:  # noqa: C901 (one branc
                 which = draw.choice(found)
                 data = data[: which.start()] + draw.choice(ODD) + data[which.end() :]
         else:
-            data = recoded(data, draw)
+            data = recode_image(data, draw)
     return data
 
 
-def recoded(data: bytes, draw: random.Random) -> bytes:
+def recode_image(data: bytes, draw: random.Random) -> bytes:
     """The text in another encoding, or with other line ends."""
     text = data.decode("utf-8", errors="replace")
     to = draw.choice(("utf-16", "utf-32", "latin-1", "utf-8-sig", "crlf", "cr"))
@@ -62,7 +62,7 @@ def recoded(data: bytes, draw: random.Random) -> bytes:
     )
 
 
-def retyped(data: bytes, draw: random.Random) -> bytes:
+def retype_value(data: bytes, draw: random.Random) -> bytes:
     """A JSON tree with one to three of its values removed, doubled, or replaced by another kind's."""
     tree = json.loads(data)
     for _ in range(draw.randint(1, 3)):
@@ -96,26 +96,26 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 # -- files that are whole
 
 
-def picture(seed: int, side: int = 24) -> Image.Image:
+def make_picture(seed: int, side: int = 24) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8))
 
 
-def pictures(folder: Path) -> list[Path]:
+def write_pictures(folder: Path) -> list[Path]:
     """An image of each format and of some odd modes."""
     folder.mkdir(parents=True, exist_ok=True)
-    one = picture(0)
+    one = make_picture(0)
     made: list[tuple[str, Image.Image, dict[str, Any]]] = [
         ("a.jpg", one, {}), ("prog.jpg", one, {"progressive": True, "exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}), ("cmyk.jpg", one.convert("CMYK"), {}),
         ("a.png", one, {}), ("alpha.png", one.convert("RGBA"), {}), ("palette.png", one.convert("P"), {"transparency": 0}),
         ("deep.png", Image.fromarray((np.arange(576).reshape(24, 24) * 100).astype(np.uint16)), {}),
-        ("a.bmp", one, {}), ("a.gif", one, {"save_all": True, "append_images": [picture(1)]}), ("a.webp", one, {}), ("a.tif", one, {"compression": "tiff_lzw"}), ("a.ppm", one, {}),
+        ("a.bmp", one, {}), ("a.gif", one, {"save_all": True, "append_images": [make_picture(1)]}), ("a.webp", one, {}), ("a.tif", one, {"compression": "tiff_lzw"}), ("a.ppm", one, {}),
     ]  # fmt: skip
     for name, image, options in made:
         image.save(folder / name, **options)
     return [folder / name for name, *_ in made]
 
 
-def masks(folder: Path) -> list[Path]:
+def write_masks(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     ids = Image.fromarray((np.arange(576).reshape(24, 24) % 3).astype(np.uint8))
     ids.save(folder / "grey.png")
@@ -128,16 +128,16 @@ def masks(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def images(folder: Path, count: int = 12) -> list[Path]:
+def write_image_folder(folder: Path, count: int = 12) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        picture(i).save(folder / f"{i}.png")
+        make_picture(i).save(folder / f"{i}.png")
     return [folder / f"{i}.png" for i in range(count)]
 
 
-def voc(root: Path) -> Path:
+def write_voc(root: Path) -> Path:
     """A set of twelve annotated images; the file that is to be damaged."""
-    images(root / "JPEGImages")
+    write_image_folder(root / "JPEGImages")
     (root / "Annotations").mkdir()
     for i in range(12):
         (root / "Annotations" / f"{i}.xml").write_text(
@@ -148,8 +148,8 @@ def voc(root: Path) -> Path:
     return root / "Annotations" / "0.xml"
 
 
-def coco(root: Path) -> Path:
-    images(root / "images")
+def write_coco(root: Path) -> Path:
+    write_image_folder(root / "images")
     tree = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": 24, "height": 24} for i in range(12)],
         "categories": [{"id": 1, "name": "cat"}, {"id": 7, "name": "dog"}],
@@ -162,8 +162,8 @@ def coco(root: Path) -> Path:
     return root / "all.json"
 
 
-def yolo(root: Path) -> Path:
-    images(root / "images")
+def write_yolo(root: Path) -> Path:
+    write_image_folder(root / "images")
     (root / "labels").mkdir()
     for i in range(12):
         (root / "labels" / f"{i}.txt").write_text("0 0.5 0.5 0.25 0.5\n1 0.25 0.75 0.1 0.2\n")
@@ -171,12 +171,12 @@ def yolo(root: Path) -> Path:
     return root / "labels" / "0.txt"
 
 
-def yolo_yaml(root: Path) -> Path:
-    yolo(root)
+def write_yolo_yaml(root: Path) -> Path:
+    write_yolo(root)
     return root / "data.yaml"
 
 
-def table(root: Path, name: str) -> Path:
+def write_table(root: Path, name: str) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     rows = [
         (

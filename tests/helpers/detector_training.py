@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.config.run import Engine, Recipe
-from tuner.core.detectors import NO_OBJECT, with_targets
-from tuner.core.input_spec import Preprocess, Tree, Wanted
-from tuner.core.types import Batch, Data, Source, Staged, Task, Told
+from tuner.config.run import EngineSettings, Recipe
+from tuner.core.detectors import NO_OBJECT, join_targets
+from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
+from tuner.core.types import Batch, Dataset, Prediction, Source, StagedModel, Task
 from tuner.training import activation_cache
-from tuner.training.building import Ready
-from tuner.training.devices import Place, place
-from tuner.training.training_loop import Bench, fit
+from tuner.training.building import DeviceSource
+from tuner.training.devices import DeviceContext, select_device
+from tuner.training.training_loop import TrainingContext, fit
 
 SIDE = 64
 BOXES = torch.tensor(
@@ -31,25 +31,25 @@ LABELS = torch.tensor(
 )  # the third picture has none
 
 
-def truth(side: int = SIDE) -> dict[str, Tensor]:
+def make_targets(side: int = SIDE) -> dict[str, Tensor]:
     return {"boxes": BOXES * side / SIDE, "labels": LABELS}
 
 
-def pixels(side: int = SIDE) -> Tensor:
+def make_pixels(side: int = SIDE) -> Tensor:
     """uint8 (4, 3, side, side)."""
     return torch.randint(
         0, 256, (4, 3, side, side), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
     )
 
 
-def ready(wanted: Preprocess, side: int = SIDE) -> Tensor:
+def make_model_input(wanted: ImageInputSpec, side: int = SIDE) -> Tensor:
     """The pictures as a model takes them."""
-    x = wanted.ready(pixels(side), torch.device("cpu"))
+    x = wanted.to_model_input(make_pixels(side), torch.device("cpu"))
     assert isinstance(x, Tensor)
     return x.contiguous()
 
 
-class Pictures:
+class PictureSource:
     """The four pictures as a source."""
 
     views: int | None = 1
@@ -63,61 +63,70 @@ class Pictures:
 
     def take(self, index: Tensor, view: int) -> Batch:
         return Batch(
-            pixels(self.side)[index], {name: leaf[index] for name, leaf in truth(self.side).items()}
+            make_pixels(self.side)[index],
+            {name: leaf[index] for name, leaf in make_targets(self.side).items()},
         )
 
 
-class Detecting(Task):
+class MinimalDetection(Task):
     """The loss as detectors state it; the score is the mean of the predictions' scores, so that it follows every weight."""
 
     metrics = ("mean",)
-    output = "objects"
+    output_description = "objects"
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
-        total = sum(net(with_targets(batch.x, batch.y)).values())
+        total = sum(net(join_targets(batch.x, batch.y)).values())
         assert isinstance(total, Tensor)
         return total
 
-    def predict(self, net: nn.Module, x: Tree) -> Tree:
-        found: Tree = net(x)
+    def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
+        found: TensorTree = net(x)
         return found
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         return {"mean": float(torch.cat([predicted["scores"] for predicted, _ in pairs]).mean())}
 
-    def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
+    def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         return {}
 
-    def difference(self, expected: Tree, got: Tree) -> float:
+    def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
         return 0.0
 
-    def tell(
-        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
-    ) -> list[Told]:
+    def describe_predictions(
+        self,
+        function: Callable[[TensorTree], TensorTree],
+        x: TensorTree,
+        originals: Sequence[Any],
+        wanted: InputSpec,
+    ) -> list[Prediction]:
         return []
 
 
-def bench(
-    staged: Staged, wanted: Preprocess, depth: int, home: Path, mode: str, side: int = SIDE
-) -> Bench:
+def make_context(
+    staged: StagedModel, wanted: ImageInputSpec, depth: int, home: Path, mode: str, side: int = SIDE
+) -> TrainingContext:
     """The pictures seen through the first `depth` stages; `mode` is the cache's."""
-    where: Place = place(Engine.model_validate({"device": "cpu", "cache": mode}), home)
-    prefix, net = staged.split(depth)
-    names = activation_cache.names_of(list(staged.stages.values()), "test")
-    frozen = activation_cache.Prefix(list(prefix.children()), names[:depth], where.device)
-    source: Source = activation_cache.through(
-        frozen, Ready(Pictures(side), wanted, where), where.limits
+    where: DeviceContext = select_device(
+        EngineSettings.model_validate({"device": "cpu", "cache": mode}), home
     )
-    return Bench(Detecting(), staged, net, None, source, source, source, where, "mean")  # type: ignore[arg-type]
+    prefix, net = staged.split(depth)
+    names = activation_cache.stage_digests(list(staged.stages.values()), "test")
+    frozen = activation_cache.FrozenPrefix(list(prefix.children()), names[:depth], where.device)
+    source: Source = activation_cache.source_behind(
+        frozen, DeviceSource(PictureSource(side), wanted, where), where.cache_limits
+    )
+    return TrainingContext(
+        MinimalDetection(), staged, net, None, source, source, source, where, "mean"
+    )  # type: ignore[arg-type]
 
 
-def trained(b: Bench, lr: float) -> list[tuple[float, float]]:
+def train_two_epochs(context: TrainingContext, lr: float) -> list[tuple[float, float]]:
     """Loss and score of each of two epochs."""
     recipe = Recipe(lr=lr, epochs=2, batch_size=2)
-    return [(epoch.loss, epoch.scores["mean"]) for epoch in fit(b, recipe, seed=1)]
+    return [(epoch.loss, epoch.scores["mean"]) for epoch in fit(context, recipe, seed=1)]
 
 
-def lively(staged: Staged) -> Staged:
+def randomize_weights(staged: StagedModel) -> StagedModel:
     """Numbers everywhere, so that there are objects to be found and no layer can be left out unseen."""
     generator = torch.Generator().manual_seed(0)
     for value in staged.model.state_dict().values():

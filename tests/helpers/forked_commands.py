@@ -29,7 +29,7 @@ LOADED = (
 )
 
 
-class Forks:
+class ForkServer:
     def __init__(self) -> None:
         quiet = {
             "OMP_NUM_THREADS": "1",
@@ -50,7 +50,9 @@ class Forks:
         """The command line in `folder`: exit code, and all that it said."""
         return self._ask(folder, environment, {"words": [*map(str, words)]})
 
-    def work(self, folder: Path, name: str, *arguments: Any, **environment: str) -> tuple[int, str]:
+    def call_function(
+        self, folder: Path, name: str, *arguments: Any, **environment: str
+    ) -> tuple[int, str]:
         """module:function(*arguments) in `folder`; what it returns is the last line said, as JSON."""
         return self._ask(folder, environment, {"work": name, "arguments": [*arguments]})
 
@@ -69,8 +71,8 @@ class Forks:
 
 
 @contextlib.contextmanager
-def forks() -> Iterator[Forks]:
-    found = Forks()
+def forks() -> Iterator[ForkServer]:
+    found = ForkServer()
     try:
         yield found
     finally:

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from tuner.core.types import Batch
-from tuner.training.activation_cache import Prefix, names_of
+from tuner.training.activation_cache import FrozenPrefix, stage_digests
 
 
-class Counting:
+class CountingSource:
     """A source of eight examples that counts how often it is asked."""
 
     views = 2
@@ -15,19 +15,19 @@ class Counting:
     lengths = None
 
     def __init__(self) -> None:
-        self.taken = 0
+        self.take_count = 0
 
     def __len__(self) -> int:
         return 8
 
     def take(self, index: Tensor, view: int) -> Batch:
-        self.taken += len(index)
+        self.take_count += len(index)
         return Batch(index.float()[:, None] + 100 * view, index)
 
 
-def frozen(stages: nn.Module, precision: str = "float32") -> Prefix:
+def make_frozen_prefix(stages: nn.Module, precision: str = "float32") -> FrozenPrefix:
     held = list(stages.children())
-    return Prefix(held, names_of(held, precision), torch.device("cpu"))
+    return FrozenPrefix(held, stage_digests(held, precision), torch.device("cpu"))
 
 
 class Step(nn.Module):
@@ -43,6 +43,6 @@ class Step(nn.Module):
         return out
 
 
-def chain(*widths: int) -> nn.Sequential:
+def make_linear_chain(*widths: int) -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(*(Step(a, b) for a, b in zip((1, *widths), widths, strict=False))).eval()

@@ -208,7 +208,7 @@ def filling(argument: tuple[Any, str], report: Callable[[Any], bool], slot: int)
 
     activation_cache.atomic_folder = build
     try:
-        return len(worker_jobs.carry(assignment, report, slot).epochs)
+        return len(worker_jobs.run_trial(assignment, report, slot).epochs)
     finally:
         activation_cache.atomic_folder = real
 

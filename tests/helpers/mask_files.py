@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-INKS = ((20, 40, 60), (230, 60, 20), (40, 200, 90))  # of classes 0, 1, 2
+CLASS_COLOURS = ((20, 40, 60), (230, 60, 20), (40, 200, 90))  # of classes 0, 1, 2
 SIZES = ((40, 30), (31, 47), (32, 32), (64, 20))
 
 
-def drawn(number: int, classes: int = 2) -> tuple[Image.Image, Image.Image]:
+def draw_image_and_mask(number: int, classes: int = 2) -> tuple[Image.Image, Image.Image]:
     """An image in RGB and its mask of class ids (mode L); no two numbers give the same."""
     rng = np.random.default_rng(number)
     width, height = SIZES[number % len(SIZES)]
@@ -26,19 +26,19 @@ def drawn(number: int, classes: int = 2) -> tuple[Image.Image, Image.Image]:
             ),
             fill=label,
         )
-    return painted(mask), mask
+    return paint_mask(mask), mask
 
 
-def painted(mask: Image.Image) -> Image.Image:
-    return Image.fromarray(np.array(INKS, np.uint8)[np.asarray(mask)])
+def paint_mask(mask: Image.Image) -> Image.Image:
+    return Image.fromarray(np.array(CLASS_COLOURS, np.uint8)[np.asarray(mask)])
 
 
-def scenes(folder: Path, count: int = 12, classes: int = 2) -> Path:
+def write_images_and_masks(folder: Path, count: int = 12, classes: int = 2) -> Path:
     """`folder` with images/ and masks/ of class ids."""
     for inner in ("images", "masks"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        image, mask = drawn(number, classes)
+        image, mask = draw_image_and_mask(number, classes)
         image.save(folder / "images" / f"{number:03d}.png")
         mask.save(folder / "masks" / f"{number:03d}.png")
     return folder

@@ -27,7 +27,7 @@ USERS = (
 CONFIG = "fsync = off\nlisten_addresses = '127.0.0.1'\nmax_connections = 40\nlog_min_duration_statement = -1\n"
 
 
-def programs() -> Path | None:
+def find_server_programs() -> Path | None:
     """The folder with initdb and pg_ctl; None where PostgreSQL is not installed."""
     found = shutil.which("initdb")
     if found and shutil.which("pg_ctl"):
@@ -42,7 +42,7 @@ def programs() -> Path | None:
 
 
 @dataclass
-class Server:
+class TestServer:
     """Started by `serving`. Its passwords are really asked for (SCRAM)."""
 
     bin: Path
@@ -96,12 +96,12 @@ class Server:
 
 
 @contextmanager
-def serving(binaries: Path) -> Iterator[Server]:
+def run_server(binaries: Path) -> Iterator[TestServer]:
     """Stopped, and its folder removed, at the end."""
     folder = Path(
         tempfile.mkdtemp(prefix="tuner-pg-", dir="/tmp")
     )  # a socket's path may have 107 bytes
-    server = Server(binaries, folder, _free_port(), f"pw{secrets.token_hex(8)}")
+    server = TestServer(binaries, folder, _free_port(), f"pw{secrets.token_hex(8)}")
     try:
         (folder / "password").write_text(server.password)
         (folder / "log").touch()
@@ -132,7 +132,7 @@ def serving(binaries: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def pooling(server: Server, mode: str) -> Iterator[int]:
+def pooling(server: TestServer, mode: str) -> Iterator[int]:
     """PgBouncer in front of the server: its port. It hands out sessions as `mode` says: session, transaction or statement."""
     folder = server.folder / f"pool-{mode}"
     folder.mkdir()

@@ -47,7 +47,7 @@ def search(folder: Path) -> dict[str, Any]:
     """What a search over trials of moments comes to, and what is warned of."""
     import optuna
 
-    from tests.helpers.instant_engine import coordinator, drive, space
+    from tests.helpers.instant_engine import make_coordinator, make_space, run_all_jobs
     from tuner.errors import StorageError
     from tuner.search import storage
 
@@ -55,20 +55,20 @@ def search(folder: Path) -> dict[str, Any]:
     warnings: list[str] = []
     refused = ""
     try:
-        storage.connect("postgresql://nobody:no@127.0.0.1:1/none", folder)
+        storage.open_storage("postgresql://nobody:no@127.0.0.1:1/none", folder)
     except StorageError as error:
         refused = str(error)
     try:
-        database = storage.connect(None, folder, warnings.append)
-        c = coordinator(space(trials=14, sampler="tpe"), database)
-        drive(c)
+        database = storage.open_storage(None, folder, warnings.append)
+        c = make_coordinator(make_space(trials=14, sampler="tpe"), database)
+        run_all_jobs(c)
     except StorageError as error:
         return {"error": str(error)}
     trials = [
         [t.number, t.state.name, t.params, t.value, sorted(t.intermediate_values.items())]
         for t in c.study.get_trials()
     ]
-    return {"trials": trials, "closed": c.closed, "warnings": warnings, "refused": refused}
+    return {"trials": trials, "closed": c.budget_used, "warnings": warnings, "refused": refused}
 
 
 if __name__ == "__main__":

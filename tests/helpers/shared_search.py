@@ -12,9 +12,9 @@ from pathlib import Path
 
 import optuna
 
-from tests.helpers.instant_engine import Silent, quality, space
+from tests.helpers.instant_engine import RecordingListener, make_space, score_of_run
 from tuner.jobs import Job, Outcome
-from tuner.messages import Assignment, Epoch, Result
+from tuner.messages import Assignment, Epoch, TrialResult
 from tuner.search import leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import PRUNERS
@@ -22,22 +22,22 @@ from tuner.search.samplers import PRUNERS
 SHORT = {"VALID": 3.0, "RENEWAL": 0.5}
 
 
-def carry_out(c: Coordinator, job: Job, pause: float) -> Outcome:
+def run_job_slowly(c: Coordinator, job: Job, pause: float) -> Outcome:
     """What a worker would do, and how long it would take, without training."""
     run = job.argument.run
     epochs: list[Epoch] = []
     for number in range(1, run.recipe.epochs + 1):
         time.sleep(pause)
         epochs.append(
-            Epoch(number, 1.0, {"accuracy": quality(run) * number / run.recipe.epochs}, pause)
+            Epoch(number, 1.0, {"accuracy": score_of_run(run) * number / run.recipe.epochs}, pause)
         )
         if not c.report(job, epochs[-1]):
-            return Outcome("done", Result("stopped", tuple(epochs), number, {}, pause))
-    return Outcome("done", Result("complete", tuple(epochs), len(epochs), {}, pause))
+            return Outcome("done", TrialResult("stopped", tuple(epochs), number, {}, pause))
+    return Outcome("done", TrialResult("complete", tuple(epochs), len(epochs), {}, pause))
 
 
 @contextlib.contextmanager
-def sharing(
+def shared_coordinator(
     url: str,
     folder: Path,
     trials: int,
@@ -45,50 +45,50 @@ def sharing(
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Coordinator]:
     """A coordinator among others."""
-    database = storage.connect(url, folder, tell)
-    place = postgresql.of(database)
+    database = storage.open_storage(url, folder, tell)
+    place = postgresql.postgres_storage_of(database)
     assert place is not None
-    s = space(trials=trials, sampler="random", pruner="none")
+    s = make_space(trials=trials, sampler="random", pruner="none")
     sampler, pruner = optuna.samplers.RandomSampler(), PRUNERS["none"](3)
     try:
-        study = place.exclusively(
+        study = place.run_exclusively(
             0, lambda: storage.open_study(database, name, sampler, pruner, {}, "data")
         )
-        with leases.leased(place, study._study_id, folder) as lease:
+        with leases.join_coordination(place, study._study_id, folder) as lease:
             yield Coordinator(
                 study,
                 s,
                 lambda run: Assignment(run, "accuracy", s.settings.engine, "home"),
-                Silent(),
+                RecordingListener(),
                 lambda: False,
                 lease,
             )
     finally:
-        storage.close(database)
+        storage.close_storage(database)
 
 
 def main(url: str, folder: str, trials: str, pause: str) -> None:
     for name, value in SHORT.items():
         setattr(leases, name, value)
-    postgresql.STALLED = 3
+    postgresql.STALLED_SECONDS = 3
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     def tell(**words: object) -> None:
         print(json.dumps(words), flush=True)
 
-    with sharing(url, Path(folder), int(trials), tell=lambda text: tell(told=text)) as c:
-        tell(begun=c.closed)
+    with shared_coordinator(url, Path(folder), int(trials), tell=lambda text: tell(told=text)) as c:
+        tell(begun=c.budget_used)
         while True:
             while (job := c.next_job()) is not None:
                 tell(carries=job.number)
-                c.ended(job, carry_out(c, job, float(pause)))
-            if not c.waits():
+                c.on_job_end(job, run_job_slowly(c, job, float(pause)))
+            if not c.waits_for_others():
                 break
             time.sleep(0.1)
-        other = c.leases.crown(0)
+        other = c.coordination.claim_winner(0)
         if other is None:
-            c.leases.crowned()
-        tell(closed=c.closed, crowns=other is None, error=str(c.error or ""))
+            c.coordination.mark_winner_made()
+        tell(closed=c.budget_used, crowns=other is None, error=str(c.fatal_error or ""))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ BAD = [
 KINDS = ("bert", "distilbert", "roberta", "gpt2")
 
 
-def corpus(count: int, seed: int = 0) -> list[tuple[str, str]]:
+def make_corpus(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """(text, label), all texts different, of several lengths."""
     draw = random.Random(seed)
     words = " ".join(GOOD + BAD).split()
@@ -40,34 +40,34 @@ def corpus(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 def write_csv(path: Path, count: int = 60, seed: int = 0) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("text", "label"), *corpus(count, seed)])
+        csv.writer(file).writerows([("text", "label"), *make_corpus(count, seed)])
     return path
 
 
-def folder(root: Path, kind: str, *, weights: bool = True, length: int = 48) -> Path:
+def write_model_folder(root: Path, kind: str, *, weights: bool = True, length: int = 48) -> Path:
     """A model of `kind` two blocks deep, as save_pretrained writes it, with its tokenizer."""
-    from tuner.preprocessing.tokenization import quietly
+    from tuner.preprocessing.tokenization import silence_transformers
 
     place = root / kind
     place.mkdir(parents=True)
-    tokenizer(place, kind)
-    config = configuration(kind, length)
-    with quietly():
+    write_tokenizer(place, kind)
+    config = small_config(kind, length)
+    with silence_transformers():
         if weights:
             torch.manual_seed(7)
-            automatic(kind).from_config(config).save_pretrained(place)
+            auto_class(kind).from_config(config).save_pretrained(place)
         else:
             config.save_pretrained(place)
     return place
 
 
-def automatic(kind: str) -> Any:
+def auto_class(kind: str) -> Any:
     import transformers
 
     return transformers.AutoModelForCausalLM if kind == "gpt2" else transformers.AutoModel
 
 
-def configuration(kind: str, length: int = 48, words: int = 200) -> Any:
+def small_config(kind: str, length: int = 48, words: int = 200) -> Any:
     import transformers
 
     if kind == "distilbert":
@@ -106,7 +106,7 @@ def configuration(kind: str, length: int = 48, words: int = 200) -> Any:
     return config(**{"max_position_embeddings": length, **known, **more})
 
 
-def tokenizer(place: Path, kind: str) -> None:
+def write_tokenizer(place: Path, kind: str) -> None:
     """Trained on the corpus: word pieces for BERT's kin, byte pairs for the others."""
     from tokenizers import (
         Tokenizer,
@@ -118,7 +118,7 @@ def tokenizer(place: Path, kind: str) -> None:
         trainers,
     )
 
-    lines = [text for text, _ in corpus(200)]
+    lines = [text for text, _ in make_corpus(200)]
     special = [
         "[PAD]",
         "<pad>",

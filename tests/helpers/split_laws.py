@@ -4,42 +4,42 @@ import pytest
 import torch
 from torch import nn
 
-from tuner.core.input_spec import Tree, leaves
-from tuner.core.types import Staged
+from tuner.core.input_spec import TensorTree, tree_to_dict
+from tuner.core.types import StagedModel
 
 
-def check_cut(staged: Staged, x: Tree) -> None:
+def check_split(staged: StagedModel, x: TensorTree) -> None:
     """suffix(prefix(x)) == model(x) at every depth; with nothing frozen also while training, dropout and all."""
     suffix = staged.split(0)[1].train()
     staged.model.train()
     if (
-        staged.native is None
+        staged.native_forward is None
     ):  # where it is not model(x), its answer while training is of another kind
         outputs = []
         for whole in (staged.model, suffix):
             torch.manual_seed(0)
             with torch.no_grad():
                 outputs.append(whole(x))
-        assert equal(*outputs)
+        assert trees_equal(*outputs)
     staged.model.eval()
     with torch.no_grad():
-        expected = staged.call(x)
-        assert all(leaf.isfinite().all() for leaf in leaves(expected).values())
+        expected = staged.reference_output(x)
+        assert all(leaf.isfinite().all() for leaf in tree_to_dict(expected).values())
         assert all(
-            leaf.std() > 0 for leaf in leaves(expected).values() if leaf.is_floating_point()
+            leaf.std() > 0 for leaf in tree_to_dict(expected).values() if leaf.is_floating_point()
         )  # all objects may be of one class
         for depth in range(staged.max_depth + 1):
             prefix, suffix = staged.split(depth)
-            assert equal(suffix.eval()(prefix(x)), expected), depth
+            assert trees_equal(suffix.eval()(prefix(x)), expected), depth
 
 
-def equal(a: Tree, b: Tree) -> bool:
-    return leaves(a).keys() == leaves(b).keys() and all(
-        torch.equal(leaf, leaves(b)[name]) for name, leaf in leaves(a).items()
+def trees_equal(a: TensorTree, b: TensorTree) -> bool:
+    return tree_to_dict(a).keys() == tree_to_dict(b).keys() and all(
+        torch.equal(leaf, tree_to_dict(b)[name]) for name, leaf in tree_to_dict(a).items()
     )
 
 
-def check_partition(staged: Staged) -> None:
+def check_partition(staged: StagedModel) -> None:
     """Each parameter and buffer lies in exactly one stage; a prefix is frozen and still, a suffix is all trainable."""
     for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
         own = sorted(id(v) for _, v in kind(staged.model))

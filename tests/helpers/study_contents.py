@@ -8,11 +8,11 @@ import optuna
 from tuner.search import storage
 
 
-def trials(folder: Path, name: str) -> list[tuple[Any, ...]]:
+def ended_trials(folder: Path, name: str) -> list[tuple[Any, ...]]:
     """Parameters and epoch scores of the trials that ended, in the order of their draws."""
 
     study = optuna.load_study(
-        study_name=name, storage=storage.connect(None, folder / "studies" / name)
+        study_name=name, storage=storage.open_storage(None, folder / "studies" / name)
     )
     assert all(t.state.is_finished() for t in study.trials)
     return [

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import SMALL, Said
-from tests.helpers.study_contents import trials
+from tests.conftest import SMALL, CommandResult
+from tests.helpers.study_contents import ended_trials
 from tuner.config import parsing, plugins, yaml_document
-from tuner.config.run import Engine, Run
+from tuner.config.run import EngineSettings, Run
 from tuner.core.types import Source
-from tuner.training.devices import Place, place
-from tuner.training.training_loop import fit, prepare
+from tuner.training.devices import DeviceContext, select_device
+from tuner.training.training_loop import fit, prepare_training
 
 CORES = len(os.sched_getaffinity(0))  # of one local worker
 
@@ -36,15 +36,15 @@ def run(model: str, depth: int, **data: Any) -> Run:
         "recipe.optimizer=sgd",
         "recipe.momentum=0.9",
     ]
-    doc = parsing.override(
-        yaml_document.parse(SMALL, "small.yaml"),
+    doc = parsing.apply_overrides(
+        yaml_document.parse_document(SMALL, "small.yaml"),
         [*words, *(f"data.{k}={v}" for k, v in data.items())],
     )
-    return parsing.parse(doc).sample(None, seed=5)
+    return parsing.parse_space(doc).sample(None, seed=5)
 
 
-def here(home: Path, cache: str) -> Place:
-    return place(Engine.model_validate({"device": "cpu", "cache": cache}), home)
+def here(home: Path, cache: str) -> DeviceContext:
+    return select_device(EngineSettings.model_validate({"device": "cpu", "cache": cache}), home)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_stillness_after_fit_the_prefix_is_bit_identical(
     model: str, depth: int, tmp_path: Path
 ) -> None:
     r = run(model, depth)
-    bench = prepare(r, here(tmp_path, "auto"), "accuracy")
-    prefix, _ = bench.staged.split(depth)
+    bench = prepare_training(r, here(tmp_path, "auto"), "accuracy")
+    prefix, _ = bench.staged_model.split(depth)
     frozen = {k: v.clone() for k, v in prefix.state_dict().items()}
     moving = {k: v.clone() for k, v in bench.net.state_dict().items()}
     list(fit(bench, r.recipe, r.seed))
@@ -74,7 +74,9 @@ def test_memory_fit_over_the_cache_equals_fit_without(
     model: str, depth: int, data: dict[str, Any], tmp_path: Path
 ) -> None:
     r = run(model, depth, **data)
-    benches = [prepare(r, here(tmp_path, cache), "accuracy") for cache in ("always", "never")]
+    benches = [
+        prepare_training(r, here(tmp_path, cache), "accuracy") for cache in ("always", "never")
+    ]
     kinds = [type(b.train).__name__ for b in benches]
     assert kinds == ["Remembered", "Live"]
     remembered, live = (list(fit(b, r.recipe, r.seed)) for b in benches)
@@ -89,7 +91,8 @@ def test_memory_fit_over_the_cache_equals_fit_without(
 def test_memory_equal_batches_from_the_cache_and_without(tmp_path: Path) -> None:
     r = run("resnet18_slim", 3, augment="flip", views=2)
     cached, live = (
-        prepare(r, here(tmp_path, cache), "accuracy").train for cache in ("always", "never")
+        prepare_training(r, here(tmp_path, cache), "accuracy").train
+        for cache in ("always", "never")
     )
     index = torch.tensor([5, 0, 17, 3])
     for view in (0, 1, 2):
@@ -107,23 +110,30 @@ def test_what_a_prefix_computed_is_not_computed_again_by_a_later_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     r = run("resnet18_slim", 3)
-    list(fit(prepare(r, here(tmp_path, "always"), "accuracy"), r.recipe, r.seed))
+    list(fit(prepare_training(r, here(tmp_path, "always"), "accuracy"), r.recipe, r.seed))
 
     def never(*_: object) -> Source:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("tuner.training.activation_cache.Remembered._fill", never)
+    monkeypatch.setattr("tuner.training.activation_cache.CachedSource._fill_entry", never)
     again = run("resnet18_slim", 3)
     assert (
-        len(list(fit(prepare(again, here(tmp_path, "always"), "accuracy"), again.recipe, 9))) == 2
+        len(
+            list(
+                fit(prepare_training(again, here(tmp_path, "always"), "accuracy"), again.recipe, 9)
+            )
+        )
+        == 2
     )
 
 
 @pytest.mark.parametrize("change", [{"cache_gb": 0.0001}, {"cache": "never"}])
 def test_what_does_not_fit_is_computed_on_the_fly(change: dict[str, Any], tmp_path: Path) -> None:
     r = run("resnet18_slim", 1)
-    bench = prepare(
-        r, place(Engine.model_validate({"device": "cpu", **change}), tmp_path), "accuracy"
+    bench = prepare_training(
+        r,
+        select_device(EngineSettings.model_validate({"device": "cpu", **change}), tmp_path),
+        "accuracy",
     )
     assert type(bench.train).__name__ == "Live"
     assert (
@@ -137,16 +147,20 @@ def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(
     tmp_path: Path,
 ) -> None:
     endless = run("resnet18_slim", 2, augment="flip", views="null")
-    assert type(prepare(endless, here(tmp_path, "auto"), "accuracy").train).__name__ == "Live"
     assert (
-        type(prepare(run("resnet18_slim", 0), here(tmp_path, "auto"), "accuracy").train).__name__
+        type(prepare_training(endless, here(tmp_path, "auto"), "accuracy").train).__name__ == "Live"
+    )
+    assert (
+        type(
+            prepare_training(run("resnet18_slim", 0), here(tmp_path, "auto"), "accuracy").train
+        ).__name__
         == "Ready"
     )
 
 
-@pytest.mark.parametrize("kind", plugins.names("export"))
+@pytest.mark.parametrize("kind", plugins.list_names("export"))
 def test_export_what_is_read_back_agrees_with_the_model(
-    kind: str, tuner: Callable[..., Said], small: Path
+    kind: str, tuner: Callable[..., CommandResult], small: Path
 ) -> None:
     said = tuner(
         "train",
@@ -171,7 +185,7 @@ def test_export_what_is_read_back_agrees_with_the_model(
 @pytest.mark.slow
 def test_engines_the_same_study_whichever_carries_it(calm: Path) -> None:
     finish(start(calm, "inline", "engine.name=inline"))
-    assert trials(calm, "inline") == trials(calm, "calm")
+    assert ended_trials(calm, "inline") == ended_trials(calm, "calm")
 
 
 @pytest.mark.slow
@@ -187,7 +201,7 @@ def test_engines_ray_carries_the_same_study(calm: Path) -> None:
             f"engine.cpus_per_trial={CORES}",
         )
     )
-    assert trials(calm, "ray") == trials(calm, "calm")
+    assert ended_trials(calm, "ray") == ended_trials(calm, "calm")
     assert "raylet" not in said  # what Ray says stays out of what tuner says
 
 
@@ -269,7 +283,7 @@ def test_resume_killed_and_continued_equals_undisturbed(
         finish(start(calm, name))
     else:
         finish(process)  # the study goes on by itself
-    assert trials(calm, name) == trials(calm, "calm")
+    assert ended_trials(calm, name) == ended_trials(calm, "calm")
     database = sqlite3.connect(calm / "studies" / name / "study.db")
     assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     database.close()

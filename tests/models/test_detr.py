@@ -15,18 +15,18 @@ from tests.helpers.detector_training import (
     BOXES,
     LABELS,
     SIDE,
-    bench,
-    lively,
-    ready,
-    trained,
-    truth,
+    make_context,
+    make_model_input,
+    make_targets,
+    randomize_weights,
+    train_two_epochs,
 )
-from tests.helpers.http_server import serving
-from tests.helpers.split_laws import check_cut, check_partition
+from tests.helpers.http_server import serve_folder
+from tests.helpers.split_laws import check_partition, check_split
 from tuner.config import plugins
-from tuner.core.detectors import NO_OBJECT, with_targets
-from tuner.core.export_module import Portable
-from tuner.core.types import Staged
+from tuner.core.detectors import NO_OBJECT, join_targets
+from tuner.core.export_module import ExportModule
+from tuner.core.types import StagedModel
 from tuner.errors import DataError, SpaceError
 from tuner.models import _detr, dfine, rtdetr
 
@@ -49,11 +49,11 @@ REST = {
 }
 
 
-def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()) -> Staged:
+def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()) -> StagedModel:
     """A model by name, or one of the two families that is small enough to be computed here."""
     torch.manual_seed(0)
     if name in REAL:
-        staged: Staged = REAL[name].build(home, name, "detection", outputs, weights=weights)
+        staged: StagedModel = REAL[name].build(home, name, "detection", outputs, weights=weights)
         return staged
     if name == "rtdetr":
         backbone = transformers.RTDetrResNetConfig(
@@ -84,7 +84,7 @@ def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()
             transformers.DFineForObjectDetection,
             transformers.DFineConfig(backbone_config=backbone, num_labels=outputs, **REST),
         )
-    return _detr.build(home, name, kind, config, f"owner/{name}", weights)
+    return _detr.build_detr(home, name, kind, config, f"owner/{name}", weights)
 
 
 # -- the laws
@@ -92,13 +92,13 @@ def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()
 
 @pytest.mark.parametrize("name", TINY)
 def test_cut(name: str) -> None:
-    check_cut(lively(made(name)), ready(_detr.CANVAS))
+    check_split(randomize_weights(made(name)), make_model_input(_detr.CANVAS_SPEC))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), SMALLEST.items())
 def test_cut_of_the_smallest_published(name: str, side: int) -> None:
-    check_cut(lively(made(name)), ready(REAL[name].wants(name), side))
+    check_split(randomize_weights(made(name)), make_model_input(REAL[name].input_spec(name), side))
 
 
 @pytest.mark.parametrize("name", [*TINY, *REAL])
@@ -117,9 +117,9 @@ def test_stillness_and_memory(name: str, depth: int, tmp_path: Path) -> None:
         prefix, _ = staged.split(depth)
         before = {k: v.clone() for k, v in prefix.state_dict().items()}
         moving = {k: v.clone() for k, v in staged.stages["head"].state_dict().items()}
-        b = bench(staged, _detr.CANVAS, depth, tmp_path, mode)
+        b = make_context(staged, _detr.CANVAS_SPEC, depth, tmp_path, mode)
         assert type(b.train).__name__ == {"always": "Remembered", "never": "Live"}[mode]
-        found[mode] = trained(b, lr=1e-4)
+        found[mode] = train_two_epochs(b, lr=1e-4)
         assert all(torch.equal(v, before[k]) for k, v in prefix.state_dict().items())
         assert any(
             not torch.equal(v, moving[k]) for k, v in staged.stages["head"].state_dict().items()
@@ -159,14 +159,14 @@ def labels_of_the_library() -> list[dict[str, Tensor]]:
     ],
 )
 def test_losses_gradients_and_statistics_are_the_librarys_own(name: str, side: int) -> None:
-    staged, x = made(name), ready(_detr.CANVAS, side)
+    staged, x = made(name), make_model_input(_detr.CANVAS_SPEC, side)
     model: Any = copy.deepcopy(staged.model).train()
     torch.manual_seed(7)  # noise for the queries that are to be cleaned
     native = model(x, labels=labels_of_the_library())
     native.loss.backward()
     suffix = staged.split(0)[1].train()
     torch.manual_seed(7)
-    losses = suffix(with_targets(x, truth(side)))
+    losses = suffix(join_targets(x, make_targets(side)))
     sum(losses.values()).backward()
     assert any("_dn_" in key for key in losses) and any("_aux_" in key for key in losses)
     assert {k: v.item() for k, v in losses.items()} == {
@@ -186,11 +186,11 @@ def test_losses_gradients_and_statistics_are_the_librarys_own(name: str, side: i
 
 @pytest.mark.parametrize("name", TINY)
 def test_objects_are_those_of_the_librarys_own_postprocessing(name: str) -> None:
-    staged, x = lively(made(name)), ready(_detr.CANVAS)
+    staged, x = randomize_weights(made(name)), make_model_input(_detr.CANVAS_SPEC)
     model: Any = staged.model.eval()
 
     with torch.no_grad():
-        found = staged.function()(x)
+        found = staged.as_module()(x)
         process = transformers.RTDetrImageProcessor().post_process_object_detection
         native = process(model(x), threshold=-1.0, target_sizes=[(SIDE, SIDE)] * len(x))
     for i, one in enumerate(
@@ -204,7 +204,11 @@ def test_objects_are_those_of_the_librarys_own_postprocessing(name: str) -> None
 
 def test_a_batch_without_objects_has_a_loss() -> None:
     none = {"boxes": torch.zeros(2, 1, 4), "labels": torch.full((2, 1), NO_OBJECT)}
-    losses = made("rtdetr").split(0)[1].train()(with_targets(ready(_detr.CANVAS)[:2], none))
+    losses = (
+        made("rtdetr")
+        .split(0)[1]
+        .train()(join_targets(make_model_input(_detr.CANVAS_SPEC)[:2], none))
+    )
     total = sum(losses.values())
     assert total > 0 and bool(total.isfinite())
     total.backward()
@@ -225,7 +229,7 @@ def test_a_canvas_with_too_few_places_or_a_remainder_is_refused(
 
 @pytest.mark.parametrize("name", TINY)
 def test_weights_by_path_and_by_folder(name: str, tmp_path: Path) -> None:
-    staged = lively(made(name))
+    staged = randomize_weights(made(name))
     state = staged.model.state_dict()
     save(staged, tmp_path / "folder" / "model.safetensors")
     save(staged, tmp_path / "own.safetensors")
@@ -241,7 +245,7 @@ def test_weights_by_path_and_by_folder(name: str, tmp_path: Path) -> None:
         assert len(kept) > 200 and all(torch.equal(found[k], state[k]) for k in kept)
 
 
-def save(staged: Staged, path: Path) -> None:
+def save(staged: StagedModel, path: Path) -> None:
     """As an export has it: the normalisation beside the weights, and no two that share memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -255,9 +259,9 @@ def save(staged: Staged, path: Path) -> None:
 def test_default_weights_come_from_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = lively(made(name, 80))
+    given = randomize_weights(made(name, 80))
     save(given, tmp_path / "hub" / "owner" / name / "resolve" / "main" / "model.safetensors")
-    with serving(tmp_path / "hub") as address:
+    with serve_folder(tmp_path / "hub") as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         staged = made(name, 80, "default", tmp_path / "home")
     assert staged.notes == (
@@ -284,7 +288,7 @@ def test_default_weights_come_from_the_hub(
 def test_published_weights_are_asked_for_by_their_name(
     name: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(tmp_path) as server:
+    with serve_folder(tmp_path) as server:
         monkeypatch.setenv("HF_ENDPOINT", server)
         with pytest.raises(
             DataError, match=f"cannot download {server}/{address}/resolve/main/model.safetensors"
@@ -338,13 +342,18 @@ def test_what_the_authors_do_not_train_is_no_parameter() -> None:
     ],
 )
 def test_what_is_read_back_finds_the_same_objects(name: str, kind: str, tmp_path: Path) -> None:
-    model = Portable(lively(made(name)), _detr.CANVAS).eval()
-    assert kind in {"rtdetr": rtdetr, "dfine": dfine}[name].EXPORTS and not model.staged[0].batched
-    export = plugins.module("export", kind)
+    model = ExportModule(randomize_weights(made(name)), _detr.CANVAS_SPEC).eval()
+    assert (
+        kind in {"rtdetr": rtdetr, "dfine": dfine}[name].EXPORTS
+        and not model.staged[0].exports_batched
+    )
+    export = plugins.import_plugin("export", kind)
     x = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         export.save(model, x, tmp_path / export.FILE)
-        again = export.load(tmp_path / export.FILE, lambda: Portable(made(name), _detr.CANVAS))
+        again = export.load(
+            tmp_path / export.FILE, lambda: ExportModule(made(name), _detr.CANVAS_SPEC)
+        )
         other = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
         for image in (x, other):
             expected, got = model(image), again(image)

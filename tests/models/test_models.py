@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torchvision.models import get_model
 
-from tests.conftest import Said
-from tests.helpers.split_laws import check_cut, check_partition
+from tests.conftest import CommandResult
+from tests.helpers.split_laws import check_partition, check_split
 from tuner.config import plugins
-from tuner.config.run import Part, Recipe, Run
-from tuner.core.types import Staged, cut
+from tuner.config.run import PluginConfig, Recipe, Run
+from tuner.core.types import StagedModel, split_sequential
 from tuner.errors import SpaceError
-from tuner.training.building import build
-from tuner.training.model_summary import describe
+from tuner.training.building import build_model
+from tuner.training.model_summary import summarize_model
 
 # small enough to be computed here; the others differ from them in widths and counts, and are cut by the same lines
 COMPUTED = [
@@ -32,14 +32,16 @@ COMPUTED = [
 ]
 
 
-def built(name: str, outputs: int = 3) -> Staged:
-    part = Part(name, {} if ":" in name else {"weights": "none"})
-    return build(
-        Run(Part("classification", {}), Part("synthetic", {}), part, Recipe(), 0), Path(), outputs
+def built(name: str, outputs: int = 3) -> StagedModel:
+    part = PluginConfig(name, {} if ":" in name else {"weights": "none"})
+    return build_model(
+        Run(PluginConfig("classification", {}), PluginConfig("synthetic", {}), part, Recipe(), 0),
+        Path(),
+        outputs,
     )
 
 
-def filled(name: str) -> Staged:
+def filled(name: str) -> StagedModel:
     """The model with numbers everywhere, also where a fresh one has zeros and ones that would hide a layer left out."""
     with torch.device("meta"):
         staged = built(name)
@@ -58,13 +60,13 @@ def filled(name: str) -> Staged:
 
 @pytest.mark.parametrize("name", COMPUTED)
 def test_the_cut_law(name: str) -> None:
-    check_cut(filled(name), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+    check_split(filled(name), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
 
 
 CLASSIFIERS = [
     name
-    for name in plugins.names("model")
-    if "*" not in name and "classification" in plugins.tasks("model", name)
+    for name in plugins.list_names("model")
+    if "*" not in name and "classification" in plugins.list_tasks("model", name)
 ]
 
 
@@ -117,7 +119,7 @@ def test_models_of_timm_are_cut_by_both_laws(name: str, stages: int) -> None:
     timm = pytest.importorskip("timm")
     staged = built(f"timm/{name}")
     check_partition(staged)
-    check_cut(
+    check_split(
         staged,
         torch.randn(
             2,
@@ -209,7 +211,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield lambda name: f"own_models_of_a_test:{name}"
-    plugins.keys.cache_clear()
+    plugins.read_keys.cache_clear()
 
 
 def test_a_sequential_is_cut_at_its_children(own: Callable[[str], str]) -> None:
@@ -218,7 +220,7 @@ def test_a_sequential_is_cut_at_its_children(own: Callable[[str], str]) -> None:
     assert staged.max_depth == 6
     for value in staged.model.state_dict().values():
         torch.nn.init.uniform_(value, 0.5, 1.5) if value.is_floating_point() else None
-    check_cut(staged, torch.randn(2, 3, 32, 32))
+    check_split(staged, torch.randn(2, 3, 32, 32))
     check_partition(staged)
 
 
@@ -229,7 +231,9 @@ def test_any_other_module_is_one_stage(own: Callable[[str], str]) -> None:
 
 
 def test_nested_sequentials_share_no_parameter() -> None:
-    check_partition(cut(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))))
+    check_partition(
+        split_sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2)))
+    )
 
 
 # -- models as a table
@@ -246,9 +250,9 @@ def test_nested_sequentials_share_no_parameter() -> None:
 )
 def test_numbers_agree_with_torchvisions_own(name: str, millions: float, gflops: float) -> None:
     """torchvision states multiply-adds (resnet18: 1.81 G), which count as two here."""
-    found = describe(name)
+    found = summarize_model(name)
     meta = (
-        plugins.module("model", name)
+        plugins.import_plugin("model", name)
         .torchvision_preprocess.__globals__["get_model_weights"](name)
         .DEFAULT.meta
     )
@@ -260,7 +264,7 @@ def test_numbers_agree_with_torchvisions_own(name: str, millions: float, gflops:
 
 
 def test_shares_grow_with_depth_from_nothing_to_less_than_all() -> None:
-    rows = describe("resnet18_slim", outputs=10).depths
+    rows = summarize_model("resnet18_slim", outputs=10).depths
     assert [(row.depth, row.stage) for row in rows] == [
         (0, "(nothing)"),
         *enumerate(["stem", "layer1", "layer2", "layer3", "layer4"], 1),
@@ -270,24 +274,24 @@ def test_shares_grow_with_depth_from_nothing_to_less_than_all() -> None:
         a.parameters < b.parameters < 1 and a.flops < b.flops < 1
         for a, b in itertools.pairwise(rows)
     )
-    assert describe("resnet18_slim", outputs=10).parameters == 703_386
+    assert summarize_model("resnet18_slim", outputs=10).parameters == 703_386
 
 
 def test_a_users_model_is_described_at_a_size_that_passes(own: Callable[[str], str]) -> None:
-    found = describe(own("Whole"), outputs=10)
+    found = summarize_model(own("Whole"), outputs=10)
     assert (found.example, found.parameters, found.flops) == ("32 x 32 image", 30_730, 2 * 30_720)
-    assert describe(own("sequential"), outputs=10).depths[1].parameters == pytest.approx(
+    assert summarize_model(own("sequential"), outputs=10).depths[1].parameters == pytest.approx(
         112 / (112 + 8 + 50)
     )
 
 
 def test_what_builds_no_model_is_named(own: Callable[[str], str]) -> None:
     with pytest.raises(SpaceError, match=r"returned str; expected an nn.Module"):
-        describe(own("nothing"))
+        summarize_model(own("nothing"))
 
 
-def test_the_command_lists_and_describes(tuner: Callable[..., Said]) -> None:
-    assert tuner("models").out.splitlines() == plugins.names("model")
+def test_the_command_lists_and_describes(tuner: Callable[..., CommandResult]) -> None:
+    assert tuner("models").out.splitlines() == plugins.list_names("model")
     said = tuner("models", "resnet18")
     assert said.code == 0
     first, header, *rows = said.out.splitlines()
@@ -306,7 +310,9 @@ def test_the_command_lists_and_describes(tuner: Callable[..., Said]) -> None:
         ),
     ],
 )
-def test_an_unknown_model_ends_with_2(tuner: Callable[..., Said], name: str, message: str) -> None:
+def test_an_unknown_model_ends_with_2(
+    tuner: Callable[..., CommandResult], name: str, message: str
+) -> None:
     said = tuner("models", name)
     assert (said.code, said.out) == (2, "")
     assert message in said.err

@@ -12,19 +12,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from tests.conftest import Said
-from tests.helpers.http_server import serving
-from tests.helpers.mask_files import SPACE, scenes
-from tests.helpers.split_laws import check_cut, check_partition, equal
+from tests.conftest import CommandResult
+from tests.helpers.http_server import serve_folder
+from tests.helpers.mask_files import SPACE, write_images_and_masks
+from tests.helpers.split_laws import check_partition, check_split, trees_equal
 from tuner.config import parsing
-from tuner.config.run import Engine, Part, Recipe, Run
-from tuner.core.types import Batch, Staged
+from tuner.config.run import EngineSettings, PluginConfig, Recipe, Run
+from tuner.core.types import Batch, StagedModel
 from tuner.errors import DataError, SpaceError
 from tuner.models import smp as ours
 from tuner.models import torchvision_segmentation
-from tuner.training.building import build, task_of
-from tuner.training.devices import Place, place
-from tuner.training.training_loop import fit, prepare
+from tuner.training.building import build_model, build_task
+from tuner.training.devices import DeviceContext, select_device
+from tuner.training.training_loop import fit, prepare_training
 
 smp = pytest.importorskip("segmentation_models_pytorch")
 SMALL = "tu-mobilenetv3_small_050"
@@ -32,15 +32,19 @@ SMALL = "tu-mobilenetv3_small_050"
 
 def run_of(name: str, weights: str = "none") -> Run:
     return Run(
-        Part("segmentation", {}), Part("masks", {}), Part(name, {"weights": weights}), Recipe(), 0
+        PluginConfig("segmentation", {}),
+        PluginConfig("masks", {}),
+        PluginConfig(name, {"weights": weights}),
+        Recipe(),
+        0,
     )
 
 
-def built(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()) -> Staged:
-    return build(run_of(name, weights), home, outputs)
+def built(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()) -> StagedModel:
+    return build_model(run_of(name, weights), home, outputs)
 
 
-def shaken(staged: Staged) -> Staged:
+def shaken(staged: StagedModel) -> StagedModel:
     """BatchNorms that do something, so that one left out or doubled is seen."""
     generator = torch.Generator().manual_seed(0)
     for module in staged.model.modules():
@@ -75,7 +79,7 @@ def test_a_segmenter_is_cut_by_both_laws_and_hands_on_what_later_stages_need(
 ) -> None:
     staged = shaken(built(name))
     check_partition(staged)
-    check_cut(staged, images())
+    check_split(staged, images())
     count, taps = expected
     assert len(staged.stages) == count
     prefix, _ = staged.split(
@@ -84,7 +88,7 @@ def test_a_segmenter_is_cut_by_both_laws_and_hands_on_what_later_stages_need(
     x = prefix(images())
     assert isinstance(x, dict)
     assert {leaf for leaf in x if leaf not in ("height", "width")} == taps
-    logits = staged.function().eval()(images())
+    logits = staged.as_module().eval()(images())
     assert logits.shape == (2, 3, 64, 64)
 
 
@@ -113,7 +117,7 @@ def test_encoders_of_many_kinds_are_cut_by_both_laws(architecture: str, encoder:
         return
     staged = shaken(built(f"{architecture}/{encoder}"))
     check_partition(staged)
-    check_cut(staged, images())
+    check_split(staged, images())
 
 
 @pytest.mark.slow
@@ -121,7 +125,7 @@ def test_encoders_of_many_kinds_are_cut_by_both_laws(architecture: str, encoder:
 def test_each_of_torchvisions_is_cut_by_both_laws(name: str) -> None:
     staged = shaken(built(name))
     check_partition(staged)
-    check_cut(staged, images(48))  # not a multiple of the stride: the input's size travels
+    check_split(staged, images(48))  # not a multiple of the stride: the input's size travels
     whole = get_model(
         name,
         weights=None,
@@ -143,7 +147,7 @@ def test_while_training_torchvisions_outputs_are_native_too_and_any_size_passes(
         with torch.no_grad():
             outputs.append(dict(whole(images(50))))
     assert set(outputs[0]) == ({"out"} if "lraspp" in name else {"out", "aux"})
-    assert equal(*outputs)
+    assert trees_equal(*outputs)
 
 
 def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
@@ -172,7 +176,7 @@ def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
     staged = built("fcn_resnet50")
     _, net = staged.split(0)
     net.train()
-    task = task_of(run_of("fcn_resnet50"), ("a", "b", "c"))
+    task = build_task(run_of("fcn_resnet50"), ("a", "b", "c"))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     for step, (image, target) in enumerate(batches):
         torch.manual_seed(step)
@@ -189,14 +193,16 @@ def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
 
 def trained(tmp_path: Path, name: str, depth: int, *words: str) -> Run:
     path = tmp_path / "s.yaml"
-    path.write_text(SPACE.replace("path: x", f"path: {scenes(tmp_path / 'scenes', 12)}"))
-    return parsing.load(
+    path.write_text(
+        SPACE.replace("path: x", f"path: {write_images_and_masks(tmp_path / 'scenes', 12)}")
+    )
+    return parsing.load_space(
         path, [f"model.name={name}", f"recipe.freeze_depth={depth}", *words]
     ).sample(None, seed=5)
 
 
-def here(home: Path, cache: str) -> Place:
-    return place(Engine.model_validate({"device": "cpu", "cache": cache}), home)
+def here(home: Path, cache: str) -> DeviceContext:
+    return select_device(EngineSettings.model_validate({"device": "cpu", "cache": cache}), home)
 
 
 CUTS = [
@@ -213,9 +219,9 @@ def test_memory_and_stillness(name: str, depth: int, tmp_path: Path) -> None:
     r = trained(tmp_path, name, depth, "data.augment=flip", "data.views=2")
     epochs = {}
     for cache, kind in (("always", "Remembered"), ("never", "Live")):
-        bench = prepare(r, here(tmp_path / "home", cache), "mean_iou")
+        bench = prepare_training(r, here(tmp_path / "home", cache), "mean_iou")
         assert type(bench.train).__name__ == kind
-        prefix, _ = bench.staged.split(depth)
+        prefix, _ = bench.staged_model.split(depth)
         frozen = {k: v.clone() for k, v in prefix.state_dict().items()}
         moving = {k: v.clone() for k, v in bench.net.state_dict().items()}
         epochs[cache] = list(fit(bench, r.recipe, r.seed))
@@ -319,13 +325,13 @@ def test_smps_default_weights_are_fetched_once(
     folder = tmp_path / "hub" / settings["repo_id"] / "resolve" / settings["revision"]
     folder.mkdir(parents=True)
     save_file(encoder.state_dict(), folder / "model.safetensors")
-    with serving(tmp_path / "hub") as address:
+    with serve_folder(tmp_path / "hub") as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         built("unet/mobileone_s0", 3, "default", tmp_path / "home")
     again: Any = built(
         "unet/mobileone_s0", 3, "default", tmp_path / "home"
     ).model.encoder  # the server is gone
-    assert equal(again.state_dict(), encoder.state_dict())
+    assert trees_equal(again.state_dict(), encoder.state_dict())
     with pytest.raises(DataError) as error:
         built("unet/resnet18", 3, "default", tmp_path / "home")
     assert f"{address}/smp-hub/resnet18.imagenet/resolve/" in str(error.value)
@@ -365,22 +371,24 @@ def test_without_the_package_the_way_to_have_it_is_told(monkeypatch: pytest.Monk
 
 
 def test_what_the_weights_want() -> None:
-    assert ours.wants("unet/resnet18").mean == (0.485, 0.456, 0.406)
-    assert ours.wants("unet/tu-tf_efficientnet_lite0").std == (0.5, 0.5, 0.5)
-    swin = ours.wants("unet/tu-swin_tiny_patch4_window7_224")
+    assert ours.input_spec("unet/resnet18").mean == (0.485, 0.456, 0.406)
+    assert ours.input_spec("unet/tu-tf_efficientnet_lite0").std == (0.5, 0.5, 0.5)
+    swin = ours.input_spec("unet/tu-swin_tiny_patch4_window7_224")
     assert (swin.size, swin.multiple) == (224, 224)
-    assert torchvision_segmentation.wants("fcn_resnet50").size == 520
+    assert torchvision_segmentation.input_spec("fcn_resnet50").size == 520
 
 
 # -- exports
 
 
-def check_exports(name: str, formats: str, tuner: Callable[..., Said], folder: Path) -> None:
+def check_exports(
+    name: str, formats: str, tuner: Callable[..., CommandResult], folder: Path
+) -> None:
     """Every format agrees with the model, and ONNX is read by its runtime alone, for another number of images."""
     import onnxruntime
 
     (folder / "s.yaml").write_text(
-        SPACE.replace("path: x", f"path: {scenes(folder / 'scenes', 12)}")
+        SPACE.replace("path: x", f"path: {write_images_and_masks(folder / 'scenes', 12)}")
     )
     said = tuner(
         "train", "s.yaml", f"model.name={name}", "recipe.epochs=1", f"export=[{formats}]", "--quiet"
@@ -398,7 +406,7 @@ def check_exports(name: str, formats: str, tuner: Callable[..., Said], folder: P
 
 
 def test_an_export_agrees_and_a_runtime_alone_reads_it(
-    tuner: Callable[..., Said], tmp_path: Path
+    tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     check_exports(f"unet/{SMALL}", "onnx", tuner, tmp_path)
 
@@ -415,5 +423,7 @@ EXPORTED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*EXPORTED, "unet/mit_b0"])
-def test_each_system_in_every_format(name: str, tuner: Callable[..., Said], tmp_path: Path) -> None:
+def test_each_system_in_every_format(
+    name: str, tuner: Callable[..., CommandResult], tmp_path: Path
+) -> None:
     check_exports(name, "onnx,torch_export", tuner, tmp_path)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import Said
-from tests.helpers.http_server import serving
+from tests.conftest import CommandResult
+from tests.helpers.http_server import serve_folder
 from tuner.errors import DataError
 from tuner.models import timm as ours
 
@@ -32,7 +32,7 @@ def hub(tmp_path: Path) -> Path:
 def test_default_weights_are_fetched_once_and_all_but_the_head_is_taken(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(hub) as address:
+    with serve_folder(hub) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         staged = ours.build(tmp_path / "home", NAME, "classification", 3)
     torch.manual_seed(5)
@@ -51,7 +51,7 @@ def test_default_weights_are_fetched_once_and_all_but_the_head_is_taken(
 def test_without_a_network_the_address_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(tmp_path) as address:
+    with serve_folder(tmp_path) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
     with pytest.raises(DataError) as error:
         ours.build(tmp_path / "home", NAME, "classification", 3)
@@ -60,7 +60,7 @@ def test_without_a_network_the_address_is_named(
 
 @pytest.mark.slow
 def test_a_study_of_it_ends_in_exports_that_predict(
-    tuner: Callable[..., Said], tmp_path: Path
+    tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     Path("mobile.yaml").write_text(
         f"task: classification\ndata: {{name: synthetic, size: 32, examples: 40}}\nmodel: {{name: {NAME}, weights: none}}\n"
@@ -80,7 +80,7 @@ def test_a_study_of_it_ends_in_exports_that_predict(
 
 @pytest.mark.slow
 def test_real_weights_on_real_photographs(
-    shared: Path, tuner: Callable[..., Said], tmp_path: Path
+    shared: Path, tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     with tarfile.open(shared / "cifar10.tar.gz") as archive:
         seen: dict[str, int] = {}

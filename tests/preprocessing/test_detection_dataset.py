@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tests.helpers import box_files
 from tuner.config import plugins
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import Preprocess
+from tuner.core.input_spec import ImageInputSpec
 from tuner.core.targets import NO_OBJECT
-from tuner.core.types import Data
+from tuner.core.types import Dataset
 from tuner.errors import DataError
 
-WANTED = Preprocess(32, 32, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox")
+WANTED = ImageInputSpec(32, 32, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox")
 
 
-def loaded(name: str, path: Path, home: Path, wanted: Preprocess = WANTED, **options: Any) -> Data:
+def loaded(
+    name: str, path: Path, home: Path, wanted: ImageInputSpec = WANTED, **options: Any
+) -> Dataset:
     own = {key: options.pop(key) for key in ("classes", "difficult", "images") if key in options}
-    found: Data = plugins.attribute("data", name)(
+    found: Dataset = plugins.load_plugin("data", name)(
         home, wanted, "detection", path=str(path), image=ImageOptions(**options), **own
     )
     return found
@@ -47,13 +49,13 @@ def test_boxes_lie_where_the_pixels_do_on_the_canvas_and_in_the_mirror(
             ("red", (2 * i, 4, 2 * i + 12, 20)),
             ("blue", (8, 24 + i // 4 * 2, 40, 40)),
         ]
-        box_files.picture(tmp_path / "images" / f"{i}.png", objects, size)
-        (tmp_path / "annotations" / f"{i}.xml").write_text(box_files.xml(objects, size))
+        box_files.draw_scene(tmp_path / "images" / f"{i}.png", objects, size)
+        (tmp_path / "annotations" / f"{i}.xml").write_text(box_files.voc_xml(objects, size))
     source = loaded(
         "voc",
         tmp_path,
         tmp_path / "home",
-        Preprocess(side, side, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox"),
+        ImageInputSpec(side, side, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox"),
         augment="flip",
     ).train
     for view in (0, 1):
@@ -85,7 +87,7 @@ def test_three_ways_to_write_the_same(name: str, tmp_path: Path) -> None:
         if isinstance(y, dict)
     )
     expected = []
-    for objects in box_files.scenes(20):
+    for objects in box_files.make_scenes(20):
         boxes = [[x / 2, y / 2 + 4, r / 2, b / 2 + 4] for _, (x, y, r, b) in objects]
         labels = [["blue", "red"].index(ink) for ink, _ in objects]
         filling = 2 - len(labels)
@@ -94,7 +96,7 @@ def test_three_ways_to_write_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_parts_are_taken_from_the_lists_of_voc(tmp_path: Path) -> None:
-    root = box_files.voc(tmp_path / "voc")
+    root = box_files.write_voc(tmp_path / "voc")
     lists = root / "ImageSets" / "Main"
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("".join(f"{i:02d}\n" for i in range(12)))
@@ -108,7 +110,7 @@ def test_parts_are_taken_from_the_lists_of_voc(tmp_path: Path) -> None:
 
 
 def test_classes_of_voc_are_the_ones_found_or_those_that_are_named(tmp_path: Path) -> None:
-    root = box_files.voc(tmp_path / "voc")
+    root = box_files.write_voc(tmp_path / "voc")
     assert loaded("voc", root, tmp_path / "home").classes == ("blue", "red")
     assert loaded("voc", root, tmp_path / "home", classes=["red", "green", "blue"]).classes == (
         "red",
@@ -124,7 +126,7 @@ def test_classes_of_voc_are_the_ones_found_or_those_that_are_named(tmp_path: Pat
 
 def test_parts_are_taken_from_the_files_of_coco_and_from_data_yaml(tmp_path: Path) -> None:
     for name, ids in (("train", range(12)), ("val", range(12, 16))):
-        tree = json.loads((box_files.coco(tmp_path / "all") / "instances.json").read_text())
+        tree = json.loads((box_files.write_coco(tmp_path / "all") / "instances.json").read_text())
         some = {100 + i for i in ids}
         tree["images"] = [one for one in tree["images"] if one["id"] in some]
         tree["annotations"] = [one for one in tree["annotations"] if one["image_id"] in some]
@@ -136,7 +138,7 @@ def test_parts_are_taken_from_the_files_of_coco_and_from_data_yaml(tmp_path: Pat
         4,
         12,
     )  # what is missing is taken from what trains
-    root = box_files.yolo(tmp_path / "yolo")
+    root = box_files.write_yolo(tmp_path / "yolo")
     (root / "val.txt").write_text("images/00.png\nimages/01.png\n")
     (root / "train.txt").write_text("".join(f"images/{i:02d}.png\n" for i in range(2, 18)))
     (root / "test.txt").write_text("images/18.png\n")
@@ -148,7 +150,7 @@ def test_parts_are_taken_from_the_files_of_coco_and_from_data_yaml(tmp_path: Pat
 
 
 def test_folds_hold_out_every_example_once(tmp_path: Path) -> None:
-    root = box_files.voc(tmp_path / "voc")
+    root = box_files.write_voc(tmp_path / "voc")
     held = []
     for fold in range(3):
         data = loaded("voc", root, tmp_path / "home", folds=3, fold=fold)
@@ -156,7 +158,7 @@ def test_folds_hold_out_every_example_once(tmp_path: Path) -> None:
     assert len(held) == len(set(held)) == 17
 
 
-def _pixels(data: Data) -> torch.Tensor:
+def _pixels(data: Dataset) -> torch.Tensor:
     x = data.valid.take(torch.arange(len(data.valid)), 0).x
     assert isinstance(x, torch.Tensor)
     return x
@@ -166,11 +168,13 @@ def _pixels(data: Data) -> torch.Tensor:
 
 
 def test_what_is_odd_but_harmless_is_a_warning(tmp_path: Path) -> None:
-    root = box_files.voc(tmp_path / "voc")
-    (root / "annotations" / "00.xml").write_text(box_files.xml([("red", (50, 10, 80, 30))]))
-    (root / "annotations" / "01.xml").write_text(box_files.xml([]))
+    root = box_files.write_voc(tmp_path / "voc")
+    (root / "annotations" / "00.xml").write_text(box_files.voc_xml([("red", (50, 10, 80, 30))]))
+    (root / "annotations" / "01.xml").write_text(box_files.voc_xml([]))
     (root / "annotations" / "02.xml").unlink()
-    (root / "annotations" / "03.xml").write_text(box_files.xml([("red", (1, 1, 8, 8))], (640, 480)))
+    (root / "annotations" / "03.xml").write_text(
+        box_files.voc_xml([("red", (1, 1, 8, 8))], (640, 480))
+    )
     for i in range(4, 8):
         (root / "images" / f"{i:02d}.png").write_bytes((root / "images" / "04.png").read_bytes())
     said = "\n".join(loaded("voc", root, tmp_path / "home", seed=2).warnings)
@@ -195,10 +199,10 @@ def test_what_is_odd_but_harmless_is_a_warning(tmp_path: Path) -> None:
 def test_useless_boxes_are_errors_with_their_file(
     box: tuple[int, int, int, int], said: str, tmp_path: Path
 ) -> None:
-    root = box_files.voc(tmp_path / "voc")
+    root = box_files.write_voc(tmp_path / "voc")
     for i in range(12):
         (root / "annotations" / f"{i:02d}.xml").write_text(
-            box_files.xml([("red", (1, 1, 9, 9)), ("red", box)])
+            box_files.voc_xml([("red", (1, 1, 9, 9)), ("red", box)])
         )
     with pytest.raises(DataError) as error:
         loaded("voc", root, tmp_path / "home")
@@ -229,14 +233,14 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbb"><!ENTITY c "&b;&b;">]><annotation><object
     ],
 )
 def test_xml_that_cannot_be_trusted_or_read(content: str, said: str, tmp_path: Path) -> None:
-    root = box_files.voc(tmp_path / "voc")
+    root = box_files.write_voc(tmp_path / "voc")
     (root / "annotations" / "05.xml").write_text(content)
     with pytest.raises(DataError, match=rf"05\.xml.*{said}"):
         loaded("voc", root, tmp_path / "home")
 
 
 def test_huge_xml_is_not_read(tmp_path: Path) -> None:
-    root = box_files.voc(tmp_path / "voc")
+    root = box_files.write_voc(tmp_path / "voc")
     (root / "annotations" / "05.xml").write_text(" " * 10_000_001)
     with pytest.raises(DataError, match=r"05\.xml: 10,000,001 bytes, more than 10,000,000"):
         loaded("voc", root, tmp_path / "home")
@@ -275,7 +279,7 @@ def test_huge_xml_is_not_read(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_in_coco(change: Callable[[Any], Any], said: str, tmp_path: Path) -> None:
-    file = box_files.coco(tmp_path / "coco") / "instances.json"
+    file = box_files.write_coco(tmp_path / "coco") / "instances.json"
     tree = json.loads(file.read_text())
     change(tree)
     file.write_text(json.dumps(tree))
@@ -284,7 +288,7 @@ def test_what_is_wrong_in_coco(change: Callable[[Any], Any], said: str, tmp_path
 
 
 def test_truncated_json(tmp_path: Path) -> None:
-    file = box_files.coco(tmp_path / "coco") / "instances.json"
+    file = box_files.write_coco(tmp_path / "coco") / "instances.json"
     file.write_text(file.read_text()[:-40])
     with pytest.raises(DataError, match=r"instances\.json: not JSON .*is it truncated"):
         loaded("coco", file, tmp_path / "home")
@@ -300,7 +304,7 @@ def test_truncated_json(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_in_a_line_of_yolo(line: str, said: str, tmp_path: Path) -> None:
-    root = box_files.yolo(tmp_path / "yolo")
+    root = box_files.write_yolo(tmp_path / "yolo")
     file = root / "labels" / "03.txt"
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(DataError, match=rf"03\.txt:3: {said}"):
@@ -308,7 +312,7 @@ def test_what_is_wrong_in_a_line_of_yolo(line: str, said: str, tmp_path: Path) -
 
 
 def test_images_without_a_text_file_have_no_objects(tmp_path: Path) -> None:
-    root = box_files.yolo(tmp_path / "yolo")
+    root = box_files.write_yolo(tmp_path / "yolo")
     for i in range(6):
         (root / "labels" / f"{i:02d}.txt").unlink()
     data = loaded("yolo", root, tmp_path / "home")
@@ -319,9 +323,9 @@ def test_images_without_a_text_file_have_no_objects(tmp_path: Path) -> None:
 
 
 def test_the_command_says_it_without_a_traceback(
-    tuner: Callable[..., Said], tmp_path: Path
+    tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
-    root = box_files.voc(tmp_path / "voc")
+    root = box_files.write_voc(tmp_path / "voc")
     (root / "annotations" / "05.xml").write_text("<annotation>")
     (tmp_path / "x.yaml").write_text(
         f"task: detection\ndata: {{name: voc, path: {root}}}\nmodel: {{name: ssd300_vgg16, weights: none, backbone: none}}\n"

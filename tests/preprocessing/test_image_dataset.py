@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Data
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import Dataset
 from tuner.errors import DataError, SpaceError
-from tuner.preprocessing.image_dataset import dataset, resolve
+from tuner.preprocessing.image_dataset import classification_dataset, resolve_image_spec
 from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID, Items
 
-WANTED = Preprocess(16, 16, "nearest", (0.5,) * 3, (0.5,) * 3)
+WANTED = ImageInputSpec(16, 16, "nearest", (0.5,) * 3, (0.5,) * 3)
 N = 60
 
 
@@ -24,8 +24,8 @@ def items(seed: int = 0, classes: tuple[str, ...] = ("a", "b", "c")) -> Items:
     return Items(pictures, np.arange(N) % len(classes), classes, np.full(N, UNSPLIT))
 
 
-def made(home: Path, options: Mapping[str, Any] = {}, listed: Items | None = None) -> Data:
-    return dataset(home, listed or items(), ImageOptions(**options), WANTED)
+def made(home: Path, options: Mapping[str, Any] = {}, listed: Items | None = None) -> Dataset:
+    return classification_dataset(home, listed or items(), ImageOptions(**options), WANTED)
 
 
 def pixels(source: Any, view: int = 0) -> torch.Tensor:
@@ -39,14 +39,14 @@ def test_a_batch_is_uint8_channels_first_with_its_labels(tmp_path: Path) -> None
     data = made(
         tmp_path,
         listed=Items(
-            listed.pictures, listed.labels, listed.strata, np.repeat([TRAIN, VALID, TEST], N // 3)
+            listed.examples, listed.labels, listed.strata, np.repeat([TRAIN, VALID, TEST], N // 3)
         ),
     )
     x, y = data.train.take(torch.tensor([2, 0]), 0)
     assert isinstance(x, torch.Tensor)
     assert x.dtype == torch.uint8 and x.shape == (2, 3, 16, 16)
     assert torch.equal(
-        x[0], torch.from_numpy(np.asarray(listed.pictures[2]).copy()).permute(2, 0, 1)
+        x[0], torch.from_numpy(np.asarray(listed.examples[2]).copy()).permute(2, 0, 1)
     )
     assert y.tolist() == [2, 0]
 
@@ -112,7 +112,7 @@ def test_the_digest_follows_content_labels_and_split(tmp_path: Path) -> None:
         made(
             tmp_path,
             listed=Items(
-                swapped.pictures, swapped.labels[::-1].copy(), swapped.strata, swapped.part
+                swapped.examples, swapped.labels[::-1].copy(), swapped.strata, swapped.split
             ),
         ),
     ]
@@ -122,22 +122,23 @@ def test_the_digest_follows_content_labels_and_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, Preprocess(224, 256, "bilinear", (0.485,) * 3, (0.229,) * 3)),
-        ({"size": 64}, Preprocess(64, 73, "bilinear", (0.485,) * 3, (0.229,) * 3)),
+        ({}, ImageInputSpec(224, 256, "bilinear", (0.485,) * 3, (0.229,) * 3)),
+        ({"size": 64}, ImageInputSpec(64, 73, "bilinear", (0.485,) * 3, (0.229,) * 3)),
         (
             {"size": 64, "resize": 64, "interpolation": "bicubic"},
-            Preprocess(64, 64, "bicubic", (0.485,) * 3, (0.229,) * 3),
+            ImageInputSpec(64, 64, "bicubic", (0.485,) * 3, (0.229,) * 3),
         ),
         (
             {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)},
-            Preprocess(224, 256, "bilinear", (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)),
+            ImageInputSpec(224, 256, "bilinear", (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)),
         ),
     ],
 )
-def test_the_file_wins_over_the_weights(options: dict[str, Any], expected: Preprocess) -> None:
+def test_the_file_wins_over_the_weights(options: dict[str, Any], expected: ImageInputSpec) -> None:
     assert (
-        resolve(
-            ImageOptions(**options), Preprocess(224, 256, "bilinear", (0.485,) * 3, (0.229,) * 3)
+        resolve_image_spec(
+            ImageOptions(**options),
+            ImageInputSpec(224, 256, "bilinear", (0.485,) * 3, (0.229,) * 3),
         )
         == expected
     )
@@ -152,13 +153,13 @@ def test_the_file_wins_over_the_weights(options: dict[str, Any], expected: Prepr
 )
 def test_impossible_geometry_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpaceError) as error:
-        resolve(ImageOptions(**options), WANTED)
+        resolve_image_spec(ImageOptions(**options), WANTED)
     assert str(error.value) == message
 
 
 def test_a_part_whose_only_image_is_unreadable_is_named(tmp_path: Path) -> None:
     listed = items()
-    pictures: list[Any] = [*listed.pictures]
+    pictures: list[Any] = [*listed.examples]
     pictures[0] = tmp_path / "missing.png"
     part = np.array([VALID] + [TRAIN] * (N - 2) + [TEST])
     with pytest.raises(DataError, match=r"^data: no validation image can be read$"):

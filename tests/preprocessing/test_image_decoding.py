@@ -13,10 +13,10 @@ from PIL import Image
 from torchvision import transforms
 
 from tests.helpers.png_headers import png_header
-from tuner.core.input_spec import Preprocess
-from tuner.preprocessing.image_decoding import attempt, decode, quietly
+from tuner.core.input_spec import ImageInputSpec
+from tuner.preprocessing.image_decoding import decode, silence_pillow, try_decode
 
-EIGHT = Preprocess(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3)
+EIGHT = ImageInputSpec(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3)
 
 
 def colour(path: Path) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ def test_resize_and_crop_are_torchvisions(shape: tuple[int, int], interpolation:
     theirs = transforms.Compose(
         [transforms.Resize(32, mode), transforms.CenterCrop(28), transforms.PILToTensor()]
     )
-    ours = decode(pixels, Preprocess(28, 32, interpolation, (0.0,) * 3, (1.0,) * 3))
+    ours = decode(pixels, ImageInputSpec(28, 32, interpolation, (0.0,) * 3, (1.0,) * 3))
     assert torch.equal(torch.from_numpy(ours.copy()), theirs(Image.fromarray(pixels)))
 
 
@@ -148,16 +148,17 @@ def test_what_cannot_be_read_says_why(
     elif callable(content):
         content(path)
     start = time.monotonic()
-    with quietly():
-        found = attempt(path, EIGHT)
+    with silence_pillow():
+        found = try_decode(path, EIGHT)
     assert isinstance(found, str)
     assert found.startswith(f"{path}: ") and reason in found and "\n" not in found
     assert time.monotonic() - start < 1
 
 
 def test_a_thin_strip_is_not_blown_up() -> None:
-    found = attempt(
-        np.zeros((1, 60_000), np.uint8), Preprocess(224, 256, "bilinear", (0.0,) * 3, (1.0,) * 3)
+    found = try_decode(
+        np.zeros((1, 60_000), np.uint8),
+        ImageInputSpec(224, 256, "bilinear", (0.0,) * 3, (1.0,) * 3),
     )
     assert (
         found
@@ -183,7 +184,7 @@ def test_whatever_pillow_raises_is_a_reason(
 
     monkeypatch.setattr(Image, "open", raising)
     assert (
-        attempt(tmp_path / "a.png", EIGHT)
+        try_decode(tmp_path / "a.png", EIGHT)
         == f"{tmp_path / 'a.png'}: {str(error) or type(error).__name__}"
     )
 
@@ -195,12 +196,12 @@ def test_no_cut_or_flipped_byte_raises_anything_else(tmp_path: Path, suffix: str
     path = tmp_path / f"a.{suffix}"
     image.save(path)
     whole = path.read_bytes()
-    with quietly():
+    with silence_pillow():
         for length in range(0, len(whole), max(1, len(whole) // 40)):
             path.write_bytes(whole[:length])
-            assert isinstance(attempt(path, EIGHT), (str, np.ndarray))
+            assert isinstance(try_decode(path, EIGHT), (str, np.ndarray))
         for _ in range(60):
             damaged = bytearray(whole)
             damaged[rng.integers(0, min(300, len(whole)))] = rng.integers(0, 256)
             path.write_bytes(damaged)
-            assert isinstance(attempt(path, EIGHT), (str, np.ndarray))
+            assert isinstance(try_decode(path, EIGHT), (str, np.ndarray))

@@ -11,27 +11,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tuner.core.input_spec import Preprocess
+from tuner.core.input_spec import ImageInputSpec
 from tuner.errors import DataError, StorageError
 from tuner.preprocessing import image_decoding
 from tuner.preprocessing import image_store as storing
-from tuner.preprocessing.image_decoding import Picture, Pixels
-from tuner.preprocessing.image_store import Store, store
+from tuner.preprocessing.image_decoding import PathOrPixels, Pixels
+from tuner.preprocessing.image_store import ImageStore, open_image_store
 
-SMALL = Preprocess(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3)
+SMALL = ImageInputSpec(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3)
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Picture]:
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[PathOrPixels]:
     """Every picture that is decoded from here on."""
-    seen: list[Picture] = []
-    real = image_decoding.attempt
+    seen: list[PathOrPixels] = []
+    real = image_decoding.try_decode
 
-    def counted(picture: Picture, preprocess: Preprocess) -> Pixels | str:
+    def counted(picture: PathOrPixels, preprocess: ImageInputSpec) -> Pixels | str:
         seen.append(picture)
         return real(picture, preprocess)
 
-    monkeypatch.setattr(image_decoding, "attempt", counted)
+    monkeypatch.setattr(image_decoding, "try_decode", counted)
     return seen
 
 
@@ -50,11 +50,11 @@ def files(tmp_path: Path) -> Callable[[str, int], list[Path]]:
 
 
 def test_the_second_time_nothing_is_decoded(
-    tmp_path: Path, files: Callable[[str, int], list[Path]], decoded: list[Picture]
+    tmp_path: Path, files: Callable[[str, int], list[Path]], decoded: list[PathOrPixels]
 ) -> None:
     pictures = files("a", 5)
-    first = store(tmp_path, pictures, SMALL, "error")
-    second = store(tmp_path, pictures, SMALL, "error")
+    first = open_image_store(tmp_path, pictures, SMALL, "error")
+    second = open_image_store(tmp_path, pictures, SMALL, "error")
     assert len(decoded) == 5
     assert first.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
     assert second.pixels.equal(first.pixels)
@@ -68,19 +68,25 @@ def test_rows_of_equal_pixels_are_known_the_first_time_and_later(
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"")
     for _ in range(2):
-        made = store(tmp_path, [a, b, bad, a, c, b, *[c] * 94], SMALL, "skip")
-        assert made.same[:3].tolist() == [[2, 0], [4, 1], [5, 3]]  # rows of what could be read
+        made = open_image_store(tmp_path, [a, b, bad, a, c, b, *[c] * 94], SMALL, "skip")
+        assert made.equal_rows[:3].tolist() == [
+            [2, 0],
+            [4, 1],
+            [5, 3],
+        ]  # rows of what could be read
 
 
 def test_a_changed_file_and_another_size_are_decoded_anew(
-    tmp_path: Path, files: Callable[[str, int], list[Path]], decoded: list[Picture]
+    tmp_path: Path, files: Callable[[str, int], list[Path]], decoded: list[PathOrPixels]
 ) -> None:
     pictures = files("a", 2)
-    before = store(tmp_path, pictures, SMALL, "error")
+    before = open_image_store(tmp_path, pictures, SMALL, "error")
     Image.new("RGB", (8, 8), (99, 0, 0)).save(pictures[0], "BMP")
     os.utime(pictures[0], ns=(1, 1))
-    assert store(tmp_path, pictures, SMALL, "error").digest != before.digest
-    store(tmp_path, pictures, Preprocess(16, 16, "bilinear", SMALL.mean, SMALL.std), "error")
+    assert open_image_store(tmp_path, pictures, SMALL, "error").digest != before.digest
+    open_image_store(
+        tmp_path, pictures, ImageInputSpec(16, 16, "bilinear", SMALL.mean, SMALL.std), "error"
+    )
     assert len(decoded) == 6
 
 
@@ -90,10 +96,11 @@ def test_equal_pixels_have_an_equal_digest_wherever_they_lie(
     here, there = files("here", 3), files("there", 3)
     arrays = [np.asarray(Image.open(path)) for path in here]
     digests = {
-        store(tmp_path, pictures, SMALL, "error").digest for pictures in (here, there, arrays)
+        open_image_store(tmp_path, pictures, SMALL, "error").digest
+        for pictures in (here, there, arrays)
     }
     assert len(digests) == 1
-    assert store(tmp_path, here[::-1], SMALL, "error").digest not in digests
+    assert open_image_store(tmp_path, here[::-1], SMALL, "error").digest not in digests
 
 
 def test_bad_images_are_counted_and_the_first_ten_named(
@@ -103,7 +110,7 @@ def test_bad_images_are_counted_and_the_first_ten_named(
     for path in pictures[:12]:
         path.write_bytes(b"")
     with pytest.raises(DataError) as error:
-        store(tmp_path, pictures, SMALL, "error")
+        open_image_store(tmp_path, pictures, SMALL, "error")
     *named, more, total = error.value.problems
     assert [line.split(": ")[0] for line in named] == [str(path) for path in pictures[:10]]
     assert more == "… and 2 more"
@@ -114,18 +121,18 @@ def test_bad_images_are_counted_and_the_first_ten_named(
     with pytest.raises(
         DataError, match=r"12 of 30 images cannot be read; skip leaves out 1 % at most"
     ):
-        store(tmp_path, pictures, SMALL, "skip")
+        open_image_store(tmp_path, pictures, SMALL, "skip")
     assert [p.name for p in (tmp_path / "images").iterdir() if p.is_dir()] == []
 
 
 def test_skip_leaves_out_one_percent_and_keeps_the_list(
-    tmp_path: Path, files: Callable[[str, int], list[Path]], decoded: list[Picture]
+    tmp_path: Path, files: Callable[[str, int], list[Path]], decoded: list[PathOrPixels]
 ) -> None:
     pictures = files("a", 200)
     pictures[3].write_text("text")
     pictures[5].unlink()
-    found = store(tmp_path, pictures, SMALL, "skip")
-    assert found.kept.tolist() == [i for i in range(200) if i not in (3, 5)]
+    found = open_image_store(tmp_path, pictures, SMALL, "skip")
+    assert found.readable.tolist() == [i for i in range(200) if i not in (3, 5)]
     assert len(found.pixels) == 198
     place = next((tmp_path / "images").glob("*/unreadable.txt"))
     assert (
@@ -133,11 +140,11 @@ def test_skip_leaves_out_one_percent_and_keeps_the_list(
         == f"data: 2 of 200 images cannot be read and are left out; {place} lists them"
     )
     assert place.read_text().splitlines() == list(found.warnings[1:])
-    assert store(tmp_path, pictures, SMALL, "skip").warnings == found.warnings
+    assert open_image_store(tmp_path, pictures, SMALL, "skip").warnings == found.warnings
     with pytest.raises(
         DataError, match="2 of 200"
     ):  # the same store does not satisfy who wants every image
-        store(tmp_path, pictures, SMALL, "error")
+        open_image_store(tmp_path, pictures, SMALL, "error")
     assert len(decoded) == 200
 
 
@@ -149,23 +156,23 @@ def test_a_kill_half_way_leaves_nothing_that_passes_for_whole(
     tmp_path: Path, files: Callable[[str, int], list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = files("a", 600)
-    real = image_decoding.attempt
+    real = image_decoding.try_decode
 
-    def dying(picture: Picture, preprocess: Preprocess) -> Pixels | str:
+    def dying(picture: PathOrPixels, preprocess: ImageInputSpec) -> Pixels | str:
         if picture == pictures[550]:
             raise Killed
         return real(picture, preprocess)
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_decoding, "attempt", dying)
+        patch.setattr(image_decoding, "try_decode", dying)
         patch.setattr("tuner.files.removal.shutil.rmtree", lambda *a, **k: None)
         with pytest.raises(Killed):
-            store(tmp_path, pictures, SMALL, "error")
+            open_image_store(tmp_path, pictures, SMALL, "error")
     (left,) = (tmp_path / "images").glob(".*.tmp")
     assert (left / "pixels.bin").stat().st_size > 0
-    store(tmp_path, pictures[:2], SMALL, "error")  # another build sweeps it
+    open_image_store(tmp_path, pictures[:2], SMALL, "error")  # another build sweeps it
     assert not left.exists()
-    assert len(store(tmp_path, pictures, SMALL, "error").pixels) == 600
+    assert len(open_image_store(tmp_path, pictures, SMALL, "error").pixels) == 600
 
 
 @pytest.mark.parametrize("damage", ["cut", "no pixels", "no meta", "empty meta"])
@@ -173,7 +180,7 @@ def test_a_damaged_store_is_built_again(
     tmp_path: Path, files: Callable[[str, int], list[Path]], damage: str
 ) -> None:
     pictures = files("a", 3)
-    whole = store(tmp_path, pictures, SMALL, "error").digest
+    whole = open_image_store(tmp_path, pictures, SMALL, "error").digest
     (pixels,) = (tmp_path / "images").glob("*/pixels.bin")
     if damage == "cut":
         os.truncate(pixels, 100)
@@ -181,18 +188,18 @@ def test_a_damaged_store_is_built_again(
         (pixels.parent / "meta.json").write_text("")
     else:
         (pixels if damage == "no pixels" else pixels.parent / "meta.json").unlink()
-    assert store(tmp_path, pictures, SMALL, "error").digest == whole
+    assert open_image_store(tmp_path, pictures, SMALL, "error").digest == whole
 
 
 def test_a_store_unused_for_long_goes_when_another_is_built(
     tmp_path: Path, files: Callable[[str, int], list[Path]]
 ) -> None:
     pictures = files("a", 3)
-    store(tmp_path, pictures[:1], SMALL, "error")
-    store(tmp_path, pictures[:2], SMALL, "error")
+    open_image_store(tmp_path, pictures[:1], SMALL, "error")
+    open_image_store(tmp_path, pictures[:2], SMALL, "error")
     old, _ = (p for p in (tmp_path / "images").iterdir() if p.is_dir())
     os.utime(old, (time.time() - 61 * 86_400,) * 2)
-    store(tmp_path, pictures, SMALL, "error")
+    open_image_store(tmp_path, pictures, SMALL, "error")
     assert len([p for p in (tmp_path / "images").iterdir() if p.is_dir()]) == 2
     assert not old.exists()
 
@@ -200,12 +207,12 @@ def test_a_store_unused_for_long_goes_when_another_is_built(
 def test_a_full_disk_is_named(
     tmp_path: Path, files: Callable[[str, int], list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> Store:
+    def full(*_: object) -> ImageStore:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(storing, "_decode_all", full)
     with pytest.raises(StorageError, match="disk full while writing"):
-        store(tmp_path, files("a", 1), SMALL, "error")
+        open_image_store(tmp_path, files("a", 1), SMALL, "error")
     assert not list((tmp_path / "images").glob(".*.tmp"))
 
 

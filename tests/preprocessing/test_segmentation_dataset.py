@@ -9,27 +9,33 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import Said
-from tests.helpers.mask_files import INKS, SPACE, drawn, painted, scenes
+from tests.conftest import CommandResult
+from tests.helpers.mask_files import (
+    CLASS_COLOURS,
+    SPACE,
+    draw_image_and_mask,
+    paint_mask,
+    write_images_and_masks,
+)
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Data
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import Dataset
 from tuner.data.masks import load
 from tuner.data.voc import load as load_voc
 from tuner.errors import DataError, SpaceError
-from tuner.preprocessing.mask_decoding import plane
-from tuner.preprocessing.segmentation_dataset import of_voc
+from tuner.preprocessing.mask_decoding import decode_mask
+from tuner.preprocessing.segmentation_dataset import voc_segmentation_dataset
 
-CANVAS = Preprocess(32, 32, "nearest", (0.0,) * 3, (1.0,) * 3, "letterbox", 32)
+CANVAS = ImageInputSpec(32, 32, "nearest", (0.0,) * 3, (1.0,) * 3, "letterbox", 32)
 
 
 def loaded(
     folder: Path,
     home: Path,
-    wanted: Preprocess = CANVAS,
+    wanted: ImageInputSpec = CANVAS,
     keys: dict[str, Any] | None = None,
     **options: Any,
-) -> Data:
+) -> Dataset:
     return load(
         home,
         wanted,
@@ -40,7 +46,7 @@ def loaded(
     )
 
 
-def everything(data: Data, view: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def everything(data: Dataset, view: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     x, y = data.train.take(torch.arange(len(data.train)), view)
     assert isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
     return x, y
@@ -51,12 +57,18 @@ def everything(data: Data, view: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_mask_lies_where_its_image_lies_whatever_its_shape_and_mirrored_too(
     fit: str, view: int, tmp_path: Path
 ) -> None:
-    wanted = Preprocess(32, 36, "nearest", (0.0,) * 3, (1.0,) * 3, fit)
-    data = loaded(scenes(tmp_path / "s", 12, 3), tmp_path / "home", wanted, augment="flip", views=2)
+    wanted = ImageInputSpec(32, 36, "nearest", (0.0,) * 3, (1.0,) * 3, fit)
+    data = loaded(
+        write_images_and_masks(tmp_path / "s", 12, 3),
+        tmp_path / "home",
+        wanted,
+        augment="flip",
+        views=2,
+    )
     assert data.classes == ("0", "1", "2")
     x, y = everything(data, view)
     assert x.shape[1:] == (3, 32, 32) and y.shape[1:] == (32, 32) and y.dtype == torch.uint8
-    inks = torch.tensor(INKS, dtype=torch.uint8)
+    inks = torch.tensor(CLASS_COLOURS, dtype=torch.uint8)
     inside = y != 255
     assert torch.equal(x.permute(0, 2, 3, 1)[inside], inks[y[inside].long()])
     assert (
@@ -66,18 +78,19 @@ def test_a_mask_lies_where_its_image_lies_whatever_its_shape_and_mirrored_too(
 
 
 def test_a_mask_follows_the_way_its_image_is_turned_by_its_camera(tmp_path: Path) -> None:
-    folder = scenes(tmp_path / "s", 12)
-    _, mask = drawn(0)
+    folder = write_images_and_masks(tmp_path / "s", 12)
+    _, mask = draw_image_and_mask(0)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
-    painted(mask.transpose(Image.Transpose.ROTATE_90)).save(
+    paint_mask(mask.transpose(Image.Transpose.ROTATE_90)).save(
         folder / "images" / "000.png", exif=exif
     )
     for part in range(3):
         data = loaded(folder, tmp_path / f"home{part}", seed=part)
         x, y = everything(data)
         assert torch.equal(
-            x.permute(0, 2, 3, 1)[y == 1].unique(dim=0), torch.tensor([INKS[1]], dtype=torch.uint8)
+            x.permute(0, 2, 3, 1)[y == 1].unique(dim=0),
+            torch.tensor([CLASS_COLOURS[1]], dtype=torch.uint8),
         )
 
 
@@ -85,7 +98,7 @@ def as_kind(mask: Image.Image, kind: str) -> tuple[Image.Image, str]:
     values = np.asarray(mask)
     if kind == "palette":
         image = Image.fromarray(values)
-        image.putpalette([v for ink in INKS for v in ink])
+        image.putpalette([v for ink in CLASS_COLOURS for v in ink])
         return image, "png"
     if kind == "sixteen":
         return Image.fromarray(values.astype(np.uint16)), "png"
@@ -102,10 +115,10 @@ def as_kind(mask: Image.Image, kind: str) -> tuple[Image.Image, str]:
 
 @pytest.mark.parametrize("kind", ["palette", "sixteen", "binary", "one bit", "grey in rgb", "jpeg"])
 def test_masks_of_every_kind_say_the_same(kind: str, tmp_path: Path) -> None:
-    expected = loaded(scenes(tmp_path / "plain"), tmp_path / "home")
-    folder = scenes(tmp_path / "other")
+    expected = loaded(write_images_and_masks(tmp_path / "plain"), tmp_path / "home")
+    folder = write_images_and_masks(tmp_path / "other")
     for number in range(12):
-        image, ending = as_kind(drawn(number)[1], kind)
+        image, ending = as_kind(draw_image_and_mask(number)[1], kind)
         (folder / "masks" / f"{number:03d}.png").unlink()
         image.save(
             folder / "masks" / f"{number:03d}.{ending}",
@@ -122,15 +135,15 @@ def test_masks_of_every_kind_say_the_same(kind: str, tmp_path: Path) -> None:
 
 
 def test_painted_masks_are_read_by_their_colours(tmp_path: Path) -> None:
-    folder = scenes(tmp_path / "s", 12, 3)
+    folder = write_images_and_masks(tmp_path / "s", 12, 3)
     expected = everything(loaded(folder, tmp_path / "home"))[1]
     for number in range(12):
-        painted(drawn(number, 3)[1]).save(folder / "masks" / f"{number:03d}.png")
+        paint_mask(draw_image_and_mask(number, 3)[1]).save(folder / "masks" / f"{number:03d}.png")
     with pytest.raises(
         DataError, match=r"000.png: painted in colours, not in class ids; write data.colours"
     ):
         loaded(folder, tmp_path / "home")
-    colours = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in INKS]
+    colours = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in CLASS_COLOURS]
     data = loaded(folder, tmp_path / "home", keys={"colours": colours, "classes": ["a", "b", "c"]})
     assert data.classes == ("a", "b", "c")
     assert torch.equal(everything(data)[1], expected)
@@ -143,7 +156,7 @@ def test_painted_masks_are_read_by_their_colours(tmp_path: Path) -> None:
 
 
 def test_a_value_can_be_ignored(tmp_path: Path) -> None:
-    folder = scenes(tmp_path / "s", 12, 3)
+    folder = write_images_and_masks(tmp_path / "s", 12, 3)
     y = everything(loaded(folder, tmp_path / "home"))[1]
     ignoring = loaded(folder, tmp_path / "home", keys={"ignore": 2})
     assert ignoring.classes == ("0", "1")
@@ -151,7 +164,7 @@ def test_a_value_can_be_ignored(tmp_path: Path) -> None:
 
 
 def test_ids_beyond_the_named_classes_are_refused_with_the_files(tmp_path: Path) -> None:
-    folder = scenes(tmp_path / "s", 12, 3)
+    folder = write_images_and_masks(tmp_path / "s", 12, 3)
     with pytest.raises(DataError) as error:
         loaded(folder, tmp_path / "home", keys={"classes": ["sky", "sea"]})
     *files, why = error.value.problems
@@ -166,9 +179,11 @@ def test_ids_beyond_the_named_classes_are_refused_with_the_files(tmp_path: Path)
 
 
 def test_masks_of_one_class_are_refused(tmp_path: Path) -> None:
-    folder = scenes(tmp_path / "s", 6)
+    folder = write_images_and_masks(tmp_path / "s", 6)
     for number in range(6):
-        Image.new("L", drawn(number)[1].size, 0).save(folder / "masks" / f"{number:03d}.png")
+        Image.new("L", draw_image_and_mask(number)[1].size, 0).save(
+            folder / "masks" / f"{number:03d}.png"
+        )
     with pytest.raises(
         DataError,
         match=r"all 6 masks hold only 'sky' \(id 0\); segmentation needs pixels of at least 2 classes",
@@ -177,10 +192,10 @@ def test_masks_of_one_class_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_mask_of_another_size_is_resized_and_of_another_shape_refused(tmp_path: Path) -> None:
-    folder = scenes(tmp_path / "s", 12)
+    folder = write_images_and_masks(tmp_path / "s", 12)
     expected = everything(loaded(folder, tmp_path / "home"))[1]
     for number in (0, 5):
-        mask = drawn(number)[1]
+        mask = draw_image_and_mask(number)[1]
         mask.resize((mask.width * 3, mask.height * 3), Image.Resampling.NEAREST).save(
             folder / "masks" / f"{number:03d}.png"
         )
@@ -199,7 +214,7 @@ def test_a_mask_of_another_size_is_resized_and_of_another_shape_refused(tmp_path
 
 
 def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
-    folder = scenes(tmp_path / "s", 30)
+    folder = write_images_and_masks(tmp_path / "s", 30)
     for number in range(12):
         (folder / "masks" / f"{number:03d}.png").unlink()
     (folder / "images" / "020.png").unlink()
@@ -213,7 +228,7 @@ def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
 
 
 def test_unreadable_masks_are_named_and_few_may_be_left_out(tmp_path: Path) -> None:
-    folder = scenes(tmp_path / "s", 12)
+    folder = write_images_and_masks(tmp_path / "s", 12)
     (folder / "masks" / "003.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"masks/003.png: cannot identify image file"):
         loaded(folder, tmp_path / "home")
@@ -225,13 +240,13 @@ def test_unreadable_masks_are_named_and_few_may_be_left_out(tmp_path: Path) -> N
 def test_a_jpeg_of_class_ids_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.tile(np.arange(100, 164, dtype=np.uint8), (64, 1))).save(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="a JPEG, which blurs class ids, and not black and white"):
-        plane(tmp_path / "a.jpg")
+        decode_mask(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize(("name", "parts"), [("train/images", False), ("images/train", True)])
 def test_the_parts_may_be_given(name: str, parts: bool, tmp_path: Path) -> None:
     for n, part in enumerate(("train", "valid", "test")):
-        made = scenes(tmp_path / part, 12 + n)
+        made = write_images_and_masks(tmp_path / part, 12 + n)
         for kind in ("images", "masks"):
             place = tmp_path / "s" / (f"{kind}/{part}" if parts else f"{part}/{kind}")
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +257,7 @@ def test_the_parts_may_be_given(name: str, parts: bool, tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_gets_the_nearest_name(tmp_path: Path) -> None:
-    scenes(tmp_path / "s")
+    write_images_and_masks(tmp_path / "s")
     with pytest.raises(DataError, match=r"s/mask is not a folder .*; did you mean 'masks'\?"):
         loaded(tmp_path / "s", tmp_path / "home", keys={"masks": "mask"})
     with pytest.raises(DataError, match=r"data.path: .*/scene is not a folder"):
@@ -253,18 +268,20 @@ def test_a_size_that_the_model_cannot_take_is_told_with_those_it_can(tmp_path: P
     with pytest.raises(
         SpaceError, match=r"data.size: 100, but the model wants a multiple of 32: 96 or 128"
     ):
-        loaded(scenes(tmp_path / "s"), tmp_path / "home", size=100)
+        loaded(write_images_and_masks(tmp_path / "s"), tmp_path / "home", size=100)
     with pytest.raises(
         SpaceError, match=r"data.size: 20, but the model wants a multiple of 32: 32$"
     ):
-        loaded(scenes(tmp_path / "s"), tmp_path / "home", size=20)
+        loaded(write_images_and_masks(tmp_path / "s"), tmp_path / "home", size=20)
 
 
 def test_bad_data_ends_with_3_and_a_bad_size_with_2(
-    tuner: Callable[..., Said], tmp_path: Path
+    tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     (tmp_path / "s.yaml").write_text(SPACE)
-    said = tuner("check", "s.yaml", f"data.path={scenes(tmp_path / 's')}", "data.classes=[a]")
+    said = tuner(
+        "check", "s.yaml", f"data.path={write_images_and_masks(tmp_path / 's')}", "data.classes=[a]"
+    )
     assert (said.code, "have ids beyond the 1 classes a" in said.err) == (3, True)
     said = tuner("check", "s.yaml", f"data.path={tmp_path / 's'}", "data.size=50")
     assert (
@@ -277,7 +294,7 @@ def test_bad_data_ends_with_3_and_a_bad_size_with_2(
 
 
 def voc(folder: Path, lists: dict[str, list[int]]) -> Path:
-    made = scenes(folder, 12, 3)
+    made = write_images_and_masks(folder, 12, 3)
     (made / "images").rename(made / "JPEGImages")
     (made / "masks").rename(made / "SegmentationClass")
     (made / "ImageSets" / "Segmentation").mkdir(parents=True)
@@ -309,4 +326,4 @@ def test_vocs_folders_and_lists(tmp_path: Path) -> None:
 def test_vocs_lists_name_what_is_missing(tmp_path: Path) -> None:
     root = voc(tmp_path / "v", {"train": [0, 1, 77], "val": [5]})
     with pytest.raises(DataError, match=r"train.txt: 077 has no image in JPEGImages"):
-        of_voc(tmp_path / "home", root, CANVAS, ImageOptions())
+        voc_segmentation_dataset(tmp_path / "home", root, CANVAS, ImageOptions())

@@ -13,10 +13,10 @@ from tuner.preprocessing.splits import (
     UNSPLIT,
     VALID,
     Items,
-    checked,
-    divided,
-    limited,
-    split,
+    assign_and_limit_splits,
+    assign_splits,
+    check_classes,
+    limit_splits,
 )
 
 
@@ -29,11 +29,11 @@ def items(counts: list[int], part: int = UNSPLIT) -> Items:
 
 
 def counts(found: Items, part: int) -> list[int]:
-    return np.bincount(found.labels[found.part == part], minlength=len(found.strata)).tolist()
+    return np.bincount(found.labels[found.split == part], minlength=len(found.strata)).tolist()
 
 
 def test_every_class_is_divided_in_proportion() -> None:
-    found = split(items([100, 40, 20]), ImageOptions(valid=0.15, test=0.25))
+    found = assign_splits(items([100, 40, 20]), ImageOptions(valid=0.15, test=0.25))
     assert counts(found, TRAIN) == [60, 24, 12]
     assert counts(found, VALID) == [15, 6, 3]
     assert counts(found, TEST) == [25, 10, 5]
@@ -49,46 +49,47 @@ def test_every_class_is_divided_in_proportion() -> None:
 def test_each_item_is_in_one_part_and_each_class_in_all(
     sizes: list[int], valid: float, test: float, seed: int
 ) -> None:
-    found = split(items(sizes), ImageOptions(valid=valid, test=test, seed=seed))
-    assert set(found.part.tolist()) == {
+    found = assign_splits(items(sizes), ImageOptions(valid=valid, test=test, seed=seed))
+    assert set(found.split.tolist()) == {
         TRAIN,
         VALID,
         TEST,
     }  # one label an item: disjoint, and nothing is left over
     assert all(min(counts(found, part)) >= 1 for part in (TRAIN, VALID, TEST))
     assert np.array_equal(
-        found.part, split(items(sizes), ImageOptions(valid=valid, test=test, seed=seed)).part
+        found.split,
+        assign_splits(items(sizes), ImageOptions(valid=valid, test=test, seed=seed)).split,
     )
 
 
 def test_another_seed_splits_otherwise() -> None:
-    first, second = (split(items([50, 50]), ImageOptions(seed=seed)) for seed in (0, 1))
+    first, second = (assign_splits(items([50, 50]), ImageOptions(seed=seed)) for seed in (0, 1))
     assert counts(first, TEST) == counts(second, TEST)
-    assert not np.array_equal(first.part, second.part)
+    assert not np.array_equal(first.split, second.split)
 
 
 def test_parts_that_are_given_stay() -> None:
     given_ = items([10, 10])
-    part = given_.part.copy()
+    part = given_.split.copy()
     part[::2] = TEST
-    found = split(
-        Items(given_.pictures, given_.labels, given_.strata, part), ImageOptions(valid=0.2)
+    found = assign_splits(
+        Items(given_.examples, given_.labels, given_.strata, part), ImageOptions(valid=0.2)
     )
-    assert np.flatnonzero(found.part == TEST).tolist() == list(range(0, 20, 2))
+    assert np.flatnonzero(found.split == TEST).tolist() == list(range(0, 20, 2))
     assert counts(found, VALID) == [1, 1]
 
 
 def test_limit_keeps_proportions_in_each_part() -> None:
-    whole = split(items([400, 200, 100]), ImageOptions(valid=0.2, test=0.2))
-    found = limited(whole, ImageOptions(limit=70))
+    whole = assign_splits(items([400, 200, 100]), ImageOptions(valid=0.2, test=0.2))
+    found = limit_splits(whole, ImageOptions(limit=70))
     assert counts(found, TRAIN) == [40, 20, 10]
     assert counts(found, VALID) == [40, 20, 10]
     assert counts(found, TEST) == [40, 20, 10]
-    assert len(found.pictures) == 210
+    assert len(found.examples) == 210
 
 
 def test_limit_leaves_no_class_out() -> None:
-    found = limited(split(items([500, 3, 3]), ImageOptions()), ImageOptions(limit=10))
+    found = limit_splits(assign_splits(items([500, 3, 3]), ImageOptions()), ImageOptions(limit=10))
     assert min(counts(found, TRAIN)) == 1
 
 
@@ -121,20 +122,23 @@ def test_too_few_classes_or_images(sizes: list[int], options: dict[str, int], me
 
 
 def _whole(found: Items, options: ImageOptions) -> Items:
-    checked(found)
-    return divided(found, options)
+    check_classes(found)
+    return assign_and_limit_splits(found, options)
 
 
 def test_enough_is_enough() -> None:
-    checked(items([1, 1]))
+    check_classes(items([1, 1]))
 
 
 def test_each_item_validates_in_exactly_one_fold_and_each_class_in_all() -> None:
     whole = items([50, 25])
-    found = [divided(whole, ImageOptions(test=0.2, folds=5, fold=fold)) for fold in range(5)]
-    assert all(np.array_equal(f.part == TEST, found[0].part == TEST) for f in found)
+    found = [
+        assign_and_limit_splits(whole, ImageOptions(test=0.2, folds=5, fold=fold))
+        for fold in range(5)
+    ]
+    assert all(np.array_equal(f.split == TEST, found[0].split == TEST) for f in found)
     assert [
-        sum(int(f.part[i] == VALID) for f in found) for i in np.flatnonzero(found[0].part != TEST)
+        sum(int(f.split[i] == VALID) for f in found) for i in np.flatnonzero(found[0].split != TEST)
     ] == [1] * 60
     assert all(counts(f, VALID) == [8, 4] and counts(f, TRAIN) == [32, 16] for f in found)
 
@@ -151,5 +155,5 @@ def test_each_item_validates_in_exactly_one_fold_and_each_class_in_all() -> None
 )
 def test_impossible_folds_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(DataError) as error:
-        divided(items([10, 8]), ImageOptions(test=0.25, **options))
+        assign_and_limit_splits(items([10, 8]), ImageOptions(test=0.25, **options))
     assert str(error.value) == message

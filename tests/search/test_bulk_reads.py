@@ -15,7 +15,7 @@ from tests.helpers.dashboard_requests import browse
 from tuner.dashboard import server, study_json
 from tuner.dashboard.artifacts import write_note
 from tuner.search import storage
-from tuner.search.bulk_reads import quick
+from tuner.search.bulk_reads import use_bulk_reads
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
@@ -58,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bulk") / "studies" / "all"
     (folder / "artifacts").mkdir(parents=True)
     (folder / "space.yaml").write_text("")
-    database = storage.connect(None, folder)
+    database = storage.open_storage(None, folder)
     other = optuna.create_study(storage=database, study_name="other", direction="minimize")
     other.tell(other.ask({"x": optuna.distributions.FloatDistribution(0, 1)}), 1.0)
     study = optuna.create_study(
@@ -67,7 +67,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         direction="maximize",
         sampler=optuna.samplers.RandomSampler(seed=0),
     )
-    study.set_user_attr(storage.SPACE, "{}")
+    study.set_user_attr(storage.SPACE_ATTRIBUTE, "{}")
     study.set_metric_names(["accuracy"])
     write_note(study, None, "what it is for")
     study.enqueue_trial({"lr": 0.01}, user_attrs={"tuner:root": 3})
@@ -87,7 +87,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 def made(folder: Path) -> optuna.Study:
     return optuna.load_study(
         study_name="all",
-        storage=storage.connect(None, folder),
+        storage=storage.open_storage(None, folder),
         sampler=optuna.samplers.RandomSampler(seed=0),
     )
 
@@ -120,7 +120,7 @@ def own(folder: Path) -> optuna.storages.RDBStorage:
 def test_trials_are_read_as_optuna_reads_them(
     states: tuple[TrialState, ...] | None, included: set[int], after: int, folder: Path
 ) -> None:
-    bulk, optunas = quick(own(folder)), own(folder)
+    bulk, optunas = use_bulk_reads(own(folder)), own(folder)
     for study in (1, 2):
         found, wanted = (s._get_trials(study, states, included, after) for s in (bulk, optunas))
         assert [everything(t) for t in found] == [everything(t) for t in wanted]
@@ -134,12 +134,12 @@ def test_studies_are_read_as_optuna_reads_them(folder: Path) -> None:
     optuna.create_study(
         storage=own(folder), study_name="several", directions=["minimize", "maximize"]
     )
-    found, wanted = quick(own(folder)).get_all_studies(), own(folder).get_all_studies()
+    found, wanted = use_bulk_reads(own(folder)).get_all_studies(), own(folder).get_all_studies()
     assert found == wanted and len(found) == 3
 
 
 def test_a_study_that_is_not_there_is_the_same_error(folder: Path) -> None:
-    for database in (quick(own(folder)), own(folder)):
+    for database in (use_bulk_reads(own(folder)), own(folder)):
         with pytest.raises(KeyError, match="Record does not exist"):
             database.get_all_trials(99)
 
@@ -150,9 +150,9 @@ def apps(folder: Path) -> tuple[server.App, server.App]:
     import optuna_dashboard
 
     store = optuna.artifacts.FileSystemArtifactStore(folder / "artifacts")
-    return server.app(server.reader(None, folder), folder / "artifacts", 2), optuna_dashboard.wsgi(
-        optuna.storages.get_storage(own(folder)), artifact_store=store
-    )
+    return server.make_app(
+        server.open_read_only(None, folder), folder / "artifacts", 2
+    ), optuna_dashboard.wsgi(optuna.storages.get_storage(own(folder)), artifact_store=store)
 
 
 def told(app: server.App, path: str) -> tuple[int, str, Any]:
@@ -210,7 +210,7 @@ def test_what_changes_is_told_anew(
 def test_with_many_trials_the_chart_of_all_curves_goes_and_all_else_stays(
     apps: tuple[server.App, server.App], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_json, "CURVES", 10)
+    monkeypatch.setattr(study_json, "MAX_CURVES", 10)
     ours, optunas = (told(app, "/api/studies/2?after=0")[2] for app in apps)
     assert not ours["has_intermediate_values"] and optunas["has_intermediate_values"]
     assert ours | {"has_intermediate_values": True} == optunas
@@ -220,10 +220,10 @@ def test_the_page_is_read_before_it_is_announced(
     made: optuna.Study, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    real = study_json.Detail.answer
+    real = study_json.StudyJson.render
     monkeypatch.setattr(
-        study_json.Detail, "answer", lambda self, after: said.append("read") or real(self, after)
+        study_json.StudyJson, "answer", lambda self, after: said.append("read") or real(self, after)
     )
-    monkeypatch.setattr(server._Server, "serve_forever", lambda self: None)
-    server.serve(folder, None, 0, write=False, announce=said.append)
+    monkeypatch.setattr(server._HttpServer, "serve_forever", lambda self: None)
+    server.serve(folder, None, 0, allow_writes=False, announce=said.append)
     assert said[0] == "read" and "/dashboard/studies/2?token=" in said[-1]

@@ -17,17 +17,17 @@ import optuna
 import pytest
 import sqlalchemy
 
-from tests.conftest import SMALL, Said
+from tests.conftest import SMALL, CommandResult
 from tests.helpers import postgres_server as serving
 from tests.helpers import shared_search
 from tests.helpers.dashboard_requests import browse
-from tests.helpers.instant_engine import coordinator, drive, space
+from tests.helpers.instant_engine import make_coordinator, make_space, run_all_jobs
 from tuner.dashboard import server as dashboard
 from tuner.errors import StorageError
 from tuner.search import history, postgresql, storage
-from tuner.search.history import FINAL
+from tuner.search.history import FAILED_PERMANENTLY
 
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 pytestmark = pytest.mark.slow
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ COMMAND = "from tuner.search import leases, postgresql; leases.VALID, leases.REN
 
 
 @pytest.fixture
-def database(postgres: serving.Server) -> Iterator[str]:
+def database(postgres: serving.TestServer) -> Iterator[str]:
     """A new database's name."""
     name = postgres.database()
     yield name
@@ -44,7 +44,7 @@ def database(postgres: serving.Server) -> Iterator[str]:
 
 
 @pytest.fixture
-def url(postgres: serving.Server, database: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def url(postgres: serving.TestServer, database: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """As it is written in a file: the password is in the environment."""
     monkeypatch.setenv("TUNER_DB_PASSWORD", postgres.password)
     return postgres.url(database, "${TUNER_DB_PASSWORD}")
@@ -134,24 +134,28 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 def opened(
     url: str | None, folder: Path = Path(), tell: Callable[[str], None] = print
 ) -> Iterator[optuna.storages.BaseStorage]:
-    database = storage.connect(url, folder, tell)
+    database = storage.open_storage(url, folder, tell)
     try:
         yield database
     finally:
-        storage.close(database)
+        storage.close_storage(database)
 
 
 def trials(url: str, name: str) -> tuple[list[optuna.trial.FrozenTrial], dict[int, int]]:
     """A study's trials, and which draw each is."""
     with opened(url) as database:
         study = optuna.load_study(study_name=name, storage=database)
-        return study.get_trials(), history.roots(study)
+        return study.get_trials(), history.proposal_numbers(study)
 
 
 def draws(url: str, name: str, budget: int) -> dict[int, dict[str, Any]]:
     """Each draw's parameters, once it is sure that each counts once, that they are as many as the budget, and that nothing is left."""
     found, draw = trials(url, name)
-    counted = [t for t in found if t.state.name in ("COMPLETE", "PRUNED") or FINAL in t.user_attrs]
+    counted = [
+        t
+        for t in found
+        if t.state.name in ("COMPLETE", "PRUNED") or FAILED_PERMANENTLY in t.user_attrs
+    ]
     assert not [t for t in found if not t.state.is_finished()], [
         (t.number, t.state.name) for t in found
     ]
@@ -165,8 +169,8 @@ def draws(url: str, name: str, budget: int) -> dict[int, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def calm() -> dict[int, dict[str, Any]]:
     """What an undisturbed random search draws."""
-    c = coordinator(space(trials=30, sampler="random", pruner="none"))
-    drive(c)
+    c = make_coordinator(make_space(trials=30, sampler="random", pruner="none"))
+    run_all_jobs(c)
     return {t.number: t.params for t in c.study.get_trials()}
 
 
@@ -208,7 +212,7 @@ def test_a_study_on_postgresql_is_the_study_on_sqlite(url: str, tuner: Tuner, sm
 
 
 def test_29_the_server_restarts_in_the_middle_and_the_study_ends_as_if_it_had_not(
-    url: str, postgres: serving.Server, start: Callable[..., Process]
+    url: str, postgres: serving.TestServer, start: Callable[..., Process]
 ) -> None:
     process = start("a", url, "search.trials=5")
     process.until("#", 2)
@@ -233,7 +237,7 @@ def test_29_the_server_restarts_in_the_middle_and_the_study_ends_as_if_it_had_no
 
 def test_29_an_immediate_restart_while_a_study_runs(
     url: str,
-    postgres: serving.Server,
+    postgres: serving.TestServer,
     start: Callable[..., Process],
     calm: dict[int, dict[str, Any]],
 ) -> None:
@@ -247,7 +251,7 @@ def test_29_an_immediate_restart_while_a_study_runs(
 
 def test_29_connections_that_are_cut_again_and_again_change_nothing(
     url: str,
-    postgres: serving.Server,
+    postgres: serving.TestServer,
     start: Callable[..., Process],
     calm: dict[int, dict[str, Any]],
 ) -> None:
@@ -268,7 +272,7 @@ def test_29_connections_that_are_cut_again_and_again_change_nothing(
 def test_29_each_commit_in_turn_is_carried_out_and_not_heard_of(
     url: str, calm: dict[int, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql, "FIRST", 0.01)
+    monkeypatch.setattr(postgresql, "FIRST_WAIT", 0.01)
     count, turn = 0, 0
     real = sqlalchemy.engine.default.DefaultDialect.do_commit
 
@@ -277,14 +281,14 @@ def test_29_each_commit_in_turn_is_carried_out_and_not_heard_of(
         real(dialect, connection)
         count += 1
         if count == turn:
-            raise postgresql.Lost("cut after the commit")
+            raise postgresql.ConnectionLost("cut after the commit")
 
     while count >= turn:  # until a study has fewer commits than this
         count, turn = 0, turn + 1
-        with shared_search.sharing(url, Path(), 2, f"t{turn}") as c:
+        with shared_search.shared_coordinator(url, Path(), 2, f"t{turn}") as c:
             monkeypatch.setattr(sqlalchemy.engine.default.DefaultDialect, "do_commit", deaf)
             while (job := c.next_job()) is not None:
-                c.ended(job, shared_search.carry_out(c, job, 0.0))
+                c.on_job_end(job, shared_search.run_job_slowly(c, job, 0.0))
             monkeypatch.setattr(sqlalchemy.engine.default.DefaultDialect, "do_commit", real)
         assert draws(url, f"t{turn}", 2) == {n: calm[n] for n in range(2)}, turn
         assert all(
@@ -296,9 +300,9 @@ def test_29_each_commit_in_turn_is_carried_out_and_not_heard_of(
 
 
 def test_29_patience_ends_and_says_what_to_do(
-    url: str, database: str, postgres: serving.Server, monkeypatch: pytest.MonkeyPatch
+    url: str, database: str, postgres: serving.TestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql, "PATIENCE", 1.5)
+    monkeypatch.setattr(postgresql, "TOTAL_WAIT", 1.5)
     told: list[str] = []
     with opened(url, tell=told.append) as found:
         postgres.control("stop", "-m", "immediate")
@@ -321,8 +325,8 @@ def test_29_the_server_goes_away_when_a_study_was_just_made(url: str) -> None:
         optuna.create_study(
             storage=database, study_name="t", direction="maximize"
         )  # and nothing of what makes it tuner's
-    with shared_search.sharing(url, Path(), 2) as c:
-        drive(c)
+    with shared_search.shared_coordinator(url, Path(), 2) as c:
+        run_all_jobs(c)
     assert len(draws(url, "t", 2)) == 2
 
 
@@ -333,8 +337,8 @@ def test_trials_that_were_enqueued_begin_now_in_every_time_zone(
     monkeypatch.setenv("TZ", zone)
     time.tzset()
     try:
-        with shared_search.sharing(url, Path(), 3) as c:
-            drive(c)
+        with shared_search.shared_coordinator(url, Path(), 3) as c:
+            run_all_jobs(c)
         durations = [t.duration for t in trials(url, "t")[0]]
     finally:
         monkeypatch.undo()
@@ -350,22 +354,22 @@ def test_a_trial_that_ends_while_another_coordinator_takes_it_over_counts_once(
     url: str, calm: dict[int, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
-        shared_search.sharing(url, Path(), 3) as first,
-        shared_search.sharing(url, Path(), 3) as second,
+        shared_search.shared_coordinator(url, Path(), 3) as first,
+        shared_search.shared_coordinator(url, Path(), 3) as second,
     ):
         job = first.next_job()
         assert job is not None
 
         def end(point: str) -> None:
             if point == "search.requeued":
-                first.ended(job, shared_search.carry_out(first, job, 0.0))
+                first.on_job_end(job, shared_search.run_job_slowly(first, job, 0.0))
 
         with monkeypatch.context() as patch:
             patch.setattr("tuner.search.ledger.crash", end)
-            patch.setattr(second.leases, "others", list)  # the first one's lease has expired
-            drive(second)
-        drive(first)
-        assert (first.closed, second.closed) == (3, 3)
+            patch.setattr(second.coordination, "others", list)  # the first one's lease has expired
+            run_all_jobs(second)
+        run_all_jobs(first)
+        assert (first.budget_used, second.budget_used) == (3, 3)
     assert draws(url, "t", 3) == {n: calm[n] for n in range(3)}
     assert sum(t.state.name == "FAIL" for t in trials(url, "t")[0]) == 1
 
@@ -500,7 +504,11 @@ def test_29_a_tuner_run_that_is_stopped_and_continued_stops_its_trial(
 
 
 def spell(
-    postgres: serving.Server, database: str, how: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    postgres: serving.TestServer,
+    database: str,
+    how: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> str:
     """A URL that finds its password in one of the ways there are."""
     bare = postgres.url(database).replace(f":{postgres.password}", "")
@@ -526,7 +534,7 @@ def spell(
 @pytest.mark.parametrize("how", ["variable", "written", "whole", "PGPASSWORD", ".pgpass"])
 def test_the_password_is_found_and_left_nowhere(
     how: str,
-    postgres: serving.Server,
+    postgres: serving.TestServer,
     database: str,
     start: Callable[..., Process],
     tmp_path: Path,
@@ -573,7 +581,7 @@ def test_the_password_is_found_and_left_nowhere(
 def test_20_what_the_server_refuses_is_said_at_once(
     change: dict[str, str],
     message: str,
-    postgres: serving.Server,
+    postgres: serving.TestServer,
     database: str,
     tuner: Tuner,
     small: Path,
@@ -593,13 +601,13 @@ def test_20_what_the_server_refuses_is_said_at_once(
 )
 @pytest.mark.parametrize("mode", ["session", "transaction", "statement"])
 def test_20_a_pooler_that_does_not_keep_sessions_is_refused(
-    mode: str, postgres: serving.Server, database: str, tmp_path: Path
+    mode: str, postgres: serving.TestServer, database: str, tmp_path: Path
 ) -> None:
     with serving.pooling(postgres, mode) as port:
         url = postgres.url(database).replace(f":{postgres.port}/", f":{port}/")
         if mode == "session":
-            with shared_search.sharing(url, tmp_path, 2) as c:
-                drive(c)
+            with shared_search.shared_coordinator(url, tmp_path, 2) as c:
+                run_all_jobs(c)
             assert len(draws(url, "t", 2)) == 2
             return
         with pytest.raises(StorageError, match="pool_mode = session") as error, opened(url):
@@ -614,9 +622,9 @@ def test_20_a_pooler_that_does_not_keep_sessions_is_refused(
 
 def test_the_dashboard_reads_and_the_server_lets_it_write_nothing(url: str, tmp_path: Path) -> None:
     with opened(url) as database:
-        drive(coordinator(space(trials=3), database))
-    reader = dashboard.reader(url, tmp_path)
-    app = dashboard.app(reader, tmp_path, 1)
+        run_all_jobs(make_coordinator(make_space(trials=3), database))
+    reader = dashboard.open_read_only(url, tmp_path)
+    app = dashboard.make_app(reader, tmp_path, 1)
     for path, holds in (
         ("/api/studies", b'"study_name": "t"'),
         ("/api/studies/1?after=0", b'"number": 2'),
@@ -633,10 +641,12 @@ def test_the_dashboard_reads_and_the_server_lets_it_write_nothing(url: str, tmp_
 def test_a_dashboard_that_writes_lists_one_study_of_the_server(url: str, tmp_path: Path) -> None:
     with opened(url) as database:
         optuna.create_study(storage=database, study_name="others")
-        drive(coordinator(space(trials=1), database))
+        run_all_jobs(make_coordinator(make_space(trials=1), database))
         study = database.get_study_id_from_name("t")
         guard = dashboard.guard_of(database, study, "token", write=True)
-        app = dashboard.guarded(dashboard.app(database, tmp_path, study, write=True), guard)
+        app = dashboard.guarded(
+            dashboard.make_app(database, tmp_path, study, allow_writes=True), guard
+        )
         listed = browse(app, "/api/studies", COOKIE="tuner_8080=token").body
         assert b'"t"' in listed and b"others" not in listed
         for path, status in (("/api/studies/1", 404), (f"/api/studies/{study}", 204)):

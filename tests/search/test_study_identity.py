@@ -8,14 +8,16 @@ from typing import Any
 
 import yaml
 
-from tests.conftest import SMALL, Said
+from tests.conftest import SMALL, CommandResult
 from tuner.config import parsing, yaml_document
 from tuner.config.space import Space
 from tuner.search.study_identity import Comparison, defaulted_keys, identity
 
 
 def space(*overrides: str) -> Space:
-    return parsing.parse(parsing.override(yaml_document.parse(SMALL, "small.yaml"), overrides))
+    return parsing.parse_space(
+        parsing.apply_overrides(yaml_document.parse_document(SMALL, "small.yaml"), overrides)
+    )
 
 
 def compared(change: Callable[[dict[str, Any], set[str]], None], *overrides: str) -> Comparison:
@@ -30,7 +32,9 @@ def test_keys_that_the_file_names_are_told_from_those_at_their_default() -> None
     keys = set(defaulted_keys(space("data.valid=0.3")))
     assert {"recipe.head", "recipe.schedule", "data.seed", "data.test"} <= keys
     assert not {"recipe.lr", "recipe.batch_size", "model.weights", "data.valid", "data.name"} & keys
-    short = parsing.parse(yaml_document.parse(SMALL.replace("{name: digits}", "digits"), "x"))
+    short = parsing.parse_space(
+        yaml_document.parse_document(SMALL.replace("{name: digits}", "digits"), "x")
+    )
     assert not {"task.name", "data.name"} & set(defaulted_keys(short))
 
 
@@ -87,7 +91,7 @@ def test_where_the_data_lie_is_left_to_their_digest() -> None:
 
 
 def test_a_study_goes_on_with_the_defaults_it_was_made_with(
-    tuner: Callable[..., Said], small: Path
+    tuner: Callable[..., CommandResult], small: Path
 ) -> None:
     grid = ["recipe.lr=[0.01, 0.1]", "recipe.epochs=1", "recipe.freeze_depth=5"]
     fixed = ["recipe.momentum=0.9", "search.sampler=grid", "search.retrain=false", "search.keep=0"]

@@ -41,7 +41,7 @@ def step(study: optuna.Study, number: int, sampler: str) -> tuple[dict[str, Any]
             + 0.05 * (kind == "sgd")
         )
         trial.report(value, epoch)
-        if windowed.prunes(trial) if windowed else trial.should_prune():
+        if windowed.should_prune(trial) if windowed else trial.should_prune():
             study.tell(trial, state=TrialState.PRUNED)
             return trial.params, epoch
     trial.set_user_attr("seconds", 1.5)
@@ -50,7 +50,7 @@ def step(study: optuna.Study, number: int, sampler: str) -> tuple[dict[str, Any]
 
 
 def fresh(folder: Path | None, pruner: str) -> optuna.Study:
-    place = storage.connect(None, folder) if folder else optuna.storages.InMemoryStorage()
+    place = storage.open_storage(None, folder) if folder else optuna.storages.InMemoryStorage()
     return optuna.create_study(
         storage=place, study_name="s", direction="maximize", pruner=PRUNERS[pruner](EPOCHS)
     )
@@ -89,8 +89,8 @@ def test_the_median_of_few_trials_prunes_nothing() -> None:
 def test_what_lies_outside_the_window_is_not_shown_and_what_is_best_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(windowed_study, "BEST", 3)
-    monkeypatch.setattr(windowed_study, "LATEST", 5)
+    monkeypatch.setattr(windowed_study, "MAX_BEST", 3)
+    monkeypatch.setattr(windowed_study, "MAX_LATEST", 5)
     study = WindowedStudy(fresh(None, "none"))
     for n in range(20):
         step(study, n, "random")
@@ -110,19 +110,19 @@ def in_window(study: WindowedStudy) -> list[optuna.trial.FrozenTrial]:
 def test_a_running_trial_and_one_that_waits_are_seen() -> None:
     study = WindowedStudy(fresh(None, "none"))
     study.enqueue_trial({"lr": 0.02})
-    assert study.next_waiting() is not None
+    assert study.peek_enqueued() is not None
     trial = study.ask()
-    assert trial.suggest_float("lr", 1e-4, 1e-1, log=True) == 0.02 and study.next_waiting() is None
+    assert trial.suggest_float("lr", 1e-4, 1e-1, log=True) == 0.02 and study.peek_enqueued() is None
     with study.window():
         assert [t.params for t in study.get_trials(states=(TrialState.RUNNING,))] == [{"lr": 0.02}]
 
 
 def test_of_many_running_trials_the_latest_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windowed_study, "UNDERWAY", 3)
+    monkeypatch.setattr(windowed_study, "MAX_RUNNING", 3)
     study = WindowedStudy(fresh(None, "none"))
     asked = [study.ask() for _ in range(6)]
     elsewhere = study.ask()
-    study.elsewhere = [study.running.pop(elsewhere.number)._cached_frozen_trial]
+    study.running_elsewhere = [study.running_trials.pop(elsewhere.number)._cached_frozen_trial]
     study.tell(asked[4], 0.5)
     with study.window():
         assert [t.number for t in study.get_trials(states=(TrialState.RUNNING,))] == [3, 5, 6]
@@ -146,7 +146,7 @@ def test_a_proposal_reads_no_trial_from_the_database_but_those_that_wait(
 
     monkeypatch.setattr(type(study._storage), "get_all_trials", read)
     for n in range(12, 15):
-        assert study.next_waiting() is None
+        assert study.peek_enqueued() is None
         step(study, n, "tpe")
 
 
@@ -164,7 +164,7 @@ def test_parameters_that_not_all_trials_have_are_proposed_as_by_optuna() -> None
     expected = [trial(plain, n) for n in range(40)]
     with windowed.window():
         assert [trial(windowed, n) for n in range(40)] == expected
-    assert len(windowed.kinds) == 2
+    assert len(windowed.one_of_each_kind) == 2
 
 
 def rows(folder: Path) -> dict[str, list[str]]:
@@ -217,10 +217,10 @@ def test_what_a_running_trial_tells_reaches_the_database_within_the_wait(
     study = WindowedStudy(fresh(tmp_path, "none"))
     trial = study.ask()
     trial.report(0.5, 1)
-    study.write(trial)
+    study.flush_writes(trial)
     assert study.trials[0].intermediate_values == {}  # it waits
-    monkeypatch.setattr("tuner.search.write_buffer.WAIT", 0.0)
-    study.write(trial)
+    monkeypatch.setattr("tuner.search.write_buffer.MAX_DELAY", 0.0)
+    study.flush_writes(trial)
     assert study.trials[0].intermediate_values == {1: 0.5}
 
 
@@ -228,8 +228,8 @@ def test_a_trial_that_somebody_else_ended_is_told_apart_from_a_wrong_call(tmp_pa
     study = WindowedStudy(fresh(tmp_path, "none"))
     trial, other = study.ask(), study.ask()
     for one in (trial, other):
-        study.write(one, now=True)
-    optuna.load_study(study_name="s", storage=storage.connect(None, tmp_path)).tell(0, 0.5)
+        study.flush_writes(one, now=True)
+    optuna.load_study(study_name="s", storage=storage.open_storage(None, tmp_path)).tell(0, 0.5)
     with pytest.raises(UpdateFinishedTrialError):
         study.tell(trial, 0.7)
     with pytest.raises(ValueError, match="nan is not acceptable"):

@@ -14,7 +14,7 @@ import yaml
 from tests.conftest import SMALL
 from tuner.cli import app
 from tuner.config import parsing
-from tuner.config.run import seconds
+from tuner.config.run import parse_duration
 from tuner.errors import SpaceError
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -90,14 +90,14 @@ def test_commands_exist_and_their_keys_are_known(
     for _, name, *words in found:
         context = group.commands[name].make_context(name, list(words))
         overrides = [w.replace("$ADDRESS", "10.0.0.1:6379") for w in context.params["overrides"]]
-        space = parsing.load(tmp_path / "x.yaml", overrides)
+        space = parsing.load_space(tmp_path / "x.yaml", overrides)
         assert space.settings.engine.name == ("ray" if "ray" in path.name else "local")
 
 
 def test_a_wrong_key_in_a_recipe_would_be_found(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(SMALL)
     with pytest.raises(SpaceError, match="unknown key"):
-        parsing.load(tmp_path / "x.yaml", ["engine.adress=auto"])
+        parsing.load_space(tmp_path / "x.yaml", ["engine.adress=auto"])
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *MANIFESTS], ids=lambda path: path.name)
@@ -107,4 +107,4 @@ def test_the_running_epoch_has_what_the_cluster_leaves_it(path: Path) -> None:
     given = re.search(r"--signal=B:TERM@(\d+)|terminationGracePeriodSeconds: (\d+)", text)
     grace = re.search(r"search\.grace=(\w+)", text)
     assert given is not None and grace is not None
-    assert 5 <= int(given[1] or given[2]) - seconds(grace[1]) <= 20
+    assert 5 <= int(given[1] or given[2]) - parse_duration(grace[1]) <= 20

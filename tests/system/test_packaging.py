@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tuner.commands.init import names
 from tuner.config import requirements
 
@@ -68,7 +68,7 @@ def test_every_extra_that_a_message_speaks_of_exists() -> None:
 
 
 def test_examples_are_listed_and_written_but_nothing_is_overwritten(
-    tuner: Callable[..., Said], tmp_path: Path
+    tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     shipped = {path.stem: path.read_text() for path in (ROOT / "search_spaces").glob("*.yaml")}
     listed = tuner("init").out.splitlines()

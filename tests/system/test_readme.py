@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tuner.config import parsing, yaml_document
 
 ROOT = Path(__file__).parents[2]
@@ -34,13 +34,13 @@ def test_the_two_commands_install_what_constraints_pin() -> None:
 
 def test_the_space_file_shown_is_the_shipped_one() -> None:
     shown = next(block for language, block in BLOCKS if language == "yaml" and "digits" in block)
-    shipped = parsing.load(ROOT / "search_spaces" / "resnet.yaml")
-    assert parsing.parse(yaml_document.parse(shown, "README.md")) == shipped
+    shipped = parsing.load_space(ROOT / "search_spaces" / "resnet.yaml")
+    assert parsing.parse_space(yaml_document.parse_document(shown, "README.md")) == shipped
 
 
 def test_the_space_file_for_photographs_is_understood() -> None:
     shown = next(block for language, block in BLOCKS if language == "yaml" and "folder" in block)
-    space = parsing.parse(yaml_document.parse(shown, "photos.yaml"))
+    space = parsing.parse_space(yaml_document.parse_document(shown, "photos.yaml"))
     assert {d.name for d in space.dimensions} == {"optimizer", "lr", "freeze_depth", "epochs"}
 
 
@@ -52,7 +52,7 @@ def test_the_engines_and_storages_shown_are_understood(monkeypatch: pytest.Monke
     ).splitlines()
     assert len(shown) == 3
     for line in shown:
-        parsing.parse(yaml_document.parse(f"{base}\n{line}", "README.md"))
+        parsing.parse_space(yaml_document.parse_document(f"{base}\n{line}", "README.md"))
 
 
 def test_every_link_and_picture_is_there() -> None:
@@ -74,7 +74,7 @@ def test_a_command_and_its_options_exist(command: str) -> None:
 
 
 def test_the_commands_of_the_table_run_one_after_the_other(
-    tuner: Callable[..., Said], tmp_path: Path
+    tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     """As a reader would type them, on the embedded data with a small budget."""
     (tmp_path / "search_spaces").symlink_to(ROOT / "search_spaces")

@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tuner.search import storage
 
 PER_CLASS = {"train": 60, "test": 20}
@@ -39,7 +39,7 @@ def cifar(shared: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_study_of_photographs_ends_in_a_model_that_predicts_them(
-    cifar: Path, tuner: Callable[..., Said]
+    cifar: Path, tuner: Callable[..., CommandResult]
 ) -> None:
     space = Path(__file__).parents[2] / "search_spaces" / "resnet.yaml"
     said = tuner(
@@ -52,7 +52,7 @@ def test_a_study_of_photographs_ends_in_a_model_that_predicts_them(
     )
     assert said.code == 0, said.err
     study = optuna.load_study(
-        study_name="cifar", storage=storage.connect(None, Path("studies/cifar"))
+        study_name="cifar", storage=storage.open_storage(None, Path("studies/cifar"))
     )
     assert study.best_value > 0.25  # chance is 0.1
     manifest = json.loads(Path("studies/cifar/export/manifest.json").read_text())

@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 
 import tuner as package
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tests.helpers import damaged_files
 from tuner import manifest
 from tuner.config.run import ImageOptions
 from tuner.core import weights
-from tuner.core.input_spec import Preprocess
+from tuner.core.input_spec import ImageInputSpec
 from tuner.data import cifar10, coco, voc, yolo
 from tuner.engines import local
 from tuner.errors import DataError, SpaceError
 from tuner.models import _hub
 
 ROOT = Path(__file__).parents[2]
-SIDE = Preprocess(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3)
-Tuner = Callable[..., Said]
+SIDE = ImageInputSpec(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3)
+Tuner = Callable[..., CommandResult]
 
 
 @pytest.mark.parametrize("page", ["SECURITY.md", "docs/faults.md"])
@@ -146,7 +146,7 @@ def test_a_safetensors_header_that_promises_too_much_is_refused(
         + b'{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,4]}}'
     )
     with pytest.raises(DataError, match=r"w\.safetensors is damaged or not a safetensors file"):
-        weights.read(path)
+        weights.read_state_dict(path)
 
 
 def test_pickles_of_cifar_are_not_opened_unless_their_md5_is_the_published_one(
@@ -157,9 +157,9 @@ def test_pickles_of_cifar_are_not_opened_unless_their_md5_is_the_published_one(
     folder.mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
         (folder / name).write_bytes(pickle.dumps(Evil()))
-    from tuner.files.downloads import offline
+    from tuner.files.downloads import forbid_downloads
 
-    with offline(True), pytest.raises(DataError, match="is not there yet"):
+    with forbid_downloads(True), pytest.raises(DataError, match="is not there yet"):
         cifar10.load(
             tmp_path / "home", SIDE, "classification", path=str(tmp_path), image=ImageOptions()
         )
@@ -179,7 +179,7 @@ def test_a_models_folder_that_asks_for_code_is_refused(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **change}))
     with pytest.raises(SpaceError, match=r"asks for code .*never"):
-        _hub.stated(tmp_path)
+        _hub.read_config(tmp_path)
 
 
 # -- names that lead elsewhere
@@ -190,8 +190,8 @@ def test_a_models_folder_that_asks_for_code_is_refused(
     ["../outside.png", "/etc/passwd", "a/../../outside.png", "..\\outside.png", "a\0.png", ""],
 )
 def test_names_that_leave_the_folder_are_refused(name: str, tmp_path: Path) -> None:
-    damaged_files.picture(0).save(tmp_path / "outside.png")
-    file = damaged_files.coco(tmp_path / "coco")
+    damaged_files.make_picture(0).save(tmp_path / "outside.png")
+    file = damaged_files.write_coco(tmp_path / "coco")
     tree = json.loads(file.read_text())
     tree["images"][0]["file_name"] = name
     file.write_text(json.dumps(tree))
@@ -201,14 +201,14 @@ def test_names_that_leave_the_folder_are_refused(name: str, tmp_path: Path) -> N
         coco.load(
             tmp_path / "home", SIDE, "detection", path=str(tmp_path / "coco"), image=ImageOptions()
         )
-    damaged_files.yolo(tmp_path / "yolo")
+    damaged_files.write_yolo(tmp_path / "yolo")
     (tmp_path / "yolo/data.yaml").write_text("train: list.txt\nnames: [cat, dog]\n")
     (tmp_path / "yolo/list.txt").write_text(f"images/1.png\n{name or '..'}\n")
     with pytest.raises(DataError, match=r"list\.txt:2: .* leaves the folder"):
         yolo.load(
             tmp_path / "home", SIDE, "detection", path=str(tmp_path / "yolo"), image=ImageOptions()
         )
-    annotation = damaged_files.voc(tmp_path / "voc")
+    annotation = damaged_files.write_voc(tmp_path / "voc")
     annotation.write_text(
         annotation.read_text().replace("<filename>0.png<", f"<filename>{name.replace(chr(0), '')}<")
     )
@@ -258,17 +258,17 @@ def test_a_manifest_that_points_elsewhere_is_refused(export: Path) -> None:
     for name in ("../outside.safetensors", str(outside)):
         changed(export, files={**whole["files"], name: digest})
         with pytest.raises(DataError, match="is no file that it vouches for in its folder"):
-            manifest.read(export)
+            manifest.read_export(export)
     changed(export, files=whole["files"], exports={"safetensors": {"file": "other.safetensors"}})
     with pytest.raises(DataError, match=r"names 'other\.safetensors'"):
-        manifest.read(export)
+        manifest.read_export(export)
 
 
 def test_an_export_that_names_code_runs_it_only_when_trusted(
     export: Path, tuner: Tuner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = json.loads((export / "manifest.json").read_text())
-    damaged_files.picture(0).save(export / "a.png")
+    damaged_files.make_picture(0).save(export / "a.png")
     (export / "loader.py").write_text(
         "open('ran', 'w')\ndef build(*_, **__): raise OSError('mine')"
     )
@@ -306,7 +306,7 @@ def test_an_exports_other_formats_are_not_opened_unasked(export: Path, tuner: Tu
         whole["files"][file] = hashlib.sha256((export / file).read_bytes()).hexdigest()
         whole["exports"][name] = {**whole["exports"]["safetensors"], "file": file}
     changed(export, files=whole["files"], exports=whole["exports"])
-    damaged_files.picture(0).save(export.parent / "a.png")
+    damaged_files.make_picture(0).save(export.parent / "a.png")
     said = tuner("predict", export, export.parent / "a.png")
     assert said.code == 0 and "a.png" in said.out
     assert not (export.parent / "ran").exists()

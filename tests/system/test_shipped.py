@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tests.helpers import box_files, mask_files, small_transformers
 from tuner.config import parsing, plugins, space, yaml_document
 
@@ -65,27 +65,32 @@ def files(slow: set[str]) -> list[object]:
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the files name, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    box_files.voc(Path("voc"))
-    mask_files.scenes(Path("masks"))
+    box_files.write_voc(Path("voc"))
+    mask_files.write_images_and_masks(Path("masks"))
     small_transformers.write_csv(Path("messages.csv"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_shipped_file_resolves_and_reads_back(path: Path) -> None:
-    found = parsing.load(path)
-    assert parsing.parse(yaml_document.parse(space.dump(found.tree()), "printed")) == found
-    run = found.run({})
-    stated = plugins.stated(run.model.name, "RECIPES", {}).get(run.task.name, {})
-    assert found.default()["lr"] == stated.get(
+    found = parsing.load_space(path)
+    assert (
+        parsing.parse_space(
+            yaml_document.parse_document(space.dump_yaml(found.to_dict()), "printed")
+        )
+        == found
+    )
+    run = found.make_run({})
+    stated = plugins.read_model_constant(run.model.name, "RECIPES", {}).get(run.task.name, {})
+    assert found.default_params()["lr"] == stated.get(
         "lr", 0.001
     )  # the first trials are what the model's people begin with
 
 
 @pytest.mark.parametrize("path", files(SLOW))
-def test_a_shipped_file_runs(path: Path, tuner: Callable[..., Said], data: None) -> None:
+def test_a_shipped_file_runs(path: Path, tuner: Callable[..., CommandResult], data: None) -> None:
     pytest.importorskip(PACKAGES.get(path.stem, "torch"), exc_type=ImportError)
     if path.stem in small_transformers.KINDS:
-        small_transformers.folder(Path(), path.stem, weights=False)
+        small_transformers.write_model_folder(Path(), path.stem, weights=False)
     words = [
         *TINY[path.stem],
         "recipe.epochs=1",
@@ -97,5 +102,6 @@ def test_a_shipped_file_runs(path: Path, tuner: Callable[..., Said], data: None)
     said = tuner("run", path, *words)
     assert said.code == 0, said.err
     assert (
-        f"\ntest     {str(parsing.load(path).settings.search.metric).replace('_', ' ')}" in said.out
+        f"\ntest     {str(parsing.load_space(path).settings.search.metric).replace('_', ' ')}"
+        in said.out
     )

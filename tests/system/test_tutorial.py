@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tuner.config import parsing
 
 TUTORIAL = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text()
@@ -49,7 +49,7 @@ def first_words(text: str) -> set[str]:
 
 @pytest.mark.slow
 def test_the_tutorials_commands_run_in_order(
-    tuner: Callable[..., Said],
+    tuner: Callable[..., CommandResult],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -60,7 +60,7 @@ def test_the_tutorials_commands_run_in_order(
             photograph(tmp_path / "photos" / folder / f"{number}.jpg", number)
     photograph(tmp_path / "new" / "1.jpg", 99)
     (tmp_path / "clothes.yaml").write_text(block("yaml", "path: photos"))
-    assert parsing.load(tmp_path / "clothes.yaml").dimensions[1].name == "freeze_depth"
+    assert parsing.load_space(tmp_path / "clothes.yaml").dimensions[1].name == "freeze_depth"
     (tmp_path / "classify.py").write_text(block("python", "onnxruntime"))
     outputs: dict[str, str] = {}
     commands = [line for name, text in BLOCKS if name == "bash" for line in text.splitlines()]

@@ -11,20 +11,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from tests.conftest import SHARED, Said
+from tests.conftest import SHARED, CommandResult
 from tests.helpers import box_files
-from tests.helpers.split_laws import check_cut, check_partition
+from tests.helpers.split_laws import check_partition, check_split
 from tuner.config import plugins
-from tuner.config.run import LATER, Part, Recipe, Run
-from tuner.core.detectors import padded, with_targets
-from tuner.core.export_module import Portable
-from tuner.core.input_spec import Preprocess
+from tuner.config.run import LOADED_LATER, PluginConfig, Recipe, Run
+from tuner.core.detectors import join_targets, pad_objects
+from tuner.core.export_module import ExportModule
+from tuner.core.input_spec import ImageInputSpec
 from tuner.core.targets import NO_OBJECT
-from tuner.core.types import Batch, Staged, Task
+from tuner.core.types import Batch, StagedModel, Task
 from tuner.errors import SpaceError
 from tuner.export import onnx, torch_export
-from tuner.tasks.detection import apart, build, original
-from tuner.training.model_summary import describe
+from tuner.tasks.detection import boxes_on_original, build, objects_difference
+from tuner.training.model_summary import summarize_model
 
 # name, pixels of a canvas that is quickly computed, stages
 FAMILIES = {
@@ -50,18 +50,18 @@ QUICK = [
 SLOW = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
-def built(name: str, outputs: int = 3, **options: Any) -> Staged:
+def built(name: str, outputs: int = 3, **options: Any) -> StagedModel:
     if "timm" in name:
         pytest.importorskip("timm")
     torch.manual_seed(0)
-    made = plugins.module("model", name).build
-    staged: Staged = made(
+    made = plugins.import_plugin("model", name).build
+    staged: StagedModel = made(
         Path(), name, "detection", outputs, **{"weights": "none", "backbone": "none", **options}
     )
     return staged
 
 
-def lively(name: str) -> Staged:
+def lively(name: str) -> StagedModel:
     """The model with the statistics of real activations, and a class head that is unsure, so that it finds objects."""
     staged = built(name)
     prefix, _ = staged.split(staged.max_depth)
@@ -88,7 +88,7 @@ def test_the_cut_law(name: str) -> None:
     side, stages = FAMILIES[name]
     staged = lively(name)
     assert len(staged.stages) == stages
-    check_cut(staged, images(side))
+    check_split(staged, images(side))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -149,7 +149,7 @@ def test_the_loss_is_the_sum_of_torchvisions_own(name: str) -> None:
     expected = model(list(x), targets)
     net = staged.split(0)[1].train()
     seed(3)
-    found = net(with_targets(x, {"boxes": boxes, "labels": labels}))
+    found = net(join_targets(x, {"boxes": boxes, "labels": labels}))
     assert {k: float(v.detach()) for k, v in found.items()} == pytest.approx(
         {k: float(v.detach()) for k, v in expected.items()}, rel=1e-6
     )
@@ -193,9 +193,15 @@ def test_an_image_without_objects_can_be_learnt_from() -> None:
 def test_what_an_export_is_read_into_has_the_layers_of_what_was_trained(name: str) -> None:
     """Pretrained backbones have frozen BatchNorm, as in torchvision's builders; without weights it is an ordinary one."""
     options = {"weights": "none", "backbone": "default"}
-    run = Run(Part("detection", {}), Part("voc", {}), Part(name, options), Recipe(), 0)
-    assert run.without_weights().model.options == {"weights": "none", "backbone": LATER}
-    with_weights, fresh = built(name, backbone=LATER), built(name)
+    run = Run(
+        PluginConfig("detection", {}),
+        PluginConfig("voc", {}),
+        PluginConfig(name, options),
+        Recipe(),
+        0,
+    )
+    assert run.without_weights().model.options == {"weights": "none", "backbone": LOADED_LATER}
+    with_weights, fresh = built(name, backbone=LOADED_LATER), built(name)
     assert any("num_batches_tracked" in key for key in fresh.model.state_dict())
     if name.startswith("fasterrcnn"):
         assert not any("num_batches_tracked" in key for key in with_weights.model.state_dict())
@@ -243,7 +249,7 @@ def found(*rows: tuple[list[float], float, int]) -> dict[str, Tensor]:
         "scores": torch.tensor(scores).float(),
         "labels": torch.tensor(labels).long(),
     }
-    return padded([one])
+    return pad_objects([one])
 
 
 def true(*rows: tuple[list[float], int]) -> dict[str, Tensor]:
@@ -300,19 +306,21 @@ def test_the_table_has_each_class(tmp_path: Path) -> None:
 
 def test_difference_matches_boxes_whatever_their_order() -> None:
     one = found((A, 0.8, 0), (B, 0.8, 1))
-    assert task().difference(one, found((B, 0.8, 1), (A, 0.8, 0))) == 0
-    assert task().difference(
+    assert task().output_difference(one, found((B, 0.8, 1), (A, 0.8, 0))) == 0
+    assert task().output_difference(
         one, found((B, 0.8, 1), ([0.0, 0, 10, 10.4], 0.8, 0))
     ) == pytest.approx(0.01)  # of 40 pixels
-    assert task().difference(one, found((B, 0.7, 1), (A, 0.8, 0))) == pytest.approx(0.1)
-    assert task().difference(one, found((A, 0.8, 0))) == pytest.approx(0.8)
-    assert task().difference(found((A, 0.8, 0)), one) == pytest.approx(0.8)
-    assert task().difference(one, found((A, 0.8, 0), (B, 0.8, 2))) == pytest.approx(
+    assert task().output_difference(one, found((B, 0.7, 1), (A, 0.8, 0))) == pytest.approx(0.1)
+    assert task().output_difference(one, found((A, 0.8, 0))) == pytest.approx(0.8)
+    assert task().output_difference(found((A, 0.8, 0)), one) == pytest.approx(0.8)
+    assert task().output_difference(one, found((A, 0.8, 0), (B, 0.8, 2))) == pytest.approx(
         0.8
     )  # another class is another object
-    assert task().difference(found((A, 0.8, 0), (B, 0.04, 1)), found((A, 0.8, 0))) == 0  # noise
     assert (
-        apart(
+        task().output_difference(found((A, 0.8, 0), (B, 0.04, 1)), found((A, 0.8, 0))) == 0
+    )  # noise
+    assert (
+        objects_difference(
             {**one_of(one), "full": torch.tensor(False)},
             {**one_of(one), "full": torch.tensor(False)},
         )
@@ -325,12 +333,12 @@ def one_of(padded_: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_what_is_told_is_in_pixels_of_the_original() -> None:
-    wanted = Preprocess(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3, "letterbox")
-    assert original(torch.tensor([[2.0, 6, 18, 30]]), 128, 64, wanted).tolist() == [
+    wanted = ImageInputSpec(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3, "letterbox")
+    assert boxes_on_original(torch.tensor([[2.0, 6, 18, 30]]), 128, 64, wanted).tolist() == [
         [8.0, 0.0, 72.0, 64.0]
     ]  # scale 4, 8 rows above
     image = Image.new("RGB", (128, 64), "grey")
-    told = task().tell(
+    told = task().describe_predictions(
         lambda _: found(([2.0, 10, 18, 20], 0.9, 1), (A, 0.4, 0)),
         torch.zeros(1, 3, 32, 32),
         [image],
@@ -341,7 +349,9 @@ def test_what_is_told_is_in_pixels_of_the_original() -> None:
         "objects": [{"label": "dog", "score": pytest.approx(0.9), "box": [8.0, 8.0, 72.0, 48.0]}]
     }
     assert told.picture is not None and told.picture.startswith(b"\x89PNG")
-    nothing = task().tell(lambda _: found(), torch.zeros(1, 3, 32, 32), [image], wanted)[0]
+    nothing = task().describe_predictions(
+        lambda _: found(), torch.zeros(1, 3, 32, 32), [image], wanted
+    )[0]
     assert (nothing.line, nothing.values) == ("nothing with a score from 0.5", {"objects": []})
 
 
@@ -374,9 +384,9 @@ def test_what_is_read_back_finds_the_same_objects(
     staged = lively(name)
     assert format_.FILE.replace("model.pt2", "torch_export").replace(
         "model.onnx", "onnx"
-    ) in plugins.stated(name, "EXPORTS", ("torch_export", "onnx"))
-    model = Portable(
-        staged, Preprocess(side, side, "bilinear", (0.5,) * 3, (0.5,) * 3, "letterbox")
+    ) in plugins.read_model_constant(name, "EXPORTS", ("torch_export", "onnx"))
+    model = ExportModule(
+        staged, ImageInputSpec(side, side, "bilinear", (0.5,) * 3, (0.5,) * 3, "letterbox")
     ).eval()
     x = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(2))
     format_.save(model, x[:1], tmp_path / format_.FILE)
@@ -385,7 +395,7 @@ def test_what_is_read_back_finds_the_same_objects(
         with torch.no_grad():
             expected, got = model(x[i : i + 1]), again(x[i : i + 1])
         assert (expected["labels"] != NO_OBJECT).any()
-        assert task().difference(expected, got) < 1e-3
+        assert task().output_difference(expected, got) < 1e-3
 
 
 # -- from files to drawn boxes
@@ -402,8 +412,10 @@ export: [safetensors, torch_export]
 
 
 @pytest.mark.slow
-def test_a_study_from_files_to_drawn_boxes(tuner: Callable[..., Said], tmp_path: Path) -> None:
-    root = box_files.voc(tmp_path / "voc")
+def test_a_study_from_files_to_drawn_boxes(
+    tuner: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    root = box_files.write_voc(tmp_path / "voc")
     (tmp_path / "boxes.yaml").write_text(STUDY.format(root=root))
     said = tuner("run", tmp_path / "boxes.yaml")
     assert said.code == 0, said.err
@@ -420,33 +432,35 @@ def test_a_study_from_files_to_drawn_boxes(tuner: Callable[..., Said], tmp_path:
 
 
 def test_cross_validation_and_a_cache_that_changes_nothing(
-    tuner: Callable[..., Said], tmp_path: Path
+    tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     """Memory and stillness: two folds over remembered activations give the losses of two folds without."""
-    root = box_files.voc(tmp_path / "voc")
+    root = box_files.write_voc(tmp_path / "voc")
     (tmp_path / "boxes.yaml").write_text(STUDY.format(root=root))
     losses = []
     for mode in ("always", "never"):
         from tuner.config import parsing
-        from tuner.config.run import Engine
-        from tuner.training.cross_validation import crossed, folds_of
-        from tuner.training.devices import place
-        from tuner.training.training_loop import Best, prepare
+        from tuner.config.run import EngineSettings
+        from tuner.training.cross_validation import fit_folds, runs_of_folds
+        from tuner.training.devices import select_device
+        from tuner.training.training_loop import BestEpoch, prepare_training
 
         words = ["data.folds=2", "recipe.freeze_depth=5", "recipe.lr=0.005", "recipe.epochs=2"]
-        run = parsing.load(tmp_path / "boxes.yaml", words).sample(None, seed=1)
-        there = place(Engine.model_validate({"device": "cpu", "cache": mode}), tmp_path / "home")
-        bench = prepare(folds_of(run)[0], there, "map")
+        run = parsing.load_space(tmp_path / "boxes.yaml", words).sample(None, seed=1)
+        there = select_device(
+            EngineSettings.model_validate({"device": "cpu", "cache": mode}), tmp_path / "home"
+        )
+        bench = prepare_training(runs_of_folds(run)[0], there, "map")
         assert type(bench.train).__name__ == {"always": "Remembered", "never": "Live"}[mode]
-        prefix, _ = bench.staged.split(5)
+        prefix, _ = bench.staged_model.split(5)
         before = {key: value.clone() for key, value in prefix.state_dict().items()}
-        losses.append([epoch.loss for epoch in crossed(run, there, "map", Best())])
+        losses.append([epoch.loss for epoch in fit_folds(run, there, "map", BestEpoch())])
         assert all(torch.equal(value, before[key]) for key, value in prefix.state_dict().items())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.slow
-def test_raccoons(tuner: Callable[..., Said], shared: Path, tmp_path: Path) -> None:
+def test_raccoons(tuner: Callable[..., CommandResult], shared: Path, tmp_path: Path) -> None:
     """Real photographs, and ImageNet's weights in the backbone."""
     import tarfile
 
@@ -473,6 +487,6 @@ export: [safetensors]
 
 
 def test_a_detector_is_described_with_numbers_in_it() -> None:
-    found = describe("ssdlite320_mobilenet_v3_large", outputs=3)
+    found = summarize_model("ssdlite320_mobilenet_v3_large", outputs=3)
     assert (found.example, [row.stage for row in found.depths][-1]) == ("320 x 320 image", "extra")
     assert 0.5 < found.depths[-1].flops < 1

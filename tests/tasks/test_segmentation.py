@@ -14,14 +14,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_f1_score, multiclass_jaccard_index
 
-from tests.conftest import Said
-from tests.helpers.mask_files import INKS, SPACE, drawn, painted, scenes
+from tests.conftest import CommandResult
+from tests.helpers.mask_files import (
+    CLASS_COLOURS,
+    SPACE,
+    draw_image_and_mask,
+    paint_mask,
+    write_images_and_masks,
+)
 from tuner.config.run import Recipe
-from tuner.core.input_spec import Preprocess, Tree
+from tuner.core.input_spec import ImageInputSpec, TensorTree
 from tuner.core.types import Batch
-from tuner.tasks.segmentation import METRICS, Segmentation, build, dice_loss, on_image
+from tuner.tasks.segmentation import METRICS, Segmentation, build, dice_loss, mask_on_image
 
-CANVAS = Preprocess(32, 36, "nearest", (0.0,) * 3, (1.0,) * 3, "letterbox")
+CANVAS = ImageInputSpec(32, 36, "nearest", (0.0,) * 3, (1.0,) * 3, "letterbox")
 
 
 def task(classes: int = 3, **keys: Any) -> Segmentation:
@@ -38,11 +44,11 @@ def made_up(seed: int = 0, classes: int = 3) -> tuple[Tensor, Tensor]:
 
 
 class Says(nn.Module):
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: TensorTree) -> None:
         super().__init__()
         self.tree = tree
 
-    def forward(self, x: Tree) -> Tree:
+    def forward(self, x: TensorTree) -> TensorTree:
         return self.tree
 
 
@@ -134,13 +140,13 @@ def test_predictions_are_kept_small() -> None:
 @pytest.mark.parametrize("size", [(40, 30), (31, 47), (64, 20), (200, 200)])
 def test_a_mask_comes_back_onto_the_image(size: tuple[int, int]) -> None:
     """A rectangle on the canvas, where decoding puts it, is found where it is on the image, but for the blur of resizing."""
-    from tuner.preprocessing.image_decoding import square
+    from tuner.preprocessing.image_decoding import fit_to_canvas
 
     mask = np.zeros((size[1], size[0]), np.uint8)
     mask[size[1] // 4 : size[1] // 2, size[0] // 3 : size[0] // 2] = 1
-    canvas = np.asarray(square(Image.fromarray(mask), CANVAS, "nearest", 0)).copy()
+    canvas = np.asarray(fit_to_canvas(Image.fromarray(mask), CANVAS, "nearest", 0)).copy()
     logits = F.one_hot(torch.from_numpy(canvas).long(), 2).permute(2, 0, 1).float()
-    found = on_image(logits, *size, CANVAS)
+    found = mask_on_image(logits, *size, CANVAS)
     assert found.shape == mask.shape and found.max() == 1
     edge = max(1, round(max(size) / 32))
     middle = mask.copy()
@@ -152,8 +158,8 @@ def test_a_mask_comes_back_onto_the_image(size: tuple[int, int]) -> None:
 
 
 def test_what_a_crop_cuts_away_is_ignored() -> None:
-    found = on_image(
-        torch.ones(2, 32, 32), 64, 32, Preprocess(32, 32, "nearest", (0.0,) * 3, (1.0,) * 3)
+    found = mask_on_image(
+        torch.ones(2, 32, 32), 64, 32, ImageInputSpec(32, 32, "nearest", (0.0,) * 3, (1.0,) * 3)
     )
     assert (
         (found[:, :16] == 255).all()
@@ -166,7 +172,7 @@ def test_what_is_told_is_a_share_for_each_class_and_a_picture() -> None:
     logits = torch.full((1, 3, 32, 32), -1.0)
     logits[0, 0], logits[0, 2, :, :8] = 0.0, 1.0
     original = Image.new("RGB", (64, 64), "white")
-    (told,) = task().tell(lambda _: logits, logits, [original], CANVAS)
+    (told,) = task().describe_predictions(lambda _: logits, logits, [original], CANVAS)
     assert told.line == "a 75.0%  c 25.0%"
     assert told.values == {"shares": {"a": 0.75, "b": 0.0, "c": 0.25}}
     assert told.picture is not None
@@ -178,19 +184,19 @@ def test_what_is_told_is_a_share_for_each_class_and_a_picture() -> None:
     ) != picture.getpixel((4, 30))
 
 
-def oracle(x: Tree) -> Tree:
+def oracle(x: TensorTree) -> TensorTree:
     """Logits that say of each pixel the class whose ink it has."""
     assert isinstance(x, Tensor)
-    inks = torch.tensor(INKS).float() / 255
+    inks = torch.tensor(CLASS_COLOURS).float() / 255
     return -(x[:, None] - inks[None, :, :, None, None]).abs().sum(2)
 
 
 def test_what_is_true_of_a_drawn_image_is_told_of_it() -> None:
-    image, mask = drawn(0, 3)
+    image, mask = draw_image_and_mask(0, 3)
     from tuner.preprocessing.image_decoding import decode
 
     x = torch.from_numpy(decode(np.asarray(image), CANVAS)[None].copy()).float() / 255
-    (told,) = task().tell(oracle, x, [image], CANVAS)
+    (told,) = task().describe_predictions(oracle, x, [image], CANVAS)
     assert [told.values["shares"][name] for name in "abc"] == pytest.approx(
         (np.bincount(np.asarray(mask).ravel(), minlength=3) / mask.width / mask.height).tolist(),
         abs=0.06,
@@ -203,12 +209,14 @@ def test_what_is_true_of_a_drawn_image_is_told_of_it() -> None:
 @pytest.fixture
 def space(tmp_path: Path) -> Path:
     path = tmp_path / "s.yaml"
-    path.write_text(SPACE.replace("path: x", f"path: {scenes(tmp_path / 'scenes', 20)}"))
+    path.write_text(
+        SPACE.replace("path: x", f"path: {write_images_and_masks(tmp_path / 'scenes', 20)}")
+    )
     return path
 
 
 def test_from_the_file_to_a_prediction_with_a_picture(
-    space: Path, tuner: Callable[..., Said], tmp_path: Path
+    space: Path, tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     said = tuner(
         "run",
@@ -228,7 +236,7 @@ def test_from_the_file_to_a_prediction_with_a_picture(
     assert Image.open(io.BytesIO(sheet)).size == (720, 20 + 4 * 240)  # 4 validation examples
     manifest = json.loads((study / "export" / "manifest.json").read_text())
     assert manifest["scores"]["test"]["mean_iou"] > 0.8
-    image, mask = drawn(100)
+    image, mask = draw_image_and_mask(100)
     image.save(tmp_path / "new.png")
     said = tuner("predict", "s", "new.png", "--json", "--out", "seen")
     assert said.code == 0, said.err
@@ -240,28 +248,30 @@ def test_from_the_file_to_a_prediction_with_a_picture(
 
 def test_a_trial_of_several_folds_is_their_mean(space: Path, tmp_path: Path) -> None:
     from tuner.config import parsing
-    from tuner.config.run import Engine
-    from tuner.training.cross_validation import crossed
-    from tuner.training.devices import place
-    from tuner.training.training_loop import Best, fit, prepare
+    from tuner.config.run import EngineSettings
+    from tuner.training.cross_validation import fit_folds
+    from tuner.training.devices import select_device
+    from tuner.training.training_loop import BestEpoch, fit, prepare_training
 
     def run(*words: str) -> Any:
-        return parsing.load(space, ["recipe.epochs=1", "data.folds=3", *words]).sample(None, seed=1)
+        return parsing.load_space(space, ["recipe.epochs=1", "data.folds=3", *words]).sample(
+            None, seed=1
+        )
 
-    here = place(Engine.model_validate({"device": "cpu"}), tmp_path / "home")
-    best = Best()
-    (whole,) = crossed(run(), here, "mean_iou", best)
+    here = select_device(EngineSettings.model_validate({"device": "cpu"}), tmp_path / "home")
+    best = BestEpoch()
+    (whole,) = fit_folds(run(), here, "mean_iou", best)
     single = []
     for fold in range(3):
         r = run(f"data.fold={fold}")
-        (epoch,) = fit(prepare(r, here, "mean_iou"), r.recipe, r.seed)
+        (epoch,) = fit(prepare_training(r, here, "mean_iou"), r.recipe, r.seed)
         single.append(epoch.scores["mean_iou"])
     assert whole.scores["mean_iou"] == pytest.approx(sum(single) / 3, abs=1e-6)
-    assert len(best.pairs) > 0
+    assert len(best.predictions) > 0
 
 
 def test_a_model_of_ones_own_may_give_logits_or_a_dict(
-    space: Path, tuner: Callable[..., Said], tmp_path: Path
+    space: Path, tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     (tmp_path / "own_segmenter_of_a_test.py").write_text(
         "from torch import nn\n\n\ndef tiny(outputs):\n    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, outputs, 1))\n"
@@ -278,5 +288,7 @@ def test_a_model_of_ones_own_may_give_logits_or_a_dict(
 
 
 def test_the_scenes_are_what_they_seem() -> None:
-    image, mask = drawn(3, 3)
-    assert image.size == mask.size and np.array_equal(np.asarray(painted(mask)), np.asarray(image))
+    image, mask = draw_image_and_mask(3, 3)
+    assert image.size == mask.size and np.array_equal(
+        np.asarray(paint_mask(mask)), np.asarray(image)
+    )

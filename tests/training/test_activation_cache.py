@@ -8,9 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.frozen_prefixes import Counting, Step, chain, frozen
-from tuner.files.cache_entries import make_room
-from tuner.training.activation_cache import Limits, Live, Remembered, through
+from tests.helpers.frozen_prefixes import (
+    CountingSource,
+    Step,
+    make_frozen_prefix,
+    make_linear_chain,
+)
+from tuner.files.cache_entries import evict_until_fits
+from tuner.training.activation_cache import CachedSource, CacheLimits, UncachedSource, source_behind
 
 
 class Taps(nn.Module):
@@ -29,15 +34,18 @@ def prefix() -> nn.Module:
     return nn.Sequential(Taps()).eval()
 
 
-def remembered(home: Path, source: Counting) -> Remembered:
-    found = through(frozen(prefix()), source, Limits(home, mode="always"))
-    assert isinstance(found, Remembered)
+def remembered(home: Path, source: CountingSource) -> CachedSource:
+    found = source_behind(make_frozen_prefix(prefix()), source, CacheLimits(home, mode="always"))
+    assert isinstance(found, CachedSource)
     return found
 
 
 def test_a_dict_of_tensors_is_remembered_with_its_shapes(tmp_path: Path) -> None:
-    source = Counting()
-    cached, live = remembered(tmp_path, source), Live(frozen(prefix()), Counting())
+    source = CountingSource()
+    cached, live = (
+        remembered(tmp_path, source),
+        UncachedSource(make_frozen_prefix(prefix()), CountingSource()),
+    )
     index = torch.tensor([6, 1])
     for view in (0, 1, 3):
         got, wanted = cached.take(index, view), live.take(index, view % 2)
@@ -54,20 +62,20 @@ def test_a_dict_of_tensors_is_remembered_with_its_shapes(tmp_path: Path) -> None
 
 
 def test_each_view_is_computed_once_and_later_sources_ask_nothing(tmp_path: Path) -> None:
-    source, index = Counting(), torch.arange(8)
+    source, index = CountingSource(), torch.arange(8)
     first = remembered(tmp_path, source)
     for _ in range(3):
         first.take(index, 0)
-    assert source.taken == 8
-    again = Counting()
+    assert source.take_count == 8
+    again = CountingSource()
     remembered(tmp_path, again).take(index, 0)
-    assert again.taken == 0
+    assert again.take_count == 0
 
 
 @pytest.mark.parametrize("harm", ["meta", "truncated", "gone"])
 def test_a_damaged_entry_is_computed_again(harm: str, tmp_path: Path) -> None:
     index = torch.arange(8)
-    wanted = remembered(tmp_path, Counting()).take(index, 0).x
+    wanted = remembered(tmp_path, CountingSource()).take(index, 0).x
     (entry,) = [p for p in (tmp_path / "activations").iterdir() if p.is_dir()]
     if harm == "meta":
         (entry / "meta.json").write_text("")
@@ -75,7 +83,7 @@ def test_a_damaged_entry_is_computed_again(harm: str, tmp_path: Path) -> None:
         os.truncate(entry / "1.bin", 5)
     else:
         (entry / "0.bin").unlink()
-    got = remembered(tmp_path, Counting()).take(index, 0).x
+    got = remembered(tmp_path, CountingSource()).take(index, 0).x
     assert (
         isinstance(got, dict)
         and isinstance(wanted, dict)
@@ -84,23 +92,27 @@ def test_a_damaged_entry_is_computed_again(harm: str, tmp_path: Path) -> None:
 
 
 def test_other_weights_other_data_or_another_precision_have_another_key(tmp_path: Path) -> None:
-    other = Counting()
+    other = CountingSource()
     other.digest = "other"
     torch.manual_seed(1)
     keys = [
-        remembered(tmp_path, Counting()).place(1, 0),
-        remembered(tmp_path, other).place(1, 0),
+        remembered(tmp_path, CountingSource()).entry_folder(1, 0),
+        remembered(tmp_path, other).entry_folder(1, 0),
         *(
-            f.place(1, 0)
+            f.entry_folder(1, 0)
             for f in (
-                through(
-                    frozen(nn.Sequential(Taps()).eval()),
-                    Counting(),
-                    Limits(tmp_path, mode="always"),
+                source_behind(
+                    make_frozen_prefix(nn.Sequential(Taps()).eval()),
+                    CountingSource(),
+                    CacheLimits(tmp_path, mode="always"),
                 ),
-                through(frozen(prefix(), "bfloat16"), Counting(), Limits(tmp_path, mode="always")),
+                source_behind(
+                    make_frozen_prefix(prefix(), "bfloat16"),
+                    CountingSource(),
+                    CacheLimits(tmp_path, mode="always"),
+                ),
             )
-            if isinstance(f, Remembered)
+            if isinstance(f, CachedSource)
         ),
     ]
     assert len(set(keys)) == 4
@@ -111,16 +123,16 @@ def test_the_least_recently_used_entry_goes_first(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.bin").write_bytes(bytes(10))
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    make_room(tmp_path, 5, limit=30)
+    evict_until_fits(tmp_path, 5, byte_limit=30)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["middle", "new"]
-    make_room(tmp_path, 5, limit=10)
+    evict_until_fits(tmp_path, 5, byte_limit=10)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_half_written_is_left_when_computing_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached = remembered(tmp_path, Counting())
+    cached = remembered(tmp_path, CountingSource())
     monkeypatch.setattr(json, "dumps", lambda *_: pytest.fail("stop"))
     with pytest.raises(BaseException, match="stop"):
         cached.take(torch.arange(2), 0)
@@ -132,34 +144,36 @@ def passed(stages: nn.Sequential) -> list[int]:
 
 
 def test_one_pass_keeps_what_it_passes_where_that_is_small(tmp_path: Path) -> None:
-    every = Limits(tmp_path, mode="always")
-    whole = chain(1, 5, 1, 1)
-    through(frozen(whole), Counting(), every).take(torch.arange(8), 0)
+    every = CacheLimits(tmp_path, mode="always")
+    whole = make_linear_chain(1, 5, 1, 1)
+    source_behind(make_frozen_prefix(whole), CountingSource(), every).take(torch.arange(8), 0)
     assert passed(whole) == [8, 8, 8, 8]
     for depth, asked in (
         (1, 0),
         (3, 0),
         (2, 8),
     ):  # what left the second stage is larger than what came in
-        part, source = chain(1, 5, 1, 1)[:depth], Counting()
-        found = through(frozen(part), source, every).take(torch.arange(8), 0).x
+        part, source = make_linear_chain(1, 5, 1, 1)[:depth], CountingSource()
+        found = source_behind(make_frozen_prefix(part), source, every).take(torch.arange(8), 0).x
         assert isinstance(found, Tensor) and torch.allclose(
-            found, part(Counting().take(torch.arange(8), 0).x)
+            found, part(CountingSource().take(torch.arange(8), 0).x)
         )
         assert (
             sum(stage.passed for stage in part if isinstance(stage, Step)) - 8 * depth == asked
-            and source.taken == 0
+            and source.take_count == 0
         )
 
 
 def test_filling_begins_at_the_nearest_cut_that_is_kept(tmp_path: Path) -> None:
-    every = Limits(tmp_path, mode="always")
-    through(frozen(chain(3, 2)), Counting(), every).take(torch.arange(8), 1)
-    deeper, source = chain(3, 2, 2), Counting()
-    found = through(frozen(deeper), source, every).take(torch.arange(8), 1).x
-    assert passed(deeper) == [0, 0, 8] and source.taken == 0
+    every = CacheLimits(tmp_path, mode="always")
+    source_behind(make_frozen_prefix(make_linear_chain(3, 2)), CountingSource(), every).take(
+        torch.arange(8), 1
+    )
+    deeper, source = make_linear_chain(3, 2, 2), CountingSource()
+    found = source_behind(make_frozen_prefix(deeper), source, every).take(torch.arange(8), 1).x
+    assert passed(deeper) == [0, 0, 8] and source.take_count == 0
     assert isinstance(found, Tensor) and torch.allclose(
-        found, deeper(Counting().take(torch.arange(8), 1).x)
+        found, deeper(CountingSource().take(torch.arange(8), 1).x)
     )
 
 
@@ -167,12 +181,12 @@ def test_filling_begins_at_the_nearest_cut_that_is_kept(tmp_path: Path) -> None:
 def test_what_is_sooner_computed_than_read_is_not_kept(
     computing: float, kept: bool, tmp_path: Path
 ) -> None:
-    stages, auto = frozen(chain(3)), Limits(tmp_path)
-    through(stages, Counting(), auto)
+    stages, auto = make_frozen_prefix(make_linear_chain(3)), CacheLimits(tmp_path)
+    source_behind(stages, CountingSource(), auto)
     (note,) = (tmp_path / "activations").glob("*.cost.json")
     known = json.loads(note.read_text())
     assert set(known) == {"computing", "reading", "bytes"} and known["bytes"] == 12
     note.write_text(json.dumps({"computing": computing, "reading": 1e-6, "bytes": 12.0}))
-    source = Counting()
-    assert isinstance(through(stages, source, auto), Remembered) == kept
-    assert source.taken <= 1  # the time was not taken again
+    source = CountingSource()
+    assert isinstance(source_behind(stages, source, auto), CachedSource) == kept
+    assert source.take_count <= 1  # the time was not taken again

@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import SMALL, narrow
+from tests.conftest import SMALL, limit_file_size
 from tests.helpers import box_files, counting_model, small_transformers
 from tuner.config import parsing, yaml_document
-from tuner.config.run import Engine, Part, Run
-from tuner.core.types import digest_of
+from tuner.config.run import EngineSettings, PluginConfig, Run
+from tuner.core.types import module_digest
 from tuner.errors import StorageError
 from tuner.files import checkpoint_files
-from tuner.files.atomic import sha256
+from tuner.files.atomic import file_sha256
 from tuner.messages import Epoch
 from tuner.training import checkpoints, training_loop
 from tuner.training.checkpoints import Checkpoints
-from tuner.training.cross_validation import crossed
-from tuner.training.devices import Place, place
-from tuner.training.micro_batches import room
-from tuner.training.training_loop import Best, checkpoints_of, fit, prepare
+from tuner.training.cross_validation import fit_folds
+from tuner.training.devices import DeviceContext, select_device
+from tuner.training.micro_batches import initial_micro_batch_size
+from tuner.training.training_loop import BestEpoch, fit, open_checkpoints, prepare_training
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True},
@@ -39,16 +39,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "STAKE", 0.0)
+    monkeypatch.setattr(checkpoints, "MIN_WRITE_SECONDS", 0.0)
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Place:
-    return place(Engine(device="cpu"), tmp_path / "home")
+def here(tmp_path: Path) -> DeviceContext:
+    return select_device(EngineSettings(device="cpu"), tmp_path / "home")
 
 
-def run(seed: int = 3, model: str = "tests.helpers.counting_model:model", **recipe: Any) -> Run:
-    space = parsing.parse(yaml_document.parse(SMALL, "small.yaml"))
+def run(
+    seed: int = 3, model: str = "tests.helpers.counting_model:build_counted_model", **recipe: Any
+) -> Run:
+    space = parsing.parse_space(yaml_document.parse_document(SMALL, "small.yaml"))
     chosen = {
         "epochs": 4,
         "lr": 0.02,
@@ -57,34 +59,38 @@ def run(seed: int = 3, model: str = "tests.helpers.counting_model:model", **reci
         "momentum": 0.9,
         "head": "fresh",
     } | recipe
-    found = space.run({("recipe", key): value for key, value in chosen.items()}, seed=seed)
-    return replace(found, model=Part(model, {})) if ":" in model else found
+    found = space.make_run({("recipe", key): value for key, value in chosen.items()}, seed=seed)
+    return replace(found, model=PluginConfig(model, {})) if ":" in model else found
 
 
 def attempt(
-    r: Run, here: Place, folder: Path | None, most: int | None = None, metric: str = "accuracy"
-) -> tuple[list[Any], list[str], Best, list[str]]:
+    r: Run,
+    here: DeviceContext,
+    folder: Path | None,
+    most: int | None = None,
+    metric: str = "accuracy",
+) -> tuple[list[Any], list[str], BestEpoch, list[str]]:
     """Epochs, the SHA-256 of the weights after each and at the end, the best, and what was said; given up after `most` epochs."""
-    bench, best = prepare(r, here, metric), Best()
-    kept = checkpoints_of(r, bench, folder)
+    bench, best = prepare_training(r, here, metric), BestEpoch()
+    kept = open_checkpoints(r, bench, folder)
     told, digests, notes = [], [], []
     for epoch in islice(fit(bench, r.recipe, r.seed, best, kept), most):
         told.append((epoch.number, epoch.loss, epoch.scores))
-        digests.append(digest_of(bench.net))
+        digests.append(module_digest(bench.net))
         notes += epoch.notes
-    return told, [*digests, digest_of(bench.net)], best, notes
+    return told, [*digests, module_digest(bench.net)], best, notes
 
 
 def trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by the number of each epoch that is really trained."""
     numbers: list[int] = []
-    real = training_loop.learn
+    real = training_loop.train_one_epoch
 
     def learn(*words: Any) -> float:
         numbers.append(words[-1])
         return real(*words)
 
-    monkeypatch.setattr(training_loop, "learn", learn)
+    monkeypatch.setattr(training_loop, "train_one_epoch", learn)
     return numbers
 
 
@@ -93,7 +99,7 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_epochs_and_the_rest_are_all_of_them_to_the_bit(
-    name: str, here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, here: DeviceContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     r = run(**VARIANTS[name])
     straight, digests, best, _ = attempt(r, here, None)
@@ -106,14 +112,15 @@ def test_two_epochs_and_the_rest_are_all_of_them_to_the_bit(
         1 if name == "patience" else 2
     )
     assert (found.epoch and found.epoch.number) == (best.epoch and best.epoch.number)
-    assert (len(best.pairs) > 0) == (name != "both")
-    assert len(found.pairs) == len(best.pairs) and all(
-        torch.equal(a, b) for (a, _), (b, _) in zip(found.pairs, best.pairs, strict=True)
+    assert (len(best.predictions) > 0) == (name != "both")
+    assert len(found.predictions) == len(best.predictions) and all(
+        torch.equal(a, b)
+        for (a, _), (b, _) in zip(found.predictions, best.predictions, strict=True)
     )
 
 
 def test_an_attempt_killed_when_all_was_trained_trains_nothing_more(
-    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: DeviceContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, _, best, _ = attempt(run(), here, tmp_path / "kept", most=4)
     counted = trained(tmp_path, monkeypatch)
@@ -125,7 +132,7 @@ def test_an_attempt_killed_when_all_was_trained_trains_nothing_more(
 
 
 def test_the_best_epochs_weights_survive_worse_ones(
-    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: DeviceContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tuner.tasks.classification import Classification
 
@@ -146,40 +153,42 @@ def test_the_best_epochs_weights_survive_worse_ones(
 
 
 def test_a_trial_stopped_while_it_remembers_shows_nothing_of_a_later_epoch(
-    here: Place, tmp_path: Path
+    here: DeviceContext, tmp_path: Path
 ) -> None:
     attempt(run(), here, tmp_path / "kept", most=3)
     told, _, best, _ = attempt(run(), here, tmp_path / "kept", most=1)
     assert len(told) == 1 and best.epoch is not None and best.epoch.number == 1
     held = json.loads(
         json.dumps(
-            checkpoints.about(checkpoint_files.generations(tmp_path / "kept")[0].read_bytes())
+            checkpoints.read_header(
+                checkpoint_files.list_checkpoints(tmp_path / "kept")[0].read_bytes()
+            )
         )
     )["best"]
-    assert (best.pairs == []) == (held != 1)
+    assert (best.predictions == []) == (held != 1)
 
 
 @pytest.mark.parametrize("after", [(2, 2), (2, 1)])
 def test_folds_continue_in_step(
-    after: tuple[int, int], here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: tuple[int, int], here: DeviceContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between two epochs, or when the second fold was an epoch behind."""
     whole = run(epochs=3)
-    r = replace(whole, data=Part(whole.data.name, {**whole.data.options, "folds": 2}))
-    straight = [(e.number, e.loss, e.scores) for e in crossed(r, here, "accuracy", Best())]
-    for _ in islice(crossed(r, here, "accuracy", Best(), tmp_path / "kept"), 2):
+    r = replace(whole, data=PluginConfig(whole.data.name, {**whole.data.options, "folds": 2}))
+    straight = [(e.number, e.loss, e.scores) for e in fit_folds(r, here, "accuracy", BestEpoch())]
+    for _ in islice(fit_folds(r, here, "accuracy", BestEpoch(), tmp_path / "kept"), 2):
         pass
     if after == (2, 1):
-        checkpoint_files.generations(tmp_path / "kept" / "fold-1")[0].unlink()
+        checkpoint_files.list_checkpoints(tmp_path / "kept" / "fold-1")[0].unlink()
     counted = trained(tmp_path, monkeypatch)
     assert [
         (e.number, e.loss, e.scores)
-        for e in crossed(r, here, "accuracy", Best(), tmp_path / "kept")
+        for e in fit_folds(r, here, "accuracy", BestEpoch(), tmp_path / "kept")
     ] == straight
     assert counted == ([3, 3] if after == (2, 2) else [2, 3, 3])
 
 
-def test_every_random_state_follows_the_seed_and_the_epoch(here: Place) -> None:
+def test_every_random_state_follows_the_seed_and_the_epoch(here: DeviceContext) -> None:
     """A model that draws by Python, numpy and torch trains alike whatever its process drew before."""
     import random
 
@@ -191,9 +200,9 @@ def test_every_random_state_follows_the_seed_and_the_epoch(here: Place) -> None:
         assert attempt(run(), here, None)[:2] == first[:2]
 
 
-def goes_on(text: str, metric: str, here: Place, kept: Path) -> None:
+def goes_on(text: str, metric: str, here: DeviceContext, kept: Path) -> None:
     """One epoch and the rest are all of them to the bit."""
-    r = parsing.parse(yaml_document.parse(text, "run.yaml")).sample(None, seed=2)
+    r = parsing.parse_space(yaml_document.parse_document(text, "run.yaml")).sample(None, seed=2)
     straight = attempt(r, here, None, metric=metric)
     attempt(r, here, kept, most=1, metric=metric)
     again = attempt(r, here, kept, metric=metric)
@@ -201,8 +210,8 @@ def goes_on(text: str, metric: str, here: Place, kept: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_detector_goes_on(here: Place, tmp_path: Path) -> None:
-    root = box_files.voc(tmp_path / "voc")
+def test_a_detector_goes_on(here: DeviceContext, tmp_path: Path) -> None:
+    root = box_files.write_voc(tmp_path / "voc")
     text = (
         f"task: detection\ndata: {{name: voc, path: {root}, size: 64, augment: flip, views: 2}}\n"
     )
@@ -212,9 +221,11 @@ def test_a_detector_goes_on(here: Place, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_texts_go_on_with_embeddings_that_are_the_head_too(here: Place, tmp_path: Path) -> None:
+def test_texts_go_on_with_embeddings_that_are_the_head_too(
+    here: DeviceContext, tmp_path: Path
+) -> None:
     pytest.importorskip("transformers")
-    small_transformers.folder(tmp_path, "gpt2")
+    small_transformers.write_model_folder(tmp_path, "gpt2")
     small_transformers.write_csv(tmp_path / "messages.csv")
     text = f"task: text_generation\ndata: {{name: text, path: {tmp_path / 'messages.csv'}}}\n"
     text += f"model: {{name: gpt2, folder: {tmp_path / 'gpt2'}, length: 24}}\n"
@@ -226,7 +237,7 @@ def test_texts_go_on_with_embeddings_that_are_the_head_too(here: Place, tmp_path
 
 
 def test_two_generations_stay_the_newest_and_the_last_that_was_synced(
-    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: DeviceContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt(run(), here, None)  # fills the caches
     synced: list[str] = []
@@ -234,41 +245,48 @@ def test_two_generations_stay_the_newest_and_the_last_that_was_synced(
 
     def there(name: str) -> list[int]:
         return [
-            int(p.name.partition("-")[0]) for p in checkpoint_files.generations(tmp_path / name)
+            int(p.name.partition("-")[0])
+            for p in checkpoint_files.list_checkpoints(tmp_path / name)
         ]
 
-    monkeypatch.setattr(checkpoints, "SYNC", 0.0)
+    monkeypatch.setattr(checkpoints, "SYNC_SECONDS", 0.0)
     attempt(run(), here, tmp_path / "each", most=3)
     assert there("each") == [3, 2]
     assert synced.count("each") == 3 and len(synced) == 6  # each file, then its folder
     synced.clear()
-    monkeypatch.setattr(checkpoints, "SYNC", 1e9)
+    monkeypatch.setattr(checkpoints, "SYNC_SECONDS", 1e9)
     attempt(run(), here, tmp_path / "none", most=3)
     assert synced == [] and there("none") == [3, 1]
     clock = iter([0.0, *[now for now in (0.4, 0.8, 1.2, 1.6) for _ in range(2)]])
-    monkeypatch.setattr(checkpoints, "SYNC", 1.0)
-    bench = prepare(run(), here, "accuracy")
+    monkeypatch.setattr(checkpoints, "SYNC_SECONDS", 1.0)
+    bench = prepare_training(run(), here, "accuracy")
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: next(clock))
-    kept = checkpoints_of(run(), bench, tmp_path / "some")
+    kept = open_checkpoints(run(), bench, tmp_path / "some")
     assert kept is not None
-    training = checkpoints.Training(bench.net, *state_of(bench.net))
+    training = checkpoints.TrainingState(bench.net, *state_of(bench.net))
     for number in range(1, 5):
-        kept.save(training, [Epoch(n, 0.5, {}, 0.1) for n in range(1, number + 1)], 0, {})
+        kept.save_if_due(training, [Epoch(n, 0.5, {}, 0.1) for n in range(1, number + 1)], 0, {})
     assert there("some") == [4, 3] and synced[1:] == ["some"]
 
 
 def state_of(net: nn.Module) -> tuple[Any, Any, Any]:
     opt = torch.optim.SGD(net.parameters(), lr=0.1)
-    return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0), room(net, 16)
+    return (
+        opt,
+        torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0),
+        initial_micro_batch_size(net, 16),
+    )
 
 
-def test_a_file_says_what_it_is_and_its_name_vouches_for_it(here: Place, tmp_path: Path) -> None:
+def test_a_file_says_what_it_is_and_its_name_vouches_for_it(
+    here: DeviceContext, tmp_path: Path
+) -> None:
     import tuner
 
     attempt(run(), here, tmp_path / "kept", most=1)
     (path,) = (tmp_path / "kept").iterdir()
-    assert path.name == f"000001-{sha256(path)}.safetensors"
-    about = checkpoints.about(path.read_bytes())
+    assert path.name == f"000001-{file_sha256(path)}.safetensors"
+    about = checkpoints.read_header(path.read_bytes())
     assert (about["format"], about["tuner"], about["torch"]) == (
         1,
         tuner.__version__,
@@ -277,19 +295,19 @@ def test_a_file_says_what_it_is_and_its_name_vouches_for_it(here: Place, tmp_pat
 
 
 def test_short_epochs_are_not_written_one_by_one(
-    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: DeviceContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "STAKE", 1e9)
+    monkeypatch.setattr(checkpoints, "MIN_WRITE_SECONDS", 1e9)
     attempt(run(), here, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
 
-def test_the_optimizers_memory_lies_as_before(here: Place, tmp_path: Path) -> None:
+def test_the_optimizers_memory_lies_as_before(here: DeviceContext, tmp_path: Path) -> None:
     """Convolutions train with their channels last; so does their momentum, after a checkpoint too."""
-    bench = prepare(run(), here, "accuracy")
+    bench = prepare_training(run(), here, "accuracy")
     weight = bench.net[0][0].weight
     for value in (torch.randn(weight.shape), torch.tensor(3.0)):
-        found = checkpoints.like(weight, value)
+        found = checkpoints.match_memory_layout(weight, value)
         assert torch.equal(found, value) and not found.requires_grad
         assert found.shape != weight.shape or found.stride() == weight.stride()
 
@@ -297,10 +315,10 @@ def test_the_optimizers_memory_lies_as_before(here: Place, tmp_path: Path) -> No
 def test_weights_in_two_places_are_written(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight
-    path = Checkpoints(tmp_path / "kept", "key").write(
+    path = Checkpoints(tmp_path / "kept", "key").write_file(
         "000001", dict(net.state_dict()), {}, sync=True
     )
-    assert checkpoint_files.whole(path) is not None
+    assert checkpoint_files.read_verified(path) is not None
 
 
 # -- what is left aside
@@ -322,12 +340,12 @@ def spoil(content: bytes, how: str) -> bytes:
 
 @pytest.mark.parametrize("how", ["empty", "flipped", "zeroed", "100", "4096"])
 def test_30_a_damaged_checkpoint_gives_way_to_the_one_before(
-    how: str, here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, here: DeviceContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = attempt(run(), here, None)
-    monkeypatch.setattr(checkpoints, "SYNC", 0.0)
+    monkeypatch.setattr(checkpoints, "SYNC_SECONDS", 0.0)
     attempt(run(), here, tmp_path / "kept", most=3)
-    newest = checkpoint_files.generations(tmp_path / "kept")[0]
+    newest = checkpoint_files.list_checkpoints(tmp_path / "kept")[0]
     newest.write_bytes(spoil(newest.read_bytes(), how))
     counted = trained(tmp_path, monkeypatch)
     told, digests, _, notes = attempt(run(), here, tmp_path / "kept")
@@ -338,26 +356,26 @@ def test_30_a_damaged_checkpoint_gives_way_to_the_one_before(
 
 
 @pytest.mark.slow
-def test_30_a_checkpoint_cut_anywhere_is_noticed(here: Place, tmp_path: Path) -> None:
+def test_30_a_checkpoint_cut_anywhere_is_noticed(here: DeviceContext, tmp_path: Path) -> None:
     attempt(run(), here, tmp_path / "kept", most=1)
-    (path,) = checkpoint_files.generations(tmp_path / "kept")
+    (path,) = checkpoint_files.list_checkpoints(tmp_path / "kept")
     content = path.read_bytes()
     for end in [*range(0, len(content), 4096), len(content) - 1]:
         path.write_bytes(content[:end])
-        assert checkpoint_files.whole(path) is None
+        assert checkpoint_files.read_verified(path) is None
     for place_ in range(0, len(content), 1021):
         path.write_bytes(content[:place_] + bytes([content[place_] ^ 1]) + content[place_ + 1 :])
-        assert checkpoint_files.whole(path) is None
+        assert checkpoint_files.read_verified(path) is None
     path.write_bytes(content)
-    assert checkpoint_files.whole(path) == content
+    assert checkpoint_files.read_verified(path) == content
 
 
 def test_30_with_both_damaged_the_training_begins_again(
-    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: DeviceContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "SYNC", 0.0)
+    monkeypatch.setattr(checkpoints, "SYNC_SECONDS", 0.0)
     straight = attempt(run(), here, tmp_path / "kept", most=3)
-    for path in checkpoint_files.generations(tmp_path / "kept"):
+    for path in checkpoint_files.list_checkpoints(tmp_path / "kept"):
         path.write_bytes(b"")
     counted = trained(tmp_path, monkeypatch)
     told, _, _, notes = attempt(run(), here, tmp_path / "kept", most=3)
@@ -378,7 +396,7 @@ def renamed(path: Path, change: dict[str, Any]) -> None:
     text = json.dumps(header).encode()
     changed = len(text).to_bytes(8, "little") + text + content[8 + size :]
     path.unlink()
-    (path.parent / checkpoint_files.name_of("000002", changed)).write_bytes(changed)
+    (path.parent / checkpoint_files.checkpoint_name("000002", changed)).write_bytes(changed)
 
 
 @pytest.mark.parametrize(
@@ -389,11 +407,11 @@ def renamed(path: Path, change: dict[str, Any]) -> None:
     ],
 )
 def test_30_a_checkpoint_of_a_newer_tuner_or_another_run_is_never_taken(
-    change: dict[str, Any], said: str, here: Place, tmp_path: Path
+    change: dict[str, Any], said: str, here: DeviceContext, tmp_path: Path
 ) -> None:
     straight = attempt(run(), here, tmp_path / "kept", most=2)
-    renamed(checkpoint_files.generations(tmp_path / "kept")[0], change)
-    for path in checkpoint_files.generations(tmp_path / "kept")[1:]:
+    renamed(checkpoint_files.list_checkpoints(tmp_path / "kept")[0], change)
+    for path in checkpoint_files.list_checkpoints(tmp_path / "kept")[1:]:
         path.unlink()
     told, digests, _, notes = attempt(run(), here, tmp_path / "kept", most=2)
     assert told == straight[0] and digests == straight[1]
@@ -402,7 +420,7 @@ def test_30_a_checkpoint_of_a_newer_tuner_or_another_run_is_never_taken(
 
 @pytest.mark.parametrize("other", [{"seed": 4}, {"lr": 0.03}, {"freeze_depth": 1}, {"epochs": 5}])
 def test_30_runs_that_differ_in_anything_share_no_checkpoint(
-    other: dict[str, Any], here: Place, tmp_path: Path
+    other: dict[str, Any], here: DeviceContext, tmp_path: Path
 ) -> None:
     attempt(run(), here, tmp_path / "kept", most=2)
     alone = attempt(run(**other), here, None)
@@ -411,21 +429,23 @@ def test_30_runs_that_differ_in_anything_share_no_checkpoint(
 
 
 def test_30_a_model_that_has_changed_begins_again(
-    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: DeviceContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt(run(), here, tmp_path / "kept", most=2)
-    wider = nn.Sequential(nn.Flatten(), counting_model.Counted(), nn.Linear(3 * 32 * 32, 3))
+    wider = nn.Sequential(nn.Flatten(), counting_model.CountedModule(), nn.Linear(3 * 32 * 32, 3))
     monkeypatch.setattr(counting_model, "model", lambda outputs: wider)
-    monkeypatch.setattr("tuner.training.building._built", {})
+    monkeypatch.setattr("tuner.training.building._cached_models", {})
     told, _, _, notes = attempt(run(), here, tmp_path / "kept", most=1)
     assert [number for number, _, _ in told] == [
         1
     ] and "of another model; left aside; the training begins again" in notes[0]
 
 
-def test_what_has_no_digest_in_its_name_is_not_looked_at(here: Place, tmp_path: Path) -> None:
+def test_what_has_no_digest_in_its_name_is_not_looked_at(
+    here: DeviceContext, tmp_path: Path
+) -> None:
     attempt(run(), here, tmp_path / "kept", most=2)
-    (path, *_) = checkpoint_files.generations(tmp_path / "kept")
+    (path, *_) = checkpoint_files.list_checkpoints(tmp_path / "kept")
     path.rename(path.with_name("000002.safetensors"))
     (tmp_path / "kept" / ".half_123.tmp").write_bytes(b"half")
     assert attempt(run(), here, tmp_path / "kept", most=1)[3] == []
@@ -433,11 +453,11 @@ def test_what_has_no_digest_in_its_name_is_not_looked_at(here: Place, tmp_path: 
 
 
 def test_26_a_full_disk_is_named_with_the_need_and_leaves_no_half_file(
-    here: Place, tmp_path: Path
+    here: DeviceContext, tmp_path: Path
 ) -> None:
     kept = Checkpoints(tmp_path / "kept", "key")
-    with pytest.raises(StorageError) as error, narrow(5000):
-        kept.write("000001", {"a": torch.zeros(1_000_000)}, {}, sync=True)
+    with pytest.raises(StorageError) as error, limit_file_size(5000):
+        kept.write_file("000001", {"a": torch.zeros(1_000_000)}, {}, sync=True)
     assert f"disk full while writing {tmp_path}/kept/000001-" in str(
         error.value
     ) and "(4 MB needed: File too large)" in str(error.value)
@@ -467,19 +487,21 @@ def greedy(outputs: int) -> nn.Module:
     )
 
 
-def by_hand(r: Run, here: Place, most: int) -> list[Any]:
+def by_hand(r: Run, here: DeviceContext, most: int) -> list[Any]:
     """The same training, each batch accumulated in parts of four by hand."""
-    from tuner.training.epoch import batches, predictions
-    from tuner.training.optimizers import factor, optimizer
+    from tuner.training.epoch import predict_source, shuffle_into_batches
+    from tuner.training.optimizers import lr_factor, make_optimizer
 
-    bench = prepare(r, here, "accuracy")
-    opt = optimizer(bench.net.parameters(), r.recipe)
-    steps = r.recipe.epochs * len(batches(len(bench.train), r.recipe.batch_size, r.seed, 1))
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: factor(r.recipe, step, steps))
+    bench = prepare_training(r, here, "accuracy")
+    opt = make_optimizer(bench.net.parameters(), r.recipe)
+    steps = r.recipe.epochs * len(
+        shuffle_into_batches(len(bench.train), r.recipe.batch_size, r.seed, 1)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: lr_factor(r.recipe, step, steps))
     told = []
     for number in range(1, r.recipe.epochs + 1):
         total = 0.0
-        for index in batches(len(bench.train), r.recipe.batch_size, r.seed, number):
+        for index in shuffle_into_batches(len(bench.train), r.recipe.batch_size, r.seed, number):
             opt.zero_grad()
             bench.net.train()
             for part in torch.tensor_split(index, -(-len(index) // most)):
@@ -495,13 +517,13 @@ def by_hand(r: Run, here: Place, most: int) -> list[Any]:
             opt.step()
             schedule.step()
         told.append(
-            (total / len(bench.train), bench.task.score(predictions(bench, bench.valid, 4)))
+            (total / len(bench.train), bench.task.score(predict_source(bench, bench.valid, 4)))
         )
     return told
 
 
 def test_what_does_not_fit_is_accumulated_and_means_the_same(
-    here: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     r = run(
         model="tests.training.test_checkpoints:greedy", lr=0.01, epochs=2, schedule="cosine"
@@ -526,7 +548,7 @@ def test_what_does_not_fit_is_accumulated_and_means_the_same(
 
 
 def test_a_continued_trial_knows_how_much_fits(
-    here: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     r = run(model="tests.training.test_checkpoints:greedy", lr=0.01, epochs=3)
     straight = attempt(r, here, None)
@@ -538,10 +560,10 @@ def test_a_continued_trial_knows_how_much_fits(
 
 
 def test_a_trial_that_was_killed_for_its_memory_goes_on_with_parts_of_its_batches(
-    here: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(Greedy, "most", 99)
-    r = run(model="tests.test_checkpoints:greedy", lr=0.01, epochs=3)
+    r = run(model="tests.training.test_checkpoints:greedy", lr=0.01, epochs=3)
     straight = attempt(r, here, None)[0]
     attempt(r, here, tmp_path / "kept", most=1)  # and then its worker was killed
     monkeypatch.setattr(Greedy, "asked", [])
@@ -553,14 +575,14 @@ def test_a_trial_that_was_killed_for_its_memory_goes_on_with_parts_of_its_batche
 
 @pytest.mark.parametrize(("normed", "least"), [(False, 1), (True, 2)])
 def test_where_nothing_fits_the_trial_ends_as_out_of_memory(
-    normed: bool, least: int, here: Place, monkeypatch: pytest.MonkeyPatch
+    normed: bool, least: int, here: DeviceContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tuner.messages import Assignment
     from tuner.training import worker_jobs
 
     monkeypatch.setattr(Greedy, "most", 0)
     monkeypatch.setattr(Greedy, "asked", [])
-    monkeypatch.setattr("tuner.training.building._built", {})
+    monkeypatch.setattr("tuner.training.building._cached_models", {})
     if normed:
         monkeypatch.setattr(
             "tests.training.test_checkpoints.greedy",
@@ -573,15 +595,17 @@ def test_where_nothing_fits_the_trial_ends_as_out_of_memory(
             ),
         )
     r = run(model="tests.training.test_checkpoints:greedy")
-    result = worker_jobs.carry(
-        Assignment(r, "accuracy", Engine(device="cpu"), str(here.home)), lambda epoch: True, 0
+    result = worker_jobs.run_trial(
+        Assignment(r, "accuracy", EngineSettings(device="cpu"), str(here.home)),
+        lambda epoch: True,
+        0,
     )
     assert (result.state, result.epochs) == ("oom", ()) and "out of memory" in result.reason
     assert min(Greedy.asked) == least and Greedy.asked == sorted(Greedy.asked, reverse=True)
 
 
 def test_an_error_that_is_not_of_memory_is_not_tried_again(
-    here: Place, monkeypatch: pytest.MonkeyPatch
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(self: Greedy, x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("shapes differ")
@@ -595,14 +619,14 @@ def test_an_error_that_is_not_of_memory_is_not_tried_again(
 
 
 def test_only_the_best_keep_their_weights(tmp_path: Path) -> None:
-    found = checkpoint_files.Keeping(tmp_path, 2)
+    found = checkpoint_files.CheckpointRetention(tmp_path, 2)
     for draw in range(5):
         folder = tmp_path / str(draw) / "fold-0"
         folder.mkdir(parents=True)
         for what in ("000003", "best"):
-            (folder.parent / checkpoint_files.name_of(what, str(draw).encode())).write_bytes(
-                str(draw).encode()
-            )
+            (
+                folder.parent / checkpoint_files.checkpoint_name(what, str(draw).encode())
+            ).write_bytes(str(draw).encode())
 
     def there() -> dict[str, list[str]]:
         return {
@@ -610,20 +634,20 @@ def test_only_the_best_keep_their_weights(tmp_path: Path) -> None:
             for p in sorted(tmp_path.iterdir())
         }
 
-    found.ended(0, (-0.5, 3, 0))
+    found.on_trial_end(0, (-0.5, 3, 0))
     assert there()["0"] == ["best"]
-    found.ended(1)  # pruned, or failed for good
-    found.ended(2, (-0.7, 3, 2))
-    found.ended(3, (-0.6, 3, 3))
+    found.on_trial_end(1)  # pruned, or failed for good
+    found.on_trial_end(2, (-0.7, 3, 2))
+    found.on_trial_end(3, (-0.6, 3, 3))
     assert there() == {
         "2": ["best"],
         "3": ["best"],
         "4": ["000003", "best", "fold"],
     }  # 0 fell out of the best; 4 is to go on
-    again = checkpoint_files.Keeping(tmp_path, 1)
-    again.begin({0: (-0.5, 3, 0), 1: None, 2: (-0.7, 3, 2), 3: (-0.6, 3, 3)})
+    again = checkpoint_files.CheckpointRetention(tmp_path, 1)
+    again.take_over({0: (-0.5, 3, 0), 1: None, 2: (-0.7, 3, 2), 3: (-0.6, 3, 3)})
     assert there() == {"2": ["best"], "4": ["000003", "best", "fold"]}
-    none = checkpoint_files.Keeping(tmp_path, 0)
-    none.begin({})
-    none.ended(4, (-0.9, 1, 4))
+    none = checkpoint_files.CheckpointRetention(tmp_path, 0)
+    none.take_over({})
+    none.on_trial_end(4, (-0.9, 1, 4))
     assert list(there()) == ["2"]

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, Said
+from tests.conftest import SMALL, CommandResult
 from tuner.config import parsing, yaml_document
-from tuner.config.run import Engine, Run
+from tuner.config.run import EngineSettings, Run
 from tuner.training import cross_validation
-from tuner.training.cross_validation import crossed, folds_of
-from tuner.training.devices import Place, place
-from tuner.training.training_loop import Best, fit, prepare
+from tuner.training.cross_validation import fit_folds, runs_of_folds
+from tuner.training.devices import DeviceContext, select_device
+from tuner.training.training_loop import BestEpoch, fit, prepare_training
 
 FIXED = [
     "recipe.lr=0.01",
@@ -23,22 +23,22 @@ FIXED = [
 
 
 def run(*words: str) -> Run:
-    return parsing.parse(
-        parsing.override(yaml_document.parse(SMALL, "small.yaml"), [*FIXED, *words])
+    return parsing.parse_space(
+        parsing.apply_overrides(yaml_document.parse_document(SMALL, "small.yaml"), [*FIXED, *words])
     ).sample(None, seed=5)
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Place:
-    return place(Engine(device="cpu"), tmp_path)
+def here(tmp_path: Path) -> DeviceContext:
+    return select_device(EngineSettings(device="cpu"), tmp_path)
 
 
-def test_an_epoch_is_the_mean_of_the_folds(here: Place) -> None:
-    best = Best()
-    found = list(crossed(run("data.folds=3"), here, "accuracy", best))
+def test_an_epoch_is_the_mean_of_the_folds(here: DeviceContext) -> None:
+    best = BestEpoch()
+    found = list(fit_folds(run("data.folds=3"), here, "accuracy", best))
     alone = [
-        list(fit(prepare(fold, here, "accuracy"), fold.recipe, fold.seed))
-        for fold in folds_of(run("data.folds=3"))
+        list(fit(prepare_training(fold, here, "accuracy"), fold.recipe, fold.seed))
+        for fold in runs_of_folds(run("data.folds=3"))
     ]
     assert [e.number for e in found] == [1, 2, 3]
     for i, epoch in enumerate(found):
@@ -52,15 +52,17 @@ def test_an_epoch_is_the_mean_of_the_folds(here: Place) -> None:
     )
 
 
-def test_one_fold_is_no_cross_validation(here: Place) -> None:
+def test_one_fold_is_no_cross_validation(here: DeviceContext) -> None:
     plain, crossed_ = (
-        list(fit(prepare(run(), here, "accuracy"), run().recipe, 5)),
-        list(crossed(run(), here, "accuracy", Best())),
+        list(fit(prepare_training(run(), here, "accuracy"), run().recipe, 5)),
+        list(fit_folds(run(), here, "accuracy", BestEpoch())),
     )
     assert [(e.loss, e.scores) for e in plain] == [(e.loss, e.scores) for e in crossed_]
 
 
-def test_the_mean_decides_when_patience_ends(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_decides_when_patience_ends(
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scripted = iter([0.5, 0.9, 0.1, 0.9, 0.2, 0.9])
     real = cross_validation.fit
 
@@ -69,11 +71,13 @@ def test_the_mean_decides_when_patience_ends(here: Place, monkeypatch: pytest.Mo
             yield type(epoch)(epoch.number, epoch.loss, {"accuracy": next(scripted)}, epoch.seconds)
 
     monkeypatch.setattr(cross_validation, "fit", fitted)
-    found = list(crossed(run("data.folds=2", "recipe.patience=1"), here, "accuracy", Best()))
+    found = list(fit_folds(run("data.folds=2", "recipe.patience=1"), here, "accuracy", BestEpoch()))
     assert [e.scores["accuracy"] for e in found] == [pytest.approx(0.7), pytest.approx(0.5)]
 
 
-def test_a_study_over_folds_ends_in_an_export(tuner: Callable[..., Said], small: Path) -> None:
+def test_a_study_over_folds_ends_in_an_export(
+    tuner: Callable[..., CommandResult], small: Path
+) -> None:
     said = tuner("run", small, "data.folds=3", "search.trials=2", "recipe.epochs=1")
     assert said.code == 0, said.err
     assert "\ntest     accuracy" in said.out

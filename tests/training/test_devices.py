@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import Said
-from tuner.commands.run import workers_of
-from tuner.config.run import Engine
+from tests.conftest import CommandResult
+from tuner.commands.run import worker_count
+from tuner.config.run import EngineSettings
 from tuner.errors import StorageError
 from tuner.messages import Assignment
 from tuner.preprocessing import tensor_files
 from tuner.training import worker_jobs
-from tuner.training.devices import gpus, place
+from tuner.training.devices import select_device, select_gpus
 
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def test_workers_are_dealt_out_over_the_gpus_in_use(
     four: dict[str, float],
     tmp_path: Path,
 ) -> None:
-    asked = Engine.model_validate(engine)
-    assert gpus(asked) == used
-    assert [str(place(asked, tmp_path, slot).device) for slot in range(5)] == [
+    asked = EngineSettings.model_validate(engine)
+    assert select_gpus(asked) == used
+    assert [str(select_device(asked, tmp_path, slot).device) for slot in range(5)] == [
         f"cuda:{n}" for n in of_slots.split()
     ]
 
@@ -79,7 +79,7 @@ def test_workers_are_dealt_out_over_the_gpus_in_use(
 def test_workers_that_share_a_gpu_share_its_memory(
     engine: dict[str, Any], share: float | None, four: dict[str, float], tmp_path: Path
 ) -> None:
-    place(Engine.model_validate(engine), tmp_path, 0)
+    select_device(EngineSettings.model_validate(engine), tmp_path, 0)
     assert four == ({} if share is None else {"cuda:0": pytest.approx(share)})
 
 
@@ -87,8 +87,12 @@ def test_remembered_activations_move_into_a_quarter_of_the_workers_part(
     four: dict[str, float], tmp_path: Path
 ) -> None:
     values = {"x": torch.zeros(10_000, dtype=torch.uint8)}
-    assert tensor_files.fits_on_gpu(values, place(Engine(per_gpu=1), tmp_path).device)
-    assert not tensor_files.fits_on_gpu(values, place(Engine(per_gpu=4), tmp_path).device)
+    assert tensor_files.fits_on_gpu(
+        values, select_device(EngineSettings(per_gpu=1), tmp_path).device
+    )
+    assert not tensor_files.fits_on_gpu(
+        values, select_device(EngineSettings(per_gpu=4), tmp_path).device
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,24 +111,28 @@ def test_one_worker_per_gpu_unless_the_file_says_otherwise(
 ) -> None:
     from tuner.config import parsing, yaml_document
 
-    doc = parsing.override(
-        yaml_document.read(small), ["engine={name: local}", *(f"engine.{word}" for word in words)]
+    doc = parsing.apply_overrides(
+        yaml_document.read_document(small),
+        ["engine={name: local}", *(f"engine.{word}" for word in words)],
     )
-    space = parsing.parse(doc)
+    space = parsing.parse_space(doc)
     orders = tuple(
         Assignment(run, "accuracy", space.settings.engine, str(small.parent))
-        for run in space.corners()
+        for run in space.plugin_combinations()
     )
-    found = worker_jobs.survey(orders, lambda _: True, 0)
-    assert workers_of(space, found.gpus) == workers
+    found = worker_jobs.survey_models(orders, lambda _: True, 0)
+    assert worker_count(space, found.gpu_count) == workers
 
 
 def test_without_a_gpu_there_is_one_worker_on_the_cpu(small: Path) -> None:
     from tuner.config import parsing, yaml_document
 
     assert (
-        workers_of(
-            parsing.parse(parsing.override(yaml_document.read(small), ["engine={per_gpu: 2}"])), 0
+        worker_count(
+            parsing.parse_space(
+                parsing.apply_overrides(yaml_document.read_document(small), ["engine={per_gpu: 2}"])
+            ),
+            0,
         )
         == 1
     )
@@ -134,11 +142,11 @@ def test_a_gpu_that_is_not_there_is_named_with_those_that_are(four: dict[str, fl
     with pytest.raises(
         StorageError, match=r"engine.gpus: \[0, 7\], but torch sees 4 GPUs, cuda:0 to cuda:3"
     ):
-        gpus(Engine(gpus=[0, 7]))
+        select_gpus(EngineSettings(gpus=[0, 7]))
     with pytest.raises(StorageError, match=r"engine.gpus: 5, but torch sees 4 GPUs"):
-        gpus(Engine(gpus=5))
+        select_gpus(EngineSettings(gpus=5))
     with pytest.raises(StorageError, match=r"engine.device: cuda:4, but torch sees 4 GPUs"):
-        gpus(Engine(device="cuda:4"))
+        select_gpus(EngineSettings(device="cuda:4"))
 
 
 @pytest.mark.parametrize(
@@ -187,12 +195,14 @@ def test_31_gpus_where_there_are_none_end_before_anything_is_made(
 
 def test_the_keys_survive_writing_and_reading(small: Path) -> None:
     from tuner.config import parsing, yaml_document
-    from tuner.config.space import dump
+    from tuner.config.space import dump_yaml
 
-    space = parsing.parse(
-        parsing.override(
-            yaml_document.read(small), ["engine={name: local, gpus: [2, 0], per_gpu: 3}"]
+    space = parsing.parse_space(
+        parsing.apply_overrides(
+            yaml_document.read_document(small), ["engine={name: local, gpus: [2, 0], per_gpu: 3}"]
         )
     )
-    again = parsing.parse(yaml_document.parse(dump(space.tree()), "again.yaml"))
+    again = parsing.parse_space(
+        yaml_document.parse_document(dump_yaml(space.to_dict()), "again.yaml")
+    )
     assert again.settings.engine == space.settings.engine and space.settings.engine.gpus == [2, 0]

@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import Said
+from tests.conftest import CommandResult
 from tests.helpers.png_headers import png_header
 from tuner.config.run import ImageOptions
 from tuner.data import synthetic
 from tuner.errors import DataError, SpaceError
-from tuner.manifest import Published
+from tuner.manifest import PublishedExport
 from tuner.training import finalization
-from tuner.training.building import wants
-from tuner.training.inference import Prediction, find, images, predict
+from tuner.training.building import input_spec_of
+from tuner.training.inference import NamedPrediction, find_export, find_images, predict_examples
 
-Tuner = Callable[..., Said]
+Tuner = Callable[..., CommandResult]
 SPACE = """
 task: classification
 data: {name: synthetic, examples: 90, classes: 3, size: 32, noise: 0.1}
@@ -68,9 +68,9 @@ def photos(tmp_path: Path) -> Path:
 
 
 def wants_slim() -> Any:
-    from tuner.config.run import Part
+    from tuner.config.run import PluginConfig
 
-    return wants(Part("resnet18_slim", {"weights": "bundled"}))
+    return input_spec_of(PluginConfig("resnet18_slim", {"weights": "bundled"}))
 
 
 def test_each_image_gets_its_class(tuner: Tuner, studies: Path, photos: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_bad_image_among_good_ones(tuner: Tuner, studies: Path, photos: Path) 
     ],
 )
 def test_folders_and_globs(photos: Path, patterns: list[str], expected: list[str]) -> None:
-    found = images([pattern.replace("{}", str(photos)) for pattern in patterns])
+    found = find_images([pattern.replace("{}", str(photos)) for pattern in patterns])
     assert [str(path.relative_to(photos)) for path in found] == [
         name.replace("{{}}", "{}") for name in expected
     ]
@@ -140,18 +140,21 @@ def test_a_pattern_without_an_image(
     monkeypatch.chdir(photos.parent)
     (photos / "empty").mkdir()
     with pytest.raises(DataError, match="no image there"):
-        images([pattern])
+        find_images([pattern])
 
 
 def test_a_batch_is_no_limit(studies: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published = find(studies, "stripes")
-    together = list(predict(published, [str(photos)]))
-    monkeypatch.setattr("tuner.training.inference.BATCH", 1)
-    for a, b in zip(predict(published, [str(photos)]), together, strict=True):
-        assert isinstance(a, Prediction) and isinstance(b, Prediction)
-        assert (a.name, list(a.told.values["classes"])) == (b.name, list(b.told.values["classes"]))
-        assert list(a.told.values["classes"].values()) == pytest.approx(
-            list(b.told.values["classes"].values()), abs=1e-5
+    published = find_export(studies, "stripes")
+    together = list(predict_examples(published, [str(photos)]))
+    monkeypatch.setattr("tuner.training.inference.BATCH_SIZE", 1)
+    for a, b in zip(predict_examples(published, [str(photos)]), together, strict=True):
+        assert isinstance(a, NamedPrediction) and isinstance(b, NamedPrediction)
+        assert (a.name, list(a.prediction.values["classes"])) == (
+            b.name,
+            list(b.prediction.values["classes"]),
+        )
+        assert list(a.prediction.values["classes"].values()) == pytest.approx(
+            list(b.prediction.values["classes"].values()), abs=1e-5
         )
 
 
@@ -172,18 +175,18 @@ def test_the_format_that_is_used(
     wanted: str | None,
     used: str,
 ) -> None:
-    published = find(studies, "stripes")
+    published = find_export(studies, "stripes")
     opened = []
 
-    def record(_: Published, kind: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def record(_: PublishedExport, kind: str) -> Callable[[torch.Tensor], torch.Tensor]:
         opened.append(kind)
         return lambda x: torch.zeros(len(x), 3)
 
     monkeypatch.setattr("tuner.training.inference.open_export", record)
-    asked = Published(
+    asked = PublishedExport(
         published.folder, {**published.manifest, "exports": {kind: {} for kind in exported}}
     )
-    assert len(list(predict(asked, [str(photos)], wanted, trust=True))) == 3
+    assert len(list(predict_examples(asked, [str(photos)], wanted, trust=True))) == 3
     assert opened == [used]
 
 
@@ -198,23 +201,23 @@ def test_an_export_that_takes_anothers_place_meanwhile_is_the_one_that_predicts(
     text["exports"]["safetensors"]["file"] = "renamed.safetensors"
     text["files"]["renamed.safetensors"] = text["files"].pop("model.safetensors")
     (newer / "manifest.json").write_text(json.dumps(text))
-    published, real = find(tmp_path, str(folder)), finalization.open_export
+    published, real = find_export(tmp_path, str(folder)), finalization.open_export
     opened: list[str] = []
 
-    def late(published: Published, kind: str) -> Any:
+    def late(published: PublishedExport, kind: str) -> Any:
         if not opened:
-            finalization.replace(newer, folder)
+            finalization.replace_folder(newer, folder)
         opened.append(published.manifest["exports"][kind]["file"])
         return real(published, kind)
 
     monkeypatch.setattr("tuner.training.inference.open_export", late)
-    assert len(list(predict(published, [str(photos)]))) == 3
+    assert len(list(predict_examples(published, [str(photos)]))) == 3
     assert opened == ["model.safetensors", "renamed.safetensors"]
 
 
 def test_a_format_that_was_not_exported(studies: Path, photos: Path) -> None:
     with pytest.raises(SpaceError) as error:
-        list(predict(find(studies, "stripes"), [str(photos)], "safetensor"))
+        list(predict_examples(find_export(studies, "stripes"), [str(photos)], "safetensor"))
     assert str(error.value) == (
         "--format 'safetensor' was not exported; did you mean 'safetensors'? (allowed: safetensors); make it with `tuner export`"
     )
@@ -240,14 +243,14 @@ def test_an_unfinished_study(tmp_path: Path) -> None:
         DataError,
         match=r"study 'half' has no export yet; finish it with `tuner run`, or call `tuner export half`",
     ):
-        find(tmp_path, "half")
+        find_export(tmp_path, "half")
 
 
 def test_a_changed_export_is_refused(tmp_path: Path, studies: Path) -> None:
     shutil.copytree(studies / "stripes" / "export", tmp_path / "moved")
-    assert find(tmp_path, str(tmp_path / "moved")).folder == tmp_path / "moved"
+    assert find_export(tmp_path, str(tmp_path / "moved")).folder == tmp_path / "moved"
     with open(tmp_path / "moved" / "model.safetensors", "r+b") as file:
         file.seek(5000)
         file.write(b"\0\1\2")
     with pytest.raises(DataError, match="changed since it was exported"):
-        find(tmp_path, str(tmp_path / "moved"))
+        find_export(tmp_path, str(tmp_path / "moved"))

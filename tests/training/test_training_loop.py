@@ -10,32 +10,39 @@ import torch
 
 from tests.conftest import SMALL
 from tuner.config import parsing, yaml_document
-from tuner.config.run import Engine, Part, Recipe, Run
+from tuner.config.run import EngineSettings, PluginConfig, Recipe, Run
 from tuner.errors import SpaceError, StorageError
 from tuner.messages import Epoch
 from tuner.training import training_loop
-from tuner.training.devices import Place, place
-from tuner.training.optimizers import factor, optimizer
-from tuner.training.training_loop import Best, Diverged, batches, fit, predictions, prepare
+from tuner.training.devices import DeviceContext, select_device
+from tuner.training.optimizers import lr_factor, make_optimizer
+from tuner.training.training_loop import (
+    BestEpoch,
+    Diverged,
+    fit,
+    predict_source,
+    prepare_training,
+    shuffle_into_batches,
+)
 
 
 def run(**recipe: Any) -> Run:
-    space = parsing.parse(yaml_document.parse(SMALL, "small.yaml"))
+    space = parsing.parse_space(yaml_document.parse_document(SMALL, "small.yaml"))
     chosen = {("recipe", "epochs"): 2, ("recipe", "lr"): 0.01} | {
         ("recipe", k): v for k, v in recipe.items()
     }
-    return space.run(chosen, seed=3)
+    return space.make_run(chosen, seed=3)
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Place:
-    return place(Engine(device="cpu"), tmp_path)
+def here(tmp_path: Path) -> DeviceContext:
+    return select_device(EngineSettings(device="cpu"), tmp_path)
 
 
 def epochs(
-    r: Run, here: Place, best: Best | None = None
-) -> tuple[list[Epoch], training_loop.Bench]:
-    bench = prepare(r, here, "accuracy")
+    r: Run, here: DeviceContext, best: BestEpoch | None = None
+) -> tuple[list[Epoch], training_loop.TrainingContext]:
+    bench = prepare_training(r, here, "accuracy")
     return list(fit(bench, r.recipe, r.seed, best)), bench
 
 
@@ -43,22 +50,22 @@ def told(found: list[Epoch]) -> list[tuple[int, float, dict[str, float]]]:
     return [(e.number, e.loss, e.scores) for e in found]
 
 
-def test_equal_seeds_give_equal_epochs_and_other_seeds_others(here: Place) -> None:
+def test_equal_seeds_give_equal_epochs_and_other_seeds_others(here: DeviceContext) -> None:
     first, again, other = (told(epochs(replace(run(), seed=seed), here)[0]) for seed in (3, 3, 4))
     assert first == again != other
 
 
 def test_the_weights_kept_are_the_best_epochs_and_not_the_last(
-    here: Place, monkeypatch: pytest.MonkeyPatch
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     r = run(epochs=3, lr=0.02)
-    bench = prepare(r, here, "accuracy")
+    bench = prepare_training(r, here, "accuracy")
     true_score = bench.task.score
     scripted: Iterator[float] = iter([0.3, 0.9, 0.5])
     monkeypatch.setattr(
         bench.task, "score", lambda pairs: true_score(pairs) | {"accuracy": next(scripted)}
     )
-    best = Best()
+    best = BestEpoch()
     seen = []
     for _ in fit(bench, r.recipe, r.seed, best):
         seen.append({k: v.clone() for k, v in bench.net.state_dict().items()})
@@ -66,43 +73,44 @@ def test_the_weights_kept_are_the_best_epochs_and_not_the_last(
     kept = bench.net.state_dict()
     assert all(torch.equal(kept[k], seen[1][k]) for k in kept)
     assert any(not torch.equal(kept[k], seen[2][k]) for k in kept)
-    again = [p for p, _ in predictions(bench, bench.valid, r.recipe.batch_size)]
-    assert torch.allclose(torch.cat(again), torch.cat([p for p, _ in best.pairs]))
+    again = [p for p, _ in predict_source(bench, bench.valid, r.recipe.batch_size)]
+    assert torch.allclose(torch.cat(again), torch.cat([p for p, _ in best.predictions]))
 
 
 def test_patience_stops_after_so_many_epochs_without_a_better_score(
-    here: Place, monkeypatch: pytest.MonkeyPatch
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     r = run(epochs=9, patience=2)
-    bench = prepare(r, here, "accuracy")
+    bench = prepare_training(r, here, "accuracy")
     scripted = iter([0.5, 0.6, 0.6, 0.4, 0.9])
     monkeypatch.setattr(bench.task, "score", lambda pairs: {"accuracy": next(scripted)})
     assert [e.number for e in fit(bench, r.recipe, r.seed)] == [1, 2, 3, 4]
 
 
-def test_stop_epoch_ends_early_on_the_same_schedule(here: Place) -> None:
+def test_stop_epoch_ends_early_on_the_same_schedule(here: DeviceContext) -> None:
     whole, _ = epochs(run(epochs=3, schedule="cosine"), here)
     early, _ = epochs(run(epochs=3, schedule="cosine", stop_epoch=2), here)
     assert told(early) == told(whole)[:2]
 
 
-def test_train_and_valid_learns_from_both_and_keeps_the_last_epoch(here: Place) -> None:
+def test_train_and_valid_learns_from_both_and_keeps_the_last_epoch(here: DeviceContext) -> None:
     found, bench = epochs(run(fit="train+valid"), here)
-    assert len(bench.train) == len(bench.data.train) + len(bench.data.valid)
+    assert len(bench.train) == len(bench.dataset.train) + len(bench.dataset.valid)
     assert [e.scores for e in found] == [{}, {}]
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(here: Place) -> None:
+def test_a_loss_that_is_not_finite_ends_the_training(here: DeviceContext) -> None:
     r = replace(
-        run(lr=100.0, epochs=9, optimizer="sgd"), model=Part("tests.helpers.jobs:linear", {})
+        run(lr=100.0, epochs=9, optimizer="sgd"),
+        model=PluginConfig("tests.helpers.jobs:linear", {}),
     )
     with pytest.raises(Diverged, match=r"loss (nan|inf) in epoch"):
         epochs(r, here)
 
 
-def test_a_freeze_depth_beyond_the_model_is_named(here: Place) -> None:
+def test_a_freeze_depth_beyond_the_model_is_named(here: DeviceContext) -> None:
     with pytest.raises(SpaceError, match=r"recipe.freeze_depth: 6, but resnet18_slim allows 0..5"):
-        prepare(run(freeze_depth=6), here, "accuracy")
+        prepare_training(run(freeze_depth=6), here, "accuracy")
 
 
 @pytest.mark.parametrize(
@@ -112,19 +120,21 @@ def test_a_freeze_depth_beyond_the_model_is_named(here: Place) -> None:
 def test_batches_cover_every_example_once_and_none_has_one_alone(
     length: int, size: int, counts: list[int]
 ) -> None:
-    chunks = batches(length, size, seed=0, epoch=1)
+    chunks = shuffle_into_batches(length, size, seed=0, epoch=1)
     assert [len(c) for c in chunks] == counts
     assert sorted(torch.cat(chunks).tolist()) == list(range(length))
 
 
 def test_batches_differ_by_epoch_and_repeat_by_seed() -> None:
-    one, same, two = (torch.cat(batches(50, 8, seed=1, epoch=e)).tolist() for e in (1, 1, 2))
+    one, same, two = (
+        torch.cat(shuffle_into_batches(50, 8, seed=1, epoch=e)).tolist() for e in (1, 1, 2)
+    )
     assert one == same != two
 
 
-def test_a_last_batch_of_one_trains_with_batch_norm(here: Place) -> None:
+def test_a_last_batch_of_one_trains_with_batch_norm(here: DeviceContext) -> None:
     r = run(epochs=1)
-    count = len(prepare(r, here, "accuracy").train)
+    count = len(prepare_training(r, here, "accuracy").train)
     assert len(epochs(run(epochs=1, batch_size=count - 1), here)[0]) == 1
 
 
@@ -142,23 +152,25 @@ def test_a_last_batch_of_one_trains_with_batch_norm(here: Place) -> None:
     ],
 )
 def test_the_schedule(recipe: Recipe, step: int, expected: float) -> None:
-    assert factor(recipe, step, 100) == pytest.approx(expected)
+    assert lr_factor(recipe, step, 100) == pytest.approx(expected)
 
 
 def test_optimizers_get_what_the_recipe_says() -> None:
     weight = [torch.nn.Parameter(torch.zeros(1))]
-    sgd = optimizer(weight, Recipe(lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01)).defaults
+    sgd = make_optimizer(
+        weight, Recipe(lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01)
+    ).defaults
     assert (sgd["lr"], sgd["momentum"], sgd["nesterov"], sgd["weight_decay"]) == (
         0.1,
         0.8,
         True,
         0.01,
     )
-    adamw = optimizer(weight, Recipe(optimizer="adamw", momentum=0.8)).defaults
+    adamw = make_optimizer(weight, Recipe(optimizer="adamw", momentum=0.8)).defaults
     assert adamw["betas"] == (0.8, 0.999)
 
 
-def test_label_smoothing_reaches_the_loss(here: Place) -> None:
+def test_label_smoothing_reaches_the_loss(here: DeviceContext) -> None:
     plain, smooth = (epochs(run(epochs=1, label_smoothing=s), here)[0][0].loss for s in (0.0, 0.3))
     assert plain != smooth
 
@@ -169,14 +181,14 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         StorageError, match=r"engine.device: cuda:1, but torch .* sees no GPU here; use auto or cpu"
     ):
-        place(Engine(device="cuda:1"), tmp_path)
+        select_device(EngineSettings(device="cuda:1"), tmp_path)
 
 
 @pytest.mark.gpu
 def test_training_on_a_gpu_matches_the_cpu(tmp_path: Path) -> None:
     r = run(epochs=1)
     cpu, gpu = (
-        epochs(r, place(Engine(device=d, precision="float32"), tmp_path))[0][0]
+        epochs(r, select_device(EngineSettings(device=d, precision="float32"), tmp_path))[0][0]
         for d in ("cpu", "cuda")
     )
     assert gpu.loss == pytest.approx(cpu.loss, rel=1e-2)

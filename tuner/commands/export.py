@@ -9,53 +9,60 @@ from optuna.trial import FrozenTrial
 
 from tuner import manifest
 from tuner.commands.console import Console
-from tuner.commands.run import to_publish
-from tuner.commands.session import INSTEAD, Places, home_folder, session
+from tuner.commands.run import choose_export
+from tuner.commands.session import INSTEAD, Folders, home_folder, open_session
 from tuner.config import parsing, plugins
-from tuner.dashboard.server import find
-from tuner.errors import DataError, SpaceError, suggest
+from tuner.dashboard.server import find_study
+from tuner.errors import DataError, SpaceError, suggest_names
 from tuner.files import checkpoint_files, removal
-from tuner.manifest import Published
+from tuner.manifest import PublishedExport
 from tuner.search import history, storage
-from tuner.search.history import REASON, SAME_AS
+from tuner.search.history import DUPLICATE_OF, REASON
 from tuner.search.samplers import PRUNERS
 
 
 def export_trial(
     studies: Path, name: str, formats: tuple[str, ...], trial: int | None, console: Console
-) -> Published:
+) -> PublishedExport:
     """Into the study's `export` folder, or `export-N` for trial N. What is exported already is kept."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    folder = find(studies, name)
-    space = parsing.load(
+    folder = find_study(studies, name)
+    space = parsing.load_space(
         folder / "space.yaml", [f"search.name={json.dumps(folder.name, ensure_ascii=False)}"]
     )
-    known = plugins.names("export")
+    known = plugins.list_names("export")
     for wanted in formats:
         if ":" not in wanted and wanted not in known:
-            raise SpaceError(f"--format {wanted!r} is not known{suggest(wanted, known)}")
+            raise SpaceError(f"--format {wanted!r} is not known{suggest_names(wanted, known)}")
     place = folder / ("export" if trial is None else f"export-{trial}")
     removal.require_target(place, INSTEAD)
-    with storage.lock(folder), contextlib.ExitStack() as stack:
-        s = stack.enter_context(session(space, Places(studies, home_folder(console.warn)), console))
-        database = storage.connect(space.settings.storage, folder, console.warn)
-        stack.callback(storage.close, database)
+    with storage.lock_study(folder), contextlib.ExitStack() as stack:
+        s = stack.enter_context(
+            open_session(space, Folders(studies, home_folder(console.warn)), console)
+        )
+        database = storage.open_storage(space.settings.storage, folder, console.warn)
+        stack.callback(storage.close_storage, database)
         study = optuna.load_study(
             study_name=folder.name,
             storage=database,
             sampler=optuna.samplers.RandomSampler(),
             pruner=PRUNERS["none"](1),
         )
-        chosen = _choose(study, trial)
-        found, epoch = history.run_of(space, study, chosen), chosen.user_attrs[history.BEST_EPOCH]
-        left = checkpoint_files.best_weights(
-            folder / checkpoint_files.FOLDER / str(history.roots(study)[chosen.number])
+        chosen = _choose_trial(study, trial)
+        found, epoch = (
+            history.run_of_trial(space, study, chosen),
+            chosen.user_attrs[history.BEST_EPOCH],
         )
-        run, weights = to_publish(
+        left = checkpoint_files.find_best_weights(
+            folder
+            / checkpoint_files.CHECKPOINTS_FOLDER
+            / str(history.proposal_numbers(study)[chosen.number])
+        )
+        run, weights = choose_export(
             trial is not None or space.settings.search.retrain, found, epoch, left
         )
-        manifest.recover(place)
-        before = manifest.read(place)
+        manifest.recover_export(place)
+        before = manifest.read_export(place)
         kept = (
             tuple(before.manifest["exports"])
             if before is not None and before.manifest["run_digest"] == run.digest()
@@ -63,7 +70,7 @@ def export_trial(
         )
         if kept and set(formats) <= set(kept) and before is not None:
             return before
-        published: Published = s.crown(
+        published: PublishedExport = s.finalize(
             run,
             place,
             (*kept, *(formats or space.settings.export)),
@@ -74,18 +81,18 @@ def export_trial(
         return published
 
 
-def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
+def _choose_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
     """The best trial, or the one named. Raises DataError when it trained no epoch that could be exported."""
     if number is None:
-        return history.best(study)[0]
+        return history.best_trial(study)[0]
     trials = study.get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
         raise DataError(
             f"study {study.study_name!r} has trials 0 to {len(trials) - 1}, not {number}"
         )
     chosen = trials[number]
-    if SAME_AS in chosen.user_attrs:
-        return trials[int(chosen.user_attrs[SAME_AS])]
+    if DUPLICATE_OF in chosen.user_attrs:
+        return trials[int(chosen.user_attrs[DUPLICATE_OF])]
     if history.BEST_EPOCH not in chosen.user_attrs:
         raise DataError(
             f"trial {number} ended {chosen.state.name.lower()} without an epoch ({chosen.user_attrs.get(REASON, 'no reason given')}); choose another"
@@ -93,11 +100,13 @@ def _choose(study: optuna.Study, number: int | None) -> FrozenTrial:
     return chosen
 
 
-def show_published(console: Console, published: Published) -> None:
+def show_published(console: Console, published: PublishedExport) -> None:
     scores = published.manifest["scores"]["test"]
-    console.event("published", folder=str(published.folder), test=scores)
-    console.say("test    " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    console.emit_event("published", folder=str(published.folder), test=scores)
+    console.print_line(
+        "test    " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    )
     for kind, e in published.manifest["exports"].items():
-        console.say(
+        console.print_line(
             f"export  {published.folder / e['file']}  {kind}, verified to {e['largest_difference']:.0e}"
         )

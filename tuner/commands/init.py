@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from tuner.errors import SpaceError, suggest
+from tuner.errors import SpaceError, suggest_names
 from tuner.files.atomic import disk_errors
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
@@ -35,7 +35,7 @@ def list_examples() -> list[tuple[str, str]]:
 def write_example(name: str, folder: Path) -> Path:
     """The example as a file in this folder. Raises SpaceError on an unknown name, and where such a file is there already."""
     if name not in names():
-        raise SpaceError(f"no example is called {name!r}{suggest(name, names())}")
+        raise SpaceError(f"no example is called {name!r}{suggest_names(name, names())}")
     path = folder / f"{name}.yaml"
     # the commands in its comments name the file where it lies now
     text = _read(name).replace(f"search_spaces/{name}.yaml", path.name)

@@ -12,10 +12,10 @@ from tuner import manifest
 from tuner.commands.console import Console
 from tuner.commands.session import (
     INSTEAD,
-    Places,
+    Folders,
     Session,
-    interrupted,
-    session,
+    interrupted_error,
+    open_session,
     study_name,
     write_yaml,
 )
@@ -25,112 +25,122 @@ from tuner.config.parsing import with_values
 from tuner.config.run import Run
 from tuner.config.space import Range, Space
 from tuner.config.yaml_document import COMMAND_LINE
-from tuner.dashboard.artifacts import Artifacts
+from tuner.dashboard.artifacts import ArtifactWriter
 from tuner.errors import StorageError
 from tuner.files import removal
-from tuner.files.atomic import require_space, sweep
-from tuner.files.checkpoint_files import FOLDER, Keeping
-from tuner.jobs import AS_MANY
-from tuner.manifest import Published
-from tuner.messages import Facts
+from tuner.files.atomic import remove_leftovers, require_free_space
+from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER, CheckpointRetention
+from tuner.jobs import AS_MANY_AS_POSSIBLE
+from tuner.manifest import PublishedExport
+from tuner.messages import DatasetReport
 from tuner.search import history, leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.optuna_internals import study_id_of
 from tuner.search.samplers import PRUNERS
 from tuner.search.study_identity import defaulted_keys, identity
 
-RESERVE = 100_000_000  # bytes that must be free beside what is written, for the database and the cache's small things
+RESERVE_BYTES = 100_000_000  # bytes that must be free beside what is written, for the database and the cache's small things
 
 
-def run_study(space: Space, places: Places, console: Console) -> Summary:
+def run_study(space: Space, folders: Folders, console: Console) -> Summary:
     """Searches until the budget is spent, crowns the best, and says what came out."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    removal.require_own(places.folder(space))
-    removal.require_target(places.folder(space) / "export", INSTEAD)
-    with session(space, places, console) as s:
-        survey = s.survey()
-        facts = s.inspect()
-        folder = places.folder(space)
+    removal.require_own(folders.study_folder(space))
+    removal.require_target(folders.study_folder(space) / "export", INSTEAD)
+    with open_session(space, folders, console) as s:
+        survey = s.survey_models()
+        facts = s.inspect_data()
+        folder = folders.study_folder(space)
         place = s.settings.storage
-        preflight(places, facts)
+        check_free_space(folders, facts)
         with (
-            storage.held(place, folder),
-            storage.database_errors(storage.shown(place, folder)),
+            storage.lock_if_local(place, folder),
+            storage.database_errors(storage.display_location(place, folder)),
             contextlib.ExitStack() as stack,
         ):
-            sweep(folder)  # what a killed search left
+            remove_leftovers(folder)  # what a killed search left
             coordinator = open_coordinator(s, folder, facts.digest, stack)
-            before = coordinator.closed
-            workers = workers_of(space, survey.gpus)
-            console.begin(coordinator, facts, survey, workers)
+            before = coordinator.budget_used
+            workers = worker_count(space, survey.gpu_count)
+            console.start_search(coordinator, facts, survey, workers)
             try:
-                search(s, coordinator, workers)
+                search_until_done(s, coordinator, workers)
             except StorageError:
-                if s.stop:  # the database went away, and who waited for it had enough
-                    raise interrupted(s.stop) from None
+                if s.stop_signal:  # the database went away, and who waited for it had enough
+                    raise interrupted_error(s.stop_signal) from None
                 raise
             finally:
-                console.pause()
-            if s.stop:
-                raise interrupted(s.stop)
-            if coordinator.error is not None:
-                raise coordinator.error
-            return crown_once(s, coordinator, folder, fresh=coordinator.closed > before)
+                console.close_bars()
+            if s.stop_signal:
+                raise interrupted_error(s.stop_signal)
+            if coordinator.fatal_error is not None:
+                raise coordinator.fatal_error
+            return finalize_once(
+                s, coordinator, folder, new_trials=coordinator.budget_used > before
+            )
 
 
-def search(s: Session, coordinator: Coordinator, workers: int) -> None:
+def search_until_done(session: Session, coordinator: Coordinator, workers: int) -> None:
     """Until the budget is spent, also by other coordinators: what these leave behind when they die is taken up."""
     said = False
     while True:
-        s.carry(
+        session.run_jobs(
             coordinator.next_job,
             coordinator.report,
-            coordinator.ended,
-            s.go_on,
+            coordinator.on_job_end,
+            session.go_on,
             workers,
         )
-        if s.stop or coordinator.error is not None or not coordinator.waits():
+        if (
+            session.stop_signal
+            or coordinator.fatal_error is not None
+            or not coordinator.waits_for_others()
+        ):
             return
         if not said:
             said = True
-            s.console.note(
+            session.console.note(
                 "the budget is handed out; waiting for the trials that other coordinators run"
             )
         time.sleep(0.2)
 
 
-def preflight(places: Places, facts: Facts) -> None:
+def check_free_space(folders: Folders, facts: DatasetReport) -> None:
     """Room for the export and for what is written beside it, before anything is begun. Raises StorageError."""
-    need = 3 * 4 * facts.parameters + RESERVE
-    for place in (places.studies, places.home):
-        require_space(
-            place, need, f"three times the model's size, and {RESERVE / 1e6:.0f} MB in reserve"
+    need = 3 * 4 * facts.parameter_count + RESERVE_BYTES
+    for place in (folders.studies, folders.home):
+        require_free_space(
+            place,
+            need,
+            f"three times the model's size, and {RESERVE_BYTES / 1e6:.0f} MB in reserve",
         )
 
 
-def workers_of(space: Space, gpus: int) -> int:
+def worker_count(space: Space, gpus: int) -> int:
     """`per_gpu` for each of the GPUs in use, or one on the CPU, unless the file says otherwise; on a Ray cluster as many as it has room for."""
     engine = space.settings.engine
     if isinstance(engine.workers, int):
         return engine.workers
-    return AS_MANY if engine.name == "ray" else max(1, gpus * engine.per_gpu)
+    return AS_MANY_AS_POSSIBLE if engine.name == "ray" else max(1, gpus * engine.per_gpu)
 
 
 def open_coordinator(
-    s: Session, folder: Path, data_digest: str, stack: contextlib.ExitStack
+    session: Session, folder: Path, data_digest: str, stack: contextlib.ExitStack
 ) -> Coordinator:
     """`stack` is where its lease ends, if it needs one."""
-    space, search = s.space, s.settings.search
-    database = storage.connect(s.settings.storage, folder, s.console.warn, lambda: s.stop.now)
-    stack.callback(storage.close, database)
-    place = postgresql.of(database)
-    if database_url.written_password(s.settings.storage or ""):
+    space, search = session.space, session.settings.search
+    database = storage.open_storage(
+        session.settings.storage, folder, session.console.warn, lambda: session.stop_signal.is_now
+    )
+    stack.callback(storage.close_storage, database)
+    place = postgresql.postgres_storage_of(database)
+    if database_url.literal_password(session.settings.storage or ""):
         seen = (
             ", and shows in the list of processes"
-            if space.document.where(("storage",)) == COMMAND_LINE
+            if space.document.location(("storage",)) == COMMAND_LINE
             else ""
         )
-        s.console.warn(
+        session.console.warn(
             f"storage: the password that is written there is not kept{seen}; `tuner dashboard` and `tuner export` will ask for it: "
             "write ${NAME} in its place, or use PGPASSWORD or ~/.pgpass"
         )
@@ -139,12 +149,12 @@ def open_coordinator(
         database, study_name(space), identity(space), defaulted_keys(space)
     )
     if earlier:
-        data_digest = keep_earlier_defaults(s, earlier, data_digest)
-        space = s.space
+        data_digest = keep_earlier_defaults(session, earlier, data_digest)
+        space = session.space
 
-    def open_it() -> tuple[optuna.Study, Artifacts]:
+    def open_it() -> tuple[optuna.Study, ArtifactWriter]:
         sampler = optuna.samplers.RandomSampler()  # each ask brings its own
-        pruner = PRUNERS[search.pruner](longest(space))
+        pruner = PRUNERS[search.pruner](max_epochs(space))
         study = storage.open_study(
             database,
             study_name(space),
@@ -154,27 +164,33 @@ def open_coordinator(
             data_digest,
             defaulted_keys(space),
         )
-        artifacts = Artifacts(study, folder, str(search.metric))
-        artifacts.describe(space)
+        artifacts = ArtifactWriter(study, folder, str(search.metric))
+        artifacts.write_study_note(space)
         return study, artifacts
 
-    study, artifacts = place.exclusively(0, open_it) if place else open_it()
+    study, artifacts = place.run_exclusively(0, open_it) if place else open_it()
     write_yaml(
         folder / "space.yaml",
-        space.tree(),
+        space.to_dict(),
         f"what study {study_name(space)!r} searches, with every default",
     )
-    lease = stack.enter_context(leases.leased(place, study_id_of(study), folder))
-    for other in lease.others():
-        s.console.note(
+    lease = stack.enter_context(leases.join_coordination(place, study_id_of(study), folder))
+    for other in lease.other_coordinators():
+        session.console.note(
             f"study {study.study_name!r} is also being run by {other} since {other.since}"
         )
-    keeping = Keeping((folder / FOLDER).absolute(), search.keep)
+    keeping = CheckpointRetention((folder / CHECKPOINTS_FOLDER).absolute(), search.keep)
     coordinator = Coordinator(
-        study, space, s.assignment, Both(s.console, artifacts), s.stopping, lease, keeping
+        study,
+        space,
+        session.make_assignment,
+        CombinedListener(session.console, artifacts),
+        session.stopping,
+        lease,
+        keeping,
     )
-    if warning := coordinator.asker.warning():
-        s.console.warn(warning)
+    if warning := coordinator.proposer.warning():
+        session.console.warn(warning)
     return coordinator
 
 
@@ -188,25 +204,29 @@ def keep_earlier_defaults(s: Session, earlier: dict[str, Any], data_digest: str)
     s.space = with_values(s.space.document, values)
     if all(path[0] == "recipe" for path in values):
         return data_digest
-    return s.inspect().digest
+    return s.inspect_data().digest
 
 
-def longest(space: Space) -> int:
+def max_epochs(space: Space) -> int:
     """The most epochs that a trial of this space can have."""
-    leaf = next((d.leaf for d in space.dimensions if d.path == ("recipe", "epochs")), None)
+    leaf = next((d.domain for d in space.dimensions if d.path == ("recipe", "epochs")), None)
     if leaf is None:
         return int(space.values["recipe", "epochs"])
     return int(leaf.high if isinstance(leaf, Range) else max(leaf.options))
 
 
-class Both:
+class CombinedListener:
     """The console and the dashboard's artifacts as one listener."""
 
-    def __init__(self, console: Console, artifacts: Artifacts) -> None:
-        self.epoch, self.ended, self.files = console.epoch, console.ended, artifacts.files
+    def __init__(self, console: Console, artifacts: ArtifactWriter) -> None:
+        self.on_epoch, self.on_trial_end, self.save_artifacts = (
+            console.on_epoch,
+            console.on_trial_end,
+            artifacts.save_artifacts,
+        )
 
 
-def best_run(run: Run, epoch: int, fit: str = "train+valid") -> Run:
+def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
     """The winner's run up to its best epoch: to be retrained on train and validation, or, with fit: train, as its trial went."""
     return replace(
         run,
@@ -214,37 +234,47 @@ def best_run(run: Run, epoch: int, fit: str = "train+valid") -> Run:
     )
 
 
-def to_publish(
+def choose_export(
     retrain: bool, run: Run, epoch: int, weights: Path | None
 ) -> tuple[Run, Path | None]:
     """What is exported of a trial's run: it, retrained on train and validation; or, without retraining, as it went, with the weights it left."""
-    return (best_run(run, epoch), None) if retrain else (best_run(run, epoch, fit="train"), weights)
+    return (
+        (run_to_best_epoch(run, epoch), None)
+        if retrain
+        else (run_to_best_epoch(run, epoch, fit="train"), weights)
+    )
 
 
-def run_tree(run: Run, s: Session) -> dict[str, Any]:
+def best_yaml_content(run: Run, session: Session) -> dict[str, Any]:
     """best.yaml: the same form as a space file, with nothing left to choose."""
-    search = {"name": study_name(s.space), "metric": s.settings.search.metric}
-    return run.tree() | {
+    search = {"name": study_name(session.space), "metric": session.settings.search.metric}
+    return run.to_dict() | {
         "search": search,
-        "engine": s.settings.engine.model_dump(),
-        "export": list(s.settings.export),
+        "engine": session.settings.engine.model_dump(),
+        "export": list(session.settings.export),
     }
 
 
-def crown_once(s: Session, coordinator: Coordinator, folder: Path, *, fresh: bool) -> Summary:
+def finalize_once(
+    session: Session, coordinator: Coordinator, folder: Path, *, new_trials: bool
+) -> Summary:
     """Of several coordinators one makes the winner; the others say which, once it has been claimed."""
-    if not coordinator.leases.shared:
-        return crown_best(s, coordinator, folder, fresh=fresh)
-    winner, tied = history.best(coordinator.study)
+    if not coordinator.coordination.is_shared:
+        return finalize_best(session, coordinator, folder, new_trials=new_trials)
+    winner, tied = history.best_trial(coordinator.study)
     busy = (
-        [other for other in coordinator.leases.others() if other.crown is None]
-        if coordinator.late()
+        [
+            other
+            for other in coordinator.coordination.other_coordinators()
+            if other.winner_state is None
+        ]
+        if coordinator.is_past_timeout()
         else []
     )
-    other = busy[0] if busy else coordinator.leases.crown(winner.number)
+    other = busy[0] if busy else coordinator.coordination.claim_winner(winner.number)
     if other is not None:
-        run = best_run(
-            history.run_of(s.space, coordinator.study, winner),
+        run = run_to_best_epoch(
+            history.run_of_trial(session.space, coordinator.study, winner),
             winner.user_attrs[history.BEST_EPOCH],
         )
         return Summary(
@@ -255,55 +285,64 @@ def crown_once(s: Session, coordinator: Coordinator, folder: Path, *, fresh: boo
             run,
             None,
             True,
-            history.default(coordinator.study),
+            history.default_trial(coordinator.study),
             other,
         )
-    with storage.lock(folder):  # `tuner export` writes here too
-        found = crown_best(s, coordinator, folder, fresh=fresh)
-    coordinator.leases.crowned()
+    with storage.lock_study(folder):  # `tuner export` writes here too
+        found = finalize_best(session, coordinator, folder, new_trials=new_trials)
+    coordinator.coordination.mark_winner_made()
     return found
 
 
-def crown_best(s: Session, coordinator: Coordinator, folder: Path, *, fresh: bool) -> Summary:
-    winner, tied = history.best(coordinator.study)
-    found = history.run_of(s.space, coordinator.study, winner)
-    draw = history.roots(coordinator.study)[winner.number]
-    run = best_run(found, winner.user_attrs[history.BEST_EPOCH])
+def finalize_best(
+    session: Session, coordinator: Coordinator, folder: Path, *, new_trials: bool
+) -> Summary:
+    winner, tied = history.best_trial(coordinator.study)
+    found = history.run_of_trial(session.space, coordinator.study, winner)
+    draw = history.proposal_numbers(coordinator.study)[winner.number]
+    run = run_to_best_epoch(found, winner.user_attrs[history.BEST_EPOCH])
     write_yaml(
         folder / "best.yaml",
-        run_tree(run, s),
-        f"trial {winner.number} of study {study_name(s.space)!r}; `tuner train` repeats it",
+        best_yaml_content(run, session),
+        f"trial {winner.number} of study {study_name(session.space)!r}; `tuner train` repeats it",
     )
     summary = Summary(
-        folder, coordinator, winner, tied, run, None, fresh, history.default(coordinator.study)
+        folder,
+        coordinator,
+        winner,
+        tied,
+        run,
+        None,
+        new_trials,
+        history.default_trial(coordinator.study),
     )
-    run, weights = to_publish(
-        s.settings.search.retrain,
+    run, weights = choose_export(
+        session.settings.search.retrain,
         found,
         winner.user_attrs[history.BEST_EPOCH],
-        coordinator.keeping.weights(draw),
+        coordinator.retention.best_weights_of(draw),
     )
-    manifest.recover(folder / "export")
-    published = manifest.read(folder / "export")
-    if published is None or stale(published, run, s.settings.export):
-        if weights is None and not s.settings.search.retrain:
-            s.console.note(
+    manifest.recover_export(folder / "export")
+    published = manifest.read_export(folder / "export")
+    if published is None or is_stale(published, run, session.settings.export):
+        if weights is None and not session.settings.search.retrain:
+            session.console.note(
                 f"nothing is exported: search.retrain is false, and no weights of trial {winner.number} are kept (search.keep)"
             )
             return summary
-        published = s.crown(
+        published = session.finalize(
             run,
             folder / "export",
-            s.settings.export,
+            session.settings.export,
             winner.number,
             winner.user_attrs[history.SCORES],
             weights,
         )
-        summary = replace(summary, fresh=True)
+        summary = replace(summary, anything_new=True)
     return replace(summary, published=published)
 
 
-def stale(published: Published, run: Run, formats: tuple[str, ...]) -> bool:
+def is_stale(published: PublishedExport, run: Run, formats: tuple[str, ...]) -> bool:
     """Whether an export is of another run, or lacks a format."""
     return published.manifest["run_digest"] != run.digest() or not set(formats) <= set(
         published.manifest["exports"]

@@ -10,28 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from tuner.commands.console import Console
-from tuner.commands.signals import Stop, stoppable
+from tuner.commands.signals import StopSignal, handle_signals
 from tuner.config import database_url, plugins
-from tuner.config.run import Run, seconds
-from tuner.config.space import Choice, Range, Space, dump
+from tuner.config.run import Run, parse_duration
+from tuner.config.space import Choice, Range, Space, dump_yaml
 from tuner.config.yaml_document import Document
 from tuner.errors import DataError, Interrupted, SpaceError, TunerError
 from tuner.files import checkpoint_files, removal
 from tuner.files.atomic import atomic_path, claimed, disk_errors, lock_of_export
-from tuner.jobs import Carry, Job, Outcome, refusal, stall_of
-from tuner.messages import Assignment, Crown, Facts, Survey
+from tuner.jobs import Job, Outcome, RunJobs, stall_of, to_tuner_error
+from tuner.messages import Assignment, DatasetReport, FinalizeJob, ModelSurvey
 
 INSTEAD = "move it away, or choose another folder (--out, --studies, search.name)"
 
 
 @dataclass(frozen=True)
-class Places:
+class Folders:
     """Where things are kept: studies (outputs) and home (caches, downloaded weights)."""
 
     studies: Path
     home: Path
 
-    def folder(self, space: Space) -> Path:
+    def study_folder(self, space: Space) -> Path:
         return self.studies / study_name(space)
 
 
@@ -58,34 +58,39 @@ class Session:
     """One command's engine, its stop flag and its console."""
 
     def __init__(
-        self, space: Space, places: Places, console: Console, carry: Carry, stop: Stop
+        self,
+        space: Space,
+        folders: Folders,
+        console: Console,
+        carry: RunJobs,
+        stop_signal: StopSignal,
     ) -> None:
-        self.space, self.places, self.console, self.carry, self.stop = (
+        self.space, self.folders, self.console, self.run_jobs, self.stop_signal = (
             space,
-            places,
+            folders,
             console,
             carry,
-            stop,
+            stop_signal,
         )
         self.settings = space.settings
         self.answered = False  # the user knows that a signal was heard
 
-    def assignment(self, run: Run, *, fetch: bool = True) -> Assignment:
+    def make_assignment(self, run: Run, *, allow_downloads: bool = True) -> Assignment:
         return Assignment(
             run,
             str(self.settings.search.metric),
             self.settings.engine,
-            str(self.places.home),
-            fetch,
+            str(self.folders.home),
+            allow_downloads,
         )
 
-    def call(
+    def run_job(
         self,
-        work: str,
+        function: str,
         argument: Any,
         report: Callable[[Any], None] = lambda _: None,
         *,
-        finish: bool = False,
+        finish_epoch: bool = False,
         **more: Any,
     ) -> Any:
         """Has a worker carry out one job and returns its value; one whose worker dies is carried out again, as a trial is.
@@ -104,65 +109,72 @@ class Session:
                 or any(outcome.kind != "lost" for outcome in found)
             ):
                 return None
-            begun.append(Job(-1, work, argument, **more))
+            begun.append(Job(-1, function, argument, **more))
             return begun[-1]
 
         def heard(job: Job, value: Any) -> bool:
             report(value)
-            return not self.stop
+            return not self.stop_signal
 
         def go_on() -> bool:
-            return self.go_on() if finish else not self.stop
+            return self.go_on() if finish_epoch else not self.stop_signal
 
-        self.carry(next_job, heard, lambda job, outcome: found.append(outcome), go_on, 1)
-        if self.stop:
-            raise interrupted(self.stop)
-        return value_of(found[-1])
+        self.run_jobs(next_job, heard, lambda job, outcome: found.append(outcome), go_on, 1)
+        if self.stop_signal:
+            raise interrupted_error(self.stop_signal)
+        return outcome_value(found[-1])
 
     def stopping(self) -> bool:
         """Whether the command was asked to stop; says so when it first notices."""
-        if self.stop and not self.answered:
+        if self.stop_signal and not self.answered:
             self.answered = True
-            self.console.note(f"stopping after the running epoch; {self.stop.way_out}")
+            self.console.note(f"stopping after the running epoch; {self.stop_signal.way_out}")
         return self.answered
 
     def go_on(self) -> bool:
         """What engines ask several times a second: whether the running epochs may still end."""
-        return not (self.stopping() and self.stop.now)
+        return not (self.stopping() and self.stop_signal.is_now)
 
-    def survey(self) -> Survey:
+    def survey_models(self) -> ModelSurvey:
         """Checks against the models what the file alone cannot tell."""
-        corners = [self.assignment(run) for run in self.space.corners()]
+        corners = [self.make_assignment(run) for run in self.space.plugin_combinations()]
         try:
-            found: Survey = self.call("tuner.training.worker_jobs:survey", tuple(corners))
+            found: ModelSurvey = self.run_job(
+                "tuner.training.worker_jobs:survey_models", tuple(corners)
+            )
         except SpaceError as error:
-            raise SpaceError(*placed(self.space.document, error.problems)) from None
+            raise SpaceError(*with_line_numbers(self.space.document, error.problems)) from None
         problems = [
-            p for name, depth in found.depths.items() for p in too_deep(self.space, name, depth)
+            p
+            for name, depth in found.max_depths.items()
+            for p in find_depth_problems(self.space, name, depth)
         ]
         if problems:
             raise SpaceError(*dict.fromkeys(problems))
         return found
 
-    def inspect(self, *, fetch: bool = True) -> Facts:
+    def inspect_data(self, *, allow_downloads: bool = True) -> DatasetReport:
         """Reads data and weights on every node before anything is made."""
-        corners = tuple(self.assignment(run, fetch=fetch) for run in self.space.corners())
+        corners = tuple(
+            self.make_assignment(run, allow_downloads=allow_downloads)
+            for run in self.space.plugin_combinations()
+        )
         try:
-            facts: Facts = self.call(
-                "tuner.training.worker_jobs:inspect",
+            facts: DatasetReport = self.run_job(
+                "tuner.training.worker_jobs:inspect_data",
                 corners,
-                everywhere=True,
-                folders=folders_of(corners),
+                on_every_node=True,
+                folders_needed=input_paths(corners),
             )
         except SpaceError as error:
-            raise SpaceError(*placed(self.space.document, error.problems)) from None
+            raise SpaceError(*with_line_numbers(self.space.document, error.problems)) from None
         for warning in facts.warnings:
             self.console.warn(warning)
         for note in facts.notes:
             self.console.note(f"note   {note}")
         return facts
 
-    def crown(
+    def finalize(
         self,
         run: Run,
         folder: Path,
@@ -179,13 +191,13 @@ class Session:
         folder = folder.resolve() if folder.is_symlink() else folder
         kept = str(checkpoint_files.place_of(folder).absolute())
         alone = self.settings.engine.model_copy(update={"per_gpu": 1, "workers": 1})
-        assignment = replace(self.assignment(run), engine=alone, checkpoints=kept)
+        assignment = replace(self.make_assignment(run), engine=alone, checkpoint_folder=kept)
         given = str(weights.absolute()) if weights else None
         needed = (
             kept if weights is None else str(weights.parent.absolute()),
             str(folder.absolute()),
         )
-        order = Crown(
+        order = FinalizeJob(
             assignment,
             formats,
             str(folder),
@@ -196,35 +208,37 @@ class Session:
         )
         with publishing(folder):
             try:
-                heard = self.console.retraining(run) if weights is None else lambda _: None
-                published = self.call(
-                    "tuner.training.finalization:crown",
+                heard = self.console.show_retraining(run) if weights is None else lambda _: None
+                published = self.run_job(
+                    "tuner.training.finalization:finalize",
                     order,
                     heard,
-                    finish=True,
-                    keep=needed,
+                    finish_epoch=True,
+                    folders_to_keep=needed,
                     whole=needed[1],
                     stall=stall_of(self.settings.engine, paced=False),
                 )
             finally:
-                self.console.pause()
-            checkpoint_files.discard(Path(kept))
+                self.console.close_bars()
+            checkpoint_files.remove_training_checkpoints(Path(kept))
         return published
 
 
 @contextlib.contextmanager
-def session(
-    space: Space, places: Places, console: Console, engine: str | None = None
+def open_session(
+    space: Space, folders: Folders, console: Console, engine: str | None = None
 ) -> Iterator[Session]:
     name = engine or space.settings.engine.name
     with (
-        stoppable(seconds(space.settings.search.grace), abrupt=name == "inline") as stop,
-        plugins.attribute("engine", name)(space.settings.engine, console.warn) as carry,
+        handle_signals(
+            parse_duration(space.settings.search.grace), interrupts_at_once=name == "inline"
+        ) as stop,
+        plugins.load_plugin("engine", name)(space.settings.engine, console.warn) as carry,
     ):
-        yield Session(space, places, console, carry, stop)
+        yield Session(space, folders, console, carry, stop)
 
 
-def folders_of(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
+def input_paths(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
     """What these runs read that is there under a name of the file: folders and files of data, weights."""
     values = [
         value
@@ -238,33 +252,34 @@ def folders_of(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(paths))
 
 
-def value_of(outcome: Outcome) -> Any:
+def outcome_value(outcome: Outcome) -> Any:
     """What a job returned. Raises the TunerError it refused with; a failure in the user's code or ours with its traceback."""
     if outcome.kind == "done":
         return outcome.value
     if outcome.kind == "refused":
-        raise refusal(outcome)
+        raise to_tuner_error(outcome)
     if outcome.kind == "lost":
         hint = (
             "is there enough memory?"
-            if outcome.cause == "memory"
+            if outcome.loss_cause == "memory"
             else "the same command tries again"
         )
         raise DataError(f"a worker was lost: {outcome.reason}; {hint}")
-    raise Broken(outcome.reason, outcome.trace)
+    raise WorkerError(outcome.reason, outcome.traceback)
 
 
-class Broken(TunerError):
+class WorkerError(TunerError):
     """Code that a worker ran raised; `trace` is for --debug."""
 
     def __init__(self, reason: str, trace: str) -> None:
         super().__init__(reason)
-        self.trace = trace
+        self.traceback = trace
 
 
-def interrupted(stop: Stop) -> Interrupted:
+def interrupted_error(stop_signal: StopSignal) -> Interrupted:
     return Interrupted(
-        stop.signal or 2, f"interrupted; `{command(sys.argv[1:])}` continues where it stopped"
+        stop_signal.signal or 2,
+        f"interrupted; `{command(sys.argv[1:])}` continues where it stopped",
     )
 
 
@@ -275,7 +290,9 @@ def command(words: list[str]) -> str:
         key, given, value = word.partition("=")
         url = value.strip("'\"")
         shown.append(
-            key + given + database_url.kept(url) if database_url.kept(url) != url else word
+            key + given + database_url.without_password(url)
+            if database_url.without_password(url) != url
+            else word
         )
     return shlex.join(["tuner", *shown])
 
@@ -295,29 +312,29 @@ def publishing(folder: Path) -> Iterator[None]:
         yield
 
 
-def too_deep(space: Space, model: str, depth: int) -> Iterator[str]:
+def find_depth_problems(space: Space, model: str, depth: int) -> Iterator[str]:
     """Freeze depths of the file that the model does not have."""
     path = ("recipe", "freeze_depth")
-    searched = next((d.leaf for d in space.dimensions if d.path == path), None)
+    searched = next((d.domain for d in space.dimensions if d.path == path), None)
     allows = f"but {model} allows 0..{depth}"
     if isinstance(searched, Range) and searched.high > depth:
-        yield space.document.problem((*path, "high"), f"{searched.high:g}, {allows}")
+        yield space.document.format_problem((*path, "high"), f"{searched.high:g}, {allows}")
     elif isinstance(searched, Choice) and max(searched.options) > depth:
-        yield space.document.problem(path, f"{max(searched.options)}, {allows}")
+        yield space.document.format_problem(path, f"{max(searched.options)}, {allows}")
     elif searched is None and space.values[path] > depth:
-        yield space.document.problem(path, f"{space.values[path]}, {allows}")
+        yield space.document.format_problem(path, f"{space.values[path]}, {allows}")
 
 
-def placed(document: Document, problems: Any) -> list[str]:
+def with_line_numbers(document: Document, problems: Any) -> list[str]:
     """Problems that begin with a key, such as `model.weights: …`, with the key's line."""
     found = []
     for problem in problems:
         key = tuple(problem.partition(":")[0].split("."))
         known = key in document.lines or key[:1] in document.lines
-        found.append(f"{document.where(key)}: {problem}" if known else problem)
+        found.append(f"{document.location(key)}: {problem}" if known else problem)
     return found
 
 
 def write_yaml(path: Path, tree: dict[str, Any], comment: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(f"# {comment}\n{dump(tree)}", encoding="utf-8")
+        temporary.write_text(f"# {comment}\n{dump_yaml(tree)}", encoding="utf-8")

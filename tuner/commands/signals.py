@@ -12,21 +12,21 @@ from types import FrameType
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stop:
+class StopSignal:
     """`signal` is what arrived, if anything; `now` says that there is no more time. `grace`: seconds."""
 
-    def __init__(self, grace: float, abrupt: bool = False) -> None:
-        self.grace, self.abrupt = grace, abrupt
+    def __init__(self, grace: float, interrupts_at_once: bool = False) -> None:
+        self.grace, self.interrupts_at_once = grace, interrupts_at_once
         self.signal: int | None = None
-        self.count = 0
-        self.since = 0.0
+        self.signal_count = 0
+        self.first_signal_at = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+        self.signal_count += 1
         self.signal = self.signal or number
-        if self.count == 1:
-            self.since = time.monotonic()
-        elif self.abrupt:
+        if self.signal_count == 1:
+            self.first_signal_at = time.monotonic()
+        elif self.interrupts_at_once:
             raise KeyboardInterrupt  # training runs in this very process, so nothing else would end it
 
     def __bool__(self) -> bool:
@@ -38,9 +38,11 @@ class Stop:
         return self.signal == signal.SIGINT
 
     @property
-    def now(self) -> bool:
-        late = bool(self) and not self.patient and time.monotonic() - self.since > self.grace
-        return self.count > 1 or late
+    def is_now(self) -> bool:
+        late = (
+            bool(self) and not self.patient and time.monotonic() - self.first_signal_at > self.grace
+        )
+        return self.signal_count > 1 or late
 
     @property
     def way_out(self) -> str:
@@ -51,9 +53,9 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stoppable(grace: float, *, abrupt: bool = False) -> Iterator[Stop]:
+def handle_signals(grace: float, *, interrupts_at_once: bool = False) -> Iterator[StopSignal]:
     """Handlers that only set a flag, for the length of the block. A SIGHUP that `nohup` has ignored stays ignored."""
-    stop = Stop(grace, abrupt)
+    stop = StopSignal(grace, interrupts_at_once)
     before = {
         number: signal.signal(number, stop)
         for number in HEARD

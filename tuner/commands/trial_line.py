@@ -10,106 +10,114 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config.run import Run
 from tuner.config.space import Choice, Dimension, Range, Space
-from tuner.search.history import REASON, SAME_AS
+from tuner.search.history import DUPLICATE_OF, REASON
 
-METRICS = {"accuracy": "acc", "balanced_accuracy": "bacc", "log_likelihood": "ll"}
-SHORT = {
+METRIC_LABELS = {"accuracy": "acc", "balanced_accuracy": "bacc", "log_likelihood": "ll"}
+KEY_LABELS = {
     "momentum": "mom",
     "weight_decay": "wd",
     "batch_size": "batch",
     "label_smoothing": "smooth",
 }
-ELSEWHERE = ("freeze_depth", "epochs")  # they have columns of their own
-TALLY = 36  # what `| 12/50, 3 pruned, eta 18m` may need
+KEYS_WITH_OWN_COLUMN = ("freeze_depth", "epochs")  # they have columns of their own
+PROGRESS_WIDTH = 36  # what `| 12/50, 3 pruned, eta 18m` may need
 
 
-class Columns:
+class TrialLineFormatter:
     """The widths that every line of a study shares. `room`: the terminal's width, None where lines may be of any length."""
 
     def __init__(
-        self, space: Space, metric: str, budget: int, depth: int, room: int | None
+        self, space: Space, metric: str, budget: int, max_depth: int, terminal_width: int | None
     ) -> None:
-        self.metric = METRICS.get(metric, metric)
-        self.dimensions = [d for d in space.dimensions if d.name not in ELSEWHERE]
-        self.number, self.depth = len(str(budget)) + 1, depth
-        last = next((d.leaf for d in space.dimensions if d.name == "epochs"), None)
-        self.epochs = len(str(max(last.members() or (1,)) if last else space.run({}).recipe.epochs))
+        self.metric = METRIC_LABELS.get(metric, metric)
+        self.dimensions = [d for d in space.dimensions if d.name not in KEYS_WITH_OWN_COLUMN]
+        self.number_width, self.max_depth = len(str(budget)) + 1, max_depth
+        last = next((d.domain for d in space.dimensions if d.name == "epochs"), None)
+        self.epoch_width = len(
+            str(max(last.values() or (1,)) if last else space.make_run({}).recipe.epochs)
+        )
         widest = {d.name: 0.5 for d in self.dimensions}
         bare = (
-            self.number
-            + len(self.score(0.5))
+            self.number_width
+            + len(self.format_score(0.5))
             + 3
-            + len(self.params(widest))
-            + len(f" freeze {depth}/{depth} ep  1m40s pruned")
-            + 2 * self.epochs
+            + len(self.format_params(widest))
+            + len(f" freeze {max_depth}/{max_depth} ep  1m40s pruned")
+            + 2 * self.epoch_width
             + 1
         )
-        best = len(self.best((0.5, 0))) + 1
-        self.shows_best = room is None or bare + best <= room
-        self.shows_tally = room is None or bare + best + TALLY <= room
+        best = len(self.format_best((0.5, 0))) + 1
+        self.shows_best = terminal_width is None or bare + best <= terminal_width
+        self.shows_progress = (
+            terminal_width is None or bare + best + PROGRESS_WIDTH <= terminal_width
+        )
 
-    def line(
+    def format_line(
         self,
         trial: FrozenTrial,
         run: Run,
         seconds: float,
         best: tuple[float, int] | None,
-        tally: str,
+        progress: str,
     ) -> str:
         epochs = max(trial.intermediate_values, default=0)
         star = "★" if best and best[1] == trial.number else " "
-        ended = f"ep {epochs:>{self.epochs}}/{run.recipe.epochs:<{self.epochs}} {spoken(seconds):<5}{how(trial)}"
+        ended = f"ep {epochs:>{self.epoch_width}}/{run.recipe.epochs:<{self.epoch_width}} {format_duration(seconds):<5}{describe_end(trial)}"
         parts = [
-            f"#{trial.number:<{self.number - 1}}",
-            self.score(reached(trial)),
+            f"#{trial.number:<{self.number_width - 1}}",
+            self.format_score(reached_score(trial)),
             star,
-            self.best(best) if self.shows_best else "",
-            self.params(trial.params),
-            f"freeze {run.recipe.freeze_depth:>{len(str(self.depth))}}/{self.depth}",
-            ended.rstrip() if not self.shows_tally else f"{ended:<{2 * self.epochs + 17}}",
-            f"| {tally}" if self.shows_tally else "",
+            self.format_best(best) if self.shows_best else "",
+            self.format_params(trial.params),
+            f"freeze {run.recipe.freeze_depth:>{len(str(self.max_depth))}}/{self.max_depth}",
+            ended.rstrip() if not self.shows_progress else f"{ended:<{2 * self.epoch_width + 17}}",
+            f"| {progress}" if self.shows_progress else "",
         ]
         return " ".join(part for part in parts if part).rstrip()
 
-    def score(self, value: float | None) -> str:
+    def format_score(self, value: float | None) -> str:
         width = len(self.metric) + 7
         return f"{f'{self.metric} {value:.4f}' if value is not None else 'no score':<{width}}"
 
-    def best(self, best: tuple[float, int] | None) -> str:
-        return f"{f'(best {best[0]:.4f} #{best[1]})' if best else '':<{14 + self.number}}"
+    def format_best(self, best: tuple[float, int] | None) -> str:
+        return f"{f'(best {best[0]:.4f} #{best[1]})' if best else '':<{14 + self.number_width}}"
 
-    def params(self, params: Mapping[str, Any]) -> str:
+    def format_params(self, params: Mapping[str, Any]) -> str:
         """A cell for each searched key, blank where the trial has none."""
         cells = []
         for d in self.dimensions:
             label = (
                 ""
-                if isinstance(d.leaf, Choice) and isinstance(d.leaf.options[0], str)
-                else f"{SHORT.get(d.name, d.name)} "
+                if isinstance(d.domain, Choice) and isinstance(d.domain.options[0], str)
+                else f"{KEY_LABELS.get(d.name, d.name)} "
             )
-            text = f"{label}{shown(params[d.name], 2)}" if d.name in params else ""
-            cells.append(f"{text:<{len(label) + widest(d)}}")
+            text = f"{label}{format_value(params[d.name], 2)}" if d.name in params else ""
+            cells.append(f"{text:<{len(label) + max_value_width(d)}}")
         return " ".join(cells)
 
 
-def widest(d: Dimension) -> int:
+def max_value_width(dimension: Dimension) -> int:
     """How long a value of this key can become."""
-    if isinstance(d.leaf, Range):
-        return max(len(str(int(d.leaf.low))), len(str(int(d.leaf.high)))) if d.leaf.integer else 6
-    return max(len(shown(option, 2)) for option in d.leaf.options)
+    if isinstance(dimension.domain, Range):
+        return (
+            max(len(str(int(dimension.domain.low))), len(str(int(dimension.domain.high))))
+            if dimension.domain.integer
+            else 6
+        )
+    return max(len(format_value(option, 2)) for option in dimension.domain.options)
 
 
-def reached(trial: FrozenTrial) -> float | None:
+def reached_score(trial: FrozenTrial) -> float | None:
     """A completed trial's value, another's last score."""
     if trial.state == TrialState.COMPLETE:
         return trial.value
     return trial.intermediate_values.get(max(trial.intermediate_values, default=0))
 
 
-def how(trial: FrozenTrial) -> str:
+def describe_end(trial: FrozenTrial) -> str:
     """What was unusual about a trial's end."""
-    if SAME_AS in trial.user_attrs:
-        return f" same as #{trial.user_attrs[SAME_AS]}"
+    if DUPLICATE_OF in trial.user_attrs:
+        return f" same as #{trial.user_attrs[DUPLICATE_OF]}"
     reason = (str(trial.user_attrs.get(REASON, "")).splitlines() or [""])[0]
     if trial.state == TrialState.PRUNED:
         return f" pruned{f' ({reason})' if reason else ''}"
@@ -118,7 +126,7 @@ def how(trial: FrozenTrial) -> str:
     )
 
 
-def shown(value: Any, digits: int = 3) -> str:
+def format_value(value: Any, digits: int = 3) -> str:
     """0.925 -> '0.92'; 0.00161 -> '1.6e-3' with two digits."""
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value).lower() if isinstance(value, bool) else str(value)
@@ -128,7 +136,7 @@ def shown(value: Any, digits: int = 3) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def spoken(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """90 -> '1m30s'."""
     whole = round(seconds)
     if whole < 60:

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-PARTS = re.compile(
+VARIABLE_PATTERN = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+URL_PATTERN = re.compile(
     r"(?P<begin>[^:]+://)(?:(?P<user>[^:/?@]*)(?::(?P<password>[^@]*))?@)?(?P<rest>.*)", re.DOTALL
 )
-SECRETS = ("password", "sslpassword")  # what a query may hold
+PASSWORD_PARAMETERS = ("password", "sslpassword")  # what a query may hold
 
 
-def problems(url: str) -> list[str]:
+def find_url_problems(url: str) -> list[str]:
     """What is wrong with a written URL, as far as no connection is needed to tell; never with its password."""
-    unset = [name for name in VARIABLE.findall(url) if not os.environ.get(name)]
+    unset = [name for name in VARIABLE_PATTERN.findall(url) if not os.environ.get(name)]
     found = [
         f"${{{name}}} is not set; export {name}=… before the command"
         for name in dict.fromkeys(unset)
@@ -26,7 +26,7 @@ def problems(url: str) -> list[str]:
         found.append(
             "a database in memory ends with its process; leave storage out, or name a file as sqlite:///study.db"
         )
-    match = PARTS.fullmatch(url)
+    match = URL_PATTERN.fullmatch(url)
     if match and "@" in re.split(r"[/?]", match["rest"], maxsplit=1)[0]:
         found.append(
             "an @ in a user's name or password is written %40; better, write ${NAME} and set that variable"
@@ -34,23 +34,23 @@ def problems(url: str) -> list[str]:
     return found
 
 
-def expanded(url: str) -> str:
+def expand_variables(url: str) -> str:
     """With the environment's values: a whole URL as it is, a user or password quoted as a URL wants it."""
-    match = PARTS.fullmatch(url)
+    match = URL_PATTERN.fullmatch(url)
     if match is None or match["user"] is None:
-        return filled(url, os.environ)
+        return substitute_variables(url, os.environ)
     quoted = {name: quote(value, safe="") for name, value in os.environ.items()}
-    user, word = filled(match["user"], quoted), match["password"]
-    return f"{match['begin']}{user}{'' if word is None else ':' + filled(word, quoted)}@{filled(match['rest'], os.environ)}"
+    user, word = substitute_variables(match["user"], quoted), match["password"]
+    return f"{match['begin']}{user}{'' if word is None else ':' + substitute_variables(word, quoted)}@{substitute_variables(match['rest'], os.environ)}"
 
 
-def filled(text: str, values: Mapping[str, str]) -> str:
-    return VARIABLE.sub(lambda found: values.get(found[1], ""), text)
+def substitute_variables(text: str, values: Mapping[str, str]) -> str:
+    return VARIABLE_PATTERN.sub(lambda found: values.get(found[1], ""), text)
 
 
-def kept(url: str) -> str:
+def without_password(url: str) -> str:
     """What may be shown and written: variables by their names, and no password that was written out."""
-    match = PARTS.fullmatch(url)
+    match = URL_PATTERN.fullmatch(url)
     if match is None:
         return url
     word, rest = match["password"], match["rest"]
@@ -58,41 +58,48 @@ def kept(url: str) -> str:
     words = [
         part
         for part in query.split("&")
-        if part and not (part.partition("=")[0] in SECRETS and _literal(part.partition("=")[2]))
+        if part
+        and not (
+            part.partition("=")[0] in PASSWORD_PARAMETERS and _is_literal(part.partition("=")[2])
+        )
     ]
     user = (
         ""
         if match["user"] is None
-        else match["user"] + (f":{word}" if word and not _literal(word) else "") + "@"
+        else match["user"] + (f":{word}" if word and not _is_literal(word) else "") + "@"
     )
     return f"{match['begin']}{user}{place}{'?' + '&'.join(words) if words else ''}"
 
 
-def _literal(word: str) -> bool:
-    return VARIABLE.sub("", word) != ""
+def _is_literal(word: str) -> bool:
+    return VARIABLE_PATTERN.sub("", word) != ""
 
 
-def written_password(url: str) -> str | None:
+def literal_password(url: str) -> str | None:
     """The password that a URL spells out; None where it leaves that to a variable, PGPASSWORD or ~/.pgpass."""
-    found = secrets(url)
-    return unquote(found[0]) if found and kept(url) != url else None
+    found = find_passwords(url)
+    return unquote(found[0]) if found and without_password(url) != url else None
 
 
-def secrets(url: str) -> list[str]:
-    match = PARTS.fullmatch(url)
+def find_passwords(url: str) -> list[str]:
+    match = URL_PATTERN.fullmatch(url)
     if match is None:
         return []
     query = match["rest"].partition("?")[2].split("&")
     found = [
         match["password"] or "",
-        *(part.partition("=")[2] for part in query if part.partition("=")[0] in SECRETS),
+        *(
+            part.partition("=")[2]
+            for part in query
+            if part.partition("=")[0] in PASSWORD_PARAMETERS
+        ),
     ]
     return [word for word in found if word]
 
 
-def hidden(text: str, url: str) -> str:
+def hide_passwords(text: str, url: str) -> str:
     """`text` without the passwords that `url` expands to."""
-    for word in secrets(expanded(url)):
+    for word in find_passwords(expand_variables(url)):
         for spelling in (word, unquote(word)):
             text = text.replace(spelling, "***")
     return text
@@ -104,5 +111,5 @@ def sqlite_path(url: str) -> Path | None:
     return Path(match[1]) if match and match[1] != ":memory:" else None
 
 
-def escaped(url: str) -> str:
+def escape_braces(url: str) -> str:
     return url.replace("{", "{{").replace("}", "}}")  # RDBStorage runs str.format on it

@@ -9,17 +9,17 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from tuner.config.yaml_document import kind
-from tuner.errors import nearest
+from tuner.config.yaml_document import describe_value
+from tuner.errors import nearest_hint
 
-_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-_BOUNDS = {
+_STRICT_CONFIG = ConfigDict(strict=True, allow_inf_nan=False)
+_BOUND_WORDS = {
     "greater_than_equal": ("at least", "ge"),
     "greater_than": ("above", "gt"),
     "less_than_equal": ("at most", "le"),
     "less_than": ("below", "lt"),
 }
-_SPOKEN = {
+_TYPE_NAMES = {
     float: "a number",
     int: "a whole number",
     str: "text",
@@ -28,7 +28,7 @@ _SPOKEN = {
 }
 
 
-class Unfit(Exception):
+class InvalidValue(Exception):
     """A value that the field does not take; the message says what it takes.
 
     `text`: the value as text, where the field would take that.
@@ -39,74 +39,74 @@ class Unfit(Exception):
         self.text = text
 
 
-def fit(field: FieldInfo, value: Any) -> Any:
+def convert_value(field: FieldInfo, value: Any) -> Any:
     """The value, converted only where nothing is lost (1 -> 1.0, list -> tuple). Raises Unfit."""
     if isinstance(value, list) and any(
-        tuple in (k, typing.get_origin(k)) for k in kinds(field.annotation)
+        tuple in (k, typing.get_origin(k)) for k in plain_types(field.annotation)
     ):
         value = tuple(value)
     try:
         return _adapter(field).validate_python(value)
     except ValidationError as error:
-        raise _unfit(field, value, error) from None
+        raise _invalid_value(field, value, error) from None
 
 
 def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
     annotation: Any = field.annotation
     if field.metadata:
         annotation = Annotated[(annotation, *field.metadata)]
-    return TypeAdapter(annotation, config=_STRICT)
+    return TypeAdapter(annotation, config=_STRICT_CONFIG)
 
 
-def _unfit(field: FieldInfo, value: Any, error: ValidationError) -> Unfit:
+def _invalid_value(field: FieldInfo, value: Any, error: ValidationError) -> InvalidValue:
     text = None
-    if isinstance(value, (bool, int, float)) and str in kinds(field.annotation):
-        text = written(value)
+    if isinstance(value, (bool, int, float)) and str in plain_types(field.annotation):
+        text = format_value(value)
         try:
             _adapter(field).validate_python(text)
         except ValidationError as of_text:  # quotes alone do not help; this says what does
             text, error = None, of_text
-    return Unfit(_sentence(field, value, error), text)
+    return InvalidValue(_format_error(field, value, error), text)
 
 
-def _sentence(field: FieldInfo, value: Any, error: ValidationError) -> str:
-    given = kind(list(value) if isinstance(value, tuple) else value)
+def _format_error(field: FieldInfo, value: Any, error: ValidationError) -> str:
+    given = describe_value(list(value) if isinstance(value, tuple) else value)
     for problem in error.errors():
-        if problem["type"] in _BOUNDS and not isinstance(value, (bool, str)):
-            bound, key = _BOUNDS[problem["type"]]
-            return f"must be {bound} {_figure(problem['ctx'][key])}, got {given}"
+        if problem["type"] in _BOUND_WORDS and not isinstance(value, (bool, str)):
+            bound, key = _BOUND_WORDS[problem["type"]]
+            return f"must be {bound} {_format_bound(problem['ctx'][key])}, got {given}"
         if problem["type"] == "value_error":
             return f"{problem['ctx']['error']}, got {given}"
         if problem["type"] == "finite_number":
             return f"must be a finite number, got {given}"
     if any(getattr(m, "pattern", None) for m in field.metadata):
         return f"expected {field.description}, got {given}"
-    words = [option for option in choices(field) if isinstance(option, str)]
-    hint = nearest(value, words) if isinstance(value, str) else ""
-    return f"expected {expected(field)}, got {given}{hint}"
+    words = [option for option in literal_choices(field) if isinstance(option, str)]
+    hint = nearest_hint(value, words) if isinstance(value, str) else ""
+    return f"expected {describe_expected(field)}, got {given}{hint}"
 
 
-def _figure(bound: float) -> str:
+def _format_bound(bound: float) -> str:
     return f"{int(bound):,}" if bound == int(bound) else str(bound)
 
 
-def kinds(annotation: Any) -> list[Any]:
+def plain_types(annotation: Any) -> list[Any]:
     """The plain types and literal values that an annotation is made of."""
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
-        return [k for part in typing.get_args(annotation) for k in kinds(part)]
+        return [k for part in typing.get_args(annotation) for k in plain_types(part)]
     if origin is Annotated:
-        return kinds(typing.get_args(annotation)[0])
+        return plain_types(typing.get_args(annotation)[0])
     if origin is Literal:
         return list(typing.get_args(annotation))
     return [annotation]
 
 
-def choices(field: FieldInfo) -> list[Any]:
+def literal_choices(field: FieldInfo) -> list[Any]:
     """The literal values a field names, if any."""
     return [
         k
-        for k in kinds(field.annotation)
+        for k in plain_types(field.annotation)
         if not isinstance(k, type) and typing.get_origin(k) is None and k is not Any
     ]
 
@@ -114,22 +114,23 @@ def choices(field: FieldInfo) -> list[Any]:
 def is_sequence(field: FieldInfo) -> bool:
     """Whether a list in the file is one value of this field and not a choice."""
     return any(
-        k in (tuple, list) or typing.get_origin(k) in (tuple, list) for k in kinds(field.annotation)
+        k in (tuple, list) or typing.get_origin(k) in (tuple, list)
+        for k in plain_types(field.annotation)
     )
 
 
 def is_number(field: FieldInfo) -> bool:
-    return any(k in (int, float, Any) for k in kinds(field.annotation))
+    return any(k in (int, float, Any) for k in plain_types(field.annotation))
 
 
 def is_integer(field: FieldInfo) -> bool:
-    found = kinds(field.annotation)
+    found = plain_types(field.annotation)
     return int in found and float not in found
 
 
-def expected(field: FieldInfo) -> str:
+def describe_expected(field: FieldInfo) -> str:
     words: list[str] = []
-    for k in kinds(field.annotation):
+    for k in plain_types(field.annotation):
         members = typing.get_args(k)
         if (
             typing.get_origin(k) is tuple
@@ -140,17 +141,17 @@ def expected(field: FieldInfo) -> str:
         elif k in (tuple, list) or members:
             words.append("a list")
         else:
-            words.append(_SPOKEN.get(k, str(k)) if isinstance(k, type) else repr(k).strip("'"))
-    return alternatives(words)
+            words.append(_TYPE_NAMES.get(k, str(k)) if isinstance(k, type) else repr(k).strip("'"))
+    return join_alternatives(words)
 
 
-def alternatives(words: Iterable[str]) -> str:
+def join_alternatives(words: Iterable[str]) -> str:
     """'a', 'a or b', 'a, b or c'."""
     *head, last = words
     return f"{', '.join(head)} or {last}" if head else last
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A plain value as the file says it."""
     return (
         {None: "null", True: "true", False: "false"}[value]
@@ -159,5 +160,5 @@ def written(value: Any) -> str:
     )
 
 
-def finite(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,20 +8,20 @@ from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from tuner.config import fields, plugins
-from tuner.config.parsing import Top
-from tuner.config.run import Engine, Recipe, Search
+from tuner.config.parsing import TopLevelKeys
+from tuner.config.run import EngineSettings, Recipe, SearchSettings
 
-NUMBER = {"type": "number"}
-WHEN = {
+NUMBER_SCHEMA = {"type": "number"}
+CONDITION_SCHEMA = {
     "type": "object",
     "minProperties": 1,
     "description": "searched only while these keys have these values",
 }
 
 
-def schema() -> dict[str, Any]:
+def space_schema() -> dict[str, Any]:
     """Everything `tuner check` takes, ranges and choices included."""
-    one = {"anyOf": [{"enum": plugins.names("export")}, _own()]}
+    one = {"anyOf": [{"enum": plugins.list_names("export")}, _import_path_schema()]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "tuner search space",
@@ -29,16 +29,16 @@ def schema() -> dict[str, Any]:
         "required": ["task", "data", "model"],
         "additionalProperties": False,
         "properties": {
-            "task": part("task"),
-            "data": part("data"),
-            "model": part("model"),
-            "recipe": section(Recipe.model_fields, searched=True),
-            "seed": plain(Top.model_fields["seed"]),
-            "search": section(Search.model_fields, searched=False),
+            "task": plugin_schema("task"),
+            "data": plugin_schema("data"),
+            "model": plugin_schema("model"),
+            "recipe": section_schema(Recipe.model_fields, searched=True),
+            "seed": value_schema(TopLevelKeys.model_fields["seed"]),
+            "search": section_schema(SearchSettings.model_fields, searched=False),
             "engine": {
                 "anyOf": [
-                    {"enum": plugins.names("engine")},
-                    section(Engine.model_fields, searched=False),
+                    {"enum": plugins.list_names("engine")},
+                    section_schema(EngineSettings.model_fields, searched=False),
                 ]
             },
             "storage": {
@@ -50,7 +50,7 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _own() -> dict[str, Any]:
+def _import_path_schema() -> dict[str, Any]:
     return {
         "type": "string",
         "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$",
@@ -58,7 +58,7 @@ def _own() -> dict[str, Any]:
     }
 
 
-def _among(names: list[str]) -> dict[str, Any]:
+def _name_schema(names: list[str]) -> dict[str, Any]:
     """One of these names; one with a star stands for many."""
     bare = [name for name in names if "*" not in name]
     patterns = [
@@ -70,26 +70,26 @@ def _among(names: list[str]) -> dict[str, Any]:
     return forms[0] if len(forms) == 1 else {"anyOf": forms}
 
 
-def part(kind: str) -> dict[str, Any]:
+def plugin_schema(kind: str) -> dict[str, Any]:
     """A plug-in by its bare name, or a mapping whose keys depend on the name."""
-    known = plugins.names(kind)
+    known = plugins.list_names(kind)
     alike: dict[str, list[str]] = {}  # the schema of their keys -> the names that share it
     for name in known:
         alike.setdefault(
-            json.dumps(section(plugins.keys(kind, name).fields, searched=True)), []
+            json.dumps(section_schema(plugins.read_keys(kind, name).fields, searched=True)), []
         ).append(name)
-    one: dict[str, Any] = {"anyOf": [_among(known), _own()]}
+    one: dict[str, Any] = {"anyOf": [_name_schema(known), _import_path_schema()]}
     several = {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}
     chosen = {
         "type": "object",
         "required": ["choices"],
         "additionalProperties": False,
-        "properties": {"choices": several, "when": WHEN},
+        "properties": {"choices": several, "when": CONDITION_SCHEMA},
     }
     forms: list[dict[str, Any]] = [one, *([several, chosen] if kind == "model" else [])]
     for written, members in alike.items():
         keys = json.loads(written)
-        named = _among(members)
+        named = _name_schema(members)
         if kind == "model":
             named = {"anyOf": [named, several, chosen]}
         forms.append(
@@ -99,18 +99,23 @@ def part(kind: str) -> dict[str, Any]:
                 "required": ["name", *keys.get("required", [])],
             }
         )
-    forms.append({"type": "object", "properties": {"name": _own()}, "required": ["name"]})
+    forms.append(
+        {"type": "object", "properties": {"name": _import_path_schema()}, "required": ["name"]}
+    )
     return {"anyOf": forms}
 
 
-def section(wanted: Mapping[str, FieldInfo], *, searched: bool) -> dict[str, Any]:
-    found = {name: key(field) if searched else plain(field) for name, field in wanted.items()}
-    required = [name for name, field in wanted.items() if field.is_required()]
+def section_schema(fields_by_key: Mapping[str, FieldInfo], *, searched: bool) -> dict[str, Any]:
+    found = {
+        name: key_schema(field) if searched else value_schema(field)
+        for name, field in fields_by_key.items()
+    }
+    required = [name for name, field in fields_by_key.items() if field.is_required()]
     tree: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": found}
     return tree | ({"required": required} if required else {})
 
 
-def plain(field: FieldInfo) -> dict[str, Any]:
+def value_schema(field: FieldInfo) -> dict[str, Any]:
     """One value of a field."""
     annotation: Any = (
         Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
@@ -120,9 +125,9 @@ def plain(field: FieldInfo) -> dict[str, Any]:
     return {**found, **extra, **({"description": field.description} if field.description else {})}
 
 
-def key(field: FieldInfo) -> dict[str, Any]:
+def key_schema(field: FieldInfo) -> dict[str, Any]:
     """One value, a list of choices, or a range."""
-    one = plain(field)
+    one = value_schema(field)
     bare = {k: v for k, v in one.items() if k not in ("description", "default")}
     forms: list[dict[str, Any]] = [bare]
     if not fields.is_sequence(field):
@@ -133,16 +138,16 @@ def key(field: FieldInfo) -> dict[str, Any]:
                 "type": "object",
                 "required": ["choices"],
                 "additionalProperties": False,
-                "properties": {"choices": listed, "when": WHEN},
+                "properties": {"choices": listed, "when": CONDITION_SCHEMA},
             },
         ]
     if fields.is_number(field):
         properties = {
-            "low": NUMBER,
-            "high": NUMBER,
+            "low": NUMBER_SCHEMA,
+            "high": NUMBER_SCHEMA,
             "log": {"type": "boolean"},
-            "step": NUMBER,
-            "when": WHEN,
+            "step": NUMBER_SCHEMA,
+            "when": CONDITION_SCHEMA,
         }
         forms.append(
             {

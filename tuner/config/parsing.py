@@ -11,17 +11,17 @@ from pydantic.fields import FieldInfo
 
 from tuner.config import conditions, fields, plugins, section_keys, yaml_document
 from tuner.config.draft import Draft
-from tuner.config.run import Recipe, Search, Section
-from tuner.config.settings import settings
-from tuner.config.space import MAX_MEMBERS, Dimension, KeyPath, Space
-from tuner.config.yaml_document import COMMAND_LINE, Document, dotted, kind
-from tuner.errors import SpaceError, suggest
+from tuner.config.run import Recipe, SearchSettings, Section
+from tuner.config.settings import read_settings
+from tuner.config.space import MAX_VALUES, Dimension, KeyPath, Space
+from tuner.config.yaml_document import COMMAND_LINE, Document, describe_value, format_key_path
+from tuner.errors import SpaceError, suggest_names
 
-PARTS = ("task", "data", "model")
-SECTIONS = (*PARTS, "recipe", "seed", "search", "engine", "storage", "export")
+PLUGIN_SECTIONS = ("task", "data", "model")
+SECTIONS = (*PLUGIN_SECTIONS, "recipe", "seed", "search", "engine", "storage", "export")
 
 
-class Top(Section):
+class TopLevelKeys(Section):
     """Keys of the file that lie in no section."""
 
     seed: int | None = Field(
@@ -29,12 +29,12 @@ class Top(Section):
     )
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Space:
+def load_space(path: Path, overrides: Sequence[str] = ()) -> Space:
     """The space in a file, with `key=value` overrides from the command line. Raises SpaceError with every problem."""
-    return parse(override(yaml_document.read(path), overrides))
+    return parse_space(apply_overrides(yaml_document.read_document(path), overrides))
 
 
-def override(doc: Document, overrides: Sequence[str]) -> Document:
+def apply_overrides(doc: Document, overrides: Sequence[str]) -> Document:
     """Sets dotted keys; the values are read like the file's, and what is wrong with them joins its problems."""
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -45,28 +45,28 @@ def override(doc: Document, overrides: Sequence[str]) -> Document:
             )
             continue
         try:
-            _set(doc, path, yaml_document.value(value))
+            _set_key(doc, path, yaml_document.parse_override_value(value))
         except SpaceError as error:
             doc.problems.extend(
-                f"{COMMAND_LINE}: {dotted(path)}: {problem}" for problem in error.problems
+                f"{COMMAND_LINE}: {format_key_path(path)}: {problem}" for problem in error.problems
             )
     return doc
 
 
-def _set(doc: Document, path: tuple[str, ...], value: Any) -> None:
-    node = doc.tree
+def _set_key(doc: Document, path: tuple[str, ...], value: Any) -> None:
+    node = doc.content
     for depth, part in enumerate(path[:-1], 1):
         inner = node.get(part)
-        if isinstance(inner, str) and depth == 1 and part in (*PARTS, "engine"):
+        if isinstance(inner, str) and depth == 1 and part in (*PLUGIN_SECTIONS, "engine"):
             inner = {"name": inner}
-            doc.lines[part, "name"] = doc.where((part,))
+            doc.lines[part, "name"] = doc.location((part,))
         elif inner is None:
             inner = {}
             doc.lines[path[:depth]] = COMMAND_LINE
         elif not isinstance(inner, dict):
-            above = dotted(path[:depth])
+            above = format_key_path(path[:depth])
             raise SpaceError(
-                f"{above} is {kind(inner)}, not a mapping; set the whole of it: {above}=…"
+                f"{above} is {describe_value(inner)}, not a mapping; set the whole of it: {above}=…"
             )
         node[part] = inner
         node = inner
@@ -79,83 +79,88 @@ def with_values(doc: Document, values: Mapping[KeyPath, Any]) -> Space:
     """The space of the document with these keys set in it."""
     changed = copy.deepcopy(doc)
     for path, value in values.items():
-        _set(changed, path, value)
-    return parse(changed)
+        _set_key(changed, path, value)
+    return parse_space(changed)
 
 
-def parse(doc: Document) -> Space:
+def parse_space(doc: Document) -> Space:
     """Raises SpaceError with every problem of the document."""
     draft = Draft(doc, list(doc.problems))
-    for key in doc.tree:
+    for key in doc.content:
         if key not in SECTIONS:
-            draft.wrong(
-                (key,), f"unknown section{section_keys.elsewhere(key)}{suggest(key, SECTIONS)}"
+            draft.add_problem(
+                (key,),
+                f"unknown section{section_keys.hint_other_section(key)}{suggest_names(key, SECTIONS)}",
             )
-    for section in PARTS:
-        part(draft, section)
-    fitting(draft)
-    recipe = doc.tree.get("recipe")
+    for section in PLUGIN_SECTIONS:
+        read_plugin_section(draft, section)
+    check_task_compatibility(draft)
+    recipe = doc.content.get("recipe")
     if recipe is not None and not isinstance(recipe, dict):
-        draft.wrong(("recipe",), f"expected a mapping of keys, got {kind(recipe)}")
-    section_keys.section(
-        draft, ("recipe",), recipe if isinstance(recipe, dict) else {}, recipe_fields(draft)
+        draft.add_problem(("recipe",), f"expected a mapping of keys, got {describe_value(recipe)}")
+    section_keys.read_section(
+        draft, ("recipe",), recipe if isinstance(recipe, dict) else {}, model_recipe_fields(draft)
     )
-    if doc.tree.get("seed") is not None:
-        draft.fix(("seed",), Top.model_fields["seed"], doc.tree["seed"])
-    searched = conditions.dimensions(draft)
-    found = settings(draft)
+    if doc.content.get("seed") is not None:
+        draft.set_fixed(("seed",), TopLevelKeys.model_fields["seed"], doc.content["seed"])
+    searched = conditions.order_dimensions(draft)
+    found = read_settings(draft)
     if found is not None:
-        gridded(draft, found.search, searched)
+        check_grid(draft, found.search, searched)
     if draft.problems or found is None:
         raise SpaceError(*dict.fromkeys(draft.problems))
     return Space(draft.values, searched, found, doc, draft.defaults())
 
 
-def part(draft: Draft, section: str) -> None:
+def read_plugin_section(draft: Draft, section: str) -> None:
     """Task, data or model. Its keys are the plug-in's own; `model: resnet18` is short for `model: {name: resnet18}`."""
-    written = draft.doc.tree.get(section)
+    written = draft.document.content.get(section)
     if isinstance(written, (str, list)) or (isinstance(written, dict) and "choices" in written):
         written = {"name": written}
     if written is not None and not isinstance(written, dict):
-        draft.wrong((section,), f"expected a name or a mapping of keys, got {kind(written)}")
+        draft.add_problem(
+            (section,), f"expected a name or a mapping of keys, got {describe_value(written)}"
+        )
         return
     keys = written or {}
     if "name" not in keys:
-        close = [key for key in keys if suggest(key, ("name",)).startswith(";")]
+        close = [key for key in keys if suggest_names(key, ("name",)).startswith(";")]
         for key in close:
-            draft.wrong((section, key), f"unknown key{suggest(key, ('name',))}")
+            draft.add_problem((section, key), f"unknown key{suggest_names(key, ('name',))}")
         if not close:
-            draft.wrong(
+            draft.add_problem(
                 (section,),
-                f"needs a name: {', '.join(plugins.names(section))}, or your own as package.module:attribute",
+                f"needs a name: {', '.join(plugins.list_names(section))}, or your own as package.module:attribute",
             )
         return
     name = (section, "name")
-    section_keys.node(draft, name, FieldInfo.from_annotation(str), keys["name"])
+    section_keys.read_key(draft, name, FieldInfo.from_annotation(str), keys["name"])
     wanted: dict[str, FieldInfo] = {}
     before = len(draft.problems)
-    for option in names(draft, section, keys["name"]):
+    for option in named_plugins(draft, section, keys["name"]):
         try:
-            wanted.update(plugins.keys(section, option).fields)
+            wanted.update(plugins.read_keys(section, option).fields)
         except SpaceError as error:
-            draft.problems.extend(draft.doc.problem(name, problem) for problem in error.problems)
+            draft.problems.extend(
+                draft.document.format_problem(name, problem) for problem in error.problems
+            )
     if (
         len(draft.problems) == before and name in draft.values
     ):  # otherwise nobody knows which keys there are
-        section_keys.section(
+        section_keys.read_section(
             draft,
             (section,),
             {k: v for k, v in keys.items() if k != "name"},
             wanted,
-            also=("name",),
+            other_keys=("name",),
         )
 
 
-def names(draft: Draft, section: str, written: Any) -> list[str]:
+def named_plugins(draft: Draft, section: str, written: Any) -> list[str]:
     """The plug-ins that a name can mean. Models may be searched; a study has one task and one data set."""
     several = isinstance(written, (list, dict))
     if several and section != "model":
-        draft.wrong(
+        draft.add_problem(
             (section, "name"), f"one {section} per study; scores on different ones do not compare"
         )
         return []
@@ -163,61 +168,63 @@ def names(draft: Draft, section: str, written: Any) -> list[str]:
     return [o for o in (options if isinstance(options, list) else [options]) if isinstance(o, str)]
 
 
-def fitting(draft: Draft) -> None:
+def check_task_compatibility(draft: Draft) -> None:
     """Whether data and models are for the task."""
     task = draft.values.get(("task", "name"))
-    if not isinstance(task, str) or ":" in task or task not in plugins.names("task"):
+    if not isinstance(task, str) or ":" in task or task not in plugins.list_names("task"):
         return
     for section in ("data", "model"):
-        for name in chosen(draft, section):
+        for name in chosen_plugins(draft, section):
             try:
-                for_ = plugins.tasks(section, name)
+                for_ = plugins.list_tasks(section, name)
             except SpaceError:
                 continue  # said where the name is read
             if task not in for_:
                 others = [
                     other
-                    for other in plugins.names(section)
-                    if task in plugins.tasks(section, other)
+                    for other in plugins.list_names(section)
+                    if task in plugins.list_tasks(section, other)
                 ]
-                draft.wrong(
+                draft.add_problem(
                     (section, "name"),
-                    f"{name} is for {fields.alternatives(for_)}, not for {task} (allowed: {', '.join(others[:20])})",
+                    f"{name} is for {fields.join_alternatives(for_)}, not for {task} (allowed: {', '.join(others[:20])})",
                 )
 
 
-def chosen(draft: Draft, section: str) -> list[str]:
+def chosen_plugins(draft: Draft, section: str) -> list[str]:
     """The built-in plug-ins that a section names."""
-    leaf = draft.leaves.get((section, "name"))
-    written = leaf.members() if leaf else [draft.values.get((section, "name"))]
+    leaf = draft.domains.get((section, "name"))
+    written = leaf.values() if leaf else [draft.values.get((section, "name"))]
     return [name for name in written or () if isinstance(name, str) and ":" not in name]
 
 
-def recipe_fields(draft: Draft) -> dict[str, FieldInfo]:
+def model_recipe_fields(draft: Draft) -> dict[str, FieldInfo]:
     """The recipe's keys; their defaults are what the people of the (first) model fine-tune it with, where its file says so."""
     found = dict(Recipe.model_fields)
-    for name in chosen(draft, "model")[:1]:
+    for name in chosen_plugins(draft, "model")[:1]:
         for key, value in (
-            plugins.stated(name, "RECIPES", {}).get(draft.values.get(("task", "name")), {}).items()
+            plugins.read_model_constant(name, "RECIPES", {})
+            .get(draft.values.get(("task", "name")), {})
+            .items()
         ):
             found[key] = FieldInfo.merge_field_infos(found[key], default=value)
     return found
 
 
-def gridded(draft: Draft, search: Search, searched: Sequence[Dimension]) -> None:
+def check_grid(draft: Draft, search: SearchSettings, dimensions: Sequence[Dimension]) -> None:
     """Whether sampler grid can try every value there is."""
     if search.sampler != "grid":
         return
-    members = {d.path: d.leaf.members() for d in searched}
+    members = {d.path: d.domain.values() for d in dimensions}
     for path, values in members.items():
         if values is None:
-            draft.wrong(
+            draft.add_problem(
                 path,
                 "sampler grid tries every value, and these are endless or too many; add a step, list choices, or use sampler tpe or random",
             )
     count = math.prod(len(values or ()) for values in members.values())
-    if count > MAX_MEMBERS:
-        draft.wrong(
+    if count > MAX_VALUES:
+        draft.add_problem(
             ("search", "sampler"),
-            f"the grid has {count:,} combinations, at most {MAX_MEMBERS:,} are possible; use larger steps, or sampler tpe or random",
+            f"the grid has {count:,} combinations, at most {MAX_VALUES:,} are possible; use larger steps, or sampler tpe or random",
         )

@@ -2,7 +2,7 @@
 
     tasks/<name>.py     METRICS, build(classes, recipe, **keys) -> Task
     data/<name>.py      TASKS, load(home, wanted, task, **keys) -> Data
-    models/<family>.py  TASKS, NAMES, wants(name, **keys) -> Wanted, build(home, name, task, outputs, **keys) -> Staged;
+    models/<family>.py  TASKS, NAMES, input_spec(name, **keys) -> InputSpec, build(home, name, task, outputs, **keys) -> Staged;
                         RECIPES (task -> the recipe its people begin with) and EXPORTS (formats that hold it) where others than usual
     export/<name>.py    save(...), load(...)
     engines/<name>.py   run(...)
@@ -31,18 +31,24 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from tuner.config import run
-from tuner.errors import SpaceError, nearest, suggest
+from tuner.errors import SpaceError, nearest_hint, suggest_names
 
-KINDS = {
+PLUGIN_FOLDERS = {
     "task": "tasks",
     "data": "data",
     "model": "models",
     "export": "export",
     "engine": "engines",
 }
-VERBS = {"task": "build", "data": "load", "model": "build", "export": "save", "engine": "run"}
-OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-_SCOPE = {
+ENTRY_POINTS = {
+    "task": "build",
+    "data": "load",
+    "model": "build",
+    "export": "save",
+    "engine": "run",
+}
+IMPORT_PATH_PATTERN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_ANNOTATION_NAMES = {
     "Annotated": Annotated,
     "Literal": Literal,
     "Field": Field,
@@ -52,13 +58,13 @@ _SCOPE = {
 
 
 @dataclass(frozen=True)
-class Keys:
+class PluginKeys:
     """A plug-in's keyword arguments. `groups` are arguments whose own fields are written flat in the YAML."""
 
     fields: Mapping[str, FieldInfo]
     groups: Mapping[str, type[BaseModel]]
 
-    def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def to_arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The flat options of a file as the plug-in's keyword arguments."""
         grouped = {
             k: group(**{n: options[n] for n in group.model_fields})
@@ -68,99 +74,104 @@ class Keys:
         return {k: v for k, v in options.items() if k not in inside} | grouped
 
 
-def names(kind: str) -> list[str]:
+def list_names(kind: str) -> list[str]:
     """The built-in plug-ins of a kind, without importing any."""
-    folder = Path(__file__).parents[1] / KINDS[kind]
+    folder = Path(__file__).parents[1] / PLUGIN_FOLDERS[kind]
     files = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     if kind == "model":
-        return [name for file in files for name in constant(kind, file, "NAMES")]
+        return [name for file in files for name in read_constant(kind, file, "NAMES")]
     return files
 
 
 @functools.cache
-def constant(kind: str, file: str, name: str) -> Any:
+def read_constant(kind: str, file: str, name: str) -> Any:
     """A literal assigned at the top of a plug-in's file, read without importing it."""
-    for node in _syntax(kind, file).body:
+    for node in _parse_source(kind, file).body:
         if isinstance(node, ast.Assign) and any(
             isinstance(t, ast.Name) and t.id == name for t in node.targets
         ):
             return ast.literal_eval(node.value)
-    raise LookupError(f"{KINDS[kind]}/{file}.py assigns no {name}")
+    raise LookupError(f"{PLUGIN_FOLDERS[kind]}/{file}.py assigns no {name}")
 
 
-def metrics(task: str) -> tuple[str, ...]:
+def list_metrics(task: str) -> tuple[str, ...]:
     """What a task scores, its main metric first: METRICS in its file, or beside the user's own. Raises SpaceError."""
     if ":" not in task:
-        keys("task", task)
-        return tuple(constant("task", task, "METRICS"))
-    attribute("task", task)
+        read_keys("task", task)
+        return tuple(read_constant("task", task, "METRICS"))
+    load_plugin("task", task)
     return tuple(getattr(sys.modules[task.partition(":")[0]], "METRICS", ()))
 
 
-def tasks(kind: str, name: str) -> tuple[str, ...]:
+def list_tasks(kind: str, name: str) -> tuple[str, ...]:
     """The tasks that a built-in data source or model is for: TASKS in its file. Raises SpaceError on an unknown name."""
-    keys(kind, name)
-    return tuple(constant(kind, str(family(name)) if kind == "model" else name, "TASKS"))
+    read_keys(kind, name)
+    return tuple(
+        read_constant(kind, str(find_model_family(name)) if kind == "model" else name, "TASKS")
+    )
 
 
-def stated(name: str, constant_name: str, default: Any) -> Any:
+def read_model_constant(name: str, constant_name: str, default: Any) -> Any:
     """What a built-in model's file assigns to a name at its top; `default` where it does not, and for the user's own."""
-    file = family(name)
+    file = find_model_family(name)
     try:
-        return constant("model", file, constant_name) if file else default
+        return read_constant("model", file, constant_name) if file else default
     except LookupError:
         return default
 
 
-def family(name: str) -> str | None:
+def find_model_family(name: str) -> str | None:
     """The file in models/ that builds model `name`; None when there is none."""
     folder = Path(__file__).parents[1] / "models"
     for path in sorted(folder.glob("[!_]*.py")):
         if any(
-            fnmatch.fnmatchcase(name, pattern) for pattern in constant("model", path.stem, "NAMES")
+            fnmatch.fnmatchcase(name, pattern)
+            for pattern in read_constant("model", path.stem, "NAMES")
         ):
             return path.stem
     return None
 
 
 @functools.cache
-def _syntax(kind: str, file: str) -> ast.Module:
+def _parse_source(kind: str, file: str) -> ast.Module:
     return ast.parse(
-        (Path(__file__).parents[1] / KINDS[kind] / f"{file}.py").read_text(encoding="utf-8")
+        (Path(__file__).parents[1] / PLUGIN_FOLDERS[kind] / f"{file}.py").read_text(
+            encoding="utf-8"
+        )
     )
 
 
 @functools.cache
-def keys(kind: str, name: str) -> Keys:
+def read_keys(kind: str, name: str) -> PluginKeys:
     """The YAML keys of a plug-in. Raises SpaceError, without a place, on an unknown name or a failing import."""
     if ":" in name:
-        return _imported_keys(name, attribute(kind, name))
-    file = family(name) if kind == "model" else name
-    if file is None or (kind != "model" and name not in names(kind)):
+        return _keys_from_signature(name, load_plugin(kind, name))
+    file = find_model_family(name) if kind == "model" else name
+    if file is None or (kind != "model" and name not in list_names(kind)):
         raise SpaceError(
-            f"{name!r} is not known{suggest(name, names(kind))}; your own goes as package.module:attribute"
+            f"{name!r} is not known{suggest_names(name, list_names(kind))}; your own goes as package.module:attribute"
         )
-    return _written_keys(kind, file)
+    return _keys_from_source(kind, file)
 
 
-def _written_keys(kind: str, file: str) -> Keys:
-    for node in _syntax(kind, file).body:
-        if isinstance(node, ast.FunctionDef) and node.name == VERBS[kind]:
+def _keys_from_source(kind: str, file: str) -> PluginKeys:
+    for node in _parse_source(kind, file).body:
+        if isinstance(node, ast.FunctionDef) and node.name == ENTRY_POINTS[kind]:
             arguments = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-            return _collect(
+            return _collect_keys(
                 {a.arg: (_evaluate(a.annotation), _evaluate(default)) for a, default in arguments}
             )
-    raise LookupError(f"{KINDS[kind]}/{file}.py defines no {VERBS[kind]}")
+    raise LookupError(f"{PLUGIN_FOLDERS[kind]}/{file}.py defines no {ENTRY_POINTS[kind]}")
 
 
 def _evaluate(node: ast.expr | None) -> Any:
     """An annotation or default of tuner's own source: literals, and the few names of _SCOPE."""
     if node is None:
         return inspect.Parameter.empty
-    return eval(compile(ast.Expression(node), "<signature>", "eval"), dict(_SCOPE))
+    return eval(compile(ast.Expression(node), "<signature>", "eval"), dict(_ANNOTATION_NAMES))
 
 
-def _imported_keys(name: str, function: Callable[..., Any]) -> Keys:
+def _keys_from_signature(name: str, function: Callable[..., Any]) -> PluginKeys:
     """Raises SpaceError where an argument cannot be written in a file."""
     try:
         signature = inspect.signature(function)
@@ -179,11 +190,13 @@ def _imported_keys(name: str, function: Callable[..., Any]) -> Keys:
         for p in signature.parameters.values()
         if p.kind is p.KEYWORD_ONLY
     }
-    found = _collect(wanted)
+    found = _collect_keys(wanted)
     for key, field in found.fields.items():
         if not (
-            _writable(field.annotation)
-            and (field.is_required() or _plain(field.get_default(call_default_factory=True)))
+            _is_writable(field.annotation)
+            and (
+                field.is_required() or _is_plain_value(field.get_default(call_default_factory=True))
+            )
         ):
             raise SpaceError(
                 f"{name!r}: its argument {key!r} is not made of numbers, text, true/false, null, Literal and lists of them"
@@ -191,30 +204,30 @@ def _imported_keys(name: str, function: Callable[..., Any]) -> Keys:
     return found
 
 
-def _writable(annotation: Any) -> bool:
+def _is_writable(annotation: Any) -> bool:
     """Whether a file can say every value of this type."""
     parts = typing.get_args(annotation)
     if typing.get_origin(annotation) is Annotated:
-        return _writable(parts[0])
+        return _is_writable(parts[0])
     if typing.get_origin(annotation) is Literal:
-        return _plain(list(parts))
+        return _is_plain_value(list(parts))
     if parts:
         return typing.get_origin(annotation) in (
             list,
             tuple,
             typing.Union,
             types.UnionType,
-        ) and all(map(_writable, parts))
+        ) and all(map(_is_writable, parts))
     return annotation in (Any, int, float, str, bool, None, types.NoneType, list, tuple, ...)
 
 
-def _plain(value: Any) -> bool:
+def _is_plain_value(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(map(_plain, value))
+        return all(map(_is_plain_value, value))
     return value is None or type(value) in (int, float, str, bool)
 
 
-def _collect(arguments: Mapping[str, tuple[Any, Any]]) -> Keys:
+def _collect_keys(arguments: Mapping[str, tuple[Any, Any]]) -> PluginKeys:
     fields: dict[str, FieldInfo] = {}
     groups: dict[str, type[BaseModel]] = {}
     for name, (annotation, default) in arguments.items():
@@ -225,13 +238,13 @@ def _collect(arguments: Mapping[str, tuple[Any, Any]]) -> Keys:
             fields[name] = FieldInfo.from_annotation(annotation)
         else:
             fields[name] = FieldInfo.from_annotated_attribute(annotation, default)
-    return Keys(fields, groups)
+    return PluginKeys(fields, groups)
 
 
-def module(kind: str, name: str) -> types.ModuleType:
+def import_plugin(kind: str, name: str) -> types.ModuleType:
     """A built-in plug-in's module, imported."""
-    file = family(name) if kind == "model" else name
-    return importlib.import_module(f"tuner.{KINDS[kind]}.{file}")
+    file = find_model_family(name) if kind == "model" else name
+    return importlib.import_module(f"tuner.{PLUGIN_FOLDERS[kind]}.{file}")
 
 
 _with_folder = contextvars.ContextVar("_with_folder", default=True)
@@ -247,14 +260,14 @@ def installed_only() -> Iterator[None]:
         _with_folder.reset(token)
 
 
-def attribute(kind: str, name: str) -> Callable[..., Any]:
+def load_plugin(kind: str, name: str) -> Callable[..., Any]:
     """The function or class behind a plug-in's name, imported. The current folder is on the path for the user's own,
     but for `installed_only`."""
     if ":" not in name:
-        found: Callable[..., Any] = getattr(module(kind, name), VERBS[kind])
+        found: Callable[..., Any] = getattr(import_plugin(kind, name), ENTRY_POINTS[kind])
         return found
     module_name, _, wanted = name.partition(":")
-    if not OWN.fullmatch(name):
+    if not IMPORT_PATH_PATTERN.fullmatch(name):
         raise SpaceError(f"{name!r}: your own {kind} goes as package.module:attribute")
     if _with_folder.get() and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -271,16 +284,16 @@ def attribute(kind: str, name: str) -> Callable[..., Any]:
     target = getattr(own, wanted, None)
     if target is None:
         raise SpaceError(
-            f"{name!r}: module {module_name} has no {wanted!r}{nearest(wanted, dir(own))}"
+            f"{name!r}: module {module_name} has no {wanted!r}{nearest_hint(wanted, dir(own))}"
         )
-    if not callable(target) or _of_python(target):
+    if not callable(target) or _is_standard_library(target):
         raise SpaceError(
             f"{name!r}: {wanted} is not a function or class of yours; {kind} needs one"
         )
     return typing.cast(Callable[..., Any], target)
 
 
-def _of_python(target: Any) -> bool:
+def _is_standard_library(target: Any) -> bool:
     """Whether this is a function or class of the standard library, such as os.system, which nobody means to call."""
     if not (inspect.isroutine(target) or inspect.isclass(target)):
         return False

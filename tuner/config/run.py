@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from tuner.config import database_url
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
-Triple = tuple[float, float, float]
-LATER = "later"  # stands for weights that are filled in after the model is built
+RgbTriple = tuple[float, float, float]
+LOADED_LATER = "later"  # stands for weights that are filled in after the model is built
 
 
 class Section(BaseModel):
@@ -100,8 +100,10 @@ class ImageOptions(SplitOptions):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
         None, description="for resizing"
     )
-    mean: Triple | None = Field(None, description="subtracted from RGB in 0..1")
-    std: Triple | None = Field(None, description="divides RGB in 0..1 after the mean is subtracted")
+    mean: RgbTriple | None = Field(None, description="subtracted from RGB in 0..1")
+    std: RgbTriple | None = Field(
+        None, description="divides RGB in 0..1 after the mean is subtracted"
+    )
     augment: Literal["none", "flip"] = Field(
         "none", description="flip mirrors images left to right"
     )
@@ -113,46 +115,49 @@ class ImageOptions(SplitOptions):
     )
 
 
-UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}  # in seconds
-DURATION = re.compile("".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in UNITS))
-LONGEST = 10_000  # days
+SECONDS_PER_UNIT = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}  # in seconds
+DURATION_PATTERN = re.compile(
+    "".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in SECONDS_PER_UNIT)
+)
+MAX_DURATION_DAYS = 10_000  # days
 
 
-def seconds(text: str) -> float:
+def parse_duration(text: str) -> float:
     """'90s', '10m', '1h30m', '1.5h', '2d' in seconds; ValueError on anything else."""
-    match = DURATION.fullmatch(text)
+    match = DURATION_PATTERN.fullmatch(text)
     if not text or match is None:
         raise ValueError("write a duration such as 90s, 10m, 1h30m, 1.5h or 2d")
     total = sum(
-        float(part or 0) * size for part, size in zip(match.groups(), UNITS.values(), strict=True)
+        float(part or 0) * size
+        for part, size in zip(match.groups(), SECONDS_PER_UNIT.values(), strict=True)
     )
-    if not 0 < total <= LONGEST * UNITS["d"]:
-        raise ValueError(f"a duration must be above 0 and at most {LONGEST:,}d")
+    if not 0 < total <= MAX_DURATION_DAYS * SECONDS_PER_UNIT["d"]:
+        raise ValueError(f"a duration must be above 0 and at most {MAX_DURATION_DAYS:,}d")
     return total
 
 
-def _duration(text: str | None) -> str | None:
+def _check_duration(text: str | None) -> str | None:
     if text is not None:
-        seconds(text)
+        parse_duration(text)
     return text
 
 
-NAME = re.compile(r"[^/\x00-\x1f]{1,200}")
+STUDY_NAME_PATTERN = re.compile(r"[^/\x00-\x1f]{1,200}")
 
 
-def _study_name(text: str | None) -> str | None:
-    if text is not None and (not NAME.fullmatch(text) or text.startswith(".")):
+def _check_study_name(text: str | None) -> str | None:
+    if text is not None and (not STUDY_NAME_PATTERN.fullmatch(text) or text.startswith(".")):
         raise ValueError(
             "a study's name is a folder's name: at most 200 characters, no slash, no leading dot"
         )
     return text
 
 
-class Search(Section):
+class SearchSettings(Section):
     """How the space is searched."""
 
     trials: int = Field(20, ge=1, le=1_000_000, description="the budget: trials that ended")
-    timeout: Annotated[str | None, AfterValidator(_duration)] = Field(
+    timeout: Annotated[str | None, AfterValidator(_check_duration)] = Field(
         None, description="ask no more this long after the command began: 90s, 10m, 1h30m, 1.5h, 2d"
     )
     sampler: Literal["tpe", "random", "grid"] = Field(
@@ -170,7 +175,7 @@ class Search(Section):
         le=2**32 - 1,
         description="of the sampler and, with the trial's number, of each training",
     )
-    name: Annotated[str | None, AfterValidator(_study_name)] = Field(
+    name: Annotated[str | None, AfterValidator(_check_study_name)] = Field(
         None, description="of the study; null: the file's"
     )
     retries: int = Field(
@@ -180,7 +185,7 @@ class Search(Section):
         True,
         description="retrain the best on train and validation before it is tested and exported; false: as its trial left it",
     )
-    grace: Annotated[str, AfterValidator(_duration)] = Field(
+    grace: Annotated[str, AfterValidator(_check_duration)] = Field(
         "8s",
         description="what SIGTERM leaves to the running epoch: a little less than the time until "
         "SIGKILL, which Kubernetes calls terminationGracePeriodSeconds",
@@ -193,7 +198,7 @@ class Search(Section):
     )
 
 
-def _gpus(value: int | list[int] | None) -> int | list[int] | None:
+def _check_gpus(value: int | list[int] | None) -> int | list[int] | None:
     if isinstance(value, int) and value < 1:
         raise ValueError(
             "write how many GPUs, at least 1, or their numbers, such as [0, 2]; for none, device: cpu"
@@ -203,16 +208,16 @@ def _gpus(value: int | list[int] | None) -> int | list[int] | None:
     return value
 
 
-ADDRESS = re.compile(r"auto|local|[^\s:/]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}")
+ADDRESS_PATTERN = re.compile(r"auto|local|[^\s:/]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}")
 
 
-def _address(text: str) -> str:
+def _check_address(text: str) -> str:
     if "://" in text:
         raise ValueError(
             "Ray's client protocol hides which node fails, and its port runs anyone's code; start the command on a machine of the "
             "cluster and write auto, or HOST:PORT of its head"
         )
-    if not ADDRESS.fullmatch(text):
+    if not ADDRESS_PATTERN.fullmatch(text):
         raise ValueError(
             "write auto, local, or HOST:PORT of the cluster's head, such as 10.0.0.1:6379"
         )
@@ -222,13 +227,13 @@ def _address(text: str) -> str:
 def _stall(text: str) -> str:
     if text not in ("auto", "never"):
         try:
-            seconds(text)
+            parse_duration(text)
         except ValueError as error:
             raise ValueError(f"{error}; or auto, or never") from None
     return text
 
 
-class Engine(Section):
+class EngineSettings(Section):
     """Where trials are carried out."""
 
     name: str = Field("local", description="inline, local, ray")
@@ -236,13 +241,13 @@ class Engine(Section):
         "auto",
         description="auto: per_gpu for each GPU, or one on the CPU; ray: as many as the cluster has room for",
     )
-    gpus: Annotated[int | list[int] | None, AfterValidator(_gpus)] = Field(
+    gpus: Annotated[int | list[int] | None, AfterValidator(_check_gpus)] = Field(
         None, description="how many of a machine's GPUs, or a list of their numbers; null: all"
     )
     per_gpu: int = Field(
         1, ge=1, le=64, description="workers that share a GPU, each with its part of the memory"
     )
-    address: Annotated[str, AfterValidator(_address)] = Field(
+    address: Annotated[str, AfterValidator(_check_address)] = Field(
         "auto", description="ray: auto finds a running cluster; local; or HOST:PORT"
     )
     gpus_per_trial: float | None = Field(
@@ -274,13 +279,13 @@ class Engine(Section):
 
 
 @dataclass(frozen=True)
-class Part:
+class PluginConfig:
     """A plug-in by name, and its keyword arguments: all of them, defaults included."""
 
     name: str
     options: Mapping[str, Any]
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
@@ -291,18 +296,18 @@ class Part:
 class Run:
     """One training, complete: what `tuner train` carries out."""
 
-    task: Part
-    data: Part
-    model: Part
+    task: PluginConfig
+    data: PluginConfig
+    model: PluginConfig
     recipe: Recipe
     seed: int
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The run as the file would say it."""
         return {
-            "task": self.task.tree(),
-            "data": self.data.tree(),
-            "model": self.model.tree(),
+            "task": self.task.to_dict(),
+            "data": self.data.to_dict(),
+            "model": self.model.to_dict(),
             "recipe": self.recipe.model_dump(),
             "seed": self.seed,
         }
@@ -315,28 +320,29 @@ class Run:
         gone = {"weights": "none"}
         if "backbone" in options:
             gone = {
-                key: "none" if options[key] == "none" else LATER for key in ("weights", "backbone")
+                key: "none" if options[key] == "none" else LOADED_LATER
+                for key in ("weights", "backbone")
             }
-        return replace(self, model=Part(self.model.name, {**options, **gone}))
+        return replace(self, model=PluginConfig(self.model.name, {**options, **gone}))
 
     def digest(self) -> str:
         """SHA-256 of the run as JSON."""
-        return hashlib.sha256(json.dumps(self.tree(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Settings:
     """The sections that hold no ranges. `tree` leaves out a password that is written in `storage`."""
 
-    search: Search
-    engine: Engine
+    search: SearchSettings
+    engine: EngineSettings
     storage: str | None
     export: tuple[str, ...]
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "search": self.search.model_dump(),
             "engine": self.engine.model_dump(),
-            "storage": self.storage and database_url.kept(self.storage),
+            "storage": self.storage and database_url.without_password(self.storage),
             "export": list(self.export),
         }

@@ -8,14 +8,14 @@ from pydantic.fields import FieldInfo
 
 from tuner.config import fields
 from tuner.config.draft import Draft
-from tuner.config.run import Engine, Recipe, Search
+from tuner.config.run import EngineSettings, Recipe, SearchSettings
 from tuner.config.space import Choice, KeyPath, Range
-from tuner.config.yaml_document import kind
-from tuner.errors import nearest, suggest
+from tuner.config.yaml_document import describe_value
+from tuner.errors import nearest_hint, suggest_names
 
 RANGE_KEYS = ("low", "high", "log", "step", "when")
 CHOICE_KEYS = ("choices", "when")
-FOREIGN = {
+OTHER_TOOLS_KEYS = {
     "min": "low",
     "max": "high",
     "minval": "low",
@@ -24,15 +24,19 @@ FOREIGN = {
     "value": "choices",
     "q": "step",
 }
-HOMES: Mapping[str, type[BaseModel]] = {"recipe": Recipe, "search": Search, "engine": Engine}
+SECTION_SCHEMAS: Mapping[str, type[BaseModel]] = {
+    "recipe": Recipe,
+    "search": SearchSettings,
+    "engine": EngineSettings,
+}
 
 
-def elsewhere(key: str) -> str:
+def hint_other_section(key: str) -> str:
     """`; 'lr' is a key of recipe` for a key that another section has."""
     home = next(
         (
             section
-            for section, schema in HOMES.items()
+            for section, schema in SECTION_SCHEMAS.items()
             if key in schema.model_fields and key != "name"
         ),
         None,
@@ -40,152 +44,157 @@ def elsewhere(key: str) -> str:
     return f"; {key!r} is a key of {home}" if home else ""
 
 
-def section(
+def read_section(
     draft: Draft,
     path: KeyPath,
     written: Mapping[str, Any],
-    wanted: Mapping[str, FieldInfo],
+    fields_by_key: Mapping[str, FieldInfo],
     *,
-    also: tuple[str, ...] = (),
+    other_keys: tuple[str, ...] = (),
 ) -> None:
     """Each wanted key as written or at its default. `also` are allowed keys that the caller reads itself."""
     for key in written:
-        if key not in wanted and key not in also:
-            allowed = (*also, *wanted)
+        if key not in fields_by_key and key not in other_keys:
+            allowed = (*other_keys, *fields_by_key)
             close = (
-                suggest(key, allowed)
-                if nearest(key, allowed)
-                else elsewhere(key) + suggest(key, allowed)
+                suggest_names(key, allowed)
+                if nearest_hint(key, allowed)
+                else hint_other_section(key) + suggest_names(key, allowed)
             )
-            draft.wrong((*path, key), f"unknown key{close}")
-    for key, field in wanted.items():
+            draft.add_problem((*path, key), f"unknown key{close}")
+    for key, field in fields_by_key.items():
         if key in written:
-            node(draft, (*path, key), field, written[key])
+            read_key(draft, (*path, key), field, written[key])
         elif field.is_required():
             draft.fields[*path, key] = field
-            draft.wrong((*path, key), f"is needed: {fields.expected(field)}")
+            draft.add_problem((*path, key), f"is needed: {fields.describe_expected(field)}")
         else:
             draft.fields[*path, key] = field
             draft.values[*path, key] = field.get_default(call_default_factory=True)
 
 
-def node(draft: Draft, path: KeyPath, field: FieldInfo, written: Any) -> None:
+def read_key(draft: Draft, path: KeyPath, field: FieldInfo, written: Any) -> None:
     """One key of the file."""
     draft.fields[path] = field
     leaf: Range | Choice | None = None
     if isinstance(written, list) and not fields.is_sequence(field):
-        leaf = choice(draft, path, field, written)
+        leaf = read_choice(draft, path, field, written)
     elif isinstance(written, dict) and "choices" in written:
-        unknown(draft, path, written, CHOICE_KEYS)
+        report_unknown_keys(draft, path, written, CHOICE_KEYS)
         inner = written["choices"]
-        leaf = choice(
+        leaf = read_choice(
             draft, (*path, "choices"), field, inner if isinstance(inner, list) else [inner]
         )
     elif isinstance(written, dict):
-        leaf = interval(draft, path, field, written)
+        leaf = read_range(draft, path, field, written)
     else:
-        draft.fix(path, field, written)
+        draft.set_fixed(path, field, written)
     if leaf is not None:
-        draft.search(path, field, leaf)
+        draft.set_searched(path, field, leaf)
     if isinstance(written, dict) and "when" in written:
-        draft.whens[path] = written["when"]
+        draft.conditions[path] = written["when"]
 
 
-def unknown(
+def report_unknown_keys(
     draft: Draft, path: KeyPath, written: Mapping[str, Any], allowed: Sequence[str]
 ) -> None:
     for key in written:
         if key not in allowed:
             close = (
-                f"; did you mean {FOREIGN[key]!r}?"
-                if FOREIGN.get(key) in allowed
-                else nearest(key, allowed)
+                f"; did you mean {OTHER_TOOLS_KEYS[key]!r}?"
+                if OTHER_TOOLS_KEYS.get(key) in allowed
+                else nearest_hint(key, allowed)
             )
-            draft.wrong(
+            draft.add_problem(
                 (*path, key),
                 f"unknown key{close} (a range has {', '.join(RANGE_KEYS)}; a choice has {', '.join(CHOICE_KEYS)})",
             )
 
 
-def choice(
+def read_choice(
     draft: Draft, path: Sequence[str | int], field: FieldInfo, written: list[Any]
 ) -> Choice | None:
     """None when something is wrong with it."""
     before = len(draft.problems)
     if not written:
-        draft.wrong(path, f"an empty list of choices; name at least one: {fields.expected(field)}")
+        draft.add_problem(
+            path, f"an empty list of choices; name at least one: {fields.describe_expected(field)}"
+        )
     options: list[Any] = []
     for i, option in enumerate(written):
         if isinstance(option, (list, dict)):
-            draft.wrong((*path, i), f"a choice must be a plain value, got {kind(option)}")
+            draft.add_problem(
+                (*path, i), f"a choice must be a plain value, got {describe_value(option)}"
+            )
             continue
         try:
-            fitted = fields.fit(field, option)
-        except fields.Unfit as error:
-            draft.unfit((*path, i), error)
+            fitted = fields.convert_value(field, option)
+        except fields.InvalidValue as error:
+            draft.add_invalid_value((*path, i), error)
             continue
         if fitted in options:
-            draft.wrong(
-                (*path, i), f"{fields.written(option)} is listed twice; name each choice once"
+            draft.add_problem(
+                (*path, i), f"{fields.format_value(option)} is listed twice; name each choice once"
             )
         options.append(fitted)
     return Choice(tuple(options)) if len(draft.problems) == before else None
 
 
-def interval(
+def read_range(
     draft: Draft, path: KeyPath, field: FieldInfo, written: Mapping[str, Any]
 ) -> Range | None:
     """None when something is wrong with it."""
     before = len(draft.problems)
     if not fields.is_number(field):
-        draft.wrong(
-            path, f"a range is for numbers; expected {fields.expected(field)}, or a list of them"
+        draft.add_problem(
+            path,
+            f"a range is for numbers; expected {fields.describe_expected(field)}, or a list of them",
         )
         return None
-    unknown(draft, path, written, RANGE_KEYS)
-    low, high = (bound(draft, path, field, key, written) for key in ("low", "high"))
+    report_unknown_keys(draft, path, written, RANGE_KEYS)
+    low, high = (read_bound(draft, path, field, key, written) for key in ("low", "high"))
     log, step = written.get("log", False), written.get("step")
     if low is not None and high is not None and not low < high:
-        draft.wrong(path, f"low ({low}) must be below high ({high})")
+        draft.add_problem(path, f"low ({low}) must be below high ({high})")
     if not isinstance(log, bool):
-        draft.wrong((*path, "log"), f"expected true or false, got {kind(log)}")
+        draft.add_problem((*path, "log"), f"expected true or false, got {describe_value(log)}")
     elif log and low is not None and low <= 0:
-        draft.wrong((*path, "low"), f"log needs low above 0, got {low}")
+        draft.add_problem((*path, "low"), f"log needs low above 0, got {low}")
     whole = fields.is_integer(field) or all(
         isinstance(n, int) for n in (low, high, 1 if step is None else step)
     )
     if step is not None:
-        stride(draft, path, step, log=log is True, whole=fields.is_integer(field))
+        check_step(draft, path, step, log=log is True, whole=fields.is_integer(field))
     if len(draft.problems) > before or low is None or high is None:
         return None
     return Range(low, high, log, step, whole)
 
 
-def bound(
+def read_bound(
     draft: Draft, path: KeyPath, field: FieldInfo, key: str, written: Mapping[str, Any]
 ) -> float | None:
     """One end of a range; None when something is wrong with it."""
     if key not in written:
-        draft.wrong(path, f"a range needs low and high; {key} is missing")
+        draft.add_problem(path, f"a range needs low and high; {key} is missing")
         return None
     value = written[key]
     if isinstance(value, (str, bool, list, dict)) or value is None:
-        draft.wrong((*path, key), f"expected a number, got {kind(value)}")
+        draft.add_problem((*path, key), f"expected a number, got {describe_value(value)}")
         return None
     try:
-        found: float = fields.fit(field, value)
-    except fields.Unfit as error:
-        draft.unfit((*path, key), error)
+        found: float = fields.convert_value(field, value)
+    except fields.InvalidValue as error:
+        draft.add_invalid_value((*path, key), error)
         return None
     return found
 
 
-def stride(draft: Draft, path: KeyPath, step: Any, *, log: bool, whole: bool) -> None:
-    if not fields.finite(step) or step <= 0:
-        draft.wrong((*path, "step"), f"expected a number above 0, got {kind(step)}")
+def check_step(draft: Draft, path: KeyPath, step: Any, *, log: bool, whole: bool) -> None:
+    if not fields.is_finite_number(step) or step <= 0:
+        draft.add_problem((*path, "step"), f"expected a number above 0, got {describe_value(step)}")
     elif log:
-        draft.wrong((*path, "step"), "log and step exclude each other; drop one")
+        draft.add_problem((*path, "step"), "log and step exclude each other; drop one")
     elif whole and not isinstance(step, int):
-        draft.wrong(
+        draft.add_problem(
             (*path, "step"), f"expected a whole number, since {path[-1]} is one, got {step}"
         )

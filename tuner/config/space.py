@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import yaml
 
 from tuner.config import plugins
-from tuner.config.run import Part, Recipe, Run, Settings
-from tuner.config.yaml_document import Document, scalar
+from tuner.config.run import PluginConfig, Recipe, Run, Settings
+from tuner.config.yaml_document import Document, parse_scalar
 
-MAX_MEMBERS = 100_000  # more values than that are as good as a continuum
+MAX_VALUES = 100_000  # more values than that are as good as a continuum
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Range:
     step: float | None = None
     integer: bool = False
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         extra: dict[str, Any] = {"log": True} if self.log else {}
         return (
             {"low": self.low, "high": self.high}
@@ -31,46 +31,54 @@ class Range:
             | ({"step": self.step} if self.step is not None else {})
         )
 
-    def clip(self, value: Any) -> Any:
+    def nearest_value(self, value: Any) -> Any:
         """The member nearest to `value`; the lowest where `value` is no number."""
         value = (
             min(max(value, self.low), self.high) if isinstance(value, (int, float)) else self.low
         )
         if self.step is None:
             return round(value) if self.integer else float(value)
-        return self._at(min(round(self._steps(value)), int(self._steps(self.high))))
+        return self._value_at(
+            min(round(self._steps_from_low(value)), int(self._steps_from_low(self.high)))
+        )
 
     @property
-    def last(self) -> float:
+    def highest(self) -> float:
         """The highest value that is taken: `high`, or the last step below it."""
-        return self.high if self.step is None else float(self._at(int(self._steps(self.high))))
+        return (
+            self.high
+            if self.step is None
+            else float(self._value_at(int(self._steps_from_low(self.high))))
+        )
 
-    def _steps(self, value: float) -> Decimal:
+    def _steps_from_low(self, value: float) -> Decimal:
         """From `low`, in decimals, since 0.3 is three steps of 0.1 to whoever wrote it."""
         return (Decimal(str(value)) - Decimal(str(self.low))) / Decimal(str(self.step or 1))
 
-    def _at(self, step: int) -> Any:
+    def _value_at(self, step: int) -> Any:
         value = Decimal(str(self.low)) + step * Decimal(str(self.step or 1))
         return int(value) if self.integer else float(value)
 
-    def members(self) -> tuple[Any, ...] | None:
+    def values(self) -> tuple[Any, ...] | None:
         """Every value in order, where there are finitely many and they can be held; None for a continuum."""
-        if (not self.integer and self.step is None) or self._steps(self.high) >= MAX_MEMBERS:
+        if (not self.integer and self.step is None) or self._steps_from_low(
+            self.high
+        ) >= MAX_VALUES:
             return None
-        return tuple(self._at(i) for i in range(int(self._steps(self.high)) + 1))
+        return tuple(self._value_at(i) for i in range(int(self._steps_from_low(self.high)) + 1))
 
 
 @dataclass(frozen=True)
 class Choice:
     options: tuple[Any, ...]
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {"choices": list(self.options)}
 
-    def clip(self, value: Any) -> Any:
+    def nearest_value(self, value: Any) -> Any:
         return value if value in self.options else self.options[0]
 
-    def members(self) -> tuple[Any, ...]:
+    def values(self) -> tuple[Any, ...]:
         return self.options
 
 
@@ -82,25 +90,29 @@ class Dimension:
     """One searched key. `when` maps keys (by path) to the values under which this one is searched."""
 
     path: KeyPath
-    leaf: Range | Choice
-    when: Mapping[KeyPath, tuple[Any, ...]] = field(default_factory=dict)
+    domain: Range | Choice
+    condition: Mapping[KeyPath, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The parameter's name in the study: the key; outside `recipe` with its section."""
         return ".".join(self.path[1:] if self.path[0] == "recipe" else self.path)
 
-    def tree(self) -> Any:
-        if not self.when:
-            return list(self.leaf.options) if isinstance(self.leaf, Choice) else self.leaf.tree()
+    def to_dict(self) -> Any:
+        if not self.condition:
+            return (
+                list(self.domain.options)
+                if isinstance(self.domain, Choice)
+                else self.domain.to_dict()
+            )
         when = {
             ".".join(path[1:] if path[0] == self.path[0] else path): list(values)
-            for path, values in self.when.items()
+            for path, values in self.condition.items()
         }
-        return self.leaf.tree() | {"when": when}
+        return self.domain.to_dict() | {"when": when}
 
 
-class Trial(Protocol):
+class SuggestsValues(Protocol):
     """What sampling needs of an Optuna trial."""
 
     def suggest_float(
@@ -123,85 +135,85 @@ class Space:
     document: Document = field(compare=False)
     defaults: Mapping[KeyPath, Any] = field(compare=False, default_factory=dict)
 
-    def sample(self, trial: Trial | None, seed: int = 0) -> Run:
+    def sample(self, trial: SuggestsValues | None, seed: int = 0) -> Run:
         """The run that `trial` chooses. Without a trial there must be nothing to choose."""
         if trial is None:
             if self.dimensions:
                 raise ValueError(
                     f"still to be chosen: {', '.join(d.name for d in self.dimensions)}"
                 )
-            return self.run({}, seed)
+            return self.make_run({}, seed)
         chosen: dict[KeyPath, Any] = {}
         for dimension in self.dimensions:
-            if self._active(dimension, chosen):
-                chosen[dimension.path] = _suggest(trial, dimension)
+            if self._is_active(dimension, chosen):
+                chosen[dimension.path] = _suggest_value(trial, dimension)
         unmet = {d.path for d in self.dimensions} - chosen.keys()
-        return self.run(
+        return self.make_run(
             chosen | {path: self.defaults.get(path, self.values[path]) for path in unmet}, seed
         )
 
-    def _active(self, dimension: Dimension, chosen: Mapping[KeyPath, Any]) -> bool:
-        searched = {d.path for d in self.dimensions} if dimension.when else set()
+    def _is_active(self, dimension: Dimension, chosen: Mapping[KeyPath, Any]) -> bool:
+        searched = {d.path for d in self.dimensions} if dimension.condition else set()
         return all(
             (path in chosen or path not in searched)
             and chosen.get(path, self.values[path]) in allowed
-            for path, allowed in dimension.when.items()
+            for path, allowed in dimension.condition.items()
         )
 
-    def run(self, chosen: Mapping[KeyPath, Any], seed: int = 0) -> Run:
+    def make_run(self, chosen: Mapping[KeyPath, Any], seed: int = 0) -> Run:
         """The run with these keys set; a `seed` in the file wins over the one given."""
         values = dict(self.values) | dict(chosen)
         given = values.get(("seed",))
         return Run(
-            task=self._part("task", values),
-            data=self._part("data", values),
-            model=self._part("model", values),
+            task=self._plugin_config("task", values),
+            data=self._plugin_config("data", values),
+            model=self._plugin_config("model", values),
             recipe=Recipe(
                 **{path[1]: value for path, value in values.items() if path[0] == "recipe"}
             ),
             seed=seed if given is None else given,
         )
 
-    def _part(self, section: str, values: Mapping[KeyPath, Any]) -> Part:
+    def _plugin_config(self, section: str, values: Mapping[KeyPath, Any]) -> PluginConfig:
         name = values[section, "name"]
-        wanted = plugins.keys(section, name).fields
+        wanted = plugins.read_keys(section, name).fields
         options = {
             p[1]: v for p, v in values.items() if p[0] == section and len(p) == 2 and p[1] in wanted
         }
-        return Part(name, options)
+        return PluginConfig(name, options)
 
-    def default(self) -> dict[str, Any]:
+    def default_params(self) -> dict[str, Any]:
         """The default recipe as far as the space allows, as parameter name -> value."""
         chosen: dict[KeyPath, Any] = {}
         for d in self.dimensions:
-            if self._active(d, chosen):
+            if self._is_active(d, chosen):
                 chosen[d.path] = self.values[d.path]
         return {d.name: chosen[d.path] for d in self.dimensions if d.path in chosen}
 
-    def grid(self) -> list[dict[str, Any]]:
+    def grid_params(self) -> list[dict[str, Any]]:
         """Every combination, each once although conditions switch keys off; only for spaces without a continuum."""
         found: list[dict[KeyPath, Any]] = [{}]
         for d in self.dimensions:
-            members = d.leaf.members() or ()
+            members = d.domain.values() or ()
             found = [
                 more
                 for c in found
-                for more in ([{**c, d.path: v} for v in members] if self._active(d, c) else [c])
+                for more in ([{**c, d.path: v} for v in members] if self._is_active(d, c) else [c])
             ]
         return [
             {d.name: chosen[d.path] for d in self.dimensions if d.path in chosen}
             for chosen in found
         ]
 
-    def corners(self) -> Iterator[Run]:
+    def plugin_combinations(self) -> Iterator[Run]:
         """A run for each combination of task, data and model that the space can reach, at its defaults otherwise."""
         outer = [d for d in self.dimensions if d.path[0] != "recipe"]
-        members = [d.leaf.members() or (d.leaf.low, d.leaf.high) for d in outer]  # type: ignore[union-attr]
+        members = [d.domain.values() or (d.domain.low, d.domain.high) for d in outer]  # type: ignore[union-attr]
         for combination in itertools.islice(itertools.product(*members), 64):
             chosen = {d.path: value for d, value in zip(outer, combination, strict=True)}
-            yield self.run(chosen)
+            yield self.make_run(chosen)
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The whole file, resolved: what `parse` reads back to an equal Space."""
         searched = {d.path: d for d in self.dimensions}
         tree: dict[str, Any] = {}
@@ -210,19 +222,19 @@ class Space:
             for key in path[:-1]:
                 section = section.setdefault(key, {})
             plain = list(value) if isinstance(value, tuple) else value
-            section[path[-1]] = searched[path].tree() if path in searched else plain
-        return tree | self.settings.tree()
+            section[path[-1]] = searched[path].to_dict() if path in searched else plain
+        return tree | self.settings.to_dict()
 
 
-def _suggest(trial: Trial, dimension: Dimension) -> Any:
-    leaf, name = dimension.leaf, dimension.name
+def _suggest_value(trial: SuggestsValues, dimension: Dimension) -> Any:
+    leaf, name = dimension.domain, dimension.name
     if isinstance(leaf, Choice):
         return trial.suggest_categorical(name, leaf.options)
     if leaf.integer:
         return trial.suggest_int(
-            name, int(leaf.low), int(leaf.last), step=int(leaf.step or 1), log=leaf.log
+            name, int(leaf.low), int(leaf.highest), step=int(leaf.step or 1), log=leaf.log
         )
-    return trial.suggest_float(name, leaf.low, leaf.last, step=leaf.step, log=leaf.log)
+    return trial.suggest_float(name, leaf.low, leaf.highest, step=leaf.step, log=leaf.log)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -233,14 +245,14 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    quote = None if isinstance(scalar(text), str) else "'"
+    quote = None if isinstance(parse_scalar(text), str) else "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quote)
 
 
 _Dumper.add_representer(str, _represent_text)
 
 
-def dump(tree: Mapping[str, Any]) -> str:
+def dump_yaml(tree: Mapping[str, Any]) -> str:
     """YAML that the strict reader reads back to the same tree."""
     return yaml.dump(
         dict(tree),

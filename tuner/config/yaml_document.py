@@ -16,13 +16,22 @@ from tuner.errors import SpaceError
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 200_000, 50, 20_000
 MAX_DIGITS = 300  # what a float can still hold
-INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
-NUMBER = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
-SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-QUOTING = "text goes in quotes, inside the shell's own: KEY='\"some text\"'"
-OPENS = (":", "|", ">", "[", "{", ",")  # how a line ends whose next one is indented further
-UNSPEAKABLE = re.compile(r"[\x00\ud800-\udfff]")  # no file name, database or terminal takes these
+INTEGER_PATTERN = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+NUMBER_PATTERN = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+NAMED_VALUES = {"true": True, "false": False, "null": None, "~": None, "": None}
+INFINITE_OR_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+SHELL_QUOTING_HINT = "text goes in quotes, inside the shell's own: KEY='\"some text\"'"
+LINE_ENDS_BEFORE_INDENT = (
+    ":",
+    "|",
+    ">",
+    "[",
+    "{",
+    ",",
+)  # how a line ends whose next one is indented further
+FORBIDDEN_CHARACTERS = re.compile(
+    r"[\x00\ud800-\udfff]"
+)  # no file name, database or terminal takes these
 COMMAND_LINE = "command line"  # the place of a key that an override sets
 KeyPath = tuple[str | int, ...]
 
@@ -35,27 +44,27 @@ class Document:
     """
 
     file: str
-    tree: dict[str, Any]
+    content: dict[str, Any]
     lines: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def where(self, path: Sequence[str | int]) -> str:
+    def location(self, path: Sequence[str | int]) -> str:
         """`file:line` of the key or its nearest written parent."""
         for end in range(len(path), -1, -1):
             if tuple(path[:end]) in self.lines:
                 return self.lines[tuple(path[:end])]
         return f"{self.file}:1"
 
-    def problem(self, path: Sequence[str | int], what: str) -> str:
-        return f"{self.where(path)}: {dotted(path) or 'file'}: {what}"
+    def format_problem(self, path: Sequence[str | int], what: str) -> str:
+        return f"{self.location(path)}: {format_key_path(path) or 'file'}: {what}"
 
 
-def dotted(path: Sequence[str | int]) -> str:
+def format_key_path(path: Sequence[str | int]) -> str:
     """A key as messages name it, on one line whatever the key holds."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in ".".join(map(str, path)))
 
 
-def read(path: Path) -> Document:
+def read_document(path: Path) -> Document:
     """Raises SpaceError with file and line."""
     try:
         with path.open("rb") as file:
@@ -73,17 +82,17 @@ def read(path: Path) -> Document:
         raise SpaceError(f"{path}:1: not a text file in UTF-8 (byte {error.start})") from None
     except OSError as error:
         raise SpaceError(f"{path}: cannot be read ({error.strerror})") from None
-    return parse(text, str(path))
+    return parse_document(text, str(path))
 
 
-def parse(text: str, file: str) -> Document:
+def parse_document(text: str, file: str) -> Document:
     """Raises SpaceError on what cannot be read at all; duplicate keys become the document's problems."""
     document = Document(file, {})
     try:
-        tree = _Reader(document).document(yaml.parse(text, Loader=yaml.SafeLoader))
+        tree = _Reader(document).read_document(yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = _tab(text, error.problem_mark) or error.problem or error.context
+        problem = _tab_hint(text, error.problem_mark) or error.problem or error.context
         raise SpaceError(f"{file}:{line}: not valid YAML: {problem}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, int(error.position)) + 1
@@ -98,33 +107,36 @@ def parse(text: str, file: str) -> Document:
         raise SpaceError(f"{file}:1: the file is empty; `tuner init` lists examples to begin with")
     if not isinstance(tree, dict):
         raise SpaceError(
-            f"{file}:1: expected a mapping (task:, data:, model:, …) at the top, got {kind(tree)}"
+            f"{file}:1: expected a mapping (task:, data:, model:, …) at the top, got {describe_value(tree)}"
         )
-    document.tree = tree
+    document.content = tree
     return document
 
 
-def value(text: str) -> Any:
+def parse_override_value(text: str) -> Any:
     """What stands after the `=` of an override. Raises SpaceError, without a place.
 
     A plain word is taken whole: `#` begins no comment on a command line.
     """
     try:
-        document = parse(f"value: {text}", "")
+        document = parse_document(f"value: {text}", "")
         if _has_comment(f"value: {text}"):
             if text.lstrip()[0] in "[{'\"":
-                raise SpaceError(f":1: a value holds no comment (#); {QUOTING}")
+                raise SpaceError(f":1: a value holds no comment (#); {SHELL_QUOTING_HINT}")
             return text
     except SpaceError as error:
         problems = [problem.partition(": ")[2] for problem in error.problems]
         raise SpaceError(
-            *(f"{p}; {QUOTING}" if p.startswith("not valid YAML") else p for p in problems)
+            *(
+                f"{p}; {SHELL_QUOTING_HINT}" if p.startswith("not valid YAML") else p
+                for p in problems
+            )
         ) from None
-    if set(document.tree) != {"value"}:
+    if set(document.content) != {"value"}:
         raise SpaceError("expected one value; a mapping goes as {key: value, …}")
     if document.problems:
         raise SpaceError(*(problem.partition(": value.")[2] for problem in document.problems))
-    return document.tree["value"]
+    return document.content["value"]
 
 
 def _has_comment(text: str) -> bool:
@@ -137,7 +149,7 @@ def _has_comment(text: str) -> bool:
     return "#" in outside
 
 
-def _tab(text: str, mark: yaml.Mark | None) -> str:
+def _tab_hint(text: str, mark: yaml.Mark | None) -> str:
     """What is wrong with the tab at this place, and what goes there instead; '' where there is none."""
     if mark is None or text[mark.index : mark.index + 1] != "\t":
         return ""
@@ -152,26 +164,26 @@ def _tab(text: str, mark: yaml.Mark | None) -> str:
     written = [i for i, other in enumerate(before) if other.partition("#")[0].strip()]
     spaces = 0
     if written:
-        opens = before[written[-1]].partition("#")[0].rstrip().endswith(OPENS)
+        opens = before[written[-1]].partition("#")[0].rstrip().endswith(LINE_ENDS_BEFORE_INDENT)
         spaces = indents[written[-1]] + step * opens
     what = f"{spaces} spaces" if spaces else "nothing"
     return f"a tab before {line.strip()[:40]!r}; lines are indented by spaces: write {what} instead"
 
 
-def scalar(text: str) -> Any:
+def parse_scalar(text: str) -> Any:
     """A plain (unquoted) scalar's value."""
-    if text in WORDS:
-        return WORDS[text]
-    if INTEGER.fullmatch(text):
+    if text in NAMED_VALUES:
+        return NAMED_VALUES[text]
+    if INTEGER_PATTERN.fullmatch(text):
         return int(text.replace("_", "")) if len(text) <= MAX_DIGITS else text
-    if NUMBER.fullmatch(text) and not re.match(r"[-+]?0[0-9]", text):
+    if NUMBER_PATTERN.fullmatch(text) and not re.match(r"[-+]?0[0-9]", text):
         return float(text.replace("_", ""))
-    if SPECIAL.fullmatch(text):
+    if INFINITE_OR_NAN.fullmatch(text):
         return float(text.lower().replace(".", ""))
     return text
 
 
-def kind(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value as an error names it."""
     if value is None:
         return "nothing"
@@ -186,7 +198,7 @@ def kind(value: Any) -> str:
     return f"{value!r}"
 
 
-def _line(event: yaml.Event) -> int:
+def _line_of(event: yaml.Event) -> int:
     return event.start_mark.line + 1 if event.start_mark else 1
 
 
@@ -194,10 +206,10 @@ class _Reader:
     """Builds values from PyYAML's events, so that limits hold while reading and not after."""
 
     def __init__(self, document: Document) -> None:
-        self.into = document
-        self.nodes = 0
+        self.result = document
+        self.node_count = 0
 
-    def document(self, events: Iterator[yaml.Event]) -> Any:
+    def read_document(self, events: Iterator[yaml.Event]) -> Any:
         tree, documents = None, 0
         for event in events:
             if isinstance(event, yaml.DocumentStartEvent):
@@ -205,18 +217,18 @@ class _Reader:
                 if documents > 1:
                     raise self._refuse(event, "only one document per file")
             elif isinstance(event, yaml.NodeEvent):
-                tree = self._value(event, events, ())
+                tree = self._read_value(event, events, ())
         return tree
 
     def _refuse(self, event: yaml.Event, what: str) -> SpaceError:
-        return SpaceError(f"{self._place(event)}: {what}")
+        return SpaceError(f"{self._location(event)}: {what}")
 
-    def _place(self, event: yaml.Event) -> str:
-        return f"{self.into.file}:{_line(event)}"
+    def _location(self, event: yaml.Event) -> str:
+        return f"{self.result.file}:{_line_of(event)}"
 
-    def _inspect(self, event: yaml.Event, path: KeyPath) -> None:
+    def _check_event(self, event: yaml.Event, path: KeyPath) -> None:
         """Refuses, for keys and values alike, what makes a small file large or a value code."""
-        self.nodes += 1
+        self.node_count += 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise self._refuse(
                 event, "anchors (&) and aliases (*) are not allowed; write the value out"
@@ -226,49 +238,55 @@ class _Reader:
                 event,
                 f"tags such as {getattr(event, 'tag', None)!r} are not allowed; write the plain value",
             )
-        if self.nodes > MAX_NODES:
+        if self.node_count > MAX_NODES:
             raise self._refuse(event, f"more than {MAX_NODES:,} values")
         if len(path) > MAX_DEPTH:
             raise self._refuse(event, f"nested deeper than {MAX_DEPTH} levels")
         unspeakable = (
-            UNSPEAKABLE.search(event.value) if isinstance(event, yaml.ScalarEvent) else None
+            FORBIDDEN_CHARACTERS.search(event.value)
+            if isinstance(event, yaml.ScalarEvent)
+            else None
         )
         if unspeakable:
             raise self._refuse(event, f"the character U+{ord(unspeakable[0]):04X} is not allowed")
 
-    def _value(self, event: yaml.Event, events: Iterator[yaml.Event], path: KeyPath) -> Any:
-        self._inspect(event, path)
-        self.into.lines[path] = self._place(event)
+    def _read_value(self, event: yaml.Event, events: Iterator[yaml.Event], path: KeyPath) -> Any:
+        self._check_event(event, path)
+        self.result.lines[path] = self._location(event)
         if isinstance(event, yaml.ScalarEvent):
-            return scalar(event.value) if event.implicit[0] and event.style is None else event.value
+            return (
+                parse_scalar(event.value)
+                if event.implicit[0] and event.style is None
+                else event.value
+            )
         if isinstance(event, yaml.SequenceStartEvent):
-            return self._sequence(events, path)
-        return self._mapping(events, path)
+            return self._read_sequence(events, path)
+        return self._read_mapping(events, path)
 
-    def _sequence(self, events: Iterator[yaml.Event], path: KeyPath) -> list[Any]:
+    def _read_sequence(self, events: Iterator[yaml.Event], path: KeyPath) -> list[Any]:
         values: list[Any] = []
         for event in events:
             if isinstance(event, yaml.SequenceEndEvent):
                 break
-            values.append(self._value(event, events, (*path, len(values))))
+            values.append(self._read_value(event, events, (*path, len(values))))
         return values
 
-    def _mapping(self, events: Iterator[yaml.Event], path: KeyPath) -> dict[str, Any]:
+    def _read_mapping(self, events: Iterator[yaml.Event], path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for event in events:
             if isinstance(event, yaml.MappingEndEvent):
                 break
-            self._inspect(event, path)
+            self._check_event(event, path)
             if not isinstance(event, yaml.ScalarEvent):
                 raise self._refuse(event, "a key must be a word")
             if event.value == "<<":
                 raise self._refuse(event, "merge keys (<<) are not allowed; write the values out")
             key = (*path, event.value)
             if event.value in values:
-                first = self.into.lines[key].rpartition(":")[2]
-                self.into.problems.append(
-                    f"{self._place(event)}: {dotted(key)}: duplicate key, first written in line {first}; keep one"
+                first = self.result.lines[key].rpartition(":")[2]
+                self.result.problems.append(
+                    f"{self._location(event)}: {format_key_path(key)}: duplicate key, first written in line {first}; keep one"
                 )
-            values[event.value] = self._value(next(events), events, key)
-            self.into.lines[key] = self._place(event)
+            values[event.value] = self._read_value(next(events), events, key)
+            self.result.lines[key] = self._location(event)
         return values

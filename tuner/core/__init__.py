@@ -2,14 +2,24 @@
 
 from tuner.core.types import (
     Batch,
-    Data,
+    Dataset,
+    Prediction,
     Source,
-    Staged,
+    StagedModel,
     Task,
-    Told,
-    apart,
-    cut,
-    digest_of,
+    module_digest,
+    relative_difference,
+    split_sequential,
 )
 
-__all__ = ["Batch", "Data", "Source", "Staged", "Task", "Told", "apart", "cut", "digest_of"]
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Prediction",
+    "Source",
+    "StagedModel",
+    "Task",
+    "module_digest",
+    "relative_difference",
+    "split_sequential",
+]

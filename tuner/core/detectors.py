@@ -12,38 +12,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tuner.core.input_spec import Tree, leaves
+from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.targets import NO_OBJECT
 
-IMAGE = "image"  # the leaf that a bare tensor becomes
-TARGET = "target."
-MOST = 100  # objects given for an image
+IMAGE_NAME = "image"  # the leaf that a bare tensor becomes
+TARGET_PREFIX = "target."
+MAX_OBJECTS = 100  # objects given for an image
 Objects = dict[str, Tensor]
 """Of one image: `boxes` (k, 4), `labels` (k,), and of predictions `scores` (k,)."""
 
 
-class Stage(nn.Module, ABC):
+class DetectorStage(nn.Module, ABC):
     """A stage before the head."""
 
-    def forward(self, x: Tree) -> Tree:
-        x = named(x)
-        targets = {name: leaf for name, leaf in x.items() if name.startswith(TARGET)}
-        return self.step({name: leaf for name, leaf in x.items() if name not in targets}) | targets
+    def forward(self, x: TensorTree) -> TensorTree:
+        x = name_tensors(x)
+        targets = {name: leaf for name, leaf in x.items() if name.startswith(TARGET_PREFIX)}
+        return (
+            self.compute({name: leaf for name, leaf in x.items() if name not in targets}) | targets
+        )
 
     @abstractmethod
-    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """The stage's own work, on leaves that are batch-first."""
 
 
-class Head(nn.Module, ABC):
+class DetectorHead(nn.Module, ABC):
     """The last stage."""
 
-    def forward(self, x: Tree) -> Tree:
-        x = named(x)
-        given = {name: leaf for name, leaf in x.items() if not name.startswith(TARGET)}
-        if f"{TARGET}boxes" in x:
-            return self.losses(given, objects(x[f"{TARGET}boxes"], x[f"{TARGET}labels"]))
-        return padded(self.detect(given))
+    def forward(self, x: TensorTree) -> TensorTree:
+        x = name_tensors(x)
+        given = {name: leaf for name, leaf in x.items() if not name.startswith(TARGET_PREFIX)}
+        if f"{TARGET_PREFIX}boxes" in x:
+            return self.losses(
+                given, unpad_objects(x[f"{TARGET_PREFIX}boxes"], x[f"{TARGET_PREFIX}labels"])
+            )
+        return pad_objects(self.detect(given))
 
     @abstractmethod
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
@@ -54,16 +58,18 @@ class Head(nn.Module, ABC):
         """The objects of each image after non-maximum suppression, scores falling."""
 
 
-def named(x: Tree) -> dict[str, Tensor]:
-    return {name or IMAGE: leaf for name, leaf in leaves(x).items()}
+def name_tensors(x: TensorTree) -> dict[str, Tensor]:
+    return {name or IMAGE_NAME: leaf for name, leaf in tree_to_dict(x).items()}
 
 
-def with_targets(x: Tree, y: Tree) -> dict[str, Tensor]:
+def join_targets(x: TensorTree, y: TensorTree) -> dict[str, Tensor]:
     """A batch with its truth beside it."""
-    return named(x) | {f"{TARGET}{name}": leaf for name, leaf in leaves(y).items()}
+    return name_tensors(x) | {
+        f"{TARGET_PREFIX}{name}": leaf for name, leaf in tree_to_dict(y).items()
+    }
 
 
-def objects(boxes: Tensor, labels: Tensor) -> list[Objects]:
+def unpad_objects(boxes: Tensor, labels: Tensor) -> list[Objects]:
     """Padded leaves as each image's own objects."""
     return [
         {"boxes": b[k != NO_OBJECT], "labels": k[k != NO_OBJECT]}
@@ -71,11 +77,13 @@ def objects(boxes: Tensor, labels: Tensor) -> list[Objects]:
     ]
 
 
-def padded(found: Sequence[Objects], most: int = MOST) -> dict[str, Tensor]:
+def pad_objects(found: Sequence[Objects], max_objects: int = MAX_OBJECTS) -> dict[str, Tensor]:
     """Each image's objects as batch-first leaves; no data-dependent shape is left, so that it can be exported."""
     one = [
         {
-            name: _filled(f[name][:most], most, NO_OBJECT if name == "labels" else 0)
+            name: _pad_rows(
+                f[name][:max_objects], max_objects, NO_OBJECT if name == "labels" else 0
+            )
             for name in ("boxes", "scores", "labels")
         }
         for f in found
@@ -83,6 +91,6 @@ def padded(found: Sequence[Objects], most: int = MOST) -> dict[str, Tensor]:
     return {name: torch.stack([o[name] for o in one]) for name in ("boxes", "scores", "labels")}
 
 
-def _filled(value: Tensor, most: int, by: float) -> Tensor:
+def _pad_rows(value: Tensor, most: int, by: float) -> Tensor:
     filling = value.new_full((most, *value.shape[1:]), by)
     return torch.cat([value, filling])[:most]

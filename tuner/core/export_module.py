@@ -8,37 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.core.input_spec import Tree, Wanted
-from tuner.core.types import Staged
+from tuner.core.input_spec import InputSpec, TensorTree
+from tuner.core.types import StagedModel
 
 
-class Portable(nn.Module):
+class ExportModule(nn.Module):
     """From an example as an export takes it (RGB in 0..1, or token ids) to the model's own output."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, staged: Staged, wanted: Wanted) -> None:
+    def __init__(self, staged: StagedModel, input_spec: InputSpec) -> None:
         super().__init__()
-        self.function = staged.function()
+        self.function = staged.as_module()
         self.staged = (staged,)  # in a tuple, so that its model is not taken for a child
-        self.longest = wanted.longest
-        self.normalised = wanted.normalisation() is not None
-        for name, values in zip(("mean", "std"), wanted.normalisation() or (), strict=False):
+        self.max_length = input_spec.max_length
+        self.has_normalisation = input_spec.normalisation() is not None
+        for name, values in zip(("mean", "std"), input_spec.normalisation() or (), strict=False):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
 
-    def forward(self, x: Tree) -> Tree:
-        if self.normalised:
+    def forward(self, x: TensorTree) -> TensorTree:
+        if self.has_normalisation:
             x = (x - self.mean) / self.std  # type: ignore[operator]
         return self.function(x)  # type: ignore[no-any-return]
 
-    def state(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         """All weights: the model's under their native names, what an export adds under `tuner.`. No two share memory."""
         own = {f"tuner.{name}": value for name, value in self.named_buffers(recurse=False)}
         model = self.staged[0].model.state_dict()
         return {name: value.detach().clone().contiguous() for name, value in (model | own).items()}
 
-    def take(self, state: Mapping[str, Tensor]) -> None:
+    def load_export_state(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `state` gave."""
         self.staged[0].model.load_state_dict(
             {name: value for name, value in state.items() if not name.startswith("tuner.")}
@@ -47,19 +47,19 @@ class Portable(nn.Module):
             buffer.copy_(state[f"tuner.{name}"])
 
 
-def free(model: Portable, example: Tree) -> Any:
+def dynamic_shapes(model: ExportModule, example: TensorTree) -> Any:
     """The sizes that an export leaves open, as torch.export wants them: the number of examples, and the length of texts."""
-    if not model.staged[0].batched:
+    if not model.staged[0].exports_batched:
         return dict.fromkeys(example) if isinstance(example, dict) else None
     batch = torch.export.Dim("batch", min=1, max=65_536)
     if isinstance(example, Tensor):
         return {0: batch}
-    length = torch.export.Dim("length", min=2, max=model.longest)
+    length = torch.export.Dim("length", min=2, max=model.max_length)
     return {name: {0: batch, 1: length} for name in example}
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
+def quiet_export() -> Iterator[None]:
     """While an exporter traces a model: what torch and torchvision tell each other is of no use to who exports."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*create_unbacked_symint.* is deprecated", FutureWarning)

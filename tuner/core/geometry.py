@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tuner.core.input_spec import Preprocess
+from tuner.core.input_spec import ImageInputSpec
 
 
 class Placement(NamedTuple):
@@ -14,14 +14,14 @@ class Placement(NamedTuple):
     top: int
 
 
-def placed(width: int, height: int, preprocess: Preprocess) -> Placement:
+def place_on_canvas(width: int, height: int, image_spec: ImageInputSpec) -> Placement:
     """An image of width x height pixels on the canvas."""
-    size = preprocess.size
-    if preprocess.fit == "letterbox":
+    size = image_spec.size
+    if image_spec.fit == "letterbox":
         scale = size / max(width, height)
         wide, high = (min(size, max(1, round(side * scale))) for side in (width, height))
         return Placement(wide, high, (size - wide) // 2, (size - high) // 2)
-    short = preprocess.resize
+    short = image_spec.resize
     scale = short / min(width, height)
     wide, high = (
         max(short, int(side * scale)) for side in (width, height)

@@ -8,48 +8,48 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tuner.config.run import Triple
+from tuner.config.run import RgbTriple
 
-Tree = Tensor | dict[str, Tensor]
+TensorTree = Tensor | dict[str, Tensor]
 """What flows between stages: a tensor or a flat dict of tensors, every leaf batch-first."""
 
 
-def leaves(tree: Tree) -> dict[str, Tensor]:
+def tree_to_dict(tree: TensorTree) -> dict[str, Tensor]:
     """The tree as a dict; a bare tensor is the leaf named ''."""
     return tree if isinstance(tree, dict) else {"": tree}
 
 
-class Wanted(Protocol):
+class InputSpec(Protocol):
     """How the examples of a data set become what a model's weights want. Its repr names it: equal repr, equal function."""
 
     @property
-    def longest(self) -> int | None:
+    def max_length(self) -> int | None:
         """The most tokens an example can have; None for images."""
 
-    def ready(self, x: Tree, device: torch.device) -> Tree:
+    def to_model_input(self, x: TensorTree, device: torch.device) -> TensorTree:
         """What a source gives, as the first stage takes it, on `device`."""
 
-    def given(self, x: Tree) -> Tree:
+    def to_export_input(self, x: TensorTree) -> TensorTree:
         """What a source gives, as an export takes it."""
 
-    def example(self, side: int | None = None) -> Tree:
+    def dummy_input(self, side: int | None = None) -> TensorTree:
         """One made-up example as the first stage takes it; images `side` pixels square."""
 
-    def normalisation(self) -> tuple[Triple, Triple] | None:
+    def normalisation(self) -> tuple[RgbTriple, RgbTriple] | None:
         """Mean and standard deviation that an export holds inside; None where nothing is normalised."""
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it; `wanted_of` reads it back."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe_input(self) -> dict[str, Any]:
         """An export's input: what the manifest tells who ships the model."""
 
-    def files(self) -> dict[str, Path]:
+    def export_files(self) -> dict[str, Path]:
         """Files that travel with an export, by their name there."""
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class ImageInputSpec:
     """How an image becomes a model's input: brought to `size` x `size` pixels, RGB in 0..1, (x - mean) / std.
 
     `fit`: crop resizes the shorter side to `resize` and takes the centre; letterbox resizes the longer side to `size` and pads.
@@ -59,16 +59,16 @@ class Preprocess:
     size: int
     resize: int
     interpolation: str
-    mean: Triple
-    std: Triple
+    mean: RgbTriple
+    std: RgbTriple
     fit: str = "crop"
     multiple: int = 1
 
     @property
-    def longest(self) -> int | None:
+    def max_length(self) -> int | None:
         return None
 
-    def ready(self, x: Tree, device: torch.device) -> Tree:
+    def to_model_input(self, x: TensorTree, device: torch.device) -> TensorTree:
         """uint8 pixels as normalised float32, channels-last; anything else as it is."""
         if not isinstance(x, Tensor) or x.dtype != torch.uint8:
             return x
@@ -82,80 +82,80 @@ class Preprocess:
             .div_(std)
         )
 
-    def given(self, x: Tree) -> Tree:
+    def to_export_input(self, x: TensorTree) -> TensorTree:
         assert isinstance(x, Tensor)
         return x.float() / 255
 
-    def example(self, side: int | None = None) -> Tree:
+    def dummy_input(self, side: int | None = None) -> TensorTree:
         return torch.zeros(1, 3, side or self.size, side or self.size)
 
-    def normalisation(self) -> tuple[Triple, Triple] | None:
+    def normalisation(self) -> tuple[RgbTriple, RgbTriple] | None:
         return self.mean, self.std
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {"kind": "image", **asdict(self)}
 
-    def describe(self) -> dict[str, Any]:
+    def describe_input(self) -> dict[str, Any]:
         return {
             "shape": ["batch", 3, self.size, self.size],
             "dtype": "float32",
             "range": "RGB in 0..1; normalised inside the model",
         }
 
-    def files(self) -> dict[str, Path]:
+    def export_files(self) -> dict[str, Path]:
         return {}
 
 
-IMAGENET = Preprocess(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_SPEC = ImageInputSpec(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TextInputSpec:
     """How a text becomes a model's input: token ids by the tokenizer in a folder, cut and padded to `length`.
 
     Sources give dicts of int64 (n, length), `input_ids` and `attention_mask` among them, as `leaves` lists them.
     """
 
-    folder: str  # holds tokenizer.json and its kin
+    tokenizer_folder: str  # holds tokenizer.json and its kin
     length: int
-    leaves: tuple[str, ...] = ("input_ids", "attention_mask")
+    input_names: tuple[str, ...] = ("input_ids", "attention_mask")
 
     @property
-    def longest(self) -> int | None:
+    def max_length(self) -> int | None:
         return self.length
 
-    def ready(self, x: Tree, device: torch.device) -> Tree:
+    def to_model_input(self, x: TensorTree, device: torch.device) -> TensorTree:
         assert isinstance(x, dict)
         return {name: leaf.to(device) for name, leaf in x.items()}
 
-    def given(self, x: Tree) -> Tree:
+    def to_export_input(self, x: TensorTree) -> TensorTree:
         return x
 
-    def example(self, side: int | None = None) -> Tree:
-        return {name: torch.ones(1, self.length, dtype=torch.int64) for name in self.leaves}
+    def dummy_input(self, side: int | None = None) -> TensorTree:
+        return {name: torch.ones(1, self.length, dtype=torch.int64) for name in self.input_names}
 
-    def normalisation(self) -> tuple[Triple, Triple] | None:
+    def normalisation(self) -> tuple[RgbTriple, RgbTriple] | None:
         return None
 
-    def tree(self) -> dict[str, Any]:
-        return {"kind": "tokens", "length": self.length, "leaves": list(self.leaves)}
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "tokens", "length": self.length, "leaves": list(self.input_names)}
 
-    def describe(self) -> dict[str, Any]:
+    def describe_input(self) -> dict[str, Any]:
         return {
-            "leaves": list(self.leaves),
+            "leaves": list(self.input_names),
             "shape": ["batch", f"at most {self.length} tokens"],
             "dtype": "int64",
         }
 
-    def files(self) -> dict[str, Path]:
+    def export_files(self) -> dict[str, Path]:
         return {
-            f"{TOKENIZER}/{path.name}": path
-            for path in sorted(Path(self.folder).iterdir())
+            f"{TOKENIZER_FOLDER}/{path.name}": path
+            for path in sorted(Path(self.tokenizer_folder).iterdir())
             if path.name in TOKENIZER_FILES
         }
 
 
-TOKENIZER = "tokenizer"  # an export's folder for it
+TOKENIZER_FOLDER = "tokenizer"  # an export's folder for it
 TOKENIZER_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -168,11 +168,11 @@ TOKENIZER_FILES = {
 }
 
 
-def wanted_of(tree: Mapping[str, Any], folder: Path) -> Wanted:
+def input_spec_from_dict(tree: Mapping[str, Any], folder: Path) -> InputSpec:
     """What `Wanted.tree` gave, beside an export in `folder`."""
     if tree["kind"] == "tokens":
-        return Tokens(str(folder / TOKENIZER), tree["length"], tuple(tree["leaves"]))
+        return TextInputSpec(str(folder / TOKENIZER_FOLDER), tree["length"], tuple(tree["leaves"]))
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in tree.items() if k != "kind"
     }
-    return Preprocess(**fields)
+    return ImageInputSpec(**fields)

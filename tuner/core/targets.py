@@ -5,8 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tuner.core.input_spec import Tree
-from tuner.files.cache_entries import Held
+from tuner.core.input_spec import TensorTree
+from tuner.files.cache_entries import PinnedEntry
 
 NO_OBJECT = -1  # label of the rows that fill up an image's boxes
 IGNORED = 255  # class of pixels that count for nothing, such as a letterbox's borders
@@ -17,10 +17,10 @@ class Targets(Protocol):
     def content(self) -> tuple[bytes, ...]:
         """Equal content, equal targets."""
 
-    def take(self, rows: Tensor) -> Tree:
+    def take(self, rows: Tensor) -> TensorTree:
         """The truth of the examples at `rows` (int64, (n,)), batch-first."""
 
-    def mirror(self, y: Tree, which: Tensor) -> Tree:
+    def mirror(self, y: TensorTree, which: Tensor) -> TensorTree:
         """The truth of a batch after the images of `which` (bool, (n,)) were flipped left to right."""
 
 
@@ -34,10 +34,10 @@ class Labels:
     def content(self) -> tuple[bytes, ...]:
         return (self.labels.numpy().tobytes(),)
 
-    def take(self, rows: Tensor) -> Tree:
+    def take(self, rows: Tensor) -> TensorTree:
         return self.labels[rows]
 
-    def mirror(self, y: Tree, which: Tensor) -> Tree:
+    def mirror(self, y: TensorTree, which: Tensor) -> TensorTree:
         return y
 
 
@@ -45,7 +45,7 @@ class Labels:
 class Masks:
     """A class per pixel: uint8 (n, size, size), IGNORED where nothing is asked."""
 
-    held: Held
+    entry: PinnedEntry
     masks: Tensor
     digest: str
 
@@ -53,10 +53,10 @@ class Masks:
     def content(self) -> tuple[bytes, ...]:
         return (self.digest.encode(),)
 
-    def take(self, rows: Tensor) -> Tree:
+    def take(self, rows: Tensor) -> TensorTree:
         return self.masks[rows]
 
-    def mirror(self, y: Tree, which: Tensor) -> Tree:
+    def mirror(self, y: TensorTree, which: Tensor) -> TensorTree:
         assert isinstance(y, Tensor)
         y[which] = y[which].flip(2)
         return y
@@ -71,20 +71,20 @@ class Boxes:
 
     boxes: Tensor
     labels: Tensor
-    side: int
+    canvas_side: int
 
     @property
     def content(self) -> tuple[bytes, ...]:
         return self.boxes.numpy().tobytes(), self.labels.numpy().tobytes()
 
-    def take(self, rows: Tensor) -> Tree:
+    def take(self, rows: Tensor) -> TensorTree:
         return {"boxes": self.boxes[rows], "labels": self.labels[rows]}
 
-    def mirror(self, y: Tree, which: Tensor) -> Tree:
+    def mirror(self, y: TensorTree, which: Tensor) -> TensorTree:
         assert isinstance(y, dict)
         boxes = y["boxes"]
         flipped = boxes[which][..., [2, 1, 0, 3]]
-        flipped[..., [0, 2]] = self.side - flipped[..., [0, 2]]
+        flipped[..., [0, 2]] = self.canvas_side - flipped[..., [0, 2]]
         real = (y["labels"][which] != NO_OBJECT)[..., None]
         boxes[which] = flipped.where(real, boxes[which])
         return {**y, "boxes": boxes}

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from tuner.core.input_spec import Tree, Wanted, leaves
+from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
 
 
 class Batch(NamedTuple):
-    x: Tree
-    y: Tree  # only the task looks inside
+    x: TensorTree
+    y: TensorTree  # only the task looks inside
 
 
 class Source(Protocol):
@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Data:
+class Dataset:
     """One data set, split. `full` is train and valid together, augmented like train: what the winner is trained on."""
 
     train: Source
@@ -49,13 +49,13 @@ class Data:
     test: Source
     full: Source
     classes: tuple[str, ...]
-    wanted: Wanted
+    input_spec: InputSpec
     digest: str
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedModel:
     """A native model and ordered views of it.
 
     For every depth, suffix(prefix(x)) == model(x), and each parameter lives in exactly one stage. The stages hold the
@@ -69,22 +69,22 @@ class Staged:
     model: nn.Module
     stages: Mapping[str, nn.Module]
     notes: tuple[str, ...] = ()
-    native: Callable[[nn.Module, Tree], Tree] | None = None
-    probe: bool = True
-    batched: bool = True
+    native_forward: Callable[[nn.Module, TensorTree], TensorTree] | None = None
+    can_probe: bool = True
+    exports_batched: bool = True
 
     @property
     def max_depth(self) -> int:
         """The deepest freeze that leaves something to train: every stage but the last."""
         return len(self.stages) - 1
 
-    def call(self, x: Tree) -> Tree:
+    def reference_output(self, x: TensorTree) -> TensorTree:
         """The native model's own answer, for whoever wants to compare."""
-        return self.native(self.model, x) if self.native else self.model(x)
+        return self.native_forward(self.model, x) if self.native_forward else self.model(x)
 
-    def function(self) -> nn.Module:
+    def as_module(self) -> nn.Module:
         """The whole as a module that takes and gives what the stages do."""
-        return nn.Sequential(OrderedDict(self.stages)) if self.native else self.model
+        return nn.Sequential(OrderedDict(self.stages)) if self.native_forward else self.model
 
     def split(self, depth: int) -> tuple[nn.Module, nn.Module]:
         """The first `depth` stages, frozen and in eval mode (BatchNorm stands still), and the trainable rest."""
@@ -97,7 +97,7 @@ class Staged:
 
 
 @dataclass(frozen=True)
-class Told:
+class Prediction:
     """A prediction for one example: `line` for a terminal, `values` for programs, `picture` (PNG) to look at."""
 
     line: str
@@ -109,14 +109,14 @@ class Task(ABC):
     """What a model is for. Scores: larger is better. A task never sees the freeze depth."""
 
     metrics: ClassVar[tuple[str, ...]]
-    output: ClassVar[str]  # what an export gives, in words
+    output_description: ClassVar[str]  # what an export gives, in words
 
     @abstractmethod
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """The scalar that training minimises."""
 
     @abstractmethod
-    def predict(self, net: nn.Module, x: Tree) -> Tree:
+    def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
         """What `score` wants of one batch."""
 
     @abstractmethod
@@ -124,23 +124,30 @@ class Task(ABC):
         """Each of `metrics` over (prediction, truth) batches."""
 
     @abstractmethod
-    def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
+    def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         """Files (name -> content) that show a person where the predictions on `data.valid`, in its order, are right and wrong."""
 
     @abstractmethod
-    def difference(self, expected: Tree, got: Tree) -> float:
+    def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
         """How far two outputs of an export lie apart, relative to their size; a thousandth is what formats may differ by."""
 
     @abstractmethod
-    def tell(
-        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
-    ) -> list[Told]:
+    def describe_predictions(
+        self,
+        function: Callable[[TensorTree], TensorTree],
+        x: TensorTree,
+        originals: Sequence[Any],
+        input_spec: InputSpec,
+    ) -> list[Prediction]:
         """What an export's `function` says of the examples `x`; `originals` are upright PIL images, or texts, as the user has them."""
 
 
-def apart(expected: Tree, got: Tree) -> float:
+def relative_difference(expected: TensorTree, got: TensorTree) -> float:
     """The largest difference between two trees, relative to the largest value expected, which counts as 1 at least."""
-    pairs = [(value.float(), leaves(got)[name].float()) for name, value in leaves(expected).items()]
+    pairs = [
+        (value.float(), tree_to_dict(got)[name].float())
+        for name, value in tree_to_dict(expected).items()
+    ]
     return max(
         (
             float((a - b).abs().max()) / max(1.0, float(a.abs().max()))
@@ -151,13 +158,13 @@ def apart(expected: Tree, got: Tree) -> float:
     )
 
 
-def cut(model: nn.Module) -> Staged:
+def split_sequential(model: nn.Module) -> StagedModel:
     """A model of the user's own: an nn.Sequential is cut at its children, anything else is one stage."""
     children = dict(model.named_children()) if isinstance(model, nn.Sequential) else {}
-    return Staged(model, children or {"model": model})
+    return StagedModel(model, children or {"model": model})
 
 
-def digest_of(module: nn.Module) -> str:
+def module_digest(module: nn.Module) -> str:
     """SHA-256 over a module's structure, parameters and buffers."""
     seen = hashlib.sha256(repr(module).encode())
     for name, value in module.state_dict().items():

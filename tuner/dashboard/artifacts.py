@@ -10,19 +10,19 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import Trial
 
 from tuner.config.run import Run
-from tuner.config.space import Space, dump
+from tuner.config.space import Space, dump_yaml
 from tuner.dashboard.dashboard_internals import note_attributes
 from tuner.files import removal
 from tuner.files.atomic import disk_errors
-from tuner.files.crash_points import crash
-from tuner.messages import Epoch, Result
+from tuner.files.crash_points import crash_point
+from tuner.messages import Epoch, TrialResult
 from tuner.search.optuna_internals import storage_for, storage_of, study_id_of, trial_id_of
-from tuner.search.write_buffer import Batched
+from tuner.search.write_buffer import BufferedStorage
 
-TYPES = {".png": "image/png", ".csv": "text/csv"}
+MIME_TYPES = {".png": "image/png", ".csv": "text/csv"}
 
 
-class Artifacts:
+class ArtifactWriter:
     """Files lie in the study's folder, notes in its database."""
 
     def __init__(self, study: optuna.Study, folder: Path, metric: str) -> None:
@@ -32,21 +32,21 @@ class Artifacts:
             self.folder.mkdir(exist_ok=True)
         self.store = FileSystemArtifactStore(self.folder)
 
-    def describe(self, space: Space) -> None:
+    def write_study_note(self, space: Space) -> None:
         """The study's note and the metric's name; once, so that what somebody added to the note in the browser stays."""
         if self.study.metric_names is not None:
             return
-        write_note(self.study, None, study_note(space, self.study.study_name, self.metric))
+        write_note(self.study, None, format_study_note(space, self.study.study_name, self.metric))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.study.set_metric_names(
                 [self.metric]
             )  # last: it says that the study has been described
 
-    def files(self, trial: Trial, run: Run, result: Result) -> None:
+    def save_artifacts(self, trial: Trial, run: Run, result: TrialResult) -> None:
         """Attaches a running trial's files and writes its note."""
         with removal.scratch() as temporary:
-            for name, content in result.files.items():
+            for name, content in result.artifacts.items():
                 path = temporary / name
                 path.write_bytes(content)
                 with disk_errors(self.folder):
@@ -54,10 +54,10 @@ class Artifacts:
                         artifact_store=self.store,
                         file_path=str(path),
                         study_or_trial=trial,
-                        mimetype=TYPES.get(path.suffix),
+                        mimetype=MIME_TYPES.get(path.suffix),
                     )
-                crash("artifact.kept")
-        write_note(self.study, trial, note(run, result, self.metric))
+                crash_point("artifact.kept")
+        write_note(self.study, trial, format_trial_note(run, result, self.metric))
 
 
 def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
@@ -76,31 +76,31 @@ def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
 
 
 def _has(storage: Any, study: optuna.Study, key: str) -> bool:
-    if isinstance(storage, Batched):
+    if isinstance(storage, BufferedStorage):
         return storage.has_study_system_attr(key)
     return key in storage.get_study_system_attrs(study_id_of(study))
 
 
-def study_note(space: Space, name: str, metric: str) -> str:
+def format_study_note(space: Space, name: str, metric: str) -> str:
     """What is searched and for what, as far as it can never change."""
     tree = {
         section: keys
-        for section, keys in space.tree().items()
+        for section, keys in space.to_dict().items()
         if section in ("task", "data", "model", "recipe")
     }
     searched = ", ".join(f"`{d.name}`" for d in space.dimensions)
-    return f"""Searches {searched or "nothing"} for the best **{spoken(metric)}** on the validation examples.
+    return f"""Searches {searched or "nothing"} for the best **{metric_label(metric)}** on the validation examples.
 
 - One trial is the default recipe, so that the best can be compared with it.
 - A trial's value is its best epoch's; its learning curve, its predictions and its scores per class are its artifacts.
 - `tuner export {name} --trial N` retrains and exports any of them.
 
 ```yaml
-{dump({section: {k: v for k, v in keys.items() if v is not None} for section, keys in tree.items()})}```
+{dump_yaml({section: {k: v for k, v in keys.items() if v is not None} for section, keys in tree.items()})}```
 """
 
 
-def note(run: Run, result: Result, metric: str) -> str:
+def format_trial_note(run: Run, result: TrialResult, metric: str) -> str:
     """A trial's note: how it ended, its epochs as a table, its recipe with a key a line."""
     names = [metric, *(n for n in result.epochs[0].scores if n != metric)] if result.epochs else []
     recipe = {key: value for key, value in run.recipe.model_dump().items() if value is not None}
@@ -109,28 +109,34 @@ def note(run: Run, result: Result, metric: str) -> str:
     )  # a key a line: the page is narrow
     table = ""
     if names:
-        heads = ["epoch", "training loss", *map(spoken, names), "seconds"]
+        heads = ["epoch", "training loss", *map(metric_label, names), "seconds"]
         head = f"| {' | '.join(f'&emsp;{h}' for h in heads)} |\n|{'---:|' * len(heads)}"  # the page puts cells side by side
         table = "\n".join(
-            [head, *(row(e, names, best=e.number == result.best) for e in result.epochs)]
+            [
+                head,
+                *(
+                    format_epoch_row(e, names, best=e.number == result.best_epoch)
+                    for e in result.epochs
+                ),
+            ]
         )
-    return f"{outcome(run, result, metric)}\n\n{table}\n\n```yaml\n{carried_out}```\n"
+    return f"{format_outcome(run, result, metric)}\n\n{table}\n\n```yaml\n{carried_out}```\n"
 
 
-def outcome(run: Run, result: Result, metric: str) -> str:
+def format_outcome(run: Run, result: TrialResult, metric: str) -> str:
     reached = len(result.epochs)
     why = {"complete": "", "stopped": f"**Pruned** after epoch {reached} of {run.recipe.epochs}. "}
     ended = why.get(result.state, f"**{result.state.capitalize()}**: {result.reason}. ")
-    best = next((e for e in result.epochs if e.number == result.best), None)
+    best = next((e for e in result.epochs if e.number == result.best_epoch), None)
     told = (
-        f"Best {spoken(metric)} **{best.scores[metric]:.4f}** in epoch {best.number} of {reached}, "
+        f"Best {metric_label(metric)} **{best.scores[metric]:.4f}** in epoch {best.number} of {reached}, "
         if best
         else "No score, "
     )
     return f"{ended}{told}{result.seconds:.1f} s in all."
 
 
-def row(epoch: Epoch, names: list[str], *, best: bool) -> str:
+def format_epoch_row(epoch: Epoch, names: list[str], *, best: bool) -> str:
     cells = [
         str(epoch.number),
         f"{epoch.loss:.4f}",
@@ -140,5 +146,5 @@ def row(epoch: Epoch, names: list[str], *, best: bool) -> str:
     return f"| {' | '.join(f'**{cell}**' for cell in cells) if best else ' | '.join(cells)} |"
 
 
-def spoken(metric: str) -> str:
+def metric_label(metric: str) -> str:
     return metric.replace("_", " ")

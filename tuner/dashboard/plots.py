@@ -10,24 +10,30 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tuner.deferred_figures import BEGIN, MARK
+from tuner.deferred_figures import KIND_KEY, PREFIX
 
-WRITTEN, NAMED = 20, 60  # up to so many classes the counts, and the names, can be read
-LOSS, SCORE = "tab:red", "tab:blue"
-_drawing = threading.Lock()  # matplotlib draws for one thread at a time
+MAX_CLASSES_WITH_COUNTS, MAX_CLASSES_WITH_NAMES = (
+    20,
+    60,
+)  # up to so many classes the counts, and the names, can be read
+LOSS_COLOUR, SCORE_COLOUR = "tab:red", "tab:blue"
+_matplotlib_lock = threading.Lock()  # matplotlib draws for one thread at a time
 
 
-def drawn(content: bytes) -> bytes:
+def render_figure(content: bytes) -> bytes:
     """A PNG of what `figures.later` gave; any other content as it is."""
-    if not content.startswith(BEGIN):
+    if not content.startswith(PREFIX):
         return content
     shown = json.loads(content)
-    kinds: dict[str, Callable[..., bytes]] = {"confusion": confusion, "curve": curve}
-    with _drawing:
-        return kinds[shown.pop(MARK)](**shown)
+    kinds: dict[str, Callable[..., bytes]] = {
+        "confusion": plot_confusion,
+        "curve": plot_learning_curve,
+    }
+    with _matplotlib_lock:
+        return kinds[shown.pop(KIND_KEY)](**shown)
 
 
-def _png(figure: Figure) -> bytes:
+def _encode_png(figure: Figure) -> bytes:
     out = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a script that the font lacks is drawn as boxes
@@ -35,7 +41,7 @@ def _png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
+def plot_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
     """Counts, true class down, predicted class across, coloured by the share of the true class."""
     side = min(12.0, 3.0 + 0.4 * len(classes))
     figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
@@ -45,7 +51,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
     ]  # a rare class is seen as well as a common one
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [name if len(name) <= 16 else name[:15] + "…" for name in classes]
-    ticks = range(len(classes)) if len(classes) <= NAMED else []
+    ticks = range(len(classes)) if len(classes) <= MAX_CLASSES_WITH_NAMES else []
     axes.set_xticks(
         ticks,
         [names[i] for i in ticks],
@@ -57,30 +63,32 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
     axes.set_ylabel("true class")
     right, total = sum(row[i] for i, row in enumerate(matrix)), sum(map(sum, matrix))
     figure.suptitle(f"validation, best epoch: {right:,} of {total:,} right", fontsize=10)
-    if len(classes) <= WRITTEN:
+    if len(classes) <= MAX_CLASSES_WITH_COUNTS:
         for i, row in enumerate(matrix):
             for j, count in enumerate(row):
                 if count:
                     color = "white" if shares[i][j] > 0.5 else "black"
                     axes.text(j, i, str(count), ha="center", va="center", color=color, fontsize=8)
-    return _png(figure)
+    return _encode_png(figure)
 
 
-def curve(losses: Sequence[float], scores: Sequence[Mapping[str, float]], metric: str) -> bytes:
+def plot_learning_curve(
+    losses: Sequence[float], scores: Sequence[Mapping[str, float]], metric: str
+) -> bytes:
     """Training loss and validation score by epoch; the best epoch is ringed."""
     epochs, values = range(1, len(losses) + 1), [s[metric] for s in scores]
     figure = Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
     left = figure.subplots()
-    left.plot(epochs, losses, "o--", color=LOSS, markersize=3, linewidth=1)
+    left.plot(epochs, losses, "o--", color=LOSS_COLOUR, markersize=3, linewidth=1)
     left.set_xlabel("epoch")
-    left.set_ylabel("training loss", color=LOSS)
+    left.set_ylabel("training loss", color=LOSS_COLOUR)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(visible=True, axis="x", alpha=0.3)
     right = left.twinx()
-    right.plot(epochs, values, "s-", color=SCORE, markersize=3)
-    right.set_ylabel(f"validation {metric.replace('_', ' ')}", color=SCORE)
+    right.plot(epochs, values, "s-", color=SCORE_COLOUR, markersize=3)
+    right.set_ylabel(f"validation {metric.replace('_', ' ')}", color=SCORE_COLOUR)
     if values:
         top = max(range(len(values)), key=values.__getitem__)
-        right.plot(top + 1, values[top], "o", color=SCORE, markersize=11, fillstyle="none")
+        right.plot(top + 1, values[top], "o", color=SCORE_COLOUR, markersize=11, fillstyle="none")
         right.set_title(f"best: {values[top]:.4f} in epoch {top + 1} of {len(values)}", fontsize=10)
-    return _png(figure)
+    return _encode_png(figure)

@@ -25,15 +25,15 @@ from tuner.config import database_url
 from tuner.dashboard import dashboard_internals, study_json
 from tuner.dashboard.dashboard_internals import script
 from tuner.dashboard.guard import App, Environment, Guard, StartResponse, guarded, new_token
-from tuner.dashboard.study_json import Detail
-from tuner.errors import DataError, StorageError, nearest
+from tuner.dashboard.study_json import StudyJson
+from tuner.errors import DataError, StorageError, nearest_hint
 from tuner.search import storage
-from tuner.search.bulk_reads import quick
+from tuner.search.bulk_reads import use_bulk_reads
 from tuner.search.optuna_internals import stored_trial_id
-from tuner.search.postgresql import options
+from tuner.search.postgresql import connect_options
 
-STUDY = re.compile(r"GET /api/studies/(\d{1,9})/?\?after=(\d{1,9})")
-REFRESH = 10.0  # seconds
+STUDY_REQUEST_PATTERN = re.compile(r"GET /api/studies/(\d{1,9})/?\?after=(\d{1,9})")
+REFRESH_SECONDS = 10.0  # seconds
 SLOWER = "optuna-dashboard's own page is served, which is slower with thousands of trials"
 DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
@@ -42,12 +42,12 @@ def complain(problem: str) -> None:
     print(f"tuner: warning: dashboard: {problem}", file=sys.stderr)
 
 
-def app(
+def make_app(
     database: BaseStorage,
     artifacts: Path,
     study: int,
     *,
-    write: bool = False,
+    allow_writes: bool = False,
     warn: Callable[[str], None] = complain,
 ) -> App:
     """The dashboard of one study as a WSGI application, for whoever has passed the guard."""
@@ -56,8 +56,8 @@ def app(
     # get_storage adds the cache without which every poll reads the whole study again
     cached = optuna.storages.get_storage(database)
     list_only(cached, study)
-    inner: App = optuna_dashboard.wsgi(cached, artifact_store=Drawing(artifacts))
-    if not write and isinstance(database, RDBStorage):
+    inner: App = optuna_dashboard.wsgi(cached, artifact_store=PlottingArtifactStore(artifacts))
+    if not allow_writes and isinstance(database, RDBStorage):
         different = dashboard_internals.trouble()
         if different:
             warn(f"{different}; {SLOWER}")
@@ -103,7 +103,7 @@ class Faster:
     ) -> None:
         self.inner, self.database, self.cached, self.study = inner, database, cached, study
         self.warn, self.lock = warn, threading.Lock()
-        self.detail: Detail | None = None
+        self.detail: StudyJson | None = None
         self.failed = False
 
     def __call__(self, environ: Environment, start_response: StartResponse) -> Iterable[bytes]:
@@ -117,11 +117,13 @@ class Faster:
     def answer(self, environ: Environment) -> tuple[list[tuple[str, str]], bytes] | None:
         """Headers and body; None where Optuna's dashboard is to answer."""
         line = f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}"
-        wanted = STUDY.fullmatch(f"{line}?{environ.get('QUERY_STRING', '')}")
+        wanted = STUDY_REQUEST_PATTERN.fullmatch(f"{line}?{environ.get('QUERY_STRING', '')}")
         try:
             if line == "GET /static/bundle.js":
                 kind = ("Content-Type", "text/javascript; charset=utf-8")
-                return [kind, ("Cache-Control", "max-age=600")], script(study_json.BARS)
+                return [kind, ("Cache-Control", "max-age=600")], script(
+                    study_json.MAX_TIMELINE_TRIALS
+                )
             if wanted and int(wanted[1]) == self.study and self.is_ours():
                 return [("Content-Type", "application/json")], self.read(int(wanted[2]))
         except (
@@ -135,15 +137,15 @@ class Faster:
     def is_ours(self) -> bool:
         try:
             return self.detail is not None or (
-                storage.SPACE in self.cached.get_study_user_attrs(self.study)
+                storage.SPACE_ATTRIBUTE in self.cached.get_study_user_attrs(self.study)
             )
         except KeyError:  # the study has been removed
             return False
 
     def read(self, after: int) -> bytes:
         with self.lock:
-            self.detail = self.detail or Detail(self.database, self.cached, self.study)
-        return self.detail.answer(after)
+            self.detail = self.detail or StudyJson(self.database, self.cached, self.study)
+        return self.detail.render(after)
 
     def give_up(self, error: Exception) -> None:
         with self.lock:
@@ -152,7 +154,7 @@ class Faster:
             self.warn(f"{type(error).__name__}: {error}; {SLOWER}")
 
 
-def warm(application: App, study: int) -> None:
+def preload_study(application: App, study: int) -> None:
     """Asks for what the study's page asks for, so that whoever opens it need not wait for the study to be read."""
     for path in (f"/api/studies/{study}", f"/api/studies/{study}/param_importances"):
         environ: Environment = {"PATH_INFO": path, "QUERY_STRING": "after=999999999"}
@@ -163,59 +165,59 @@ def warm(application: App, study: int) -> None:
             list(application(environ, lambda *_: None))
 
 
-def keep_warm(application: App, study: int, over: threading.Event) -> None:
+def keep_preloaded(application: App, study: int, stop_event: threading.Event) -> None:
     """Reads what has been added, every ten seconds or so, for two per cent of one core at most, until it is `over`."""
     took = 0.0
-    while not over.wait(max(REFRESH, 50 * took)):
+    while not stop_event.wait(max(REFRESH_SECONDS, 50 * took)):
         begun = time.monotonic()
-        warm(application, study)
+        preload_study(application, study)
         took = time.monotonic() - begun
 
 
-class Drawing(FileSystemArtifactStore):
+class PlottingArtifactStore(FileSystemArtifactStore):
     """A study's artifacts, whose pictures are drawn when they are asked for."""
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         from tuner.dashboard import plots
 
         with super().open_reader(artifact_id) as file:
-            return io.BytesIO(plots.drawn(file.read()))
+            return io.BytesIO(plots.render_figure(file.read()))
 
 
-def reader(url: str | None, folder: Path) -> RDBStorage:
+def open_read_only(url: str | None, folder: Path) -> RDBStorage:
     """The study's database, which must exist, as the database itself lets nobody write: no tables are made, no schema is marked.
 
     Raises StorageError.
     """
     try:
         place = (
-            sqlalchemy.engine.make_url(database_url.expanded(url))
+            sqlalchemy.engine.make_url(database_url.expand_variables(url))
             if url
             else sqlalchemy.engine.URL.create("sqlite", database=str(folder / "study.db"))
         )
     except sqlalchemy.exc.ArgumentError as error:
-        raise storage.cannot("read", error, url, folder) from None
+        raise storage.storage_error("read", error, url, folder) from None
     if place.get_backend_name() == "sqlite" and place.database:
         quoted = urllib.parse.quote(str(Path(place.database).absolute()))
         place = place.set(database=f"file:{quoted}", query={"mode": "ro", "uri": "true"})
-    rendered = database_url.escaped(place.render_as_string(hide_password=False))
+    rendered = database_url.escape_braces(place.render_as_string(hide_password=False))
     how = {
         "pool_pre_ping": True,
         "execution_options": {"postgresql_readonly": True},
-        "connect_args": options(place),
+        "connect_args": connect_options(place),
     }
     try:
-        return quick(RDBStorage(rendered, engine_kwargs=how, skip_table_creation=True))
+        return use_bulk_reads(RDBStorage(rendered, engine_kwargs=how, skip_table_creation=True))
     except (
         sqlalchemy.exc.SQLAlchemyError,
         optuna.exceptions.StorageInternalError,
         ImportError,
         RuntimeError,
     ) as error:
-        raise storage.cannot("read", error, url, folder) from None
+        raise storage.storage_error("read", error, url, folder) from None
 
 
-class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
+class _HttpServer(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -224,16 +226,16 @@ class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
             super().handle_error(request, client_address)
 
 
-class _Quiet(wsgiref.simple_server.WSGIRequestHandler):
+class _QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """One line per request would drown the search's own."""
 
 
-def server(application: App, port: int) -> wsgiref.simple_server.WSGIServer:
+def make_server(application: App, port: int) -> wsgiref.simple_server.WSGIServer:
     """Bound to 127.0.0.1; port 0 takes a free one. Raises StorageError when the port is taken."""
     try:
         return wsgiref.simple_server.make_server(
-            "127.0.0.1", port, application, server_class=_Server, handler_class=_Quiet
+            "127.0.0.1", port, application, server_class=_HttpServer, handler_class=_QuietHandler
         )
     except OSError as error:
         raise StorageError(
@@ -241,9 +243,9 @@ def server(application: App, port: int) -> wsgiref.simple_server.WSGIServer:
         ) from None
 
 
-def free_port(wanted: int) -> int:
+def choose_port(preferred: int) -> int:
     """`wanted` where it can be had on 127.0.0.1, else any that can."""
-    for port in (wanted, 0):
+    for port in (preferred, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -254,7 +256,7 @@ def free_port(wanted: int) -> int:
     raise StorageError("no free port on 127.0.0.1")
 
 
-def find(studies: Path, name: str | None) -> Path:
+def find_study(studies: Path, name: str | None) -> Path:
     """A study's folder by name or path; without a name, the one that changed last. Raises DataError."""
     made = sorted((p.parent for p in studies.glob("*/space.yaml")), key=lambda p: p.stat().st_mtime)
     if name is None:
@@ -264,7 +266,7 @@ def find(studies: Path, name: str | None) -> Path:
     for folder in (studies / name, Path(name)):
         if (folder / "space.yaml").is_file():
             return folder
-    raise DataError(f"no study {name!r} in {studies}{nearest(name, [p.name for p in made])}")
+    raise DataError(f"no study {name!r} in {studies}{nearest_hint(name, [p.name for p in made])}")
 
 
 def serve(
@@ -272,12 +274,14 @@ def serve(
     url: str | None,
     port: int,
     *,
-    write: bool,
+    allow_writes: bool,
     announce: Callable[[str], None],
     token: str | None = None,
 ) -> None:
     """Serves one study until interrupted. `announce` is told the address of the study's page, which holds the token."""
-    database = storage.connect(url, folder, print) if write else reader(url, folder)
+    database = (
+        storage.open_storage(url, folder, print) if allow_writes else open_read_only(url, folder)
+    )
     name = folder.resolve().name
     try:
         study = database.get_study_id_from_name(name)
@@ -285,12 +289,12 @@ def serve(
         raise DataError(
             f"study {name!r} is not in its storage; `tuner run` makes it again"
         ) from None
-    application = app(database, folder / "artifacts", study, write=write)
-    guard = guard_of(database, study, token or new_token(), write=write)
-    httpd = server(guarded(application, guard), port)
-    warm(application, study)
+    application = make_app(database, folder / "artifacts", study, allow_writes=allow_writes)
+    guard = guard_of(database, study, token or new_token(), write=allow_writes)
+    httpd = make_server(guarded(application, guard), port)
+    preload_study(application, study)
     over = threading.Event()
-    threading.Thread(target=keep_warm, args=(application, study, over), daemon=True).start()
+    threading.Thread(target=keep_preloaded, args=(application, study, over), daemon=True).start()
     announce(address(httpd.server_port, f"/studies/{study}", guard.token))
     try:
         httpd.serve_forever()

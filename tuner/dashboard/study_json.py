@@ -14,33 +14,33 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.dashboard import dashboard_internals as internals
 from tuner.search import optuna_internals
 
-CURVES = 500  # up to so many trials the page has all learning curves in one chart; ten thousand take a browser a minute
-BARS = 1000  # so many trials, the latest, stand in the timeline; it shows a hundred and is as slow as if it showed all
+MAX_CURVES = 500  # up to so many trials the page has all learning curves in one chart; ten thousand take a browser a minute
+MAX_TIMELINE_TRIALS = 1000  # so many trials, the latest, stand in the timeline; it shows a hundred and is as slow as if it showed all
 
 Attributes = dict[str, str]  # key -> JSON
 
 
-class Detail:
+class StudyJson:
     """One study's answers. `cached` is `database` behind Optuna's cache of what has ended."""
 
     def __init__(self, database: RDBStorage, cached: BaseStorage, study: int) -> None:
         self.database, self.cached, self.study = database, cached, study
         self.cache = internals.new_cache()
         self.lock = threading.Lock()
-        self.words: dict[
+        self.serialized: dict[
             int, tuple[Attributes, str]
         ] = {}  # trial id -> its attributes in the study, and what is said of it
-        self.ended: set[int] = (
+        self.counted_numbers: set[int] = (
             set()
         )  # numbers of the trials that have ended and been counted in `cache`
 
-    def answer(self, after: int) -> bytes:
+    def render(self, after: int) -> bytes:
         """The JSON that the page asks for: the study, and its trials from number `after` on."""
         with self.lock:
             trials = internals.read_trials(self.cache, self.cached, self.study)
             own, of_trials = self._attributes()
-            texts = [self._text(trial, of_trials) for trial in trials][after:]
-            rest = self._rest(trials, own, of_trials)
+            texts = [self._trial_json(trial, of_trials) for trial in trials][after:]
+            rest = self._study_fields(trials, own, of_trials)
         return f'{json.dumps(rest)[:-1]}, "trials": [{",".join(texts)}]}}'.encode()
 
     def _attributes(self) -> tuple[Attributes, dict[int, Attributes]]:
@@ -55,52 +55,54 @@ class Detail:
                 (of_trials.setdefault(int(match[1]), {}) if match else own)[key] = text
         return own, of_trials
 
-    def _text(self, trial: FrozenTrial, of_trials: dict[int, Attributes]) -> str:
+    def _trial_json(self, trial: FrozenTrial, of_trials: dict[int, Attributes]) -> str:
         number = self._id(trial)
         attributes = of_trials.get(number, {})
-        known = self.words.get(number)
+        known = self.serialized.get(number)
         if known is None or known[0] != attributes:
             known = (
                 attributes,
-                json.dumps(worded(self.study, trial, attributes), separators=(",", ":")),
+                json.dumps(serialize_trial(self.study, trial, attributes), separators=(",", ":")),
             )
             if trial.state.is_finished():
-                self.words[number] = known
+                self.serialized[number] = known
         return known[1]
 
     def _id(self, trial: FrozenTrial) -> int:
         return optuna_internals.stored_trial_id(self.cached, self.study, trial)
 
-    def _rest(
+    def _study_fields(
         self, trials: list[FrozenTrial], own: Attributes, of_trials: dict[int, Attributes]
     ) -> dict[str, Any]:
         """Everything but the trials."""
         directions = self.cached.get_study_directions(self.study)
-        attributes = decoded(own)
+        attributes = decode_attributes(own)
         name, user = (
             self.cached.get_study_name_from_id(self.study),
             self.cached.get_study_user_attrs(self.study),
         )
         study = optuna_internals.frozen_study(name, user, attributes, self.study, directions)
         extra = internals.search_space(
-            self.cache, self.study, [t for t in trials if t.number not in self.ended]
+            self.cache, self.study, [t for t in trials if t.number not in self.counted_numbers]
         )
-        self.ended |= {t.number for t in trials if t.state.is_finished()}
+        self.counted_numbers |= {t.number for t in trials if t.state.is_finished()}
         rest = internals.describe_study(study, extra)
         del rest["trials"]
         if any(trial.state == TrialState.COMPLETE for trial in trials):
             best = self.cached.get_best_trial(self.study)
-            rest["best_trials"] = [worded(self.study, best, of_trials.get(self._id(best), {}))]
+            rest["best_trials"] = [
+                serialize_trial(self.study, best, of_trials.get(self._id(best), {}))
+            ]
         rest["has_intermediate_values"] &= (
-            len(trials) <= CURVES
+            len(trials) <= MAX_CURVES
         )  # each trial's own page has its curve all the same
         return rest
 
 
-def worded(study: int, trial: FrozenTrial, attributes: Attributes) -> dict[str, Any]:
+def serialize_trial(study: int, trial: FrozenTrial, attributes: Attributes) -> dict[str, Any]:
     """A trial as the page has it."""
-    return internals.describe_trial(study, trial, decoded(attributes))
+    return internals.describe_trial(study, trial, decode_attributes(attributes))
 
 
-def decoded(attributes: Attributes) -> dict[str, Any]:
+def decode_attributes(attributes: Attributes) -> dict[str, Any]:
     return {key: json.loads(text) for key, text in attributes.items()}

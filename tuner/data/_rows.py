@@ -10,7 +10,7 @@ from typing import Any
 
 from tuner.errors import DataError
 
-KINDS = {
+KIND_BY_SUFFIX = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".tab": "tsv",
@@ -19,44 +19,46 @@ KINDS = {
     ".json": "jsonl",
     ".txt": "txt",
 }
-MOST_BYTES = 2_000_000_000  # of a file, which is held in memory while it is read
-LISTED = 10  # broken rows that a message names
+MAX_FILE_BYTES = 2_000_000_000  # of a file, which is held in memory while it is read
+MAX_LISTED = 10  # broken rows that a message names
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRows:
     """`columns` in the file's order, `rows` their values, `lines` where each row begins in the file, from 1."""
 
     path: Path
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    values: list[tuple[str, ...]]
     lines: list[int]
 
 
-def rows(path: Path, header: bool | None, names: Sequence[str]) -> Rows:
+def read_rows(path: Path, header: bool | None, expected_columns: Sequence[str]) -> TableRows:
     """What a file holds. `header`: whether its first row names the columns; None: it does if it says one of `names`.
 
     Columns without names are called 1, 2, … Raises DataError on what cannot be read, with line numbers.
     """
-    text = _text(path)
-    kind = KINDS.get(path.suffix.lower()) or _looks(text)
+    text = _read_text(path)
+    kind = KIND_BY_SUFFIX.get(path.suffix.lower()) or _guess_kind(text)
     if kind == "jsonl":
-        return _objects(path, text)
+        return _read_jsonl(path, text)
     if kind == "txt":
         found = [(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return _some(
-            Rows(path, ("text",), [(line,) for line, _ in found], [number for _, number in found])
+        return _require_rows(
+            TableRows(
+                path, ("text",), [(line,) for line, _ in found], [number for _, number in found]
+            )
         )
-    return _some(_table(path, text, kind, header, names))
+    return _require_rows(_read_table(path, text, kind, header, expected_columns))
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """The file's characters, line ends as \\n."""
     try:
         size = path.stat().st_size
-        if size > MOST_BYTES:
+        if size > MAX_FILE_BYTES:
             raise DataError(
-                f"data.path: {path} has {size:,} bytes, more than {MOST_BYTES:,}; split it or take a part of it"
+                f"data.path: {path} has {size:,} bytes, more than {MAX_FILE_BYTES:,}; split it or take a part of it"
             )
         data = path.read_bytes()
     except OSError as error:
@@ -77,7 +79,7 @@ def _text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _looks(text: str) -> str:
+def _guess_kind(text: str) -> str:
     """The kind of a file whose name does not tell."""
     first = next((line for line in text.split("\n") if line.strip()), "")
     if first.lstrip().startswith("{"):
@@ -85,16 +87,18 @@ def _looks(text: str) -> str:
     return "tsv" if "\t" in first else "csv" if "," in first else "txt"
 
 
-def _some(found: Rows) -> Rows:
-    if not found.rows:
+def _require_rows(found: TableRows) -> TableRows:
+    if not found.values:
         raise DataError(f"data.path: {found.path} holds no examples")
     return found
 
 
-def _table(path: Path, text: str, kind: str, header: bool | None, names: Sequence[str]) -> Rows:
-    read = list(_tabbed(text) if kind == "tsv" else _comma(path, text))
+def _read_table(
+    path: Path, text: str, kind: str, header: bool | None, names: Sequence[str]
+) -> TableRows:
+    read = list(_read_tsv(text) if kind == "tsv" else _read_csv(path, text))
     if not read:
-        return Rows(path, (), [], [])
+        return TableRows(path, (), [], [])
     first = [cell.strip() for cell in read[0][1]]
     if header is None:
         header = bool({cell.lower() for cell in first} & {name.lower() for name in names})
@@ -112,31 +116,31 @@ def _table(path: Path, text: str, kind: str, header: bool | None, names: Sequenc
     ]
     if broken:
         raise DataError(
-            *_listed(broken),
-            f"data.path: {len(broken)} of {len(body)} rows are broken; {_mend(kind)}",
+            *_limit_listing(broken),
+            f"data.path: {len(broken)} of {len(body)} rows are broken; {_repair_hint(kind)}",
         )
-    return Rows(path, columns, [tuple(cells) for _, cells in body], [line for line, _ in body])
+    return TableRows(path, columns, [tuple(cells) for _, cells in body], [line for line, _ in body])
 
 
-def _mend(kind: str) -> str:
+def _repair_hint(kind: str) -> str:
     if kind == "tsv":
         return "a text must hold no tab and no line end; save the file as csv where texts do"
     return 'a text with commas or line ends goes in quotes ("), quotes within it doubled ("")'
 
 
-def _listed(problems: Sequence[str]) -> list[str]:
-    more = [f"… and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-    return [*problems[:LISTED], *more]
+def _limit_listing(problems: Sequence[str]) -> list[str]:
+    more = [f"… and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return [*problems[:MAX_LISTED], *more]
 
 
-def _tabbed(text: str) -> Iterator[tuple[int, list[str]]]:
+def _read_tsv(text: str) -> Iterator[tuple[int, list[str]]]:
     """Tab-separated values have no quotes (IANA, text/tab-separated-values): a quotation mark is a character of the text."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line.split("\t")
 
 
-def _comma(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+def _read_csv(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     """RFC 4180, with ; where the first line has that and no comma."""
     first = text.partition("\n")[0]
     delimiter = ";" if ";" in first and "," not in first else ","
@@ -153,7 +157,7 @@ def _comma(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
-def _objects(path: Path, text: str) -> Rows:
+def _read_jsonl(path: Path, text: str) -> TableRows:
     found: list[tuple[int, dict[str, Any]]] = []
     broken = []
     if text.lstrip().startswith("["):
@@ -175,19 +179,21 @@ def _objects(path: Path, text: str) -> Rows:
                 f'{path}:{number}: expected an object such as {{"text": "…", "label": "…"}}, got {type(value).__name__}'
             )
     if broken:
-        raise DataError(*_listed(broken), f"data.path: {len(broken)} lines of {path} are broken")
+        raise DataError(
+            *_limit_listing(broken), f"data.path: {len(broken)} lines of {path} are broken"
+        )
     columns = tuple(dict.fromkeys(key for _, value in found for key in value))
-    return _some(
-        Rows(
+    return _require_rows(
+        TableRows(
             path,
             columns,
-            [tuple(_plain(value.get(key)) for key in columns) for _, value in found],
+            [tuple(_json_to_text(value.get(key)) for key in columns) for _, value in found],
             [n for n, _ in found],
         )
     )
 
 
-def _plain(value: Any) -> str:
+def _json_to_text(value: Any) -> str:
     """A JSON value as text; what is absent or null is empty."""
     if value is None:
         return ""

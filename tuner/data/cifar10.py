@@ -10,12 +10,12 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import Wanted
-from tuner.core.types import Data
+from tuner.core.input_spec import InputSpec
+from tuner.core.types import Dataset
 from tuner.errors import DataError
-from tuner.files.atomic import disk_errors, locked
+from tuner.files.atomic import disk_errors, file_lock
 from tuner.files.downloads import download
-from tuner.preprocessing.image_dataset import dataset
+from tuner.preprocessing.image_dataset import classification_dataset
 from tuner.preprocessing.splits import TEST, UNSPLIT, Items
 
 TASKS = ("classification",)
@@ -23,7 +23,7 @@ TASKS = ("classification",)
 
 def load(
     home: Path,
-    wanted: Wanted,
+    input_spec: InputSpec,
     task: str,
     *,
     path: Annotated[
@@ -33,7 +33,7 @@ def load(
         ),
     ] = None,
     image: ImageOptions,
-) -> Data:
+) -> Dataset:
     """`path` is the folder that holds or shall hold `cifar-10-batches-py`; by default it lies in tuner's cache."""
     root = Path(path).expanduser() if path else home / "data"
     if root.name == CIFAR10.base_folder:
@@ -43,28 +43,31 @@ def load(
             f"data.path: {path} is a file; expected the folder that holds or shall hold {CIFAR10.base_folder}"
         )
     try:
-        train, test = _both(root)
+        train, test = _read_both(root)
     except RuntimeError:  # not there, or damaged
-        _place(root)
-        train, test = _both(root)
+        _download_and_unpack(root)
+        train, test = _read_both(root)
     labels = np.array([*train.targets, *test.targets], np.int64)
     part = np.array([UNSPLIT] * len(train.data) + [TEST] * len(test.data))
-    return dataset(
-        home, Items([*train.data, *test.data], labels, tuple(train.classes), part), image, wanted
+    return classification_dataset(
+        home,
+        Items([*train.data, *test.data], labels, tuple(train.classes), part),
+        image,
+        input_spec,
     )
 
 
-def _both(root: Path) -> tuple[CIFAR10, CIFAR10]:
+def _read_both(root: Path) -> tuple[CIFAR10, CIFAR10]:
     """Training and test images. Raises RuntimeError unless every file is there and has its MD5."""
     return CIFAR10(str(root), train=True), CIFAR10(str(root), train=False)
 
 
-def _place(root: Path) -> None:
+def _download_and_unpack(root: Path) -> None:
     """Downloads the archive, unless it lies there already, and unpacks it."""
     archive = root / CIFAR10.filename
     with disk_errors(archive):
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root / f".{CIFAR10.filename}.lock"):
+        with file_lock(root / f".{CIFAR10.filename}.lock"):
             if not check_integrity(str(archive), CIFAR10.tgz_md5):
                 download(CIFAR10.url, archive, "data", "md5", CIFAR10.tgz_md5)
             with tarfile.open(archive) as tar:

@@ -5,23 +5,23 @@ from pathlib import Path
 import numpy as np
 
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import Wanted
-from tuner.core.types import Data
-from tuner.preprocessing.image_dataset import dataset
+from tuner.core.input_spec import InputSpec
+from tuner.core.types import Dataset
+from tuner.preprocessing.image_dataset import classification_dataset
 from tuner.preprocessing.splits import UNSPLIT, Items
 
 TASKS = ("classification",)
 
 
-def load(home: Path, wanted: Wanted, task: str, *, image: ImageOptions) -> Data:
+def load(home: Path, input_spec: InputSpec, task: str, *, image: ImageOptions) -> Dataset:
     from sklearn.datasets import load_digits  # here, so that listing the sources stays cheap
 
     pixels, labels = load_digits(return_X_y=True)
     pictures = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     part = np.full(len(labels), UNSPLIT)
-    return dataset(
+    return classification_dataset(
         home,
         Items(list(pictures), labels.astype(np.int64), tuple("0123456789"), part),
         image,
-        wanted,
+        input_spec,
     )

@@ -10,23 +10,23 @@ import numpy as np
 from pydantic import Field
 
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import Wanted
-from tuner.core.types import Data
-from tuner.errors import DataError, nearest
-from tuner.preprocessing.image_dataset import dataset
+from tuner.core.input_spec import InputSpec
+from tuner.core.types import Dataset
+from tuner.errors import DataError, nearest_hint
+from tuner.preprocessing.image_dataset import classification_dataset
 from tuner.preprocessing.image_decoding import SUFFIXES
 from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID, Items
 
 TASKS = ("classification",)
 
-NAMES = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
-Identity = tuple[int, int]  # of a folder, however it is reached: device and inode
-Classes = dict[str, list[Path]]
+SPLIT_FOLDERS = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
+FolderIdentity = tuple[int, int]  # of a folder, however it is reached: device and inode
+ImagesByClass = dict[str, list[Path]]
 
 
 def load(
     home: Path,
-    wanted: Wanted,
+    input_spec: InputSpec,
     task: str,
     *,
     path: Annotated[
@@ -36,18 +36,18 @@ def load(
         ),
     ],
     image: ImageOptions,
-) -> Data:
+) -> Dataset:
     root = Path(path).expanduser()
     loops: list[str] = []
     try:
-        parts = _parts(root, path)
-        listed = {part: _classes(folder, loops) for part, folder in parts.items()}
+        parts = _find_split_folders(root, path)
+        listed = {part: _images_by_class(folder, loops) for part, folder in parts.items()}
     except OSError as error:
         raise DataError(
             f"data.path: {error.filename}: {error.strerror}; mend or remove it"
         ) from None
     classes = sorted(next(iter(listed.values())))
-    _same_classes(parts, listed)
+    _check_same_classes(parts, listed)
     pictures, labels, part_of = [], [], []
     for part, found in listed.items():
         for label, name in enumerate(classes):
@@ -63,23 +63,23 @@ def load(
         f"data.path: {loop} links to itself, or to a folder that is read anyway; left out"
         for loop in loops
     ]
-    return dataset(
+    return classification_dataset(
         home,
         Items(pictures, np.array(labels, np.int64), tuple(classes), part_array),
         image,
-        wanted,
+        input_spec,
         warnings,
     )
 
 
-def _parts(root: Path, path: str) -> dict[int, Path]:
+def _find_split_folders(root: Path, path: str) -> dict[int, Path]:
     """Which folder holds which part; one that has none of their names is split by us."""
     if not root.exists():
         beside = (
             [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
         )
         raise DataError(
-            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}"
+            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest_hint(root.name, beside)}"
         )
     if not root.is_dir():
         raise DataError(
@@ -88,15 +88,15 @@ def _parts(root: Path, path: str) -> dict[int, Path]:
     if not os.access(root, os.R_OK | os.X_OK):
         raise DataError(f"data.path: {path} cannot be read (permission denied)")
     named: dict[int, list[Path]] = {}
-    folders = _folders(root, [])
+    folders = _visible_folders(root, [])
     for folder in folders:
-        if folder.name.lower() in NAMES:
-            named.setdefault(NAMES[folder.name.lower()], []).append(folder)
+        if folder.name.lower() in SPLIT_FOLDERS:
+            named.setdefault(SPLIT_FOLDERS[folder.name.lower()], []).append(folder)
     only_parts = bool(folders) and sum(map(len, named.values())) == len(folders)
     if TRAIN not in named and only_parts:
         raise DataError(f"data.path: {path} has {', '.join(p.name for p in folders)}, but no train")
     # 'train' may also be a class, beside 'bus' and 'car': then images lie directly in it
-    if TRAIN not in named or not (only_parts or _folders(named[TRAIN][0], [])):
+    if TRAIN not in named or not (only_parts or _visible_folders(named[TRAIN][0], [])):
         return {UNSPLIT: root}
     for twins in named.values():
         if len(twins) > 1:
@@ -106,13 +106,13 @@ def _parts(root: Path, path: str) -> dict[int, Path]:
     return {part: named[part][0] for part in sorted(named)}
 
 
-def _folders(folder: Path, loops: list[str]) -> list[Path]:
+def _visible_folders(folder: Path, loops: list[str]) -> list[Path]:
     """The visible folders in it, by name. Raises OSError on a link that leads nowhere."""
     found = []
     for child in sorted(folder.iterdir()):
         if child.name.startswith("."):
             continue
-        if child.is_symlink() and _endless(child):
+        if child.is_symlink() and _is_endless_link(child):
             loops.append(str(child))
         elif child.is_dir():
             found.append(child)
@@ -121,7 +121,7 @@ def _folders(folder: Path, loops: list[str]) -> list[Path]:
     return found
 
 
-def _endless(link: Path) -> bool:
+def _is_endless_link(link: Path) -> bool:
     """A link that leads to itself, by however many others, or to a folder that it lies in."""
     try:
         return link.parent.resolve().is_relative_to(link.resolve(strict=True))
@@ -131,17 +131,19 @@ def _endless(link: Path) -> bool:
         return error.errno == errno.ELOOP
 
 
-def _classes(folder: Path, loops: list[str]) -> Classes:
+def _images_by_class(folder: Path, loops: list[str]) -> ImagesByClass:
     """Class name -> its images, in a fixed order. Raises DataError on empty classes; endless links go to `loops`."""
-    found: Classes = {}
-    for child in _folders(folder, loops):
+    found: ImagesByClass = {}
+    for child in _visible_folders(folder, loops):
         try:
             child.name.encode()
         except UnicodeEncodeError:
             raise DataError(
                 f"data.path: {os.fsencode(child)!r}: a class's name must be valid UTF-8; rename the folder"
             ) from None
-        found[child.name] = list(_images(child, {_identity(folder), _identity(child)}, loops))
+        found[child.name] = list(
+            _images_below(child, {_folder_identity(folder), _folder_identity(child)}, loops)
+        )
     if not found:
         loose = sum(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
         beside = f"; {loose} images lie directly in it" if loose else ""
@@ -157,29 +159,29 @@ def _classes(folder: Path, loops: list[str]) -> Classes:
     return found
 
 
-def _identity(folder: Path) -> Identity:
+def _folder_identity(folder: Path) -> FolderIdentity:
     stat = folder.stat()
     return stat.st_dev, stat.st_ino
 
 
-def _images(folder: Path, seen: set[Identity], loops: list[str]) -> Iterator[Path]:
+def _images_below(folder: Path, seen: set[FolderIdentity], loops: list[str]) -> Iterator[Path]:
     """The images in a folder and in the folders in it, in a fixed order; links are followed, but no folder twice."""
     for child in sorted(folder.iterdir()):
         if child.name.startswith("."):
             continue
-        if child.is_symlink() and _endless(child):
+        if child.is_symlink() and _is_endless_link(child):
             loops.append(str(child))
         elif child.is_dir():
-            if _identity(child) in seen:
+            if _folder_identity(child) in seen:
                 loops.append(str(child))
             else:
-                seen.add(_identity(child))
-                yield from _images(child, seen, loops)
+                seen.add(_folder_identity(child))
+                yield from _images_below(child, seen, loops)
         elif child.suffix.lower() in SUFFIXES:
             yield child
 
 
-def _same_classes(parts: dict[int, Path], listed: dict[int, Classes]) -> None:
+def _check_same_classes(parts: dict[int, Path], listed: dict[int, ImagesByClass]) -> None:
     """Raises DataError with both sets of names when two parts differ."""
     first, *others = listed
     for other in others:
@@ -187,11 +189,11 @@ def _same_classes(parts: dict[int, Path], listed: dict[int, Classes]) -> None:
         if a != b:
             one, two = parts[first].name, parts[other].name
             raise DataError(
-                f"data.path: {one} and {two} have different classes: {one} has {_names(a)}; {two} has {_names(b)} "
-                f"(only in {one}: {_names(sorted(set(a) - set(b)))}; only in {two}: {_names(sorted(set(b) - set(a)))})"
+                f"data.path: {one} and {two} have different classes: {one} has {_format_names(a)}; {two} has {_format_names(b)} "
+                f"(only in {one}: {_format_names(sorted(set(a) - set(b)))}; only in {two}: {_format_names(sorted(set(b) - set(a)))})"
             )
 
 
-def _names(names: list[str]) -> str:
+def _format_names(names: list[str]) -> str:
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return ", ".join(map(repr, names[:20])) + more if names else "none"

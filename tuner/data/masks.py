@@ -14,21 +14,27 @@ import numpy as np
 from pydantic import Field
 
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import Wanted
-from tuner.core.types import Data
-from tuner.errors import DataError, nearest
-from tuner.preprocessing.segmentation_dataset import Legend, Pair, files, masked, refuse
+from tuner.core.input_spec import InputSpec
+from tuner.core.types import Dataset
+from tuner.errors import DataError, nearest_hint
+from tuner.preprocessing.segmentation_dataset import (
+    ImageMaskPair,
+    MaskLegend,
+    list_images_by_stem,
+    raise_data_error,
+    segmentation_dataset,
+)
 from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID
 
 TASKS = ("segmentation",)
 
-NAMES = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
-Folders = tuple[Path, Path]  # of images, of masks
+SPLIT_FOLDERS = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
+ImageAndMaskFolders = tuple[Path, Path]  # of images, of masks
 
 
 def load(
     home: Path,
-    wanted: Wanted,
+    input_spec: InputSpec,
     task: str,
     *,
     path: Annotated[
@@ -50,20 +56,20 @@ def load(
         Field(description="of the classes, where masks are painted, such as '#ff0000'"),
     ] = None,
     image: ImageOptions,
-) -> Data:
+) -> Dataset:
     root = Path(path).expanduser()
     if not root.is_dir():
         beside = (
             [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
         )
         raise DataError(
-            f"data.path: {path} is not a folder (looked in {Path.cwd()}){nearest(root.name, beside)}"
+            f"data.path: {path} is not a folder (looked in {Path.cwd()}){nearest_hint(root.name, beside)}"
         )
-    parts = parts_of(root, images, masks)
-    pairs: list[Pair] = []
+    parts = find_split_folders(root, images, masks)
+    pairs: list[ImageMaskPair] = []
     part: list[int] = []
     for number, (of_images, of_masks) in parts.items():
-        found = matched(of_images, of_masks)
+        found = match_images_and_masks(of_images, of_masks)
         pairs += found
         part += [number] * len(found)
     numbers = np.array(part, np.int64)
@@ -71,28 +77,28 @@ def load(
         parts
     ):  # what is missing is taken from the training images
         numbers[numbers == TRAIN] = UNSPLIT
-    legend = Legend(
+    legend = MaskLegend(
         tuple(classes) if classes else None, ignore, tuple(colours) if colours else None
     )
-    return masked(home, pairs, numbers, image, wanted, legend)
+    return segmentation_dataset(home, pairs, numbers, image, input_spec, legend)
 
 
-def parts_of(root: Path, images: str, masks: str) -> dict[int, Folders]:
+def find_split_folders(root: Path, images: str, masks: str) -> dict[int, ImageAndMaskFolders]:
     """The two folders of each part; of one UNSPLIT part where none is named. Raises DataError on twins, and without train."""
-    found: dict[int, Folders] = {}
+    found: dict[int, ImageAndMaskFolders] = {}
     for inner in (root, root / images):
         for folder in sorted(inner.iterdir()) if inner.is_dir() else ():
-            if folder.is_dir() and folder.name.lower() in NAMES:
+            if folder.is_dir() and folder.name.lower() in SPLIT_FOLDERS:
                 both = (
                     (folder / images, folder / masks)
                     if inner == root
                     else (folder, root / masks / folder.name)
                 )
-                if NAMES[folder.name.lower()] in found:
+                if SPLIT_FOLDERS[folder.name.lower()] in found:
                     raise DataError(
-                        f"data.path: {folder} and {found[NAMES[folder.name.lower()]][0]} mean the same part; keep one"
+                        f"data.path: {folder} and {found[SPLIT_FOLDERS[folder.name.lower()]][0]} mean the same part; keep one"
                     )
-                found[NAMES[folder.name.lower()]] = both
+                found[SPLIT_FOLDERS[folder.name.lower()]] = both
     if not found:
         return {UNSPLIT: (root / images, root / masks)}
     if TRAIN not in found:
@@ -102,10 +108,13 @@ def parts_of(root: Path, images: str, masks: str) -> dict[int, Folders]:
     return dict(sorted(found.items()))
 
 
-def matched(of_images: Path, of_masks: Path) -> list[Pair]:
+def match_images_and_masks(of_images: Path, of_masks: Path) -> list[ImageMaskPair]:
     """Each image with its mask. Raises DataError naming images without a mask and masks without an image."""
     expected = "a folder of images and one of masks (data.images and data.masks name them)"
-    images, masks = files(of_images, expected), files(of_masks, expected)
+    images, masks = (
+        list_images_by_stem(of_images, expected),
+        list_images_by_stem(of_masks, expected),
+    )
     alone = [
         f"{images[stem]}: no mask {of_masks / stem}.png" for stem in images.keys() - masks.keys()
     ]
@@ -113,7 +122,7 @@ def matched(of_images: Path, of_masks: Path) -> list[Pair]:
         f"{masks[stem]}: no image {of_images / stem}.jpg" for stem in masks.keys() - images.keys()
     ]
     if alone:
-        refuse(
+        raise_data_error(
             sorted(alone),
             "images and masks have no partner of the same name (the ending may differ); add, rename or remove them",
         )

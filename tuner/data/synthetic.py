@@ -7,9 +7,9 @@ import numpy as np
 from pydantic import Field
 
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import Wanted
-from tuner.core.types import Data
-from tuner.preprocessing.image_dataset import dataset
+from tuner.core.input_spec import InputSpec
+from tuner.core.types import Dataset
+from tuner.preprocessing.image_dataset import classification_dataset
 from tuner.preprocessing.splits import UNSPLIT, Items
 
 TASKS = ("classification",)
@@ -17,7 +17,7 @@ TASKS = ("classification",)
 
 def load(
     home: Path,
-    wanted: Wanted,
+    input_spec: InputSpec,
     task: str,
     *,
     examples: Annotated[
@@ -29,7 +29,7 @@ def load(
         Field(ge=0, le=10, description="standard deviation of the noise over the stripes"),
     ] = 0.5,
     image: ImageOptions,
-) -> Data:
+) -> Dataset:
     rng = np.random.default_rng(image.seed)
     side = image.size or 32
     labels = np.arange(examples) % classes
@@ -46,9 +46,9 @@ def load(
     )
     pictures = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
     names = tuple(f"class{i}" for i in range(classes))
-    return dataset(
+    return classification_dataset(
         home,
         Items(list(pictures), labels.astype(np.int64), names, np.full(examples, UNSPLIT)),
         image,
-        wanted,
+        input_spec,
     )

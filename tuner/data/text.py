@@ -10,16 +10,25 @@ import torch
 from pydantic import Field
 
 from tuner.config.run import SplitOptions
-from tuner.core.input_spec import Tokens, Wanted
-from tuner.core.types import Data
-from tuner.data._rows import KINDS, LISTED, Rows, rows
-from tuner.errors import DataError, SpaceError, nearest
+from tuner.core.input_spec import InputSpec, TextInputSpec
+from tuner.core.types import Dataset
+from tuner.data._rows import KIND_BY_SUFFIX, MAX_LISTED, TableRows, read_rows
+from tuner.errors import DataError, SpaceError, nearest_hint
 from tuner.preprocessing import tokenization
-from tuner.preprocessing.image_dataset import digest
-from tuner.preprocessing.splits import PARTS, TEST, TRAIN, UNSPLIT, VALID, Items, checked, divided
+from tuner.preprocessing.image_dataset import content_digest
+from tuner.preprocessing.splits import (
+    SPLIT_NAMES,
+    TEST,
+    TRAIN,
+    UNSPLIT,
+    VALID,
+    Items,
+    assign_and_limit_splits,
+    check_classes,
+)
 
 TASKS = ("text_classification", "text_generation")
-TEXT = (
+USUAL_TEXT_COLUMNS = (
     "text",
     "sentence",
     "message",
@@ -34,8 +43,18 @@ TEXT = (
     "question",
     "v2",
 )
-LABEL = ("label", "labels", "class", "category", "target", "sentiment", "intent", "y", "v1")
-FILES = {
+USUAL_LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "class",
+    "category",
+    "target",
+    "sentiment",
+    "intent",
+    "y",
+    "v1",
+)
+SPLIT_FILES = {
     "train": TRAIN,
     "valid": VALID,
     "val": VALID,
@@ -43,12 +62,12 @@ FILES = {
     "dev": VALID,
     "test": TEST,
 }
-MOST_EMPTY = 100  # one in so many texts may be empty
+MAX_EMPTY_ONE_IN = 100  # one in so many texts may be empty
 
 
 def load(
     home: Path,
-    wanted: Wanted,
+    input_spec: InputSpec,
     task: str,
     *,
     path: Annotated[
@@ -70,73 +89,86 @@ def load(
         bool | None, Field(description="whether the first row names the columns; null: guessed")
     ] = None,
     split: SplitOptions,
-) -> Data:
+) -> Dataset:
     """`path`: a file, or a folder with train, valid and test files. `text`, `second` and `label` name columns; null is guessed."""
-    if not isinstance(wanted, Tokens):
+    if not isinstance(input_spec, TextInputSpec):
         raise SpaceError(
             "data.name: these are texts, but the model wants images; use a model of texts, such as bert"
         )
     labelled = task == "text_classification"
     names = [name for name in (text, second, label) if name is not None]
     found = {
-        part: _examples(rows(file, header, (*names, *TEXT, *LABEL)), text, second, label, labelled)
-        for part, file in _files(path).items()
+        part: _read_examples(
+            read_rows(file, header, (*names, *USUAL_TEXT_COLUMNS, *USUAL_LABEL_COLUMNS)),
+            text,
+            second,
+            label,
+            labelled,
+        )
+        for part, file in _find_split_files(path).items()
     }
-    items, warnings = _items(found, labelled)
+    items, warnings = _make_items(found, labelled)
     if labelled:
-        checked(items)
-    items = divided(items, split)
+        check_classes(items)
+    items = assign_and_limit_splits(items, split)
     if second is not None:
-        firsts, seconds = ([pair[i] for pair in items.pictures] for i in (0, 1))
+        firsts, seconds = ([pair[i] for pair in items.examples] for i in (0, 1))
     else:
-        firsts, seconds = [one for (one,) in items.pictures], None
+        firsts, seconds = [one for (one,) in items.examples], None
     if not labelled:
-        firsts = tokenization.ended(wanted, firsts)
-    encoded = tokenization.store(home, wanted, firsts, seconds)
-    warnings += [*_shared(items), *_cut(encoded.cut, len(firsts), wanted)]
-    return _data(encoded, items, wanted, labelled, tuple(warnings))
+        firsts = tokenization.append_eos(input_spec, firsts)
+    encoded = tokenization.open_token_store(home, input_spec, firsts, seconds)
+    warnings += [
+        *_warn_shared_texts(items),
+        *_warn_truncated(encoded.truncated_count, len(firsts), input_spec),
+    ]
+    return _make_dataset(encoded, items, input_spec, labelled, tuple(warnings))
 
 
-def _data(
-    encoded: tokenization.Encoded,
+def _make_dataset(
+    encoded: tokenization.EncodedTexts,
     items: Items,
-    wanted: Tokens,
+    input_spec: TextInputSpec,
     labelled: bool,
     warnings: tuple[str, ...],
-) -> Data:
+) -> Dataset:
     labels = torch.from_numpy(items.labels) if labelled else encoded.lengths
     classes = items.strata if labelled else ()
-    content = digest(encoded.digest, labels.numpy().tobytes(), *classes)
+    content = content_digest(encoded.digest, labels.numpy().tobytes(), *classes)
 
-    def source(*parts: int) -> tokenization.Texts:
-        at = np.flatnonzero(np.isin(items.part, parts))
+    def source(*parts: int) -> tokenization.TextSource:
+        at = np.flatnonzero(np.isin(items.split, parts))
         if len(at) == 0:
-            raise DataError(f"data: no {PARTS[parts[0]]} texts")
-        return tokenization.Texts(
-            encoded, labels, torch.from_numpy(at), digest(content, at.tobytes())
+            raise DataError(f"data: no {SPLIT_NAMES[parts[0]]} texts")
+        return tokenization.TextSource(
+            encoded, labels, torch.from_numpy(at), content_digest(content, at.tobytes())
         )
 
     train, valid, test, full = source(TRAIN), source(VALID), source(TEST), source(TRAIN, VALID)
-    all_of_it = digest(content, train.digest, valid.digest, test.digest)
-    return Data(train, valid, test, full, classes, wanted, all_of_it, warnings)
+    all_of_it = content_digest(content, train.digest, valid.digest, test.digest)
+    return Dataset(train, valid, test, full, classes, input_spec, all_of_it, warnings)
 
 
-def _files(path: str) -> dict[int, Path]:
+def _find_split_files(path: str) -> dict[int, Path]:
     """Which file holds which part; a single file is split by us."""
     root = Path(path).expanduser()
     if not root.exists():
         beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         raise DataError(
-            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}"
+            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest_hint(root.name, beside)}"
         )
     if not root.is_dir():
         return {UNSPLIT: root}
     named: dict[int, list[Path]] = {}
     for file in sorted(root.iterdir()):
-        if file.is_file() and file.stem.lower() in FILES and file.suffix.lower() in ("", *KINDS):
-            named.setdefault(FILES[file.stem.lower()], []).append(file)
+        if (
+            file.is_file()
+            and file.stem.lower() in SPLIT_FILES
+            and file.suffix.lower() in ("", *KIND_BY_SUFFIX)
+        ):
+            named.setdefault(SPLIT_FILES[file.stem.lower()], []).append(file)
     if TRAIN not in named:
-        seen = ", ".join(sorted(p.name for p in root.iterdir())[:LISTED]) or "nothing"
+        seen = ", ".join(sorted(p.name for p in root.iterdir())[:MAX_LISTED]) or "nothing"
         raise DataError(
             f"data.path: {path} has no train file, such as train.csv (it holds {seen}); name the file itself where there is one"
         )
@@ -149,7 +181,7 @@ def _files(path: str) -> dict[int, Path]:
 
 
 @dataclass(frozen=True)
-class Examples:
+class FileExamples:
     """One file's: texts (or pairs), their labels where there are any, and the lines they begin at."""
 
     path: Path
@@ -159,43 +191,51 @@ class Examples:
     warnings: tuple[str, ...]
 
 
-def _examples(
-    read: Rows, text: str | None, second: str | None, label: str | None, labelled: bool
-) -> Examples:
+def _read_examples(
+    read: TableRows, text: str | None, second: str | None, label: str | None, labelled: bool
+) -> FileExamples:
     at_label = (
-        _column(read, "label", label, LABEL, _written(read, "text", text)) if labelled else None
+        _find_column(read, "label", label, USUAL_LABEL_COLUMNS, _named_column(read, "text", text))
+        if labelled
+        else None
     )
-    at_text = [_column(read, "text", text, TEXT, [at_label] if at_label is not None else [])]
+    at_text = [
+        _find_column(
+            read, "text", text, USUAL_TEXT_COLUMNS, [at_label] if at_label is not None else []
+        )
+    ]
     if second is not None:
-        at_text.append(_column(read, "second", second, (), []))
-    texts = [tuple(row[i].strip() for i in at_text) for row in read.rows]
+        at_text.append(_find_column(read, "second", second, (), []))
+    texts = [tuple(row[i].strip() for i in at_text) for row in read.values]
     keep = [i for i, parts in enumerate(texts) if parts[0]]
-    warnings = _empty(read, [read.lines[i] for i, parts in enumerate(texts) if not parts[0]])
-    labels = [read.rows[i][at_label].strip() for i in keep] if at_label is not None else []
+    warnings = _check_empty_texts(
+        read, [read.lines[i] for i, parts in enumerate(texts) if not parts[0]]
+    )
+    labels = [read.values[i][at_label].strip() for i in keep] if at_label is not None else []
     bare = (
         [read.lines[i] for i, name in zip(keep, labels, strict=True) if not name] if labels else []
     )
     if bare:
         raise DataError(
-            f"data.path: {read.path}: {len(bare)} rows without a label, at {_lines(bare)}; label or remove them"
+            f"data.path: {read.path}: {len(bare)} rows without a label, at {_format_lines(bare)}; label or remove them"
         )
-    return Examples(
+    return FileExamples(
         read.path, [texts[i] for i in keep], labels, [read.lines[i] for i in keep], warnings
     )
 
 
-def _written(read: Rows, key: str, name: str | None) -> list[int]:
-    return [] if name is None else [_column(read, key, name, (), [])]
+def _named_column(read: TableRows, key: str, name: str | None) -> list[int]:
+    return [] if name is None else [_find_column(read, key, name, (), [])]
 
 
-def _column(
-    read: Rows, key: str, name: str | None, usual: Sequence[str], taken: Sequence[int]
+def _find_column(
+    read: TableRows, key: str, name: str | None, usual: Sequence[str], taken: Sequence[int]
 ) -> int:
     """Where a column is: as the file says, or by the names that are usual, or as the only one left of two."""
     if name is not None:
         if name not in read.columns:
             raise DataError(
-                f"data.{key}: {read.path} has no column {name!r}{nearest(name, read.columns)} (it has {', '.join(map(repr, read.columns))})"
+                f"data.{key}: {read.path} has no column {name!r}{nearest_hint(name, read.columns)} (it has {', '.join(map(repr, read.columns))})"
             )
         return read.columns.index(name)
     free = [i for i in range(len(read.columns)) if i not in taken]
@@ -211,24 +251,24 @@ def _column(
     )
 
 
-def _empty(read: Rows, lines: list[int]) -> tuple[str, ...]:
+def _check_empty_texts(read: TableRows, lines: list[int]) -> tuple[str, ...]:
     """A warning about empty texts, which are left out. Raises DataError where they are many."""
     if not lines:
         return ()
-    said = f"data.path: {read.path}: {len(lines)} of {len(read.rows)} texts are empty, at {_lines(lines)}"
-    if len(lines) > max(1, len(read.rows) // MOST_EMPTY):
+    said = f"data.path: {read.path}: {len(lines)} of {len(read.values)} texts are empty, at {_format_lines(lines)}"
+    if len(lines) > max(1, len(read.values) // MAX_EMPTY_ONE_IN):
         raise DataError(
-            f"{said}; fill or remove them (one in {MOST_EMPTY} is left out with a warning)"
+            f"{said}; fill or remove them (one in {MAX_EMPTY_ONE_IN} is left out with a warning)"
         )
     return (f"{said}; left out",)
 
 
-def _lines(lines: Sequence[int]) -> str:
-    more = f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
-    return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:LISTED]))}{more}"
+def _format_lines(lines: Sequence[int]) -> str:
+    more = f" and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
+    return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:MAX_LISTED]))}{more}"
 
 
-def _items(found: dict[int, Examples], labelled: bool) -> tuple[Items, list[str]]:
+def _make_items(found: dict[int, FileExamples], labelled: bool) -> tuple[Items, list[str]]:
     """All files' examples with the classes that occur, in order: of numbers by value, otherwise of the alphabet."""
     names = {name for examples in found.values() for name in examples.labels}
     classes = tuple(sorted(names, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n)))
@@ -265,11 +305,11 @@ def _items(found: dict[int, Examples], labelled: bool) -> tuple[Items, list[str]
     ), warnings
 
 
-def _shared(items: Items) -> list[str]:
+def _warn_shared_texts(items: Items) -> list[str]:
     """Warnings about texts that stand in two parts, where a model has seen what it is asked."""
 
     def of(part: int) -> list[Any]:
-        return [items.pictures[int(i)] for i in np.flatnonzero(items.part == part)]
+        return [items.examples[int(i)] for i in np.flatnonzero(items.split == part)]
 
     warnings, seen = [], set(of(TRAIN))
     for part in (VALID, TEST):
@@ -277,14 +317,14 @@ def _shared(items: Items) -> list[str]:
         again = sum(text in seen for text in texts)
         if again:
             warnings.append(
-                f"data: {again} of {len(texts)} {PARTS[part]} texts are also training texts, so scores flatter; remove duplicates"
+                f"data: {again} of {len(texts)} {SPLIT_NAMES[part]} texts are also training texts, so scores flatter; remove duplicates"
             )
     return warnings
 
 
-def _cut(cut: int, total: int, wanted: Tokens) -> list[str]:
+def _warn_truncated(cut: int, total: int, input_spec: TextInputSpec) -> list[str]:
     if cut == 0:
         return []
     return [
-        f"data: {cut} of {total} texts ({cut / total:.1%}) are longer than {wanted.length} tokens and are cut; raise model.length to keep more"
+        f"data: {cut} of {total} texts ({cut / total:.1%}) are longer than {input_spec.length} tokens and are cut; raise model.length to keep more"
     ]

@@ -13,23 +13,29 @@ from xml.etree import ElementTree
 from pydantic import Field
 
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import Wanted
-from tuner.core.types import Data
-from tuner.errors import DataError, nearest, suggest
-from tuner.preprocessing.detection_dataset import AnnotatedImage, Box, detection, listed, parts_of
+from tuner.core.input_spec import InputSpec
+from tuner.core.types import Dataset
+from tuner.errors import DataError, nearest_hint, suggest_names
+from tuner.preprocessing.detection_dataset import (
+    AnnotatedImage,
+    Box,
+    detection_dataset,
+    limit_listing,
+    unsplit_incomplete,
+)
 from tuner.preprocessing.image_decoding import SUFFIXES
-from tuner.preprocessing.segmentation_dataset import of_voc
+from tuner.preprocessing.segmentation_dataset import voc_segmentation_dataset
 from tuner.preprocessing.splits import TEST, TRAIN, VALID
 
 TASKS = ("detection", "segmentation")
-LARGEST = 10_000_000  # bytes of one XML file
-IMAGES, ANNOTATIONS = ("JPEGImages", "images"), ("Annotations", "annotations")
-Named = list[tuple[str, Box, str]]  # class, box, place
+MAX_XML_BYTES = 10_000_000  # bytes of one XML file
+IMAGE_FOLDERS, ANNOTATION_FOLDERS = ("JPEGImages", "images"), ("Annotations", "annotations")
+NamedObjects = list[tuple[str, Box, str]]  # class, box, place
 
 
 def load(
     home: Path,
-    wanted: Wanted,
+    input_spec: InputSpec,
     task: str,
     *,
     path: Annotated[
@@ -46,39 +52,45 @@ def load(
         bool, Field(description="whether objects that are marked as difficult count too")
     ] = False,
     image: ImageOptions,
-) -> Data:
+) -> Dataset:
     """`classes`: the names in order, where others than found (for masks: than VOC's 21). `difficult`: objects marked so count as well.
 
     For segmentation the folders are JPEGImages and SegmentationClass.
     """
-    root = folder(path)
+    root = check_folder(path)
     if task == "segmentation":
-        return of_voc(home, root, wanted, image, classes)
-    pictures = pictures_in(_inside(root, IMAGES))
+        return voc_segmentation_dataset(home, root, input_spec, image, classes)
+    pictures = images_by_stem(_find_inner_folder(root, IMAGE_FOLDERS))
     files = {
         file.stem: file
-        for file in sorted(_inside(root, ANNOTATIONS).glob("*.xml"))
+        for file in sorted(_find_inner_folder(root, ANNOTATION_FOLDERS).glob("*.xml"))
         if not file.name.startswith(".")
     }
     if not files:
-        raise DataError(f"data.path: {_inside(root, ANNOTATIONS)} holds no .xml files")
-    parts = _parts(root, files)
-    read = {stem: _read(file, difficult=difficult) for stem, file in files.items() if stem in parts}
+        raise DataError(
+            f"data.path: {_find_inner_folder(root, ANNOTATION_FOLDERS)} holds no .xml files"
+        )
+    parts = _read_splits(root, files)
+    read = {
+        stem: _read_annotation(file, difficult=difficult)
+        for stem, file in files.items()
+        if stem in parts
+    }
     names = classes or sorted({name for named, _ in read.values() for name, _, _ in named})
     unknown = [
-        f"{place}: class {name!r}{suggest(name, names)}"
+        f"{place}: class {name!r}{suggest_names(name, names)}"
         for named, _ in read.values()
         for name, _, place in named
         if name not in names
     ]
     if unknown:
         raise DataError(
-            *listed(unknown),
+            *limit_listing(unknown),
             f"data.classes: {len(unknown)} objects are of classes that it does not name; add or mend them",
         )
     found = []
     for stem, (named, size) in read.items():
-        picture = pictures.get(stem, _inside(root, IMAGES) / f"{stem}.jpg")
+        picture = pictures.get(stem, _find_inner_folder(root, IMAGE_FOLDERS) / f"{stem}.jpg")
         labels = [names.index(name) for name, _, _ in named]
         found.append(
             AnnotatedImage(
@@ -87,23 +99,23 @@ def load(
                 labels,
                 [place for *_, place in named],
                 parts[stem],
-                size=size,
+                stated_size=size,
             )
         )
     alone = [str(picture) for stem, picture in pictures.items() if stem not in files]
     warnings = (
-        [f"data: {len(alone)} images have no annotation and are left out", *listed(alone)]
+        [f"data: {len(alone)} images have no annotation and are left out", *limit_listing(alone)]
         if alone
         else []
     )
     found = [
-        replace(one, part=part)
-        for one, part in zip(found, parts_of([one.part for one in found]), strict=True)
+        replace(one, split=part)
+        for one, part in zip(found, unsplit_incomplete([one.split for one in found]), strict=True)
     ]
-    return detection(home, found, names, image, wanted, warnings)
+    return detection_dataset(home, found, names, image, input_spec, warnings)
 
 
-def folder(path: str) -> Path:
+def check_folder(path: str) -> Path:
     """Raises DataError unless `path` is a folder."""
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -113,13 +125,13 @@ def folder(path: str) -> Path:
         said = (
             "is a file; expected a folder"
             if root.exists()
-            else f"does not exist (looked in {Path.cwd()}){nearest(root.name, beside)}"
+            else f"does not exist (looked in {Path.cwd()}){nearest_hint(root.name, beside)}"
         )
         raise DataError(f"data.path: {path} {said}")
     return root
 
 
-def pictures_in(images: Path) -> dict[str, Path]:
+def images_by_stem(images: Path) -> dict[str, Path]:
     """Every image by its name without suffix."""
     return {
         p.stem: p
@@ -128,16 +140,16 @@ def pictures_in(images: Path) -> dict[str, Path]:
     }
 
 
-def _inside(root: Path, names: Sequence[str]) -> Path:
+def _find_inner_folder(root: Path, names: Sequence[str]) -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
     raise DataError(
-        f"data.path: {root} has neither {names[0]}/ nor {names[1]}/; expected {IMAGES[0]}/ and {ANNOTATIONS[0]}/, or in lower case"
+        f"data.path: {root} has neither {names[0]}/ nor {names[1]}/; expected {IMAGE_FOLDERS[0]}/ and {ANNOTATION_FOLDERS[0]}/, or in lower case"
     )
 
 
-def _parts(root: Path, files: dict[str, Path]) -> dict[str, int]:
+def _read_splits(root: Path, files: dict[str, Path]) -> dict[str, int]:
     """Which annotated image belongs to which part. Raises DataError on a list that names what is not there."""
     lists = root / "ImageSets" / "Main"
     found: dict[str, int] = {}
@@ -152,18 +164,18 @@ def _parts(root: Path, files: dict[str, Path]) -> dict[str, int]:
             lost = [f"{path}: {stem}: no such annotation" for stem in stems if stem not in files]
             if lost and part != TEST:  # VOC's own test lists come without annotations
                 raise DataError(
-                    *listed(lost),
+                    *limit_listing(lost),
                     f"data: {len(lost)} of the {len(stems)} images in {path} are not annotated",
                 )
             found |= {stem: part for stem in stems if stem in files}
     return found or dict.fromkeys(files, TRAIN)
 
 
-def _read(file: Path, *, difficult: bool) -> tuple[Named, tuple[int, int] | None]:
+def _read_annotation(file: Path, *, difficult: bool) -> tuple[NamedObjects, tuple[int, int] | None]:
     """The objects of a file, and the size that it states. Raises DataError."""
-    if file.stat().st_size > LARGEST:
+    if file.stat().st_size > MAX_XML_BYTES:
         raise DataError(
-            f"{file}: {file.stat().st_size:,} bytes, more than {LARGEST:,}; not an annotation of one image"
+            f"{file}: {file.stat().st_size:,} bytes, more than {MAX_XML_BYTES:,}; not an annotation of one image"
         )
     content = file.read_bytes()
     if (
@@ -176,7 +188,7 @@ def _read(file: Path, *, difficult: bool) -> tuple[Named, tuple[int, int] | None
         tree = ElementTree.fromstring(content)
     except (ElementTree.ParseError, ValueError) as error:
         raise DataError(f"{file}: not well-formed XML ({error}); mend or remove it") from None
-    named: Named = []
+    named: NamedObjects = []
     for number, found in enumerate(tree.iter("object"), 1):
         place = f"{file}: object {number}"
         name = (found.findtext("name") or "").strip()
@@ -184,7 +196,7 @@ def _read(file: Path, *, difficult: bool) -> tuple[Named, tuple[int, int] | None
             raise DataError(f"{place}: it has no <name>")
         if difficult or (found.findtext("difficult") or "0").strip() != "1":
             left, top, right, bottom = (
-                _number(found, side, place) for side in ("xmin", "ymin", "xmax", "ymax")
+                _read_number(found, side, place) for side in ("xmin", "ymin", "xmax", "ymax")
             )
             named.append(
                 (name, (left - 1, top - 1, right, bottom), place)
@@ -195,7 +207,7 @@ def _read(file: Path, *, difficult: bool) -> tuple[Named, tuple[int, int] | None
     ) else None
 
 
-def _number(found: ElementTree.Element, side: str, place: str) -> float:
+def _read_number(found: ElementTree.Element, side: str, place: str) -> float:
     text = found.findtext(f"bndbox/{side}")
     try:
         return float(text or "")

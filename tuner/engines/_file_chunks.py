@@ -8,26 +8,26 @@ from tuner.errors import DataError
 from tuner.files import removal
 from tuner.files.atomic import disk_errors, fsync
 
-LIMIT = 64 * 2**20  # bytes of a parcel
+CHUNK_BYTES = 64 * 2**20  # bytes of a parcel
 
-Piece = tuple[str, int, bytes, bool]
+FilePiece = tuple[str, int, bytes, bool]
 """A file's name below its folder, where the bytes begin, the bytes, whether they are the last; a folder's name ends with a slash."""
 
-Seen = dict[str, tuple[int, int]]
+FolderState = dict[str, tuple[int, int]]
 """What a folder holds: name -> when it was written, bytes."""
 
 
-def seen(folder: Path) -> Seen:
+def folder_state(folder: Path) -> FolderState:
     """The files of a folder and of all below it, the oldest first, so that what was written last also arrives last."""
-    found: Seen = {}
-    for name in names(folder):
+    found: FolderState = {}
+    for name in list_names(folder):
         if not name.endswith("/"):
             state = (folder / name).stat()
             found[name] = (state.st_mtime_ns, state.st_size)
     return dict(sorted(found.items(), key=lambda item: item[1][0]))
 
 
-def names(folder: Path) -> Iterator[str]:
+def list_names(folder: Path) -> Iterator[str]:
     """Files and folders below `folder`; links are followed, once. What is half written (`.x.tmp`) is left out."""
     been = set()
     for place, below, files in os.walk(folder, followlinks=True):
@@ -36,30 +36,30 @@ def names(folder: Path) -> Iterator[str]:
             below.clear()
             continue
         been.add(here)
-        below[:] = sorted(name for name in below if not _half(name))
+        below[:] = sorted(name for name in below if not _is_partial(name))
         start = os.path.relpath(place, folder)
         for name in (*(f"{name}/" for name in below), *sorted(files)):
-            if not _half(name) and (name.endswith("/") or Path(place, name).is_file()):
+            if not _is_partial(name) and (name.endswith("/") or Path(place, name).is_file()):
                 yield os.path.normpath(os.path.join(start, name)) + "/" * name.endswith("/")
 
 
-def _half(name: str) -> bool:
+def _is_partial(name: str) -> bool:
     return name.startswith(".") and name.endswith((".tmp", ".arriving"))
 
 
-def parcels(folder: Path, wanted: Iterable[str]) -> Iterator[list[Piece]]:
+def read_chunks(folder: Path, file_names: Iterable[str]) -> Iterator[list[FilePiece]]:
     """The named files, LIMIT bytes at a time: many small ones together, a large one in several."""
-    parcel: list[Piece] = []
+    parcel: list[FilePiece] = []
     size = 0
-    for name in wanted:
+    for name in file_names:
         if name.endswith("/"):
             parcel.append((name, 0, b"", True))
             continue
         with open(folder / name, "rb") as file:
             last = False
             while not last:
-                begin, data = file.tell(), file.read(LIMIT - size)
-                last = len(data) < LIMIT - size
+                begin, data = file.tell(), file.read(CHUNK_BYTES - size)
+                last = len(data) < CHUNK_BYTES - size
                 parcel.append((name, begin, data, last))
                 size += len(data)
                 if not last:
@@ -69,9 +69,9 @@ def parcels(folder: Path, wanted: Iterable[str]) -> Iterator[list[Piece]]:
         yield parcel
 
 
-def unpack(folder: Path, parcel: Iterable[Piece]) -> None:
+def write_chunk(folder: Path, chunk: Iterable[FilePiece]) -> None:
     """Writes pieces below `folder`; a file appears under its name when its last piece is there. Raises DataError, StorageError."""
-    for name, begin, data, last in parcel:
+    for name, begin, data, last in chunk:
         path = folder / name
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise DataError(f"{name!r} would leave the folder {folder}")

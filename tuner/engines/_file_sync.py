@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from tuner.engines._file_chunks import names, parcels, seen, unpack
+from tuner.engines._file_chunks import folder_state, list_names, read_chunks, write_chunk
 from tuner.engines._ray_cluster import Node
 from tuner.errors import StorageError
 from tuner.files import removal
@@ -17,92 +17,104 @@ from tuner.jobs import Job
 ANSWER = 600.0  # seconds in which a worker takes one chunk of files
 
 
-class Errands:
+class FileSync:
     """`ship`: folders that a node lacks are sent to it, once a node. Errands run in threads, so that other slots are heard meanwhile."""
 
     def __init__(self, ray: Any, ship: bool) -> None:
-        self.ray, self.ship = ray, ship
+        self.ray, self.may_ship = ray, ship
         self.threads = concurrent.futures.ThreadPoolExecutor(8, "tuner-errand")
         self.locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self.token = uuid.uuid4().hex
-        self.looked: set[tuple[str, str]] = set()  # (node, folder): it is there
-        self.shares: dict[tuple[str, Path], bool] = {}  # (node, folder): its files are ours
+        self.known_present: set[tuple[str, str]] = set()  # (node, folder): it is there
+        self.shared_folders: dict[tuple[str, Path], bool] = {}  # (node, folder): its files are ours
 
-    def before(
+    def prepare(
         self, actor: Any, node: Node, job: Job
     ) -> "concurrent.futures.Future[list[str]] | None":
         """Begins what a job needs first. Its result: the folders of `job.keep` whose changes must be brought back. None: nothing to do."""
-        folders = [f for f in job.folders if self.ship and (node.id, f) not in self.looked]
-        if not folders and not job.keep:
+        folders = [
+            f
+            for f in job.folders_needed
+            if self.may_ship and (node.id, f) not in self.known_present
+        ]
+        if not folders and not job.folders_to_keep:
             return None
-        return self.threads.submit(self.run, actor, node, folders, job.keep)
+        return self.threads.submit(self.prepare_worker, actor, node, folders, job.folders_to_keep)
 
-    def run(self, actor: Any, node: Node, folders: list[str], keep: tuple[str, ...]) -> list[str]:
+    def prepare_worker(
+        self, actor: Any, node: Node, folders: list[str], folders_to_keep: tuple[str, ...]
+    ) -> list[str]:
         with self.locks[node.id]:
-            for path in self.get(actor.missing.remote(folders)) if folders else ():
-                self.send(actor, Path(path))
-            self.looked.update((node.id, f) for f in folders)
-            apart = [folder for folder in keep if not self.shared(actor, node, Path(folder).parent)]
+            for path in self.get(actor.missing_paths.remote(folders)) if folders else ():
+                self.send_path(actor, Path(path))
+            self.known_present.update((node.id, f) for f in folders)
+            apart = [
+                folder
+                for folder in folders_to_keep
+                if not self.is_shared(actor, node, Path(folder).parent)
+            ]
         for folder in apart:
             removal.remove_arriving(Path(folder))
             # what an earlier attempt left there is older than what came back
-            others = self.get(actor.clear.remote(folder))
+            others = self.get(actor.clear_folder.remote(folder))
             if others:
                 raise StorageError(
                     f"{folder} on node {node.name} holds {others[0]}, which tuner did not make and "
                     "would have to remove; move it away there, or write to another folder "
                     "(--studies, --out)"
                 )
-            self.send_all(actor, Path(folder), list(seen(Path(folder))))
+            self.send_all(actor, Path(folder), list(folder_state(Path(folder))))
         return apart
 
     def get(self, reference: Any) -> Any:
         """A worker's answer. A worker that is stopped must not keep this thread for ever."""
         return self.ray.get(reference, timeout=ANSWER)
 
-    def send(self, actor: Any, path: Path) -> None:
+    def send_path(self, actor: Any, path: Path) -> None:
         """A file or a folder, to the same path; it is there whole or not at all. One parcel at a time is in the object store."""
         if path.is_file():
-            for parcel in parcels(path.parent, [path.name]):
-                self.get(actor.take.remote(str(path.parent), parcel))
+            for parcel in read_chunks(path.parent, [path.name]):
+                self.get(actor.receive_chunk.remote(str(path.parent), parcel))
             return
-        self.send_all(actor, path, list(names(path)))
+        self.send_all(actor, path, list(list_names(path)))
 
     def send_all(self, actor: Any, folder: Path, wanted: list[str]) -> None:
         """Files of a folder, which is there once all of them are."""
         arriving = str(removal.arriving(folder, uuid.uuid4().hex))
-        for parcel in parcels(folder, wanted):
-            self.get(actor.take.remote(arriving, parcel))
+        for parcel in read_chunks(folder, wanted):
+            self.get(actor.receive_chunk.remote(arriving, parcel))
         if wanted:
-            self.get(actor.settle.remote(arriving, str(folder)))
+            self.get(actor.rename_arrived.remote(arriving, str(folder)))
 
-    def shared(self, actor: Any, node: Node, folder: Path) -> bool:
+    def is_shared(self, actor: Any, node: Node, folder: Path) -> bool:
         """Whether a node sees this folder's files, not others at the same path."""
-        if (node.id, folder) not in self.shares:
+        if (node.id, folder) not in self.shared_folders:
             marker = folder / f".{uuid.uuid4().hex}.tmp"
             with disk_errors(marker):
                 folder.mkdir(parents=True, exist_ok=True)
                 marker.touch()
             try:
-                self.shares[node.id, folder] = not self.get(actor.missing.remote([str(marker)]))
+                self.shared_folders[node.id, folder] = not self.get(
+                    actor.missing_paths.remote([str(marker)])
+                )
             finally:
                 removal.remove_file(marker)
-        return self.shares[node.id, folder]
+        return self.shared_folders[node.id, folder]
 
-    def arrived(self, job: Job, kind: str, folder: Path, value: Any) -> None:
+    def receive_changes(self, job: Job, kind: str, folder: Path, value: Any) -> None:
         """Files that changed in a kept folder on a job's node, or their names where they are gone. Raises StorageError.
 
         An export takes the place of an older one when all its files are here.
         """
         if job.whole != str(folder):
             if kind == "kept":
-                unpack(folder, value)
+                write_chunk(folder, value)
             else:
                 for name in value:
                     removal.remove_gone(folder, name)
         elif kind == "kept":
             new = removal.arriving(folder, self.token)
-            unpack(new, value)
+            write_chunk(new, value)
             if removal.is_whole_export(new):
                 with disk_errors(folder):
                     old = removal.take_place(new, folder)

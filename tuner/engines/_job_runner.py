@@ -9,9 +9,9 @@ from tuner.errors import TunerError
 from tuner.jobs import Job, Outcome
 
 
-def carry_out(job: Job, report: Callable[[Any], bool], slot: int) -> Outcome:
+def run_job(job: Job, report: Callable[[Any], bool], slot: int) -> Outcome:
     """Calls the job's function. The one place that catches everything: a job that fails must not end its worker."""
-    module, _, function = job.work.partition(":")
+    module, _, function = job.function.partition(":")
     try:
         return Outcome(
             "done", getattr(importlib.import_module(module), function)(job.argument, report, slot)
@@ -24,7 +24,7 @@ def carry_out(job: Job, report: Callable[[Any], bool], slot: int) -> Outcome:
 
 def refused(error: TunerError) -> Outcome:
     return Outcome(
-        "refused", reason=type(error).__name__, problems=tuple(error.problems), code=error.code
+        "refused", reason=type(error).__name__, problems=tuple(error.problems), exit_code=error.code
     )
 
 
@@ -32,5 +32,5 @@ def failure(error: Exception) -> Outcome:
     """How a job that raised ended; called where the exception is handled."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return Outcome(
-        "failed", reason=f"{type(error).__name__}: {first}"[:300], trace=traceback.format_exc()
+        "failed", reason=f"{type(error).__name__}: {first}"[:300], traceback=traceback.format_exc()
     )

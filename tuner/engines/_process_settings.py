@@ -9,14 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-LOOKS, BETWEEN = 10, 0.01  # seconds
+SAMPLES, SAMPLE_SECONDS = 10, 0.01  # seconds
 PR_SET_PDEATHSIG = 1  # prctl.h of Linux
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 SAFE_PATH, OURS = "PYTHONSAFEPATH", "tuner"  # Python's own variable, which may have any value
-KEEP, PAD = 2**31 - 1, 64 * 2**20  # bytes
+TRIM_THRESHOLD_BYTES, TOP_PAD_BYTES = 2**31 - 1, 64 * 2**20  # bytes
 
 
-def keep_memory() -> bool:
+def keep_freed_memory() -> bool:
     """Has glibc's malloc keep what is freed, for the next tensor of that size. False where there is no such malloc.
 
     It otherwise maps every large tensor from the kernel and gives it back after use, so that each operator of a training
@@ -26,10 +26,16 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # no glibc
         return False
-    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, KEEP), mallopt(M_TOP_PAD, PAD)])
+    return all(
+        [
+            mallopt(M_MMAP_MAX, 0),
+            mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES),
+            mallopt(M_TOP_PAD, TOP_PAD_BYTES),
+        ]
+    )
 
 
-def end_with_parent() -> bool:
+def die_with_parent() -> bool:
     """Has the kernel kill this process when the thread that started it ends, however it ends. False where no kernel does.
 
     A stopped process cannot see to that itself: it would outlive a killed parent for ever.
@@ -108,20 +114,24 @@ def _limit(group: Path) -> float:
         return math.inf
 
 
-def quiet_threads() -> None:
+def set_thread_wait_policy() -> None:
     """Has OpenMP's idle threads sleep when others want the cores; where nobody does, they spin, as is libgomp's way.
 
     Spinning threads meet sooner (a small model's step takes a third of the time), but on a crowded machine they keep the
     working ones from running (fifty times as long). OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment decide instead.
     """
-    if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ and crowded():
+    if (
+        "OMP_WAIT_POLICY" not in os.environ
+        and "GOMP_SPINCOUNT" not in os.environ
+        and is_machine_busy()
+    ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def crowded() -> bool:
+def is_machine_busy() -> bool:
     """Whether, at most looks of a tenth of a second, a process beside this one was running. True where it cannot be seen."""
     busy = 0
-    for _ in range(LOOKS):
+    for _ in range(SAMPLES):
         try:
             text = Path("/proc/stat").read_text()
         except OSError:
@@ -135,5 +145,5 @@ def crowded() -> bool:
             2,
         )
         busy += running > 1  # one is who is looking
-        time.sleep(BETWEEN)
-    return 2 * busy > LOOKS
+        time.sleep(SAMPLE_SECONDS)
+    return 2 * busy > SAMPLES

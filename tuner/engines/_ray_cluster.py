@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from tuner.config.requirements import pip_install
-from tuner.config.run import Engine
+from tuner.config.run import EngineSettings
 from tuner.errors import StorageError
 
 PING = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
-ANSWERS = 20.0  # seconds in which a cluster answers; ray.init itself tries for many minutes
-TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
+PING_SECONDS = 20.0  # seconds in which a cluster answers; ray.init itself tries for many minutes
+TOKEN_HINT = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Node:
     cpus: float
     gpus: float
 
-    def room(self, cpus: int, gpus: float) -> int:
+    def capacity(self, cpus: int, gpus: float) -> int:
         """How many trials the whole node holds. A trial's part of a GPU is of one GPU."""
         found = math.floor(self.cpus / cpus)
         if gpus > 0:
@@ -41,23 +41,23 @@ class Node:
 
 
 @contextlib.contextmanager
-def connected(engine: Engine, warn: Callable[[str], None]) -> Iterator[Any]:
+def connect_ray(engine: EngineSettings, warn: Callable[[str], None]) -> Iterator[Any]:
     """The module `ray`, connected to the cluster for the length of the block. Raises StorageError."""
-    ray = library(local=engine.address == "local")
-    with quiet(ray):
+    ray = import_ray(local=engine.address == "local")
+    with silence_ray(ray):
         try:
-            with signals_kept():
+            with preserve_signals():
                 if engine.address == "local":
-                    init(ray, "local", num_gpus=None, include_dashboard=False)
+                    start_ray(ray, "local", num_gpus=None, include_dashboard=False)
                 else:
-                    init(ray, address := find(ray, engine.address))
-                    guard(address, warn)
+                    start_ray(ray, address := find_address(ray, engine.address))
+                    require_authentication(address, warn)
             yield ray
         finally:
-            leave(ray)
+            disconnect(ray)
 
 
-def library(*, local: bool) -> Any:
+def import_ray(*, local: bool) -> Any:
     """Ray, told before it is loaded to report nothing home, and to stay on loopback where nobody else shall join."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if local:
@@ -85,7 +85,7 @@ def library(*, local: bool) -> Any:
 
 
 @contextlib.contextmanager
-def quiet(ray: Any) -> Iterator[None]:
+def silence_ray(ray: Any) -> Iterator[None]:
     """Keeps what Ray would print about dead workers and nodes off stdout: the engine says it in its own words."""
     worker = ray._private.worker
     before, worker.print_to_stdstream = (
@@ -99,7 +99,7 @@ def quiet(ray: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals_kept() -> Iterator[None]:
+def preserve_signals() -> Iterator[None]:
     """Ray takes SIGTERM for itself when it starts."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -112,7 +112,7 @@ def signals_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def init(ray: Any, address: str, **options: Any) -> None:
+def start_ray(ray: Any, address: str, **options: Any) -> None:
     try:
         ray.init(
             address=address,
@@ -140,7 +140,7 @@ def job_config(ray: Any) -> Any:
     return config
 
 
-def leave(ray: Any) -> None:
+def disconnect(ray: Any) -> None:
     """Disconnects, and sees a cluster that was started here to its end: no process of it is left."""
     node = ray._private.worker._global_node
     started = (
@@ -157,10 +157,10 @@ def leave(ray: Any) -> None:
             process.wait()
 
 
-def find(ray: Any, wanted: str) -> str:
+def find_address(ray: Any, address_setting: str) -> str:
     """HOST:PORT of a cluster that answers and lets this machine in."""
-    address = wanted
-    if wanted == "auto":
+    address = address_setting
+    if address_setting == "auto":
         named = os.environ.get("RAY_ADDRESS", "auto")
         if "://" in named:
             raise StorageError(
@@ -173,29 +173,31 @@ def find(ray: Any, wanted: str) -> str:
                 "engine.address: auto, but no Ray cluster runs on this machine; start one with `ray start --head`, write HOST:PORT of "
                 "a cluster's head, or local"
             ) from None
-    said = ping(address, enabled(os.environ))
+    said = ping(address, ray_environment(os.environ))
     if said is None:
         raise StorageError(
-            f"engine.address: no Ray cluster answers at {address} within {ANSWERS:.0f} s; is it HOST:PORT of the head (`ray start --head "
+            f"engine.address: no Ray cluster answers at {address} within {PING_SECONDS:.0f} s; is it HOST:PORT of the head (`ray start --head "
             "--port=6379`), running, and not behind a firewall?"
         )
     if said == "AuthenticationError":
         raise StorageError(
-            f"engine.address: the Ray cluster at {address} does not take this machine's token; {TOKEN} as on its nodes"
+            f"engine.address: the Ray cluster at {address} does not take this machine's token; {TOKEN_HINT} as on its nodes"
         )
     return address
 
 
-def guard(address: str, warn: Callable[[str], None]) -> None:
+def require_authentication(address: str, warn: Callable[[str], None]) -> None:
     """What is done about a cluster that asks nobody for a token: whoever reaches it can run code on every node.
 
     Raises StorageError where other machines reach it, and warns of the other users of this machine.
     """
-    anonymous = enabled(os.environ)["RAY_AUTH_MODE"] == "disabled"  # then it has just let us in
+    anonymous = (
+        ray_environment(os.environ)["RAY_AUTH_MODE"] == "disabled"
+    )  # then it has just let us in
     if not anonymous and ping(address, {**os.environ, "RAY_AUTH_MODE": "disabled"}) != "":
         return
-    remedy = f"{TOKEN} on every node before `ray start`, and here"
-    if loopback(address):
+    remedy = f"{TOKEN_HINT} on every node before `ray start`, and here"
+    if is_loopback(address):
         warn(
             f"engine.address: the Ray cluster at {address} asks nobody for a token, so every user of "
             f"this machine can run code on it as you; {remedy}"
@@ -207,7 +209,7 @@ def guard(address: str, warn: Callable[[str], None]) -> None:
     )
 
 
-def enabled(environment: Any) -> dict[str, str]:
+def ray_environment(environment: Any) -> dict[str, str]:
     """The environment as Ray's own programs see it: a token that is there is used."""
     file = Path.home() / ".ray" / "auth_token"
     has = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & environment.keys() or file.is_file()
@@ -219,7 +221,12 @@ def ping(address: str, environment: dict[str, str]) -> str | None:
     command = [sys.executable, "-P", "-c", PING, address]
     try:
         found = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=ANSWERS, check=False
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PING_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return None
@@ -232,7 +239,7 @@ def ping(address: str, environment: dict[str, str]) -> str | None:
     )
 
 
-def loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -240,7 +247,7 @@ def loopback(address: str) -> bool:
         return host == "localhost"
 
 
-def nodes(ray: Any) -> dict[str, Node]:
+def live_nodes(ray: Any) -> dict[str, Node]:
     """The living nodes by their id."""
     try:
         found = [n for n in ray.nodes() if n["Alive"]]
@@ -264,17 +271,17 @@ def nodes(ray: Any) -> dict[str, Node]:
     }
 
 
-def gpus_wanted(engine: Engine, there: Sequence[Node]) -> float:
+def gpus_per_trial(engine: EngineSettings, there: Sequence[Node]) -> float:
     if engine.gpus_per_trial is not None:
         return engine.gpus_per_trial
     return 1.0 if engine.device not in ("cpu", "mps") and any(node.gpus for node in there) else 0.0
 
 
-def fits(engine: Engine, there: Sequence[Node]) -> None:
+def check_capacity(engine: EngineSettings, there: Sequence[Node]) -> None:
     """Raises StorageError, naming the nodes, when they have no room for even one trial. Nodes without cores are heads: more may come."""
     able = [node for node in there if node.cpus > 0]
-    cpus, gpus = engine.cpus_per_trial, gpus_wanted(engine, there)
-    if not able or any(node.room(cpus, gpus) for node in able):
+    cpus, gpus = engine.cpus_per_trial, gpus_per_trial(engine, there)
+    if not able or any(node.capacity(cpus, gpus) for node in able):
         return
     listed = ", ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in able)
     if gpus > 0 and not any(node.gpus for node in able):

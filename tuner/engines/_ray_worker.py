@@ -13,28 +13,36 @@ from typing import Any
 
 import tuner
 from tuner.engines import _process_settings
-from tuner.engines._file_chunks import Piece, Seen, parcels, seen, unpack
-from tuner.engines._job_runner import carry_out
+from tuner.engines._file_chunks import (
+    FilePiece,
+    FolderState,
+    folder_state,
+    read_chunks,
+    write_chunk,
+)
+from tuner.engines._job_runner import run_job
 from tuner.files import removal
 from tuner.files.atomic import disk_errors
 from tuner.jobs import Job, Outcome
 
-PATIENCE = 30.0  # seconds without an answer after which a job goes on as if it had been told to
-FAREWELL = 3.0  # seconds in which a job that is ended can remove its temporary files
+ANSWER_TIMEOUT = (
+    30.0  # seconds without an answer after which a job goes on as if it had been told to
+)
+STOP_SECONDS = 3.0  # seconds in which a job that is ended can remove its temporary files
 
 Message = tuple[str, str, Any]
 """Its kind (alive, kept, gone, report or ended), the token of the job it is of, the value."""
 
 
-class Slot:
+class RayWorker:
     """Created by Ray where there is room for one trial. It is one process, and ends with the driver.
 
     `folder` and `path` are the driver's working directory and sys.path, so that relative names mean the same here.
     """
 
     def __init__(self, folder: str, path: list[str], cpus: int, gpus: float) -> None:
-        _process_settings.keep_memory()
-        _process_settings.quiet_threads()
+        _process_settings.keep_freed_memory()
+        _process_settings.set_thread_wait_policy()
         if gpus == 0:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides only what it hands out
         sys.path += [place for place in path if place not in sys.path]
@@ -45,43 +53,48 @@ class Slot:
         self.thread = concurrent.futures.ThreadPoolExecutor(
             1
         )  # one for all jobs: OpenMP keeps a team per thread
-        self.heard = threading.Condition()
-        self.token, self.reports, self.answers, self.go_on = "", 0, 0, True
-        self.running: int | None = None  # the job's thread
+        self.condition = threading.Condition()
+        self.token, self.report_count, self.answer_count, self.should_continue = "", 0, 0, True
+        self.job_thread: int | None = None  # the job's thread
 
-    def greet(self) -> str:
+    def report_version(self) -> str:
         return tuner.__version__
 
-    def missing(self, paths: list[str]) -> list[str]:
+    def missing_paths(self, paths: list[str]) -> list[str]:
         return [path for path in paths if not os.path.exists(path)]
 
-    def take(self, folder: str, parcel: list[Piece]) -> None:
-        unpack(Path(folder), parcel)
+    def receive_chunk(self, folder: str, parcel: list[FilePiece]) -> None:
+        write_chunk(Path(folder), parcel)
 
-    def clear(self, folder: str) -> list[str]:
+    def clear_folder(self, folder: str) -> list[str]:
         """Removes what an earlier attempt left at a kept folder; returns what else is there, which stays."""
         with disk_errors(Path(folder)):
             return removal.clear(Path(folder))
 
-    def settle(self, arrived: str, folder: str) -> None:
+    def rename_arrived(self, arrived: str, folder: str) -> None:
         """A folder that has arrived whole gets its name."""
         with contextlib.suppress(OSError):  # it is there by now
             removal.put(Path(arrived), Path(folder))
 
     # -- a job
 
-    def carry(
-        self, job: Job, token: str, keeping: list[str], heartbeat: float
+    def run_job(
+        self, job: Job, token: str, folders_to_sync: list[str], heartbeat: float
     ) -> Iterator[Message]:
         """Carries out a job in a thread beside this one. What changes in the folders `keeping` is sent along.
 
         From its first message on there is a sign of life after each `heartbeat` seconds without another message.
         """
-        with self.heard:
-            self.token, self.reports, self.answers, self.go_on = token, 0, 0, True
+        with self.condition:
+            self.token, self.report_count, self.answer_count, self.should_continue = (
+                token,
+                0,
+                0,
+                True,
+            )
         said: SimpleQueue[Message] = SimpleQueue()
-        kept = [Kept(folder, said, token) for folder in keeping]
-        self.thread.submit(self.work, job, token, said, kept)
+        kept = [WatchedFolder(folder, said, token) for folder in folders_to_sync]
+        self.thread.submit(self.execute, job, token, said, kept)
         message, timeout = ("", "", None), None
         while message[0] != "ended":
             try:
@@ -91,30 +104,36 @@ class Slot:
             yield message
             timeout = heartbeat
 
-    def work(self, job: Job, token: str, said: "SimpleQueue[Message]", kept: "list[Kept]") -> None:
+    def execute(
+        self,
+        job: Job,
+        token: str,
+        messages: "SimpleQueue[Message]",
+        watched_folders: "list[WatchedFolder]",
+    ) -> None:
         def report(value: Any) -> bool:
-            behind = self.answers < self.reports
+            behind = self.answer_count < self.report_count
             for folder in (
-                kept if not behind else ()
+                watched_folders if not behind else ()
             ):  # else nobody takes files now; the newest go when someone does
-                folder.send()
-            said.put(("report", token, value))
-            return self.answered(behind)
+                folder.send_changes()
+            messages.put(("report", token, value))
+            return self.wait_for_answer(behind)
 
-        self.running = threading.get_ident()
+        self.job_thread = threading.get_ident()
         try:
-            self.share()  # reads torch, while which no other thread of this process may run for minutes
-            said.put(("alive", token, None))
-            outcome = carry_out(job, report, 0)  # Ray shows a slot only its own GPU
-            for folder in kept:
-                folder.send()
+            self.limit_resources()  # reads torch, while which no other thread of this process may run for minutes
+            messages.put(("alive", token, None))
+            outcome = run_job(job, report, 0)  # Ray shows a slot only its own GPU
+            for folder in watched_folders:
+                folder.send_changes()
         except Exception as error:
             outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}"[:300])
         finally:
-            self.running = None
-        said.put(("ended", token, outcome))
+            self.job_thread = None
+        messages.put(("ended", token, outcome))
 
-    def share(self) -> None:
+    def limit_resources(self) -> None:
         """A slot's part of the cores and of its GPU."""
         import torch  # here: the coordinator imports this module too, and stays without torch
 
@@ -122,48 +141,51 @@ class Slot:
         if 0 < self.gpus < 1 and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(self.gpus)
 
-    def answered(self, behind: bool) -> bool:
+    def wait_for_answer(self, is_behind: bool) -> bool:
         """Whether to go on. A coordinator that was silent for PATIENCE is not waited for again before it has caught up."""
-        with self.heard:
-            self.reports += 1
-            self.heard.wait_for(
-                lambda: self.answers >= self.reports or not self.go_on, 0 if behind else PATIENCE
+        with self.condition:
+            self.report_count += 1
+            self.condition.wait_for(
+                lambda: self.answer_count >= self.report_count or not self.should_continue,
+                0 if is_behind else ANSWER_TIMEOUT,
             )
-            return self.go_on
+            return self.should_continue
 
-    def answer(self, token: str, go_on: bool) -> None:
-        with self.heard:
+    def receive_answer(self, token: str, should_continue: bool) -> None:
+        with self.condition:
             if token == self.token:  # else to a job that is gone
-                self.answers += 1
-                self.go_on = self.go_on and go_on
-                self.heard.notify_all()
+                self.answer_count += 1
+                self.should_continue = self.should_continue and should_continue
+                self.condition.notify_all()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Unwinds the running job, so that its temporary files go; whoever calls ends the process afterwards."""
-        if self.running is not None:
+        if self.job_thread is not None:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(self.running), ctypes.py_object(SystemExit)
+                ctypes.c_ulong(self.job_thread), ctypes.py_object(SystemExit)
             )
-        with self.heard:
-            self.token, self.go_on = "", False
-            self.heard.notify_all()
+        with self.condition:
+            self.token, self.should_continue = "", False
+            self.condition.notify_all()
         with contextlib.suppress(concurrent.futures.TimeoutError):
-            self.thread.submit(lambda: None).result(FAREWELL)  # its turn comes when the job is gone
+            self.thread.submit(lambda: None).result(
+                STOP_SECONDS
+            )  # its turn comes when the job is gone
 
 
-class Kept:
+class WatchedFolder:
     """A folder whose files must outlive this node: what has changed since it was last sent."""
 
-    def __init__(self, folder: str, said: "SimpleQueue[Message]", token: str) -> None:
-        self.folder, self.said, self.token = Path(folder), said, token
-        self.sent: Seen = seen(self.folder)
+    def __init__(self, folder: str, messages: "SimpleQueue[Message]", token: str) -> None:
+        self.folder, self.messages, self.token = Path(folder), messages, token
+        self.sent_state: FolderState = folder_state(self.folder)
 
-    def send(self) -> None:
-        now = seen(self.folder)
-        for parcel in parcels(
-            self.folder, [name for name, state in now.items() if self.sent.get(name) != state]
+    def send_changes(self) -> None:
+        now = folder_state(self.folder)
+        for parcel in read_chunks(
+            self.folder, [name for name, state in now.items() if self.sent_state.get(name) != state]
         ):
-            self.said.put(("kept", self.token, (self.folder, parcel)))
-        if gone := self.sent.keys() - now.keys():
-            self.said.put(("gone", self.token, (self.folder, sorted(gone))))
-        self.sent = now
+            self.messages.put(("kept", self.token, (self.folder, parcel)))
+        if gone := self.sent_state.keys() - now.keys():
+            self.messages.put(("gone", self.token, (self.folder, sorted(gone))))
+        self.sent_state = now

@@ -57,12 +57,12 @@ class Watch:
         silence = self.silence * (STARTING if self.starting else 1)
         if self.silent > silence:
             return Outcome(
-                "lost", reason=f"{self.worker_name} silent for {silence:g} s", cause="silent"
+                "lost", reason=f"{self.worker_name} silent for {silence:g} s", loss_cause="silent"
             )
         timeout = self.report_timeout()
         if timeout is not None and self.waiting > timeout:
             reason = f"no progress for {round(timeout, 1):g} s (engine.stall)"
-            return Outcome("lost", reason=reason, cause="stalled")
+            return Outcome("lost", reason=reason, loss_cause="stalled")
         return None
 
     def report_timeout(self) -> float | None:

@@ -9,58 +9,58 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tuner
-from tuner.config.run import Engine
+from tuner.config.run import EngineSettings
 from tuner.engines import _ray_cluster
 from tuner.engines._ray_cluster import Node
-from tuner.engines._ray_worker import FAREWELL, Slot
+from tuner.engines._ray_worker import STOP_SECONDS, RayWorker
 from tuner.engines._watch import SILENCE, Watch
 from tuner.errors import StorageError
 from tuner.jobs import Job, OnEnd, OnReport, Outcome
 
-LOOK = 1.0  # seconds between looks at the cluster
-GRACE = 15.0  # seconds in which a node may fail to start slots: one that has just gone is still listed for a while, one that comes too soon
+REFRESH_SECONDS = 1.0  # seconds between looks at the cluster
+START_GRACE_SECONDS = 15.0  # seconds in which a node may fail to start slots: one that has just gone is still listed for a while, one that comes too soon
 
 
 @dataclass
-class Work:
+class PendingJob:
     """A job, and who hears of it. `check`: it is carried out on every node."""
 
     job: Job
-    report: OnReport
-    ended: OnEnd
-    check: bool = False
+    on_report: OnReport
+    on_end: OnEnd
+    is_check: bool = False
 
 
 @dataclass(eq=False)
-class Worker:
+class PoolWorker:
     """A slot as the coordinator sees it: hired, greeted, idle or busy. Only messages with its token are of its work."""
 
     actor: Any
     node: Node
     greeting: Any  # a reference, until it has been answered
-    since: float
-    work: Work | None = None
+    started_at: float
+    job: PendingJob | None = None
     token: str = ""
     stream: Any = None
-    errand: Any = None  # a future: what is done before the job starts
+    preparation: Any = None  # a future: what is done before the job starts
     watch: Watch = field(default_factory=lambda: Watch("worker", SILENCE, None))
 
     @property
-    def idle(self) -> bool:
-        return self.greeting is None and self.work is None
+    def is_idle(self) -> bool:
+        return self.greeting is None and self.job is None
 
 
-def gone(node: Node) -> Outcome:
-    return Outcome("lost", reason=f"node {node.name} is gone", cause="node")
+def node_lost_outcome(node: Node) -> Outcome:
+    return Outcome("lost", reason=f"node {node.name} is gone", loss_cause="node")
 
 
-class Crew:
-    def __init__(self, ray: Any, engine: Engine, warn: Callable[[str], None]) -> None:
+class WorkerPool:
+    def __init__(self, ray: Any, engine: EngineSettings, warn: Callable[[str], None]) -> None:
         self.ray, self.warn = ray, warn
-        self.nodes = _ray_cluster.nodes(ray)
+        self.nodes = _ray_cluster.live_nodes(ray)
         there = list(self.nodes.values())
-        _ray_cluster.fits(engine, there)
-        self.cpus, self.gpus = engine.cpus_per_trial, _ray_cluster.gpus_wanted(engine, there)
+        _ray_cluster.check_capacity(engine, there)
+        self.cpus, self.gpus = engine.cpus_per_trial, _ray_cluster.gpus_per_trial(engine, there)
         actor = ray.remote(
             num_cpus=self.cpus,
             num_gpus=self.gpus,
@@ -68,132 +68,138 @@ class Crew:
             max_task_retries=0,
             max_concurrency=4,
         )
-        self.slot = actor(Slot)
-        self.workers: list[Worker] = []
-        self.left_out: set[str] = set()  # ids of nodes that failed a check
-        self.failing: dict[
+        self.worker_class = actor(RayWorker)
+        self.workers: list[PoolWorker] = []
+        self.excluded_nodes: set[str] = set()  # ids of nodes that failed a check
+        self.failing_nodes: dict[
             str, tuple[float, float]
         ] = {}  # by node: since when slots do not start there, and the latest
-        self.looked, self.waited = time.monotonic(), False
-        self.proved = False  # a slot has been greeted: from now on a bad node is left out, and not the command's end
+        self.last_refresh, self.warned_no_room = time.monotonic(), False
+        self.any_started = False  # a slot has been greeted: from now on a bad node is left out, and not the command's end
 
-    def look(self) -> list[Worker]:
+    def refresh_nodes(self) -> list[PoolWorker]:
         """Learns which nodes are there; returns the workers whose node is gone."""
-        if time.monotonic() - self.looked >= LOOK:
-            self.looked, self.nodes = time.monotonic(), _ray_cluster.nodes(self.ray)
+        if time.monotonic() - self.last_refresh >= REFRESH_SECONDS:
+            self.last_refresh, self.nodes = time.monotonic(), _ray_cluster.live_nodes(self.ray)
         return [w for w in self.workers if w.node.id not in self.nodes]
 
-    def usable(self) -> list[Node]:
+    def usable_nodes(self) -> list[Node]:
         return [
             n
             for n in self.nodes.values()
-            if n.id not in self.left_out and n.room(self.cpus, self.gpus)
+            if n.id not in self.excluded_nodes and n.capacity(self.cpus, self.gpus)
         ]
 
-    def hire(self, wanted: int, due: set[str]) -> None:
+    def start_workers(self, wanted: int, nodes_due: set[str]) -> None:
         """One slot on each node of `due`, and more as long as there are fewer than `wanted` and a node has room."""
-        usable = self.usable()
-        if not usable and not self.waited:
+        usable = self.usable_nodes()
+        if not usable and not self.warned_no_room:
             self.warn(
                 "no node of the Ray cluster has room for a trial; waiting for one to join (Ctrl-C twice ends this)"
             )
-        self.waited = not usable
+        self.warned_no_room = not usable
         lately = (
-            time.monotonic() - LOOK
+            time.monotonic() - REFRESH_SECONDS
         )  # a node that failed a moment ago is not asked again at once
-        usable = [n for n in usable if n.id not in self.failing or self.failing[n.id][1] <= lately]
+        usable = [
+            n
+            for n in usable
+            if n.id not in self.failing_nodes or self.failing_nodes[n.id][1] <= lately
+        ]
         taken = Counter(w.node.id for w in self.workers)
         for node in usable:
-            if not taken[node.id] and node.id in due:
-                self.add(node)
+            if not taken[node.id] and node.id in nodes_due:
+                self.start_worker(node)
                 taken[node.id] += 1
         while len(self.workers) < wanted:
             roomy = max(
-                usable, key=lambda n: n.room(self.cpus, self.gpus) - taken[n.id], default=None
+                usable, key=lambda n: n.capacity(self.cpus, self.gpus) - taken[n.id], default=None
             )
-            if roomy is None or taken[roomy.id] >= roomy.room(self.cpus, self.gpus):
+            if roomy is None or taken[roomy.id] >= roomy.capacity(self.cpus, self.gpus):
                 return
-            self.add(roomy)
+            self.start_worker(roomy)
             taken[roomy.id] += 1
 
-    def add(self, node: Node) -> None:
+    def start_worker(self, node: Node) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-        actor = self.slot.options(scheduling_strategy=On(node.id, soft=False)).remote(
+        actor = self.worker_class.options(scheduling_strategy=On(node.id, soft=False)).remote(
             os.getcwd(), sys.path, self.cpus, self.gpus
         )
-        self.workers.append(Worker(actor, node, actor.greet.remote(), time.monotonic()))
+        self.workers.append(
+            PoolWorker(actor, node, actor.report_version.remote(), time.monotonic())
+        )
 
-    def welcome(self, worker: Worker, version: str) -> None:
+    def accept_worker(self, worker: PoolWorker, version: str) -> None:
         worker.greeting = None
         if version != tuner.__version__:
-            self.leave_out(
+            self.exclude_node(
                 worker.node,
                 f"it has tuner {version}, this machine {tuner.__version__}; install the same version on both",
             )
         else:
-            self.proved = True
-            self.failing.pop(worker.node.id, None)
+            self.any_started = True
+            self.failing_nodes.pop(worker.node.id, None)
 
-    def unborn(self, worker: Worker, error: Exception) -> None:
+    def start_failed(self, worker: PoolWorker, error: Exception) -> None:
         """A slot that did not start: tuner is not there, or the node fails in another way."""
         now = time.monotonic()
-        since, _ = self.failing.get(worker.node.id, (now, now))
-        self.failing[worker.node.id] = since, now
+        since, _ = self.failing_nodes.get(worker.node.id, (now, now))
+        self.failing_nodes[worker.node.id] = since, now
         last = str(error).strip().splitlines()[-1].strip()
         if "No module named 'tuner" in str(error):
-            self.leave_out(
+            self.exclude_node(
                 worker.node,
                 f"tuner is not installed there; install tuner {tuner.__version__} on every node",
             )
-        elif now - since > GRACE and worker.node.id in self.nodes:
-            self.leave_out(worker.node, f"slots do not start there: {last[:300]}")
+        elif now - since > START_GRACE_SECONDS and worker.node.id in self.nodes:
+            self.exclude_node(worker.node, f"slots do not start there: {last[:300]}")
 
-    def leave_out(self, node: Node, reason: str) -> None:
+    def exclude_node(self, node: Node, reason: str) -> None:
         """Raises StorageError where nothing has worked yet."""
-        if not self.proved:
+        if not self.any_started:
             raise StorageError(f"engine: node {node.name}: {reason}")
-        if node.id not in self.left_out:
-            self.left_out.add(node.id)
+        if node.id not in self.excluded_nodes:
+            self.excluded_nodes.add(node.id)
             self.warn(f"node {node.name} is left out: {reason}")
-        self.dismiss([w for w in self.workers if w.node.id == node.id and w.work is None])
+        self.stop_workers([w for w in self.workers if w.node.id == node.id and w.job is None])
 
-    def death(self, worker: Worker, error: Exception) -> Outcome:
+    def loss_outcome(self, worker: PoolWorker, error: Exception) -> Outcome:
         """How a job ended whose worker is gone."""
         name, said = worker.node.name, str(error)
-        if "node has died" in said or worker.node.id not in _ray_cluster.nodes(self.ray):
-            return gone(worker.node)
+        if "node has died" in said or worker.node.id not in _ray_cluster.live_nodes(self.ray):
+            return node_lost_outcome(worker.node)
         if isinstance(error, self.ray.exceptions.GetTimeoutError):
             return Outcome(
-                "lost", reason=f"the worker on node {name} does not take files", cause="silent"
+                "lost", reason=f"the worker on node {name} does not take files", loss_cause="silent"
             )
         if isinstance(error, self.ray.exceptions.ActorUnavailableError):
             return Outcome(
-                "lost", reason=f"the worker on node {name} cannot be reached", cause="died"
+                "lost", reason=f"the worker on node {name} cannot be reached", loss_cause="died"
             )
         if isinstance(error, self.ray.exceptions.OutOfMemoryError) or "low on memory" in said:
             return Outcome(
                 "lost",
                 reason=f"the worker on node {name} was ended by Ray: the node ran out of memory",
-                cause="memory",
+                loss_cause="memory",
             )
         return Outcome(
             "lost",
             reason=f"the worker on node {name} ended unexpectedly (out of memory?)",
-            cause="died",
+            loss_cause="died",
         )
 
-    def release(self, wanted: int) -> None:
+    def stop_idle(self, wanted: int) -> None:
         """Gives back what is idle beyond `wanted`."""
-        idle = [w for w in self.workers if w.work is None]
-        self.dismiss(idle[: max(0, len(self.workers) - wanted)])
+        idle = [w for w in self.workers if w.job is None]
+        self.stop_workers(idle[: max(0, len(self.workers) - wanted)])
 
-    def dismiss(self, workers: list[Worker]) -> None:
+    def stop_workers(self, workers: list[PoolWorker]) -> None:
         """Ends slots: a busy one after a moment in which its job can remove its temporary files."""
         self.workers = [w for w in self.workers if w not in workers]
         farewells = [w.actor.end.remote() for w in workers if w.stream is not None]
         if farewells:
-            self.ray.wait(farewells, num_returns=len(farewells), timeout=FAREWELL + 1)
+            self.ray.wait(farewells, num_returns=len(farewells), timeout=STOP_SECONDS + 1)
         for worker in workers:
-            worker.work, worker.token, worker.stream, worker.errand = None, "", None, None
+            worker.job, worker.token, worker.stream, worker.preparation = None, "", None, None
             self.ray.kill(worker.actor)

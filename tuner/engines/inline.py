@@ -4,36 +4,44 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tuner.config.run import Engine
-from tuner.engines._job_runner import carry_out
-from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport
+from tuner.config.run import EngineSettings
+from tuner.engines._job_runner import run_job
+from tuner.jobs import Job, NextJob, OnEnd, OnReport, RunJobs, ShouldContinue
 
 
 @contextlib.contextmanager
-def run(engine: Engine = Engine(), warn: Callable[[str], None] = lambda _: None) -> Iterator[Carry]:
+def run(
+    engine: EngineSettings = EngineSettings(), warn: Callable[[str], None] = lambda _: None
+) -> Iterator[RunJobs]:
     if engine.stall not in ("auto", "never"):
         warn(
             f"engine.stall: {engine.stall} has no effect with engine.name: inline, "
             "which cannot end a training that hangs"
         )
-    yield carry
+    yield run_jobs
 
 
-def carry(jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int) -> None:
+def run_jobs(
+    next_job: NextJob,
+    on_report: OnReport,
+    on_end: OnEnd,
+    should_continue: ShouldContinue,
+    workers: int,
+) -> None:
     """Carries out jobs until there are none, one at a time whatever `workers` says."""
-    while go_on() and (job := jobs()) is not None:
-        hearing = Hearing(job, report)
-        outcome = carry_out(job, hearing, 0)
+    while should_continue() and (job := next_job()) is not None:
+        hearing = ReportHandler(job, on_report)
+        outcome = run_job(job, hearing, 0)
         if hearing.error is not None:
             raise hearing.error
-        ended(job, outcome)
+        on_end(job, outcome)
 
 
-class Hearing:
+class ReportHandler:
     """Hands reports on. What fails in the coordinator is kept for it, and not taken for a failure of the job."""
 
-    def __init__(self, job: Job, report: OnReport) -> None:
-        self.job, self.report = job, report
+    def __init__(self, job: Job, on_report: OnReport) -> None:
+        self.job, self.report = job, on_report
         self.error: Exception | None = None
 
     def __call__(self, value: Any) -> bool:

@@ -15,11 +15,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from tuner.config.run import Engine
+from tuner.config.run import EngineSettings
 from tuner.engines import _process_settings
-from tuner.engines._job_runner import carry_out, failure
+from tuner.engines._job_runner import failure, run_job
 from tuner.engines._watch import HEARTBEATS, POLL, SILENCE, Clock, Watch
-from tuner.jobs import Carry, GoOn, Job, NextJob, OnEnd, OnReport, Outcome
+from tuner.jobs import Job, NextJob, OnEnd, OnReport, Outcome, RunJobs, ShouldContinue
 
 STOP_TIMEOUT = 3.0  # seconds in which workers that are stopped can end by themselves
 
@@ -40,11 +40,11 @@ Message = tuple[Worker, str, Any]
 
 @contextlib.contextmanager
 def run(
-    engine: Engine = Engine(),
+    engine: EngineSettings = EngineSettings(),
     warn: Callable[[str], None] = lambda _: None,
     *,
     silence: float = SILENCE,
-) -> Iterator[Carry]:
+) -> Iterator[RunJobs]:
     """Workers live as long as the `with` block. One without a sign of life for `silence` seconds is given up."""
     pool = WorkerPool(silence)
     try:
@@ -66,23 +66,28 @@ class WorkerPool:
         self.undelivered: list[Job] = []  # assigned to workers that died before they read them
 
     def run_jobs(
-        self, jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int
+        self,
+        next_job: NextJob,
+        on_report: OnReport,
+        on_end: OnEnd,
+        should_continue: ShouldContinue,
+        workers: int,
     ) -> None:
         """Carries out jobs until there are none, `workers` at a time."""
         self.stop_surplus(workers)
         clock = Clock()
         try:
-            while go_on():
-                self.assign_jobs(jobs, workers)
+            while should_continue():
+                self.assign_jobs(next_job, workers)
                 if not self.busy():
                     return
                 for message in self.receive():
-                    self.handle(*message, report, ended)
-                self.give_up_unresponsive(clock.passed(), ended)
+                    self.handle(*message, on_report, on_end)
+                self.give_up_unresponsive(clock.passed(), on_end)
         finally:  # whether there are no jobs left, time is up, or the coordinator failed
             unfinished = self.stop_busy()
         for job in unfinished:
-            ended(job, Outcome("lost", reason="interrupted", cause="interrupted"))
+            on_end(job, Outcome("lost", reason="interrupted", loss_cause="interrupted"))
 
     def busy(self) -> list[Worker]:
         return [w for w in self.workers if w.job is not None]
@@ -162,7 +167,7 @@ class WorkerPool:
             outcome = worker.watch.passed(passed)
             if outcome is None:
                 continue
-            if outcome.cause == "silent":
+            if outcome.loss_cause == "silent":
                 worker.process.kill()  # reaches a stopped process too, which therefore cannot come back
             self.give_up(worker, outcome, ended)
 
@@ -183,7 +188,7 @@ class WorkerPool:
 
 
 def start_worker(slot: int, heartbeat: float) -> Worker:
-    _process_settings.quiet_threads()  # its environment is the worker's
+    _process_settings.set_thread_wait_policy()  # its environment is the worker's
     context = multiprocessing.get_context("spawn")  # a forked torch or SQLite breaks
     ours, theirs = context.Pipe()
     process = context.Process(
@@ -214,10 +219,12 @@ def death_outcome(code: int | None) -> Outcome:
     """The outcome of a job whose worker died by itself. `code`: its exit code, negative for a signal."""
     if code == -signal.SIGKILL:  # the kernel's way where memory runs out
         reason = "worker ended by SIGKILL (out of memory?)"
-        return Outcome("lost", reason=reason, cause="memory")
+        return Outcome("lost", reason=reason, loss_cause="memory")
     if code is not None and code < 0:
-        return Outcome("lost", reason=f"worker ended by {signal.Signals(-code).name}", cause="died")
-    return Outcome("lost", reason=f"worker ended with exit code {code}", cause="died")
+        return Outcome(
+            "lost", reason=f"worker ended by {signal.Signals(-code).name}", loss_cause="died"
+        )
+    return Outcome("lost", reason=f"worker ended with exit code {code}", loss_cause="died")
 
 
 def stop_workers(workers: list[Worker]) -> None:
@@ -247,8 +254,8 @@ def stop_workers(workers: list[Worker]) -> None:
 def run_worker(pipe: Connection, slot: int, heartbeat: float) -> None:
     """The life of a worker process: it takes jobs from the pipe until it gets None or the pipe closes."""
     _process_settings.forget_safe_path()
-    _process_settings.end_with_parent()
-    _process_settings.keep_memory()
+    _process_settings.die_with_parent()
+    _process_settings.keep_freed_memory()
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to all processes
         signal.signal(number, signal.SIG_IGN)  # the coordinator decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
@@ -271,7 +278,7 @@ def run_worker(pipe: Connection, slot: int, heartbeat: float) -> None:
                 importlib.import_module(job.work.partition(":")[0])
             limit_threads(_process_settings.cores() / sharing)
             channel.busy.set()
-            outcome = carry_out(job, report, slot)
+            outcome = run_job(job, report, slot)
             channel.busy.clear()
             channel.send("ended", outcome)
 

@@ -11,34 +11,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tuner.config.run import Engine
+from tuner.config.run import EngineSettings
 from tuner.engines import _ray_cluster
-from tuner.engines._file_sync import Errands
+from tuner.engines._file_sync import FileSync
 from tuner.engines._job_runner import refused
 from tuner.engines._node_checks import NodeChecks
 from tuner.engines._watch import HEARTBEATS, POLL, SILENCE, Clock, Watch
-from tuner.engines._worker_pool import Crew, Work, Worker, gone
+from tuner.engines._worker_pool import PendingJob, PoolWorker, WorkerPool, node_lost_outcome
 from tuner.errors import TunerError
-from tuner.jobs import Carry, GoOn, NextJob, OnEnd, OnReport, Outcome
+from tuner.jobs import NextJob, OnEnd, OnReport, Outcome, RunJobs, ShouldContinue
 
 
 @contextlib.contextmanager
 def run(
-    engine: Engine = Engine(name="ray"),
+    engine: EngineSettings = EngineSettings(name="ray"),
     warn: Callable[[str], None] = lambda _: None,
     *,
     silence: float = SILENCE,
-) -> Iterator[Carry]:
+) -> Iterator[RunJobs]:
     """Slots live as long as the `with` block, and so does a cluster that was started for it. Raises StorageError.
 
     A slot without a sign of life for `silence` seconds is given up.
     """
-    with _ray_cluster.connected(engine, warn) as ray:
+    with _ray_cluster.connect_ray(engine, warn) as ray:
         cluster = RayEngine(ray, engine, warn, silence)
         try:
             yield cluster.run_jobs
         finally:
-            cluster.pool.dismiss(list(cluster.pool.workers))
+            cluster.pool.stop_workers(list(cluster.pool.workers))
             cluster.sync.close()
 
 
@@ -60,20 +60,25 @@ class RayEngine:
     """
 
     def __init__(
-        self, ray: Any, engine: Engine, warn: Callable[[str], None], silence: float
+        self, ray: Any, engine: EngineSettings, warn: Callable[[str], None], silence: float
     ) -> None:
         self.ray, self.silence = ray, silence
-        self.pool, self.sync = Crew(ray, engine, warn), Errands(ray, engine.ship)
+        self.pool, self.sync = WorkerPool(ray, engine, warn), FileSync(ray, engine.ship)
         self.checks = NodeChecks(ray, self.pool, engine.ship)
-        self.waiting: Work | None = None
+        self.waiting: PendingJob | None = None
 
     def run_jobs(
-        self, jobs: NextJob, report: OnReport, ended: OnEnd, go_on: GoOn, workers: int
+        self,
+        next_job: NextJob,
+        on_report: OnReport,
+        on_end: OnEnd,
+        should_continue: ShouldContinue,
+        workers: int,
     ) -> None:
         """Carries out jobs until there are none, `workers` at a time. Raises StorageError when the cluster is gone."""
-        client, clock = Client(jobs, report, ended, workers), Clock()
+        client, clock = Client(next_job, on_report, on_end, workers), Clock()
         try:
-            while go_on():
+            while should_continue():
                 self.lose_workers_of_lost_nodes()
                 self.request_job(client)
                 if self.finished():
@@ -86,53 +91,53 @@ class RayEngine:
         finally:  # whether there are no jobs left, time is up, or the coordinator failed
             unfinished = self.abandon()
         for work in unfinished:
-            work.ended(work.job, Outcome("lost", reason="interrupted", cause="interrupted"))
+            work.on_end(work.job, Outcome("lost", reason="interrupted", loss_cause="interrupted"))
 
     def finished(self) -> bool:
-        idle = not any(worker.work for worker in self.pool.workers)
+        idle = not any(worker.job for worker in self.pool.workers)
         return self.waiting is None and idle and not self.checks.unconcluded()
 
-    def abandon(self) -> list[Work]:
+    def abandon(self) -> list[PendingJob]:
         """Ends what is running at once, and returns what the coordinator still waits for."""
-        busy = [w for w in self.pool.workers if w.work]
-        unfinished = [w.work for w in busy if w.work and not w.work.check]
+        busy = [w for w in self.pool.workers if w.job]
+        unfinished = [w.job for w in busy if w.job and not w.job.is_check]
         unfinished += self.checks.abandon()
         if self.waiting is not None:
             unfinished.append(self.waiting)
         self.waiting = None
-        self.pool.dismiss(busy)
+        self.pool.stop_workers(busy)
         return unfinished
 
     # -- jobs and workers
 
     def request_job(self, client: Client) -> None:
         """Asks for a job if none waits for a worker and fewer than `workers` are carried out."""
-        running = sum(w.work is not None and not w.work.check for w in self.pool.workers)
+        running = sum(w.job is not None and not w.job.is_check for w in self.pool.workers)
         if self.waiting is not None or running >= client.workers:
             return
         job = client.next_job()
         if job is None:
             return
-        work = Work(job, client.report, client.ended)
-        if job.everywhere:
+        work = PendingJob(job, client.report, client.ended)
+        if job.on_every_node:
             self.checks.add(work)
         else:
             self.waiting = work
 
     def adjust_pool(self, workers: int) -> None:
         """Starts workers for the job that waits and for checks; stops idle ones that are too many."""
-        self.pool.hire(workers if self.waiting else 0, self.checks.due_nodes())
+        self.pool.start_workers(workers if self.waiting else 0, self.checks.due_nodes())
         if not self.checks.unconcluded():
-            self.pool.release(workers)
+            self.pool.stop_idle(workers)
 
     def assign_jobs(self, client: Client) -> None:
         """Gives each idle worker a check if its node has one before it, else the job that waits."""
-        for worker in [w for w in self.pool.workers if w.idle]:
+        for worker in [w for w in self.pool.workers if w.is_idle]:
             work = self.next_work(worker, client)
             if work is not None:
                 self.start(worker, work)
 
-    def next_work(self, worker: Worker, client: Client) -> Work | None:
+    def next_work(self, worker: PoolWorker, client: Client) -> PendingJob | None:
         check = self.checks.next_for(worker.node)
         if check is not None:
             return self.checks.begin(check, worker.node)
@@ -140,37 +145,37 @@ class RayEngine:
         work, self.waiting = self.waiting, None
         return work
 
-    def start(self, worker: Worker, work: Work) -> None:
-        worker.work, worker.token = work, uuid.uuid4().hex
-        worker.errand = self.sync.before(worker.actor, worker.node, work.job)
-        if worker.errand is None:
+    def start(self, worker: PoolWorker, work: PendingJob) -> None:
+        worker.job, worker.token = work, uuid.uuid4().hex
+        worker.preparation = self.sync.prepare(worker.actor, worker.node, work.job)
+        if worker.preparation is None:
             self.stream(worker, [])
 
-    def stream(self, worker: Worker, keeping: list[str]) -> None:
+    def stream(self, worker: PoolWorker, keeping: list[str]) -> None:
         """Begins a job, whose files are there by now."""
-        assert worker.work is not None
-        job, worker.errand = worker.work.job, None
+        assert worker.job is not None
+        job, worker.preparation = worker.job.job, None
         name = f"the worker on node {worker.node.name}"
         worker.watch = Watch(name, self.silence, job.stall, starting=True)
         worker.stream = worker.actor.carry.options(num_returns="streaming").remote(
             job, worker.token, keeping, self.silence / HEARTBEATS
         )
 
-    def finish(self, worker: Worker, outcome: Outcome) -> None:
-        work = worker.work
-        worker.work, worker.stream, worker.errand, worker.token = None, None, None, ""
+    def finish(self, worker: PoolWorker, outcome: Outcome) -> None:
+        work = worker.job
+        worker.job, worker.stream, worker.preparation, worker.token = None, None, None, ""
         if work is not None:
-            work.ended(work.job, outcome)
+            work.on_end(work.job, outcome)
 
-    def lose(self, worker: Worker, outcome: Outcome) -> None:
+    def lose(self, worker: PoolWorker, outcome: Outcome) -> None:
         if worker in self.pool.workers:
             self.pool.workers.remove(worker)
         self.ray.kill(worker.actor)  # if it lives after all, it must not go on
         self.finish(worker, outcome)
 
     def lose_workers_of_lost_nodes(self) -> None:
-        for worker in self.pool.look():
-            self.lose(worker, gone(worker.node))
+        for worker in self.pool.refresh_nodes():
+            self.lose(worker, node_lost_outcome(worker.node))
 
     def give_up_unresponsive(self, passed: float) -> None:
         """Gives up workers that are silent or whose job hangs. `passed`: seconds since the last call."""
@@ -194,19 +199,21 @@ class RayEngine:
                 self.receive(waiting[reference])
         else:
             time.sleep(POLL)
-        for worker in [w for w in self.pool.workers if w.errand is not None and w.errand.done()]:
+        for worker in [
+            w for w in self.pool.workers if w.preparation is not None and w.preparation.done()
+        ]:
             self.end_sync(worker)
 
-    def end_sync(self, worker: Worker) -> None:
+    def end_sync(self, worker: PoolWorker) -> None:
         """The files of a job are on its node, or could not be brought there."""
         try:
-            self.stream(worker, worker.errand.result())
+            self.stream(worker, worker.preparation.result())
         except TunerError as error:
             self.finish(worker, refused(error))
         except self.ray.exceptions.RayError as error:
-            self.lose(worker, self.pool.death(worker, error))
+            self.lose(worker, self.pool.loss_outcome(worker, error))
 
-    def receive(self, worker: Worker) -> None:
+    def receive(self, worker: PoolWorker) -> None:
         """Takes a worker's greeting, or one message of its job."""
         if worker not in self.pool.workers:  # lost a moment ago
             return
@@ -217,27 +224,27 @@ class RayEngine:
             worker.stream = None
         except errors.RayTaskError as error:  # what a job returned cannot travel
             reason = str(error).strip().splitlines()[-1][:300]
-            self.finish(worker, Outcome("failed", reason=reason, trace=str(error)))
+            self.finish(worker, Outcome("failed", reason=reason, traceback=str(error)))
         except errors.RayError as error:
             if not greeted:
-                self.pool.unborn(worker, error)
-            self.lose(worker, self.pool.death(worker, error))
+                self.pool.start_failed(worker, error)
+            self.lose(worker, self.pool.loss_outcome(worker, error))
         else:
             if greeted:
                 self.handle(worker, *message)
             else:
-                self.pool.welcome(worker, message)
+                self.pool.accept_worker(worker, message)
 
-    def handle(self, worker: Worker, kind: str, token: str, value: Any) -> None:
+    def handle(self, worker: PoolWorker, kind: str, token: str, value: Any) -> None:
         """One message of a job; one with another token is of a job that was given up."""
-        work = worker.work
+        work = worker.job
         if work is None or token != worker.token:
             return
         worker.watch.alive()
         if kind == "report":
             worker.watch.reported(value)
-            worker.actor.answer.remote(token, work.report(work.job, value))
+            worker.actor.answer.remote(token, work.on_report(work.job, value))
         elif kind == "ended":
             self.finish(worker, value)
         elif kind != "alive":
-            self.sync.arrived(work.job, kind, *value)
+            self.sync.receive_changes(work.job, kind, *value)

@@ -3,28 +3,28 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tuner.core.export_module import Portable
-from tuner.core.input_spec import Tree
+from tuner.core.export_module import ExportModule
+from tuner.core.input_spec import TensorTree
 
 FILE = "model.safetensors"
 
 
-def save(model: Portable, example: Tree, path: Path) -> None:
+def save(model: ExportModule, example: TensorTree, path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(model.state(), path, metadata={"format": "pt"})
+    save_file(model.export_state(), path, metadata={"format": "pt"})
     path.chmod(0o644)
 
 
-def load(path: Path, blank: Callable[[], Portable]) -> Callable[[Tree], Tree]:
+def load(path: Path, blank: Callable[[], ExportModule]) -> Callable[[TensorTree], TensorTree]:
     """A function of what the export takes. `blank` builds the model that the weights belong to."""
     model = blank()
     restore(path, model)
     return model.eval()
 
 
-def restore(path: Path, model: Portable) -> None:
+def restore(path: Path, model: ExportModule) -> None:
     """Puts the weights in `path` into the model that they belong to."""
     from safetensors.torch import load_file
 
-    model.take(load_file(path))
+    model.load_export_state(load_file(path))

@@ -5,19 +5,21 @@ from pathlib import Path
 
 import torch
 
-from tuner.core.export_module import Portable, free, tracing
-from tuner.core.input_spec import Tree
+from tuner.core.export_module import ExportModule, dynamic_shapes, quiet_export
+from tuner.core.input_spec import TensorTree
 
 FILE = "model.pt2"
 
 
-def save(model: Portable, example: Tree, path: Path) -> None:
-    with tracing():
-        program = torch.export.export(model, (example,), dynamic_shapes=(free(model, example),))
+def save(model: ExportModule, example: TensorTree, path: Path) -> None:
+    with quiet_export():
+        program = torch.export.export(
+            model, (example,), dynamic_shapes=(dynamic_shapes(model, example),)
+        )
     torch.export.save(program, path)
 
 
-def load(path: Path, blank: Callable[[], Portable]) -> Callable[[Tree], Tree]:
+def load(path: Path, blank: Callable[[], ExportModule]) -> Callable[[TensorTree], TensorTree]:
     """A function of what the export takes. Loading may unpickle: for files of your own only."""
-    module: Callable[[Tree], Tree] = torch.export.load(path).module()
+    module: Callable[[TensorTree], TensorTree] = torch.export.load(path).module()
     return module

@@ -16,10 +16,10 @@ from typing import IO, Any
 
 from tuner.errors import StorageError
 from tuner.files import removal
-from tuner.files.crash_points import crash
+from tuner.files.crash_points import crash_point
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -40,9 +40,9 @@ def fsync(path: Path) -> None:
 def atomic_path(
     path: Path,
     mode: int = 0o644,
-    what: str = "file",
+    crash_prefix: str = "file",
     *,
-    need: float | None = None,
+    bytes_needed: float | None = None,
     sync: bool = True,
 ) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
@@ -51,19 +51,19 @@ def atomic_path(
     cut may tear it. What a killed process left is removed by the next `sweep`. Raises StorageError when the disk is full or the
     place cannot be written.
     """
-    with disk_errors(path, need), _temporary(path.parent) as temporary:
+    with disk_errors(path, bytes_needed), _locked_temporary_file(path.parent) as temporary:
         try:
-            crash(f"{what}.begun")
+            crash_point(f"{crash_prefix}.begun")
             yield temporary
-            crash(f"{what}.written")
+            crash_point(f"{crash_prefix}.written")
             if sync:
                 fsync(temporary)  # data first
-            crash(f"{what}.synced")
+            crash_point(f"{crash_prefix}.synced")
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(mode & ~mask)
             removal.put(temporary, path)  # then the name
-            crash(f"{what}.renamed")
+            crash_point(f"{crash_prefix}.renamed")
             if sync:
                 fsync(path.parent)  # then the entry
         except BaseException:
@@ -72,18 +72,18 @@ def atomic_path(
 
 
 @contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
+def _locked_temporary_file(folder: Path) -> Iterator[Path]:
     """A new file, locked while it is being written, so that `sweep` lets it be."""
     while True:
         handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
         with open(handle, "rb") as file:
             flock(file, Path(name), fcntl.LOCK_EX)
-            if _is(file, Path(name)):  # else it was swept before it was locked
+            if _is_same_file(file, Path(name)):  # else it was swept before it was locked
                 yield Path(name)
                 return
 
 
-def _is(file: IO[Any], path: Path) -> bool:
+def _is_same_file(file: IO[Any], path: Path) -> bool:
     """Whether an open file is still the one at `path`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
@@ -91,25 +91,27 @@ def _is(file: IO[Any], path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path, need: float | None = None, what: str = "folder") -> Iterator[Path]:
+def atomic_folder(
+    folder: Path, bytes_needed: float | None = None, crash_prefix: str = "folder"
+) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well; only who holds `folder`'s lock may build it.
 
     A killed build leaves a `.tmp` that the next build of the same folder, or `sweep`, removes. `need`: the bytes that it will hold,
     where they are known; `what` begins the names of its crash points.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    with disk_errors(folder, need):
+    with disk_errors(folder, bytes_needed):
         for rest in (temporary, folder):
             removal.remove_entry(rest)
         temporary.mkdir()
-        crash(f"{what}.begun")
+        crash_point(f"{crash_prefix}.begun")
         try:
             yield temporary
-            crash(f"{what}.filled")
+            crash_point(f"{crash_prefix}.filled")
             for path in (*temporary.iterdir(), temporary):
                 fsync(path)
             removal.put(temporary, folder)
-            crash(f"{what}.renamed")
+            crash_point(f"{crash_prefix}.renamed")
             fsync(folder.parent)
         finally:
             removal.remove_entry(temporary)
@@ -123,7 +125,7 @@ def half_export(parent: Path) -> Iterator[Path]:
     """
     temporary = parent / f".export-{uuid.uuid4().hex[:8]}.tmp"
     lock = temporary.with_suffix(".lock")
-    with locked(lock):
+    with file_lock(lock):
         try:
             temporary.mkdir()
             yield temporary
@@ -132,7 +134,7 @@ def half_export(parent: Path) -> Iterator[Path]:
             removal.remove_lock(lock)
 
 
-def lock_of(folder: Path) -> Path:
+def lock_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
@@ -141,12 +143,12 @@ def lock_of_export(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def sweep(parent: Path) -> None:
+def remove_leftovers(parent: Path) -> None:
     """Removes what killed processes left in `parent`: half-written files and folders, and locks of what is not there."""
     sweep_exports(parent)
     for rest in parent.glob(".*.tmp"):
         if removal.is_entry(rest):
-            with locked(parent / f"{rest.name[1:-4]}.lock", wait=False) as ours:
+            with file_lock(parent / f"{rest.name[1:-4]}.lock", wait=False) as ours:
                 if ours:  # else it is being built right now
                     removal.remove_entry(rest)
         elif rest.is_file():
@@ -157,21 +159,21 @@ def sweep(parent: Path) -> None:
                 removal.remove_file(rest)
     for lock in parent.glob("[!.]*.lock"):
         if removal.is_entry_name(lock.stem) and not lock.with_suffix("").exists():
-            unlock(lock)
+            remove_unused_lock(lock)
 
 
 def sweep_exports(parent: Path) -> None:
     """Removes exports that killed processes were writing in `parent`, and their locks."""
     for rest in parent.glob(".export-*.tmp"):
-        unlock(rest.with_suffix(".lock"), rest)
+        remove_unused_lock(rest.with_suffix(".lock"), rest)
     for lock in parent.glob(".export-*.lock"):
         if removal.EXPORT_LOCK.fullmatch(lock.name):
-            unlock(lock)
+            remove_unused_lock(lock)
 
 
-def unlock(lock: Path, half: Path | None = None) -> None:
+def remove_unused_lock(lock: Path, half: Path | None = None) -> None:
     """Removes a lock that nobody holds, and first the export `half` that it was for."""
-    with locked(lock, wait=False) as ours:
+    with file_lock(lock, wait=False) as ours:
         if ours:
             if half is not None:
                 removal.remove_half_export(half)
@@ -210,7 +212,7 @@ def claimed(path: Path, busy: str, *, remove: bool = False) -> Iterator[None]:
             except BlockingIOError:
                 holder = file.read().strip() or "another process"
                 raise StorageError(busy.format(holder=holder)) from None
-            if not _is(file, path):  # its last holder removed it a moment ago
+            if not _is_same_file(file, path):  # its last holder removed it a moment ago
                 continue
             if not removal.is_holder(file.read()):
                 raise StorageError(
@@ -234,7 +236,7 @@ def _holder() -> str:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, need: float | None = None) -> Iterator[None]:
+def disk_errors(path: Path, bytes_needed: float | None = None) -> Iterator[None]:
     """Turns a full disk, a quota or a missing permission into a StorageError that names the path, and the bytes where they are known."""
     try:
         yield
@@ -243,9 +245,13 @@ def disk_errors(path: Path, need: float | None = None) -> Iterator[None]:
     except (
         Exception
     ) as error:  # libraries written in other languages say a full disk in words of their own
-        reason = _full(error)
+        reason = _disk_full_reason(error)
         if reason:
-            needed = f"{max(1, round(need / 1e6)):,} MB needed: " if need is not None else ""
+            needed = (
+                f"{max(1, round(bytes_needed / 1e6)):,} MB needed: "
+                if bytes_needed is not None
+                else ""
+            )
             raise StorageError(
                 f"disk full while writing {path} ({needed}{reason}); free some space, such as by `tuner clean`, and run the same command"
             ) from error
@@ -260,15 +266,15 @@ def disk_errors(path: Path, need: float | None = None) -> Iterator[None]:
         raise
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _full(error: BaseException | None) -> str:
+def _disk_full_reason(error: BaseException | None) -> str:
     """Why a disk takes no more, where that is what an error or what led to it says; else ''."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             return os.strerror(error.errno)
-        for number in FULL:
+        for number in DISK_FULL_ERRNOS:
             if f"os error {number}" in str(error) or os.strerror(number) in str(
                 error
             ):  # safetensors, tokenizers
@@ -280,7 +286,7 @@ def _full(error: BaseException | None) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Holds the lock at `path`; the kernel frees it when its holder ends, however it ends.
 
     With `wait` it is true inside; without, it may be false: someone else has the lock.
@@ -292,17 +298,19 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
             except BlockingIOError:
                 yield False
                 return
-            if _is(file, path):  # else its last holder removed it, and others lock the next
+            if _is_same_file(
+                file, path
+            ):  # else its last holder removed it, and others lock the next
                 yield True
                 return
 
 
-def require_space(folder: Path, need: float, why: str) -> None:
+def require_free_space(folder: Path, bytes_needed: float, reason: str) -> None:
     """Raises StorageError, saying why, unless `need` bytes are free where `folder` is or will be."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    if free < need:
+    if free < bytes_needed:
         raise StorageError(
-            f"disk: {folder} has {free / 1e6:,.0f} MB free, but {need / 1e6:,.0f} MB are needed ({why}); "
+            f"disk: {folder} has {free / 1e6:,.0f} MB free, but {bytes_needed / 1e6:,.0f} MB are needed ({reason}); "
             "free some space, such as by `tuner clean`, or use another disk"
         )

@@ -12,18 +12,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tuner.files import removal
-from tuner.files.atomic import flock, lock_of, locked, sha256, sweep
+from tuner.files.atomic import file_lock, file_sha256, flock, lock_path, remove_leftovers
 from tuner.files.removal import SUMS
 
 UNUSED_DAYS = 60  # after which an entry goes when another is made
 
-State = tuple[tuple[str, int, int, int], ...]
-_checked: dict[
-    Path, State
+FileStates = tuple[tuple[str, int, int, int], ...]
+_verified_states: dict[
+    Path, FileStates
 ] = {}  # what this process has read through; hashing costs about half a second a gigabyte
 
 
-class Held:
+class PinnedEntry:
     """A whole entry that nobody removes while this object lives: the kernel frees its lock, however the process ends."""
 
     def __init__(self, folder: Path, handle: int) -> None:
@@ -31,34 +31,34 @@ class Held:
         weakref.finalize(self, os.close, handle)
 
 
-def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+def write_checksums(folder: Path, known_digests: Mapping[str, str] | None = None) -> None:
     """Vouches for what a folder holds. `known`: the SHA-256 of files that were hashed while they were written."""
-    known = known or {}
+    known_digests = known_digests or {}
     names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
     (folder / SUMS).write_text(
-        json.dumps({name: known.get(name) or sha256(folder / name) for name in names})
+        json.dumps({name: known_digests.get(name) or file_sha256(folder / name) for name in names})
     )
 
 
-def opened(folder: Path, make: Callable[[], None]) -> Held:
+def open_or_create(folder: Path, create: Callable[[], None]) -> PinnedEntry:
     """The entry in `folder`, made where there is none, or a damaged one, which is said on stderr; by one process where several ask."""
-    held = hold(folder)
+    held = try_open(folder)
     if held is None:
-        with locked(lock_of(folder)):
-            held = hold(folder)
+        with file_lock(lock_path(folder)):
+            held = try_open(folder)
             if held is None:
                 if folder.is_dir():
                     warning = (
-                        f"{folder} is damaged ({wrong_with(folder) or 'locked'}); it is made anew"
+                        f"{folder} is damaged ({find_damage(folder) or 'locked'}); it is made anew"
                     )
                     print(f"tuner: warning: {warning}", file=sys.stderr, flush=True)
-                make()
-                held = hold(folder, written=True)
+                create()
+                held = try_open(folder, just_written=True)
     assert held is not None  # nobody removes what its lock's holder has just made
     return held
 
 
-def hold(folder: Path, *, written: bool = False) -> Held | None:
+def try_open(folder: Path, *, just_written: bool = False) -> PinnedEntry | None:
     """The entry in `folder`, checked when this process opens it first. None: there is none, or a damaged one.
 
     `written`: by this process just now, so that it need not be read again.
@@ -74,42 +74,42 @@ def hold(folder: Path, *, written: bool = False) -> Held | None:
     except (BlockingIOError, FileNotFoundError):  # it is being removed
         os.close(handle)
         return None
-    if wrong_with(folder, written=written):
+    if find_damage(folder, just_written=just_written):
         os.close(handle)
         return None
     os.utime(folder)
-    return Held(folder, handle)
+    return PinnedEntry(folder, handle)
 
 
-def wrong_with(folder: Path, *, written: bool = False) -> str:
+def find_damage(folder: Path, *, just_written: bool = False) -> str:
     """What an entry's files lack of what it says of them; '' where nothing. What has not changed since is not read again."""
     try:
         sums: dict[str, str] = dict(json.loads((folder / SUMS).read_text()))
     except (OSError, ValueError, TypeError):
         return f"{SUMS} cannot be read"
     try:
-        state = tuple((name, *_state(folder / name)) for name in (SUMS, *sums))
+        state = tuple((name, *_file_state(folder / name)) for name in (SUMS, *sums))
     except (OSError, TypeError, ValueError):
         return f"a file that {SUMS} names is missing"
-    if not written and _checked.get(folder) != state:
+    if not just_written and _verified_states.get(folder) != state:
         for name, digest in sums.items():
-            if sha256(folder / name) != digest:
+            if file_sha256(folder / name) != digest:
                 return f"{name} differs from its SHA-256"
-    _checked[folder] = state
+    _verified_states[folder] = state
     return ""
 
 
-def _state(path: Path) -> tuple[int, int, int]:
+def _file_state(path: Path) -> tuple[int, int, int]:
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def evict(folder: Path) -> bool:
+def evict_entry(folder: Path) -> bool:
     """Removes an entry, unless somebody reads or makes it, or it is none."""
     if folder.is_dir() and not removal.is_entry(folder):
         return False
     with contextlib.ExitStack() as stack:
-        if not stack.enter_context(locked(lock_of(folder), wait=False)):
+        if not stack.enter_context(file_lock(lock_path(folder), wait=False)):
             return False
         with contextlib.suppress(FileNotFoundError):  # one that was never finished has no readers
             file = stack.enter_context(open(folder / SUMS, "r+b"))
@@ -124,11 +124,11 @@ def evict(folder: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
             removal.put(folder, gone)
         removal.remove_entry(gone)
-        removal.remove_lock(lock_of(folder))
+        removal.remove_lock(lock_path(folder))
         return True
 
 
-def entries(parent: Path) -> list[Path]:
+def list_entries(parent: Path) -> list[Path]:
     """The least recently used first."""
     found = (
         [(path.stat().st_mtime, path) for path in parent.glob("[!.]*") if removal.is_entry(path)]
@@ -138,7 +138,7 @@ def entries(parent: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def size(path: Path) -> int:
+def disk_usage(path: Path) -> int:
     """The bytes of a file, or of a folder and all in it."""
     inner = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
     total = 0
@@ -148,23 +148,25 @@ def size(path: Path) -> int:
     return total
 
 
-def make_room(parent: Path, need: float, limit: float) -> bool:
+def evict_until_fits(parent: Path, bytes_needed: float, byte_limit: float) -> bool:
     """Removes the least recently used entries until `need` more bytes fit `limit`. False: what is being read or made leaves no room."""
-    used = size(parent)
-    for entry in entries(parent):
-        if used + need <= limit:
+    used = disk_usage(parent)
+    for entry in list_entries(parent):
+        if used + bytes_needed <= byte_limit:
             break
-        taken = size(entry)
-        if evict(entry):
+        taken = disk_usage(entry)
+        if evict_entry(entry):
             used -= taken
-    return used + need <= limit
+    return used + bytes_needed <= byte_limit
 
 
-def tidy(parent: Path, need: float) -> None:
+def make_space(parent: Path, bytes_needed: float) -> None:
     """Room for an entry that must be made, whatever the disk: what killed processes left goes, and what was not used for long, and what was
     used least recently until this cache takes no more than half of what the disk has for it."""
-    sweep(parent)
-    for entry in entries(parent):
+    remove_leftovers(parent)
+    for entry in list_entries(parent):
         if time.time() - entry.stat().st_mtime > UNUSED_DAYS * 86_400:
-            evict(entry)
-    make_room(parent, need, 0.5 * (size(parent) + shutil.disk_usage(parent).free))
+            evict_entry(entry)
+    evict_until_fits(
+        parent, bytes_needed, 0.5 * (disk_usage(parent) + shutil.disk_usage(parent).free)
+    )

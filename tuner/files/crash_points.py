@@ -2,8 +2,8 @@
 
 import os
 
-ENVIRONMENT = "TUNER_CRASH_AT"
-POINTS = (
+ENVIRONMENT_VARIABLE = "TUNER_CRASH_AT"
+CRASH_POINTS = (
     # files.atomic_path: a study's YAML (file), what computing costs (note), a download, the digests of downloads (pins), a checkpoint
     *(
         f"{what}.{step}"
@@ -33,14 +33,14 @@ POINTS = (
 )
 
 
-def crash(point: str) -> None:
+def crash_point(point: str) -> None:
     """Ends the process here, as SIGKILL would, where TUNER_CRASH_AT names this point (or, with `:n` behind it, at the nth passing)."""
-    wanted, _, count = os.environ.get(ENVIRONMENT, "").partition(":")
+    wanted, _, count = os.environ.get(ENVIRONMENT_VARIABLE, "").partition(":")
     if wanted != point:
         return
-    _passed[point] = _passed.get(point, 0) + 1
-    if _passed[point] >= int(count or 1):
+    _times_passed[point] = _times_passed.get(point, 0) + 1
+    if _times_passed[point] >= int(count or 1):
         os._exit(137)
 
 
-_passed: dict[str, int] = {}
+_times_passed: dict[str, int] = {}

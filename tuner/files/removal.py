@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tuner.errors import StorageError
-from tuner.files.crash_points import crash
+from tuner.files.crash_points import crash_point
 
 MANIFEST = "manifest.json"  # of an export, written last: the SHA-256 of its other files
 SUMS = "sha256.json"  # of a cache's entry, written last: the SHA-256 of its other files
@@ -247,7 +247,7 @@ def take_place(new: Path, folder: Path) -> Path | None:
             f"{old} is in the way, since the older export is kept there for a moment; {instead}"
         )
     os.rename(folder, old)
-    crash("export.moved")
+    crash_point("export.moved")
     os.rename(new, folder)
     return old
 

@@ -16,26 +16,28 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from tuner.config.requirements import pip_install
-from tuner.core.detectors import MOST, Head, Objects, Stage, padded
-from tuner.core.input_spec import Preprocess, Tree
-from tuner.core.types import Staged
-from tuner.core.weights import fetch, is_path, read
+from tuner.core.detectors import MAX_OBJECTS, DetectorHead, DetectorStage, Objects, pad_objects
+from tuner.core.input_spec import ImageInputSpec, TensorTree
+from tuner.core.types import StagedModel
+from tuner.core.weights import fetch_weights, is_path, read_state_dict
 from tuner.errors import DataError, SpaceError
-from tuner.models._detector_backbone import STRIDE, Canvas, steps
-from tuner.preprocessing.tokenization import quietly
+from tuner.models._detector_backbone import STRIDE, CheckedCanvas, backbone_stages
+from tuner.preprocessing.tokenization import silence_transformers
 
-CANVAS = Preprocess(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox")  # RGB of 0..1
-OF_CLASSES = (
+CANVAS_SPEC = ImageInputSpec(
+    640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox"
+)  # RGB of 0..1
+CLASS_PARAMETER_PREFIXES = (
     "class_embed.",
     "model.decoder.class_embed.",
     "model.enc_score_head.",
     "model.denoising_class_embed.",
 )
-FILE = "model.safetensors"
-SWITCH = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+WEIGHTS_FILE = "model.safetensors"
+CHECKS_VARIABLE = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
-def library() -> Any:
+def import_transformers() -> Any:
     """Raises SpaceError without transformers."""
     try:
         return importlib.import_module("transformers")
@@ -45,7 +47,9 @@ def library() -> Any:
         ) from None
 
 
-def build(home: Path, name: str, kind: Any, config: Any, hub: str, weights: str) -> Staged:
+def build_detr(
+    home: Path, name: str, kind: Any, config: Any, hub: str, weights: str
+) -> StagedModel:
     """A detector of class `kind`; depth 1 freezes the stem, 2..5 a stage of the backbone more each, 6 the hybrid encoder too.
 
     `weights`: default, those of `hub`; none; or a path to a .safetensors file or a folder with one. Raises SpaceError, DataError.
@@ -53,22 +57,29 @@ def build(home: Path, name: str, kind: Any, config: Any, hub: str, weights: str)
     config.anchor_image_size = config.eval_size = (
         None  # anchors and positions follow the canvas, whatever its size
     )
-    detector, notes = _detector(home, kind, config, hub, weights)
+    detector, notes = _build_detector(home, kind, config, hub, weights)
     backbone, maps = detector.model.backbone.model, len(config.feat_strides)
     parts: dict[str, nn.Module] = {
-        "stem": nn.Sequential(Canvas(name, least=_least(config)), backbone.embedder)
+        "stem": nn.Sequential(CheckedCanvas(name, least=_minimum_canvas(config)), backbone.embedder)
     }
     parts |= {f"stage{i}": stage for i, stage in enumerate(backbone.encoder.stages, 1)}
     taps = tuple(backbone.out_features)
     stages = {
-        **steps(parts, taps),
-        "neck": Neck(detector.model, taps),
-        "head": Queries(detector, maps, config.feat_strides[0]),
+        **backbone_stages(parts, taps),
+        "neck": HybridEncoderNeck(detector.model, taps),
+        "head": QueryHead(detector, maps, config.feat_strides[0]),
     }
-    return Staged(detector, stages, notes, native=native, probe=False, batched=False)
+    return StagedModel(
+        detector,
+        stages,
+        notes,
+        native_forward=native_forward,
+        can_probe=False,
+        exports_batched=False,
+    )
 
 
-def _least(config: Any) -> int:
+def _minimum_canvas(config: Any) -> int:
     """The smallest canvas whose maps have a place for each query."""
     side = STRIDE
     while sum((side // stride) ** 2 for stride in config.feat_strides) < config.num_queries:
@@ -76,14 +87,14 @@ def _least(config: Any) -> int:
     return side
 
 
-def _detector(
+def _build_detector(
     home: Path, kind: Any, config: Any, hub: str, weights: str
 ) -> tuple[Any, tuple[str, ...]]:
     if weights == "none":
-        return still(kind(config)), ()
-    path = _path(home, hub, weights)
+        return freeze_untrained(kind(config)), ()
+    path = _weights_path(home, hub, weights)
     state = {
-        k: v for k, v in read(path).items() if not k.startswith("tuner.")
+        k: v for k, v in read_state_dict(path).items() if not k.startswith("tuner.")
     }  # what an export holds beside its weights
     broken = next(
         (
@@ -97,26 +108,30 @@ def _detector(
         raise DataError(f"weights: {path}: {broken} holds NaN or infinite values")
     scores = state.get("model.enc_score_head.weight")
     if not is_path(weights) or scores is None or len(scores) != config.num_labels:
-        state = {k: v for k, v in state.items() if not k.startswith(OF_CLASSES)}
+        state = {k: v for k, v in state.items() if not k.startswith(CLASS_PARAMETER_PREFIXES)}
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": torch.float32}
     try:
-        with quietly():
+        with silence_transformers():
             detector, told = kind.from_pretrained(None, config=config, state_dict=state, **options)
     except (RuntimeError, ValueError) as error:  # it stumbles over tied parameters of other shapes
         raise DataError(
             f"weights: {path}: these are another model's weights ({str(error).splitlines()[0]})"
         ) from None
     new = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
-    body = [key for key in new if not key.startswith(OF_CLASSES)] + sorted(told["unexpected_keys"])
+    body = [key for key in new if not key.startswith(CLASS_PARAMETER_PREFIXES)] + sorted(
+        told["unexpected_keys"]
+    )
     if body:
         listed = ", ".join(body[:5]) + (f" and {len(body) - 5} more" if len(body) > 5 else "")
         raise DataError(
             f"weights: {path} differs from {config.model_type} in {listed}; these are another model's weights, or damaged"
         )
-    return still(detector), ("classes: new, the weights have none for these",) if new else ()
+    return freeze_untrained(detector), (
+        "classes: new, the weights have none for these",
+    ) if new else ()
 
 
-def still(detector: Any) -> Any:
+def freeze_untrained(detector: Any) -> Any:
     """The detector with buffers for what its authors do not train, so that no optimizer finds it; the names stay."""
     for module in detector.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -126,51 +141,53 @@ def still(detector: Any) -> Any:
     return detector
 
 
-def _path(home: Path, hub: str, weights: str) -> Path:
+def _weights_path(home: Path, hub: str, weights: str) -> Path:
     """The file with the weights. Raises SpaceError on one that could run code, DataError where it is not there."""
     if weights == "default":
         base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        return fetch(
-            home, f"{base}/{hub}/resolve/main/{FILE}", name=f"{hub.replace('/', '-')}.safetensors"
+        return fetch_weights(
+            home,
+            f"{base}/{hub}/resolve/main/{WEIGHTS_FILE}",
+            name=f"{hub.replace('/', '-')}.safetensors",
         )
     path = Path(weights).expanduser()
     if path.is_dir():
-        return path / FILE
+        return path / WEIGHTS_FILE
     if path.suffix != ".safetensors":
         raise SpaceError(
-            f"model.weights: {weights!r}: default, none, a .safetensors file, or a folder with {FILE}"
+            f"model.weights: {weights!r}: default, none, a .safetensors file, or a folder with {WEIGHTS_FILE}"
         )
     return path
 
 
 @contextlib.contextmanager
-def unchecked() -> Iterator[None]:
+def disable_checks_for_export() -> Iterator[None]:
     """While a model is exported, transformers leaves out its assertions, for which ONNX has no operator."""
     if not torch.compiler.is_exporting():
         yield
         return
-    before = os.environ.get(SWITCH)
-    os.environ[SWITCH] = "1"
+    before = os.environ.get(CHECKS_VARIABLE)
+    os.environ[CHECKS_VARIABLE] = "1"
     try:
         yield
     finally:
-        os.environ.pop(SWITCH)
-        os.environ.update({SWITCH: before} if before is not None else {})
+        os.environ.pop(CHECKS_VARIABLE)
+        os.environ.update({CHECKS_VARIABLE: before} if before is not None else {})
 
 
-class Neck(Stage):
+class HybridEncoderNeck(DetectorStage):
     """Projections to one width, attention within the coarsest map, and fusion across the maps."""
 
     def __init__(self, model: Any, taps: tuple[str, ...]) -> None:
         super().__init__()
         self.projections, self.encoder, self.taps = model.encoder_input_proj, model.encoder, taps
 
-    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         maps = [project(x[tap]) for project, tap in zip(self.projections, self.taps, strict=True)]
         return {f"map{i}": found for i, found in enumerate(self.encoder(maps).last_hidden_state)}
 
 
-class Queries(Head):
+class QueryHead(DetectorHead):
     """Selection of queries and the decoder: the detector's own forward pass, which is given what its encoder would compute."""
 
     def __init__(self, detector: Any, maps: int, stride: int) -> None:
@@ -181,7 +198,7 @@ class Queries(Head):
             if name not in ("model", "backbone", "encoder_input_proj", "encoder"):
                 self.add_module(name, child)
 
-    def answer(self, x: dict[str, Tensor], labels: list[dict[str, Tensor]] | None) -> Any:
+    def run_decoder(self, x: dict[str, Tensor], labels: list[dict[str, Tensor]] | None) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
         detector = self.owner[0]
@@ -189,7 +206,7 @@ class Queries(Head):
             self.training
         )  # they decide about denoising, and lie in no stage
         maps: Any = [x[f"map{i}"] for i in range(self.maps)]
-        with unchecked():
+        with disable_checks_for_export():
             return detector(
                 None,
                 inputs_embeds=maps[0],
@@ -203,16 +220,18 @@ class Queries(Head):
             {"class_labels": t["labels"], "boxes": box_convert(t["boxes"], "xyxy", "cxcywh") / side}
             for t in targets
         ]
-        found: dict[str, Tensor] = self.answer(x, labels).loss_dict
+        found: dict[str, Tensor] = self.run_decoder(x, labels).loss_dict
         return found
 
     def detect(self, x: dict[str, Tensor]) -> list[Objects]:
-        return objects(self.answer(x, None), self.stride * x["map0"].shape[-1])
+        return best_objects(self.run_decoder(x, None), self.stride * x["map0"].shape[-1])
 
 
-def objects(outputs: Any, side: int) -> list[Objects]:
+def best_objects(outputs: Any, side: int) -> list[Objects]:
     """The best (query, class) pairs of each image; a query stands for one object, so that nothing is suppressed."""
-    scores, at = outputs.logits.sigmoid().flatten(1).topk(min(MOST, outputs.logits[0].numel()))
+    scores, at = (
+        outputs.logits.sigmoid().flatten(1).topk(min(MAX_OBJECTS, outputs.logits[0].numel()))
+    )
     classes = outputs.logits.shape[-1]
     boxes = (side * box_convert(outputs.pred_boxes, "cxcywh", "xyxy")).clamp(0, side)
     return [
@@ -221,7 +240,7 @@ def objects(outputs: Any, side: int) -> list[Objects]:
     ]
 
 
-def native(model: nn.Module, x: Tree) -> Tree:
+def native_forward(model: nn.Module, x: TensorTree) -> TensorTree:
     """The detector as transformers calls it, from pixels to objects."""
     assert isinstance(x, Tensor)
-    return padded(objects(model(x), x.shape[-1]))
+    return pad_objects(best_objects(model(x), x.shape[-1]))

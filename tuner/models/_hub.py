@@ -8,29 +8,33 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tuner.core.input_spec import TOKENIZER
-from tuner.core.weights import fetch
-from tuner.errors import DataError, SpaceError, nearest
+from tuner.core.input_spec import TOKENIZER_FOLDER
+from tuner.core.weights import fetch_weights
+from tuner.errors import DataError, SpaceError, nearest_hint
 from tuner.files import removal
-from tuner.files.atomic import disk_errors, lock_of, locked
+from tuner.files.atomic import disk_errors, file_lock, lock_path
 from tuner.preprocessing.tokenization import without_transformers
 
-HUB = {
+HUB_REPOSITORIES = {
     "bert": "google-bert/bert-base-uncased",
     "distilbert": "distilbert/distilbert-base-uncased",
     "roberta": "FacebookAI/roberta-base",
     "gpt2": "openai-community/gpt2",
 }
-CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
-VOCABULARIES = (
+CONFIG_FILE, WEIGHTS_FILE, SHARD_INDEX_FILE = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+VOCABULARY_FILES = (
     ("tokenizer.json",),
     ("vocab.txt",),
     ("vocab.json", "merges.txt"),
 )  # any of these makes a fast tokenizer
-OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+OPTIONAL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def library() -> Any:
+def import_transformers() -> Any:
     """The package transformers. Raises SpaceError where it is not installed."""
     try:
         import transformers
@@ -39,7 +43,7 @@ def library() -> Any:
     return transformers
 
 
-def own(folder: str, name: str) -> Path:
+def check_own_folder(folder: str, name: str) -> Path:
     """A folder of the user's. Raises DataError where it lacks something, or holds another kind of model than the name says."""
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -49,24 +53,24 @@ def own(folder: str, name: str) -> Path:
         what = (
             "is a file; give the folder that it lies in"
             if root.is_file()
-            else f"does not exist{nearest(root.name, beside)}"
+            else f"does not exist{nearest_hint(root.name, beside)}"
         )
         raise DataError(f"model.folder: {folder} {what}")
-    if not (root / CONFIG).is_file():
+    if not (root / CONFIG_FILE).is_file():
         raise DataError(
-            f"model.folder: {folder} has no {CONFIG}; it needs {CONFIG}, {WEIGHTS} and tokenizer.json, as save_pretrained writes"
+            f"model.folder: {folder} has no {CONFIG_FILE}; it needs {CONFIG_FILE}, {WEIGHTS_FILE} and tokenizer.json, as save_pretrained writes"
         )
-    kind = stated(root).get("model_type")
-    if name in HUB and kind != name:
+    kind = read_config(root).get("model_type")
+    if name in HUB_REPOSITORIES and kind != name:
         raise SpaceError(
-            f"model.name: {name}, but {folder} holds a model of type {kind}; write model.name: {kind if kind in HUB else 'hf/own'}"
+            f"model.name: {name}, but {folder} holds a model of type {kind}; write model.name: {kind if kind in HUB_REPOSITORIES else 'hf/own'}"
         )
     return root
 
 
-def stated(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json. Raises DataError on a damaged one, SpaceError on one that wants code to be run."""
-    path = folder / CONFIG
+    path = folder / CONFIG_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -85,75 +89,82 @@ def stated(folder: Path) -> dict[str, Any]:
     return found
 
 
-def exported(home: Path) -> Path | None:
+def export_tokenizer_folder(home: Path) -> Path | None:
     """The tokenizer's folder of an export, which also holds the model's configuration; None where `home` is no export."""
-    return home / TOKENIZER if (home / TOKENIZER / CONFIG).is_file() else None
+    return home / TOKENIZER_FOLDER if (home / TOKENIZER_FOLDER / CONFIG_FILE).is_file() else None
 
 
-def place(home: Path, repository: str) -> Path:
+def hub_folder(home: Path, repository: str) -> Path:
     return home / "hub" / repository.replace("/", "--")
 
 
-def hub(home: Path, repository: str, *, weights: bool, tokenizer: bool = True) -> Path:
+def fetch_hub_folder(home: Path, repository: str, *, weights: bool, tokenizer: bool = True) -> Path:
     """The folder of a repository of the hub's, with what is asked for in it. Raises DataError when there is no network."""
-    folder = place(home, repository)
+    folder = hub_folder(home, repository)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(lock_of(folder)):
-            _need(home, repository, folder, CONFIG)
+        with file_lock(lock_path(folder)):
+            _fetch_file(home, repository, folder, CONFIG_FILE)
             if tokenizer:
-                for file in OPTIONAL:
-                    _have(home, repository, folder, file)
+                for file in OPTIONAL_FILES:
+                    _try_fetch_file(home, repository, folder, file)
                 if not any(
-                    all(_have(home, repository, folder, file) for file in files)
-                    for files in VOCABULARIES
+                    all(_try_fetch_file(home, repository, folder, file) for file in files)
+                    for files in VOCABULARY_FILES
                 ):
                     raise DataError(
                         f"model.name: {repository} has no tokenizer.json or vocabulary on the hub; give a model.folder"
                     )
-            if weights and not _have(home, repository, folder, WEIGHTS):
-                _shards(home, repository, folder)
+            if weights and not _try_fetch_file(home, repository, folder, WEIGHTS_FILE):
+                _fetch_shards(home, repository, folder)
     return folder
 
 
-def _shards(home: Path, repository: str, folder: Path) -> None:
-    if not _have(home, repository, folder, SHARDS):
+def _fetch_shards(home: Path, repository: str, folder: Path) -> None:
+    if not _try_fetch_file(home, repository, folder, SHARD_INDEX_FILE):
         raise DataError(
-            f"model.name: {repository} has no {WEIGHTS} on the hub, and other formats may run code; convert it to safetensors"
+            f"model.name: {repository} has no {WEIGHTS_FILE} on the hub, and other formats may run code; convert it to safetensors"
         )
     try:
         names = sorted(
-            {str(name) for name in json.loads((folder / SHARDS).read_text())["weight_map"].values()}
+            {
+                str(name)
+                for name in json.loads((folder / SHARD_INDEX_FILE).read_text())[
+                    "weight_map"
+                ].values()
+            }
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(
-            f"model.name: {repository}: {SHARDS} is damaged; delete {folder / SHARDS} and what it points to"
+            f"model.name: {repository}: {SHARD_INDEX_FILE} is damaged; delete {folder / SHARD_INDEX_FILE} and what it points to"
         ) from None
     for name in names:
         if "/" in name or not name.endswith(".safetensors"):
             raise DataError(
-                f"model.name: {repository}: {SHARDS} names {name!r}, which is no safetensors file beside it"
+                f"model.name: {repository}: {SHARD_INDEX_FILE} names {name!r}, which is no safetensors file beside it"
             )
-        _need(home, repository, folder, name)
+        _fetch_file(home, repository, folder, name)
 
 
-def _need(home: Path, repository: str, folder: Path, file: str) -> None:
+def _fetch_file(home: Path, repository: str, folder: Path, file: str) -> None:
     """Fetches a file, its SHA-256 pinned, and links it into the folder."""
     base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    path = fetch(home, f"{base}/{repository}/resolve/main/{file}", name=f"{folder.name}--{file}")
+    path = fetch_weights(
+        home, f"{base}/{repository}/resolve/main/{file}", name=f"{folder.name}--{file}"
+    )
     link = folder / file
     if not link.exists():
         removal.remove_dangling(link)
         link.symlink_to(os.path.relpath(path, folder))
 
 
-def _have(home: Path, repository: str, folder: Path, file: str) -> bool:
+def _try_fetch_file(home: Path, repository: str, folder: Path, file: str) -> bool:
     """Whether the repository has a file, which is fetched then; that it has none is remembered."""
     absent = folder / f".no-{file}"
     if absent.exists():
         return False
     try:
-        _need(home, repository, folder, file)
+        _fetch_file(home, repository, folder, file)
     except DataError as error:
         if "HTTP Error 404" not in str(error):
             raise

@@ -6,33 +6,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.core.input_spec import Tree
-from tuner.models._feature_maps import Tapped
+from tuner.core.input_spec import TensorTree
+from tuner.models._feature_maps import FeatureMapStage
 
-SIDE = 64  # pixels of the example that tells whether a cut is one
+EXAMPLE_SIDE = 64  # pixels of the example that tells whether a cut is one
 
-Group = tuple[str, list[nn.Module], bool]
+EncoderGroup = tuple[str, list[nn.Module], bool]
 """A stage of an encoder: its name, its modules in a row, and whether what they give is one of the encoder's feature maps."""
 
 
-class Decode(nn.Module):
+class DecoderStage(nn.Module):
     """A decoder that takes feature maps by name, shallowest first. Of the larger ones before them it asks the size alone."""
 
     def __init__(self, decoder: nn.Module, taps: tuple[str, ...], larger: tuple[int, ...]) -> None:
         """`larger`: how many times the size of the first tap the maps before it have: the image, and what stands in for others."""
         super().__init__()
-        self.decoder, self.taps, self.larger = decoder, taps, larger
+        self.decoder, self.taps, self.size_factors = decoder, taps, larger
 
     def forward(self, x: dict[str, Tensor]) -> Tensor:
         maps = [x[name] for name in self.taps]
         n, _, height, width = maps[0].shape
         found: Tensor = self.decoder(
-            [*(maps[0].new_empty((n, 0, height * by, width * by)) for by in self.larger), *maps]
+            [
+                *(maps[0].new_empty((n, 0, height * by, width * by)) for by in self.size_factors),
+                *maps,
+            ]
         )
         return found
 
 
-class Encode(nn.Module):
+class WholeEncoderStage(nn.Module):
     """An encoder that is not cut."""
 
     def __init__(self, encoder: nn.Module, taps: tuple[str, ...]) -> None:
@@ -51,17 +54,19 @@ def stages_of(model: Any, only: int) -> dict[str, nn.Module]:
     ]  # encoders that begin at a quarter say 0 for the half
     taps = tuple(f"f{number}" for number in range(6 - min(only, len(real)), 6))
     larger = {4: (4, 2), 5: (2,)}[len(real)] if only == 5 else ()
-    found = _cut(encoder, len(real), taps) or {"encoder": Encode(encoder, taps)}
+    found = _split_encoder(encoder, len(real), taps) or {
+        "encoder": WholeEncoderStage(encoder, taps)
+    }
     return {
         **found,
-        "decoder": Decode(model.decoder, taps, larger),
+        "decoder": DecoderStage(model.decoder, taps, larger),
         "head": nn.Sequential(model.segmentation_head),
     }
 
 
-def _cut(encoder: Any, real: int, taps: tuple[str, ...]) -> dict[str, nn.Module] | None:
+def _split_encoder(encoder: Any, real: int, taps: tuple[str, ...]) -> dict[str, nn.Module] | None:
     """The encoder's stages; None where it has no shape that is known here, or does more than its modules tell."""
-    groups = _groups(encoder, real)
+    groups = _group_modules(encoder, real)
     if groups is None or sum(tapped for *_, tapped in groups) != real or not groups[-1][-1]:
         return None
     stages: dict[str, nn.Module] = {}
@@ -69,12 +74,12 @@ def _cut(encoder: Any, real: int, taps: tuple[str, ...]) -> dict[str, nn.Module]
     for name, modules, tapped in groups:
         number += tapped
         leaf = f"f{number}" if tapped else name
-        stages[name] = Tapped(nn.Sequential(*modules), before, leaf, keeps=before in taps)
+        stages[name] = FeatureMapStage(nn.Sequential(*modules), before, leaf, keeps=before in taps)
         before = leaf
-    return stages if _agree(encoder, stages, taps) else None
+    return stages if _stages_agree(encoder, stages, taps) else None
 
 
-def _groups(encoder: Any, real: int) -> list[Group] | None:
+def _group_modules(encoder: Any, real: int) -> list[EncoderGroup] | None:
     inner = getattr(encoder, "model", encoder)
     parts = dict(inner.named_children())
     if getattr(encoder, "_is_channel_last", False):
@@ -86,7 +91,7 @@ def _groups(encoder: Any, real: int) -> list[Group] | None:
             else ["conv1", "bn1", "relu" if "relu" in parts else "act1"]
         )
         pool = "layer0_pool" if "layer0" in parts else "maxpool"
-        return _named(
+        return _group_by_names(
             parts,
             [
                 ("stem", stem),
@@ -95,7 +100,7 @@ def _groups(encoder: Any, real: int) -> list[Group] | None:
             ],
         )
     if "stage0" in parts:
-        return _named(parts, [(f"stage{i}", [f"stage{i}"]) for i in range(5)])
+        return _group_by_names(parts, [(f"stage{i}", [f"stage{i}"]) for i in range(5)])
     if "conv_stem" in parts and "blocks" in parts and getattr(inner, "feature_hooks", 0) is None:
         tapped = inner._stage_out_idx
         stem = [parts[name] for name in ("conv_stem", "bn1", "act1") if name in parts]
@@ -108,10 +113,10 @@ def _groups(encoder: Any, real: int) -> list[Group] | None:
         ]
     if "features" in parts and getattr(encoder, "_out_indexes", None):
         ends = list(encoder._out_indexes)
-        return _ended(list(parts["features"].children()), ends, skipped=len(ends) - real)
+        return _group_by_ends(list(parts["features"].children()), ends, skipped=len(ends) - real)
     returned = getattr(inner, "return_layers", None)
     return (
-        _ended(
+        _group_by_ends(
             list(parts.values()),
             [list(parts).index(name) for name in returned],
             len(returned) - real,
@@ -121,16 +126,16 @@ def _groups(encoder: Any, real: int) -> list[Group] | None:
     )
 
 
-def _named(
+def _group_by_names(
     parts: dict[str, nn.Module], stages: Iterable[tuple[str, list[str]]]
-) -> list[Group] | None:
+) -> list[EncoderGroup] | None:
     stages = list(stages)
     if not {name for _, names in stages for name in names} <= parts.keys():
         return None
     return [(name, [parts[inner] for inner in names], True) for name, names in stages]
 
 
-def _ended(modules: list[nn.Module], ends: list[int], skipped: int) -> list[Group]:
+def _group_by_ends(modules: list[nn.Module], ends: list[int], skipped: int) -> list[EncoderGroup]:
     """Modules in a row, in groups that end where a feature map is taken; the first `skipped` are as large as the image and not used."""
     begins = [0, *(end + 1 for end in ends[:-1])]
     groups = [
@@ -145,7 +150,7 @@ def _ended(modules: list[nn.Module], ends: list[int], skipped: int) -> list[Grou
 
 
 @torch.no_grad()
-def _agree(encoder: Any, stages: dict[str, nn.Module], taps: tuple[str, ...]) -> bool:
+def _stages_agree(encoder: Any, stages: dict[str, nn.Module], taps: tuple[str, ...]) -> bool:
     """Whether the stages in a row give the encoder's own feature maps, and hold all that it holds."""
     own = sorted(id(value) for value in encoder.state_dict(keep_vars=True).values())
     if own != sorted(
@@ -156,11 +161,11 @@ def _agree(encoder: Any, stages: dict[str, nn.Module], taps: tuple[str, ...]) ->
         return False
     device = next(encoder.parameters()).device
     image = torch.rand(
-        1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0), device="cpu"
+        1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE, generator=torch.Generator().manual_seed(0), device="cpu"
     ).to(device)
     encoder.eval()
     try:
-        x: Tree = image
+        x: TensorTree = image
         for stage in stages.values():
             x = stage(x)
         expected = encoder(image)[-len(taps) :]

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tuner.config.requirements import pip_install
-from tuner.core.weights import fetch
-from tuner.errors import SpaceError, nearest
+from tuner.core.weights import fetch_weights
+from tuner.errors import SpaceError, nearest_hint
 
 
-def package() -> Any:
+def import_timm() -> Any:
     try:
         import timm
         import timm.data
@@ -22,13 +22,13 @@ def package() -> Any:
     return timm
 
 
-def config_of(timm: Any, name: str) -> dict[str, Any]:
+def timm_config(timm: Any, name: str) -> dict[str, Any]:
     """What timm knows of the model's weights. Raises SpaceError on a name that it does not have."""
     bare = name.partition("timm/")[2]
     known = timm.list_models()
     if bare.partition(".")[0] not in known:
         raise SpaceError(
-            f"model.name: {name!r} is not known to timm {timm.__version__}{nearest(bare, known)}"
+            f"model.name: {name!r} is not known to timm {timm.__version__}{nearest_hint(bare, known)}"
         )
     try:
         found = timm.models.get_pretrained_cfg(bare)
@@ -39,12 +39,12 @@ def config_of(timm: Any, name: str) -> dict[str, Any]:
             if tagged.startswith(f"{bare.partition('.')[0]}.")
         ]
         raise SpaceError(
-            f"model.name: {name!r}: timm has no such weights{nearest(bare, tags)}; timm has {', '.join(tags) or 'none'}"
+            f"model.name: {name!r}: timm has no such weights{nearest_hint(bare, tags)}; timm has {', '.join(tags) or 'none'}"
         ) from None
     return {"classifier": "head", **(found.to_dict() if found else {})}
 
 
-def download(home: Path, name: str, weights: str, config: dict[str, Any]) -> Path:
+def download_timm_weights(home: Path, name: str, weights: str, config: dict[str, Any]) -> Path:
     """timm's own weights: from its hub, as safetensors, or from the address that it states."""
     if weights != "default":
         raise SpaceError(
@@ -53,19 +53,19 @@ def download(home: Path, name: str, weights: str, config: dict[str, Any]) -> Pat
     hub = config.get("hf_hub_id")
     if hub:
         base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        return fetch(
+        return fetch_weights(
             home,
             f"{base}/{hub}/resolve/main/model.safetensors",
             name=f"{str(hub).replace('/', '-')}.safetensors",
         )
     if config.get("url"):
-        return fetch(home, str(config["url"]))
+        return fetch_weights(home, str(config["url"]))
     raise SpaceError(
         f"model.weights: timm has no weights for {name}; write weights: none, a path, or a name with a tag"
     )
 
 
-def fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under this version's names and shapes, where the model's file says how."""
     convert = getattr(
         __import__(type(model).__module__, fromlist=["_"]), "checkpoint_filter_fn", None

@@ -16,57 +16,57 @@ from torchvision.ops import boxes as box_ops
 from torchvision.ops import poolers
 
 from tuner.core import detectors
-from tuner.core.detectors import IMAGE, Objects, Stage, padded
-from tuner.core.input_spec import Tree
-from tuner.core.types import Staged
+from tuner.core.detectors import IMAGE_NAME, DetectorStage, Objects, pad_objects
+from tuner.core.input_spec import TensorTree
+from tuner.core.types import StagedModel
 
-CANVAS = "canvas"  # uint8 (n, side): its width tells the canvas's side to stages that do not see the image
-FLOW = "x"  # what flows on where it is no feature that the neck wants
-Children = list[tuple[str, nn.Module]]
+CANVAS_NAME = "canvas"  # uint8 (n, side): its width tells the canvas's side to stages that do not see the image
+FLOW_NAME = "x"  # what flows on where it is no feature that the neck wants
+NamedChildren = list[tuple[str, nn.Module]]
 
 
-class Blocks(Stage):
+class BackboneBlocks(DetectorStage):
     """Some of a backbone's children in a row; `reads` is the leaf that they begin with, `taps` names the outputs that the neck wants."""
 
-    def __init__(self, children: Children, reads: str, taps: Mapping[str, str]) -> None:
+    def __init__(self, children: NamedChildren, reads: str, taps: Mapping[str, str]) -> None:
         super().__init__()
         self.blocks = nn.ModuleDict({name.replace(".", "_"): child for name, child in children})
         self.names = [taps.get(name) for name, _ in children]
-        self.reads, self.gives = reads, self.names[-1] or FLOW
+        self.input_name, self.output_name = reads, self.names[-1] or FLOW_NAME
 
-    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        y = x[self.reads]
-        kept = {name: leaf for name, leaf in x.items() if name not in (IMAGE, FLOW)}
-        if self.reads == IMAGE:
-            kept = {CANVAS: y.new_zeros(len(y), y.shape[-1], dtype=torch.uint8)}
+    def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        y = x[self.input_name]
+        kept = {name: leaf for name, leaf in x.items() if name not in (IMAGE_NAME, FLOW_NAME)}
+        if self.input_name == IMAGE_NAME:
+            kept = {CANVAS_NAME: y.new_zeros(len(y), y.shape[-1], dtype=torch.uint8)}
         for child, name in zip(self.blocks.values(), self.names, strict=True):
             y = child(y)
             if name is not None:
                 kept[name] = y
-        return kept | {self.gives: y}
+        return kept | {self.output_name: y}
 
 
-class Neck(Stage):
+class PyramidNeck(DetectorStage):
     """A feature pyramid over the backbone's taps."""
 
     def __init__(self, fpn: nn.Module) -> None:
         super().__init__()
         self.fpn = fpn
 
-    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {CANVAS: x[CANVAS], **self.fpn(features(x))}
+    def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {CANVAS_NAME: x[CANVAS_NAME], **self.fpn(feature_maps(x))}
 
 
-def features(x: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
-    return OrderedDict((name, leaf) for name, leaf in x.items() if name != CANVAS)
+def feature_maps(x: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
+    return OrderedDict((name, leaf) for name, leaf in x.items() if name != CANVAS_NAME)
 
 
-class Head(detectors.Head):
+class TorchvisionHead(detectors.DetectorHead):
     """The model's own forward pass, entered behind its backbone. `first` is the label of our class 0: 1 where 0 is the background."""
 
     def __init__(self, model: nn.Module, first: int) -> None:
         super().__init__()
-        self.owner, self.first = (
+        self.owner, self.first_label = (
             (model,),
             first,
         )  # in a tuple, so that the whole model is not taken for a child
@@ -75,21 +75,28 @@ class Head(detectors.Head):
                 self.add_module(name, child)
 
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
-        given = [{"boxes": t["boxes"], "labels": t["labels"] + self.first} for t in targets]
-        found: dict[str, Tensor] = self.behind(x, given)
+        given = [{"boxes": t["boxes"], "labels": t["labels"] + self.first_label} for t in targets]
+        found: dict[str, Tensor] = self.run_from_features(x, given)
         return found
 
     def detect(self, x: dict[str, Tensor]) -> list[Objects]:
-        return [{**found, "labels": found["labels"] - self.first} for found in self.behind(x, None)]
+        return [
+            {**found, "labels": found["labels"] - self.first_label}
+            for found in self.run_from_features(x, None)
+        ]
 
-    def behind(self, x: dict[str, Tensor], targets: list[Objects] | None) -> Any:
+    def run_from_features(self, x: dict[str, Tensor], targets: list[Objects] | None) -> Any:
         """What the model makes of features: it is called with its backbone replaced by what the backbone gave."""
-        rest, found = copy.copy(self.owner[0]), features(x)
+        rest, found = copy.copy(self.owner[0]), feature_maps(x)
         rest.training = self.training
-        rest._modules = {**self._modules, "transform": Canvas(), "backbone": Given(found)}
-        side, first = x[CANVAS].shape[-1], next(iter(found.values()))
+        rest._modules = {
+            **self._modules,
+            "transform": IdentityTransform(),
+            "backbone": GivenFeatures(found),
+        }
+        side, first = x[CANVAS_NAME].shape[-1], next(iter(found.values()))
         images = list(first.new_zeros(()).expand(len(first), 3, side, side))
-        with straight() if torch.compiler.is_exporting() else nullcontext():
+        with patch_for_export() if torch.compiler.is_exporting() else nullcontext():
             return rest(images, targets)
 
 
@@ -102,7 +109,7 @@ def nms_of_classes(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: fl
     return kept
 
 
-def pooled(
+def pool_all_levels(
     levels: list[Tensor],
     boxes: list[Tensor],
     size: Any,
@@ -124,26 +131,26 @@ def pooled(
 
 
 @contextmanager
-def straight() -> Iterator[None]:
+def patch_for_export() -> Iterator[None]:
     """While a model is exported: torchvision asks how many boxes there are and branches, which no graph can hold."""
     originals = box_ops.batched_nms, poolers._multiscale_roi_align
-    box_ops.batched_nms, poolers._multiscale_roi_align = nms_of_classes, pooled
+    box_ops.batched_nms, poolers._multiscale_roi_align = nms_of_classes, pool_all_levels
     try:
         yield
     finally:
         box_ops.batched_nms, poolers._multiscale_roi_align = originals
 
 
-class Given(nn.Module):
+class GivenFeatures(nn.Module):
     def __init__(self, found: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.found = found
+        self.feature_maps = found
 
     def forward(self, _: Tensor) -> Mapping[str, Tensor]:
-        return self.found
+        return self.feature_maps
 
 
-class Canvas(nn.Module):
+class IdentityTransform(nn.Module):
     """What GeneralizedRCNNTransform is for images that have been brought to one size: nothing."""
 
     def forward(self, images: list[Tensor], targets: Any) -> tuple[ImageList, Any]:
@@ -156,18 +163,20 @@ class Canvas(nn.Module):
         return result
 
 
-def native(first: int) -> Callable[[nn.Module, Tree], Tree]:
+def make_native_forward(first: int) -> Callable[[nn.Module, TensorTree], TensorTree]:
     """Calls the whole model, as torchvision has it, on a batch."""
 
-    def call(model: Any, x: Tree) -> Tree:
+    def call(model: Any, x: TensorTree) -> TensorTree:
         assert isinstance(x, Tensor)
         model.transform.fixed_size = (x.shape[-1], x.shape[-2])
-        return padded([{**found, "labels": found["labels"] - first} for found in model(list(x))])
+        return pad_objects(
+            [{**found, "labels": found["labels"] - first} for found in model(list(x))]
+        )
 
     return call
 
 
-def identity(model: Any) -> None:
+def disable_transform(model: Any) -> None:
     """Takes from the model's transform what tuner has done before: normalising, resizing, padding."""
     model.transform.image_mean, model.transform.image_std, model.transform.size_divisible = (
         [0.0] * 3,
@@ -176,21 +185,25 @@ def identity(model: Any) -> None:
     )
 
 
-def staged(model: Any, stages: dict[str, nn.Module], first: int, notes: tuple[str, ...]) -> Staged:
-    identity(model)
-    return Staged(
+def stage_detector(
+    model: Any, stages: dict[str, nn.Module], first: int, notes: tuple[str, ...]
+) -> StagedModel:
+    disable_transform(model)
+    return StagedModel(
         model,
-        {**stages, "head": Head(model, first)},
+        {**stages, "head": TorchvisionHead(model, first)},
         notes,
-        native(first),
-        probe=False,
-        batched=False,
+        make_native_forward(first),
+        can_probe=False,
+        exports_batched=False,
     )
 
 
-def grouped(children: Children, begins: Callable[[nn.Module], bool]) -> list[Children]:
+def group_children(
+    children: NamedChildren, begins: Callable[[nn.Module], bool]
+) -> list[NamedChildren]:
     """Children in a row, a group begun by each that `begins` one."""
-    groups: list[Children] = []
+    groups: list[NamedChildren] = []
     for name, child in children:
         if not groups or begins(child):
             groups.append([])
@@ -199,14 +212,14 @@ def grouped(children: Children, begins: Callable[[nn.Module], bool]) -> list[Chi
 
 
 def backbone_stages(
-    groups: list[Children], taps: Mapping[str, str], names: Callable[[int], str]
+    groups: list[NamedChildren], taps: Mapping[str, str], names: Callable[[int], str]
 ) -> dict[str, nn.Module]:
     """A stage for each group of a backbone's children."""
     found: dict[str, nn.Module] = {}
-    reads = IMAGE
+    reads = IMAGE_NAME
     for number, children in enumerate(groups):
-        stage = Blocks(children, reads, taps)
-        found[names(number)], reads = stage, stage.gives
+        stage = BackboneBlocks(children, reads, taps)
+        found[names(number)], reads = stage, stage.output_name
     return found
 
 
@@ -217,16 +230,18 @@ def pyramid_stages(backbone: Any) -> dict[str, nn.Module]:
         getattr(child, "_is_cn", False) for _, child in children
     )  # torchvision's MobileNets mark what is strided
     last = children[-1][1]
-    groups = grouped(
+    groups = group_children(
         children,
-        lambda child: child is last or getattr(child, "_is_cn", False) if marked else _whole(child),
+        lambda child: (
+            child is last or getattr(child, "_is_cn", False) if marked else _is_layer(child)
+        ),
     )
     stages = backbone_stages(
         groups, dict(backbone.body.return_layers), lambda i: f"layer{i}" if i else "stem"
     )
-    return {**stages, "fpn": Neck(backbone.fpn)}
+    return {**stages, "fpn": PyramidNeck(backbone.fpn)}
 
 
-def _whole(child: nn.Module) -> bool:
+def _is_layer(child: nn.Module) -> bool:
     """A layer of a backbone, not a convolution, norm or activation of its stem."""
     return any(isinstance(inner, nn.Conv2d) and inner is not child for inner in child.modules())

@@ -11,20 +11,28 @@ from torch import nn
 from torchvision.models import get_model, get_model_weights
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from tuner.config.run import LATER, Triple
-from tuner.core.input_spec import Preprocess
-from tuner.core.weights import adopt, fetch, is_path, read, torchvision_model
+from tuner.config.run import LOADED_LATER, RgbTriple
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.weights import (
+    fetch_weights,
+    is_path,
+    load_matching_state,
+    read_state_dict,
+    torchvision_model,
+)
 from tuner.errors import SpaceError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-GIVEN = ("none", LATER)  # nothing is read for these
+NOT_LOADED = ("none", LOADED_LATER)  # nothing is read for these
 
 
-def canvas(size: int, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD) -> Preprocess:
-    return Preprocess(size, size, "bilinear", mean, std, "letterbox")
+def letterbox_spec(
+    size: int, mean: RgbTriple = IMAGENET_MEAN, std: RgbTriple = IMAGENET_STD
+) -> ImageInputSpec:
+    return ImageInputSpec(size, size, "bilinear", mean, std, "letterbox")
 
 
-def entry(name: str, weights: str, key: str) -> Any:
+def weights_entry(name: str, weights: str, key: str) -> Any:
     """One of torchvision's weights. Raises SpaceError on an unknown name."""
     known = get_model_weights(name)
     if weights != "default" and weights not in known.__members__:
@@ -35,36 +43,42 @@ def entry(name: str, weights: str, key: str) -> Any:
     return known.DEFAULT if weights == "default" else known[weights]
 
 
-def with_detector_weights(
+def load_detector_weights(
     home: Path, model: nn.Module, name: str, weights: str, head: str
 ) -> tuple[str, ...]:
     """Loads weights of the whole; `head` is what depends on the classes. Those of a path keep theirs where it fits."""
-    if weights in GIVEN:
+    if weights in NOT_LOADED:
         return ()
     if is_path(weights):
-        state, where = read(Path(weights)), weights
+        state, where = read_state_dict(Path(weights)), weights
     else:
-        found = entry(name, weights, "weights")
+        found = weights_entry(name, weights, "weights")
         state = {
-            k: v for k, v in read(fetch(home, found.url)).items() if not k.startswith(f"{head}.")
+            k: v
+            for k, v in read_state_dict(fetch_weights(home, found.url)).items()
+            if not k.startswith(f"{head}.")
         }
         where = str(found)
     own = set(model.state_dict())
     state = {
         k: v for k, v in state.items() if "num_batches_tracked" not in k or k in own
     }  # frozen BatchNorm counts no batches
-    return adopt(model, state, head=head, where=f"weights: {where}")
+    return load_matching_state(model, state, head=head, source_name=f"weights: {where}")
 
 
 @torch.no_grad()
-def with_backbone_weights(
+def load_backbone_weights(
     home: Path, body: nn.Module, architecture: str, weights: str, default: str
 ) -> None:
     """Loads a classifier's weights into a detector's `body`, which holds the same layers in the same order under other names."""
-    if weights in GIVEN:
+    if weights in NOT_LOADED:
         return
     if not is_path(weights):
-        weights = default if weights == "default" else entry(architecture, weights, "backbone").name
+        weights = (
+            default
+            if weights == "default"
+            else weights_entry(architecture, weights, "backbone").name
+        )
     head = "fc" if architecture.startswith("res") else "classifier"
     classifier, _ = torchvision_model(home, architecture, 1000, weights, head=head)
     theirs = [
@@ -83,7 +97,7 @@ def with_backbone_weights(
         own.copy_(value)
 
 
-def frozen(module: nn.Module, eps: float | None = None) -> None:
+def freeze_batch_norm(module: nn.Module, eps: float | None = None) -> None:
     """Every BatchNorm inside as torchvision has it in pretrained backbones: statistics, scale and shift stand still."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
@@ -91,10 +105,10 @@ def frozen(module: nn.Module, eps: float | None = None) -> None:
             still.to(child.weight.device)
             module.add_module(name, still)
         else:
-            frozen(child, eps)
+            freeze_batch_norm(child, eps)
 
 
-def pyramid_detector(
+def build_pyramid_detector(
     home: Path, name: str, classes: int, weights: str, backbone: str, head: str
 ) -> tuple[Any, tuple[str, ...]]:
     """torchvision's detector `name` over a feature pyramid, built as torchvision's own function builds it."""
@@ -102,9 +116,9 @@ def pyramid_detector(
     if (weights != "none" or backbone != "none") and not name.endswith("_v2"):
         # torchvision's weights of these were trained when its BatchNorm added nothing to the variance
         old = name in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn") and weights != "none"
-        frozen(model.backbone.body, 0.0 if old else None)
+        freeze_batch_norm(model.backbone.body, 0.0 if old else None)
     if weights != "none":
-        return model, with_detector_weights(home, model, name, weights, head)
+        return model, load_detector_weights(home, model, name, weights, head)
     architecture = "mobilenet_v3_large" if "mobilenet" in name else "resnet50"
-    with_backbone_weights(home, model.backbone.body, architecture, backbone, "IMAGENET1K_V1")
+    load_backbone_weights(home, model.backbone.body, architecture, backbone, "IMAGENET1K_V1")
     return model, ()

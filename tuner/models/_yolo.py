@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from tuner.config.requirements import pip_install
-from tuner.core.detectors import MOST, Objects
+from tuner.core.detectors import MAX_OBJECTS, Objects
 from tuner.core.targets import NO_OBJECT
-from tuner.core.weights import adopt, fetch, is_path, read
+from tuner.core.weights import fetch_weights, is_path, load_matching_state, read_state_dict
 from tuner.errors import SpaceError
 
 LEVELS = (
@@ -25,10 +25,10 @@ LEVELS = (
     "coarse",
 )  # what a neck gives the head, 1/8, 1/16 and 1/32 of the canvas
 CANDIDATES = 1000  # the best before suppression, as torchvision's one-stage detectors keep them
-LEAST = 0.001  # scores below count as none, as in libreyolo's validation
+MIN_SCORE = 0.001  # scores below count as none, as in libreyolo's validation
 
 
-def network(family: str) -> Any:
+def import_network(family: str) -> Any:
     """libreyolo's module with the networks of a family. Raises SpaceError where it cannot be imported."""
     try:
         importlib.import_module("libreyolo")
@@ -47,7 +47,7 @@ def network(family: str) -> Any:
         ) from None
 
 
-def load(
+def load_yolo_weights(
     home: Path,
     model: nn.Module,
     weights: str,
@@ -63,12 +63,12 @@ def load(
     if weights == "none":
         return ()
     if is_path(weights):
-        state, where = read(Path(weights)), weights
+        state, where = read_state_dict(Path(weights)), weights
     elif weights == "default":
         base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        path = fetch(home, f"{base}/LibreYOLO/{published}/resolve/main/{published}.pt")
+        path = fetch_weights(home, f"{base}/LibreYOLO/{published}/resolve/main/{published}.pt")
         state, where = (
-            {k: v for k, v in read(path).items() if not k.startswith(f"{head}.")},
+            {k: v for k, v in read_state_dict(path).items() if not k.startswith(f"{head}.")},
             path.name,
         )
     else:
@@ -76,10 +76,10 @@ def load(
             f"model.weights: {weights!r} is not known for YOLO; default, none, or a path to a .safetensors, .pt or .pth file"
         )
     state = {name: value for name, value in state.items() if not name.startswith(tuple(unused))}
-    return adopt(model, state, head=head, where=f"weights: {where}")
+    return load_matching_state(model, state, head=head, source_name=f"weights: {where}")
 
 
-def best(boxes: Tensor, scores: Tensor, overlap: float) -> Objects:
+def best_objects(boxes: Tensor, scores: Tensor, overlap: float) -> Objects:
     """The objects left by non-maximum suppression within each class, scores falling: as many rows for any image.
 
     `boxes` (n, 4) as left, top, right, bottom, none below 0; `scores` (n, classes). Rows without an object have label NO_OBJECT and
@@ -89,10 +89,10 @@ def best(boxes: Tensor, scores: Tensor, overlap: float) -> Objects:
     top, at = scores.flatten().topk(min(CANDIDATES, scores.shape[0] * classes))
     boxes, labels = boxes[at // classes], at % classes
     apart = labels[:, None] * (boxes.detach().max() + 1)  # boxes of different classes never overlap
-    kept = _suppressed(boxes + apart, top, overlap)
+    kept = _suppress(boxes + apart, top, overlap)
     top = top * torch.zeros_like(top).scatter(0, kept, 1.0)
-    top, order = top.topk(min(MOST, top.shape[0]))
-    real = top > LEAST
+    top, order = top.topk(min(MAX_OBJECTS, top.shape[0]))
+    real = top > MIN_SCORE
     return {
         "boxes": boxes[order] * real[:, None],
         "scores": top * real,
@@ -100,19 +100,21 @@ def best(boxes: Tensor, scores: Tensor, overlap: float) -> Objects:
     }
 
 
-def _suppressed(boxes: Tensor, scores: Tensor, overlap: float) -> Tensor:
+def _suppress(boxes: Tensor, scores: Tensor, overlap: float) -> Tensor:
     """Indices of the boxes that stay. On the meta device, where models are only counted, all do."""
     return torch.arange(len(boxes), device="meta") if boxes.is_meta else nms(boxes, scores, overlap)
 
 
-def each(boxes: Tensor, scores: Tensor, side: int, overlap: float) -> list[Objects]:
+def best_objects_per_image(
+    boxes: Tensor, scores: Tensor, side: int, overlap: float
+) -> list[Objects]:
     """`best` of each image, from boxes (images, n, 4) and scores (images, n, classes). Boxes are cut at a canvas of `side` pixels."""
     boxes, scores = boxes.float().clamp(0, side), scores.float()
     inside = (boxes[..., 2:] > boxes[..., :2]).all(-1, keepdim=True)
-    return [best(b, s, overlap) for b, s in zip(boxes, scores * inside, strict=True)]
+    return [best_objects(b, s, overlap) for b, s in zip(boxes, scores * inside, strict=True)]
 
 
-def rows(
+def targets_to_rows(
     boxes: Sequence[Tensor],
     labels: Sequence[Tensor],
     empty: float,

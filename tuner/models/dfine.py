@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Staged
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import StagedModel
 from tuner.models import _detr
 
 TASKS = ("detection",)
@@ -27,7 +27,7 @@ RECIPES = {
         "epochs": 30,
     }
 }
-HUB = {"n": "nano", "s": "small", "m": "medium", "l": "large", "x": "xlarge"}
+HUB_NAMES = {"n": "nano", "s": "small", "m": "medium", "l": "large", "x": "xlarge"}
 # HGNetV2 B0, B2, B4 and B5: channels of the stem, then into, inside and out of each stage, its blocks, and the layers of a block
 BACKBONES = {
     "b0": (
@@ -89,9 +89,9 @@ SIZES: dict[str, tuple[str, bool, dict[str, Any]]] = {
 }
 
 
-def wants(name: str, *, weights: str = "default") -> Preprocess:
+def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     """RGB of 0..1, 640 pixels a side."""
-    return _detr.CANVAS
+    return _detr.CANVAS_SPEC
 
 
 def build(
@@ -106,9 +106,9 @@ def build(
             description="default: the published weights; none: fresh parameters; or a path to a .safetensors file or a folder with one"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` for `outputs` classes; see `_detr.build`."""
-    library = _detr.library()
+    library = _detr.import_transformers()
     size = name.removeprefix("dfine_")
     backbone, affine, rest = SIZES[size]
     stem, into, inside, out, blocks, layers = BACKBONES[backbone]
@@ -131,11 +131,11 @@ def build(
     config = library.DFineConfig(
         backbone_config=inner, num_labels=outputs, encoder_in_channels=taken, **rest
     )
-    return _detr.build(
+    return _detr.build_detr(
         home,
         name,
         library.DFineForObjectDetection,
         config,
-        f"ustc-community/dfine-{HUB[size]}-coco",
+        f"ustc-community/dfine-{HUB_NAMES[size]}-coco",
         weights,
     )

@@ -8,10 +8,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Staged
-from tuner.models._torchvision_detectors import pyramid_stages, staged
-from tuner.models._torchvision_weights import canvas, pyramid_detector
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import StagedModel
+from tuner.models._torchvision_detectors import pyramid_stages, stage_detector
+from tuner.models._torchvision_weights import build_pyramid_detector, letterbox_spec
 
 TASKS = ("detection",)
 NAMES = (
@@ -38,8 +38,8 @@ EXPORTS = (
 )  # torch.export cannot pool regions whose number depends on the image
 
 
-def wants(name: str, *, weights: str = "default", backbone: str = "default") -> Preprocess:
-    return canvas(320 if "_320_" in name else 800)
+def input_spec(name: str, *, weights: str = "default", backbone: str = "default") -> ImageInputSpec:
+    return letterbox_spec(320 if "_320_" in name else 800)
 
 
 def build(
@@ -60,9 +60,9 @@ def build(
             description="weights of the backbone alone, for weights: none; default, none, or a path"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
-    model, notes = pyramid_detector(
+    model, notes = build_pyramid_detector(
         home, name, outputs + 1, weights, backbone, "roi_heads.box_predictor"
     )  # 0 is the background
-    return staged(model, pyramid_stages(model.backbone), 1, notes)
+    return stage_detector(model, pyramid_stages(model.backbone), 1, notes)

@@ -11,10 +11,16 @@ from pydantic import Field
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Staged
-from tuner.core.weights import adopt, is_path, read, torchvision_model, torchvision_preprocess
-from tuner.errors import SpaceError, suggest
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import StagedModel
+from tuner.core.weights import (
+    is_path,
+    load_matching_state,
+    read_state_dict,
+    torchvision_model,
+    torchvision_preprocess,
+)
+from tuner.errors import SpaceError, suggest_names
 
 TASKS = ("classification",)
 NAMES = (
@@ -30,13 +36,13 @@ NAMES = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
-GREY = Preprocess(
+FASHION_MNIST_SPEC = ImageInputSpec(
     size=32, resize=32, interpolation="bilinear", mean=(0.286,) * 3, std=(0.353,) * 3
 )  # Fashion-MNIST's
 
 
-def wants(name: str, *, weights: str = "default") -> Preprocess:
-    return GREY if name == "resnet18_slim" else torchvision_preprocess(name, weights)
+def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
+    return FASHION_MNIST_SPEC if name == "resnet18_slim" else torchvision_preprocess(name, weights)
 
 
 def build(
@@ -51,10 +57,10 @@ def build(
             description="default: torchvision's best; bundled: those of resnet18_slim; none: fresh parameters; or a torchvision name, or a path to a .safetensors or .pth file"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` with `outputs` classes; depth 1 freezes the stem, 2..5 one residual layer more each."""
     if name == "resnet18_slim":
-        model, notes = _slim(outputs, weights)
+        model, notes = _load_slim(outputs, weights)
     else:
         model, notes = torchvision_model(home, name, outputs, weights, head="fc")
     stages = {
@@ -67,10 +73,10 @@ def build(
         ),  # pooled: what is remembered is a vector
         "head": nn.Sequential(model.fc),
     }
-    return Staged(model, stages, notes)
+    return StagedModel(model, stages, notes)
 
 
-def slim(outputs: int) -> ResNet:
+def build_slim_resnet(outputs: int) -> ResNet:
     """torchvision's ResNet-18 at quarter width: 16, 32, 64, 128 channels."""
     model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=outputs)
     model.conv1 = nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False)
@@ -81,7 +87,7 @@ def slim(outputs: int) -> ResNet:
         setattr(
             model,
             f"layer{i + 1}",
-            nn.Sequential(_block(channels, width, stride), _block(width, width, 1)),
+            nn.Sequential(_basic_block(channels, width, stride), _basic_block(width, width, 1)),
         )
         channels = width
     model.fc = nn.Linear(channels, outputs)
@@ -91,7 +97,7 @@ def slim(outputs: int) -> ResNet:
     return model
 
 
-def _block(channels: int, width: int, stride: int) -> BasicBlock:
+def _basic_block(channels: int, width: int, stride: int) -> BasicBlock:
     project = None
     if stride != 1 or channels != width:
         project = nn.Sequential(
@@ -100,16 +106,18 @@ def _block(channels: int, width: int, stride: int) -> BasicBlock:
     return BasicBlock(channels, width, stride, project)
 
 
-def _slim(outputs: int, weights: str) -> tuple[ResNet, tuple[str, ...]]:
-    model = slim(outputs)
+def _load_slim(outputs: int, weights: str) -> tuple[ResNet, tuple[str, ...]]:
+    model = build_slim_resnet(outputs)
     if weights == "none":
         return model, ()
     if is_path(weights):
-        return model, adopt(model, read(Path(weights)), head="fc", where=f"weights: {weights}")
+        return model, load_matching_state(
+            model, read_state_dict(Path(weights)), head="fc", source_name=f"weights: {weights}"
+        )
     if weights not in ("default", "bundled"):
         raise SpaceError(
-            f"model.weights: {weights!r} is not known for resnet18_slim{suggest(weights, ('bundled', 'none'))}; or give a path"
+            f"model.weights: {weights!r} is not known for resnet18_slim{suggest_names(weights, ('bundled', 'none'))}; or give a path"
         )
-    state = read(Path(str(files("tuner.models") / "resnet18_slim.safetensors")))
+    state = read_state_dict(Path(str(files("tuner.models") / "resnet18_slim.safetensors")))
     bare = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    return model, adopt(model, bare, head="fc", where=f"weights: {weights}")
+    return model, load_matching_state(model, bare, head="fc", source_name=f"weights: {weights}")

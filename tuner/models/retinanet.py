@@ -8,10 +8,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Staged
-from tuner.models._torchvision_detectors import pyramid_stages, staged
-from tuner.models._torchvision_weights import canvas, pyramid_detector
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import StagedModel
+from tuner.models._torchvision_detectors import pyramid_stages, stage_detector
+from tuner.models._torchvision_weights import build_pyramid_detector, letterbox_spec
 
 TASKS = ("detection",)
 NAMES = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")
@@ -33,8 +33,8 @@ EXPORTS = (
 )  # torch.export cannot follow a number of objects that depends on the image
 
 
-def wants(name: str, *, weights: str = "default", backbone: str = "default") -> Preprocess:
-    return canvas(800)
+def input_spec(name: str, *, weights: str = "default", backbone: str = "default") -> ImageInputSpec:
+    return letterbox_spec(800)
 
 
 def build(
@@ -55,9 +55,9 @@ def build(
             description="weights of the backbone alone, for weights: none; default, none, or a path"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
-    model, notes = pyramid_detector(
+    model, notes = build_pyramid_detector(
         home, name, outputs, weights, backbone, "head.classification_head.cls_logits"
     )
-    return staged(model, pyramid_stages(model.backbone), 0, notes)
+    return stage_detector(model, pyramid_stages(model.backbone), 0, notes)

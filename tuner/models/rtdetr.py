@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Staged
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import StagedModel
 from tuner.models import _detr
 
 TASKS = ("detection",)
@@ -50,9 +50,9 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def wants(name: str, *, weights: str = "default") -> Preprocess:
+def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     """RGB of 0..1, 640 pixels a side."""
-    return _detr.CANVAS
+    return _detr.CANVAS_SPEC
 
 
 def build(
@@ -67,13 +67,13 @@ def build(
             description="default: the published weights; none: fresh parameters; or a path to a .safetensors file or a folder with one"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` for `outputs` classes; see `_detr.build`."""
-    library = _detr.library()
+    library = _detr.import_transformers()
     size = name.removeprefix("rtdetr_")
     backbone, rest = SIZES[size]
     inner = library.RTDetrResNetConfig(**{"out_indices": [2, 3, 4], **backbone})
     config = library.RTDetrConfig(backbone_config=inner, num_labels=outputs, **rest)
-    return _detr.build(
+    return _detr.build_detr(
         home, name, library.RTDetrForObjectDetection, config, f"PekingU/rtdetr_{size}vd", weights
     )

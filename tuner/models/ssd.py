@@ -16,19 +16,23 @@ from torchvision.models import get_model
 from torchvision.models.detection._utils import retrieve_out_channels
 from torchvision.models.detection.ssdlite import SSDLiteHead, _mobilenet_extractor
 
-from tuner.core.detectors import Stage
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Staged
+from tuner.core.detectors import DetectorStage
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import StagedModel
 from tuner.errors import SpaceError
 from tuner.models._torchvision_detectors import (
-    CANVAS,
-    FLOW,
-    Blocks,
+    CANVAS_NAME,
+    FLOW_NAME,
+    BackboneBlocks,
     backbone_stages,
-    grouped,
-    staged,
+    group_children,
+    stage_detector,
 )
-from tuner.models._torchvision_weights import canvas, with_backbone_weights, with_detector_weights
+from tuner.models._torchvision_weights import (
+    letterbox_spec,
+    load_backbone_weights,
+    load_detector_weights,
+)
 
 TASKS = ("detection",)
 NAMES = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
@@ -44,13 +48,13 @@ RECIPES = {
         "epochs": 20,
     }
 }
-LEAST = 268  # pixels, below which nothing is left for SSD300's last layer
+MIN_CANVAS_SIDE = 268  # pixels, below which nothing is left for SSD300's last layer
 
 
-def wants(name: str, *, weights: str = "default", backbone: str = "default") -> Preprocess:
+def input_spec(name: str, *, weights: str = "default", backbone: str = "default") -> ImageInputSpec:
     if name == "ssd300_vgg16":
-        return canvas(300, (0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255))
-    return canvas(320, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        return letterbox_spec(300, (0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255))
+    return letterbox_spec(320, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def build(
@@ -71,24 +75,24 @@ def build(
             description="weights of the backbone alone, for weights: none; default, none, or a path"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
     model: Any = get_model(
         name, weights=None, weights_backbone=None, num_classes=outputs + 1
     )  # 0 is the background
     notes: tuple[str, ...] = ()
     if weights == "none" and backbone != "none" and name != "ssd300_vgg16":
-        whole_tail(model, outputs + 1)
+        use_whole_backbone(model, outputs + 1)
     if weights == "none":
         architecture, default = (
             ("vgg16", "IMAGENET1K_FEATURES")
             if name == "ssd300_vgg16"
             else ("mobilenet_v3_large", "IMAGENET1K_V1")
         )
-        with_backbone_weights(home, model.backbone, architecture, backbone, default)
+        load_backbone_weights(home, model.backbone, architecture, backbone, default)
     else:
-        notes = with_detector_weights(home, model, name, weights, "head.classification_head")
-    return staged(
+        notes = load_detector_weights(home, model, name, weights, "head.classification_head")
+    return stage_detector(
         model,
         vgg_stages(model.backbone) if name == "ssd300_vgg16" else mobilenet_stages(model.backbone),
         1,
@@ -96,7 +100,7 @@ def build(
     )
 
 
-def whole_tail(model: Any, classes: int) -> None:
+def use_whole_backbone(model: Any, classes: int) -> None:
     """SSDlite over ImageNet's MobileNetV3, whose last layers are twice as wide as in torchvision's own SSDlite."""
     norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
     model.backbone = _mobilenet_extractor(
@@ -108,22 +112,22 @@ def whole_tail(model: Any, classes: int) -> None:
     )
 
 
-class Normed(Stage):
+class NormalisedTap(DetectorStage):
     """SSD's first tap, L2-normalised and scaled (Liu et al., ParseNet, 2015), and the block behind it, which takes it as it was."""
 
     def __init__(self, scale_weight: nn.Parameter, block: nn.Module) -> None:
         super().__init__()
         self.scale_weight, self.block = scale_weight, block
 
-    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        y = x[FLOW]
-        side = x[CANVAS].shape[-1]
-        if side < LEAST:
+    def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        y = x[FLOW_NAME]
+        side = x[CANVAS_NAME].shape[-1]
+        if side < MIN_CANVAS_SIDE:
             raise SpaceError(
-                f"data.size: {side}, but ssd300_vgg16 needs at least {LEAST} pixels; leave it out for 300"
+                f"data.size: {side}, but ssd300_vgg16 needs at least {MIN_CANVAS_SIDE} pixels; leave it out for 300"
             )
         return {
-            CANVAS: x[CANVAS],
+            CANVAS_NAME: x[CANVAS_NAME],
             "0": self.scale_weight.view(1, -1, 1, 1) * F.normalize(y),
             "1": self.block(y),
         }
@@ -135,12 +139,12 @@ def vgg_stages(backbone: Any) -> dict[str, nn.Module]:
     begins = [
         behind for (_, child), (_, behind) in pairwise(children) if isinstance(child, nn.MaxPool2d)
     ]
-    groups = grouped(children, lambda child: any(child is begin for begin in begins))
+    groups = group_children(children, lambda child: any(child is begin for begin in begins))
     blocks = backbone_stages(groups, {}, lambda i: f"block{i + 1}")
     return {
         **blocks,
-        "block5": Normed(backbone.scale_weight, backbone.extra[0]),
-        "extra": _extra(backbone.extra[1:]),
+        "block5": NormalisedTap(backbone.scale_weight, backbone.extra[0]),
+        "extra": _extra_stage(backbone.extra[1:]),
     }
 
 
@@ -153,14 +157,14 @@ def mobilenet_stages(backbone: Any) -> dict[str, nn.Module]:
         ("tail", backbone.features[1]),
     ]
     begins = [block for block in blocks if getattr(block, "_is_cn", False)] + [backbone.features[1]]
-    groups = grouped(children, lambda child: any(child is begin for begin in begins))
+    groups = group_children(children, lambda child: any(child is begin for begin in begins))
     stages = backbone_stages(
         groups, {"expansion": "0", "tail": "1"}, lambda i: f"layer{i}" if i else "stem"
     )
-    return {**stages, "extra": _extra(backbone.extra)}
+    return {**stages, "extra": _extra_stage(backbone.extra)}
 
 
-def _extra(blocks: Sequence[nn.Module]) -> Blocks:
+def _extra_stage(blocks: Sequence[nn.Module]) -> BackboneBlocks:
     """SSD's own layers, each of which gives features."""
     children = [(f"b{i}", block) for i, block in enumerate(blocks)]
-    return Blocks(children, "1", {name: f"{2 + i}" for i, (name, _) in enumerate(children)})
+    return BackboneBlocks(children, "1", {name: f"{2 + i}" for i, (name, _) in enumerate(children)})

@@ -11,22 +11,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Staged, cut
-from tuner.core.weights import adopt, is_path, read
-from tuner.models._timm import config_of, download, fitted, package
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import StagedModel, split_sequential
+from tuner.core.weights import is_path, load_matching_state, read_state_dict
+from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
 
 TASKS = ("classification",)
 NAMES = ("timm/*",)
 
 
-def wants(name: str, *, weights: str = "default") -> Preprocess:
+def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     """The transform that timm states for the model's weights."""
-    timm = package()
-    stated = timm.data.resolve_data_config(pretrained_cfg=config_of(timm, name), model=None)
+    timm = import_timm()
+    stated = timm.data.resolve_data_config(pretrained_cfg=timm_config(timm, name), model=None)
     size = stated["input_size"][-1]
     mean, std = (tuple(float(v) for v in stated[key]) for key in ("mean", "std"))
-    return Preprocess(size, int(size / stated["crop_pct"]), stated["interpolation"], mean, std)  # type: ignore[arg-type]
+    return ImageInputSpec(size, int(size / stated["crop_pct"]), stated["interpolation"], mean, std)  # type: ignore[arg-type]
 
 
 def build(
@@ -41,29 +41,36 @@ def build(
             description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` with `outputs` classes: depth 1 freezes the stem, then one stage of blocks more each; others have one cut.
 
     Raises SpaceError on a name or weights that timm does not have, DataError on weights that do not fit.
     """
-    timm = package()
-    config = config_of(timm, name)
+    timm = import_timm()
+    config = timm_config(timm, name)
     model: nn.Module = timm.create_model(
         name.partition("/")[2], pretrained=False, num_classes=outputs
     )
     notes: tuple[str, ...] = ()
     if weights != "none":
-        path = Path(weights) if is_path(weights) else download(home, name, weights, config)
+        path = (
+            Path(weights)
+            if is_path(weights)
+            else download_timm_weights(home, name, weights, config)
+        )
         head = str(config["classifier"])
         state = {
             k: v
-            for k, v in fitted(model, read(path)).items()
+            for k, v in convert_state(model, read_state_dict(path)).items()
             if is_path(weights) or not k.startswith(f"{head}.")
         }
-        notes = adopt(
-            model, state, head=head, where=f"weights: {weights if is_path(weights) else path.name}"
+        notes = load_matching_state(
+            model,
+            state,
+            head=head,
+            source_name=f"weights: {weights if is_path(weights) else path.name}",
         )
-    return Staged(model, stages_of(model, config), notes)
+    return StagedModel(model, stages_of(model, config), notes)
 
 
 def stages_of(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
@@ -75,36 +82,36 @@ def stages_of(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
         found["stem"] = nn.Sequential(parts["conv_stem"], parts["bn1"])
         found |= {f"blocks{i}": block for i, block in enumerate(parts["blocks"].children())}
         found["features"] = nn.Sequential(*(parts[name] for name in order[3:-1]))
-        found["head"] = _head(model, parts["classifier"])
+        found["head"] = _head_stage(model, parts["classifier"])
     elif (
         order[:3] == ["conv1", "bn1", "act1"]
         and order[-2:] == ["global_pool", "fc"]
-        and set(order[3:-2]) <= RESNET
+        and set(order[3:-2]) <= RESNET_PARTS
     ):
         found["stem"] = nn.Sequential(
             *(parts[name] for name in ("conv1", "bn1", "act1", "maxpool") if name in parts)
         )
         found |= {f"layer{i}": parts[f"layer{i}"] for i in (1, 2, 3)}
         found["layer4"] = nn.Sequential(parts["layer4"], parts["global_pool"])
-        found["head"] = _head(model, parts["fc"])
+        found["head"] = _head_stage(model, parts["fc"])
     else:
-        return _in_two(model, config)
-    return found if _agree(model, found, config) else _in_two(model, config)
+        return _features_and_head(model, config)
+    return found if _stages_agree(model, found, config) else _features_and_head(model, config)
 
 
-RESNET = {"maxpool", "layer1", "layer2", "layer3", "layer4"}
+RESNET_PARTS = {"maxpool", "layer1", "layer2", "layer3", "layer4"}
 
 
-def _head(model: nn.Module, classifier: nn.Module) -> nn.Module:
+def _head_stage(model: nn.Module, classifier: nn.Module) -> nn.Module:
     rate = float(getattr(model, "drop_rate", 0.0))
     return nn.Sequential(nn.Dropout(rate), classifier) if rate else classifier
 
 
 @torch.no_grad()
-def _agree(model: nn.Module, stages: dict[str, nn.Module], config: dict[str, Any]) -> bool:
+def _stages_agree(model: nn.Module, stages: dict[str, nn.Module], config: dict[str, Any]) -> bool:
     """Whether the stages in a row are the model: some of these shapes do more in `forward` than their modules tell."""
-    with _looking(model):
-        x = y = _example(model, config)
+    with _EvalMode(model):
+        x = y = _random_image(model, config)
         try:
             for stage in stages.values():
                 y = stage(y)
@@ -114,7 +121,7 @@ def _agree(model: nn.Module, stages: dict[str, nn.Module], config: dict[str, Any
         return y.shape == expected.shape and (y.is_meta or torch.equal(y, expected))
 
 
-def _example(model: nn.Module, config: dict[str, Any]) -> Tensor:
+def _random_image(model: nn.Module, config: dict[str, Any]) -> Tensor:
     size = 64 if not config.get("fixed_input_size") else config.get("input_size", (3, 224, 224))[-1]
     generator = torch.Generator().manual_seed(0)
     return torch.rand(1, 3, size, size, generator=generator, device="cpu").to(
@@ -122,7 +129,7 @@ def _example(model: nn.Module, config: dict[str, Any]) -> Tensor:
     )
 
 
-class _looking:
+class _EvalMode:
     """Eval mode for a look, and the modes from before after it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -137,13 +144,13 @@ class _looking:
             module.training = mode
 
 
-class Part(nn.Module):
+class MethodStage(nn.Module):
     """One method of a model as a module that holds the model's own children, and no others."""
 
     def __init__(self, model: nn.Module, method: str, children: list[str], *, loose: bool) -> None:
         """`loose`: parameters and buffers that lie in no child are held too."""
         super().__init__()
-        self.owner, self.method = (
+        self.model_holder, self.method = (
             (model,),
             method,
         )  # in a tuple, so that the whole model is not taken for a child
@@ -156,41 +163,41 @@ class Part(nn.Module):
                 self.register_buffer(name, buffer)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = getattr(self.owner[0], self.method)(x)
+        found: Tensor = getattr(self.model_holder[0], self.method)(x)
         return found
 
 
 @torch.no_grad()
-def _in_two(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
+def _features_and_head(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
     """Features and head by timm's own methods; the head's children are those that only its method calls."""
     called: set[str] = set()
     hooks = [
         child.register_forward_hook(lambda *_, name=name: called.add(name))
-        for name, child in _inner(model)
+        for name, child in _named_inner_modules(model)
     ]
     try:
-        with _looking(model):
-            y = model.forward_features(_example(model, config))  # type: ignore[operator]
+        with _EvalMode(model):
+            y = model.forward_features(_random_image(model, config))  # type: ignore[operator]
             before = set(called)
             called.clear()
             model.forward_head(y)  # type: ignore[operator]
     except (AttributeError, RuntimeError, ValueError, TypeError, AssertionError):
-        return dict(cut(model).stages)
+        return dict(split_sequential(model).stages)
     finally:
         for hook in hooks:
             hook.remove()
     ours = [name for name, _ in model.named_children()]
     head = [name for name in ours if name in called - before]
     if not any(True for name in head for _ in getattr(model, name).parameters()):
-        return dict(cut(model).stages)
+        return dict(split_sequential(model).stages)
     rest = [name for name in ours if name not in head]
     return {
-        "features": Part(model, "forward_features", rest, loose=True),
-        "head": Part(model, "forward_head", head, loose=False),
+        "features": MethodStage(model, "forward_features", rest, loose=True),
+        "head": MethodStage(model, "forward_head", head, loose=False),
     }
 
 
-def _inner(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _named_inner_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module inside, under the name of the model's child that it lies in."""
     for name, child in model.named_children():
         for module in child.modules():

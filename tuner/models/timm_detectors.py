@@ -13,13 +13,13 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Staged
-from tuner.core.weights import adopt, is_path, read
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import StagedModel
+from tuner.core.weights import is_path, load_matching_state, read_state_dict
 from tuner.errors import SpaceError
-from tuner.models._timm import config_of, download, fitted, package
-from tuner.models._torchvision_detectors import pyramid_stages, staged
-from tuner.models._torchvision_weights import GIVEN, canvas, frozen
+from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
+from tuner.models._torchvision_detectors import pyramid_stages, stage_detector
+from tuner.models._torchvision_weights import NOT_LOADED, freeze_batch_norm, letterbox_spec
 
 TASKS = ("detection",)
 NAMES = ("fasterrcnn/timm/*", "retinanet/timm/*", "fcos/timm/*")
@@ -36,16 +36,16 @@ RECIPES = {
     }
 }
 EXPORTS = ("safetensors", "onnx")
-SIDE = 512
-CHANNELS = 256  # of the pyramid
+CANVAS_SIDE = 512
+PYRAMID_CHANNELS = 256  # of the pyramid
 
 
-def wants(name: str, *, weights: str = "none", backbone: str = "default") -> Preprocess:
+def input_spec(name: str, *, weights: str = "none", backbone: str = "default") -> ImageInputSpec:
     """The normalisation that timm states for the backbone's weights."""
-    timm = package()
-    stated = timm.data.resolve_data_config(pretrained_cfg=config_of(timm, name), model=None)
+    timm = import_timm()
+    stated = timm.data.resolve_data_config(pretrained_cfg=timm_config(timm, name), model=None)
     mean, std = (tuple(float(v) for v in stated[key]) for key in ("mean", "std"))
-    return canvas(SIDE, mean, std)  # type: ignore[arg-type]
+    return letterbox_spec(CANVAS_SIDE, mean, std)  # type: ignore[arg-type]
 
 
 def build(
@@ -78,42 +78,52 @@ def build(
             description="Faster R-CNN: proposals per image that the second stage looks at",
         ),
     ] = 1000,
-) -> Staged:
+) -> StagedModel:
     """A detector for `outputs` classes. `weights`: a path to a whole detector's; `backbone`: ImageNet weights, used where that is none.
 
     Faster R-CNN's head is most of its cost: it learns from `regions` an image and looks at as many as `proposals` when it predicts.
     Raises SpaceError on a name that timm does not have, or whose features are no pyramid; DataError on weights that do not fit.
     """
-    timm, bare = package(), name.partition("timm/")[2]
-    config = config_of(timm, name)
-    if weights not in GIVEN and not is_path(weights):
+    timm, bare = import_timm(), name.partition("timm/")[2]
+    config = timm_config(timm, name)
+    if weights not in NOT_LOADED and not is_path(weights):
         raise SpaceError(
             f"model.weights: {weights!r}: {name} as a whole has none; write none, or a path, and see model.backbone"
         )
     kind = name.partition("/")[0]
     classifier = timm.create_model(bare, pretrained=False)
     if weights == "none":
-        with_weights(home, name, classifier, config, backbone)
-    body = features(timm, classifier, name, [4, 8, 16, 32] if kind == "fasterrcnn" else [8, 16, 32])
+        load_backbone_weights(home, name, classifier, config, backbone)
+    body = feature_backbone(
+        timm, classifier, name, [4, 8, 16, 32] if kind == "fasterrcnn" else [8, 16, 32]
+    )
     if weights != "none" or backbone != "none":
-        still(timm, body)
-    model = over(kind, body, outputs, regions, proposals)
+        freeze_all_batch_norm(timm, body)
+    model = build_detector(kind, body, outputs, regions, proposals)
     notes: tuple[str, ...] = ()
-    if weights not in GIVEN:
+    if weights not in NOT_LOADED:
         head = (
             "roi_heads.box_predictor"
             if kind == "fasterrcnn"
             else "head.classification_head.cls_logits"
         )
-        notes = adopt(model, read(Path(weights)), head=head, where=f"weights: {weights}")
-    return staged(model, pyramid_stages(model.backbone), 1 if kind == "fasterrcnn" else 0, notes)
+        notes = load_matching_state(
+            model, read_state_dict(Path(weights)), head=head, source_name=f"weights: {weights}"
+        )
+    return stage_detector(
+        model, pyramid_stages(model.backbone), 1 if kind == "fasterrcnn" else 0, notes
+    )
 
 
-def over(kind: str, body: Any, outputs: int, regions: int, proposals: int) -> Any:
+def build_detector(kind: str, body: Any, outputs: int, regions: int, proposals: int) -> Any:
     """torchvision's detector with its own default anchors over the body's features."""
     taps = {name: str(i) for i, name in enumerate(body.return_layers)}
-    extra = LastLevelMaxPool() if kind == "fasterrcnn" else LastLevelP6P7(CHANNELS, CHANNELS)
-    backbone = BackboneWithFPN(body, taps, body.feature_info.channels(), CHANNELS, extra)
+    extra = (
+        LastLevelMaxPool()
+        if kind == "fasterrcnn"
+        else LastLevelP6P7(PYRAMID_CHANNELS, PYRAMID_CHANNELS)
+    )
+    backbone = BackboneWithFPN(body, taps, body.feature_info.channels(), PYRAMID_CHANNELS, extra)
     if kind == "fcos":
         return FCOS(backbone, outputs)
     if kind == "retinanet":
@@ -124,7 +134,7 @@ def over(kind: str, body: Any, outputs: int, regions: int, proposals: int) -> An
     return FasterRCNN(backbone, outputs + 1, rpn_anchor_generator=anchors, **sampled)
 
 
-def features(timm: Any, model: nn.Module, name: str, strides: list[int]) -> Any:
+def feature_backbone(timm: Any, model: nn.Module, name: str, strides: list[int]) -> Any:
     """timm's classifier as layers in a row, with those named whose features have these strides. Raises SpaceError."""
     stated = list(getattr(model, "feature_info", None) or [])
     rows = str(getattr(model, "output_fmt", "NCHW")) == "NCHW"
@@ -144,21 +154,25 @@ def features(timm: Any, model: nn.Module, name: str, strides: list[int]) -> Any:
     return body
 
 
-def with_weights(
+def load_backbone_weights(
     home: Path, name: str, model: nn.Module, config: dict[str, Any], backbone: str
 ) -> None:
     """Loads a classifier's weights. Raises DataError, SpaceError."""
-    if backbone not in GIVEN:
-        path = Path(backbone) if is_path(backbone) else download(home, name, backbone, config)
-        adopt(
+    if backbone not in NOT_LOADED:
+        path = (
+            Path(backbone)
+            if is_path(backbone)
+            else download_timm_weights(home, name, backbone, config)
+        )
+        load_matching_state(
             model,
-            fitted(model, read(path)),
+            convert_state(model, read_state_dict(path)),
             head=str(config["classifier"]),
-            where=f"backbone: {path}",
+            source_name=f"backbone: {path}",
         )
 
 
-def still(timm: Any, body: nn.Module) -> None:
+def freeze_all_batch_norm(timm: Any, body: nn.Module) -> None:
     """BatchNorm's statistics, scale and shift stand still, as in torchvision's pretrained backbones."""
     timm.layers.freeze_batch_norm_2d(body)
-    frozen(body)
+    freeze_batch_norm(body)

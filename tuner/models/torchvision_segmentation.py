@@ -12,11 +12,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
-from tuner.core.input_spec import Preprocess, Tree
-from tuner.core.types import Staged
-from tuner.core.weights import State, adopt, fetch, is_path, read
-from tuner.errors import SpaceError, suggest
-from tuner.models._feature_maps import HEIGHT, WIDTH, Tapped
+from tuner.core.input_spec import ImageInputSpec, TensorTree
+from tuner.core.types import StagedModel
+from tuner.core.weights import (
+    StateDict,
+    fetch_weights,
+    is_path,
+    load_matching_state,
+    read_state_dict,
+)
+from tuner.errors import SpaceError, suggest_names
+from tuner.models._feature_maps import HEIGHT_NAME, WIDTH_NAME, FeatureMapStage
 
 TASKS = ("segmentation",)
 NAMES = (
@@ -41,7 +47,7 @@ RECIPES = {
     }
 }
 BACKBONES = ("resnet50", "resnet101", "mobilenet_v3_large")
-LAST = (
+CLASS_CONVOLUTIONS = (
     "classifier.4",
     "aux_classifier.4",
     "classifier.low_classifier",
@@ -49,11 +55,11 @@ LAST = (
 )  # convolutions to the classes
 
 
-def wants(name: str, *, weights: str = "default") -> Preprocess:
+def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     """520 pixels as torchvision's weights were trained with, letterboxed so that every pixel of an image is on the canvas."""
     t = get_model_weights(name).DEFAULT.transforms()
     mean, std = (tuple(float(v) for v in values) for values in (t.mean, t.std))
-    return Preprocess(t.resize_size[0], t.resize_size[0], "bilinear", mean, std, "letterbox")  # type: ignore[arg-type]
+    return ImageInputSpec(t.resize_size[0], t.resize_size[0], "bilinear", mean, std, "letterbox")  # type: ignore[arg-type]
 
 
 def build(
@@ -68,7 +74,7 @@ def build(
             description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` with `outputs` classes: depth 1 freezes the stem, then one layer of the backbone more each.
 
     `weights`: default or a name of torchvision's, of which other classes than theirs renew the last convolutions alone; backbone, or a
@@ -77,17 +83,19 @@ def build(
     """
     extra = {} if name.startswith("lraspp") else {"aux_loss": True}
     model = get_model(name, weights=None, weights_backbone=None, num_classes=outputs, **extra)
-    notes = () if weights == "none" else _adopted(model, *_state(home, name, weights))
-    return Staged(model, _stages(model), notes, native=_native, probe=False)
+    notes = () if weights == "none" else _load_state(model, *_read_state(home, name, weights))
+    return StagedModel(
+        model, _make_stages(model), notes, native_forward=_native_forward, can_probe=False
+    )
 
 
-def _native(model: nn.Module, x: Tree) -> Tree:
+def _native_forward(model: nn.Module, x: TensorTree) -> TensorTree:
     """As the last stage gives it: logits, and while training also the auxiliary head's."""
     outputs: dict[str, Tensor] = model(x)
     return dict(outputs) if model.training else outputs["out"]
 
 
-class Heads(nn.Module):
+class SegmentationHeads(nn.Module):
     """Classifier and auxiliary classifier with the upsampling to the input's size. In eval mode the auxiliary one is not computed."""
 
     def __init__(
@@ -106,8 +114,8 @@ class Heads(nn.Module):
             named,
         )
 
-    def forward(self, x: dict[str, Tensor]) -> Tree:
-        size = (x[HEIGHT].shape[1], x[WIDTH].shape[1])
+    def forward(self, x: dict[str, Tensor]) -> TensorTree:
+        size = (x[HEIGHT_NAME].shape[1], x[WIDTH_NAME].shape[1])
         given = (
             x[self.reads[0]]
             if self.named is None
@@ -126,7 +134,7 @@ class Heads(nn.Module):
         }
 
 
-def _stages(model: Any) -> dict[str, nn.Module]:
+def _make_stages(model: Any) -> dict[str, nn.Module]:
     """The backbone's modules in groups that end where something is tapped."""
     parts = dict(model.backbone.named_children())
     taps: dict[str, str] = model.backbone.return_layers  # module -> out, aux, low, high
@@ -148,7 +156,7 @@ def _stages(model: Any) -> dict[str, nn.Module]:
         keeps = bool(before) and groups[number - 1][-1] in taps
         body = nn.Sequential(*(parts[name] for name in group))
         leaf = f"c{number + 1}"
-        stages[f"layer{number}" if number else "stem"] = Tapped(
+        stages[f"layer{number}" if number else "stem"] = FeatureMapStage(
             body, before, leaf, keeps=keeps, sizes=not number
         )
         before = leaf
@@ -158,20 +166,20 @@ def _stages(model: Any) -> dict[str, nn.Module]:
         if group[-1] in taps
     }
     if "low" in leaf_of:
-        stages["heads"] = Heads(
+        stages["heads"] = SegmentationHeads(
             model.classifier, None, (leaf_of["low"], leaf_of["high"]), ("low", "high")
         )
     else:
-        stages["heads"] = Heads(
+        stages["heads"] = SegmentationHeads(
             model.classifier, model.aux_classifier, (leaf_of["out"], leaf_of["aux"]), None
         )
     return stages
 
 
-def _state(home: Path, name: str, weights: str) -> tuple[State, str]:
+def _read_state(home: Path, name: str, weights: str) -> tuple[StateDict, str]:
     """The weights that are meant, and how a message calls them."""
     if is_path(weights):
-        return read(Path(weights)), f"weights: {weights}"
+        return read_state_dict(Path(weights)), f"weights: {weights}"
     whole, backbone = (
         get_model_weights(name),
         get_model_weights(next(b for b in BACKBONES if name.endswith(b))),
@@ -185,28 +193,28 @@ def _state(home: Path, name: str, weights: str) -> tuple[State, str]:
     }
     if weights not in known:
         raise SpaceError(
-            f"model.weights: {weights!r} is not known for {name}{suggest(weights, [*known, 'none'])}; or give a path"
+            f"model.weights: {weights!r} is not known for {name}{suggest_names(weights, [*known, 'none'])}; or give a path"
         )
-    return read(fetch(home, known[weights].url)), f"weights: {known[weights]}"
+    return read_state_dict(fetch_weights(home, known[weights].url)), f"weights: {known[weights]}"
 
 
-def _adopted(model: Any, state: State, where: str) -> tuple[str, ...]:
+def _load_state(model: Any, state: StateDict, where: str) -> tuple[str, ...]:
     """Loads a whole segmenter's weights, or a classifier's into the backbone."""
     if not any(name.startswith("backbone.") for name in state):
         own = model.backbone.state_dict()
         bare = {name.removeprefix("features."): value for name, value in state.items()}
-        adopt(
+        load_matching_state(
             model.backbone,
             {k: v for k, v in bare.items() if k in own or not k.startswith(("fc.", "classifier."))},
             head="-",
-            where=where,
+            source_name=where,
         )
         return ("heads: new, the weights are the backbone's",)
     own = model.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith("aux_classifier.")}
     new = [
         head
-        for head in LAST
+        for head in CLASS_CONVOLUTIONS
         if any(
             k.startswith(f"{head}.") and (k not in state or state[k].shape != v.shape)
             for k, v in own.items()
@@ -214,5 +222,5 @@ def _adopted(model: Any, state: State, where: str) -> tuple[str, ...]:
     ]
     kept = {k: v for k, v in state.items() if not k.startswith(tuple(f"{head}." for head in new))}
     fresh = {k: v for k, v in own.items() if k.startswith(tuple(f"{head}." for head in new))}
-    adopt(model, kept | fresh, head="-", where=where)
+    load_matching_state(model, kept | fresh, head="-", source_name=where)
     return (f"{' and '.join(new)}: new, the weights have none for these classes",) if new else ()

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from tuner.core.input_spec import Tokens
-from tuner.core.types import Staged
+from tuner.core.input_spec import TextInputSpec
+from tuner.core.types import StagedModel
 from tuner.errors import DataError, SpaceError
 from tuner.models import _hub
-from tuner.models._transformer_stages import staged_of
-from tuner.preprocessing.tokenization import quietly, tokenizer
+from tuner.models._transformer_stages import stage_transformer
+from tuner.preprocessing.tokenization import load_tokenizer, silence_transformers
 
 TASKS = ("text_classification", "text_generation")
 NAMES = ("bert", "distilbert", "roberta", "gpt2", "hf/*")
@@ -42,38 +42,42 @@ RECIPES = {
         "clip_norm": 1.0,
     },
 }
-SPARE = {
+RESERVED_POSITIONS = {
     "roberta": 2,
     "camembert": 2,
     "xlm-roberta": 2,
 }  # positions that no token gets: theirs begin after the padding's
 
 
-def wants(
+def input_spec(
     name: str,
     home: Path | None = None,
     *,
     folder: str | None = None,
     length: int = 128,
-) -> Tokens:
+) -> TextInputSpec:
     """The tokenizer beside the model, and what the model takes of it. Without `home` nothing is fetched: only what a name tells.
 
     Raises SpaceError on a length that the model has no positions for, DataError on a folder that lacks something.
     """
-    library = _hub.library()
+    library = _hub.import_transformers()
     if folder is not None:
-        root: Path | None = _hub.own(folder, name)
-        tokenizer(str(root))  # read before anything else is
+        root: Path | None = _hub.check_own_folder(folder, name)
+        load_tokenizer(str(root))  # read before anything else is
     else:
-        root = _hub.hub(home, _repository(name), weights=False) if home is not None else None
-    config = _config(library, name, root)
+        root = (
+            _hub.fetch_hub_folder(home, _hub_repository(name), weights=False)
+            if home is not None
+            else None
+        )
+    config = _model_config(library, name, root)
     most = getattr(config, "max_position_embeddings", None)
-    if most is not None and length > most - SPARE.get(config.model_type, 0):
+    if most is not None and length > most - RESERVED_POSITIONS.get(config.model_type, 0):
         raise SpaceError(
-            f"model.length: {length}, but the model has places for {most - SPARE.get(config.model_type, 0)} tokens"
+            f"model.length: {length}, but the model has places for {most - RESERVED_POSITIONS.get(config.model_type, 0)} tokens"
         )
     leaves = ("input_ids", "attention_mask", "token_type_ids")
-    return Tokens(
+    return TextInputSpec(
         str(root or ""),
         length,
         leaves if config.model_type == "bert" and config.type_vocab_size > 1 else leaves[:2],
@@ -104,23 +108,30 @@ def build(
             description="tokens that the model sees of a text; longer texts are truncated",
         ),
     ] = 128,
-) -> Staged:
+) -> StagedModel:
     """The model with a head of `outputs` classes, or as it tells the next token. Depth 1 freezes the embeddings, then a block more each.
 
     Raises SpaceError on a model that is not for the task, DataError on weights that are missing, damaged or of another model.
     """
-    library = _hub.library()
+    library = _hub.import_transformers()
     generating = task == "text_generation"
-    root = _hub.exported(home) if weights == "none" else None
+    root = _hub.export_tokenizer_folder(home) if weights == "none" else None
     if root is None and folder is not None:
-        root = _hub.own(folder, name)
+        root = _hub.check_own_folder(folder, name)
     elif root is None and (weights == "default" or name.startswith("hf/")):
-        root = _hub.hub(
-            home, _repository(name), weights=weights == "default", tokenizer=weights == "default"
+        root = _hub.fetch_hub_folder(
+            home,
+            _hub_repository(name),
+            weights=weights == "default",
+            tokenizer=weights == "default",
         )
-    elif root is None and (_hub.place(home, _repository(name)) / _hub.CONFIG).exists():
-        root = _hub.place(home, _repository(name))  # its tokenizer's vocabulary is counted there
-    config = _config(library, name, root)
+    elif (
+        root is None and (_hub.hub_folder(home, _hub_repository(name)) / _hub.CONFIG_FILE).exists()
+    ):
+        root = _hub.hub_folder(
+            home, _hub_repository(name)
+        )  # its tokenizer's vocabulary is counted there
+    config = _model_config(library, name, root)
     if generating and config.model_type in (
         "bert",
         "distilbert",
@@ -140,27 +151,27 @@ def build(
     )
     notes: tuple[str, ...] = ()
     try:
-        with quietly():
+        with silence_transformers():
             if weights == "none":
                 model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
             else:
                 assert root is not None
-                model, notes = _pretrained(auto, root, config)
+                model, notes = _load_pretrained(auto, root, config)
     except ValueError as error:
         raise SpaceError(
-            f"model.name: {name}: transformers {library.__version__}: {_short(error)}"
+            f"model.name: {name}: transformers {library.__version__}: {_short_message(error)}"
         ) from None
     model.config.use_cache = False  # of keys and values, which only waste memory in training
-    return staged_of(model, task, notes)
+    return stage_transformer(model, task, notes)
 
 
-def _short(error: Exception) -> str:
+def _short_message(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300]
 
 
-def _repository(name: str) -> str:
+def _hub_repository(name: str) -> str:
     """The hub's name. Raises SpaceError on hf/ without an owner."""
-    repository = _hub.HUB.get(name) or name.partition("/")[2]
+    repository = _hub.HUB_REPOSITORIES.get(name) or name.partition("/")[2]
     if repository.count("/") != 1 or not all(
         part and part.strip(".") for part in repository.split("/")
     ):
@@ -170,31 +181,31 @@ def _repository(name: str) -> str:
     return repository
 
 
-def _config(library: Any, name: str, root: Path | None) -> Any:
+def _model_config(library: Any, name: str, root: Path | None) -> Any:
     """The configuration in a folder, or what the library builds without one. Raises SpaceError on a type that it does not know."""
     if root is None:
-        return library.AutoConfig.for_model(name if name in _hub.HUB else "bert")
-    kind = _hub.stated(root)["model_type"]
+        return library.AutoConfig.for_model(name if name in _hub.HUB_REPOSITORIES else "bert")
+    kind = _hub.read_config(root)["model_type"]
     try:
-        with quietly():
+        with silence_transformers():
             return library.AutoConfig.from_pretrained(
                 root, local_files_only=True, trust_remote_code=False
             )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise SpaceError(
-            f"model.name: {name}: transformers {library.__version__} builds no {kind} from {root}: {_short(error)}"
+            f"model.name: {name}: transformers {library.__version__} builds no {kind} from {root}: {_short_message(error)}"
         ) from None
 
 
-def _pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
+def _load_pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
     """The model with the folder's weights, and what is new in it. Raises DataError."""
     from safetensors import SafetensorError
 
-    if not (root / _hub.WEIGHTS).is_file() and not (root / _hub.SHARDS).is_file():
+    if not (root / _hub.WEIGHTS_FILE).is_file() and not (root / _hub.SHARD_INDEX_FILE).is_file():
         others = sorted(p.name for p in root.glob("*.bin"))
         also = f" ({', '.join(others)} may run code when loaded: convert it)" if others else ""
         raise DataError(
-            f"model.folder: {root} has no {_hub.WEIGHTS}{also}; write model.weights: none to begin with fresh parameters"
+            f"model.folder: {root} has no {_hub.WEIGHTS_FILE}{also}; write model.weights: none to begin with fresh parameters"
         )
     try:
         model, told = auto.from_pretrained(
@@ -209,7 +220,7 @@ def _pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...
         )
     except (SafetensorError, OSError, RuntimeError) as error:
         raise DataError(
-            f"model.folder: {root / _hub.WEIGHTS} is damaged or of another model ({_short(error)})"
+            f"model.folder: {root / _hub.WEIGHTS_FILE} is damaged or of another model ({_short_message(error)})"
         ) from None
     new = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
     body = [
@@ -220,14 +231,14 @@ def _pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...
     if body:
         listed = ", ".join(body[:5]) + (f" and {len(body) - 5} more" if len(body) > 5 else "")
         raise DataError(
-            f"model.folder: {root / _hub.WEIGHTS} has no {listed} as {config.model_type} wants; these are another model's weights"
+            f"model.folder: {root / _hub.WEIGHTS_FILE} has no {listed} as {config.model_type} wants; these are another model's weights"
         )
     broken = [
         name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())
     ]
     if broken:
         raise DataError(
-            f"model.folder: {root / _hub.WEIGHTS}: {broken[0]} holds NaN or infinite values"
+            f"model.folder: {root / _hub.WEIGHTS_FILE}: {broken[0]} holds NaN or infinite values"
         )
     parts = sorted({key.rpartition(".")[0] for key in new})
     return model, tuple(f"{part}: new, the weights have none that fit" for part in parts)

@@ -9,15 +9,15 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from tuner.core.input_spec import Preprocess
-from tuner.core.types import Staged
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import StagedModel
 from tuner.core.weights import torchvision_model, torchvision_preprocess
 
 TASKS = ("classification",)
 NAMES = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
 
 
-def wants(name: str, *, weights: str = "default") -> Preprocess:
+def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     return torchvision_preprocess(name, weights)
 
 
@@ -33,7 +33,7 @@ def build(
             description="default: torchvision's best; none: fresh parameters; or a torchvision name, or a path to a .safetensors or .pth file"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` with `outputs` classes; depths 1..5 freeze convolution blocks, 6 and 7 the fully connected layers."""
     model, notes = torchvision_model(home, name, outputs, weights, head="classifier.6")
     stages: dict[str, nn.Module] = {}
@@ -56,4 +56,4 @@ def build(
     stages["fc1"] = nn.Sequential(*fc[:2])
     stages["fc2"] = nn.Sequential(*fc[2:5])
     stages["head"] = nn.Sequential(*fc[5:])
-    return Staged(model, stages, notes)
+    return StagedModel(model, stages, notes)

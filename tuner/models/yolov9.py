@@ -11,11 +11,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tuner.core.detectors import Head, Objects, Stage, padded
-from tuner.core.input_spec import Preprocess, Tree
-from tuner.core.types import Staged
-from tuner.models._detector_backbone import Canvas, steps
-from tuner.models._yolo import LEVELS, each, load, network, rows
+from tuner.core.detectors import DetectorHead, DetectorStage, Objects, pad_objects
+from tuner.core.input_spec import ImageInputSpec, TensorTree
+from tuner.core.types import StagedModel
+from tuner.models._detector_backbone import CheckedCanvas, backbone_stages
+from tuner.models._yolo import (
+    LEVELS,
+    best_objects_per_image,
+    import_network,
+    load_yolo_weights,
+    targets_to_rows,
+)
 
 TASKS = ("detection",)
 NAMES = ("yolov9_t", "yolov9_s", "yolov9_m", "yolov9_c")
@@ -34,13 +40,13 @@ RECIPES = {
         "epochs": 30,
     }
 }
-OVERLAP = 0.6  # as libreyolo validates
-TAPS = ("elan2", "elan3", "elan4")
+MAX_OVERLAP = 0.6  # as libreyolo validates
+TAPPED_PARTS = ("elan2", "elan3", "elan4")
 
 
-def wants(name: str, *, weights: str = "default") -> Preprocess:
+def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     """RGB of 0..1, 640 pixels a side."""
-    return Preprocess(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox")
+    return ImageInputSpec(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox")
 
 
 def build(
@@ -55,7 +61,7 @@ def build(
             description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` for `outputs` classes; depth 1 freezes the stem, 2..5 a part of the backbone more each, 6 the neck too.
 
     Raises SpaceError without libreyolo or on unknown weights, DataError on weights that do not fit.
@@ -64,35 +70,41 @@ def build(
     with torch.device(
         "cpu"
     ):  # it reads its strides while it is built, which the meta device does not have
-        model: Any = network("yolo9").LibreYOLO9Model(letter, nb_classes=outputs)
+        model: Any = import_network("yolo9").LibreYOLO9Model(letter, nb_classes=outputs)
     model.to(torch.get_default_device())
     model.head.export = True  # eval mode gives one decoded tensor
     unused = ("aux.", "aux_head.", "head.dfl.")
-    notes = load(
+    notes = load_yolo_weights(
         home, model, weights, published=f"LibreYOLO9{letter}", head="head.cv3", unused=unused
     )
     b = model.backbone
     parts: dict[str, nn.Module] = {
-        "stem": nn.Sequential(Canvas(name), b.conv0, b.conv1),
+        "stem": nn.Sequential(CheckedCanvas(name), b.conv0, b.conv1),
         "elan1": b.elan1,
         "elan2": nn.Sequential(b.down2, b.elan2),
         "elan3": nn.Sequential(b.down3, b.elan3),
         "elan4": nn.Sequential(b.down4, b.elan4, b.spp),
     }
-    stages = {**steps(parts, TAPS), "neck": Neck(model.neck), "head": Aligned(model.head)}
-    return Staged(model, stages, notes, native=native, probe=False, batched=False)
+    stages = {
+        **backbone_stages(parts, TAPPED_PARTS),
+        "neck": PyramidNeck(model.neck),
+        "head": AlignedHead(model.head),
+    }
+    return StagedModel(
+        model, stages, notes, native_forward=native_forward, can_probe=False, exports_batched=False
+    )
 
 
-class Neck(Stage):
+class PyramidNeck(DetectorStage):
     def __init__(self, neck: nn.Module) -> None:
         super().__init__()
         self.neck = neck
 
-    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(LEVELS, self.neck(*(x[tap] for tap in TAPS)), strict=True))
+    def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(LEVELS, self.neck(*(x[tap] for tap in TAPPED_PARTS)), strict=True))
 
 
-class Aligned(Head):
+class AlignedHead(DetectorHead):
     """YOLOv9's head; its losses match objects to anchors by task alignment."""
 
     def __init__(self, head: nn.Module) -> None:
@@ -101,7 +113,7 @@ class Aligned(Head):
 
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
         side = 8 * x[LEVELS[0]].shape[-1]
-        truth = rows(
+        truth = targets_to_rows(
             [t["boxes"] for t in targets],
             [t["labels"] for t in targets],
             -1,
@@ -112,15 +124,17 @@ class Aligned(Head):
 
     def detect(self, x: dict[str, Tensor]) -> list[Objects]:
         decoded, _ = self.head([x[level] for level in LEVELS])
-        return objects(decoded, 8 * x[LEVELS[0]].shape[-1])
+        return decode_objects(decoded, 8 * x[LEVELS[0]].shape[-1])
 
 
-def objects(decoded: Tensor, side: int) -> list[Objects]:
+def decode_objects(decoded: Tensor, side: int) -> list[Objects]:
     """From (n, 4 + classes, anchors): corners and the probability of each class. An anchor may have several."""
-    return each(decoded[:, :4].transpose(1, 2), decoded[:, 4:].transpose(1, 2), side, OVERLAP)
+    return best_objects_per_image(
+        decoded[:, :4].transpose(1, 2), decoded[:, 4:].transpose(1, 2), side, MAX_OVERLAP
+    )
 
 
-def native(model: nn.Module, x: Tree) -> Tree:
+def native_forward(model: nn.Module, x: TensorTree) -> TensorTree:
     """The model as libreyolo calls it, from RGB of 0..1 to objects."""
     assert isinstance(x, Tensor)
-    return padded(objects(model(x), x.shape[-1]))
+    return pad_objects(decode_objects(model(x), x.shape[-1]))

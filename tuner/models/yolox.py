@@ -11,11 +11,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from tuner.core.detectors import Head, Objects, Stage, padded
-from tuner.core.input_spec import Preprocess, Tree
-from tuner.core.types import Staged
-from tuner.models._detector_backbone import Canvas, steps
-from tuner.models._yolo import LEVELS, each, load, network, rows
+from tuner.core.detectors import DetectorHead, DetectorStage, Objects, pad_objects
+from tuner.core.input_spec import ImageInputSpec, TensorTree
+from tuner.core.types import StagedModel
+from tuner.models._detector_backbone import CheckedCanvas, backbone_stages
+from tuner.models._yolo import (
+    LEVELS,
+    best_objects_per_image,
+    import_network,
+    load_yolo_weights,
+    targets_to_rows,
+)
 
 TASKS = ("detection",)
 NAMES = ("yolox_nano", "yolox_tiny", "yolox_s", "yolox_m", "yolox_l", "yolox_x")
@@ -34,16 +40,16 @@ RECIPES = {
         "epochs": 30,
     }
 }
-OVERLAP = (
+MAX_OVERLAP = (
     0.65  # intersection over union above which the lower score goes: the authors' value for COCO
 )
-TAPS = ("dark3", "dark4", "dark5")
+TAPPED_PARTS = ("dark3", "dark4", "dark5")
 
 
-def wants(name: str, *, weights: str = "default") -> Preprocess:
+def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     """Pixels of 0..255: 416 a side for nano and tiny, 640 for the others."""
     size = 416 if name in ("yolox_nano", "yolox_tiny") else 640
-    return Preprocess(size, size, "bilinear", (0.0,) * 3, (1 / 255,) * 3, fit="letterbox")
+    return ImageInputSpec(size, size, "bilinear", (0.0,) * 3, (1 / 255,) * 3, fit="letterbox")
 
 
 def build(
@@ -58,26 +64,34 @@ def build(
             description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
         ),
     ] = "default",
-) -> Staged:
+) -> StagedModel:
     """Model `name` for `outputs` classes; depth 1 freezes the stem, 2..5 a part of the backbone more each, 6 the neck too.
 
     Raises SpaceError without libreyolo or on unknown weights, DataError on weights that do not fit.
     """
     letter = name.removeprefix("yolox_")[0]
-    model: Any = network("yolox").LibreYOLOXModel(letter, nb_classes=outputs)
+    model: Any = import_network("yolox").LibreYOLOXModel(letter, nb_classes=outputs)
     model.init_weights()
     model.head.export = True  # eval mode gives one decoded tensor
-    notes = load(home, model, weights, published=f"LibreYOLOX{letter}", head="head.cls_preds")
+    notes = load_yolo_weights(
+        home, model, weights, published=f"LibreYOLOX{letter}", head="head.cls_preds"
+    )
     pyramid = model.backbone
     parts: dict[str, nn.Module] = {
-        "stem": nn.Sequential(Canvas(name, bgr=True), pyramid.backbone.stem)
+        "stem": nn.Sequential(CheckedCanvas(name, bgr=True), pyramid.backbone.stem)
     }
-    parts |= {part: getattr(pyramid.backbone, part) for part in ("dark2", *TAPS)}
-    stages = {**steps(parts, TAPS), "neck": Neck(pyramid), "head": Decoupled(model.head)}
-    return Staged(model, stages, notes, native=native, probe=False, batched=False)
+    parts |= {part: getattr(pyramid.backbone, part) for part in ("dark2", *TAPPED_PARTS)}
+    stages = {
+        **backbone_stages(parts, TAPPED_PARTS),
+        "neck": PyramidNeck(pyramid),
+        "head": DecoupledHead(model.head),
+    }
+    return StagedModel(
+        model, stages, notes, native_forward=native_forward, can_probe=False, exports_batched=False
+    )
 
 
-class Neck(Stage):
+class PyramidNeck(DetectorStage):
     """The pyramid: libreyolo's own forward pass, which is given the backbone's maps for what its backbone would compute."""
 
     def __init__(self, pyramid: Any) -> None:
@@ -90,11 +104,11 @@ class Neck(Stage):
     def backbone(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         return x
 
-    def step(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict(zip(LEVELS, self.run(self, x), strict=True))
 
 
-class Decoupled(Head):
+class DecoupledHead(DetectorHead):
     """YOLOX's head; its losses match objects to anchors by SimOTA."""
 
     def __init__(self, head: nn.Module) -> None:
@@ -102,29 +116,33 @@ class Decoupled(Head):
         self.head = head
 
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
-        truth = rows([t["boxes"] for t in targets], [t["labels"] for t in targets], 0, centred)
+        truth = targets_to_rows(
+            [t["boxes"] for t in targets], [t["labels"] for t in targets], 0, to_centres
+        )
         found = self.head([x[level] for level in LEVELS], labels=truth)
         return {name: found[name] for name in ("iou_loss", "obj_loss", "cls_loss")}
 
     def detect(self, x: dict[str, Tensor]) -> list[Objects]:
-        return objects(self.head([x[level] for level in LEVELS]), 8 * x[LEVELS[0]].shape[-1])
+        return decode_objects(self.head([x[level] for level in LEVELS]), 8 * x[LEVELS[0]].shape[-1])
 
 
-def centred(boxes: Tensor) -> Tensor:
+def to_centres(boxes: Tensor) -> Tensor:
     found: Tensor = box_convert(boxes, "xyxy", "cxcywh")
     return found
 
 
-def objects(decoded: Tensor, side: int) -> list[Objects]:
+def decode_objects(decoded: Tensor, side: int) -> list[Objects]:
     """From (n, anchors, 5 + classes): box around its centre, probability of an object, of each class. An anchor has its best class."""
     scores = decoded[..., 4:5] * decoded[..., 5:]
     scores = scores.where(
         torch.arange(scores.shape[-1], device=scores.device) == scores.argmax(-1, keepdim=True), 0.0
     )
-    return each(box_convert(decoded[..., :4], "cxcywh", "xyxy"), scores, side, OVERLAP)
+    return best_objects_per_image(
+        box_convert(decoded[..., :4], "cxcywh", "xyxy"), scores, side, MAX_OVERLAP
+    )
 
 
-def native(model: nn.Module, x: Tree) -> Tree:
+def native_forward(model: nn.Module, x: TensorTree) -> TensorTree:
     """The model as libreyolo calls it, from RGB of 0..255 to objects."""
     assert isinstance(x, Tensor)
-    return padded(objects(model(x.flip(1)), x.shape[-1]))
+    return pad_objects(decode_objects(model(x.flip(1)), x.shape[-1]))

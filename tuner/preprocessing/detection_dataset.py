@@ -10,16 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from tuner.config.run import ImageOptions
-from tuner.core.geometry import placed
-from tuner.core.input_spec import Preprocess, Wanted
+from tuner.core.geometry import place_on_canvas
+from tuner.core.input_spec import ImageInputSpec, InputSpec
 from tuner.core.targets import NO_OBJECT, Boxes
-from tuner.core.types import Data
+from tuner.core.types import Dataset
 from tuner.errors import DataError
-from tuner.preprocessing.image_dataset import assembled
-from tuner.preprocessing.image_store import Store
-from tuner.preprocessing.splits import PARTS, TRAIN, UNSPLIT, Items
+from tuner.preprocessing.image_dataset import assemble_dataset
+from tuner.preprocessing.image_store import ImageStore
+from tuner.preprocessing.splits import SPLIT_NAMES, TRAIN, UNSPLIT, Items
 
-LISTED = 10  # of a kind that a message names
+MAX_LISTED = 10  # of a kind that a message names
 STRATA = ("images with objects", "images without objects")
 Box = tuple[float, float, float, float]
 
@@ -32,25 +32,25 @@ class AnnotatedImage:
     height as the annotation has them.
     """
 
-    picture: Path
+    path: Path
     boxes: Sequence[Box]
     labels: Sequence[int]
-    places: Sequence[str]
-    part: int = UNSPLIT
-    relative: bool = False
-    size: tuple[int, int] | None = None
+    locations: Sequence[str]
+    split: int = UNSPLIT
+    is_relative: bool = False
+    stated_size: tuple[int, int] | None = None
 
 
-def detection(
+def detection_dataset(
     home: Path,
     annotated: Sequence[AnnotatedImage],
     classes: Sequence[str],
     options: ImageOptions,
-    wanted: Wanted,
+    input_spec: InputSpec,
     warnings: Sequence[str] = (),
-) -> Data:
+) -> Dataset:
     """Raises DataError on missing images, images named twice, no objects, empty or inverted boxes, and boxes beside their image."""
-    _present(annotated)
+    _check_images_exist(annotated)
     if not any(image.labels for image in annotated):
         raise DataError(
             f"data: {len(annotated)} images, but not one object on them; check the annotations"
@@ -60,62 +60,65 @@ def detection(
         *warnings,
         *([f"data: {bare} of {len(annotated)} images have no objects"] if bare else []),
     ]
-    by_picture = {image.picture: image for image in annotated}
+    by_picture = {image.path: image for image in annotated}
 
-    def truth(store: Store, items: Items, preprocess: Preprocess) -> Boxes:
-        kept = [by_picture[picture] for picture in items.pictures]
-        return on_canvas(kept, store.sizes, preprocess, found)
+    def truth(store: ImageStore, items: Items, preprocess: ImageInputSpec) -> Boxes:
+        kept = [by_picture[picture] for picture in items.examples]
+        return boxes_on_canvas(kept, store.original_sizes, preprocess, found)
 
-    data = assembled(home, _items(annotated), options, wanted, tuple(classes), truth)
+    data = assemble_dataset(
+        home, _make_items(annotated), options, input_spec, tuple(classes), truth
+    )
     return replace(data, warnings=(*dict.fromkeys(found), *data.warnings))
 
 
-def _present(annotated: Sequence[AnnotatedImage]) -> None:
-    missing = [str(image.picture) for image in annotated if not image.picture.is_file()]
+def _check_images_exist(annotated: Sequence[AnnotatedImage]) -> None:
+    missing = [str(image.path) for image in annotated if not image.path.is_file()]
     if missing:
         raise DataError(
-            *listed([f"{name}: there is no such image" for name in missing]),
+            *limit_listing([f"{name}: there is no such image" for name in missing]),
             f"data: {len(missing)} images are missing",
         )
     counts: dict[Path, int] = defaultdict(int)
     for image in annotated:
-        counts[image.picture] += 1
+        counts[image.path] += 1
     twice = [f"{name}: named {n} times" for name, n in counts.items() if n > 1]
     if twice:
         raise DataError(
-            *listed(twice), f"data: {len(twice)} images are named more than once; keep one of each"
+            *limit_listing(twice),
+            f"data: {len(twice)} images are named more than once; keep one of each",
         )
 
 
-def _items(annotated: Sequence[AnnotatedImage]) -> Items:
+def _make_items(annotated: Sequence[AnnotatedImage]) -> Items:
     """Each part gets its share of images without objects, where there are enough of them to go round."""
     bare = np.array([not image.labels for image in annotated])
     labels = (
         bare.astype(np.int64)
-        if bare.sum() > len(PARTS) and (~bare).sum() > len(PARTS)
+        if bare.sum() > len(SPLIT_NAMES) and (~bare).sum() > len(SPLIT_NAMES)
         else np.zeros(len(bare), np.int64)
     )
-    parts = np.array([image.part for image in annotated], np.int64)
+    parts = np.array([image.split for image in annotated], np.int64)
     return Items(
-        [image.picture for image in annotated],
+        [image.path for image in annotated],
         labels,
         STRATA[: 1 + int(labels.max(initial=0))],
         parts,
     )
 
 
-def parts_of(given: NDArray[np.int64] | Sequence[int]) -> list[int]:
+def unsplit_incomplete(given: NDArray[np.int64] | Sequence[int]) -> list[int]:
     """Parts as a data set states them; where it lacks one, that is taken from what trains."""
     parts = np.array(given, np.int64)
-    if len(set(PARTS) - set(parts.tolist())) > 0:
+    if len(set(SPLIT_NAMES) - set(parts.tolist())) > 0:
         parts[parts == TRAIN] = UNSPLIT
     return [int(part) for part in parts]
 
 
-def on_canvas(
+def boxes_on_canvas(
     annotated: Sequence[AnnotatedImage],
     sizes: NDArray[np.int64],
-    preprocess: Preprocess,
+    image_spec: ImageInputSpec,
     warnings: list[str],
 ) -> Boxes:
     """The boxes where their images lie on the model's canvas. What reaches beyond its image is clipped, with a warning.
@@ -129,57 +132,62 @@ def on_canvas(
     boxes = np.zeros((len(annotated), most, 4), np.float32)
     labels = np.full((len(annotated), most), NO_OBJECT, np.int64)
     for row, (image, (width, height)) in enumerate(zip(annotated, sizes.tolist(), strict=True)):
-        if image.size is not None and image.size != (width, height) and image.labels:
+        if image.stated_size is not None and image.stated_size != (width, height) and image.labels:
             stated.append(
-                f"{image.places[0]}: the image is said to be {image.size[0]} x {image.size[1]} pixels, but is {width} x {height}"
+                f"{image.locations[0]}: the image is said to be {image.stated_size[0]} x {image.stated_size[1]} pixels, but is {width} x {height}"
             )
-        at = placed(width, height, preprocess)
-        for i, (box, place) in enumerate(zip(image.boxes, image.places, strict=True)):
-            pixels = np.array(box) * (np.array([width, height] * 2) if image.relative else 1.0)
-            problem = wrong_with(pixels, width, height)
+        at = place_on_canvas(width, height, image_spec)
+        for i, (box, place) in enumerate(zip(image.boxes, image.locations, strict=True)):
+            pixels = np.array(box) * (np.array([width, height] * 2) if image.is_relative else 1.0)
+            problem = find_box_problem(pixels, width, height)
             if problem:
                 wrong.append(f"{place}: {problem}")
                 continue
             inside = pixels.clip(0, [width, height] * 2)
             if np.abs(inside - pixels).max() > 1:  # a pixel is what conventions differ by
                 clipped.append(
-                    f"{place}: box {_said(pixels)} reaches beyond its image of {width} x {height} pixels"
+                    f"{place}: box {_format_box(pixels)} reaches beyond its image of {width} x {height} pixels"
                 )
             boxes[row, i] = (
                 inside * ([at.width / width, at.height / height] * 2) + [at.left, at.top] * 2
             )
         labels[row, : len(image.labels)] = image.labels
     if wrong:
-        raise DataError(*listed(wrong), f"data: {len(wrong)} boxes are wrong; mend or remove them")
+        raise DataError(
+            *limit_listing(wrong), f"data: {len(wrong)} boxes are wrong; mend or remove them"
+        )
     if clipped:
         warnings += [
             f"data: {len(clipped)} boxes reach beyond their image and are clipped",
-            *listed(clipped),
+            *limit_listing(clipped),
         ]
     if stated:
-        warnings += [f"data: {len(stated)} images have another size than stated", *listed(stated)]
-    return Boxes(torch.from_numpy(boxes), torch.from_numpy(labels), preprocess.size)
+        warnings += [
+            f"data: {len(stated)} images have another size than stated",
+            *limit_listing(stated),
+        ]
+    return Boxes(torch.from_numpy(boxes), torch.from_numpy(labels), image_spec.size)
 
 
-def wrong_with(box: NDArray[np.float64], width: int, height: int) -> str:
+def find_box_problem(box: NDArray[np.float64], width: int, height: int) -> str:
     """What makes a box of pixels useless; '' where nothing does."""
     left, top, right, bottom = box.tolist()
     if not np.isfinite(box).all():
-        return f"box {_said(box)} is not made of finite numbers"
+        return f"box {_format_box(box)} is not made of finite numbers"
     if right < left or bottom < top:
-        return f"box {_said(box)} is inverted: left, top, right, bottom"
+        return f"box {_format_box(box)} is inverted: left, top, right, bottom"
     if right == left or bottom == top:
-        return f"box {_said(box)} is empty"
+        return f"box {_format_box(box)} is empty"
     if min(right, width) <= max(left, 0) or min(bottom, height) <= max(top, 0):
-        return f"box {_said(box)} lies wholly outside its image of {width} x {height} pixels"
+        return f"box {_format_box(box)} lies wholly outside its image of {width} x {height} pixels"
     return ""
 
 
-def _said(box: NDArray[np.float64]) -> str:
+def _format_box(box: NDArray[np.float64]) -> str:
     return f"({', '.join(f'{side:g}' for side in box.tolist())})"
 
 
-def inside(name: str, where: str) -> str:
+def check_relative_name(name: str, location: str) -> str:
     """A name of a file as an annotation states it. Raises DataError on one that leaves its folder, or that no file can have."""
     parts = name.replace("\\", "/").split("/")
     if (
@@ -190,7 +198,7 @@ def inside(name: str, where: str) -> str:
         or max(map(_bytes, parts)) > 255
     ):
         raise DataError(
-            f"{where}: {name[:100]!r} leaves the folder of the images, or is no file's name; name files below it"
+            f"{location}: {name[:100]!r} leaves the folder of the images, or is no file's name; name files below it"
         )
     return name
 
@@ -199,7 +207,7 @@ def _bytes(part: str) -> int:
     return len(part.encode(errors="surrogatepass"))
 
 
-def listed(problems: Sequence[str]) -> list[str]:
+def limit_listing(problems: Sequence[str]) -> list[str]:
     """The first few, and how many more there are."""
-    more = [f"… and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-    return [*problems[:LISTED], *more]
+    more = [f"… and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return [*problems[:MAX_LISTED], *more]

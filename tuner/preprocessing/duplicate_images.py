@@ -6,49 +6,55 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.preprocessing.image_decoding import Picture
-from tuner.preprocessing.splits import PARTS
+from tuner.preprocessing.image_decoding import PathOrPixels
+from tuner.preprocessing.splits import SPLIT_NAMES
 
-LISTED = 5  # pairs that a message names
+MAX_LISTED = 5  # pairs that a message names
 
 
-def shared_between_parts(
-    pictures: Sequence[Picture], part: NDArray[np.int64], same: NDArray[np.int64]
+def find_images_in_two_splits(
+    pictures: Sequence[PathOrPixels], split: NDArray[np.int64], same: NDArray[np.int64]
 ) -> list[str]:
     """A warning where equal pictures lie in different parts, so that what trains also tests; none where there are none.
 
     `same`: pairs of rows, as `Store.same` has them.
     """
-    parts = [PARTS[int(p)] for p in part]
-    return _warning(pictures, parts, same, "parts", "so that scores may be too good")
+    parts = [SPLIT_NAMES[int(p)] for p in split]
+    return _format_warning(pictures, parts, same, "parts", "so that scores may be too good")
 
 
-def shared_between_classes(
-    pictures: Sequence[Picture],
+def find_images_in_two_classes(
+    pictures: Sequence[PathOrPixels],
     labels: NDArray[np.int64],
     classes: Sequence[str],
     same: NDArray[np.int64],
 ) -> list[str]:
     """A warning where equal pictures lie in different classes; none where there are none."""
     names = [repr(classes[int(label)]) for label in labels]
-    return _warning(pictures, names, same, "classes", "so that one of the two labels is wrong")
+    return _format_warning(
+        pictures, names, same, "classes", "so that one of the two labels is wrong"
+    )
 
 
-def _warning(
-    pictures: Sequence[Picture], homes: Sequence[str], same: NDArray[np.int64], what: str, why: str
+def _format_warning(
+    pictures: Sequence[PathOrPixels],
+    homes: Sequence[str],
+    same: NDArray[np.int64],
+    what: str,
+    why: str,
 ) -> list[str]:
     pairs = [(first, row) for row, first in same.tolist() if homes[row] != homes[first]]
     if not pairs:
         return []
     named = [
         f"{_name(pictures, first)} ({homes[first]}) and {_name(pictures, row)} ({homes[row]})"
-        for first, row in pairs[:LISTED]
+        for first, row in pairs[:MAX_LISTED]
     ]
-    more = f", and {len(pairs) - LISTED} more" if len(pairs) > LISTED else ""
+    more = f", and {len(pairs) - MAX_LISTED} more" if len(pairs) > MAX_LISTED else ""
     count = f"{len(pairs)} images lie" if len(pairs) > 1 else "1 image lies"
     return [f"data: {count} in two {what} with the same content, {why}: {'; '.join(named)}{more}"]
 
 
-def _name(pictures: Sequence[Picture], row: int) -> str:
+def _name(pictures: Sequence[PathOrPixels], row: int) -> str:
     picture = pictures[row]
     return str(picture) if isinstance(picture, Path) else f"number {row}"

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from tuner.core.geometry import placed
-from tuner.core.input_spec import Preprocess
+from tuner.core.geometry import place_on_canvas
+from tuner.core.input_spec import ImageInputSpec
 
 MAX_PIXELS = 50_000_000
-BORDER = 114  # grey of what a letterboxed image leaves free, as YOLO has it
+LETTERBOX_GREY = 114  # grey of what a letterboxed image leaves free, as YOLO has it
 FORMATS = (
     "JPEG",
     "PNG",
@@ -38,18 +38,18 @@ SUFFIXES = {
     ".pgm",
     ".pbm",
 }
-FILTERS = {
+RESAMPLING_FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
 Pixels = NDArray[np.uint8]
-Picture = Path | Pixels
+PathOrPixels = Path | Pixels
 """A file, or an array (h, w) or (h, w, 3) of uint8."""
 
 # what Pillow raises on damaged files, beside its own OSError
-DAMAGED = (
+DECODE_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
@@ -64,27 +64,27 @@ DAMAGED = (
 )
 
 
-def attempt(picture: Picture, preprocess: Preprocess) -> Pixels | str:
+def try_decode(picture: PathOrPixels, image_spec: ImageInputSpec) -> Pixels | str:
     """The decoded picture, or one line that names it and says what is wrong with it."""
     try:
-        return decode(picture, preprocess)
+        return decode(picture, image_spec)
     except OSError as error:
         reason = error.strerror or str(error).replace(repr(str(picture)), "its content")
-    except DAMAGED as error:
+    except DECODE_ERRORS as error:
         reason = str(error) or type(error).__name__
     name = str(picture) if isinstance(picture, Path) else f"array of shape {picture.shape}"
     return f"{name}: {reason}"
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def silence_pillow() -> Iterator[None]:
     """Pillow's warnings about odd but readable files are silenced. Not for threads: it changes the whole process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def decode(picture: Picture, preprocess: Preprocess) -> Pixels:
+def decode(picture: PathOrPixels, image_spec: ImageInputSpec) -> Pixels:
     """(3, size, size) uint8. Raises one of DAMAGED."""
     image: Image.Image = (
         Image.open(picture, formats=FORMATS)
@@ -95,15 +95,15 @@ def decode(picture: Picture, preprocess: Preprocess) -> Pixels:
         if image.width * image.height > MAX_PIXELS:  # the header's word: nothing was allocated yet
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         # a JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; twice the wanted side keeps the detail
-        image.draft("RGB", (2 * preprocess.resize, 2 * preprocess.resize))
-        return np.asarray(square(_rgb(ImageOps.exif_transpose(image)), preprocess)).transpose(
-            2, 0, 1
-        )
+        image.draft("RGB", (2 * image_spec.resize, 2 * image_spec.resize))
+        return np.asarray(
+            fit_to_canvas(_to_rgb(ImageOps.exif_transpose(image)), image_spec)
+        ).transpose(2, 0, 1)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        image = _eight_bits(np.asarray(image).astype(np.int64))
+        image = _to_eight_bits(np.asarray(image).astype(np.int64))
     if image.mode == "F":
         raise ValueError(
             "its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits"
@@ -114,7 +114,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(grey: NDArray[np.int64]) -> Image.Image:
+def _to_eight_bits(grey: NDArray[np.int64]) -> Image.Image:
     """16 bits of grey, which Pillow would clip at 255. Values that fit 8 bits are taken as they are."""
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65_535:
@@ -122,31 +122,31 @@ def _eight_bits(grey: NDArray[np.int64]) -> Image.Image:
     return Image.fromarray((grey >> 8 if high > 255 else grey).astype(np.uint8))
 
 
-def square(
+def fit_to_canvas(
     image: Image.Image,
-    preprocess: Preprocess,
+    image_spec: ImageInputSpec,
     interpolation: str | None = None,
-    border: int = BORDER,
+    border: int = LETTERBOX_GREY,
 ) -> Image.Image:
     """The image on the model's canvas. What it does not cover is `border`."""
-    size = preprocess.size
-    at = placed(*image.size, preprocess)
+    size = image_spec.size
+    at = place_on_canvas(*image.size, image_spec)
     if at.width * at.height > MAX_PIXELS:
         raise ValueError(
             f"{image.width} x {image.height} pixels, too long and narrow to be enlarged to {at.width} x {at.height}"
         )
     if (at.width, at.height) != image.size:
         image = image.resize(
-            (at.width, at.height), FILTERS[interpolation or preprocess.interpolation]
+            (at.width, at.height), RESAMPLING_FILTERS[interpolation or image_spec.interpolation]
         )
-    if preprocess.fit == "crop":
+    if image_spec.fit == "crop":
         return image.crop((-at.left, -at.top, size - at.left, size - at.top))
     canvas = Image.new(image.mode, (size, size), border if image.mode == "L" else (border,) * 3)
     canvas.paste(image, (at.left, at.top))
     return canvas
 
 
-def upright(picture: Picture) -> Image.Image:
+def load_upright(picture: PathOrPixels) -> Image.Image:
     """The whole image in RGB. Raises one of DAMAGED."""
     image: Image.Image = (
         Image.open(picture, formats=FORMATS)
@@ -156,10 +156,10 @@ def upright(picture: Picture) -> Image.Image:
     with image:
         if image.width * image.height > MAX_PIXELS:  # the header's word: nothing was allocated yet
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-        return _rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
-def dimensions(picture: Picture) -> tuple[int, int]:
+def upright_size(picture: PathOrPixels) -> tuple[int, int]:
     """Width and height of an image as it is seen upright, from its header; (0, 0) where it cannot be read."""
     if not isinstance(picture, Path):
         return picture.shape[1], picture.shape[0]
@@ -172,5 +172,5 @@ def dimensions(picture: Picture) -> tuple[int, int]:
                 8,
             )  # EXIF's orientation: a quarter turn
             return (image.height, image.width) if turned else image.size
-    except DAMAGED:
+    except DECODE_ERRORS:
         return 0, 0

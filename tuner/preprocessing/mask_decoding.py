@@ -7,21 +7,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps
 
-from tuner.core.input_spec import Preprocess
+from tuner.core.input_spec import ImageInputSpec
 from tuner.core.targets import IGNORED
 from tuner.errors import DataError
 from tuner.preprocessing import image_decoding
-from tuner.preprocessing.image_decoding import DAMAGED, FORMATS, MAX_PIXELS, Picture
-from tuner.preprocessing.image_store import Reading
+from tuner.preprocessing.image_decoding import DECODE_ERRORS, FORMATS, MAX_PIXELS, PathOrPixels
+from tuner.preprocessing.image_store import ImageDecoder
 
-SOFT = 0.05  # share of a JPEG mask's pixels that may lie between black and white
+MAX_BLURRED_SHARE = 0.05  # share of a JPEG mask's pixels that may lie between black and white
 
-Plane = NDArray[np.uint8]
-Inks = Mapping[tuple[int, ...], int] | None
+MaskArray = NDArray[np.uint8]
+ColourMap = Mapping[tuple[int, ...], int] | None
 """The id of each colour, where masks are painted in RGB."""
 
 
-def inks_of(colours: Sequence[str] | None, classes: Sequence[str] | None) -> Inks:
+def make_colour_map(colours: Sequence[str] | None, classes: Sequence[str] | None) -> ColourMap:
     """The id of each colour. Raises DataError on what is no colour."""
     if colours is None:
         return None
@@ -40,51 +40,55 @@ def inks_of(colours: Sequence[str] | None, classes: Sequence[str] | None) -> Ink
     return found
 
 
-def reading(name: str, inks: Inks, then: Callable[[Path, Plane, Preprocess], Plane]) -> Reading:
+def make_mask_decoder(
+    name: str,
+    colour_map: ColourMap,
+    transform: Callable[[Path, MaskArray, ImageInputSpec], MaskArray],
+) -> ImageDecoder:
     """A mask's values, and what `then` makes of them to be kept."""
 
-    def attempt(picture: Picture, preprocess: Preprocess) -> Plane | str:
+    def attempt(picture: PathOrPixels, preprocess: ImageInputSpec) -> MaskArray | str:
         assert isinstance(picture, Path)
         try:
-            return then(picture, plane(picture, inks), preprocess)
+            return transform(picture, decode_mask(picture, colour_map), preprocess)
         except OSError as error:
             reason = error.strerror or str(error).replace(repr(str(picture)), "its content")
-        except DAMAGED as error:
+        except DECODE_ERRORS as error:
             reason = str(error) or type(error).__name__
         return f"{picture}: {reason}"
 
-    return Reading(f"{name} {inks}", 1, attempt)
+    return ImageDecoder(f"{name} {colour_map}", 1, attempt)
 
 
-def flags(_: Path, values: Plane, __: Preprocess) -> Plane:
+def value_flags(_: Path, values: MaskArray, __: ImageInputSpec) -> MaskArray:
     """Which of 256 values a mask has, as an image of 16 x 16 pixels."""
     found = np.zeros(256, np.uint8)
     found[np.unique(values)] = 1
     return found.reshape(1, 16, 16)
 
 
-def laid(ids: Plane, size: tuple[int, int], preprocess: Preprocess) -> Plane:
+def place_mask(ids: MaskArray, size: tuple[int, int], image_spec: ImageInputSpec) -> MaskArray:
     """A mask on the canvas, (1, size, size), as its image of `size` (width, height) lies there; IGNORED around it."""
     mask = Image.fromarray(ids)
     if mask.size != size:
         mask = mask.resize(size, Image.Resampling.NEAREST)
-    return np.asarray(image_decoding.square(mask, preprocess, "nearest", IGNORED))[None]
+    return np.asarray(image_decoding.fit_to_canvas(mask, image_spec, "nearest", IGNORED))[None]
 
 
-def plane(path: Path, inks: Inks = None) -> Plane:
+def decode_mask(path: Path, colour_map: ColourMap = None) -> MaskArray:
     """A mask's values, uint8 (h, w), upright: indices of a palette, grey values, or ids of colours. Raises one of DAMAGED."""
     with Image.open(path, formats=FORMATS) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ValueError(f"{opened.width} x {opened.height} pixels, more than {MAX_PIXELS:,}")
         lossy = opened.format == "JPEG"
         image = ImageOps.exif_transpose(opened)
-        if inks is not None:
-            return _painted(np.asarray(image.convert("RGB")), inks)
-        values = _grey(image)
-    return _halves(values) if lossy else values
+        if colour_map is not None:
+            return _ids_of_colours(np.asarray(image.convert("RGB")), colour_map)
+        values = _grey_values(image)
+    return _binarize_jpeg(values) if lossy else values
 
 
-def _grey(image: Image.Image) -> Plane:
+def _grey_values(image: Image.Image) -> MaskArray:
     values = np.asarray(image)
     if image.mode in ("P", "L", "1"):
         return values.astype(np.uint8)
@@ -107,7 +111,7 @@ def _grey(image: Image.Image) -> Plane:
     )
 
 
-def _painted(pixels: NDArray[np.uint8], inks: Mapping[tuple[int, ...], int]) -> Plane:
+def _ids_of_colours(pixels: NDArray[np.uint8], inks: Mapping[tuple[int, ...], int]) -> MaskArray:
     found = np.full(pixels.shape[:2], IGNORED, np.uint8)
     known = np.zeros(pixels.shape[:2], bool)
     for ink, value in inks.items():
@@ -122,8 +126,8 @@ def _painted(pixels: NDArray[np.uint8], inks: Mapping[tuple[int, ...], int]) -> 
     return found
 
 
-def _halves(values: Plane) -> Plane:
+def _binarize_jpeg(values: MaskArray) -> MaskArray:
     """A JPEG's blurred black and white as 0 and 255."""
-    if ((values > 63) & (values < 192)).mean() > SOFT:
+    if ((values > 63) & (values < 192)).mean() > MAX_BLURRED_SHARE:
         raise ValueError("a JPEG, which blurs class ids, and not black and white; save it as PNG")
     return np.where(values > 127, 255, 0).astype(np.uint8)

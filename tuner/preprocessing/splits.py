@@ -11,7 +11,7 @@ from tuner.config.run import SplitOptions
 from tuner.errors import DataError
 
 TRAIN, VALID, TEST, UNSPLIT = 0, 1, 2, -1
-PARTS = {TRAIN: "training", VALID: "validation", TEST: "test"}
+SPLIT_NAMES = {TRAIN: "training", VALID: "validation", TEST: "test"}
 
 
 @dataclass(frozen=True)
@@ -21,27 +21,27 @@ class Items:
     `strata` are the classes where an example has one; otherwise what its kind of truth has instead.
     """
 
-    pictures: Sequence[Any]  # paths or arrays of images; texts
+    examples: Sequence[Any]  # paths or arrays of images; texts
     labels: NDArray[np.int64]
     strata: tuple[str, ...]
-    part: NDArray[np.int64]
+    split: NDArray[np.int64]
 
-    def rows(self, rows: NDArray[np.int64]) -> "Items":
+    def select(self, rows: NDArray[np.int64]) -> "Items":
         """The items at these places."""
         return replace(
             self,
-            pictures=[self.pictures[int(i)] for i in rows],
+            examples=[self.examples[int(i)] for i in rows],
             labels=self.labels[rows],
-            part=self.part[rows],
+            split=self.split[rows],
         )
 
 
-def divided(items: Items, options: SplitOptions) -> Items:
+def assign_and_limit_splits(items: Items, options: SplitOptions) -> Items:
     """Every item in a part, and at most `limit` of each. Raises DataError on too few examples."""
-    return folded(limited(split(items, options), options), options)
+    return assign_fold(limit_splits(assign_splits(items, options), options), options)
 
 
-def checked(items: Items) -> None:
+def check_classes(items: Items) -> None:
     """Raises DataError unless there are two classes, and examples of each."""
     counts = np.bincount(items.labels, minlength=len(items.strata))
     if len(items.strata) < 2:
@@ -56,9 +56,9 @@ def checked(items: Items) -> None:
         raise DataError(f"data: classes with 0 examples: {empty}; add some or remove the classes")
 
 
-def split(items: Items, options: SplitOptions) -> Items:
+def assign_splits(items: Items, options: SplitOptions) -> Items:
     """UNSPLIT items become train, valid and test, each class in proportion, by the seed."""
-    part = items.part.copy()
+    part = items.split.copy()
     shares = {
         p: share
         for p, share in ((VALID, options.valid), (TEST, options.test))
@@ -83,10 +83,10 @@ def split(items: Items, options: SplitOptions) -> Items:
             f"data: each class needs at least {len(shares) + 1} examples to be split, but {', '.join(few)}; "
             "add some or give the parts themselves"
         )
-    return replace(items, part=part)
+    return replace(items, split=part)
 
 
-def limited(items: Items, options: SplitOptions) -> Items:
+def limit_splits(items: Items, options: SplitOptions) -> Items:
     """At most `limit` items of each part, the classes in proportion."""
     if options.limit is None:
         return items
@@ -95,16 +95,16 @@ def limited(items: Items, options: SplitOptions) -> Items:
             f"data.limit: {options.limit}, but there are {len(items.strata)} classes; allow one example of each at least"
         )
     keep: list[int] = []
-    for part in PARTS:
-        rows = np.flatnonzero(items.part == part)
+    for part in SPLIT_NAMES:
+        rows = np.flatnonzero(items.split == part)
         shuffled = np.random.default_rng([options.seed, 7, part]).permutation(rows)
-        keep += shuffled[np.argsort(_ranks(items.labels[shuffled]), kind="stable")][
+        keep += shuffled[np.argsort(_class_ranks(items.labels[shuffled]), kind="stable")][
             : options.limit
         ].tolist()
-    return items.rows(np.sort(np.array(keep)))
+    return items.select(np.sort(np.array(keep)))
 
 
-def folded(items: Items, options: SplitOptions) -> Items:
+def assign_fold(items: Items, options: SplitOptions) -> Items:
     """With `folds`, what trains and validates is divided into as many parts, each stratum in proportion; part `fold` validates.
 
     Raises DataError where a fold would be empty.
@@ -115,7 +115,7 @@ def folded(items: Items, options: SplitOptions) -> Items:
         raise DataError(
             f"data.fold: {options.fold}, but there are {options.folds} folds, 0 to {options.folds - 1}"
         )
-    rows = np.flatnonzero(np.isin(items.part, (TRAIN, VALID)))
+    rows = np.flatnonzero(np.isin(items.split, (TRAIN, VALID)))
     if len(rows) < 2 * options.folds:
         raise DataError(
             f"data.folds: {options.folds}, but there are {len(rows)} examples to train and validate with; lower it"
@@ -124,12 +124,12 @@ def folded(items: Items, options: SplitOptions) -> Items:
     dealt = shuffled[
         np.argsort(items.labels[shuffled], kind="stable")
     ]  # stratum by stratum, dealt like cards
-    part = items.part.copy()
+    part = items.split.copy()
     part[dealt] = np.where(np.arange(len(dealt)) % options.folds == options.fold, VALID, TRAIN)
-    return replace(items, part=part)
+    return replace(items, split=part)
 
 
-def _ranks(labels: NDArray[np.int64]) -> NDArray[np.float64]:
+def _class_ranks(labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Each item's place within its class, 0..1, so that cutting a list sorted by it keeps the classes' proportions."""
     rank = np.zeros(len(labels))
     for label in np.unique(labels):

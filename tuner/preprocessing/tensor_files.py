@@ -10,38 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuner.core.input_spec import Tree, leaves
+from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.types import Batch
-from tuner.files.cache_entries import Held, seal
+from tuner.files.cache_entries import PinnedEntry, write_checksums
 
-Reader = Callable[[Tensor], Batch]
-Leaf = dict[str, Any]  # name, shape of one example, dtype
-META = "meta.json"  # the leaves of an entry, in the order of its files 0.bin, 1.bin, …
+ReadBatch = Callable[[Tensor], Batch]
+TensorMeta = dict[str, Any]  # name, shape of one example, dtype
+META_FILE = "meta.json"  # the leaves of an entry, in the order of its files 0.bin, 1.bin, …
 
 
 # A picture's activations are kept channels-last, which is how they are computed and how the suffix wants them.
 
 
-def channels_last(value: Tensor) -> Tensor:
+def to_channels_last(value: Tensor) -> Tensor:
     return value.permute(0, 2, 3, 1) if value.dim() == 4 else value
 
 
-def channels_first(value: Tensor) -> Tensor:
+def to_channels_first(value: Tensor) -> Tensor:
     return value.permute(0, 3, 1, 2) if value.dim() == 4 else value
 
 
-class Writer:
+class TensorWriter:
     """Fills one entry, chunk by chunk; `close` says what it holds, and only then it is whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.meta: list[Leaf] = []
-        self.seen: list[Any] = []  # the SHA-256 of each file so far
-        self.bytes = 0
+        self.meta: list[TensorMeta] = []
+        self.hashes: list[Any] = []  # the SHA-256 of each file so far
+        self.bytes_written = 0
 
-    def add(self, chunk: dict[str, Tensor]) -> None:
+    def append(self, chunk: dict[str, Tensor]) -> None:
         if not self.meta:
-            self.seen = [hashlib.sha256() for _ in chunk]
+            self.hashes = [hashlib.sha256() for _ in chunk]
             self.meta = [
                 {
                     "name": k,
@@ -52,25 +52,28 @@ class Writer:
             ]
         for i, value in enumerate(chunk.values()):
             data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            self.seen[i].update(data)
-            self.bytes += len(data)
+            self.hashes[i].update(data)
+            self.bytes_written += len(data)
             with open(self.folder / f"{i}.bin", "ab") as file:
                 file.write(data)
 
     def close(self) -> None:
-        (self.folder / META).write_text(json.dumps(self.meta))
-        seal(self.folder, {f"{i}.bin": seen.hexdigest() for i, seen in enumerate(self.seen)})
+        (self.folder / META_FILE).write_text(json.dumps(self.meta))
+        write_checksums(
+            self.folder, {f"{i}.bin": seen.hexdigest() for i, seen in enumerate(self.hashes)}
+        )
 
 
-def mapped(held: Held, length: int) -> dict[str, Tensor]:
+def map_tensors(entry: PinnedEntry, length: int) -> dict[str, Tensor]:
     """The leaves of an entry, each mapped from its file. Whoever uses them keeps `held`."""
-    meta: list[Leaf] = json.loads((held.folder / META).read_text())
+    meta: list[TensorMeta] = json.loads((entry.folder / META_FILE).read_text())
     return {
-        leaf["name"]: _leaf(held.folder / f"{i}.bin", leaf, length) for i, leaf in enumerate(meta)
+        leaf["name"]: _map_tensor(entry.folder / f"{i}.bin", leaf, length)
+        for i, leaf in enumerate(meta)
     }
 
 
-def _leaf(path: Path, leaf: Leaf, length: int) -> Tensor:
+def _map_tensor(path: Path, leaf: TensorMeta, length: int) -> Tensor:
     shape = (length, *leaf["shape"])
     dtype = getattr(torch, leaf["dtype"])
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
@@ -84,43 +87,45 @@ def fits_on_gpu(values: dict[str, Tensor], device: torch.device) -> bool:
     return sum(v.nbytes for v in values.values()) < 0.25 * free
 
 
-TRUTH = "y."  # begins the names of the leaves of a batch's y
+TARGET_PREFIX = "y."  # begins the names of the leaves of a batch's y
 
 
-def truth(y: Tree) -> dict[str, Tensor]:
-    return {f"{TRUTH}{name}": leaf for name, leaf in leaves(y).items()}
+def prefix_targets(y: TensorTree) -> dict[str, Tensor]:
+    return {f"{TARGET_PREFIX}{name}": leaf for name, leaf in tree_to_dict(y).items()}
 
 
-def _tree(found: dict[str, Tensor]) -> Tree:
+def _dict_to_tree(found: dict[str, Tensor]) -> TensorTree:
     """What `leaves` took apart."""
     return found[""] if set(found) == {""} else found
 
 
-class Entry:
+class EntryReader:
     """Batches of what an entry holds, on `device`. The entry stays as long as this object lives."""
 
     def __init__(
-        self, held: Held, length: int, device: torch.device, *, into_memory: bool = False
+        self, entry: PinnedEntry, length: int, device: torch.device, *, into_memory: bool = False
     ) -> None:
         """`into_memory`: on a GPU, in its memory, where it fits."""
-        self.held, self.device = held, device
-        values = mapped(held, length)
+        self.entry, self.device = entry, device
+        values = map_tensors(entry, length)
         if into_memory and device.type == "cuda" and fits_on_gpu(values, device):
             values = {name: value.to(device) for name, value in values.items()}
-        self.inputs = {name: value for name, value in values.items() if not name.startswith(TRUTH)}
-        self.truths = {
-            name.removeprefix(TRUTH): value
+        self.inputs = {
+            name: value for name, value in values.items() if not name.startswith(TARGET_PREFIX)
+        }
+        self.targets = {
+            name.removeprefix(TARGET_PREFIX): value
             for name, value in values.items()
-            if name.startswith(TRUTH)
+            if name.startswith(TARGET_PREFIX)
         }
 
     def __call__(self, index: Tensor) -> Batch:
         x = {
-            name: channels_first(value[index.to(value.device)].to(self.device))
+            name: to_channels_first(value[index.to(value.device)].to(self.device))
             for name, value in self.inputs.items()
         }
         y = {
             name: value[index.to(value.device)].to(self.device)
-            for name, value in self.truths.items()
+            for name, value in self.targets.items()
         }
-        return Batch(_tree(x), _tree(y))
+        return Batch(_dict_to_tree(x), _dict_to_tree(y))

@@ -15,12 +15,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from tuner.search import optuna_internals
 from tuner.search.optuna_internals import table
 
-Rows = dict[int, list[Any]]  # by trial id
+RowsByTrial = dict[int, list[Any]]  # by trial id
 UPSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
-KEPT = 1024  # distributions that differ; a space has a handful
+CACHED_DISTRIBUTIONS = 1024  # distributions that differ; a space has a handful
 
 
-def quick(database: RDBStorage) -> RDBStorage:
+def use_bulk_reads(database: RDBStorage) -> RDBStorage:
     """The same database, whose trials are read so. What is read is Optuna's own to the last value: tests/test_bulk.py."""
 
     def read(
@@ -30,11 +30,13 @@ def quick(database: RDBStorage) -> RDBStorage:
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
         with database.engine.connect() as connection:
-            return trials(connection, study_id, states, included_trial_ids, trial_id_greater_than)
+            return read_trials(
+                connection, study_id, states, included_trial_ids, trial_id_greater_than
+            )
 
     def read_studies() -> list[Any]:
         with database.engine.connect() as connection:
-            return studies(connection)
+            return read_all_studies(connection)
 
     optuna_internals.replace_reads(database, read, read_studies)
     return database
@@ -52,7 +54,7 @@ def insertion(name: str, dialect: str) -> Any:
     )
 
 
-def studies(connection: sqlalchemy.Connection) -> list[Any]:
+def read_all_studies(connection: sqlalchemy.Connection) -> list[Any]:
     """All studies, by id, as Optuna's FrozenStudy. A study keeps two attributes for each of its trials, their notes."""
     directions = _by_study(connection, "study_directions", "objective", "direction")
     user = _by_study(connection, "study_user_attributes", "key", "value_json")
@@ -71,17 +73,17 @@ def studies(connection: sqlalchemy.Connection) -> list[Any]:
     ]
 
 
-def _by_study(connection: sqlalchemy.Connection, name: str, *columns: str) -> Rows:
+def _by_study(connection: sqlalchemy.Connection, name: str, *columns: str) -> RowsByTrial:
     """These columns of a table's rows, by the id of their study."""
     column = table(name).c
-    rows: Rows = {}
+    rows: RowsByTrial = {}
     query = sqlalchemy.select(column.study_id, *(column[each] for each in columns))
     for study, *cells in connection.execute(query):
         rows.setdefault(study, []).append(cells)
     return rows
 
 
-def trials(
+def read_trials(
     connection: sqlalchemy.Connection,
     study: int,
     states: Container[TrialState] | None,
@@ -107,11 +109,14 @@ def trials(
     selected = connection.execute(query.where(wanted).order_by(trial.trial_id)).all()
     if not selected:
         return []
-    rows = {name: values(connection, name, columns, wanted) for name, columns in VALUES.items()}
-    return [frozen(row, rows) for row in selected]
+    rows = {
+        name: read_values(connection, name, columns, wanted)
+        for name, columns in VALUE_TABLES.items()
+    }
+    return [make_frozen_trial(row, rows) for row in selected]
 
 
-VALUES = {
+VALUE_TABLES = {
     name: optuna_internals.COLUMNS[name]
     for name in (
         "trial_params",
@@ -123,9 +128,9 @@ VALUES = {
 }
 
 
-def values(
+def read_values(
     connection: sqlalchemy.Connection, name: str, columns: tuple[str, ...], wanted: Any
-) -> Rows:
+) -> RowsByTrial:
     """What a table holds of the wanted trials, in the order it was written: the columns are its key, the trial's id, and others."""
     column, trial = table(name).c, table("trials").c
     identity, *others = (column[each] for each in columns)
@@ -135,23 +140,23 @@ def values(
         .where(wanted)
         .order_by(identity)
     )
-    rows: Rows = {}
+    rows: RowsByTrial = {}
     for row in connection.execute(query):
         rows.setdefault(row[0], []).append(row)
     return rows
 
 
-def frozen(row: Any, rows: dict[Any, Rows]) -> FrozenTrial:
+def make_frozen_trial(row: Any, rows: dict[Any, RowsByTrial]) -> FrozenTrial:
     trial, number, state, start, complete = row
-    params, results, user, system, reports = (rows[name].get(trial, ()) for name in VALUES)
-    distributions = {name: distribution(text) for _, name, _, text in params}
+    params, results, user, system, reports = (rows[name].get(trial, ()) for name in VALUE_TABLES)
+    distributions = {name: parse_distribution(text) for _, name, _, text in params}
     return FrozenTrial(
         number=number,
         state=state,
         value=None,
-        values=list(objectives(results)) or None,
-        datetime_start=local(start),
-        datetime_complete=local(complete),
+        values=list(objective_values(results)) or None,
+        datetime_start=to_local_time(start),
+        datetime_complete=to_local_time(complete),
         params={name: distributions[name].to_external_repr(value) for _, name, value, _ in params},
         distributions=distributions,
         user_attrs={key: json.loads(text) for _, key, text in user},
@@ -163,17 +168,17 @@ def frozen(row: Any, rows: dict[Any, Rows]) -> FrozenTrial:
     )
 
 
-def local(moment: datetime | None) -> datetime | None:
+def to_local_time(moment: datetime | None) -> datetime | None:
     """The database has UTC, Optuna's trials have this machine's time."""
     return None if moment is None else moment.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
 
 
-def objectives(results: Any) -> Iterator[float]:
+def objective_values(results: Any) -> Iterator[float]:
     for _, _, value, kind in sorted(results, key=lambda row: int(row[1])):
         yield optuna_internals.value_from(value, kind)
 
 
-@lru_cache(KEPT)
-def distribution(text: str) -> BaseDistribution:
+@lru_cache(CACHED_DISTRIBUTIONS)
+def parse_distribution(text: str) -> BaseDistribution:
     """Shared by all trials that have it: a distribution never changes."""
     return json_to_distribution(text)

@@ -8,25 +8,25 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
-from tuner.config.run import Run, seconds
+from tuner.config.run import Run, parse_duration
 from tuner.config.space import Space
 from tuner.errors import TunerError
-from tuner.files.checkpoint_files import Keeping
-from tuner.files.crash_points import crash
+from tuner.files.checkpoint_files import CheckpointRetention
+from tuner.files.crash_points import crash_point
 from tuner.jobs import Job, Outcome, stall_of
 from tuner.messages import Assignment, Epoch
 from tuner.search import history
 from tuner.search.duplicate_trials import DuplicateTrials
-from tuner.search.history import ATTEMPT, DEFAULT, KILLED, REFUSED, ROOT, key_of
-from tuner.search.leases import Alone, Leases
+from tuner.search.history import ATTEMPT, IS_DEFAULT_RECIPE, KILLED, PROPOSAL, REFUSED, params_key
+from tuner.search.leases import SharedCoordination, SingleCoordinator
 from tuner.search.ledger import Ledger
-from tuner.search.proposals import Asker
-from tuner.search.running_trial import Listener, RunningTrial
-from tuner.search.samplers import mix
+from tuner.search.proposals import TrialProposer
+from tuner.search.running_trial import RunningTrial, SearchListener
+from tuner.search.samplers import derive_seed
 from tuner.search.trial_outcomes import TrialOutcomes
 from tuner.search.windowed_study import WindowedStudy
 
-LOOK = 1.0  # seconds between looks at whether other coordinators left something to do
+POLL_SECONDS = 1.0  # seconds between looks at whether other coordinators left something to do
 
 
 class Coordinator:
@@ -36,46 +36,54 @@ class Coordinator:
         self,
         study: optuna.Study,
         space: Space,
-        order: Callable[[Run], Assignment],
-        listener: Listener,
-        stopping: Callable[[], bool],
-        leases: Alone | Leases | None = None,
-        keeping: Keeping | None = None,
+        make_assignment: Callable[[Run], Assignment],
+        listener: SearchListener,
+        should_stop: Callable[[], bool],
+        coordination: SingleCoordinator | SharedCoordination | None = None,
+        retention: CheckpointRetention | None = None,
     ) -> None:
         self.study = WindowedStudy(study)
-        self.space, self.order, self.listener, self.stopping = space, order, listener, stopping
-        self.search, self.asker = space.settings.search, Asker(self.study, space)
-        self.leases = leases or Alone()
-        self.ledger = Ledger(self.study, self.asker, self.leases)
+        self.space, self.make_assignment, self.listener, self.should_stop = (
+            space,
+            make_assignment,
+            listener,
+            should_stop,
+        )
+        self.search_settings, self.proposer = (
+            space.settings.search,
+            TrialProposer(self.study, space),
+        )
+        self.coordination = coordination or SingleCoordinator()
+        self.ledger = Ledger(self.study, self.proposer, self.coordination)
         self.running: dict[int, RunningTrial] = {}
-        self.since, self.begun = time.monotonic(), 0  # when, and how many trials
+        self.since, self.started_at = time.monotonic(), 0  # when, and how many trials
         # when there was nothing to hand out, where others may change that
-        self.looked = float("-inf")
-        self.leases.exclusively(lambda: self.ledger.read(set()))
-        self.keeping = keeping or Keeping(None, 0)
-        self.keeping.begin(history.over(self.study))
+        self.last_empty_poll = float("-inf")
+        self.coordination.run_exclusively(lambda: self.ledger.read_history(set()))
+        self.retention = retention or CheckpointRetention(None, 0)
+        self.retention.take_over(history.ended_proposals(self.study))
         self.duplicates = DuplicateTrials(self.study, self.ledger, listener)
         self.outcomes = TrialOutcomes(
             self.study,
-            self.search,
+            self.search_settings,
             self.ledger,
             self.duplicates,
-            self.keeping,
+            self.retention,
             listener,
-            stopping,
+            should_stop,
         )
 
     @property
-    def closed(self) -> int:
+    def budget_used(self) -> int:
         """Trials that count against the budget."""
-        return self.ledger.closed
+        return self.ledger.budget_used
 
     @property
-    def error(self) -> TunerError | None:
+    def fatal_error(self) -> TunerError | None:
         """Why no further trial is begun."""
         return self.outcomes.error
 
-    def held(self) -> set[int]:
+    def running_numbers(self) -> set[int]:
         """Our running trials: those that workers carry out, that drew the same, and that were refused."""
         return {*self.running, *self.duplicates.numbers(), *self.outcomes.suspected()}
 
@@ -89,84 +97,94 @@ class Coordinator:
         return job
 
     def _next_job(self) -> Job | None:
-        while self.willing():
-            trial = self.leases.exclusively(self.ask)
+        while self.should_ask():
+            trial = self.coordination.run_exclusively(self.propose_trial)
             if trial is None:
-                self.looked = time.monotonic() if self.leases.shared else self.looked
+                self.last_empty_poll = (
+                    time.monotonic() if self.coordination.is_shared else self.last_empty_poll
+                )
                 return None
-            crash("search.asked")
+            crash_point("search.asked")
             try:
-                running = self.begin(trial)
+                running = self.start_trial(trial)
             except UpdateFinishedTrialError:  # somebody else has ended it
-                self.study.lose(trial.number)
+                self.study.forget_running(trial.number)
                 continue
             if running is not None:
                 return self.job(running)
         return None
 
     def job(self, running: RunningTrial) -> Job:
-        kept = self.keeping.place(running.proposal)
+        kept = self.retention.folder_of(running.proposal)
         assignment = replace(
-            self.order(running.run),
-            checkpoints=kept,
-            keep=self.search.keep > 0,
+            self.make_assignment(running.run),
+            checkpoint_folder=kept,
+            keep_best_weights=self.search_settings.keep > 0,
             parts=self.outcomes.parts(running),
         )
         return Job(
             running.number,
-            "tuner.training.worker_jobs:carry",
+            "tuner.training.worker_jobs:run_trial",
             assignment,
             (kept,) if kept else (),
             stall=stall_of(self.space.settings.engine, paced=True),
         )
 
-    def willing(self) -> bool:
+    def should_ask(self) -> bool:
         """Whether to look for a trial: nobody stops the search, it is not too late, and it was not looked just now."""
-        if self.stopping() or self.error is not None:
+        if self.should_stop() or self.fatal_error is not None:
             return False
-        if self.leases.shared and time.monotonic() - self.looked < LOOK:
+        if self.coordination.is_shared and time.monotonic() - self.last_empty_poll < POLL_SECONDS:
             return False
-        return not self.late()
+        return not self.is_past_timeout()
 
-    def ask(self) -> Trial | None:
+    def propose_trial(self) -> Trial | None:
         """A trial of the study, while the budget has room for one."""
-        if self.leases.shared:
-            self.ledger.read(self.held())
-        return self.asker.ask(self.ledger.roots) if self.wanted() else None
-
-    def wanted(self) -> bool:
-        return self.closed + self.ledger.elsewhere + len(self.held()) < self.asker.budget()
-
-    def late(self) -> bool:
-        return self.search.timeout is not None and time.monotonic() - self.since > seconds(
-            self.search.timeout
+        if self.coordination.is_shared:
+            self.ledger.read_history(self.running_numbers())
+        return (
+            self.proposer.propose_trial(self.ledger.proposal_count)
+            if self.has_budget_left()
+            else None
         )
 
-    def waits(self) -> bool:
-        """Whether other coordinators run trials that we would make again if they died."""
-        return self.ledger.elsewhere > 0 and not self.late()
+    def has_budget_left(self) -> bool:
+        return (
+            self.budget_used + self.ledger.running_elsewhere + len(self.running_numbers())
+            < self.proposer.trial_budget()
+        )
 
-    def begin(self, trial: Trial) -> RunningTrial | None:
+    def is_past_timeout(self) -> bool:
+        return (
+            self.search_settings.timeout is not None
+            and time.monotonic() - self.since > parse_duration(self.search_settings.timeout)
+        )
+
+    def waits_for_others(self) -> bool:
+        """Whether other coordinators run trials that we would make again if they died."""
+        return self.ledger.running_elsewhere > 0 and not self.is_past_timeout()
+
+    def start_trial(self, trial: Trial) -> RunningTrial | None:
         """The trial with its parameters fixed; None when another with the same parameters gives it its result."""
         attrs = trial.user_attrs
-        proposal = int(attrs.get(ROOT, self.ledger.roots))
-        self.ledger.roots += ROOT not in attrs
+        proposal = int(attrs.get(PROPOSAL, self.ledger.proposal_count))
+        self.ledger.proposal_count += PROPOSAL not in attrs
         with self.study.window():
-            run = self.space.sample(trial, seed=mix(self.search.seed, proposal))
-        self.study.write(trial, now=True)
-        crash("search.drawn")
+            run = self.space.sample(trial, seed=derive_seed(self.search_settings.seed, proposal))
+        self.study.flush_writes(trial, now=True)
+        crash_point("search.drawn")
         others = [*self.running.values(), *self.outcomes.suspected().values()]
         if self.duplicates.takes(trial, run, proposal, others):
             return None
-        self.begun += 1
+        self.started_at += 1
         running = self.running[trial.number] = RunningTrial(
             trial,
             run,
             proposal,
             int(attrs.get(ATTEMPT, 1)),
-            key_of(trial.params),
-            self.begun,
-            default=bool(attrs.get(DEFAULT)),
+            params_key(trial.params),
+            self.started_at,
+            is_default=bool(attrs.get(IS_DEFAULT_RECIPE)),
             killed=int(attrs.get(KILLED, 0)),
             refused=bool(attrs.get(REFUSED)),
         )
@@ -176,19 +194,19 @@ class Coordinator:
         """Hands an epoch to the pruner; False: the trial shall stop."""
         running = self.running[job.number]
         try:
-            running.trial.report(epoch.scores[str(self.search.metric)], epoch.number)
-            self.listener.epoch(running, epoch)
-            self.study.write(running.trial)
-            crash("search.reported")
+            running.trial.report(epoch.scores[str(self.search_settings.metric)], epoch.number)
+            self.listener.on_epoch(running, epoch)
+            self.study.flush_writes(running.trial)
+            crash_point("search.reported")
             # after its last epoch a trial has cost what it costs; pruned, it would lose its result
-            judged = not running.default and epoch.number < running.epochs
-            running.pruned = judged and self.study.prunes(running.trial)
+            judged = not running.is_default and epoch.number < running.epochs
+            running.is_pruned = judged and self.study.should_prune(running.trial)
         except UpdateFinishedTrialError:
             return False  # somebody else has ended it
         self.outcomes.accepted(running)
-        return not (running.pruned or self.stopping())
+        return not (running.is_pruned or self.should_stop())
 
-    def ended(self, job: Job, outcome: Outcome) -> None:
+    def on_job_end(self, job: Job, outcome: Outcome) -> None:
         """Records how a trial ended, once."""
-        self.looked = float("-inf")
-        self.outcomes.record(self.running.pop(job.number), outcome, self.begun)
+        self.last_empty_poll = float("-inf")
+        self.outcomes.record(self.running.pop(job.number), outcome, self.started_at)

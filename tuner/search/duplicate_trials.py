@@ -6,17 +6,17 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
 from tuner.config.run import Run
-from tuner.files.crash_points import crash
-from tuner.search.history import SAME_AS, key_of
+from tuner.files.crash_points import crash_point
+from tuner.search.history import DUPLICATE_OF, params_key
 from tuner.search.ledger import Ledger
-from tuner.search.running_trial import Listener, RunningTrial
+from tuner.search.running_trial import RunningTrial, SearchListener
 from tuner.search.windowed_study import WindowedStudy
 
 
 class DuplicateTrials:
     """`followers` wait for the result of a running trial that has their parameters."""
 
-    def __init__(self, study: WindowedStudy, ledger: Ledger, listener: Listener) -> None:
+    def __init__(self, study: WindowedStudy, ledger: Ledger, listener: SearchListener) -> None:
         self.study, self.ledger, self.listener = study, ledger, listener
         # by the number of the original; with their proposals
         self.followers: dict[int, list[tuple[Trial, int]]] = {}
@@ -27,12 +27,12 @@ class DuplicateTrials:
 
     def takes(self, trial: Trial, run: Run, proposal: int, running: Iterable[RunningTrial]) -> bool:
         """Whether the trial needs no training, since another has its parameters. Then its result is taken over, now or later."""
-        key = key_of(trial.params)
-        known = self.ledger.known.get(key)
+        key = params_key(trial.params)
+        known = self.ledger.number_by_params.get(key)
         if known is not None:
             self._repeat(trial, run, known)
             return True
-        original = next((other for other in running if other.key == key), None)
+        original = next((other for other in running if other.params_key == key), None)
         if original is None:
             return False
         self.followers.setdefault(original.number, []).append((trial, proposal))
@@ -41,25 +41,28 @@ class DuplicateTrials:
     def original_ended(self, original: RunningTrial) -> None:
         """Ends the followers of a trial as it has ended; where it has no result, they are asked for again."""
         for trial, proposal in self.followers.pop(original.number, ()):
-            known = self.ledger.known.get(original.key)
+            known = self.ledger.number_by_params.get(original.params_key)
             if known is None:
-                self.ledger.again(
-                    trial, proposal, "the trial with its parameters did not end", count=False
+                self.ledger.retry_own(
+                    trial,
+                    proposal,
+                    "the trial with its parameters did not end",
+                    counts_as_attempt=False,
                 )
                 continue
             try:
                 self._repeat(trial, original.run, known)
             except UpdateFinishedTrialError:
-                self.study.lose(trial.number)  # somebody else has ended it
+                self.study.forget_running(trial.number)  # somebody else has ended it
 
     def _repeat(self, trial: Trial, run: Run, number: int) -> None:
         """Gives a trial the result of trial `number`, which has ended with equal parameters."""
         original = self.study.get_trials(deepcopy=False)[number]
-        trial.set_user_attr(SAME_AS, number)
+        trial.set_user_attr(DUPLICATE_OF, number)
         for step, value in sorted(original.intermediate_values.items()):
             trial.report(value, step)
-        crash("search.repeating")
+        crash_point("search.repeating")
         values = original.values if original.state == TrialState.COMPLETE else None
         ended = self.study.tell(trial.number, values, original.state)
-        self.ledger.close(ended)
-        self.listener.ended(ended, run, None)
+        self.ledger.enter_ended(ended)
+        self.listener.on_trial_end(ended, run, None)

@@ -4,24 +4,24 @@ from collections import Counter
 
 from tuner.errors import NoUsableTrial
 
-MAX_ALIKE, MAX_FAILURES = 3, 10
+MAX_SAME_CAUSE, MAX_FAILURES = 3, 10
 
 
-class Failures:
+class FailureLimits:
     """The reasons of this process's failed trials, since the last that its worker brought to a healthy end."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
 
-    def add(self, reason: str, *, alike: bool, completed: bool) -> NoUsableTrial | None:
+    def record(self, reason: str, *, same_cause: bool, any_completed: bool) -> NoUsableTrial | None:
         """The end of the search: `alike` ones, 3 in a row, or 10 of any kind where no trial has `completed`. None: it goes on."""
         self.reasons.append(reason)
-        same = self.reasons[-MAX_ALIKE:]
-        if alike and len(same) == MAX_ALIKE and len(set(same)) == 1:
+        same = self.reasons[-MAX_SAME_CAUSE:]
+        if same_cause and len(same) == MAX_SAME_CAUSE and len(set(same)) == 1:
             return NoUsableTrial(
-                f"the last {MAX_ALIKE} trials failed alike: {reason}; nothing finished is lost, mend this and run the same command"
+                f"the last {MAX_SAME_CAUSE} trials failed alike: {reason}; nothing finished is lost, mend this and run the same command"
             )
-        if len(self.reasons) >= MAX_FAILURES and not completed:
+        if len(self.reasons) >= MAX_FAILURES and not any_completed:
             counts = ", ".join(f"{n} x {r}" for r, n in Counter(self.reasons).most_common(3))
             return NoUsableTrial(
                 f"{len(self.reasons)} trials failed and none completed; first: {self.reasons[0]}; in all: {counts}"

@@ -7,66 +7,93 @@ from typing import Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tuner.files.crash_points import crash
+from tuner.files.crash_points import crash_point
 from tuner.search import history
-from tuner.search.history import ATTEMPT, DEFAULT, FINAL, KILLED, REASON, REFUSED, ROOT, key_of
-from tuner.search.leases import Alone, Leases
+from tuner.search.history import (
+    ATTEMPT,
+    FAILED_PERMANENTLY,
+    IS_DEFAULT_RECIPE,
+    KILLED,
+    PROPOSAL,
+    REASON,
+    REFUSED,
+    params_key,
+)
+from tuner.search.leases import SharedCoordination, SingleCoordinator
 from tuner.search.optuna_internals import trial_id_of
-from tuner.search.proposals import Asker
+from tuner.search.proposals import TrialProposer
 from tuner.search.windowed_study import WindowedStudy
 
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+ENDED_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class Ledger:
     """Read when a search begins, and before each question where other coordinators write too; each trial is entered once."""
 
-    def __init__(self, study: WindowedStudy, asker: Asker, leases: Alone | Leases) -> None:
-        self.study, self.asker, self.leases = study, asker, leases
-        self.counted: set[int] = set()  # numbers of the trials that count against the budget
-        self.known: dict[str, int] = {}  # parameters -> number of the trial that ended with them
-        self.roots = 0  # root trials asked so far
-        self.elsewhere = 0  # trials that other coordinators run
+    def __init__(
+        self,
+        study: WindowedStudy,
+        proposer: TrialProposer,
+        coordination: SingleCoordinator | SharedCoordination,
+    ) -> None:
+        self.study, self.proposer, self.coordination = study, proposer, coordination
+        self.counted_numbers: set[int] = (
+            set()
+        )  # numbers of the trials that count against the budget
+        self.number_by_params: dict[
+            str, int
+        ] = {}  # parameters -> number of the trial that ended with them
+        self.proposal_count = 0  # root trials asked so far
+        self.running_elsewhere = 0  # trials that other coordinators run
 
     @property
-    def closed(self) -> int:
-        return len(self.counted)
+    def budget_used(self) -> int:
+        return len(self.counted_numbers)
 
-    def read(self, held: set[int]) -> None:
+    def read_history(self, own_running: set[int]) -> None:
         """`held` are the numbers of our running trials. One that runs and that nobody alive holds is recorded as failed, and asked again."""
         trials = self.study.get_trials(deepcopy=False)
         if not trials:
-            self.asker.begin()
-        orphans = self.leases.orphans(_running(trials, held))
+            self.proposer.enqueue_first_trials()
+        orphans = self.coordination.find_orphans(_running_elsewhere(trials, own_running))
         if orphans:
-            draws = history.roots(self.study)
+            draws = history.proposal_numbers(self.study)
             for t in orphans:
-                root, reason = draws[t.number], self.leases.orphaned
-                self.requeue(t.number, history.asked(t), root, t.user_attrs, reason, count=False)
+                root, reason = draws[t.number], self.coordination.orphan_reason
+                self.requeue(
+                    t.number,
+                    history.requested_params(t),
+                    root,
+                    t.user_attrs,
+                    reason,
+                    counts_as_attempt=False,
+                )
             trials = self.study.get_trials(deepcopy=False)
-        self.withdraw(trials)
-        self.roots = sum(ROOT not in t.user_attrs and t.state != TrialState.WAITING for t in trials)
-        self.study.elsewhere = _running(trials, held)
-        self.elsewhere = len(self.study.elsewhere)
+        self.withdraw_settled_retries(trials)
+        self.proposal_count = sum(
+            PROPOSAL not in t.user_attrs and t.state != TrialState.WAITING for t in trials
+        )
+        self.study.running_elsewhere = _running_elsewhere(trials, own_running)
+        self.running_elsewhere = len(self.study.running_elsewhere)
         for t in trials:
-            if t.number not in self.counted and t.state.is_finished():
-                self.close(t)
+            if t.number not in self.counted_numbers and t.state.is_finished():
+                self.enter_ended(t)
 
-    def close(self, t: FrozenTrial) -> None:
+    def enter_ended(self, trial: FrozenTrial) -> None:
         """Enters a trial that has ended."""
-        if _counts(t):
-            self.counted.add(t.number)
-            self.study.keep(t)
-        if t.state in ENDED:
-            self.known.setdefault(key_of(t.params), t.number)
+        if _counts_against_budget(trial):
+            self.counted_numbers.add(trial.number)
+            self.study.add_ended(trial)
+        if trial.state in ENDED_STATES:
+            self.number_by_params.setdefault(params_key(trial.params), trial.number)
 
-    def again(
+    def retry_own(
         self,
         trial: Trial,
-        root: int,
+        proposal: int,
         reason: str,
         *,
-        count: bool,
+        counts_as_attempt: bool,
         marks: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Ends a trial of ours and asks for it again, unless somebody else has ended it.
@@ -78,62 +105,77 @@ class Ledger:
             state = self.study.storage.get_trial(trial_id_of(self.study, trial)).state
             if state == TrialState.RUNNING:
                 attrs = {**trial.user_attrs, **marks}
-                self.requeue(trial.number, trial.params, root, attrs, reason, count=count)
+                self.requeue(
+                    trial.number,
+                    trial.params,
+                    proposal,
+                    attrs,
+                    reason,
+                    counts_as_attempt=counts_as_attempt,
+                )
 
-        self.leases.exclusively(requeue)
-        self.study.lose(trial.number)
+        self.coordination.run_exclusively(requeue)
+        self.study.forget_running(trial.number)
 
     def requeue(
         self,
         number: int,
         params: dict[str, Any],
-        root: int,
+        proposal: int,
         attrs: dict[str, Any],
         reason: str,
         *,
-        count: bool,
+        counts_as_attempt: bool,
     ) -> None:
         """Records a lost attempt and asks for the same parameters again. `count`: it was one of the limited attempts."""
-        marks = {ROOT: root, ATTEMPT: int(attrs.get(ATTEMPT, 1)) + count} | {
-            k: v for k, v in attrs.items() if k in (DEFAULT, KILLED, REFUSED)
+        marks = {PROPOSAL: proposal, ATTEMPT: int(attrs.get(ATTEMPT, 1)) + counts_as_attempt} | {
+            k: v for k, v in attrs.items() if k in (IS_DEFAULT_RECIPE, KILLED, REFUSED)
         }
         # first the new one, then the end of the old one: a crash in between leaves an orphan that is swept again
         waiting = [
             t
             for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if t.user_attrs.get(ROOT) == marks[ROOT]
+            if t.user_attrs.get(PROPOSAL) == marks[PROPOSAL]
         ]
         if not waiting:
             self.study.enqueue_trial(params, user_attrs=marks)
-        crash("search.requeued")
+        crash_point("search.requeued")
         try:
-            self.fail(number, reason)
+            self.mark_failed(number, reason)
         except UpdateFinishedTrialError:  # who runs the trial ended it at this very moment
-            self.withdraw(self.study.get_trials(deepcopy=False))
+            self.withdraw_settled_retries(self.study.get_trials(deepcopy=False))
 
-    def withdraw(self, trials: list[FrozenTrial]) -> None:
+    def withdraw_settled_retries(self, trials: list[FrozenTrial]) -> None:
         """Fails each retry that waits although its draw runs or counts, so that no draw counts twice."""
-        waiting = [t for t in trials if t.state == TrialState.WAITING and ROOT in t.user_attrs]
+        waiting = [t for t in trials if t.state == TrialState.WAITING and PROPOSAL in t.user_attrs]
         if not waiting:
             return
-        draws = history.roots(self.study)
-        settled = {draws[t.number] for t in trials if t.state == TrialState.RUNNING or _counts(t)}
+        draws = history.proposal_numbers(self.study)
+        settled = {
+            draws[t.number]
+            for t in trials
+            if t.state == TrialState.RUNNING or _counts_against_budget(t)
+        }
         for t in waiting:
-            if t.user_attrs[ROOT] in settled and self.study.take(t):
-                self.fail(t.number, "withdrawn: an earlier attempt of this trial goes on or ended")
+            if t.user_attrs[PROPOSAL] in settled and self.study.start_enqueued(t):
+                self.mark_failed(
+                    t.number, "withdrawn: an earlier attempt of this trial goes on or ended"
+                )
 
-    def fail(self, number: int, reason: str) -> None:
+    def mark_failed(self, number: int, reason: str) -> None:
         trial_id = trial_id_of(self.study, number)
         self.study.storage.set_trial_user_attr(trial_id, REASON, reason)
-        crash("search.failing")
+        crash_point("search.failing")
         self.study.tell(number, state=TrialState.FAIL)
 
 
-def _running(trials: list[FrozenTrial], held: set[int]) -> list[FrozenTrial]:
+def _running_elsewhere(trials: list[FrozenTrial], held: set[int]) -> list[FrozenTrial]:
     """The trials that run and are not ours."""
     return [t for t in trials if t.state == TrialState.RUNNING and t.number not in held]
 
 
-def _counts(t: FrozenTrial) -> bool:
+def _counts_against_budget(trial: FrozenTrial) -> bool:
     """Whether a trial counts against the budget: an attempt that is made again does not."""
-    return t.state in ENDED or (t.state == TrialState.FAIL and bool(t.user_attrs.get(FINAL)))
+    return trial.state in ENDED_STATES or (
+        trial.state == TrialState.FAIL and bool(trial.user_attrs.get(FAILED_PERMANENTLY))
+    )

@@ -16,31 +16,31 @@ from sqlalchemy.dialects import postgresql
 
 from tuner.config import database_url
 from tuner.errors import StorageError
-from tuner.search.bulk_reads import insertion, quick
+from tuner.search.bulk_reads import insertion, use_bulk_reads
 from tuner.search.history import OWNER
 from tuner.search.optuna_internals import DatabaseProxy, database_of, require_for_server, table
 
 T = TypeVar("T")
-FIRST, LONGEST, PATIENCE = (
+FIRST_WAIT, LONGEST_WAIT, TOTAL_WAIT = (
     0.5,
     30.0,
     600.0,
 )  # seconds: the first wait, the longest, all of them together
-STALLED = 60  # seconds after which the server ends a transaction, or a lock, whose holder has stopped moving
-LOCKS = 0x74756E65  # the space of tuner's advisory locks; within it a study's id, and 0 for the making of tables and studies
+STALLED_SECONDS = 60  # seconds after which the server ends a transaction, or a lock, whose holder has stopped moving
+LOCK_NAMESPACE = 0x74756E65  # the space of tuner's advisory locks; within it a study's id, and 0 for the making of tables and studies
 PROBES = 5
 POOLED = (
     "it answers through a connection pooler that hands out the server's sessions by the transaction, where coordinators cannot lock "
     "a study; name the server itself, or a pooler's port that keeps sessions (PgBouncer: pool_mode = session; Supabase: port 5432)"
 )
-OPTIONS = {
+CONNECT_OPTIONS = {
     "connect_timeout": 8,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
-PASSING = {
+TRANSIENT_SQLSTATES = {
     "40001",
     "40P01",
     "53300",
@@ -50,7 +50,7 @@ PASSING = {
     "57P05",
     "25P03",
 }  # deadlocks, shutdown, starting up, idle too long
-LASTING = (
+PERMANENT_ERRORS = (
     "authentication failed",
     "does not exist",
     "no password supplied",
@@ -60,11 +60,11 @@ LASTING = (
 )
 
 
-class Lost(Exception):
+class ConnectionLost(Exception):
     """The server went away in the middle of a call: whether that was carried out is not known."""
 
 
-class Server(DatabaseProxy):
+class PostgresStorage(DatabaseProxy):
     """Takes Optuna's database's place behind Optuna's cache. Calls are tried again until the server answers, for ten minutes.
 
     All go over one connection. `exclusively` holds the study's lock on that very connection, so nothing can be written by whom the
@@ -75,80 +75,80 @@ class Server(DatabaseProxy):
     def __init__(
         self,
         database: RDBStorage,
-        shown: str,
-        tell: Callable[[str], None],
-        hopeless: Callable[[], bool],
+        display_url: str,
+        warn: Callable[[str], None],
+        should_give_up: Callable[[], bool],
     ) -> None:
-        self.database, self.engine, self.shown, self.tell, self.hopeless = (
+        self.database, self.engine, self.display_url, self.warn, self.should_give_up = (
             database,
             database.engine,
-            shown,
-            tell,
-            hopeless,
+            display_url,
+            warn,
+            should_give_up,
         )
         self.owner = uuid.uuid4().hex
-        self.holder: Any = None  # the connection that holds a lock
-        self.told = float("-inf")
-        sqlalchemy.event.listen(self.engine, "connect", self._limit)
-        sqlalchemy.event.listen(self.engine, "checkout", self._only_the_holder)
-        sqlalchemy.event.listen(self.engine, "handle_error", lost)
+        self.locked_connection: Any = None  # the connection that holds a lock
+        self.last_warning = float("-inf")
+        sqlalchemy.event.listen(self.engine, "connect", self._set_idle_timeout)
+        sqlalchemy.event.listen(self.engine, "checkout", self._require_locked_connection)
+        sqlalchemy.event.listen(self.engine, "handle_error", raise_connection_lost)
         self.engine.dispose()
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.database, name)
         if not callable(found):
             return found
-        return lambda *words, **named: self.patiently(lambda again: found(*words, **named))
+        return lambda *words, **named: self.with_retry(lambda again: found(*words, **named))
 
     # -- the server that goes away
 
-    def patiently(self, call: Callable[[bool], T]) -> T:
+    def with_retry(self, call: Callable[[bool], T]) -> T:
         """What `call` returns. It is told whether an earlier try may have been carried out. Raises StorageError when patience ends."""
-        if self.holder is not None:
+        if self.locked_connection is not None:
             return call(False)  # what holds the lock is repeated as a whole
-        wait, began, again = FIRST, time.monotonic(), False
+        wait, began, again = FIRST_WAIT, time.monotonic(), False
         while True:
             try:
                 found = call(again)
-            except Lost as cause:
+            except ConnectionLost as cause:
                 began = began if again else time.monotonic()
                 again = True
-                if self.hopeless() or time.monotonic() - began + wait > PATIENCE:
+                if self.should_give_up() or time.monotonic() - began + wait > TOTAL_WAIT:
                     raise StorageError(
-                        f"storage: {self.shown} does not answer ({cause}); finished trials are kept: see to it and run the same command"
+                        f"storage: {self.display_url} does not answer ({cause}); finished trials are kept: see to it and run the same command"
                     ) from None
-                if time.monotonic() - self.told > 60:
-                    self.tell(
-                        f"the database does not answer ({cause}); trying again for {PATIENCE / 60:g} minutes"
+                if time.monotonic() - self.last_warning > 60:
+                    self.warn(
+                        f"the database does not answer ({cause}); trying again for {TOTAL_WAIT / 60:g} minutes"
                     )
-                    self.told = time.monotonic()
+                    self.last_warning = time.monotonic()
                 self._sleep(wait)
-                wait = min(2 * wait, LONGEST)
+                wait = min(2 * wait, LONGEST_WAIT)
             else:
-                if again and self.told >= began:
-                    self.tell("the database answers again")
+                if again and self.last_warning >= began:
+                    self.warn("the database answers again")
                 return found
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not self.hopeless():
+        while time.monotonic() < until and not self.should_give_up():
             time.sleep(0.1)
 
-    def _limit(self, connection: Any, _: Any) -> None:
+    def _set_idle_timeout(self, connection: Any, _: Any) -> None:
         """A coordinator that is stopped in a transaction must not hold up the others."""
         with connection.cursor() as cursor:
-            cursor.execute(f"SET idle_in_transaction_session_timeout = '{STALLED}s'")
+            cursor.execute(f"SET idle_in_transaction_session_timeout = '{STALLED_SECONDS}s'")
         connection.commit()
 
-    def _only_the_holder(self, connection: Any, *_: Any) -> None:
-        if self.holder is not None and connection is not self.holder:
-            raise Lost("the connection that held the study's lock is gone")
+    def _require_locked_connection(self, connection: Any, *_: Any) -> None:
+        if self.locked_connection is not None and connection is not self.locked_connection:
+            raise ConnectionLost("the connection that held the study's lock is gone")
 
     # -- one at a time
 
-    def exclusively(self, key: int, work: Callable[[], T]) -> T:
+    def run_exclusively(self, key: int, work: Callable[[], T]) -> T:
         """What `work` returns, done while no other coordinator does anything under the same key. It may be done several times over."""
-        if self.holder is not None:
+        if self.locked_connection is not None:
             return work()
 
         def held(_: bool) -> T:
@@ -158,31 +158,31 @@ class Server(DatabaseProxy):
             finally:
                 self._unlock(key)
 
-        return self.patiently(held)
+        return self.with_retry(held)
 
     def _lock(self, key: int) -> None:
         with self.engine.connect() as connection:
             connection.execute(
                 sqlalchemy.text(
-                    f"SELECT pg_advisory_lock({LOCKS}, {int(key)}) {self._stalled(STALLED)}"
+                    f"SELECT pg_advisory_lock({LOCK_NAMESPACE}, {int(key)}) {self._idle_timeout_sql(STALLED_SECONDS)}"
                 )
             )
             connection.commit()
-            self.holder = connection.connection.dbapi_connection
+            self.locked_connection = connection.connection.dbapi_connection
 
     def _unlock(self, key: int) -> None:
         try:
-            with contextlib.suppress(Lost), self.engine.connect() as connection:
+            with contextlib.suppress(ConnectionLost), self.engine.connect() as connection:
                 connection.execute(
                     sqlalchemy.text(
-                        f"SELECT pg_advisory_unlock({LOCKS}, {int(key)}) {self._stalled(0)}"
+                        f"SELECT pg_advisory_unlock({LOCK_NAMESPACE}, {int(key)}) {self._idle_timeout_sql(0)}"
                     )
                 )
                 connection.commit()
         finally:
-            self.holder = None
+            self.locked_connection = None
 
-    def _stalled(self, seconds: int) -> str:
+    def _idle_timeout_sql(self, seconds: int) -> str:
         """Sets how long who holds the lock may be silent; servers before 14 cannot."""
         known = (self.engine.dialect.server_version_info or (0,)) >= (14,)
         return f", set_config('idle_session_timeout', '{seconds}s', false)" if known else ""
@@ -193,14 +193,14 @@ class Server(DatabaseProxy):
         """A trial that runs has its owner from the first moment."""
         owned = template or create_trial(state=TrialState.RUNNING, user_attrs={OWNER: self.owner})
         make = super().create_trial
-        return self.patiently(lambda again: make(study_id, owned))
+        return self.with_retry(lambda again: make(study_id, owned))
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         """As Optuna's. Raises UpdateFinishedTrialError when the trial was ended by somebody else."""
         if state == TrialState.RUNNING:
-            return self.patiently(lambda again: self._take(trial_id))
+            return self.with_retry(lambda again: self._claim_waiting_trial(trial_id))
 
         def end(again: bool) -> bool:
             try:
@@ -214,9 +214,9 @@ class Server(DatabaseProxy):
                     raise
                 return True  # the try that was not heard of had been carried out
 
-        return self.patiently(end)
+        return self.with_retry(end)
 
-    def _take(self, trial_id: int) -> bool:
+    def _claim_waiting_trial(self, trial_id: int) -> bool:
         """From waiting to running, with its owner, in one transaction."""
         # Optuna's columns are in UTC, by the clock of this machine
         trials, now = table("trials"), datetime.now(UTC).replace(tzinfo=None)
@@ -239,7 +239,7 @@ class Server(DatabaseProxy):
                 connection.execute(marks)
         return taken
 
-    def insert(self, trial_id: int, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+    def insert_rows(self, trial_id: int, rows: Mapping[str, list[dict[str, Any]]]) -> None:
         """A running trial's rows, all or none. Raises UpdateFinishedTrialError when it does not run any more."""
         trials = table("trials").c
         state = (
@@ -261,32 +261,37 @@ class Server(DatabaseProxy):
                 if not again:
                     raise  # else the try that was not heard of had been carried out
 
-        self.patiently(write)
+        self.with_retry(write)
 
 
-def open_server(
-    url: str, shown: str, tell: Callable[[str], None], hopeless: Callable[[], bool]
+def open_postgresql(
+    url: str, display_url: str, warn: Callable[[str], None], should_give_up: Callable[[], bool]
 ) -> BaseStorage:
     """Optuna's storage over a server. Raises what the driver raises when it cannot be reached now."""
-    require_for_server(shown)
-    doubled = database_url.escaped(url)
-    words = options(url)
+    require_for_server(display_url)
+    doubled = database_url.escape_braces(url)
+    words = connect_options(url)
     if sqlalchemy.engine.make_url(url).get_driver_name() == "psycopg":
         words["prepare_threshold"] = None  # a pooler may not know a prepared statement again
     gate = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=words)
-    _refuse_pooler(gate, shown)
+    _refuse_pooler(gate, display_url)
     with gate.connect() as connection:  # two that begin at once would both make the tables
-        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCKS}, 0)"))
-        RDBStorage(doubled, engine_kwargs={"connect_args": options(url)}).engine.dispose()
+        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCK_NAMESPACE}, 0)"))
+        RDBStorage(doubled, engine_kwargs={"connect_args": connect_options(url)}).engine.dispose()
     gate.dispose()
-    pool = {"pool_size": 1, "max_overflow": 0, "pool_pre_ping": True, "connect_args": options(url)}
-    database = quick(
+    pool = {
+        "pool_size": 1,
+        "max_overflow": 0,
+        "pool_pre_ping": True,
+        "connect_args": connect_options(url),
+    }
+    database = use_bulk_reads(
         RDBStorage(
             doubled, engine_kwargs=pool, skip_compatibility_check=True, skip_table_creation=True
         )
     )
     storage = get_storage(database)
-    Server(database, shown, tell, hopeless).put_before(storage)
+    PostgresStorage(database, display_url, warn, should_give_up).put_before(storage)
     return storage
 
 
@@ -298,18 +303,18 @@ def _refuse_pooler(gate: sqlalchemy.Engine, shown: str) -> None:
     """
     held = sqlalchemy.text(
         "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() "
-        f"AND classid = {LOCKS} AND objid = :key"
+        f"AND classid = {LOCK_NAMESPACE} AND objid = :key"
     )
     with gate.connect() as holder, gate.connect() as other:
         for _ in range(PROBES):
             key = {"key": secrets.randbelow(2**30) + 2**30}  # no study's id
-            holder.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCKS}, :key)"), key)
+            holder.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCK_NAMESPACE}, :key)"), key)
             holder.commit()
             # `other` keeps its session, as its transaction stays open
             shared = other.execute(held, key).scalar_one() > 0
             lasts = holder.execute(held, key).scalar_one() > 0
             if shared or lasts:
-                unlock = sqlalchemy.text(f"SELECT pg_advisory_unlock({LOCKS}, :key)")
+                unlock = sqlalchemy.text(f"SELECT pg_advisory_unlock({LOCK_NAMESPACE}, :key)")
                 (other if shared else holder).execute(unlock, key)
             holder.commit()
             other.commit()
@@ -317,36 +322,40 @@ def _refuse_pooler(gate: sqlalchemy.Engine, shown: str) -> None:
                 raise StorageError(f"storage: {shown} cannot be used: {POOLED}")
 
 
-def of(storage: BaseStorage) -> Server | None:
+def postgres_storage_of(storage: BaseStorage) -> PostgresStorage | None:
     """The server that a storage is on."""
     database = database_of(storage)
-    return database if isinstance(database, Server) else None
+    return database if isinstance(database, PostgresStorage) else None
 
 
-def options(url: str | sqlalchemy.engine.URL) -> dict[str, Any]:
+def connect_options(url: str | sqlalchemy.engine.URL) -> dict[str, Any]:
     """How to connect, as far as the URL leaves it open."""
     written = sqlalchemy.engine.make_url(url)
-    usual = OPTIONS if written.get_driver_name() in ("psycopg", "psycopg2") else {}
+    usual = CONNECT_OPTIONS if written.get_driver_name() in ("psycopg", "psycopg2") else {}
     return {key: value for key, value in usual.items() if key not in written.query}
 
 
-def lost(context: sqlalchemy.engine.ExceptionContext) -> None:
+def raise_connection_lost(context: sqlalchemy.engine.ExceptionContext) -> None:
     """Turns the driver's words for a server that went away into Lost; what will not pass stays as it is."""
     error = context.original_exception
     connecting = context.connection is None and isinstance(
         error, context.dialect.loaded_dbapi.OperationalError
     )
-    lasting = connecting and any(word in str(error) for word in LASTING)
+    lasting = connecting and any(word in str(error) for word in PERMANENT_ERRORS)
     if context.is_pre_ping or lasting:
         return
-    if context.is_disconnect or connecting or getattr(error, "sqlstate", None) in PASSING:
-        raise Lost(reason(error)) from None
+    if (
+        context.is_disconnect
+        or connecting
+        or getattr(error, "sqlstate", None) in TRANSIENT_SQLSTATES
+    ):
+        raise ConnectionLost(one_line_reason(error)) from None
 
 
-def reason(error: BaseException) -> str:
+def one_line_reason(error: BaseException) -> str:
     """The driver's words on one line; several addresses make several."""
     return " ".join(str(getattr(error, "orig", None) or error).split())
 
 
-def hidden_reason(error: BaseException, url: str) -> str:
-    return database_url.hidden(reason(error), url)
+def reason_without_password(error: BaseException, url: str) -> str:
+    return database_url.hide_passwords(one_line_reason(error), url)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-STARTUP, WARMUP, PEERS = 5, 2, 5
+STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 2, 5
 
 
 class ProjectionPruner(optuna.pruners.BasePruner):
@@ -26,23 +26,24 @@ class ProjectionPruner(optuna.pruners.BasePruner):
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         done = trial.last_step
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if done is None or done <= WARMUP or len(completed) < STARTUP:
+        if done is None or done <= WARMUP_EPOCHS or len(completed) < STARTUP_TRIALS:
             return False
         share = done / self._length(trial)
         near = sorted(completed, key=lambda other: (self._distance(trial, other), -other.number))[
-            :PEERS
+            :PEER_COUNT
         ]
         rise = max(
-            _best(other.intermediate_values) - _best(self._until(other, share)) for other in near
+            _best_value(other.intermediate_values) - _best_value(self._epochs_until(other, share))
+            for other in near
         )
-        return _best(trial.intermediate_values) + rise < statistics.median(
+        return _best_value(trial.intermediate_values) + rise < statistics.median(
             float(other.value or 0.0) for other in completed
         )
 
     def _length(self, trial: FrozenTrial) -> int:
         return int(trial.params.get("epochs", self.epochs))
 
-    def _until(self, trial: FrozenTrial, share: float) -> dict[int, float]:
+    def _epochs_until(self, trial: FrozenTrial, share: float) -> dict[int, float]:
         """The epochs of a trial up to a share of its length; the first in any case."""
         last = max(1, math.floor(share * self._length(trial)))
         return {
@@ -55,5 +56,5 @@ class ProjectionPruner(optuna.pruners.BasePruner):
         return depth + abs(math.log2(self._length(a) / self._length(b)))
 
 
-def _best(values: Mapping[int, float]) -> float:
+def _best_value(values: Mapping[int, float]) -> float:
     return max(values.values())

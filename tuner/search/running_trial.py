@@ -6,7 +6,7 @@ from typing import Protocol
 from optuna.trial import FrozenTrial, Trial
 
 from tuner.config.run import Run
-from tuner.messages import Epoch, Result
+from tuner.messages import Epoch, TrialResult
 
 
 @dataclass
@@ -21,12 +21,12 @@ class RunningTrial:
     run: Run
     proposal: int
     attempt: int
-    key: str  # of its parameters
+    params_key: str  # of its parameters
     begun: int
-    default: bool = False  # the default recipe is never pruned: the others are compared with it
+    is_default: bool = False  # the default recipe is never pruned: the others are compared with it
     killed: int = 0  # earlier attempts whose workers a memory limit ended
     refused: bool = False  # an earlier attempt was refused by its worker
-    pruned: bool = False
+    is_pruned: bool = False
 
     @property
     def number(self) -> int:
@@ -39,9 +39,9 @@ class RunningTrial:
         return min(recipe.epochs, recipe.stop_epoch or recipe.epochs)
 
 
-class Listener(Protocol):
+class SearchListener(Protocol):
     """Who is told what happens: the console, the dashboard's artifacts."""
 
-    def epoch(self, trial: RunningTrial, epoch: Epoch) -> None: ...
-    def ended(self, trial: FrozenTrial, run: Run, result: Result | None) -> None: ...
-    def files(self, trial: Trial, run: Run, result: Result) -> None: ...
+    def on_epoch(self, trial: RunningTrial, epoch: Epoch) -> None: ...
+    def on_trial_end(self, trial: FrozenTrial, run: Run, result: TrialResult | None) -> None: ...
+    def save_artifacts(self, trial: Trial, run: Run, result: TrialResult) -> None: ...

@@ -33,6 +33,6 @@ PRUNERS: Mapping[str, Callable[[int], optuna.pruners.BasePruner]] = {
 }
 
 
-def mix(*parts: int) -> int:
+def derive_seed(*parts: int) -> int:
     """A 32-bit seed that depends on every part and on nothing else."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")

@@ -11,30 +11,30 @@ import sqlalchemy
 
 from tuner.config import database_url, yaml_document
 from tuner.config.requirements import pip_install
-from tuner.config.yaml_document import kind
+from tuner.config.yaml_document import describe_value
 from tuner.errors import SpaceError, StorageError
 from tuner.files import mounts
 from tuner.files.atomic import claimed, disk_errors
-from tuner.files.crash_points import crash
+from tuner.files.crash_points import crash_point
 from tuner.search import postgresql
-from tuner.search.bulk_reads import quick
+from tuner.search.bulk_reads import use_bulk_reads
 from tuner.search.optuna_internals import warn_of_missing
 from tuner.search.study_identity import Comparison
 
-SPACE, DATA, DEFAULTED = "tuner:space", "tuner:data", "tuner:defaulted"
+SPACE_ATTRIBUTE, DATA_ATTRIBUTE, DEFAULTED = "tuner:space", "tuner:data", "tuner:defaulted"
 
 
 @contextlib.contextmanager
-def lock(folder: Path, name: str = "lock") -> Iterator[None]:
+def lock_study(folder: Path, name: str = "lock") -> Iterator[None]:
     """Holds the study; the kernel frees it however the holder ends. Raises StorageError when another process has it."""
-    make(folder)
+    create_folder(folder)
     quoted = repr(folder.name).replace("{", "{{").replace("}", "}}")
     busy = f"study {quoted} is being run by {{holder}}; wait for it, or use another search.name"
     with claimed(folder / name, busy):
         yield
 
 
-def make(folder: Path) -> None:
+def create_folder(folder: Path) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -44,82 +44,93 @@ def stated(folder: Path) -> str | None:
 
     Raises SpaceError.
     """
-    written = yaml_document.read(folder / "space.yaml")
-    url = written.tree.get("storage")
-    problems = database_url.problems(url) if isinstance(url, str) else []
+    written = yaml_document.read_document(folder / "space.yaml")
+    url = written.content.get("storage")
+    problems = database_url.find_url_problems(url) if isinstance(url, str) else []
     if url is not None and not isinstance(url, str):
-        problems = [f"expected a database URL such as postgresql://host/name, got {kind(url)}"]
+        problems = [
+            f"expected a database URL such as postgresql://host/name, got {describe_value(url)}"
+        ]
     if problems:
-        raise SpaceError(*(written.problem(("storage",), problem) for problem in problems))
+        raise SpaceError(*(written.format_problem(("storage",), problem) for problem in problems))
     return url
 
 
 @contextlib.contextmanager
-def held(url: str | None, folder: Path) -> Iterator[None]:
+def lock_if_local(url: str | None, folder: Path) -> Iterator[None]:
     """The study's folder, and alone where its database is a file: a server has room for several coordinators."""
     with contextlib.ExitStack() as stack:
-        if url is None or not on_server(url):
-            stack.enter_context(lock(folder))
-        if url is not None and (path := database_url.sqlite_path(database_url.expanded(url))):
+        if url is None or not is_postgresql(url):
+            stack.enter_context(lock_study(folder))
+        if url is not None and (
+            path := database_url.sqlite_path(database_url.expand_variables(url))
+        ):
             stack.enter_context(
-                lock(path.parent, f"{path.name}.lock")
+                lock_study(path.parent, f"{path.name}.lock")
             )  # another folder's study may lie in the same file
-        make(folder)
+        create_folder(folder)
         yield
 
 
-def on_server(url: str) -> bool:
-    return database_url.expanded(url).startswith(("postgresql:", "postgresql+"))
+def is_postgresql(url: str) -> bool:
+    return database_url.expand_variables(url).startswith(("postgresql:", "postgresql+"))
 
 
-def connect(
+def open_storage(
     url: str | None,
     folder: Path,
-    tell: Callable[[str], None] = lambda text: None,
-    hopeless: Callable[[], bool] = lambda: False,
+    warn: Callable[[str], None] = lambda text: None,
+    should_give_up: Callable[[], bool] = lambda: False,
 ) -> optuna.storages.BaseStorage:
     """The study's database: SQLite in WAL mode in its folder, or any SQLAlchemy URL. Raises StorageError.
 
     `tell` is told when a server goes away and comes back; once things are `hopeless`, it is not waited for.
     """
-    warn_of_missing(tell)
+    warn_of_missing(warn)
     try:
-        real = None if url is None else database_url.expanded(url)
+        real = None if url is None else database_url.expand_variables(url)
         path = folder / "study.db" if real is None else database_url.sqlite_path(real)
-        if real is not None and on_server(real):
-            return postgresql.open_server(real, shown(url, folder), tell, hopeless)
+        if real is not None and is_postgresql(real):
+            return postgresql.open_postgresql(
+                real, display_location(url, folder), warn, should_give_up
+            )
         if path is not None:
-            _refuse_network(path.parent, tell)
-            return _sqlite(path)
+            _refuse_network_file_system(path.parent, warn)
+            return _open_sqlite(path)
         assert real is not None
         found = optuna.storages.RDBStorage(
-            database_url.escaped(real), engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800}
+            database_url.escape_braces(real),
+            engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800},
         )
     except (
         sqlalchemy.exc.SQLAlchemyError,
         optuna.exceptions.StorageInternalError,
         ImportError,
         RuntimeError,
-        postgresql.Lost,
+        postgresql.ConnectionLost,
     ) as error:
-        raise full(error, shown(url, folder)) or cannot("opened", error, url, folder) from None
-    tell(
-        f"storage: {shown(url, folder)} is passed on as it is: tuner is tested with SQLite and PostgreSQL only"
+        raise disk_full_error(error, display_location(url, folder)) or storage_error(
+            "opened", error, url, folder
+        ) from None
+    warn(
+        f"storage: {display_location(url, folder)} is passed on as it is: tuner is tested with SQLite and PostgreSQL only"
     )
     return found
 
 
-def close(database: optuna.storages.BaseStorage) -> None:
+def close_storage(database: optuna.storages.BaseStorage) -> None:
     """Ends the connections to a server."""
-    place = postgresql.of(database)
+    place = postgresql.postgres_storage_of(database)
     if place is not None:
         place.engine.dispose()
 
 
-def cannot(be: str, error: Exception, url: str | None, folder: Path) -> StorageError:
+def storage_error(participle: str, error: Exception, url: str | None, folder: Path) -> StorageError:
     """The database's own words, without passwords, and what to do where that is known."""
     cause = error.__cause__ or error
-    found = postgresql.hidden_reason(cause, url) if url else postgresql.reason(cause)
+    found = (
+        postgresql.reason_without_password(cause, url) if url else postgresql.one_line_reason(cause)
+    )
     hint = ""
     if isinstance(cause, ModuleNotFoundError):
         hint = (
@@ -127,27 +138,29 @@ def cannot(be: str, error: Exception, url: str | None, folder: Path) -> StorageE
             if cause.name == "psycopg"
             else "; install its driver, or write postgresql://…"
         )
-    elif url and database_url.expanded(url).startswith("postgres:"):
+    elif url and database_url.expand_variables(url).startswith("postgres:"):
         hint = "; the scheme is called postgresql://, not postgres://"
     elif "pooling mode" in found:  # PgBouncer's words for pool_mode = statement
         hint = f"; {postgresql.POOLED}"
-    return StorageError(f"storage: {shown(url, folder)} cannot be {be}: {found}{hint}")
+    return StorageError(
+        f"storage: {display_location(url, folder)} cannot be {participle}: {found}{hint}"
+    )
 
 
 @contextlib.contextmanager
-def database_errors(place: str) -> Iterator[None]:
+def database_errors(location: str) -> Iterator[None]:
     """Turns a database that stops answering, or a full disk under it, into a StorageError."""
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.OperationalError) as error:
-        cause = postgresql.reason(error.__cause__ or error)
-        raise full(error, place) or StorageError(
-            f"storage: {place} failed while the search ran ({cause}); finished trials are kept: "
+        cause = postgresql.one_line_reason(error.__cause__ or error)
+        raise disk_full_error(error, location) or StorageError(
+            f"storage: {location} failed while the search ran ({cause}); finished trials are kept: "
             "see to its disk or server and run the same command"
         ) from error
 
 
-def full(error: BaseException, place: str) -> StorageError | None:
+def disk_full_error(error: BaseException, location: str) -> StorageError | None:
     """A database's own words for a full disk as ours; None where it is something else."""
     cause: BaseException | None = error
     while cause is not None:
@@ -158,34 +171,34 @@ def full(error: BaseException, place: str) -> StorageError | None:
         ):
             said = str(cause.__cause__ or cause).splitlines()[0]
             return StorageError(
-                f"disk full while writing {place} ({said}); finished trials are kept: free some space and run the same command"
+                f"disk full while writing {location} ({said}); finished trials are kept: free some space and run the same command"
             )
         cause = cause.__cause__
     return None
 
 
-def shown(url: str | None, folder: Path) -> str:
+def display_location(url: str | None, folder: Path) -> str:
     """Where the study's database is, without the password."""
     if url is None:
         return str(folder / "study.db")
-    return database_url.kept(url)
+    return database_url.without_password(url)
 
 
-def _sqlite(path: Path) -> optuna.storages.RDBStorage:
+def _open_sqlite(path: Path) -> optuna.storages.RDBStorage:
     def pragmas(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
 
     url = sqlalchemy.engine.URL.create("sqlite", database=str(path)).render_as_string()
     storage = optuna.storages.RDBStorage(
-        database_url.escaped(url), engine_kwargs={"connect_args": {"timeout": 60}}
+        database_url.escape_braces(url), engine_kwargs={"connect_args": {"timeout": 60}}
     )
     sqlalchemy.event.listen(storage.engine, "connect", pragmas)
     storage.engine.dispose()  # connections from before the hook
-    return quick(storage)
+    return use_bulk_reads(storage)
 
 
-def _refuse_network(folder: Path, tell: Callable[[str], None]) -> None:
+def _refuse_network_file_system(folder: Path, tell: Callable[[str], None]) -> None:
     """SQLite's locks and its shared memory are not safe on network file systems."""
     kind = mounts.kind_of(folder)
     shared = mounts.networked(kind)
@@ -220,21 +233,21 @@ def open_study(
         study = optuna.create_study(
             storage=storage, study_name=name, direction="maximize", sampler=sampler, pruner=pruner
         )
-        crash("study.created")
-        return _marked(study, identity, data, defaulted)
+        crash_point("study.created")
+        return _mark_study(study, identity, data, defaulted)
     direction = study.direction.name.lower()
     if direction != "maximize":
         raise SpaceError(
             f"study {name!r} was created with direction={direction}, this file maximises; use another search.name"
         )
-    if SPACE not in study.user_attrs and not study.get_trials(deepcopy=False):
+    if SPACE_ATTRIBUTE not in study.user_attrs and not study.get_trials(deepcopy=False):
         # who made it was killed, or lost the server, at that moment
-        return _marked(study, identity, data, defaulted)
-    if SPACE not in study.user_attrs:
+        return _mark_study(study, identity, data, defaulted)
+    if SPACE_ATTRIBUTE not in study.user_attrs:
         raise SpaceError(f"study {name!r} was not made by tuner; use another search.name")
     compared = _compared(study.user_attrs, identity, defaulted)
     problems = [f"study {name!r} was created {difference}" for difference in compared.problems]
-    if not problems and study.user_attrs.get(DATA) not in (None, data):
+    if not problems and study.user_attrs.get(DATA_ATTRIBUTE) not in (None, data):
         problems = [
             f"study {name!r} was created with other data: the images, their labels or their split have changed"
         ]
@@ -257,20 +270,24 @@ def earlier_defaults(
         attrs = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
     except KeyError:
         return {}
-    return _compared(attrs, identity, defaulted).earlier if SPACE in attrs else {}
+    return _compared(attrs, identity, defaulted).earlier if SPACE_ATTRIBUTE in attrs else {}
 
 
 def _compared(
     attrs: Mapping[str, Any], identity: Mapping[str, Any], defaulted: Collection[str]
 ) -> Comparison:
-    return Comparison(json.loads(attrs[SPACE]), attrs.get(DEFAULTED, ()), identity, defaulted)
+    return Comparison(
+        json.loads(attrs[SPACE_ATTRIBUTE]), attrs.get(DEFAULTED, ()), identity, defaulted
+    )
 
 
-def _marked(
+def _mark_study(
     study: optuna.Study, identity: Mapping[str, Any], data: str, defaulted: Collection[str]
 ) -> optuna.Study:
     """The study, which says of what space and data it is."""
-    study.set_user_attr(DATA, data)
+    study.set_user_attr(DATA_ATTRIBUTE, data)
     study.set_user_attr(DEFAULTED, list(defaulted))
-    study.set_user_attr(SPACE, json.dumps(identity))  # last: it says that the study is tuner's
+    study.set_user_attr(
+        SPACE_ATTRIBUTE, json.dumps(identity)
+    )  # last: it says that the study is tuner's
     return study

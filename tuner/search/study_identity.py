@@ -14,7 +14,7 @@ LOCATIONS = (
 
 def identity(space: Space) -> dict[str, Any]:
     """The keys of the file that every trial of a study shares, as sections, with every default."""
-    sections = space.tree()
+    sections = space.to_dict()
     search = space.settings.search
     shared = ("task", "data", "model", "recipe", "seed")
     return {section: sections[section] for section in shared if section in sections} | {
@@ -28,7 +28,7 @@ def defaulted_keys(space: Space) -> list[str]:
 
 
 def _written(space: Space, path: KeyPath) -> bool:
-    section = space.document.tree.get(path[0])
+    section = space.document.content.get(path[0])
     if len(path) == 1 or path[1] == "name":
         return section is not None
     return isinstance(section, dict) and path[1] in section

@@ -5,18 +5,27 @@ from collections.abc import Callable
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.config.run import Search
+from tuner.config.run import SearchSettings
 from tuner.errors import StorageError, TunerError
-from tuner.files.checkpoint_files import Keeping
-from tuner.files.crash_points import crash
-from tuner.jobs import Outcome, refusal
-from tuner.messages import Result
+from tuner.files.checkpoint_files import CheckpointRetention
+from tuner.files.crash_points import crash_point
+from tuner.jobs import Outcome, to_tuner_error
+from tuner.messages import TrialResult
 from tuner.search import history
 from tuner.search.duplicate_trials import DuplicateTrials
-from tuner.search.failures import Failures
-from tuner.search.history import BEST_EPOCH, FINAL, KILLED, REASON, REFUSED, SCORES, TRACE, rank
-from tuner.search.ledger import ENDED, Ledger
-from tuner.search.running_trial import Listener, RunningTrial
+from tuner.search.failures import FailureLimits
+from tuner.search.history import (
+    BEST_EPOCH,
+    FAILED_PERMANENTLY,
+    KILLED,
+    REASON,
+    REFUSED,
+    SCORES,
+    TRACEBACK,
+    trial_rank,
+)
+from tuner.search.ledger import ENDED_STATES, Ledger
+from tuner.search.running_trial import RunningTrial, SearchListener
 from tuner.search.windowed_study import WindowedStudy
 
 SUSPECTS = 3  # trials refused in a row that end the search
@@ -35,16 +44,16 @@ class TrialOutcomes:
     def __init__(
         self,
         study: WindowedStudy,
-        search: Search,
+        search: SearchSettings,
         ledger: Ledger,
         duplicates: DuplicateTrials,
-        keeping: Keeping,
-        listener: Listener,
+        keeping: CheckpointRetention,
+        listener: SearchListener,
         stopping: Callable[[], bool],
     ) -> None:
         self.study, self.search, self.ledger, self.duplicates = study, search, ledger, duplicates
         self.keeping, self.listener, self.stopping = keeping, listener, stopping
-        self.failures = Failures()
+        self.failures = FailureLimits()
         self.error: TunerError | None = None
         self.suspects: list[tuple[RunningTrial, Outcome]] = []
         self._begun = 0  # how many trials this process had begun when the last suspect was refused
@@ -74,34 +83,38 @@ class TrialOutcomes:
         elif outcome.kind == "refused":
             self._refuse(running, outcome, begun)
         elif outcome.reason == "interrupted" or (outcome.kind == "lost" and self.stopping()):
-            self.ledger.again(running.trial, running.proposal, "interrupted", count=False)
+            self.ledger.retry_own(
+                running.trial, running.proposal, "interrupted", counts_as_attempt=False
+            )
         elif outcome.kind == "lost":
             self._lost_worker(running, outcome)
         else:
             self._give_up(running, outcome)
 
-    def _finish(self, running: RunningTrial, result: Result) -> None:
+    def _finish(self, running: RunningTrial, result: TrialResult) -> None:
         trial = running.trial
-        if result.state == "stopped" and not running.pruned:
-            self.ledger.again(running.trial, running.proposal, "interrupted", count=False)
+        if result.state == "stopped" and not running.is_pruned:
+            self.ledger.retry_own(
+                running.trial, running.proposal, "interrupted", counts_as_attempt=False
+            )
             return
         failed = result.state in ("diverged", "oom")
         trial.set_user_attr("seconds", round(result.seconds, 3))
-        if result.best:
-            trial.set_user_attr(BEST_EPOCH, result.best)
-            trial.set_user_attr(SCORES, result.epochs[result.best - 1].scores)
+        if result.best_epoch:
+            trial.set_user_attr(BEST_EPOCH, result.best_epoch)
+            trial.set_user_attr(SCORES, result.epochs[result.best_epoch - 1].scores)
         if failed:
             trial.set_user_attr(REASON, f"{result.state}: {result.reason}")
-        self.listener.files(
+        self.listener.save_artifacts(
             trial, running.run, result
         )  # artifacts can be attached only while a trial is running
-        crash("search.files")
+        crash_point("search.files")
         if result.state == "complete":
-            value = result.epochs[result.best - 1].scores[str(self.search.metric)]
+            value = result.epochs[result.best_epoch - 1].scores[str(self.search.metric)]
             ended = self.study.tell(running.number, value)
         else:
             ended = self.study.tell(running.number, state=TrialState.PRUNED)
-        crash("search.told")
+        crash_point("search.told")
         self._close(running, ended, result)
         self.accepted(running)
         if failed:
@@ -110,19 +123,19 @@ class TrialOutcomes:
             self.failures.clear()
 
     def _close(
-        self, running: RunningTrial, ended: FrozenTrial, result: Result | None = None
+        self, running: RunningTrial, ended: FrozenTrial, result: TrialResult | None = None
     ) -> None:
-        self.keeping.ended(running.proposal, rank(ended))
-        self.ledger.close(ended)
-        self.listener.ended(ended, running.run, result)
+        self.keeping.on_trial_end(running.proposal, trial_rank(ended))
+        self.ledger.enter_ended(ended)
+        self.listener.on_trial_end(ended, running.run, result)
 
     def _lost_worker(self, running: RunningTrial, outcome: Outcome) -> None:
         """Asks for the trial again, or gives it up after its last attempt."""
-        killed = running.killed + (outcome.cause == "memory")
+        killed = running.killed + (outcome.loss_cause == "memory")
         if running.attempt <= self.search.retries:
             marks = {KILLED: killed} if killed else {}
-            self.ledger.again(
-                running.trial, running.proposal, outcome.reason, count=True, marks=marks
+            self.ledger.retry_own(
+                running.trial, running.proposal, outcome.reason, counts_as_attempt=True, marks=marks
             )
         elif killed == running.attempt:
             times = f", in each of {killed} attempts" if killed > 1 else ""
@@ -138,21 +151,23 @@ class TrialOutcomes:
 
     def _give_up(self, running: RunningTrial, outcome: Outcome) -> None:
         """Fails a trial for good: its code raised, or its worker died at the last attempt."""
-        running.trial.set_user_attr(FINAL, True)
-        if outcome.trace:
-            running.trial.set_user_attr(TRACE, outcome.trace[-4000:])
-        self.ledger.fail(running.number, outcome.reason)
+        running.trial.set_user_attr(FAILED_PERMANENTLY, True)
+        if outcome.traceback:
+            running.trial.set_user_attr(TRACEBACK, outcome.traceback[-4000:])
+        self.ledger.mark_failed(running.number, outcome.reason)
         self._close(running, self.study.get_trials(deepcopy=False)[running.number])
         self._count_failure(outcome.reason, alike=True)
 
     def _count_failure(self, reason: str, *, alike: bool) -> None:
-        completed = bool(history.completed(self.study))
-        self.error = self.failures.add(reason, alike=alike, completed=completed) or self.error
+        completed = bool(history.completed_trials(self.study))
+        self.error = (
+            self.failures.record(reason, same_cause=alike, any_completed=completed) or self.error
+        )
 
     def _lose(self, running: RunningTrial) -> None:
         """Somebody else has ended the trial: another coordinator, or a person in the dashboard."""
-        self.study.lose(running.number)
-        if not self.ledger.leases.shared:  # then nobody else tries it again
+        self.study.forget_running(running.number)
+        if not self.ledger.coordination.is_shared:  # then nobody else tries it again
             self._close(running, self.study.get_trials(deepcopy=False)[running.number])
 
     # -- trials that a worker refuses
@@ -166,7 +181,7 @@ class TrialOutcomes:
                 self.duplicates.original_ended(suspect)
 
     def _refuse(self, running: RunningTrial, outcome: Outcome, begun: int) -> None:
-        disk = outcome.code == StorageError.code  # concerns every trial
+        disk = outcome.exit_code == StorageError.code  # concerns every trial
         known = outcome.problems in self._blamed or (
             running.refused and self._others_were_accepted()
         )
@@ -194,11 +209,13 @@ class TrialOutcomes:
 
     def _ask_again(self, running: RunningTrial, outcome: Outcome) -> None:
         """Ends the search. The trial is asked for again by the next run, when the cause is mended."""
-        marks = {} if outcome.code == StorageError.code else {REFUSED: True}
+        marks = {} if outcome.exit_code == StorageError.code else {REFUSED: True}
         reason = "; ".join(outcome.problems)[:500]
-        self.ledger.again(running.trial, running.proposal, reason, count=False, marks=marks)
-        self.error = self.error or refusal(outcome)
+        self.ledger.retry_own(
+            running.trial, running.proposal, reason, counts_as_attempt=False, marks=marks
+        )
+        self.error = self.error or to_tuner_error(outcome)
 
     def _others_were_accepted(self) -> bool:
-        trials = self.study.get_trials(deepcopy=False, states=ENDED)
+        trials = self.study.get_trials(deepcopy=False, states=ENDED_STATES)
         return any(trial.intermediate_values for trial in trials)

@@ -13,21 +13,23 @@ from optuna.trial import Trial, TrialState
 
 from tuner.search import optuna_internals
 from tuner.search.bulk_reads import insertion
-from tuner.search.postgresql import Server
+from tuner.search.postgresql import PostgresStorage
 
-WAIT = 1.0  # seconds that a value may wait, so that who watches a long trial sees its epochs
+MAX_DELAY = 1.0  # seconds that a value may wait, so that who watches a long trial sees its epochs
 
 
-class Batched:
+class BufferedStorage:
     """What a trial takes for its storage. Its parameters, reports, attributes, files and note wait for `flush`; all else goes through.
 
     Parameters and reports are written once, as a trial that is carried out once does. Nothing that has ended waits: see WindowedStudy.tell.
     """
 
-    def __init__(self, inner: BaseStorage, database: RDBStorage | Server, trial_id: int) -> None:
+    def __init__(
+        self, inner: BaseStorage, database: RDBStorage | PostgresStorage, trial_id: int
+    ) -> None:
         self.inner, self.database, self.trial_id = inner, database, trial_id
-        self.rows: dict[str, list[dict[str, Any]]] = {}  # by table
-        self.written = time.monotonic()
+        self.pending_rows: dict[str, list[dict[str, Any]]] = {}  # by table
+        self.last_flush = time.monotonic()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -40,7 +42,7 @@ class Batched:
         distribution: BaseDistribution,
     ) -> None:
         text = distribution_to_json(distribution)
-        self._add(
+        self._add_row(
             "trial_params",
             trial_id=trial_id,
             param_name=param_name,
@@ -52,7 +54,7 @@ class Batched:
         self, trial_id: int, step: int, intermediate_value: float
     ) -> None:
         value, value_type = optuna_internals.report_columns(intermediate_value)
-        self._add(
+        self._add_row(
             "trial_intermediate_values",
             trial_id=trial_id,
             step=step,
@@ -61,10 +63,12 @@ class Batched:
         )
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._add("trial_user_attributes", trial_id=trial_id, key=key, value_json=json.dumps(value))
+        self._add_row(
+            "trial_user_attributes", trial_id=trial_id, key=key, value_json=json.dumps(value)
+        )
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._add(
+        self._add_row(
             "trial_system_attributes",
             trial_id=trial_id,
             key=key,
@@ -72,27 +76,27 @@ class Batched:
         )
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        self._add(
+        self._add_row(
             "study_system_attributes",
             study_id=study_id,
             key=key,
             value_json=json.dumps(value),
         )
 
-    def _add(self, table: str, **row: Any) -> None:
-        self.rows.setdefault(table, []).append(row)
+    def _add_row(self, table: str, **row: Any) -> None:
+        self.pending_rows.setdefault(table, []).append(row)
 
-    def due(self) -> bool:
-        return time.monotonic() - self.written > WAIT
+    def is_due(self) -> bool:
+        return time.monotonic() - self.last_flush > MAX_DELAY
 
     def flush(self) -> None:
         """All rows or none. Raises UpdateFinishedTrialError where somebody else has ended the trial."""
-        rows, self.rows = self.rows, {}
-        if rows and isinstance(self.database, Server):
-            self.database.insert(self.trial_id, rows)
+        rows, self.pending_rows = self.pending_rows, {}
+        if rows and isinstance(self.database, PostgresStorage):
+            self.database.insert_rows(self.trial_id, rows)
         elif rows:
             self._insert(self.database.engine, rows)
-        self.written = time.monotonic()
+        self.last_flush = time.monotonic()
 
     def _insert(self, engine: sqlalchemy.Engine, rows: dict[str, list[dict[str, Any]]]) -> None:
         trials = optuna_internals.table("trials").c
@@ -117,14 +121,21 @@ class Batched:
             with self.database.engine.connect() as connection:
                 return connection.execute(query).first() is not None
 
-        return self.database.patiently(look) if isinstance(self.database, Server) else look(False)
+        return (
+            self.database.with_retry(look)
+            if isinstance(self.database, PostgresStorage)
+            else look(False)
+        )
 
 
-def batch(study: Study, trial: Trial) -> Batched | None:
+def buffer_writes(study: Study, trial: Trial) -> BufferedStorage | None:
     """Has the trial's writes collected, where its study lies in a database; None where it does not, or Optuna does not let it."""
     inner = optuna_internals.storage_of(study)
     database = optuna_internals.database_of(inner)
-    if not isinstance(database, (RDBStorage, Server)) or not optuna_internals.tables_known():
+    if (
+        not isinstance(database, (RDBStorage, PostgresStorage))
+        or not optuna_internals.tables_known()
+    ):
         return None
-    collected = Batched(inner, database, optuna_internals.trial_id_of(study, trial))
+    collected = BufferedStorage(inner, database, optuna_internals.trial_id_of(study, trial))
     return collected if optuna_internals.redirect(trial, collected) else None

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = (
+CLASS_COLOURS = (
     "#e6194b",
     "#3cb44b",
     "#4363d8",
@@ -19,28 +19,28 @@ COLOURS = (
     "#000075",
     "#f032e6",
 )
-EDGE = 240  # pixels of a contact sheet's tile
+TILE_SIDE = 240  # pixels of a contact sheet's tile
 
 
-def colour(label: int) -> str:
-    return COLOURS[label % len(COLOURS)]
+def class_colour(label: int) -> str:
+    return CLASS_COLOURS[label % len(CLASS_COLOURS)]
 
 
-def png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
 
 
-def of_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
+def image_of_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
     """(3, h, w) uint8 as an image."""
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
-def with_boxes(
+def draw_boxes(
     image: Image.Image,
     boxes: Sequence[Sequence[float]],
-    words: Sequence[str],
+    captions: Sequence[str],
     labels: Sequence[int],
     *,
     dashed: bool = False,
@@ -50,8 +50,8 @@ def with_boxes(
     draw = ImageDraw.Draw(shown)
     width = 1 if dashed else max(2, round(max(image.size) / 250))
     font = ImageFont.load_default(max(10, max(image.size) // 45))
-    for (left, top, right, bottom), word, label in zip(boxes, words, labels, strict=True):
-        ink = "white" if dashed else colour(label)
+    for (left, top, right, bottom), word, label in zip(boxes, captions, labels, strict=True):
+        ink = "white" if dashed else class_colour(label)
         draw.rectangle(
             (min(left, right), min(top, bottom), max(left, right), max(top, bottom)),
             outline=ink,
@@ -68,35 +68,37 @@ def with_boxes(
     return shown
 
 
-def with_mask(
+def draw_mask(
     image: Image.Image,
     mask: NDArray[np.uint8],
     *,
     background: int | None = 0,
     ignored: int = 255,
-    share: float = 0.5,
+    opacity: float = 0.5,
 ) -> Image.Image:
     """Class ids (h, w) laid over an image of that size, each in its colour; background and ignored pixels stay as they are."""
     pixels = np.asarray(image.convert("RGB")).astype(np.float32)
     for label in np.unique(mask):
         if label not in (background, ignored):
             ink = np.array(
-                Image.new("RGB", (1, 1), colour(int(label) - 1)).getpixel((0, 0)), np.float32
+                Image.new("RGB", (1, 1), class_colour(int(label) - 1)).getpixel((0, 0)), np.float32
             )
             where = mask == label
-            pixels[where] = (1 - share) * pixels[where] + share * ink
+            pixels[where] = (1 - opacity) * pixels[where] + opacity * ink
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], heads: Sequence[str]) -> bytes:
+def make_contact_sheet(
+    rows: Sequence[Sequence[Image.Image]], column_titles: Sequence[str]
+) -> bytes:
     """A contact sheet as PNG: a row an example, a column a view of it, under its head."""
-    across = len(heads)
-    whole = Image.new("RGB", (across * EDGE, 20 + len(rows) * EDGE), "white")
+    across = len(column_titles)
+    whole = Image.new("RGB", (across * TILE_SIDE, 20 + len(rows) * TILE_SIDE), "white")
     draw = ImageDraw.Draw(whole)
-    for column, head in enumerate(heads):
-        draw.text((column * EDGE + 4, 3), head, fill="black", font=ImageFont.load_default(12))
+    for column, head in enumerate(column_titles):
+        draw.text((column * TILE_SIDE + 4, 3), head, fill="black", font=ImageFont.load_default(12))
         for row, views in enumerate(rows):
             tile = views[column].copy()
-            tile.thumbnail((EDGE - 4, EDGE - 4))
-            whole.paste(tile, (column * EDGE + 2, 20 + row * EDGE + 2))
-    return png(whole)
+            tile.thumbnail((TILE_SIDE - 4, TILE_SIDE - 4))
+            whole.paste(tile, (column * TILE_SIDE + 2, 20 + row * TILE_SIDE + 2))
+    return encode_png(whole)

@@ -10,37 +10,40 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner import deferred_figures
-from tuner.core.types import Told
+from tuner.core.types import Prediction
 
-SAID = 3  # classes that a line names
+MAX_CLASSES_NAMED = 3  # classes that a line names
 
 
-def said(classes: Sequence[str], probabilities: Sequence[float]) -> Told:
+def describe_probabilities(classes: Sequence[str], probabilities: Sequence[float]) -> Prediction:
     """The classes with their probabilities, most likely first."""
     ranked = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
-    return Told(
-        "  ".join(f"{name} {p:.3f}" for name, p in ranked[:SAID]), {"classes": dict(ranked)}
+    return Prediction(
+        "  ".join(f"{name} {p:.3f}" for name, p in ranked[:MAX_CLASSES_NAMED]),
+        {"classes": dict(ranked)},
     )
 
 
-def joined(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+def concatenate_pairs(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
     """Logits, float32 (n, classes), and truth, int64 (n,), of all batches, on the CPU."""
     logits, truth = zip(*pairs, strict=True)
     return torch.cat(logits).cpu(), torch.cat(truth).cpu()
 
 
-def tables(logits: Tensor, truth: Tensor, classes: tuple[str, ...]) -> dict[str, bytes]:
+def classification_artifacts(
+    logits: Tensor, truth: Tensor, classes: tuple[str, ...]
+) -> dict[str, bytes]:
     """The confusion matrix as a picture, and each class's scores as CSV."""
     matrix = multiclass_confusion_matrix(logits, truth, len(classes))
     return {
-        "confusion.png": deferred_figures.later(
+        "confusion.png": deferred_figures.defer_figure(
             "confusion", matrix=matrix.tolist(), classes=classes
         ),
-        "per_class.csv": per_class(matrix, classes),
+        "per_class.csv": per_class_csv(matrix, classes),
     }
 
 
-def per_class(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
+def per_class_csv(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
     """Precision, recall, F1 and count of each class, as CSV."""
     hits, true, found = matrix.diag(), matrix.sum(1), matrix.sum(0)
     rows: list[list[Any]] = []
@@ -53,10 +56,10 @@ def per_class(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
             2 * hit / max(1, of_said + of_class),
         )
         rows.append([name, *(f"{v:.4f}" for v in values), of_class])
-    return table(["class", "precision", "recall", "f1", "examples"], rows)
+    return encode_csv(["class", "precision", "recall", "f1", "examples"], rows)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+def encode_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """CSV in UTF-8."""
     text = io.StringIO()
     writer = csv.writer(text)

@@ -8,9 +8,13 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from tuner.config.run import Recipe
-from tuner.core.input_spec import Tree, Wanted
-from tuner.core.types import Batch, Data, Task, Told, apart
-from tuner.tasks._classification_reports import joined, said, tables
+from tuner.core.input_spec import InputSpec, TensorTree
+from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
+from tuner.tasks._classification_reports import (
+    classification_artifacts,
+    concatenate_pairs,
+    describe_probabilities,
+)
 
 METRICS = ("accuracy", "balanced_accuracy", "f1", "log_likelihood")
 
@@ -24,7 +28,7 @@ class Classification(Task):
 
     metrics = METRICS
 
-    output = "logits in the order of the classes; softmax gives probabilities"
+    output_description = "logits in the order of the classes; softmax gives probabilities"
 
     def __init__(self, classes: tuple[str, ...], label_smoothing: float) -> None:
         self.classes, self.label_smoothing = classes, label_smoothing
@@ -33,12 +37,12 @@ class Classification(Task):
         assert isinstance(batch.y, Tensor)
         return F.cross_entropy(net(batch.x), batch.y, label_smoothing=self.label_smoothing)
 
-    def predict(self, net: nn.Module, x: Tree) -> Tensor:
+    def predict(self, net: nn.Module, x: TensorTree) -> Tensor:
         return net(x).float()  # type: ignore[no-any-return]
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Accuracy, its mean over classes, macro F1, and the mean log-likelihood of the true class."""
-        logits, truth = joined(pairs)
+        logits, truth = concatenate_pairs(pairs)
         n = len(self.classes)
         return {
             "accuracy": float(multiclass_accuracy(logits, truth, n, average="micro")),
@@ -47,15 +51,22 @@ class Classification(Task):
             "log_likelihood": -float(F.cross_entropy(logits, truth)),
         }
 
-    def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
-        return tables(*joined(pairs), self.classes)
+    def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
+        return classification_artifacts(*concatenate_pairs(pairs), self.classes)
 
-    def difference(self, expected: Tree, got: Tree) -> float:
-        return apart(expected, got)
+    def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
+        return relative_difference(expected, got)
 
-    def tell(
-        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
-    ) -> list[Told]:
+    def describe_predictions(
+        self,
+        function: Callable[[TensorTree], TensorTree],
+        x: TensorTree,
+        originals: Sequence[Any],
+        input_spec: InputSpec,
+    ) -> list[Prediction]:
         logits = function(x)
         assert isinstance(logits, Tensor)
-        return [said(self.classes, probabilities) for probabilities in logits.softmax(1).tolist()]
+        return [
+            describe_probabilities(self.classes, probabilities)
+            for probabilities in logits.softmax(1).tolist()
+        ]

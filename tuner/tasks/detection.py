@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from tuner.config.run import Recipe
-from tuner.core.detectors import Objects, objects, with_targets
-from tuner.core.geometry import placed
-from tuner.core.input_spec import Preprocess, Tree, Wanted, leaves
+from tuner.core.detectors import Objects, join_targets, unpad_objects
+from tuner.core.geometry import place_on_canvas
+from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to_dict
 from tuner.core.targets import NO_OBJECT
-from tuner.core.types import Batch, Data, Task, Told
+from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.tasks import _annotated_images
 
 METRICS = ("map", "map_50", "map_75", "mar_100")
-SHOWN = 8  # validation examples on the contact sheet
-SAID = 5  # objects that a line names
-FAINT = 0.05  # scores up to this are noise: formats may differ in such objects
+EXAMPLES_SHOWN = 8  # validation examples on the contact sheet
+MAX_OBJECTS_NAMED = 5  # objects that a line names
+NOISE_SCORE = 0.05  # scores up to this are noise: formats may differ in such objects
 
 
 def build(
@@ -49,59 +49,62 @@ class Detection(Task):
     """
 
     metrics = METRICS
-    output = "boxes as left, top, right, bottom in pixels of the input; scores, falling; labels in the order of the classes, -1: no more objects"
+    output_description = "boxes as left, top, right, bottom in pixels of the input; scores, falling; labels in the order of the classes, -1: no more objects"
 
     def __init__(self, classes: tuple[str, ...], confidence: float) -> None:
         self.classes, self.confidence = classes, confidence
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """The sum of the model's own losses."""
-        return torch.stack(list(net(with_targets(batch.x, batch.y)).values())).sum()
+        return torch.stack(list(net(join_targets(batch.x, batch.y)).values())).sum()
 
-    def predict(self, net: nn.Module, x: Tree) -> Tree:
+    def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
         return {
             name: leaf.float().cpu() if leaf.is_floating_point() else leaf.cpu()
-            for name, leaf in leaves(net(x)).items()
+            for name, leaf in tree_to_dict(net(x)).items()
         }
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        found = counted(pairs, per_class=False)
+        found = compute_map(pairs, per_class=False)
         return {
             name: max(0.0, float(found[name])) for name in METRICS
         }  # -1: there was nothing to be found
 
-    def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
-        return {"objects.png": self.sheet(pairs, data), "per_class.csv": self.table(pairs)}
+    def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
+        return {
+            "objects.png": self.contact_sheet(pairs, data),
+            "per_class.csv": self.per_class_csv(pairs),
+        }
 
-    def sheet(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> bytes:
+    def contact_sheet(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> bytes:
         """The first validation examples: truth beside predictions."""
-        both = [pair for pairs_ in pairs for pair in _images(pairs_)][:SHOWN]
+        both = [pair for pairs_ in pairs for pair in _pairs_by_image(pairs_)][:EXAMPLES_SHOWN]
         pixels = data.valid.take(torch.arange(len(both)), 0).x
         assert isinstance(pixels, Tensor)
         rows = []
         for image, (found, truth) in zip(pixels.numpy(), both, strict=True):
-            tile = _annotated_images.of_pixels(image)
+            tile = _annotated_images.image_of_pixels(image)
             true = [self.classes[label] for label in truth["labels"].tolist()]
-            drawn = _annotated_images.with_boxes(
+            drawn = _annotated_images.draw_boxes(
                 tile, truth["boxes"].tolist(), true, truth["labels"].tolist()
             )
-            rows.append([drawn, self.drawn(tile, sure(found, self.confidence))])
-        return _annotated_images.sheet(
+            rows.append([drawn, self.draw_objects(tile, above_confidence(found, self.confidence))])
+        return _annotated_images.make_contact_sheet(
             rows, ("truth", f"predicted, scores from {self.confidence:g}")
         )
 
-    def drawn(self, image: Any, found: Objects) -> Any:
+    def draw_objects(self, image: Any, found: Objects) -> Any:
         words = [
             f"{self.classes[k]} {s:.2f}"
             for k, s in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
         ]
-        return _annotated_images.with_boxes(
+        return _annotated_images.draw_boxes(
             image, found["boxes"].tolist(), words, found["labels"].tolist()
         )
 
-    def table(self, pairs: Sequence[tuple[Any, Any]]) -> bytes:
+    def per_class_csv(self, pairs: Sequence[tuple[Any, Any]]) -> bytes:
         """Average precision and recall, and the number of true objects, of each class as CSV."""
-        found = counted(pairs, per_class=True)
+        found = compute_map(pairs, per_class=True)
         true = torch.cat([truth["labels"].flatten().cpu() for _, truth in pairs])
         columns = [
             found[name].reshape(-1).tolist()
@@ -116,23 +119,30 @@ class Detection(Task):
             writer.writerow([name, *values, int((true == label).sum())])
         return text.getvalue().encode()
 
-    def difference(self, expected: Tree, got: Tree) -> float:
+    def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
         """The largest difference of matched boxes, relative to the canvas, and of scores; an object that only one has counts by its score."""
-        pairs = zip(_unpadded(leaves(expected)), _unpadded(leaves(got)), strict=True)
-        return max((apart(a, b) for a, b in pairs), default=0.0)
+        pairs = zip(_unpad(tree_to_dict(expected)), _unpad(tree_to_dict(got)), strict=True)
+        return max((objects_difference(a, b) for a, b in pairs), default=0.0)
 
-    def tell(
-        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
-    ) -> list[Told]:
-        assert isinstance(wanted, Preprocess)
+    def describe_predictions(
+        self,
+        function: Callable[[TensorTree], TensorTree],
+        x: TensorTree,
+        originals: Sequence[Any],
+        input_spec: InputSpec,
+    ) -> list[Prediction]:
+        assert isinstance(input_spec, ImageInputSpec)
         return [
-            self.told(found, image, wanted)
-            for found, image in zip(_unpadded(leaves(function(x))), originals, strict=True)
+            self.describe_image(found, image, input_spec)
+            for found, image in zip(_unpad(tree_to_dict(function(x))), originals, strict=True)
         ]
 
-    def told(self, found: Objects, image: Any, wanted: Preprocess) -> Told:
-        found = sure(found, self.confidence)
-        found = {**found, "boxes": original(found["boxes"], image.width, image.height, wanted)}
+    def describe_image(self, found: Objects, image: Any, input_spec: ImageInputSpec) -> Prediction:
+        found = above_confidence(found, self.confidence)
+        found = {
+            **found,
+            "boxes": boxes_on_original(found["boxes"], image.width, image.height, input_spec),
+        }
         named = [
             {"label": self.classes[label], "score": score, "box": [round(side, 2) for side in box]}
             for label, score, box in zip(
@@ -146,42 +156,46 @@ class Detection(Task):
             f"{o['label']} {o['score']:.3f} at {', '.join(f'{side:.0f}' for side in o['box'])}"
             for o in named
         ]
-        more = f"  and {len(words) - SAID} more" if len(words) > SAID else ""
+        more = (
+            f"  and {len(words) - MAX_OBJECTS_NAMED} more" if len(words) > MAX_OBJECTS_NAMED else ""
+        )
         line = (
-            "  ".join(words[:SAID]) + more
+            "  ".join(words[:MAX_OBJECTS_NAMED]) + more
             if words
             else f"nothing with a score from {self.confidence:g}"
         )
-        return Told(line, {"objects": named}, _annotated_images.png(self.drawn(image, found)))
+        return Prediction(
+            line, {"objects": named}, _annotated_images.encode_png(self.draw_objects(image, found))
+        )
 
 
-def counted(pairs: Iterable[tuple[Any, Any]], *, per_class: bool) -> dict[str, Tensor]:
+def compute_map(pairs: Iterable[tuple[Any, Any]], *, per_class: bool) -> dict[str, Tensor]:
     metric = MeanAveragePrecision(class_metrics=per_class, backend="pycocotools")
     for pair in pairs:
-        found, truth = zip(*_images(pair), strict=True)
+        found, truth = zip(*_pairs_by_image(pair), strict=True)
         metric.update(list(found), list(truth))
     result: dict[str, Tensor] = metric.compute()
     return result
 
 
-def original(boxes: Tensor, width: int, height: int, preprocess: Preprocess) -> Tensor:
+def boxes_on_original(boxes: Tensor, width: int, height: int, image_spec: ImageInputSpec) -> Tensor:
     """Boxes on the canvas in pixels of the image of width x height that lies there."""
-    at = placed(width, height, preprocess)
+    at = place_on_canvas(width, height, image_spec)
     scale = torch.tensor([width / at.width, height / at.height] * 2)
     limit = torch.tensor([width, height] * 2, dtype=torch.float32)
     return ((boxes - torch.tensor([at.left, at.top] * 2)) * scale).clamp(min=0).minimum(limit)
 
 
-def sure(found: Objects, confidence: float) -> Objects:
+def above_confidence(found: Objects, confidence: float) -> Objects:
     return {
         name: found[name][found["scores"] >= confidence] for name in ("boxes", "scores", "labels")
     }
 
 
-def apart(expected: Objects, got: Objects) -> float:
+def objects_difference(expected: Objects, got: Objects) -> float:
     """How far one image's objects lie apart, whichever their order. Where the places are full, those near the last are left out."""
     floor = max(
-        [FAINT]
+        [NOISE_SCORE]
         + [
             float(o["scores"].min()) + 1e-3
             for o in (expected, got)
@@ -213,7 +227,7 @@ def apart(expected: Objects, got: Objects) -> float:
     return max([worst, *(float(got["scores"][j]) for j in free if got["scores"][j] > floor + 1e-3)])
 
 
-def _unpadded(found: dict[str, Tensor]) -> list[Objects]:
+def _unpad(found: dict[str, Tensor]) -> list[Objects]:
     """Each image's objects; `full`: there may have been more."""
     return [
         {
@@ -226,9 +240,9 @@ def _unpadded(found: dict[str, Tensor]) -> list[Objects]:
     ]
 
 
-def _images(pair: tuple[Any, Any]) -> Iterator[tuple[Objects, Objects]]:
+def _pairs_by_image(pair: tuple[Any, Any]) -> Iterator[tuple[Objects, Objects]]:
     """(prediction, truth) of each image of a batch."""
     found, truth = pair
-    true = objects(truth["boxes"].cpu(), truth["labels"].cpu())
-    for one, other in zip(_unpadded(found), true, strict=True):
+    true = unpad_objects(truth["boxes"].cpu(), truth["labels"].cpu())
+    for one, other in zip(_unpad(found), true, strict=True):
         yield {name: one[name] for name in ("boxes", "scores", "labels")}, other

@@ -21,16 +21,16 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner import deferred_figures
 from tuner.config.run import Recipe
-from tuner.core.geometry import placed
-from tuner.core.input_spec import Preprocess, Tree, Wanted, leaves
+from tuner.core.geometry import place_on_canvas
+from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to_dict
 from tuner.core.targets import IGNORED
-from tuner.core.types import Batch, Data, Task, Told, apart
+from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
 from tuner.tasks import _annotated_images
 
 METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")
-AUXILIARY = 0.5  # weight of the loss of an output `aux`, as torchvision's
-SHOWN = 8  # validation examples on a contact sheet
-EDGE = 1024  # longer side of a picture, pixels
+AUXILIARY_WEIGHT = 0.5  # weight of the loss of an output `aux`, as torchvision's
+EXAMPLES_SHOWN = 8  # validation examples on a contact sheet
+MAX_PICTURE_SIDE = 1024  # longer side of a picture, pixels
 
 
 def build(
@@ -51,32 +51,39 @@ class Segmentation(Task):
 
     metrics = METRICS
 
-    output = "logits (batch, class, height, width) in the order of the classes; the class of a pixel is the argmax over them"
+    output_description = "logits (batch, class, height, width) in the order of the classes; the class of a pixel is the argmax over them"
 
     def __init__(self, classes: tuple[str, ...], label_smoothing: float, kind: str) -> None:
-        self.classes, self.label_smoothing, self.kind = classes, label_smoothing, kind
+        self.classes, self.label_smoothing, self.loss_name = classes, label_smoothing, kind
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(batch.y, Tensor)
-        outputs, truth = leaves(net(batch.x)), batch.y.long()
-        whole = self._loss(_main(outputs), truth)
-        return whole + AUXILIARY * self._loss(outputs["aux"], truth) if "aux" in outputs else whole
+        outputs, truth = tree_to_dict(net(batch.x)), batch.y.long()
+        whole = self._head_loss(_main_output(outputs), truth)
+        return (
+            whole + AUXILIARY_WEIGHT * self._head_loss(outputs["aux"], truth)
+            if "aux" in outputs
+            else whole
+        )
 
-    def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
+    def _head_loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         total = logits.new_zeros(())
-        if self.kind != "dice":
+        if self.loss_name != "dice":
             total = total + F.cross_entropy(
                 logits, truth, ignore_index=IGNORED, label_smoothing=self.label_smoothing
             )
-        return total if self.kind == "cross_entropy" else total + dice_loss(logits, truth)
+        return total if self.loss_name == "cross_entropy" else total + dice_loss(logits, truth)
 
-    def predict(self, net: nn.Module, x: Tree) -> Tensor:
-        return _main(leaves(net(x))).argmax(1).to(torch.uint8).cpu()
+    def predict(self, net: nn.Module, x: TensorTree) -> Tensor:
+        return _main_output(tree_to_dict(net(x))).argmax(1).to(torch.uint8).cpu()
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Means over the classes that are true or predicted somewhere, of IoU, Dice (F1) and recall, and the share of right pixels."""
-        matrix = self._confusion(pairs)
-        found = {name: values[~values.isnan()].mean() for name, values in per_class(matrix).items()}
+        matrix = self._confusion_matrix(pairs)
+        found = {
+            name: values[~values.isnan()].mean()
+            for name, values in per_class_scores(matrix).items()
+        }
         right = matrix.diag().sum() / matrix.sum()
         scores = {
             "mean_iou": found["iou"],
@@ -86,31 +93,37 @@ class Segmentation(Task):
         }
         return {name: float(value) for name, value in scores.items()}
 
-    def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
-        matrix = self._confusion(pairs)
+    def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
+        matrix = self._confusion_matrix(pairs)
         return {
-            "predictions.png": _sheet(pairs, data),
-            "confusion.png": deferred_figures.later(
+            "predictions.png": _contact_sheet(pairs, data),
+            "confusion.png": deferred_figures.defer_figure(
                 "confusion", matrix=matrix.tolist(), classes=self.classes
             ),
-            "per_class.csv": _table(matrix, self.classes),
+            "per_class.csv": _per_class_csv(matrix, self.classes),
         }
 
-    def difference(self, expected: Tree, got: Tree) -> float:
-        return apart(expected, got)
+    def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
+        return relative_difference(expected, got)
 
-    def tell(
-        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
-    ) -> list[Told]:
-        assert isinstance(wanted, Preprocess)
-        logits = _main(leaves(function(x)))
+    def describe_predictions(
+        self,
+        function: Callable[[TensorTree], TensorTree],
+        x: TensorTree,
+        originals: Sequence[Any],
+        input_spec: InputSpec,
+    ) -> list[Prediction]:
+        assert isinstance(input_spec, ImageInputSpec)
+        logits = _main_output(tree_to_dict(function(x)))
         return [
-            self._said(one, original, wanted)
+            self._describe_image(one, original, input_spec)
             for one, original in zip(logits, originals, strict=True)
         ]
 
-    def _said(self, logits: Tensor, original: Any, preprocess: Preprocess) -> Told:
-        mask = on_image(logits, original.width, original.height, preprocess)
+    def _describe_image(
+        self, logits: Tensor, original: Any, image_spec: ImageInputSpec
+    ) -> Prediction:
+        mask = mask_on_image(logits, original.width, original.height, image_spec)
         counts = np.bincount(mask.ravel(), minlength=256)[: len(self.classes)]
         shares = {
             name: float(count) / max(1, int(counts.sum()))
@@ -122,17 +135,17 @@ class Segmentation(Task):
             if share > 0
         )
         small = original.copy()
-        small.thumbnail((EDGE, EDGE))
-        marked = mask[_nearest(small.height, mask.shape[0])][
-            :, _nearest(small.width, mask.shape[1])
+        small.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
+        marked = mask[_nearest_indices(small.height, mask.shape[0])][
+            :, _nearest_indices(small.width, mask.shape[1])
         ]
-        return Told(
+        return Prediction(
             line,
             {"shares": shares},
-            _annotated_images.png(_annotated_images.with_mask(small, marked)),
+            _annotated_images.encode_png(_annotated_images.draw_mask(small, marked)),
         )
 
-    def _confusion(self, pairs: Iterable[tuple[Any, Any]]) -> Tensor:
+    def _confusion_matrix(self, pairs: Iterable[tuple[Any, Any]]) -> Tensor:
         """int64 (classes, classes): true class down, predicted class across, over all pixels that are not ignored."""
         n = len(self.classes)
         matrix = torch.zeros(n, n, dtype=torch.int64)
@@ -143,7 +156,7 @@ class Segmentation(Task):
         return matrix
 
 
-def _main(outputs: dict[str, Tensor]) -> Tensor:
+def _main_output(outputs: dict[str, Tensor]) -> Tensor:
     return outputs["out"] if "out" in outputs else next(iter(outputs.values()))
 
 
@@ -156,7 +169,7 @@ def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
     return ((1 - 2 * both / (all_said + all_true).clamp_min(1e-7)) * (all_true > 0)).mean()
 
 
-def per_class(matrix: Tensor) -> dict[str, Tensor]:
+def per_class_scores(matrix: Tensor) -> dict[str, Tensor]:
     """IoU, Dice, recall and precision of each class, float64 (classes,); NaN where there is nothing to count."""
     hits, true, said = (v.double() for v in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
     return {
@@ -167,12 +180,14 @@ def per_class(matrix: Tensor) -> dict[str, Tensor]:
     }
 
 
-def on_image(logits: Tensor, width: int, height: int, preprocess: Preprocess) -> NDArray[np.uint8]:
+def mask_on_image(
+    logits: Tensor, width: int, height: int, image_spec: ImageInputSpec
+) -> NDArray[np.uint8]:
     """The class of each pixel of an image of width x height, from logits (classes, size, size) of its canvas.
 
     Logits are resized, not classes, so that edges are smooth. Pixels that the canvas crops away are IGNORED.
     """
-    at, size = placed(width, height, preprocess), logits.shape[-1]
+    at, size = place_on_canvas(width, height, image_spec), logits.shape[-1]
     left, top, right, bottom = (
         max(0, at.left),
         max(0, at.top),
@@ -198,40 +213,41 @@ def on_image(logits: Tensor, width: int, height: int, preprocess: Preprocess) ->
     return whole
 
 
-def _nearest(small: int, large: int) -> NDArray[np.int64]:
+def _nearest_indices(small: int, large: int) -> NDArray[np.int64]:
     """For each of `small` pixels the one of `large` that lies at its middle."""
     return ((np.arange(small) + 0.5) * large / small).astype(np.int64)
 
 
-def _sheet(pairs: Sequence[tuple[Any, Any]], data: Data) -> bytes:
+def _contact_sheet(pairs: Sequence[tuple[Any, Any]], data: Dataset) -> bytes:
     """Image, truth and prediction of the first validation examples: the same in every trial, so that trials compare."""
     predicted, truth = (
-        torch.cat([pair[i].cpu() for pair in pairs])[:SHOWN].numpy() for i in (0, 1)
+        torch.cat([pair[i].cpu() for pair in pairs])[:EXAMPLES_SHOWN].numpy() for i in (0, 1)
     )
     x = data.valid.take(torch.arange(len(predicted)), 0).x
     assert isinstance(x, Tensor)
     rows = []
     for pixels, true, said in zip(x.numpy(), truth, predicted, strict=True):
-        image = _annotated_images.of_pixels(pixels)
+        image = _annotated_images.image_of_pixels(pixels)
         views = [
             image,
-            _annotated_images.with_mask(image, true),
-            _annotated_images.with_mask(image, np.where(true == IGNORED, IGNORED, said)),
+            _annotated_images.draw_mask(image, true),
+            _annotated_images.draw_mask(image, np.where(true == IGNORED, IGNORED, said)),
         ]
         rows.append(
             [
                 view.resize(
-                    (_annotated_images.EDGE, _annotated_images.EDGE), Image.Resampling.NEAREST
+                    (_annotated_images.TILE_SIDE, _annotated_images.TILE_SIDE),
+                    Image.Resampling.NEAREST,
                 )
                 for view in views
             ]
         )
-    return _annotated_images.sheet(rows, ["image", "truth", "prediction"])
+    return _annotated_images.make_contact_sheet(rows, ["image", "truth", "prediction"])
 
 
-def _table(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
+def _per_class_csv(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
     """IoU, Dice, recall, precision and true pixels of each class, as CSV; empty where there is nothing to count."""
-    found = per_class(matrix)
+    found = per_class_scores(matrix)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["class", *found, "pixels"])

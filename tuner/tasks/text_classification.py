@@ -12,13 +12,18 @@ from torchmetrics.functional.classification import (
 )
 
 from tuner.config.run import Recipe
-from tuner.core.input_spec import Tree, Wanted
-from tuner.core.types import Batch, Data, Task, Told, apart
-from tuner.preprocessing.tokenization import decoded, trimmed
-from tuner.tasks._classification_reports import joined, said, table, tables
+from tuner.core.input_spec import InputSpec, TensorTree
+from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
+from tuner.preprocessing.tokenization import decode_texts, trim_padding
+from tuner.tasks._classification_reports import (
+    classification_artifacts,
+    concatenate_pairs,
+    describe_probabilities,
+    encode_csv,
+)
 
 METRICS = ("accuracy", "f1", "matthews", "balanced_accuracy", "log_likelihood")
-MISTAKES = 50  # listed, the most confident first
+MAX_MISTAKES = 50  # listed, the most confident first
 
 
 def build(classes: tuple[str, ...], recipe: Recipe) -> Task:
@@ -30,21 +35,23 @@ class TextClassification(Task):
 
     metrics = METRICS
 
-    output = "logits in the order of the classes; softmax gives probabilities"
+    output_description = "logits in the order of the classes; softmax gives probabilities"
 
     def __init__(self, classes: tuple[str, ...], label_smoothing: float) -> None:
         self.classes, self.label_smoothing = classes, label_smoothing
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(batch.y, Tensor)
-        return F.cross_entropy(net(trimmed(batch.x)), batch.y, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(
+            net(trim_padding(batch.x)), batch.y, label_smoothing=self.label_smoothing
+        )
 
-    def predict(self, net: nn.Module, x: Tree) -> Tensor:
-        return net(trimmed(x)).float()  # type: ignore[no-any-return]
+    def predict(self, net: nn.Module, x: TensorTree) -> Tensor:
+        return net(trim_padding(x)).float()  # type: ignore[no-any-return]
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Accuracy, macro F1, Matthews' correlation (1975; Gorodkin, 2004), accuracy averaged over classes, mean log-likelihood."""
-        logits, truth = joined(pairs)
+        logits, truth = concatenate_pairs(pairs)
         n = len(self.classes)
         return {
             "accuracy": float(multiclass_accuracy(logits, truth, n, average="micro")),
@@ -54,26 +61,33 @@ class TextClassification(Task):
             "log_likelihood": -float(F.cross_entropy(logits, truth)),
         }
 
-    def show(self, pairs: Sequence[tuple[Any, Any]], data: Data) -> dict[str, bytes]:
+    def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         """The confusion matrix, each class's scores, and the most confident mistakes with their texts as the model saw them."""
-        logits, truth = joined(pairs)
+        logits, truth = concatenate_pairs(pairs)
         sure, said_ = logits.softmax(1).max(1)
         wrong = (said_ != truth).nonzero().flatten()
-        wrong = wrong[sure[wrong].argsort(descending=True, stable=True)][:MISTAKES]
-        texts = decoded(data.wanted, data.valid.take(wrong, 0).x) if len(wrong) else []
+        wrong = wrong[sure[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES]
+        texts = decode_texts(data.input_spec, data.valid.take(wrong, 0).x) if len(wrong) else []
         rows = [
             [self.classes[truth[i]], self.classes[said_[i]], f"{sure[i]:.4f}", text]
             for i, text in zip(wrong.tolist(), texts, strict=True)
         ]
-        mistakes = table(["truth", "predicted", "probability", "text"], rows)
-        return {**tables(logits, truth, self.classes), "mistakes.csv": mistakes}
+        mistakes = encode_csv(["truth", "predicted", "probability", "text"], rows)
+        return {**classification_artifacts(logits, truth, self.classes), "mistakes.csv": mistakes}
 
-    def difference(self, expected: Tree, got: Tree) -> float:
-        return apart(expected, got)
+    def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
+        return relative_difference(expected, got)
 
-    def tell(
-        self, function: Callable[[Tree], Tree], x: Tree, originals: Sequence[Any], wanted: Wanted
-    ) -> list[Told]:
-        logits = function(trimmed(x))
+    def describe_predictions(
+        self,
+        function: Callable[[TensorTree], TensorTree],
+        x: TensorTree,
+        originals: Sequence[Any],
+        input_spec: InputSpec,
+    ) -> list[Prediction]:
+        logits = function(trim_padding(x))
         assert isinstance(logits, Tensor)
-        return [said(self.classes, probabilities) for probabilities in logits.softmax(1).tolist()]
+        return [
+            describe_probabilities(self.classes, probabilities)
+            for probabilities in logits.softmax(1).tolist()
+        ]

@@ -22,32 +22,39 @@ from torch import Tensor, nn
 
 import tuner
 from tuner.files.atomic import atomic_path, disk_errors, fsync
-from tuner.files.checkpoint_files import generations, name_of, remove, whole
+from tuner.files.checkpoint_files import (
+    checkpoint_name,
+    list_checkpoints,
+    read_verified,
+    remove_paths,
+)
 from tuner.messages import Epoch
-from tuner.training.micro_batches import Room
+from tuner.training.micro_batches import MicroBatchSize
 
-FORMAT = 1
-STAKE = 0.25  # seconds of training that may be lost; a longer epoch is written as it ends
-SYNC = 1.0  # seconds between syncs; a power cut takes no more, and the epoch then running
+FORMAT_VERSION = 1
+MIN_WRITE_SECONDS = (
+    0.25  # seconds of training that may be lost; a longer epoch is written as it ends
+)
+SYNC_SECONDS = 1.0  # seconds between syncs; a power cut takes no more, and the epoch then running
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingState:
     """What changes while `net` is trained."""
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    room: Room
+    micro_batch_size: MicroBatchSize
 
 
 @dataclass(frozen=True)
-class Found:
+class RestoredProgress:
     """What is remembered of a training besides its state. `best`: the number and the weights of its best epoch, where it has one."""
 
     epochs: list[Epoch]
-    best: int
-    weights: dict[str, Tensor]
+    best_epoch: int
+    best_weights: dict[str, Tensor]
 
 
 class Checkpoints:
@@ -56,107 +63,117 @@ class Checkpoints:
     Epochs shorter than STAKE are written when so many seconds are at stake: writing must not cost what it saves.
     """
 
-    def __init__(self, folder: Path, key: str, *, keep: bool = False) -> None:
-        self.folder, self.key, self.keep = folder, key, keep
+    def __init__(self, folder: Path, run_key: str, *, keep_best_weights: bool = False) -> None:
+        self.folder, self.run_key, self.keep_best_weights = folder, run_key, keep_best_weights
         self.notes: list[str] = []
-        self.written = self.synced = time.monotonic()
-        self.rooted = False  # whether a power cut leaves the folder
-        self.safe: Path | None = None  # the last that was synced; the first, until one is
+        self.last_write = self.last_sync = time.monotonic()
+        self.folders_synced = False  # whether a power cut leaves the folder
+        self.last_synced_file: Path | None = (
+            None  # the last that was synced; the first, until one is
+        )
 
-    def save(
-        self, training: Training, epochs: list[Epoch], best: int, weights: dict[str, Tensor]
+    def save_if_due(
+        self, training: TrainingState, epochs: list[Epoch], best: int, weights: dict[str, Tensor]
     ) -> None:
         """Writes what `load` gives back, if enough is at stake. Raises StorageError."""
         now = time.monotonic()
-        if now - self.written < STAKE:
+        if now - self.last_write < MIN_WRITE_SECONDS:
             return
-        tensors, values = state(training)
+        tensors, values = collect_state(training)
         if best not in (0, len(epochs)):  # else there is none, or it is what is trained
             tensors |= {f"best.{name}": value for name, value in weights.items()}
         values |= {
             "epochs": [(e.number, e.loss, e.scores, e.seconds) for e in epochs],
             "best": best,
         }
-        sync = now - self.synced >= SYNC
-        path = self.write(f"{len(epochs):06d}", tensors, values, sync=sync)
-        remove(p for p in generations(self.folder) if p not in (path, self.safe))
-        self.written = time.monotonic()
-        if sync or self.safe is None:
-            self.safe = path
+        sync = now - self.last_sync >= SYNC_SECONDS
+        path = self.write_file(f"{len(epochs):06d}", tensors, values, sync=sync)
+        remove_paths(
+            p for p in list_checkpoints(self.folder) if p not in (path, self.last_synced_file)
+        )
+        self.last_write = time.monotonic()
+        if sync or self.last_synced_file is None:
+            self.last_synced_file = path
         if sync:
-            self.synced = self.written
+            self.last_sync = self.last_write
 
-    def write(
+    def write_file(
         self, what: str, tensors: dict[str, Tensor], values: dict[str, Any], *, sync: bool
     ) -> Path:
         header = {
-            "format": FORMAT,
+            "format": FORMAT_VERSION,
             "tuner": tuner.__version__,
             "torch": torch.__version__,
-            "run": self.key,
+            "run": self.run_key,
             **values,
         }
-        content = safetensors.torch.save(apart(tensors), {"checkpoint": json.dumps(header)})
-        path = self.folder / name_of(what, content)
+        content = safetensors.torch.save(
+            to_independent_tensors(tensors), {"checkpoint": json.dumps(header)}
+        )
+        path = self.folder / checkpoint_name(what, content)
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path, what="checkpoint", need=len(content), sync=sync) as temporary:
+        with atomic_path(
+            path, crash_prefix="checkpoint", bytes_needed=len(content), sync=sync
+        ) as temporary:
             temporary.write_bytes(content)
-        if sync and not self.rooted:
+        if sync and not self.folders_synced:
             for folder in (
                 self.folder.parent,
                 self.folder.parent.parent,
             ):  # the folders' own names, once
                 fsync(folder)
-            self.rooted = True
+            self.folders_synced = True
         return path
 
-    def load(self, training: Training) -> Found | None:
+    def restore_newest(self, training: TrainingState) -> RestoredProgress | None:
         """Puts the newest checkpoint that is whole and of this training into `training`; None where there is none.
 
         Whatever is left aside is said in `notes`.
         """
-        remove(self.folder.glob(".*.tmp"))  # of a write that was killed
-        for path in generations(self.folder):
-            found = self._load(path, training)
+        remove_paths(self.folder.glob(".*.tmp"))  # of a write that was killed
+        for path in list_checkpoints(self.folder):
+            found = self._restore_file(path, training)
             if isinstance(found, str):
                 self.notes.append(f"{path}: {found}; left aside")
                 continue
             fsync(path)
-            self.safe = path
+            self.last_synced_file = path
             self.notes = [f"{note}; going on from epoch {len(found.epochs)}" for note in self.notes]
             return found
         self.notes = [f"{note}; the training begins again" for note in self.notes]
         return None
 
-    def _load(self, path: Path, training: Training) -> Found | str:
+    def _restore_file(self, path: Path, training: TrainingState) -> RestoredProgress | str:
         """What a file has, or why it cannot be used; then `training` is untouched."""
-        content = whole(path)
+        content = read_verified(path)
         if content is None:
             return "damaged (its SHA-256 is not that of its name)"
-        values = about(content)
-        if values.get("format") != FORMAT:
+        values = read_header(content)
+        if values.get("format") != FORMAT_VERSION:
             return f"written by tuner {values.get('tuner', 'of unknown version')} in another format"
-        if values.get("run") != self.key:
+        if values.get("run") != self.run_key:
             return "of another run, or of other data"
         tensors = safetensors.torch.load(content)
-        if not fits(tensors, training.net):
+        if not has_same_shapes(tensors, training.net):
             return "of another model"
-        restore(training, tensors, values)
+        restore_state(training, tensors, values)
         epochs = [Epoch(*entry) for entry in values["epochs"]]
-        best = part(tensors, "net." if values["best"] == len(epochs) else "best.")
-        return Found(epochs, values["best"], {name: value.clone() for name, value in best.items()})
+        best = select_prefix(tensors, "net." if values["best"] == len(epochs) else "best.")
+        return RestoredProgress(
+            epochs, values["best"], {name: value.clone() for name, value in best.items()}
+        )
 
-    def finish(self, model: nn.Module, net: nn.Module) -> None:
+    def save_best_weights(self, model: nn.Module, net: nn.Module) -> None:
         """Leaves the trained weights of a trial that completed: those of `net` under the names that `model` has for them.
 
         What the coordinator keeps it syncs; what it does not is gone in a moment.
         """
-        if self.keep:
-            self.write("best", native(model, net), {}, sync=False)
+        if self.keep_best_weights:
+            self.write_file("best", native_state(model, net), {}, sync=False)
 
 
-def about(content: bytes) -> dict[str, Any]:
+def read_header(content: bytes) -> dict[str, Any]:
     """What a safetensors file says of itself; nothing where it is none of ours."""
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -166,7 +183,7 @@ def about(content: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def state(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def collect_state(training: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A training's state as tensors and as values that JSON holds."""
     tensors = {f"net.{name}": value for name, value in training.net.state_dict().items()}
     optimizer = training.optimizer.state_dict()
@@ -190,13 +207,15 @@ def state(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "optimizer": values,
         "groups": groups,
         "schedule": schedule,
-        "room": training.room.size,
+        "room": training.micro_batch_size.value,
     }
 
 
-def restore(training: Training, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+def restore_state(
+    training: TrainingState, tensors: dict[str, Tensor], values: dict[str, Any]
+) -> None:
     """The way back."""
-    training.net.load_state_dict(part(tensors, "net."))
+    training.net.load_state_dict(select_prefix(tensors, "net."))
     optimizer = training.optimizer.state_dict()
     parameters = dict(
         enumerate(p for group in training.optimizer.param_groups for p in group["params"])
@@ -204,9 +223,11 @@ def restore(training: Training, tensors: dict[str, Tensor], values: dict[str, An
     states: dict[int, dict[str, Any]] = {
         int(number): dict(of) for number, of in values["optimizer"].items()
     }
-    for name, value in part(tensors, "optimizer.").items():
+    for name, value in select_prefix(tensors, "optimizer.").items():
         number, _, what = name.partition(".")
-        states.setdefault(int(number), {})[what] = like(parameters[int(number)], value)
+        states.setdefault(int(number), {})[what] = match_memory_layout(
+            parameters[int(number)], value
+        )
     for group, saved in zip(optimizer["param_groups"], values["groups"], strict=True):
         group.update(
             {
@@ -216,29 +237,31 @@ def restore(training: Training, tensors: dict[str, Tensor], values: dict[str, An
         )
     training.optimizer.load_state_dict({**optimizer, "state": states})
     training.schedule.load_state_dict({**training.schedule.state_dict(), **values["schedule"]})
-    training.room.size = min(training.room.size, values["room"])
+    training.micro_batch_size.value = min(training.micro_batch_size.value, values["room"])
 
 
-def like(parameter: Tensor, value: Tensor) -> Tensor:
+def match_memory_layout(parameter: Tensor, value: Tensor) -> Tensor:
     """A value of the optimizer as it lay in memory: beside its parameter, its axes in the same order."""
     if value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def fits(tensors: dict[str, Tensor], net: nn.Module) -> bool:
+def has_same_shapes(tensors: dict[str, Tensor], net: nn.Module) -> bool:
     """Whether all that `net` has is there, in its shapes."""
     shapes = {name: value.shape for name, value in net.state_dict().items()}
-    return {name: value.shape for name, value in part(tensors, "net.").items()} == shapes
+    return {name: value.shape for name, value in select_prefix(tensors, "net.").items()} == shapes
 
 
-def part(tensors: dict[str, Tensor], begin: str) -> dict[str, Tensor]:
+def select_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
-        name.removeprefix(begin): value for name, value in tensors.items() if name.startswith(begin)
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
     }
 
 
-def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_independent_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as safetensors wants them: contiguous, on the CPU, none sharing memory with another."""
     seen: set[int] = set()
     found = {}
@@ -250,7 +273,7 @@ def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def native(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
+def native_state(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of `net` under the names that they have in `model`."""
     names = {id(value): name for name, value in model.state_dict(keep_vars=True).items()}
     return {
@@ -260,12 +283,12 @@ def native(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def put(path: Path, model: nn.Module, net: nn.Module) -> bool:
+def load_best_weights(path: Path, model: nn.Module, net: nn.Module) -> bool:
     """Gives `net` the weights that `finish` left at `path`; False where they are damaged or of another model."""
-    content = whole(path)
+    content = read_verified(path)
     if content is None:
         return False
-    tensors, own = safetensors.torch.load(content), native(model, net)
+    tensors, own = safetensors.torch.load(content), native_state(model, net)
     if {name: value.shape for name, value in tensors.items()} != {
         name: value.shape for name, value in own.items()
     }:

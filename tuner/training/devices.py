@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from tuner.config.run import Engine
+from tuner.config.run import EngineSettings
 from tuner.errors import StorageError
-from tuner.training.activation_cache import Limits
+from tuner.training.activation_cache import CacheLimits
 
 
 @dataclass(frozen=True)
-class Place:
+class DeviceContext:
     home: Path
     device: torch.device
     precision: str  # float32 or bfloat16
-    limits: Limits
+    cache_limits: CacheLimits
     parts: int = 1  # in which batches are taken, for lack of memory
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -27,20 +27,24 @@ class Place:
         )
 
 
-def place(engine: Engine, home: Path, slot: int = 0) -> Place:
+def select_device(engine: EngineSettings, home: Path, slot: int = 0) -> DeviceContext:
     """Where the worker in `slot` computes: the GPUs in use are dealt out in turn. Raises StorageError when the device asked for is not there."""
-    found = gpus(engine)
-    device = torch.device("cuda", found[slot % len(found)]) if found else _other(engine.device)
+    found = select_gpus(engine)
+    device = (
+        torch.device("cuda", found[slot % len(found)])
+        if found
+        else _select_other_device(engine.device)
+    )
     if found:
-        _share_memory(engine, device, len(found))
+        _limit_gpu_memory(engine, device, len(found))
     precision = engine.precision
     if precision == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if fast else "float32"
-    return Place(home, device, precision, Limits(home, engine.cache_gb, engine.cache))
+    return DeviceContext(home, device, precision, CacheLimits(home, engine.cache_gb, engine.cache))
 
 
-def gpus(engine: Engine) -> tuple[int, ...]:
+def select_gpus(engine: EngineSettings) -> tuple[int, ...]:
     """The numbers of the GPUs in use; none where the device is another. Raises StorageError when one asked for is not there."""
     kind, _, number = engine.device.partition(":")
     if kind not in ("auto", "cuda"):
@@ -67,7 +71,7 @@ def gpus(engine: Engine) -> tuple[int, ...]:
     return tuple(wanted)
 
 
-def _share_memory(engine: Engine, device: torch.device, count: int) -> None:
+def _limit_gpu_memory(engine: EngineSettings, device: torch.device, count: int) -> None:
     """Keeps a worker that shares its GPU within its part: out of memory is then its own doing, and not its neighbour's.
 
     One that is alone gets the whole, also where it shared it before.
@@ -80,7 +84,7 @@ def _share_memory(engine: Engine, device: torch.device, count: int) -> None:
         torch.cuda.set_per_process_memory_fraction(1 / sharing, device)
 
 
-def _other(wanted: str) -> torch.device:
+def _select_other_device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if wanted == "mps" and not torch.backends.mps.is_available():

@@ -11,42 +11,48 @@ import torch
 from torch import Tensor, nn
 
 from tuner.config.run import Recipe
-from tuner.core.types import Data, Source, Staged, Task
-from tuner.training.checkpoints import Training
-from tuner.training.devices import Place
-from tuner.training.micro_batches import fitting
+from tuner.core.types import Dataset, Source, StagedModel, Task
+from tuner.training.checkpoints import TrainingState
+from tuner.training.devices import DeviceContext
+from tuner.training.micro_batches import retry_on_oom
 
-EVAL_BATCH = 64  # at most; and no more than four training batches, which memory is sized for
-BUCKET = 32  # batches whose examples are sorted by length together
-Pairs = list[tuple[Any, Any]]  # (prediction, truth) of each batch
+MAX_EVAL_BATCH = 64  # at most; and no more than four training batches, which memory is sized for
+BATCHES_PER_BUCKET = 32  # batches whose examples are sorted by length together
+PredictionPairs = list[tuple[Any, Any]]  # (prediction, truth) of each batch
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrainingContext:
     """Everything a training works with: the model and its trainable suffix `net`, and what feeds it."""
 
     task: Task
-    staged: Staged
+    staged_model: StagedModel
     net: nn.Module
-    data: Data
+    dataset: Dataset
     train: Source
     valid: Source
     test: Source
-    place: Place
+    device_context: DeviceContext
     metric: str
 
 
-def learn(bench: Bench, recipe: Recipe, training: Training, seed: int, epoch: int) -> float:
+def train_one_epoch(
+    context: TrainingContext, recipe: Recipe, training: TrainingState, seed: int, epoch: int
+) -> float:
     """One pass over the training examples; the mean loss, or the first that is not finite."""
-    seeded(seed * 1_000_003 + epoch)
-    bench.net.train()
-    view = (epoch - 1) % bench.train.views if bench.train.views else epoch - 1
-    total = torch.zeros((), device=bench.place.device)
-    chunks = batches(len(bench.train), recipe.batch_size, seed, epoch, bench.train.lengths)
+    seed_everything(seed * 1_000_003 + epoch)
+    context.net.train()
+    view = (epoch - 1) % context.train.views if context.train.views else epoch - 1
+    total = torch.zeros((), device=context.device_context.device)
+    chunks = shuffle_into_batches(
+        len(context.train), recipe.batch_size, seed, epoch, context.train.lengths
+    )
     for step, index in enumerate(chunks):
-        loss = fitting(partial(gradients, bench, index, view, training), training.room, len(index))
+        loss = retry_on_oom(
+            partial(backward, context, index, view, training), training.micro_batch_size, len(index)
+        )
         if recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(bench.net.parameters(), recipe.clip_norm)
+            torch.nn.utils.clip_grad_norm_(context.net.parameters(), recipe.clip_norm)
         training.optimizer.step()
         training.schedule.step()
         total += loss * len(index)
@@ -54,17 +60,17 @@ def learn(bench: Bench, recipe: Recipe, training: Training, seed: int, epoch: in
             float(total)
         ):  # reading it waits for the GPU, so not at every step
             break
-    return float(total) / len(bench.train)
+    return float(total) / len(context.train)
 
 
-def seeded(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     """Every random state follows (seed, epoch), not what ran before: dropout, and what a model of the user's draws by other means."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def gradients(bench: Bench, index: Tensor, view: int, training: Training) -> Tensor:
+def backward(context: TrainingContext, index: Tensor, view: int, training: TrainingState) -> Tensor:
     """Leaves the gradients of a batch's mean loss in the net and returns the loss.
 
     A batch beyond the room is computed in parts, each weighted by its examples. That is the whole batch's gradient where a loss is a
@@ -72,12 +78,12 @@ def gradients(bench: Bench, index: Tensor, view: int, training: Training) -> Ten
     out, the objects found), and not in BatchNorm, whose statistics are then of a part.
     """
     training.optimizer.zero_grad(set_to_none=True)
-    parts = training.room.parts(index)
-    total = torch.zeros((), device=bench.place.device)
+    parts = training.micro_batch_size.split_batch(index)
+    total = torch.zeros((), device=context.device_context.device)
     for part in parts:
-        batch = bench.train.take(part, view)
-        with bench.place.autocast():
-            loss = bench.task.loss(bench.net, batch)
+        batch = context.train.take(part, view)
+        with context.device_context.autocast():
+            loss = context.task.loss(context.net, batch)
         if len(parts) > 1:
             loss = loss * (len(part) / len(index))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -85,8 +91,8 @@ def gradients(bench: Bench, index: Tensor, view: int, training: Training) -> Ten
     return total
 
 
-def batches(
-    length: int, size: int, seed: int, epoch: int, lengths: Tensor | None = None
+def shuffle_into_batches(
+    length: int, batch_size: int, seed: int, epoch: int, lengths: Tensor | None = None
 ) -> list[Tensor]:
     """A permutation by (seed, epoch), in batches. A last batch of one joins the one before: BatchNorm needs two.
 
@@ -97,9 +103,12 @@ def batches(
     order = torch.randperm(length, generator=generator)
     if lengths is not None:
         order = torch.cat(
-            [run[lengths[run].argsort(stable=True)] for run in torch.split(order, BUCKET * size)]
+            [
+                run[lengths[run].argsort(stable=True)]
+                for run in torch.split(order, BATCHES_PER_BUCKET * batch_size)
+            ]
         )
-    chunks = list(torch.split(order, size))
+    chunks = list(torch.split(order, batch_size))
     if len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [torch.cat(chunks[-2:])]
     if lengths is not None:
@@ -108,13 +117,13 @@ def batches(
 
 
 @torch.no_grad()
-def predictions(bench: Bench, source: Source, size: int) -> Pairs:
+def predict_source(context: TrainingContext, source: Source, batch_size: int) -> PredictionPairs:
     """What the net says of `source`, in order, in eval mode."""
-    bench.net.eval()
+    context.net.eval()
     pairs = []
-    for index in torch.split(torch.arange(len(source)), min(EVAL_BATCH, 4 * size)):
+    for index in torch.split(torch.arange(len(source)), min(MAX_EVAL_BATCH, 4 * batch_size)):
         batch = source.take(index, 0)
-        with bench.place.autocast():
-            predicted = bench.task.predict(bench.net, batch.x)
+        with context.device_context.autocast():
+            predicted = context.task.predict(context.net, batch.x)
         pairs.append((predicted, batch.y))
     return pairs

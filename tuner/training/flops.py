@@ -5,26 +5,26 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tuner.core.input_spec import Tree, Wanted, leaves
-from tuner.core.types import Staged
+from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
+from tuner.core.types import StagedModel
 
-OTHER_SIZES = (96, 64, 32, 28)  # tried after the size that was asked for
+FALLBACK_SIZES = (96, 64, 32, 28)  # tried after the size that was asked for
 
 
 @dataclass(frozen=True)
-class Work:
+class StageFlops:
     """One example's forward pass through each stage, `size` pixels square or tokens long; a multiply-add counts as two."""
 
     size: int
     flops: tuple[int, ...]
 
 
-def measure(staged: Staged, wanted: Wanted) -> Work:
+def measure_flops(staged: StagedModel, input_spec: InputSpec) -> StageFlops:
     """Sends a made-up example through the stages. Raises ValueError when none of the sizes passes."""
     reasons = []
-    size = wanted.longest or leaves(wanted.example())[""].shape[-1]
-    for side in (size,) if wanted.longest else (size, *OTHER_SIZES):
-        x: Tree = wanted.example(side)
+    size = input_spec.max_length or tree_to_dict(input_spec.dummy_input())[""].shape[-1]
+    for side in (size,) if input_spec.max_length else (size, *FALLBACK_SIZES):
+        x: TensorTree = input_spec.dummy_input(side)
         flops = []
         try:
             with torch.no_grad():
@@ -32,7 +32,7 @@ def measure(staged: Staged, wanted: Wanted) -> Work:
                     with FlopCounterMode(display=False) as counter:
                         x = stage.eval()(x)
                     flops.append(counter.get_total_flops())
-            return Work(side, tuple(flops))
+            return StageFlops(side, tuple(flops))
         except (
             RuntimeError,
             ValueError,
@@ -40,5 +40,5 @@ def measure(staged: Staged, wanted: Wanted) -> Work:
         ) as error:  # a user's model may be made for one size
             reasons.append(str(error).splitlines()[0])
     raise ValueError(
-        f"no image of 3 x side x side passes through this model (tried {', '.join(map(str, (size, *OTHER_SIZES)))}): {reasons[0]}"
+        f"no image of 3 x side x side passes through this model (tried {', '.join(map(str, (size, *FALLBACK_SIZES)))}): {reasons[0]}"
     )

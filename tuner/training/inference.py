@@ -11,32 +11,38 @@ import numpy as np
 import torch
 
 from tuner.config import plugins
-from tuner.core.input_spec import Preprocess, Tokens, Tree, Wanted, wanted_of
-from tuner.core.types import Task, Told
-from tuner.errors import DataError, SpaceError, nearest, suggest
+from tuner.core.input_spec import (
+    ImageInputSpec,
+    InputSpec,
+    TensorTree,
+    TextInputSpec,
+    input_spec_from_dict,
+)
+from tuner.core.types import Prediction, Task
+from tuner.errors import DataError, SpaceError, nearest_hint, suggest_names
 from tuner.files.atomic import disk_errors
 from tuner.files.removal import MANIFEST
-from tuner.manifest import Published, read, replaced
-from tuner.preprocessing.image_decoding import SUFFIXES, attempt, quietly, upright
-from tuner.training.building import task_of
+from tuner.manifest import PublishedExport, read_export, replaced
+from tuner.preprocessing.image_decoding import SUFFIXES, load_upright, silence_pillow, try_decode
+from tuner.training.building import build_task
 from tuner.training.finalization import open_export
 
-BATCH = 16
-PREFERRED = ("safetensors", "torch_export", "onnx")
+BATCH_SIZE = 16
+PREFERRED_FORMATS = ("safetensors", "torch_export", "onnx")
 
 
 @dataclass(frozen=True)
-class Prediction:
+class NamedPrediction:
     kind: str  # image or text
     name: str  # of the image, or the text itself
-    told: Told
+    prediction: Prediction
 
 
-def find(studies: Path, name: str) -> Published:
+def find_export(studies: Path, name: str) -> PublishedExport:
     """A study by name or folder, or an export's folder. Raises DataError."""
     for folder in (studies / name / "export", Path(name) / "export", Path(name)):
         published = (
-            read(folder) if os.path.isdir(folder) else None
+            read_export(folder) if os.path.isdir(folder) else None
         )  # Path.is_dir raises on a name that is too long
         if published is not None:
             return published
@@ -45,13 +51,13 @@ def find(studies: Path, name: str) -> Published:
             f"study {name!r} has no export yet; finish it with `tuner run`, or call `tuner export {name}`"
         )
     known = sorted(p.parent.parent.name for p in studies.glob("*/export/manifest.json"))
-    hint = suggest(name, known) if known else "; make one with `tuner run FILE`"
+    hint = suggest_names(name, known) if known else "; make one with `tuner run FILE`"
     raise DataError(
         f"no export under {name!r}: neither a study in {studies} nor a folder with manifest.json{hint}"
     )
 
 
-def images(patterns: Sequence[str]) -> list[Path]:
+def find_images(patterns: Sequence[str]) -> list[Path]:
     """The images that paths, folders and globs name, in order, each once. Raises DataError for what is not there."""
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -62,56 +68,63 @@ def images(patterns: Sequence[str]) -> list[Path]:
             if os.path.lexists(path)
             else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
         )
-        inside = [p for one in named for p in (_inside(one) if one.is_dir() else [one])]
+        inside = [p for one in named for p in (_images_below(one) if one.is_dir() else [one])]
         if path not in named:
             inside = [p for p in inside if p.suffix.lower() in SUFFIXES] or inside
         if not inside:
             beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise DataError(f"{pattern}: no image there{nearest(path.name, beside)}")
+            raise DataError(f"{pattern}: no image there{nearest_hint(path.name, beside)}")
         found |= dict.fromkeys(inside)
     return list(found)
 
 
-def _inside(folder: Path) -> list[Path]:
+def _images_below(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
 
 
-def predict(
-    published: Published, named: Sequence[str], kind: str | None = None, *, trust: bool = False
-) -> Iterator[Prediction | str]:
+def predict_examples(
+    published: PublishedExport,
+    examples: Sequence[str],
+    export_format: str | None = None,
+    *,
+    trust: bool = False,
+) -> Iterator[NamedPrediction | str]:
     """A prediction for each image or text that `named` means, or a sentence for one that cannot be read.
 
     Raises SpaceError on an unknown format, and on an export that names code unless it is to be trusted; DataError for
     what is not there.
     """
     exports = published.manifest["exports"]
-    kind = kind or next((k for k in PREFERRED if k in exports), next(iter(exports)))
-    function, task, wanted = opened(published, kind, trust=trust)
+    export_format = export_format or next(
+        (k for k in PREFERRED_FORMATS if k in exports), next(iter(exports))
+    )
+    function, task, wanted = opened(published, export_format, trust=trust)
     batches = (
-        of_texts(texts(named), wanted)
-        if isinstance(wanted, Tokens)
-        else of_images(images(named), wanted)
+        encode_text_batches(read_texts(examples), wanted)
+        if isinstance(wanted, TextInputSpec)
+        else read_image_batches(find_images(examples), wanted)
     )
     for batch in batches:
-        yield from batch.bad
+        yield from batch.problems
         if batch.names:
             with torch.no_grad():
-                told = task.tell(function, batch.x, batch.originals, wanted)
-            kind = "text" if isinstance(wanted, Tokens) else "image"
+                told = task.describe_predictions(function, batch.x, batch.originals, wanted)
+            export_format = "text" if isinstance(wanted, TextInputSpec) else "image"
             yield from (
-                Prediction(kind, name, one) for name, one in zip(batch.names, told, strict=True)
+                NamedPrediction(export_format, name, one)
+                for name, one in zip(batch.names, told, strict=True)
             )
 
 
-def require_format(published: Published, kind: str) -> None:
+def require_format(published: PublishedExport, kind: str) -> None:
     exports = published.manifest["exports"]
     if kind not in exports:
         raise SpaceError(
-            f"--format {kind!r} was not exported{suggest(kind, exports)}; make it with `tuner export`"
+            f"--format {kind!r} was not exported{suggest_names(kind, exports)}; make it with `tuner export`"
         )
 
 
-def refuse_code(published: Published, kind: str) -> None:
+def refuse_code(published: PublishedExport, kind: str) -> None:
     """Raises SpaceError where the export names code that is not tuner's: it may be somebody else's export."""
     for key, name in published.code(kind).items():
         raise SpaceError(
@@ -121,8 +134,8 @@ def refuse_code(published: Published, kind: str) -> None:
 
 
 def opened(
-    published: Published, kind: str, *, trust: bool
-) -> tuple[Callable[[Tree], Tree], Task, Wanted]:
+    published: PublishedExport, kind: str, *, trust: bool
+) -> tuple[Callable[[TensorTree], TensorTree], Task, InputSpec]:
     """The export as a function, its task and what it takes; where another takes its place meanwhile, of that one."""
     while True:
         require_format(published, kind)
@@ -131,8 +144,8 @@ def opened(
         try:
             with plugins.installed_only():
                 function = open_export(published, kind)
-                task = task_of(published.run, tuple(published.manifest["classes"]))
-            wanted = wanted_of(published.manifest["preprocess"], published.folder)
+                task = build_task(published.run, tuple(published.manifest["classes"]))
+            wanted = input_spec_from_dict(published.manifest["preprocess"], published.folder)
         except Exception:  # of a half of each: a file is gone, or fits no more
             newer = replacement(published)
             if newer is None:
@@ -144,39 +157,39 @@ def opened(
         published = newer
 
 
-def replacement(published: Published) -> Published | None:
+def replacement(published: PublishedExport) -> PublishedExport | None:
     """The export that has taken this one's place since it was read."""
-    return read(published.folder) if replaced(published) else None
+    return read_export(published.folder) if replaced(published) else None
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExampleBatch:
     """Some of the examples to be predicted; `bad` says what could not be read."""
 
     names: list[str]
-    x: Tree
+    x: TensorTree
     originals: list[Any]
-    bad: list[str]
+    problems: list[str]
 
 
-def of_images(paths: Sequence[Path], wanted: Wanted) -> Iterator[Asked]:
-    assert isinstance(wanted, Preprocess)
-    for start in range(0, len(paths), BATCH):
+def read_image_batches(paths: Sequence[Path], input_spec: InputSpec) -> Iterator[ExampleBatch]:
+    assert isinstance(input_spec, ImageInputSpec)
+    for start in range(0, len(paths), BATCH_SIZE):
         names, pixels, originals, bad = [], [], [], []
-        with quietly():
-            for path in paths[start : start + BATCH]:
-                found = attempt(path, wanted)
+        with silence_pillow():
+            for path in paths[start : start + BATCH_SIZE]:
+                found = try_decode(path, input_spec)
                 if isinstance(found, str):
                     bad.append(found)
                 else:
                     names.append(str(path))
                     pixels.append(found)
-                    originals.append(upright(path))
+                    originals.append(load_upright(path))
         x = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
-        yield Asked(names, wanted.given(x), originals, bad)
+        yield ExampleBatch(names, input_spec.to_export_input(x), originals, bad)
 
 
-def texts(named: Sequence[str]) -> list[str]:
+def read_texts(named: Sequence[str]) -> list[str]:
     """Each argument is a text, or a file with one a line. Raises DataError on a file that is no text."""
     found: list[str] = []
     for words in named:
@@ -196,20 +209,20 @@ def texts(named: Sequence[str]) -> list[str]:
     return found
 
 
-def of_texts(asked: Sequence[str], wanted: Tokens) -> Iterator[Asked]:
-    from tuner.preprocessing.tokenization import encode
+def encode_text_batches(asked: Sequence[str], input_spec: TextInputSpec) -> Iterator[ExampleBatch]:
+    from tuner.preprocessing.tokenization import encode_texts
 
-    for start in range(0, len(asked), BATCH):
-        chunk = list(asked[start : start + BATCH])
-        yield Asked(chunk, encode(wanted, chunk), list(chunk), [])
+    for start in range(0, len(asked), BATCH_SIZE):
+        chunk = list(asked[start : start + BATCH_SIZE])
+        yield ExampleBatch(chunk, encode_texts(input_spec, chunk), list(chunk), [])
 
 
-def draw(prediction: Prediction, folder: Path, number: int) -> Path | None:
+def write_picture(prediction: NamedPrediction, folder: Path, number: int) -> Path | None:
     """Writes the picture of a prediction, where it has one, and says where. Raises StorageError."""
-    if prediction.told.picture is None:
+    if prediction.prediction.picture is None:
         return None
     path = folder / f"{number:04d}-{Path(prediction.name).stem[:100]}.png"
     with disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(prediction.told.picture)
+        path.write_bytes(prediction.prediction.picture)
     return path

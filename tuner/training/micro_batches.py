@@ -11,34 +11,36 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @dataclass
-class Room:
+class MicroBatchSize:
     """How many examples the memory holds at once: `size`, halved whenever it runs out, never below `least`.
 
     `notes` says of each halving, until someone takes it.
     """
 
-    size: int
-    least: int = 1
+    value: int
+    minimum: int = 1
     notes: list[str] = field(default_factory=list)
 
-    def parts(self, index: Tensor) -> tuple[Tensor, ...]:
+    def split_batch(self, index: Tensor) -> tuple[Tensor, ...]:
         """`index` in parts of like length, of at most `size`, but of at least `least`."""
-        count = min(math.ceil(len(index) / self.size), max(1, len(index) // self.least))
+        count = min(math.ceil(len(index) / self.value), max(1, len(index) // self.minimum))
         return torch.tensor_split(index, count)
 
 
-def room(net: nn.Module, batch_size: int, parts: int = 1) -> Room:
+def initial_micro_batch_size(net: nn.Module, batch_size: int, parts: int = 1) -> MicroBatchSize:
     """Room for whole batches, or for one of `parts`; BatchNorm cannot train on one example."""
     normed = any(isinstance(module, _BatchNorm) for module in net.modules())
     least = 2 if normed else 1
     if parts == 1:
-        return Room(batch_size + 1, least)  # the last batch may have one more
+        return MicroBatchSize(batch_size + 1, least)  # the last batch may have one more
     size = max(least, math.ceil(batch_size / parts))
     note = "earlier attempts were killed as by a memory limit; batches are taken in parts of"
-    return Room(size, least, [f"{note} {size}, their gradients added up"])
+    return MicroBatchSize(size, least, [f"{note} {size}, their gradients added up"])
 
 
-def fitting(work: Callable[[], Tensor], room: Room, count: int) -> Tensor:
+def retry_on_oom(
+    compute: Callable[[], Tensor], micro_batch_size: MicroBatchSize, example_count: int
+) -> Tensor:
     """What `work` gives, called again with half the room each time that the memory does not hold it; `count` is the examples it wants.
 
     What a failed attempt has left in BatchNorm's running statistics and drawn of the random numbers stays so. Raises what `work` raises
@@ -46,23 +48,29 @@ def fitting(work: Callable[[], Tensor], room: Room, count: int) -> Tensor:
     """
     while True:
         try:
-            return work()
+            return compute()
         except RuntimeError as error:
-            if not out_of_memory(error) or min(room.size, count) <= room.least:
+            if (
+                not is_out_of_memory(error)
+                or min(micro_batch_size.value, example_count) <= micro_batch_size.minimum
+            ):
                 raise
         # out here, since the traceback, gone now, held what the failed attempt had computed
-        before, room.size = min(room.size, count), max(room.least, min(room.size, count) // 2)
-        room.notes.append(
-            f"out of memory with {before} examples at once; batches go on in parts of {room.size}, their gradients added up"
+        before, micro_batch_size.value = (
+            min(micro_batch_size.value, example_count),
+            max(micro_batch_size.minimum, min(micro_batch_size.value, example_count) // 2),
         )
-        release()
+        micro_batch_size.notes.append(
+            f"out of memory with {before} examples at once; batches go on in parts of {micro_batch_size.value}, their gradients added up"
+        )
+        release_memory()
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def release() -> None:
+def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ from torch import nn
 from tuner.config.run import Recipe
 
 
-def optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with momentum (Sutskever et al., ICML 2013), or AdamW (Loshchilov and Hutter, ICLR 2019)."""
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(
@@ -27,7 +27,7 @@ def optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim
     )
 
 
-def factor(recipe: Recipe, step: int, steps: int) -> float:
+def lr_factor(recipe: Recipe, step: int, steps: int) -> float:
     """The share of `recipe.lr` at `step` (from 0) of `steps`: linear warmup, then constant, or linear or cosine to 0."""
     warm = recipe.warmup * steps
     if step < warm:

@@ -10,27 +10,33 @@ import torch
 
 from tuner import deferred_figures
 from tuner.core.weights import is_path
-from tuner.files.downloads import offline
-from tuner.messages import Assignment, Epoch, Facts, Result, Survey
-from tuner.training.building import build, load, task_of
-from tuner.training.cross_validation import crossed, folds_of
-from tuner.training.devices import gpus, place
-from tuner.training.micro_batches import out_of_memory, release
-from tuner.training.training_loop import Best, Diverged, check_batches
+from tuner.files.downloads import forbid_downloads
+from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
+from tuner.training.building import build_model, build_task, load_dataset
+from tuner.training.cross_validation import fit_folds, runs_of_folds
+from tuner.training.devices import select_device, select_gpus
+from tuner.training.micro_batches import is_out_of_memory, release_memory
+from tuner.training.training_loop import BestEpoch, Diverged, check_batch_size
 
 
-def survey(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Survey:
+def survey_models(
+    assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int
+) -> ModelSurvey:
     """How deep each model can be frozen, and how many GPUs are used. Nothing is fetched or written."""
     depths: dict[str, int] = {}
     for a in assignments:
-        place(a.engine, Path(a.home), slot)  # names a missing device before anything else happens
+        select_device(
+            a.engine, Path(a.home), slot
+        )  # names a missing device before anything else happens
         run = a.run.without_weights()
-        staged = build(run, Path(a.home), 2)
+        staged = build_model(run, Path(a.home), 2)
         depths[a.run.model.name] = staged.max_depth
-    return Survey(depths, gpus=len(gpus(assignments[0].engine)))
+    return ModelSurvey(depths, gpu_count=len(select_gpus(assignments[0].engine)))
 
 
-def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int) -> Facts:
+def inspect_data(
+    assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int
+) -> DatasetReport:
     """Reads data and weights of every run as a trial would. Raises DataError, SpaceError."""
     warnings: list[str] = []
     notes: list[str] = []
@@ -39,38 +45,47 @@ def inspect(assignments: tuple[Assignment, ...], report: Callable[[Any], bool], 
             is_path(str(a.run.model.options.get("weights", "")))
             or a.run.model.options.get("folder") is not None
         )
-        with offline(not a.fetch):
-            for run in folds_of(a.run):
-                data = load(run, Path(a.home))
-            staged = build(
-                a.run if a.fetch or local else a.run.without_weights(),
+        with forbid_downloads(not a.allow_downloads):
+            for run in runs_of_folds(a.run):
+                data = load_dataset(run, Path(a.home))
+            staged = build_model(
+                a.run if a.allow_downloads or local else a.run.without_weights(),
                 Path(a.home),
                 len(data.classes),
             )
-        warnings += [*data.warnings, *check_batches(data, a.run)]
+        warnings += [*data.warnings, *check_batch_size(data, a.run)]
         notes += [f"{a.run.model.name}: {note}" for note in staged.notes]
-    return Facts(
+    return DatasetReport(
         digest=data.digest,
         classes=data.classes,
-        sizes={"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-        input=data.wanted.describe(),
-        parameters=sum(p.numel() for p in staged.model.parameters()),
+        split_sizes={"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        input_description=data.input_spec.describe_input(),
+        parameter_count=sum(p.numel() for p in staged.model.parameters()),
         warnings=tuple(dict.fromkeys(warnings)),
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:
+def run_trial(assignment: Assignment, report: Callable[[Epoch], bool], slot: int) -> TrialResult:
     """One trial: trains until it ends or `report` says stop."""
     start = time.monotonic()
     epochs: list[Epoch] = []
-    best = Best()
+    best = BestEpoch()
     state: Literal["complete", "stopped", "diverged", "oom"] = "complete"
     reason = ""
     try:
-        there = replace(place(a.engine, Path(a.home), slot), parts=a.parts)
-        checkpoints = Path(a.checkpoints) if a.checkpoints else None
-        for epoch in crossed(a.run, there, a.metric, best, checkpoints, keep=a.keep):
+        there = replace(
+            select_device(assignment.engine, Path(assignment.home), slot), parts=assignment.parts
+        )
+        checkpoints = Path(assignment.checkpoint_folder) if assignment.checkpoint_folder else None
+        for epoch in fit_folds(
+            assignment.run,
+            there,
+            assignment.metric,
+            best,
+            checkpoints,
+            keep_best_weights=assignment.keep_best_weights,
+        ):
             epochs.append(epoch)
             if not report(epoch):
                 state = "stopped"
@@ -78,14 +93,14 @@ def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:
     except Diverged as error:
         state, reason = "diverged", str(error)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         state, reason = "oom", str(error).splitlines()[0]
     if state == "oom":  # outside of the except block, whose traceback holds tensors
-        release()
-        return Result(state, tuple(epochs), 0, {}, time.monotonic() - start, reason)
-    files = show(a, epochs, best)
-    return Result(
+        release_memory()
+        return TrialResult(state, tuple(epochs), 0, {}, time.monotonic() - start, reason)
+    files = make_artifacts(assignment, epochs, best)
+    return TrialResult(
         state,
         tuple(epochs),
         best.epoch.number if best.epoch else 0,
@@ -95,13 +110,21 @@ def carry(a: Assignment, report: Callable[[Epoch], bool], slot: int) -> Result:
     )
 
 
-def show(a: Assignment, epochs: list[Epoch], best: Best) -> dict[str, bytes]:
+def make_artifacts(
+    assignment: Assignment, epochs: list[Epoch], best: BestEpoch
+) -> dict[str, bytes]:
     """The trial's learning curve, and what its task shows of the best epoch."""
     if best.epoch is None:
         return {}
-    data = load(a.run, Path(a.home))
-    task = task_of(a.run, data.classes)
-    curve = deferred_figures.later(
-        "curve", losses=[e.loss for e in epochs], scores=[e.scores for e in epochs], metric=a.metric
+    data = load_dataset(assignment.run, Path(assignment.home))
+    task = build_task(assignment.run, data.classes)
+    curve = deferred_figures.defer_figure(
+        "curve",
+        losses=[e.loss for e in epochs],
+        scores=[e.scores for e in epochs],
+        metric=assignment.metric,
     )
-    return {"curve.png": curve, **(task.show(best.pairs, data) if best.pairs else {})}
+    return {
+        "curve.png": curve,
+        **(task.make_artifacts(best.predictions, data) if best.predictions else {}),
+    }
