@@ -112,6 +112,14 @@ def test_the_order_names_what_is_there_and_no_more() -> None:
     assert {home(path) for path in MODULES} == set(ORDER)
 
 
+def test_the_design_names_the_packages_in_their_order() -> None:
+    text = (ROOT.parent / "docs/design.md").read_text()
+    table = text.partition("| package | charter |")[2].partition("\n\n")[0]
+    first_cells = [row.split(" | ")[0] for row in table.splitlines()[2:]]
+    names = [name for cell in first_cells for name in re.findall(r"`(\w+)/?`", cell)]
+    assert names == [name for name in ORDER if not name.startswith("__")]
+
+
 def test_the_top_of_the_package_reads_as_a_table_of_contents() -> None:
     assert len(list(ROOT.glob("*.py"))) <= 10
     for package in ROOT.glob("*/__init__.py"):

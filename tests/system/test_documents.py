@@ -1,0 +1,57 @@
+"""The documents for people: links and paths lead somewhere, a paragraph is one line."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    path
+    for folder in (".", "docs", "benchmarks", "examples/slurm", "examples/kubernetes")
+    for path in sorted((ROOT / folder).glob("*.md"))
+    if path.name != "CHANGELOG.md"
+]
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def prose(path: Path) -> Iterator[str]:
+    """The lines outside code blocks."""
+    inside = False
+    for line in path.read_text().splitlines():
+        inside ^= line.startswith("```")
+        yield "" if inside or line.startswith(("```", "    ")) else line
+
+
+def anchors(path: Path) -> set[str]:
+    """The fragments that lead to a document's headings."""
+    headings = [line.lstrip("#").strip().lower() for line in prose(path) if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", "\n".join(prose(path))):
+        name, _, fragment = target.partition("#")
+        document = (path.parent / name).resolve() if name else path
+        assert document.exists(), target
+        assert not fragment or fragment in anchors(document), target
+
+
+@each_document
+def test_a_paragraph_is_one_line(path: Path) -> None:
+    """Lines of a fixed width make every change of a paragraph a change of all its lines."""
+    starts = re.compile(r"\s*([-*>|#<!]|\d+\.|$)")
+    lines = list(prose(path))
+    for before, line in itertools.pairwise(lines):
+        if before.strip() and not before.startswith(("|", "#", "<")):
+            assert starts.match(line), f"joins the line before it: {line}"
+
+
+@pytest.mark.parametrize("name", ["design", "upgrading"])
+def test_every_module_named_is_there(name: str) -> None:
+    text = (ROOT / f"docs/{name}.md").read_text()
+    for path in re.findall(r"`((?:tuner/|tests/)?[a-z]+/[\w/]+\.py)`", text):
+        assert any((folder / path).exists() for folder in (ROOT, ROOT / "tuner")), path
