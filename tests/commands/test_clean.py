@@ -191,9 +191,9 @@ def test_errors_teach(words: list[str], code: int, message: str, tuner: Tuner, s
 HOLD = """
 import sys
 from pathlib import Path
-from tuner.files.cache_entries import hold
-held = hold(Path(sys.argv[1]))
-print(held is not None, flush=True)
+from tuner.files.cache_entries import try_open
+entry = try_open(Path(sys.argv[1]))
+print(entry is not None, flush=True)
 sys.stdin.read()
 """
 

@@ -146,7 +146,7 @@ def test_markup_and_emoji_codes_are_text(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_an_ascii_terminal_gets_ascii() -> None:
-    code = "from tuner.commands.console import Console; c = Console('normal'); c.say('best ★ IMAGE… größer')"
+    code = "from tuner.commands.console import Console; c = Console('normal'); c.print_line('best ★ IMAGE… größer')"
     out = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
@@ -164,13 +164,13 @@ from tuner.commands.console import Console
 from tuner.messages import Epoch
 from tuner.config import parsing, yaml_document as document
 from tests.conftest import SMALL
-run = parsing.parse(document.parse(SMALL, "small.yaml")).run({})
+run = parsing.parse_space(document.parse_document(SMALL, "small.yaml")).make_run({})
 c = Console("normal")
-show = c.retraining(run)
+show = c.show_retraining(run)
 show(Epoch(1, 0.5, {}, 0.1))
 c.warn("half of the images are grey")
-c.say("a line")
-c.pause()
+c.print_line("a line")
+c.close_bars()
 """
     leader, follower = pty.openpty()
     environ = os.environ | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}

@@ -498,7 +498,7 @@ def test_shipped_spaces_resolve_to_themselves(path: Path) -> None:
 
 
 def test_parsing_imports_neither_torch_nor_optuna() -> None:
-    code = "import sys; from pathlib import Path; from tuner.config import json_schema, parsing; parsing.load(Path(sys.argv[1])); json_schema.schema(); sys.exit(str({'torch', 'optuna', 'numpy'} & set(sys.modules) or ''))"
+    code = "import sys; from pathlib import Path; from tuner.config import json_schema, parsing; parsing.load_space(Path(sys.argv[1])); json_schema.space_schema(); sys.exit(str({'torch', 'optuna', 'numpy'} & set(sys.modules) or ''))"
     file = Path(__file__).parents[2] / "search_spaces" / "resnet.yaml"
     ended = subprocess.run(
         [sys.executable, "-c", code, str(file)],

@@ -167,7 +167,7 @@ for text in (bomb, "[" * 20_000, "{a: " * 20_000, "- " * 20_000, "x" * 5_000_000
     path.write_text(text)
     start = time.perf_counter()
     try:
-        parsing.load(path)
+        parsing.load_space(path)
     except SpaceError:
         pass
     else:

@@ -133,7 +133,7 @@ from pathlib import Path
 from tuner.search import storage
 from tuner.dashboard import artifacts
 study = optuna.load_study(study_name="small", storage=storage.open_storage(None, Path({str(tmp_path)!r})))
-artifacts.TrialArtifacts(study, Path({str(tmp_path)!r}), "accuracy").write_study_note(None)
+artifacts.ArtifactWriter(study, Path({str(tmp_path)!r}), "accuracy").write_study_note(None)
 assert "optuna_dashboard" not in sys.modules and "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -153,9 +153,9 @@ def test_an_entry_is_read_through_once_in_a_process_and_again_when_it_changes(
 HOLD = """
 import sys
 from pathlib import Path
-from tuner.files.cache_entries import hold
-held = hold(Path(sys.argv[1]))
-print(held is not None, flush=True)
+from tuner.files.cache_entries import try_open
+entry = try_open(Path(sys.argv[1]))
+print(entry is not None, flush=True)
 sys.stdin.read()
 """
 

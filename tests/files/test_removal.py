@@ -364,7 +364,7 @@ def test_after_ctrl_c_the_command_is_named_as_it_was_typed(
     def retraining(*_: Any) -> Callable[[Any], None]:
         return lambda epoch: os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Console, "retrain", retraining)
+    monkeypatch.setattr(Console, "show_retraining", retraining)
     typed = {
         f"tuner train {run} --out 'my model'": ("train", run, "--out", "my model"),
         "tuner export run --trial 0": ("export", "run", "--trial", "0"),

@@ -222,7 +222,7 @@ def test_the_page_is_read_before_it_is_announced(
     said: list[str] = []
     real = study_json.StudyJson.render
     monkeypatch.setattr(
-        study_json.StudyJson, "answer", lambda self, after: said.append("read") or real(self, after)
+        study_json.StudyJson, "render", lambda self, after: said.append("read") or real(self, after)
     )
     monkeypatch.setattr(server._HttpServer, "serve_forever", lambda self: None)
     server.serve(folder, None, 0, allow_writes=False, announce=said.append)

@@ -291,7 +291,7 @@ def test_a_retry_of_a_trial_that_ended_at_that_moment_is_withdrawn(
         if point == "search.requeued":  # the retry waits, the end of the trial is not told
             first.on_job_end(job, carry_out_without_training(first, job))
 
-    monkeypatch.setattr("tuner.search.ledger.crash", end)
+    monkeypatch.setattr("tuner.search.ledger.crash_point", end)
     second = make_coordinator(make_space(trials=2), storage)
     assert states(second) == ["COMPLETE", "FAIL"] and second.budget_used == 1
     monkeypatch.undo()

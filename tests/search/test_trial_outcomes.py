@@ -255,7 +255,7 @@ class Noting(RecordingListener):
     study: optuna.Study
     browser: optuna.Study
 
-    def files(self, trial: optuna.Trial, run: Run, result: TrialResult) -> None:
+    def save_artifacts(self, trial: optuna.Trial, run: Run, result: TrialResult) -> None:
         from optuna_dashboard import save_note
 
         write_note(self.study, trial, "how it went")
