@@ -80,7 +80,7 @@ def test_disk_errors_name_the_path(number: int, message: str) -> None:
 
 
 def test_a_lock_excludes_and_is_freed_when_its_holder_is_killed(tmp_path: Path) -> None:
-    hold = "import sys, time; from pathlib import Path; from tuner.files.atomic import locked\nwith locked(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
+    hold = "import sys, time; from pathlib import Path; from tuner.files.atomic import file_lock\nwith file_lock(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "lock")], stdout=subprocess.PIPE
     ) as holder:

@@ -138,7 +138,7 @@ def test_an_entry_is_read_through_once_in_a_process_and_again_when_it_changes(
     (entry,) = cache_entries.list_entries(tmp_path / "images")
     read: list[Path] = []
     real = cache_entries.file_sha256
-    monkeypatch.setattr(cache_entries, "sha256", lambda path: read.append(path) or real(path))
+    monkeypatch.setattr(cache_entries, "file_sha256", lambda path: read.append(path) or real(path))
     assert try_open(entry) is not None and read == []  # it was hashed while it was written
     cache_entries._verified_states.clear()  # as another process begins
     assert try_open(entry) is not None and len(read) == 3
