@@ -49,7 +49,7 @@ class Outcome:
 
     done: `value` is what the function returned. refused: it raised a TunerError with these `problems` and exit `code`.
     failed: it raised something else; `reason` is the exception, `trace` the traceback. lost: its worker died, or was
-    given up; `cause` says why, for programs.
+    given up; `loss_cause` says why, for programs.
     """
 
     kind: Literal["done", "refused", "failed", "lost"]

@@ -16,7 +16,7 @@ from tuner.engines import _process_settings
 FAULTS = """
 import resource, sys
 from tuner.engines import _process_settings as machine
-print(machine.keep_memory() if sys.argv[1] == "keep" else None)
+print(machine.keep_freed_memory() if sys.argv[1] == "keep" else None)
 import torch
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -197,7 +197,7 @@ class WorkerPool:
     def stop_workers(self, workers: list[PoolWorker]) -> None:
         """Ends slots: a busy one after a moment in which its job can remove its temporary files."""
         self.workers = [w for w in self.workers if w not in workers]
-        farewells = [w.actor.end.remote() for w in workers if w.stream is not None]
+        farewells = [w.actor.stop.remote() for w in workers if w.stream is not None]
         if farewells:
             self.ray.wait(farewells, num_returns=len(farewells), timeout=STOP_SECONDS + 1)
         for worker in workers:

@@ -157,7 +157,7 @@ class RayEngine:
         job, worker.preparation = worker.job.job, None
         name = f"the worker on node {worker.node.name}"
         worker.watch = Watch(name, self.silence, job.stall, starting=True)
-        worker.stream = worker.actor.carry.options(num_returns="streaming").remote(
+        worker.stream = worker.actor.run_job.options(num_returns="streaming").remote(
             job, worker.token, keeping, self.silence / HEARTBEATS
         )
 
@@ -243,7 +243,7 @@ class RayEngine:
         worker.watch.alive()
         if kind == "report":
             worker.watch.reported(value)
-            worker.actor.answer.remote(token, work.on_report(work.job, value))
+            worker.actor.receive_answer.remote(token, work.on_report(work.job, value))
         elif kind == "ended":
             self.finish(worker, value)
         elif kind != "alive":
