@@ -5,13 +5,20 @@ from typing import Any, Literal
 
 from tuner.config.run import EngineSettings, Run
 
+LAST_ATTEMPT_MICRO_BATCHES = 4
+
+
+def micro_batch_count(attempt: int, killed: int, retries: int) -> int:
+    """In how many micro-batches an attempt takes a batch: several in the last one, where a memory limit ended all others."""
+    return LAST_ATTEMPT_MICRO_BATCHES if 1 < attempt == retries + 1 and killed == attempt - 1 else 1
+
 
 @dataclass(frozen=True)
 class Assignment:
     """A run and where to carry it out. `fetch`: weights may be downloaded.
 
     `checkpoints` is the folder that the run continues from and leaves its state in; `keep`: the best epoch's weights too, at its end.
-    `parts`: batches are taken in so many parts, their gradients added up, since whole ones did not fit the machine's memory.
+    `micro_batches`: in so many a batch is taken, their gradients added up, since whole ones did not fit the machine's memory.
     """
 
     run: Run
@@ -21,7 +28,7 @@ class Assignment:
     allow_downloads: bool = True
     checkpoint_folder: str | None = None
     keep_best_weights: bool = False
-    parts: int = 1
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tuner.commands.console import Console
-from tuner.commands.session import Folders, open_session
+from tuner.commands.session import Folders, Session, open_session
 from tuner.commands.signals import StopSignal, handle_signals
 from tuner.config import parsing
 from tuner.errors import Interrupted
+from tuner.jobs import NextJob, OnEnd, OnReport, Outcome, ShouldContinue
 
 LONG = 15.0  # seconds of an epoch that nobody waits for
 
@@ -79,3 +80,27 @@ def test_a_hang_up_that_nohup_has_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_winner_whose_worker_a_memory_limit_kills_is_retrained_with_parts_of_its_batches(
+    small: Path,
+) -> None:
+    space = parsing.load_space(small)
+    parts: list[int] = []
+
+    def carry(
+        jobs: NextJob, report: OnReport, ended: OnEnd, go_on: ShouldContinue, workers: int
+    ) -> None:
+        while (job := jobs()) is not None:
+            parts.append(job.argument.assignment.micro_batches)
+            killed = Outcome("lost", reason="worker ended by SIGKILL", loss_cause="memory")
+            ended(job, killed if len(parts) < 3 else Outcome("done", value="published"))
+
+    s = Session(
+        space, Folders(small.parent, small.parent), Console("normal"), carry, StopSignal(8.0)
+    )
+    assert (
+        s.finalize(space.make_run({}), small.parent / "export", ("safetensors",), 0, {})
+        == "published"
+    )
+    assert parts == [1, 1, 4]

@@ -94,7 +94,9 @@ def test_a_trial_that_a_memory_limit_kills_is_pruned_and_the_sampler_learns_from
 
     def carry(c: Coordinator, job: Job) -> Outcome:
         size = job.argument.run.recipe.batch_size
-        jobs.append((history.proposal_numbers(c.study)[job.number], size, job.argument.parts))
+        jobs.append(
+            (history.proposal_numbers(c.study)[job.number], size, job.argument.micro_batches)
+        )
         return KILLED if size > 128 else carry_out_without_training(c, job)
 
     sizes = "recipe.batch_size={low: 16, high: 512}"
@@ -118,10 +120,10 @@ def test_the_last_attempt_after_nothing_but_kills_takes_its_batches_in_parts(
     seen: list[int] = []
 
     def carry(c: Coordinator, job: Job) -> Outcome:
-        seen.append(job.argument.parts)
+        seen.append(job.argument.micro_batches)
         return (
             KILLED
-            if job.argument.parts == 1 and len(seen) <= retries
+            if job.argument.micro_batches == 1 and len(seen) <= retries
             else carry_out_without_training(c, job)
         )
 
@@ -135,7 +137,7 @@ def test_a_worker_that_also_died_in_another_way_fails_its_trial() -> None:
     seen: list[int] = []
 
     def carry(c: Coordinator, job: Job) -> Outcome:
-        seen.append(job.argument.parts)
+        seen.append(job.argument.micro_batches)
         return next(attempts)
 
     c = make_coordinator(make_space(trials=1))

@@ -567,7 +567,7 @@ def test_a_trial_that_was_killed_for_its_memory_goes_on_with_parts_of_its_batche
     straight = attempt(r, here, None)[0]
     attempt(r, here, tmp_path / "kept", most=1)  # and then its worker was killed
     monkeypatch.setattr(Greedy, "asked", [])
-    told, _, _, notes = attempt(r, replace(here, parts=4), tmp_path / "kept")
+    told, _, _, notes = attempt(r, replace(here, micro_batches=4), tmp_path / "kept")
     assert max(Greedy.asked) == 4 and [number for number, _, _ in told] == [1, 2, 3]
     assert [loss for _, loss, _ in told] == pytest.approx([loss for _, loss, _ in straight], 1e-4)
     assert len(notes) == 1 and "batches are taken in parts of 4" in notes[0]

@@ -19,7 +19,7 @@ from tuner.errors import DataError, Interrupted, SpaceError, TunerError
 from tuner.files import checkpoint_files, removal
 from tuner.files.atomic import atomic_path, claimed, disk_errors, lock_of_export
 from tuner.jobs import Job, Outcome, RunJobs, stall_of, to_tuner_error
-from tuner.messages import Assignment, DatasetReport, FinalizeJob, ModelSurvey
+from tuner.messages import Assignment, DatasetReport, FinalizeJob, ModelSurvey, micro_batch_count
 
 INSTEAD = "move it away, or choose another folder (--out, --studies, search.name)"
 
@@ -109,7 +109,9 @@ class Session:
                 or any(outcome.kind != "lost" for outcome in found)
             ):
                 return None
-            begun.append(Job(-1, function, argument, **more))
+            killed = sum(outcome.loss_cause == "memory" for outcome in found)
+            count = micro_batch_count(len(begun) + 1, killed, self.settings.search.retries)
+            begun.append(Job(-1, function, _in_micro_batches(argument, count), **more))
             return begun[-1]
 
         def heard(job: Job, value: Any) -> bool:
@@ -222,6 +224,13 @@ class Session:
                 self.console.close_bars()
             checkpoint_files.remove_training_checkpoints(Path(kept))
         return published
+
+
+def _in_micro_batches(argument: Any, count: int) -> Any:
+    """A job's argument, whose training takes a batch in so many micro-batches."""
+    if count == 1 or not isinstance(argument, FinalizeJob):
+        return argument
+    return replace(argument, assignment=replace(argument.assignment, micro_batches=count))
 
 
 @contextlib.contextmanager

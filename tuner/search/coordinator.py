@@ -14,7 +14,7 @@ from tuner.errors import TunerError
 from tuner.files.checkpoint_files import CheckpointRetention
 from tuner.files.crash_points import crash_point
 from tuner.jobs import Job, Outcome, stall_of
-from tuner.messages import Assignment, Epoch
+from tuner.messages import Assignment, Epoch, micro_batch_count
 from tuner.search import history
 from tuner.search.duplicate_trials import DuplicateTrials
 from tuner.search.history import ATTEMPT, IS_DEFAULT_RECIPE, KILLED, PROPOSAL, REFUSED, params_key
@@ -120,7 +120,9 @@ class Coordinator:
             self.make_assignment(running.run),
             checkpoint_folder=kept,
             keep_best_weights=self.search_settings.keep > 0,
-            parts=self.outcomes.parts(running),
+            micro_batches=micro_batch_count(
+                running.attempt, running.killed, self.search_settings.retries
+            ),
         )
         return Job(
             running.number,

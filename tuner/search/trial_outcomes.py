@@ -29,7 +29,6 @@ from tuner.search.running_trial import RunningTrial, SearchListener
 from tuner.search.windowed_study import WindowedStudy
 
 SUSPECTS = 3  # trials refused in a row that end the search
-PARTS = 4  # of its batches, in which a trial makes its last attempt when a memory limit ended all others
 
 
 class TrialOutcomes:
@@ -62,11 +61,6 @@ class TrialOutcomes:
     def suspected(self) -> dict[int, RunningTrial]:
         """The suspects by number."""
         return {running.number: running for running, _ in self.suspects}
-
-    def parts(self, running: RunningTrial) -> int:
-        """In how many parts a trial takes its batches: several in the last attempt, if a memory limit ended each other one."""
-        last = 1 < running.attempt == self.search.retries + 1
-        return PARTS if last and running.killed == running.attempt - 1 else 1
 
     def record(self, running: RunningTrial, outcome: Outcome, begun: int) -> None:
         """Records how a trial's job ended. `begun`: how many trials this process has begun."""

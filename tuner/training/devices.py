@@ -18,7 +18,7 @@ class DeviceContext:
     device: torch.device
     precision: str  # float32 or bfloat16
     cache_limits: CacheLimits
-    parts: int = 1  # in which batches are taken, for lack of memory
+    micro_batches: int = 1  # in so many a batch is taken, for lack of memory
 
     def autocast(self) -> AbstractContextManager[None]:
         """bfloat16 autocast where the precision says so; otherwise nothing changes."""
@@ -27,7 +27,9 @@ class DeviceContext:
         )
 
 
-def select_device(engine: EngineSettings, home: Path, slot: int = 0) -> DeviceContext:
+def select_device(
+    engine: EngineSettings, home: Path, slot: int = 0, micro_batches: int = 1
+) -> DeviceContext:
     """Where the worker in `slot` computes: the GPUs in use are dealt out in turn. Raises StorageError when the device asked for is not there."""
     found = select_gpus(engine)
     device = (
@@ -41,7 +43,9 @@ def select_device(engine: EngineSettings, home: Path, slot: int = 0) -> DeviceCo
     if precision == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if fast else "float32"
-    return DeviceContext(home, device, precision, CacheLimits(home, engine.cache_gb, engine.cache))
+    return DeviceContext(
+        home, device, precision, CacheLimits(home, engine.cache_gb, engine.cache), micro_batches
+    )
 
 
 def select_gpus(engine: EngineSettings) -> tuple[int, ...]:

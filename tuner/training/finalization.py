@@ -55,7 +55,9 @@ def finalize(
         staged, scores, seconds = held
     else:
         start = time.monotonic()
-        bench = prepare_training(a.run, select_device(a.engine, Path(a.home), slot), a.metric)
+        bench = prepare_training(
+            a.run, select_device(a.engine, Path(a.home), slot, a.micro_batches), a.metric
+        )
         best = BestEpoch()
         try:
             for epoch in [] if job.weights_file else retrain(a, bench, best):

@@ -27,13 +27,15 @@ class MicroBatchSize:
         return torch.tensor_split(index, count)
 
 
-def initial_micro_batch_size(net: nn.Module, batch_size: int, parts: int = 1) -> MicroBatchSize:
-    """Room for whole batches, or for one of `parts`; BatchNorm cannot train on one example."""
+def initial_micro_batch_size(
+    net: nn.Module, batch_size: int, micro_batches: int = 1
+) -> MicroBatchSize:
+    """Room for whole batches, or for one of `micro_batches`; BatchNorm cannot train on one example."""
     normed = any(isinstance(module, _BatchNorm) for module in net.modules())
     least = 2 if normed else 1
-    if parts == 1:
+    if micro_batches == 1:
         return MicroBatchSize(batch_size + 1, least)  # the last batch may have one more
-    size = max(least, math.ceil(batch_size / parts))
+    size = max(least, math.ceil(batch_size / micro_batches))
     note = "earlier attempts were killed as by a memory limit; batches are taken in parts of"
     return MicroBatchSize(size, least, [f"{note} {size}, their gradients added up"])
 

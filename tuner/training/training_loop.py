@@ -175,7 +175,9 @@ def fit(
         shuffle_into_batches(len(context.train), recipe.batch_size, seed, 1, context.train.lengths)
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: lr_factor(recipe, step, steps))
-    fits = initial_micro_batch_size(context.net, recipe.batch_size, context.device_context.parts)
+    fits = initial_micro_batch_size(
+        context.net, recipe.batch_size, context.device_context.micro_batches
+    )
     training = TrainingState(context.net, opt, schedule, fits)
     past = replay_epochs(context, training, recipe.batch_size, checkpoints)
     epochs: list[Epoch] = []

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,8 +73,8 @@ def run_trial(assignment: Assignment, report: Callable[[Epoch], bool], slot: int
     state: Literal["complete", "stopped", "diverged", "oom"] = "complete"
     reason = ""
     try:
-        there = replace(
-            select_device(assignment.engine, Path(assignment.home), slot), parts=assignment.parts
+        there = select_device(
+            assignment.engine, Path(assignment.home), slot, assignment.micro_batches
         )
         checkpoints = Path(assignment.checkpoint_folder) if assignment.checkpoint_folder else None
         for epoch in fit_folds(
