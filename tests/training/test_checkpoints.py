@@ -433,7 +433,7 @@ def test_30_a_model_that_has_changed_begins_again(
 ) -> None:
     attempt(run(), here, tmp_path / "kept", most=2)
     wider = nn.Sequential(nn.Flatten(), counting_model.CountedModule(), nn.Linear(3 * 32 * 32, 3))
-    monkeypatch.setattr(counting_model, "model", lambda outputs: wider)
+    monkeypatch.setattr(counting_model, "build_counted_model", lambda outputs: wider)
     monkeypatch.setattr("tuner.training.building._cached_models", {})
     told, _, _, notes = attempt(run(), here, tmp_path / "kept", most=1)
     assert [number for number, _, _ in told] == [
