@@ -218,9 +218,8 @@ def claimed(path: Path, busy: str, *, remove: bool = False) -> Iterator[None]:
                 raise StorageError(
                     f"{path} is no lock of tuner's; move it away, or write elsewhere"
                 )
-            with disk_errors(
-                path
-            ):  # not through the file's buffer, which its end would write again
+            # not through the file's buffer, which closing the file would write again
+            with disk_errors(path):
                 os.ftruncate(file.fileno(), 0)
                 os.pwrite(file.fileno(), _holder().encode(), 0)
             try:

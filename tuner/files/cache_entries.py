@@ -131,7 +131,7 @@ def evict_entry(folder: Path) -> bool:
 def list_entries(parent: Path) -> list[Path]:
     """The least recently used first."""
     found = (
-        [(path.stat().st_mtime, path) for path in parent.glob("[!.]*") if removal.is_entry(path)]
+        [(path.stat().st_mtime, path) for path in parent.glob("[!.]*") if path.is_dir()]
         if parent.is_dir()
         else []
     )
