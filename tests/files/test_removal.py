@@ -211,7 +211,7 @@ def test_whoever_reads_while_exports_take_each_others_place_finds_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent: list[str] = []
-    monkeypatch.setattr(removal, "crash", absent.append)  # passed where no export is in place
+    monkeypatch.setattr(removal, "crash_point", absent.append)  # passed where no export is in place
     folder, over, found = tmp_path / "export", threading.Event(), []
     export(folder, model="0")
 
