@@ -64,14 +64,14 @@ def calls(name: str) -> Iterator[tuple[Path, ast.Call]]:
 
 
 def test_every_point_of_the_code_is_listed_and_every_listed_one_is_in_the_code() -> None:
-    there = {point for _, call in calls("crash") for point in strings(call)}
+    there = {point for _, call in calls("crash_point") for point in strings(call)}
     steps = {
         "atomic_path": ("begun", "written", "synced", "renamed"),
         "atomic_folder": ("begun", "filled", "renamed"),
     }
     for name, expected in steps.items():
         inside = [
-            a for _, call in calls("crash") for a in call.args if isinstance(a, ast.JoinedStr)
+            a for _, call in calls("crash_point") for a in call.args if isinstance(a, ast.JoinedStr)
         ]
         assert len(inside) == sum(map(len, steps.values()))
         for _, call in calls(name):
