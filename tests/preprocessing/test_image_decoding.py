@@ -147,12 +147,12 @@ def test_what_cannot_be_read_says_why(
         path.write_bytes(content)
     elif callable(content):
         content(path)
-    start = time.monotonic()
+    start = time.process_time()
     with silence_pillow():
         found = try_decode(path, EIGHT)
     assert isinstance(found, str)
     assert found.startswith(f"{path}: ") and reason in found and "\n" not in found
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_thin_strip_is_not_blown_up() -> None:
