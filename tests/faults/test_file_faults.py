@@ -115,7 +115,7 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_made(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", ":1: the file is empty; see the examples in search_spaces/"),
+        (b"", ":1: the file is empty; `tuner init` lists examples to begin with"),
         (
             b"- task\n- data\n",
             ":1: expected a mapping (task:, data:, model:, …) at the top, got a list",

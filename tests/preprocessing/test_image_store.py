@@ -220,18 +220,18 @@ RACER = """
 import sys, time
 from pathlib import Path
 from tuner.preprocessing import image_decoding as decoding
-from tuner.core.input_spec import Preprocess
+from tuner.core.input_spec import ImageInputSpec
 from tuner.preprocessing.image_store import store
 home, me = Path(sys.argv[1]), sys.argv[2]
-real = decoding.attempt
+real = decoding.try_decode
 def slow(picture, preprocess):
     time.sleep(0.01)
     with open(home / "decoded", "a") as log: log.write(f"{me}\\n")
     return real(picture, preprocess)
-decoding.attempt = slow
+decoding.try_decode = slow
 (home / f"ready-{me}").touch()
 while len(list(home.glob("ready-*"))) < 2: time.sleep(0.005)
-print(store(home, sorted((home / "a").iterdir()), Preprocess(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3), "error").digest)
+print(store(home, sorted((home / "a").iterdir()), ImageInputSpec(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3), "error").digest)
 """
 
 
