@@ -221,7 +221,7 @@ import sys, time
 from pathlib import Path
 from tuner.preprocessing import image_decoding as decoding
 from tuner.core.input_spec import ImageInputSpec
-from tuner.preprocessing.image_store import store
+from tuner.preprocessing.image_store import open_image_store
 home, me = Path(sys.argv[1]), sys.argv[2]
 real = decoding.try_decode
 def slow(picture, preprocess):
@@ -231,7 +231,7 @@ def slow(picture, preprocess):
 decoding.try_decode = slow
 (home / f"ready-{me}").touch()
 while len(list(home.glob("ready-*"))) < 2: time.sleep(0.005)
-print(store(home, sorted((home / "a").iterdir()), ImageInputSpec(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3), "error").digest)
+print(open_image_store(home, sorted((home / "a").iterdir()), ImageInputSpec(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3), "error").digest)
 """
 
 
