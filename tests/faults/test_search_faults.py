@@ -214,7 +214,7 @@ def test_28_a_winner_that_diverges_when_trained_again_is_named_and_not_exported(
     real = training_loop.train_one_epoch
     monkeypatch.setattr(
         training_loop,
-        "learn",
+        "train_one_epoch",
         lambda bench, recipe, *rest: (
             real(bench, recipe, *rest) if recipe.fit == "train" else float("nan")
         ),

@@ -78,7 +78,7 @@ def test_memory_fit_over_the_cache_equals_fit_without(
         prepare_training(r, here(tmp_path, cache), "accuracy") for cache in ("always", "never")
     ]
     kinds = [type(b.train).__name__ for b in benches]
-    assert kinds == ["Remembered", "Live"]
+    assert kinds == ["CachedSource", "UncachedSource"]
     remembered, live = (list(fit(b, r.recipe, r.seed)) for b in benches)
     for a, b in zip(remembered, live, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-3)
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_computed_on_the_fly(change: dict[str, Any], tmp_pa
         select_device(EngineSettings.model_validate({"device": "cpu", **change}), tmp_path),
         "accuracy",
     )
-    assert type(bench.train).__name__ == "Live"
+    assert type(bench.train).__name__ == "UncachedSource"
     assert (
         not [p for p in (tmp_path / "activations").glob("*") if p.is_dir()]
         if (tmp_path / "activations").exists()
@@ -148,13 +148,14 @@ def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(
 ) -> None:
     endless = run("resnet18_slim", 2, augment="flip", views="null")
     assert (
-        type(prepare_training(endless, here(tmp_path, "auto"), "accuracy").train).__name__ == "Live"
+        type(prepare_training(endless, here(tmp_path, "auto"), "accuracy").train).__name__
+        == "UncachedSource"
     )
     assert (
         type(
             prepare_training(run("resnet18_slim", 0), here(tmp_path, "auto"), "accuracy").train
         ).__name__
-        == "Ready"
+        == "DeviceSource"
     )
 
 

@@ -74,7 +74,7 @@ def test_boxes_lie_where_the_pixels_do_on_the_canvas_and_in_the_mirror(
 
 @pytest.mark.parametrize("name", ["voc", "coco", "yolo"])
 def test_three_ways_to_write_the_same(name: str, tmp_path: Path) -> None:
-    data = loaded(name, getattr(box_files, name)(tmp_path / name), tmp_path / "home")
+    data = loaded(name, getattr(box_files, f"write_{name}")(tmp_path / name), tmp_path / "home")
     assert data.classes == ("blue", "red")
     assert (len(data.train), len(data.valid), len(data.test), len(data.full)) == (14, 3, 3, 17)
     truths = sorted(

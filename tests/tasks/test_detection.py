@@ -451,7 +451,10 @@ def test_cross_validation_and_a_cache_that_changes_nothing(
             EngineSettings.model_validate({"device": "cpu", "cache": mode}), tmp_path / "home"
         )
         bench = prepare_training(runs_of_folds(run)[0], there, "map")
-        assert type(bench.train).__name__ == {"always": "Remembered", "never": "Live"}[mode]
+        assert (
+            type(bench.train).__name__
+            == {"always": "CachedSource", "never": "UncachedSource"}[mode]
+        )
         prefix, _ = bench.staged_model.split(5)
         before = {key: value.clone() for key, value in prefix.state_dict().items()}
         losses.append([epoch.loss for epoch in fit_folds(run, there, "map", BestEpoch())])
