@@ -11,6 +11,9 @@ TunerError                  1   a bug in tuner
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+MAX_LISTED = 10  # problems that a message lists before it only counts them
 
 
 class TunerError(Exception):
@@ -65,3 +68,17 @@ def suggest_names(word: object, allowed: Iterable[str]) -> str:
     words = list(allowed)
     close = nearest_hint(word, words) if isinstance(word, str) else ""
     return f"{close} (allowed: {', '.join(words)})"
+
+
+def nearest_path_hint(path: Path, *, folders_only: bool = False) -> str:
+    """`; did you mean 'x'?` for the closest name in the folder of a missing path, or nothing."""
+    if not path.parent.is_dir():
+        return ""
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir() or not folders_only]
+    return nearest_hint(path.name, siblings)
+
+
+def limit_listing(items: Sequence[str], limit: int = MAX_LISTED) -> list[str]:
+    """The first `limit` items, and after them `… and N more` if there are more."""
+    more = [f"… and {len(items) - limit} more"] if len(items) > limit else []
+    return [*items[:limit], *more]

@@ -41,7 +41,7 @@ def rowed(root: Path) -> object:
         None,
         True,
     )
-    items, _ = text._make_items({UNSPLIT: found}, True)
+    items = text._make_items({UNSPLIT: found}, True)
     check_classes(items)
     return assign_and_limit_splits(items, SplitOptions())
 

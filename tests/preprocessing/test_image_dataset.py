@@ -98,6 +98,15 @@ def test_what_is_judged_is_not_augmented(tmp_path: Path) -> None:
         assert torch.equal(pixels(getattr(data, name), 1), pixels(getattr(plain, name)))
 
 
+def test_the_digest_of_given_images_never_changes(tmp_path: Path) -> None:
+    """A study stores the digest and refuses other data; these values are from before a renaming."""
+    images = [np.full((16, 16, 3), i, np.uint8) for i in range(12)]
+    split = np.repeat([TRAIN, VALID, TEST], 4)
+    data = made(tmp_path, listed=Items(images, np.arange(12) % 2, ("a", "b"), split))
+    assert data.digest == "e7e4bd89fdaa7378ffa52efdd4962ef554f465e294c653f30d8f59605f49b47c"
+    assert data.train.digest == "8f9365e8a9026b43e424f188412911c260478ffe019b317c1ff34bf723d065c5"
+
+
 def test_the_digest_follows_content_labels_and_split(tmp_path: Path) -> None:
     same = made(tmp_path / "elsewhere").digest
     assert made(tmp_path).digest == same

@@ -260,7 +260,7 @@ def test_a_missing_folder_gets_the_nearest_name(tmp_path: Path) -> None:
     write_images_and_masks(tmp_path / "s")
     with pytest.raises(DataError, match=r"s/mask is not a folder .*; did you mean 'masks'\?"):
         loaded(tmp_path / "s", tmp_path / "home", keys={"masks": "mask"})
-    with pytest.raises(DataError, match=r"data.path: .*/scene is not a folder"):
+    with pytest.raises(DataError, match=r"data.path: .*/scene does not exist"):
         loaded(tmp_path / "scene", tmp_path / "home")
 
 

@@ -79,6 +79,17 @@ def test_parts_that_are_given_stay() -> None:
     assert counts(found, VALID) == [1, 1]
 
 
+def test_a_split_that_is_missing_is_taken_from_the_training_examples() -> None:
+    listed = items([10, 10], TRAIN)
+    listed.split[::2] = VALID
+    complete = assign_splits(listed, ImageOptions(test=0.2))
+    assert np.flatnonzero(complete.split == VALID).tolist() == list(range(0, 20, 2))
+    assert counts(complete, TRAIN) == [4, 4] and counts(complete, TEST) == [1, 1]
+    complete.split[0] = TRAIN  # nothing is missing: nothing moves
+    again = assign_splits(complete, ImageOptions(test=0.4))
+    assert np.array_equal(again.split, complete.split)
+
+
 def test_limit_keeps_proportions_in_each_part() -> None:
     whole = assign_splits(items([400, 200, 100]), ImageOptions(valid=0.2, test=0.2))
     found = limit_splits(whole, ImageOptions(limit=70))

@@ -16,7 +16,7 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.models._api import WeightsEnum
 
 from tuner.core.input_spec import ImageInputSpec
-from tuner.errors import DataError, SpaceError, suggest_names
+from tuner.errors import DataError, SpaceError, limit_listing, suggest_names
 from tuner.files.atomic import atomic_path, disk_errors, file_lock, file_sha256, remove_leftovers
 from tuner.files.downloads import download
 
@@ -226,9 +226,9 @@ def load_matching_state(
         elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
             problems.append(f"{source_name}: {name} holds NaN or infinite values")
     if problems:
-        more = [f"{source_name}: … and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise DataError(
-            *problems[:10], *more, f"{source_name}: these are another model's weights, or damaged"
+            *limit_listing(problems),
+            f"{source_name}: these are another model's weights, or damaged",
         )
     model.load_state_dict(taken, strict=False)
     return (f"{head}: new, the weights have none for these classes",) if new_head else ()

@@ -1,4 +1,4 @@
-"""COCO: JSON files that list images, categories, and boxes as left, top, width, height in pixels.
+"""COCO: JSON files with images, categories, and boxes as left, top, width, height in pixels.
 
 Lin et al., Microsoft COCO: Common Objects in Context, ECCV 2014.
 """
@@ -14,19 +14,17 @@ from pydantic import Field
 from tuner.config.run import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
-from tuner.errors import DataError, nearest_hint
+from tuner.errors import DataError, limit_listing
+from tuner.preprocessing.data_paths import resolve_path
 from tuner.preprocessing.detection_dataset import (
     AnnotatedImage,
     Box,
     check_relative_name,
     detection_dataset,
-    limit_listing,
-    unsplit_incomplete,
 )
-from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID
+from tuner.preprocessing.splits import SPLIT_BY_NAME, TRAIN, UNSPLIT
 
 TASKS = ("detection",)
-SPLIT_FOLDERS = {"train": TRAIN, "valid": VALID, "val": VALID, "test": TEST}
 ANNOTATION_PATTERNS = (
     "annotations/instances_{}*.json",
     "annotations/{}*.json",
@@ -34,7 +32,8 @@ ANNOTATION_PATTERNS = (
     "{}*.json",
 )
 MAX_SIDE_PIXELS = 1e9  # pixels that a side of a box may state
-CategoryNames = dict[int, str]
+JsonObject = dict[str, Any]
+CategoryNames = dict[int, str]  # by category id
 
 
 def load(
@@ -45,7 +44,8 @@ def load(
     path: Annotated[
         str,
         Field(
-            description="the JSON file of annotations, or the folder that holds annotations/ with one file per split"
+            description="the JSON file of annotations, "
+            "or the folder that holds annotations/ with one file per split"
         ),
     ],
     images: Annotated[
@@ -54,168 +54,214 @@ def load(
     ] = None,
     image: ImageOptions,
 ) -> Dataset:
-    """`path`: a JSON file, or a folder with one for each part; `images`: the folder of the images, where it is not beside them."""
-    files = _find_annotation_files(Path(path).expanduser(), path)
-    trees = {part: _read_json(file) for part, file in files.items()}
-    categories: CategoryNames = {}
-    for part, tree in trees.items():
-        for number, one in _index_by_id(tree, "categories", files[part]).items():
-            name = one.get("name", str(number))
-            if not isinstance(name, str) or not name.isprintable():
-                raise DataError(
-                    f"{files[part]}: category {number}: name {_short_repr(name)} is no text of one line"
-                )
-            if categories.setdefault(number, name) != name:
-                raise DataError(
-                    f"{files[part]}: category {number} is {name!r}, but {categories[number]!r} in another part"
-                )
-    found: list[AnnotatedImage] = []
-    for part, tree in trees.items():
-        found += _annotated_images(
-            tree, files[part], Path(images).expanduser() if images else None, categories, part
-        )
-    used = sorted({label for one in found for label in one.labels})
-    classes = [categories[number] for number in used]
-    rank = {number: label for label, number in enumerate(used)}
-    parts = (
-        unsplit_incomplete([one.split for one in found])
-        if TRAIN in files
-        else [one.split for one in found]
-    )
-    found = [
-        replace(one, labels=[rank[k] for k in one.labels], split=p)
-        for one, p in zip(found, parts, strict=True)
-    ]
-    return detection_dataset(home, found, classes, image, input_spec)
+    """Load images with boxes from COCO's JSON files.
+
+    Args:
+        home: the folder with the caches.
+        input_spec: how the examples must look for the model's weights.
+        task: `detection`.
+        path: a JSON file, or a folder with one JSON file per split.
+        images: the folder of the images, if they are not beside the annotations.
+        image: the image keys of the `data:` section.
+
+    Raises:
+        DataError: files are missing, or annotations are unreadable or wrong.
+    """
+    files = _find_annotation_files(path)
+    contents = {split: _read_json(file) for split, file in files.items()}
+    categories = _merge_categories(files, contents)
+    image_folder = Path(images).expanduser() if images else None
+    annotated: list[AnnotatedImage] = []
+    for split, content in contents.items():
+        annotated += _annotated_images(content, files[split], image_folder, categories, split)
+    classes, annotated = _number_classes(annotated, categories)
+    return detection_dataset(home, annotated, classes, image, input_spec)
 
 
-def _find_annotation_files(root: Path, path: str) -> dict[int, Path]:
-    """The annotations of each part. Raises DataError."""
+def _find_annotation_files(path: str) -> dict[int, Path]:
+    """The file of each split; of UNSPLIT alone where there is one file for all. Raises DataError."""
+    root = resolve_path(path)
     if root.is_file():
         return {UNSPLIT: root}
-    if not root.is_dir():
-        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise DataError(
-            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest_hint(root.name, beside)}"
-        )
-    found: dict[int, Path] = {}
-    for name, part in SPLIT_FOLDERS.items():
-        options = [
+    files: dict[int, Path] = {}
+    for name, split in SPLIT_BY_NAME.items():
+        candidates = [
             file
-            for place in ANNOTATION_PATTERNS
-            for file in sorted(root.glob(place.format(name)))
+            for pattern in ANNOTATION_PATTERNS
+            for file in sorted(root.glob(pattern.format(name)))
             if file.is_file()
         ]
-        if options and part not in found:
-            found[part] = options[0]
-    if TRAIN in found:
-        return found
-    alone = sorted(root.glob("*.json")) or sorted(root.glob("annotations/*.json"))
-    if len(alone) != 1:
-        said = f"{len(alone)} JSON files and none is called train" if alone else "no JSON file"
-        raise DataError(
-            f"data.path: {path} has {said}; name the file, or have annotations/instances_train*.json"
-        )
-    return {UNSPLIT: alone[0]}
+        if candidates and split not in files:
+            files[split] = candidates[0]
+    if TRAIN in files:
+        return files
+    unnamed = sorted(root.glob("*.json")) or sorted(root.glob("annotations/*.json"))
+    if len(unnamed) == 1:
+        return {UNSPLIT: unnamed[0]}
+    problem = f"{len(unnamed)} JSON files and none is called train" if unnamed else "no JSON file"
+    raise DataError(
+        f"data.path: {path} has {problem}; name the file, or have annotations/instances_train*.json"
+    )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> JsonObject:
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error}); is it truncated?") from None
-    if not isinstance(tree, dict) or any(
-        not isinstance(tree.get(key), list) for key in ("images", "annotations", "categories")
+    if not isinstance(content, dict) or any(
+        not isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
     ):
         raise DataError(
             f"{file}: expected a mapping with lists called images, annotations and categories"
         )
-    return tree
+    return content
 
 
-def _index_by_id(tree: dict[str, Any], key: str, file: Path) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
-    for number, one in enumerate(tree[key]):
-        if not isinstance(one, dict) or type(one.get("id")) is not int:
+def _merge_categories(files: dict[int, Path], contents: dict[int, JsonObject]) -> CategoryNames:
+    """The names of the categories of all files. Raises DataError if two files disagree."""
+    categories: CategoryNames = {}
+    for split, content in contents.items():
+        for number, category in _index_by_id(content, "categories", files[split]).items():
+            name = category.get("name", str(number))
+            if not isinstance(name, str) or not name.isprintable():
+                raise DataError(
+                    f"{files[split]}: category {number}: name {_short_repr(name)} "
+                    "is no text of one line"
+                )
+            if categories.setdefault(number, name) != name:
+                raise DataError(
+                    f"{files[split]}: category {number} is {name!r}, "
+                    f"but {categories[number]!r} in another part"
+                )
+    return categories
+
+
+def _number_classes(
+    annotated: list[AnnotatedImage], categories: CategoryNames
+) -> tuple[list[str], list[AnnotatedImage]]:
+    """The names of the categories that occur, and the images with labels that index these names.
+
+    COCO's category ids have gaps, so they cannot be labels themselves.
+    """
+    used = sorted({category for image in annotated for category in image.labels})
+    label_of = {category: label for label, category in enumerate(used)}
+    return [categories[category] for category in used], [
+        replace(image, labels=[label_of[category] for category in image.labels])
+        for image in annotated
+    ]
+
+
+def _index_by_id(content: JsonObject, key: str, file: Path) -> dict[int, JsonObject]:
+    entries: dict[int, JsonObject] = {}
+    for number, entry in enumerate(content[key]):
+        if not isinstance(entry, dict) or type(entry.get("id")) is not int:
             raise DataError(f"{file}: {key}[{number}] needs an id, a whole number")
-        if one["id"] in found:
-            raise DataError(f"{file}: {key}[{number}]: id {one['id']} is there twice")
-        found[one["id"]] = one
-    return found
+        if entry["id"] in entries:
+            raise DataError(f"{file}: {key}[{number}]: id {entry['id']} is there twice")
+        entries[entry["id"]] = entry
+    return entries
 
 
 def _annotated_images(
-    tree: dict[str, Any], file: Path, images: Path | None, categories: CategoryNames, part: int
+    content: JsonObject, file: Path, folder: Path | None, categories: CategoryNames, split: int
 ) -> list[AnnotatedImage]:
-    """Raises DataError naming objects of unknown images or categories, and such as have no box."""
-    pictures = _index_by_id(tree, "images", file)
-    objects: dict[int, list[tuple[Box, int, str]]] = defaultdict(list)
-    wrong: list[str] = []
-    for number, one in enumerate(tree["annotations"]):
-        place = f"{file}: annotations[{number}]"
-        box = one.get("bbox") if isinstance(one, dict) else None
-        if (
-            not isinstance(box, list)
-            or len(box) != 4
-            or not all(type(side) in (int, float) and abs(side) < MAX_SIDE_PIXELS for side in box)
-        ):
-            wrong.append(f"{place}: needs a bbox of four numbers: left, top, width, height")
-        elif type(one.get("image_id")) is not int or one["image_id"] not in pictures:
-            wrong.append(f"{place}: image_id {_short_repr(one.get('image_id'))} is no image's id")
-        elif type(one.get("category_id")) is not int or one["category_id"] not in categories:
-            wrong.append(
-                f"{place}: category_id {_short_repr(one.get('category_id'))} is no category's id"
+    """The images of a file with their objects; their labels are category ids.
+
+    Raises:
+        DataError: an image has no proper name, or as `_objects_by_image` does.
+    """
+    images = _index_by_id(content, "images", file)
+    objects = _objects_by_image(content, file, images, categories)
+    annotated = []
+    for number, image in images.items():
+        if not isinstance(image.get("file_name"), str):
+            raise DataError(f"{file}: image {number} has no file_name")
+        name = check_relative_name(image["file_name"], f"{file}: image {number}: file_name")
+        annotated.append(
+            AnnotatedImage(
+                _image_path(file, folder, name),
+                boxes=[box for box, _, _ in objects[number]],
+                labels=[category for _, category, _ in objects[number]],
+                locations=[location for _, _, location in objects[number]],
+                split=split,
+                stated_size=_stated_size(image),
             )
-        elif not one.get("iscrowd"):  # a crowd is no object
-            left, top, width, height = map(float, box)
-            objects[one["image_id"]].append(
+        )
+    return annotated
+
+
+def _objects_by_image(
+    content: JsonObject, file: Path, images: dict[int, JsonObject], categories: CategoryNames
+) -> dict[int, list[tuple[Box, int, str]]]:
+    """Box, category id and location of each object, by the id of its image.
+
+    Raises:
+        DataError: objects have no box, or an unknown image or category. The message names them.
+    """
+    objects: dict[int, list[tuple[Box, int, str]]] = defaultdict(list)
+    problems: list[str] = []
+    for number, annotation in enumerate(content["annotations"]):
+        location = f"{file}: annotations[{number}]"
+        problem = _find_annotation_problem(annotation, images, categories)
+        if problem:
+            problems.append(f"{location}: {problem}")
+        elif not annotation.get("iscrowd"):  # a crowd is not one object
+            left, top, width, height = map(float, annotation["bbox"])
+            image_id = annotation["image_id"]
+            objects[image_id].append(
                 (
                     (left, top, left + width, top + height),
-                    one["category_id"],
-                    f"{place} ({_image_name(pictures, one)})",
+                    annotation["category_id"],
+                    f"{location} ({images[image_id].get('file_name')})",
                 )
             )
-    if wrong:
+    if problems:
         raise DataError(
-            *limit_listing(wrong), f"data: {len(wrong)} annotations are wrong; mend or remove them"
+            *limit_listing(problems),
+            f"data: {len(problems)} annotations are wrong; mend or remove them",
         )
-    found = []
-    for key, one in pictures.items():
-        if not isinstance(one.get("file_name"), str):
-            raise DataError(f"{file}: image {key} has no file_name")
-        name = check_relative_name(one["file_name"], f"{file}: image {key}: file_name")
-        size = (
-            (one["width"], one["height"])
-            if type(one.get("width")) is int and type(one.get("height")) is int
-            else None
-        )
-        boxes, labels, places = zip(*objects[key], strict=True) if objects[key] else ((), (), ())
-        found.append(
-            AnnotatedImage(
-                _image_path(file, images, name), boxes, labels, places, part, stated_size=size
-            )
-        )
-    return found
+    return objects
+
+
+def _find_annotation_problem(
+    annotation: Any, images: dict[int, JsonObject], categories: CategoryNames
+) -> str:
+    """What is wrong with an annotation, or '' if nothing is."""
+    box = annotation.get("bbox") if isinstance(annotation, dict) else None
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(type(side) in (int, float) and abs(side) < MAX_SIDE_PIXELS for side in box)
+    ):
+        return "needs a bbox of four numbers: left, top, width, height"
+    image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+    if type(image_id) is not int or image_id not in images:
+        return f"image_id {_short_repr(image_id)} is no image's id"
+    if type(category_id) is not int or category_id not in categories:
+        return f"category_id {_short_repr(category_id)} is no category's id"
+    return ""
+
+
+def _stated_size(image: JsonObject) -> tuple[int, int] | None:
+    width, height = image.get("width"), image.get("height")
+    return (width, height) if type(width) is int and type(height) is int else None
 
 
 def _short_repr(value: Any) -> str:
     return repr(value)[:100]
 
 
-def _image_name(pictures: dict[int, dict[str, Any]], one: dict[str, Any]) -> str:
-    return str(pictures[one["image_id"]].get("file_name"))
+def _image_path(file: Path, folder: Path | None, name: str) -> Path:
+    """The path of an image.
 
-
-def _image_path(file: Path, images: Path | None, name: str) -> Path:
-    """Where an image lies: in `images`, beside the annotations, or in a folder that is called like them or `images`."""
-    beside = file.parent.parent if file.parent.name == "annotations" else file.parent
+    It lies in `folder` if that is given; otherwise beside the annotations, or in a folder called
+    like them or `images`.
+    """
+    if folder is not None:
+        return folder / name
+    root = file.parent.parent if file.parent.name == "annotations" else file.parent
     stem = file.stem.removeprefix("instances_")
-    folders = (
-        [images]
-        if images
-        else [file.parent, beside / stem, beside / "images" / stem, beside / "images", beside]
-    )
-    return next(
-        (folder / name for folder in folders if (folder / name).is_file()),
-        folders[0 if images else 3] / name,
-    )
+    folders = [file.parent, root / stem, root / "images" / stem, root / "images", root]
+    candidates = (folder / name for folder in folders)
+    return next((path for path in candidates if path.is_file()), root / "images" / name)

@@ -1,10 +1,13 @@
-"""Your own images with a mask each: a folder of images and one of masks, matched by their names without the endings.
+"""Your own images with a mask each: a folder of images and one of masks.
 
-    path/images/a.jpg  path/masks/a.png                     split by us
-    path/train/images/…  path/train/masks/…  path/valid/…   or path/images/train/…  path/masks/train/…: your own split
+An image and its mask have the same name but for the ending. These layouts are read:
 
-A mask is a PNG (or another lossless file) of its image's size, whose palette indices or grey values are class ids; 255 is ignored. Two
-values such as 0 and 255 are background and foreground.
+    path/images/a.jpg      path/masks/a.png                          split by a seed
+    path/train/images/…    path/train/masks/…    path/valid/…        your own split
+    path/images/train/…    path/masks/train/…    path/images/valid/… your own split
+
+A mask is a PNG (or another lossless file) of its image's size. Its palette indices or grey values
+are class ids; 255 is ignored. Two values such as 0 and 255 are background and foreground.
 """
 
 from pathlib import Path
@@ -16,7 +19,8 @@ from pydantic import Field
 from tuner.config.run import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
-from tuner.errors import DataError, nearest_hint
+from tuner.errors import DataError
+from tuner.preprocessing.data_paths import resolve_folder
 from tuner.preprocessing.segmentation_dataset import (
     ImageMaskPair,
     MaskLegend,
@@ -24,12 +28,17 @@ from tuner.preprocessing.segmentation_dataset import (
     raise_data_error,
     segmentation_dataset,
 )
-from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID
+from tuner.preprocessing.splits import (
+    TRAIN,
+    UNSPLIT,
+    group_by_split,
+    require_one_per_split,
+)
 
 TASKS = ("segmentation",)
 
-SPLIT_FOLDERS = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
-ImageAndMaskFolders = tuple[Path, Path]  # of images, of masks
+ImageAndMaskFolders = tuple[Path, Path]
+"""The folder of the images and the folder of their masks."""
 
 
 def load(
@@ -40,7 +49,8 @@ def load(
     path: Annotated[
         str,
         Field(
-            description="the folder that holds the folders of images and of masks, or train/, valid/ and test/ with these"
+            description="the folder that holds the folders of images and of masks, "
+            "or train/, valid/ and test/ with these"
         ),
     ],
     images: Annotated[str, Field(description="the folder of images, in path")] = "images",
@@ -57,73 +67,84 @@ def load(
     ] = None,
     image: ImageOptions,
 ) -> Dataset:
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        beside = (
-            [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        )
-        raise DataError(
-            f"data.path: {path} is not a folder (looked in {Path.cwd()}){nearest_hint(root.name, beside)}"
-        )
-    parts = find_split_folders(root, images, masks)
+    """Load images with a mask each.
+
+    Args:
+        home: the folder with the caches.
+        input_spec: how the examples must look for the model's weights.
+        task: `segmentation`.
+        path: the folder that holds the folders of images and masks, or a folder per split.
+        images: the name of the folders of images.
+        masks: the name of the folders of masks.
+        classes: the names of the ids 0, 1, …; None: the ids that occur.
+        ignore: the value of pixels that belong to no class.
+        colours: the colour of each class, if masks are painted in RGB.
+        image: the image keys of the `data:` section.
+
+    Raises:
+        DataError: files are missing, unreadable or wrong.
+    """
+    root = resolve_folder(path)
     pairs: list[ImageMaskPair] = []
-    part: list[int] = []
-    for number, (of_images, of_masks) in parts.items():
-        found = match_images_and_masks(of_images, of_masks)
-        pairs += found
-        part += [number] * len(found)
-    numbers = np.array(part, np.int64)
-    if TRAIN in parts and {VALID, TEST} - set(
-        parts
-    ):  # what is missing is taken from the training images
-        numbers[numbers == TRAIN] = UNSPLIT
+    split: list[int] = []
+    for number, (image_folder, mask_folder) in find_split_folders(root, images, masks).items():
+        split_pairs = match_images_and_masks(image_folder, mask_folder)
+        pairs += split_pairs
+        split += [number] * len(split_pairs)
     legend = MaskLegend(
         tuple(classes) if classes else None, ignore, tuple(colours) if colours else None
     )
-    return segmentation_dataset(home, pairs, numbers, image, input_spec, legend)
+    return segmentation_dataset(home, pairs, np.array(split, np.int64), image, input_spec, legend)
 
 
 def find_split_folders(root: Path, images: str, masks: str) -> dict[int, ImageAndMaskFolders]:
-    """The two folders of each part; of one UNSPLIT part where none is named. Raises DataError on twins, and without train."""
-    found: dict[int, ImageAndMaskFolders] = {}
-    for inner in (root, root / images):
-        for folder in sorted(inner.iterdir()) if inner.is_dir() else ():
-            if folder.is_dir() and folder.name.lower() in SPLIT_FOLDERS:
-                both = (
-                    (folder / images, folder / masks)
-                    if inner == root
-                    else (folder, root / masks / folder.name)
-                )
-                if SPLIT_FOLDERS[folder.name.lower()] in found:
-                    raise DataError(
-                        f"data.path: {folder} and {found[SPLIT_FOLDERS[folder.name.lower()]][0]} mean the same part; keep one"
-                    )
-                found[SPLIT_FOLDERS[folder.name.lower()]] = both
-    if not found:
+    """The two folders of each split; of UNSPLIT alone where no split is named.
+
+    Raises:
+        DataError: two folders mean the same split, or none is for training.
+    """
+    inside = [root, root / images]
+    folders = [
+        child
+        for folder in inside
+        if folder.is_dir()
+        for child in sorted(folder.iterdir())
+        if child.is_dir()
+    ]
+    split_folders = require_one_per_split(group_by_split(folders), root)
+    if not split_folders:
         return {UNSPLIT: (root / images, root / masks)}
-    if TRAIN not in found:
-        raise DataError(
-            f"data.path: {root} has {', '.join(str(images) for images, _ in found.values())}, but no train"
-        )
-    return dict(sorted(found.items()))
+    if TRAIN not in split_folders:
+        names = ", ".join(map(str, split_folders.values()))
+        raise DataError(f"data.path: {root} has {names}, but no train")
+    return {
+        split: (folder / images, folder / masks)
+        if folder.parent == root
+        else (folder, root / masks / folder.name)
+        for split, folder in split_folders.items()
+    }
 
 
-def match_images_and_masks(of_images: Path, of_masks: Path) -> list[ImageMaskPair]:
-    """Each image with its mask. Raises DataError naming images without a mask and masks without an image."""
+def match_images_and_masks(image_folder: Path, mask_folder: Path) -> list[ImageMaskPair]:
+    """Pair each image with the mask of the same name.
+
+    Raises:
+        DataError: images have no mask, or masks no image. The message names them.
+    """
     expected = "a folder of images and one of masks (data.images and data.masks name them)"
-    images, masks = (
-        list_images_by_stem(of_images, expected),
-        list_images_by_stem(of_masks, expected),
-    )
-    alone = [
-        f"{images[stem]}: no mask {of_masks / stem}.png" for stem in images.keys() - masks.keys()
+    images = list_images_by_stem(image_folder, expected)
+    masks = list_images_by_stem(mask_folder, expected)
+    unmatched = [
+        f"{images[stem]}: no mask {mask_folder / stem}.png" for stem in images.keys() - masks.keys()
     ]
-    alone += [
-        f"{masks[stem]}: no image {of_images / stem}.jpg" for stem in masks.keys() - images.keys()
+    unmatched += [
+        f"{masks[stem]}: no image {image_folder / stem}.jpg"
+        for stem in masks.keys() - images.keys()
     ]
-    if alone:
+    if unmatched:
         raise_data_error(
-            sorted(alone),
-            "images and masks have no partner of the same name (the ending may differ); add, rename or remove them",
+            sorted(unmatched),
+            "images and masks have no partner of the same name (the ending may differ); "
+            "add, rename or remove them",
         )
     return [(images[stem], masks[stem]) for stem in images]

@@ -1,4 +1,7 @@
-"""Your own texts: csv, tsv or JSON lines with a column of texts and one of labels; or one text a line, to be continued."""
+"""Your own texts: csv, tsv or JSON lines with a column of texts and a column of labels.
+
+For text generation also a plain text file with one text per line.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +15,10 @@ from pydantic import Field
 from tuner.config.run import SplitOptions
 from tuner.core.input_spec import InputSpec, TextInputSpec
 from tuner.core.types import Dataset
-from tuner.data._rows import KIND_BY_SUFFIX, MAX_LISTED, TableRows, read_rows
-from tuner.errors import DataError, SpaceError, nearest_hint
+from tuner.data._rows import KIND_BY_SUFFIX, TableRows, read_rows
+from tuner.errors import DataError, SpaceError, limit_listing, nearest_hint
 from tuner.preprocessing import tokenization
+from tuner.preprocessing.data_paths import resolve_path
 from tuner.preprocessing.image_dataset import content_digest
 from tuner.preprocessing.splits import (
     SPLIT_NAMES,
@@ -25,6 +29,8 @@ from tuner.preprocessing.splits import (
     Items,
     assign_and_limit_splits,
     check_classes,
+    group_by_split,
+    require_one_per_split,
 )
 
 TASKS = ("text_classification", "text_generation")
@@ -54,14 +60,6 @@ USUAL_LABEL_COLUMNS = (
     "y",
     "v1",
 )
-SPLIT_FILES = {
-    "train": TRAIN,
-    "valid": VALID,
-    "val": VALID,
-    "validation": VALID,
-    "dev": VALID,
-    "test": TEST,
-}
 MAX_EMPTY_ONE_IN = 100  # one in so many texts may be empty
 
 
@@ -73,7 +71,8 @@ def load(
     path: Annotated[
         str,
         Field(
-            description="a csv, tsv, JSON lines or text file, or a folder with train, valid and test files"
+            description="a csv, tsv, JSON lines or text file, "
+            "or a folder with train, valid and test files"
         ),
     ],
     text: Annotated[
@@ -90,99 +89,108 @@ def load(
     ] = None,
     split: SplitOptions,
 ) -> Dataset:
-    """`path`: a file, or a folder with train, valid and test files. `text`, `second` and `label` name columns; null is guessed."""
+    """Load texts with labels, or texts to be continued.
+
+    Args:
+        home: the folder with the caches.
+        input_spec: how the examples must look for the model's weights.
+        task: `text_classification` or `text_generation`.
+        path: a file, or a folder with train, valid and test files.
+        text: the column of the texts; None: guessed from its name.
+        second: the column of second texts, if a label belongs to a pair of texts.
+        label: the column of the labels; None: guessed from its name.
+        header: whether the first row names the columns; None: guessed.
+        split: the keys of the `data:` section that say how examples are split.
+
+    Raises:
+        DataError: files are missing, unreadable or wrong.
+        SpaceError: the model takes no texts.
+    """
     if not isinstance(input_spec, TextInputSpec):
         raise SpaceError(
-            "data.name: these are texts, but the model wants images; use a model of texts, such as bert"
+            "data.name: these are texts, but the model wants images; "
+            "use a model of texts, such as bert"
         )
-    labelled = task == "text_classification"
+    is_labelled = task == "text_classification"
     names = [name for name in (text, second, label) if name is not None]
-    found = {
-        part: _read_examples(
-            read_rows(file, header, (*names, *USUAL_TEXT_COLUMNS, *USUAL_LABEL_COLUMNS)),
-            text,
-            second,
-            label,
-            labelled,
+    expected_columns = (*names, *USUAL_TEXT_COLUMNS, *USUAL_LABEL_COLUMNS)
+    examples = {
+        number: _read_examples(
+            read_rows(file, header, expected_columns), text, second, label, is_labelled
         )
-        for part, file in _find_split_files(path).items()
+        for number, file in _find_split_files(path).items()
     }
-    items, warnings = _make_items(found, labelled)
-    if labelled:
+    items = _make_items(examples, is_labelled)
+    if is_labelled:
         check_classes(items)
     items = assign_and_limit_splits(items, split)
-    if second is not None:
-        firsts, seconds = ([pair[i] for pair in items.examples] for i in (0, 1))
-    else:
-        firsts, seconds = [one for (one,) in items.examples], None
-    if not labelled:
-        firsts = tokenization.append_eos(input_spec, firsts)
-    encoded = tokenization.open_token_store(home, input_spec, firsts, seconds)
-    warnings += [
+    first_texts = [texts[0] for texts in items.examples]
+    second_texts = [texts[1] for texts in items.examples] if second is not None else None
+    if not is_labelled:
+        first_texts = tokenization.append_eos(input_spec, first_texts)
+    encoded = tokenization.open_token_store(home, input_spec, first_texts, second_texts)
+    warnings = (
+        *(warning for file_examples in examples.values() for warning in file_examples.warnings),
         *_warn_shared_texts(items),
-        *_warn_truncated(encoded.truncated_count, len(firsts), input_spec),
-    ]
-    return _make_dataset(encoded, items, input_spec, labelled, tuple(warnings))
+        *_warn_truncated(encoded.truncated_count, len(first_texts), input_spec),
+    )
+    return _make_dataset(encoded, items, input_spec, is_labelled, warnings)
 
 
 def _make_dataset(
     encoded: tokenization.EncodedTexts,
     items: Items,
     input_spec: TextInputSpec,
-    labelled: bool,
+    is_labelled: bool,
     warnings: tuple[str, ...],
 ) -> Dataset:
-    labels = torch.from_numpy(items.labels) if labelled else encoded.lengths
-    classes = items.strata if labelled else ()
+    labels = torch.from_numpy(items.labels) if is_labelled else encoded.lengths
+    classes = items.strata if is_labelled else ()
     content = content_digest(encoded.digest, labels.numpy().tobytes(), *classes)
 
-    def source(*parts: int) -> tokenization.TextSource:
-        at = np.flatnonzero(np.isin(items.split, parts))
-        if len(at) == 0:
-            raise DataError(f"data: no {SPLIT_NAMES[parts[0]]} texts")
+    def make_source(*splits: int) -> tokenization.TextSource:
+        rows = np.flatnonzero(np.isin(items.split, splits))
+        if len(rows) == 0:
+            raise DataError(f"data: no {SPLIT_NAMES[splits[0]]} texts")
         return tokenization.TextSource(
-            encoded, labels, torch.from_numpy(at), content_digest(content, at.tobytes())
+            encoded, labels, torch.from_numpy(rows), content_digest(content, rows.tobytes())
         )
 
-    train, valid, test, full = source(TRAIN), source(VALID), source(TEST), source(TRAIN, VALID)
-    all_of_it = content_digest(content, train.digest, valid.digest, test.digest)
-    return Dataset(train, valid, test, full, classes, input_spec, all_of_it, warnings)
+    train, valid, test = make_source(TRAIN), make_source(VALID), make_source(TEST)
+    full = make_source(TRAIN, VALID)
+    digest = content_digest(content, train.digest, valid.digest, test.digest)
+    return Dataset(train, valid, test, full, classes, input_spec, digest, warnings)
 
 
 def _find_split_files(path: str) -> dict[int, Path]:
-    """Which file holds which part; a single file is split by us."""
-    root = Path(path).expanduser()
-    if not root.exists():
-        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise DataError(
-            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest_hint(root.name, beside)}"
-        )
+    """The file of each split; UNSPLIT alone where `path` is a file."""
+    root = resolve_path(path)
     if not root.is_dir():
         return {UNSPLIT: root}
-    named: dict[int, list[Path]] = {}
-    for file in sorted(root.iterdir()):
-        if (
-            file.is_file()
-            and file.stem.lower() in SPLIT_FILES
-            and file.suffix.lower() in ("", *KIND_BY_SUFFIX)
-        ):
-            named.setdefault(SPLIT_FILES[file.stem.lower()], []).append(file)
-    if TRAIN not in named:
-        seen = ", ".join(sorted(p.name for p in root.iterdir())[:MAX_LISTED]) or "nothing"
+    names = sorted(root.iterdir())
+    groups = group_by_split(
+        file for file in names if file.is_file() and file.suffix.lower() in ("", *KIND_BY_SUFFIX)
+    )
+    if TRAIN not in groups:
+        listed = ", ".join(limit_listing([file.name for file in names])) or "nothing"
         raise DataError(
-            f"data.path: {path} has no train file, such as train.csv (it holds {seen}); name the file itself where there is one"
+            f"data.path: {path} has no train file, such as train.csv (it holds {listed}); "
+            "name the file itself where there is one"
         )
-    for twins in named.values():
-        if len(twins) > 1:
-            raise DataError(
-                f"data.path: {path} has {' and '.join(p.name for p in twins)}, which mean the same part; keep one"
-            )
-    return {part: named[part][0] for part in sorted(named)}
+    return require_one_per_split(groups, path)
 
 
 @dataclass(frozen=True)
 class FileExamples:
-    """One file's: texts (or pairs), their labels where there are any, and the lines they begin at."""
+    """The examples of one file.
+
+    Args:
+        path: the file.
+        texts: one text or a pair of texts per example.
+        labels: the label of each example; empty if the examples have no labels.
+        lines: the number of the line at which each example begins.
+        warnings: what is odd about the file.
+    """
 
     path: Path
     texts: list[tuple[str, ...]]
@@ -192,139 +200,162 @@ class FileExamples:
 
 
 def _read_examples(
-    read: TableRows, text: str | None, second: str | None, label: str | None, labelled: bool
+    table: TableRows, text: str | None, second: str | None, label: str | None, is_labelled: bool
 ) -> FileExamples:
-    at_label = (
-        _find_column(read, "label", label, USUAL_LABEL_COLUMNS, _named_column(read, "text", text))
-        if labelled
-        else None
-    )
-    at_text = [
-        _find_column(
-            read, "text", text, USUAL_TEXT_COLUMNS, [at_label] if at_label is not None else []
-        )
-    ]
+    """The rows of a file whose text is not empty. Raises DataError."""
+    text_columns, label_column = _find_columns(table, text, second, label, is_labelled)
+    texts = [tuple(row[i].strip() for i in text_columns) for row in table.values]
+    rows = [i for i, row_texts in enumerate(texts) if row_texts[0]]
+    empty_lines = [table.lines[i] for i, row_texts in enumerate(texts) if not row_texts[0]]
+    warnings = _check_empty_texts(table, empty_lines)
+    lines = [table.lines[i] for i in rows]
+    labels: list[str] = []
+    if label_column is not None:
+        labels = [table.values[i][label_column].strip() for i in rows]
+        _check_labels_present(table, labels, lines)
+    return FileExamples(table.path, [texts[i] for i in rows], labels, lines, warnings)
+
+
+def _find_columns(
+    table: TableRows, text: str | None, second: str | None, label: str | None, is_labelled: bool
+) -> tuple[list[int], int | None]:
+    """The columns of the texts, one or two, and the column of the labels, if there are labels."""
+    label_column = None
+    if is_labelled:
+        named = [] if text is None else [_find_column(table, "text", text, (), [])]
+        label_column = _find_column(table, "label", label, USUAL_LABEL_COLUMNS, named)
+    taken = [] if label_column is None else [label_column]
+    text_columns = [_find_column(table, "text", text, USUAL_TEXT_COLUMNS, taken)]
     if second is not None:
-        at_text.append(_find_column(read, "second", second, (), []))
-    texts = [tuple(row[i].strip() for i in at_text) for row in read.values]
-    keep = [i for i, parts in enumerate(texts) if parts[0]]
-    warnings = _check_empty_texts(
-        read, [read.lines[i] for i, parts in enumerate(texts) if not parts[0]]
-    )
-    labels = [read.values[i][at_label].strip() for i in keep] if at_label is not None else []
-    bare = (
-        [read.lines[i] for i, name in zip(keep, labels, strict=True) if not name] if labels else []
-    )
-    if bare:
-        raise DataError(
-            f"data.path: {read.path}: {len(bare)} rows without a label, at {_format_lines(bare)}; label or remove them"
-        )
-    return FileExamples(
-        read.path, [texts[i] for i in keep], labels, [read.lines[i] for i in keep], warnings
-    )
-
-
-def _named_column(read: TableRows, key: str, name: str | None) -> list[int]:
-    return [] if name is None else [_find_column(read, key, name, (), [])]
+        text_columns.append(_find_column(table, "second", second, (), []))
+    return text_columns, label_column
 
 
 def _find_column(
-    read: TableRows, key: str, name: str | None, usual: Sequence[str], taken: Sequence[int]
+    table: TableRows,
+    key: str,
+    name: str | None,
+    usual_names: Sequence[str],
+    taken_columns: Sequence[int],
 ) -> int:
-    """Where a column is: as the file says, or by the names that are usual, or as the only one left of two."""
+    """The index of a column: the named one, the one with a usual name, or the only one left."""
     if name is not None:
-        if name not in read.columns:
+        if name not in table.columns:
             raise DataError(
-                f"data.{key}: {read.path} has no column {name!r}{nearest_hint(name, read.columns)} (it has {', '.join(map(repr, read.columns))})"
+                f"data.{key}: {table.path} has no column {name!r}"
+                f"{nearest_hint(name, table.columns)} "
+                f"(it has {', '.join(map(repr, table.columns))})"
             )
-        return read.columns.index(name)
-    free = [i for i in range(len(read.columns)) if i not in taken]
-    likely = [i for word in usual for i in free if read.columns[i].lower() == word]
+        return table.columns.index(name)
+    free = [i for i in range(len(table.columns)) if i not in taken_columns]
+    likely = [i for usual in usual_names for i in free if table.columns[i].lower() == usual]
     if len(likely) == 1 or (likely and key == "text" and len(free) > 1 and len(set(likely)) == 1):
         return likely[0]
     if len(free) == 1 and not likely:
         return free[0]
-    which = "several columns may be it" if likely else "no column has a usual name"
-    listed = ", ".join(repr(read.columns[i]) for i in (likely or free))
+    problem = "several columns may be it" if likely else "no column has a usual name"
+    listed = ", ".join(repr(table.columns[i]) for i in (likely or free))
     raise DataError(
-        f"data.{key}: which column of {read.path} holds the {key}s? {which}: {listed}; write data: {{{key}: …}}"
+        f"data.{key}: which column of {table.path} holds the {key}s? {problem}: {listed}; "
+        f"write data: {{{key}: …}}"
     )
 
 
-def _check_empty_texts(read: TableRows, lines: list[int]) -> tuple[str, ...]:
-    """A warning about empty texts, which are left out. Raises DataError where they are many."""
+def _check_empty_texts(table: TableRows, lines: list[int]) -> tuple[str, ...]:
+    """A warning about empty texts, which are left out. Raises DataError if they are many."""
     if not lines:
         return ()
-    said = f"data.path: {read.path}: {len(lines)} of {len(read.values)} texts are empty, at {_format_lines(lines)}"
-    if len(lines) > max(1, len(read.values) // MAX_EMPTY_ONE_IN):
+    summary = (
+        f"data.path: {table.path}: {len(lines)} of {len(table.values)} texts are empty, "
+        f"at {_format_lines(lines)}"
+    )
+    if len(lines) > max(1, len(table.values) // MAX_EMPTY_ONE_IN):
         raise DataError(
-            f"{said}; fill or remove them (one in {MAX_EMPTY_ONE_IN} is left out with a warning)"
+            f"{summary}; fill or remove them (one in {MAX_EMPTY_ONE_IN} is left out with a warning)"
         )
-    return (f"{said}; left out",)
+    return (f"{summary}; left out",)
+
+
+def _check_labels_present(table: TableRows, labels: Sequence[str], lines: Sequence[int]) -> None:
+    missing = [line for line, label in zip(lines, labels, strict=True) if not label]
+    if missing:
+        raise DataError(
+            f"data.path: {table.path}: {len(missing)} rows without a label, "
+            f"at {_format_lines(missing)}; label or remove them"
+        )
 
 
 def _format_lines(lines: Sequence[int]) -> str:
-    more = f" and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
-    return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:MAX_LISTED]))}{more}"
+    return f"line{'s' if len(lines) > 1 else ''} {', '.join(limit_listing(list(map(str, lines))))}"
 
 
-def _make_items(found: dict[int, FileExamples], labelled: bool) -> tuple[Items, list[str]]:
-    """All files' examples with the classes that occur, in order: of numbers by value, otherwise of the alphabet."""
-    names = {name for examples in found.values() for name in examples.labels}
-    classes = tuple(sorted(names, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n)))
-    total = sum(len(examples.texts) for examples in found.values())
-    if labelled and len(classes) > max(20, total // 2):
-        raise DataError(
-            f"data.label: {len(classes)} different labels of {total} texts; is it the right column? write data: {{label: …}}"
-        )
-    learnt = set(found[TRAIN].labels) if TRAIN in found else names
-    for examples in found.values():
-        strange = sorted(set(examples.labels) - learnt)
-        if strange:
-            line = examples.lines[examples.labels.index(strange[0])]
-            raise DataError(
-                f"data.path: {examples.path}:{line}: the label {strange[0]!r} does not occur in {found[TRAIN].path.name}"
-            )
-    texts: list[Any] = [text for examples in found.values() for text in examples.texts]
+def _make_items(examples: dict[int, FileExamples], is_labelled: bool) -> Items:
+    """The examples of all splits as items.
+
+    The classes are the labels that occur: numbers in the order of their values, before other
+    labels in the order of the alphabet.
+    """
+    texts = [text for file_examples in examples.values() for text in file_examples.texts]
+    split = np.concatenate(
+        [
+            np.full(len(file_examples.texts), number, np.int64)
+            for number, file_examples in examples.items()
+        ]
+    )
+    if not is_labelled:
+        return Items(texts, np.zeros(len(texts), np.int64), ("texts",), split)
+    names = [name for file_examples in examples.values() for name in file_examples.labels]
+    classes = tuple(
+        sorted(set(names), key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
+    )
+    _check_labels(examples, len(classes), len(texts))
     index = {name: i for i, name in enumerate(classes)}
-    labels = (
-        [index[name] for examples in found.values() for name in examples.labels]
-        if labelled
-        else [0] * total
-    )
-    part = np.concatenate(
-        [np.full(len(examples.texts), at, np.int64) for at, examples in found.items()]
-    )
-    if TRAIN in found and {VALID, TEST} - set(
-        found
-    ):  # what is missing is taken from the training texts
-        part[part == TRAIN] = UNSPLIT
-    warnings = [warning for examples in found.values() for warning in examples.warnings]
-    return Items(
-        texts, np.array(labels, np.int64), classes if labelled else ("texts",), part
-    ), warnings
+    return Items(texts, np.array([index[name] for name in names], np.int64), classes, split)
+
+
+def _check_labels(examples: dict[int, FileExamples], class_count: int, total: int) -> None:
+    """Raise DataError if there are too many labels, or labels that no training text has."""
+    if class_count > max(20, total // 2):
+        raise DataError(
+            f"data.label: {class_count} different labels of {total} texts; "
+            "is it the right column? write data: {label: …}"
+        )
+    if TRAIN not in examples:
+        return
+    train = examples[TRAIN]
+    for file_examples in examples.values():
+        unknown = sorted(set(file_examples.labels) - set(train.labels))
+        if unknown:
+            line = file_examples.lines[file_examples.labels.index(unknown[0])]
+            raise DataError(
+                f"data.path: {file_examples.path}:{line}: the label {unknown[0]!r} "
+                f"does not occur in {train.path.name}"
+            )
 
 
 def _warn_shared_texts(items: Items) -> list[str]:
-    """Warnings about texts that stand in two parts, where a model has seen what it is asked."""
+    """Warnings about validation and test texts that are also training texts."""
 
-    def of(part: int) -> list[Any]:
-        return [items.examples[int(i)] for i in np.flatnonzero(items.split == part)]
+    def texts_of(split: int) -> list[Any]:
+        return [items.examples[int(i)] for i in np.flatnonzero(items.split == split)]
 
-    warnings, seen = [], set(of(TRAIN))
-    for part in (VALID, TEST):
-        texts = of(part)
-        again = sum(text in seen for text in texts)
-        if again:
+    train_texts = set(texts_of(TRAIN))
+    warnings = []
+    for split in (VALID, TEST):
+        texts = texts_of(split)
+        shared_count = sum(text in train_texts for text in texts)
+        if shared_count:
             warnings.append(
-                f"data: {again} of {len(texts)} {SPLIT_NAMES[part]} texts are also training texts, so scores flatter; remove duplicates"
+                f"data: {shared_count} of {len(texts)} {SPLIT_NAMES[split]} texts are also "
+                "training texts, so scores flatter; remove duplicates"
             )
     return warnings
 
 
-def _warn_truncated(cut: int, total: int, input_spec: TextInputSpec) -> list[str]:
-    if cut == 0:
+def _warn_truncated(truncated_count: int, total: int, input_spec: TextInputSpec) -> list[str]:
+    if truncated_count == 0:
         return []
     return [
-        f"data: {cut} of {total} texts ({cut / total:.1%}) are longer than {input_spec.length} tokens and are cut; raise model.length to keep more"
+        f"data: {truncated_count} of {total} texts ({truncated_count / total:.1%}) are longer "
+        f"than {input_spec.length} tokens and are cut; raise model.length to keep more"
     ]

@@ -1,11 +1,10 @@
-"""Pascal VOC: a folder of images with XML files for their objects, or masks for the class of each pixel; ImageSets says what trains.
+"""Pascal VOC: images with XML files of objects, or with masks; ImageSets lists the splits.
 
 Everingham et al., The Pascal Visual Object Classes Challenge, IJCV 2010.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 from xml.etree import ElementTree
@@ -15,22 +14,23 @@ from pydantic import Field
 from tuner.config.run import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
-from tuner.errors import DataError, nearest_hint, suggest_names
+from tuner.errors import DataError, limit_listing, suggest_names
+from tuner.preprocessing.data_paths import resolve_folder
 from tuner.preprocessing.detection_dataset import (
     AnnotatedImage,
     Box,
     detection_dataset,
-    limit_listing,
-    unsplit_incomplete,
 )
 from tuner.preprocessing.image_decoding import SUFFIXES
 from tuner.preprocessing.segmentation_dataset import voc_segmentation_dataset
-from tuner.preprocessing.splits import TEST, TRAIN, VALID
+from tuner.preprocessing.splits import TEST, TRAIN, read_split_lists
 
 TASKS = ("detection", "segmentation")
 MAX_XML_BYTES = 10_000_000  # bytes of one XML file
-IMAGE_FOLDERS, ANNOTATION_FOLDERS = ("JPEGImages", "images"), ("Annotations", "annotations")
-NamedObjects = list[tuple[str, Box, str]]  # class, box, place
+IMAGE_FOLDERS = ("JPEGImages", "images")
+ANNOTATION_FOLDERS = ("Annotations", "annotations")
+NamedObjects = list[tuple[str, Box, str]]  # class, box, location
+ImageSize = tuple[int, int]  # width, height in pixels
 
 
 def load(
@@ -41,7 +41,8 @@ def load(
     path: Annotated[
         str,
         Field(
-            description="the folder that holds JPEGImages/ (or images/) and Annotations/; for segmentation SegmentationClass/"
+            description="the folder that holds JPEGImages/ (or images/) and Annotations/; "
+            "for segmentation SegmentationClass/"
         ),
     ],
     classes: Annotated[
@@ -53,90 +54,95 @@ def load(
     ] = False,
     image: ImageOptions,
 ) -> Dataset:
-    """`classes`: the names in order, where others than found (for masks: than VOC's 21). `difficult`: objects marked so count as well.
+    """Load images with boxes or masks from Pascal VOC's folders.
 
-    For segmentation the folders are JPEGImages and SegmentationClass.
+    For segmentation these are JPEGImages and SegmentationClass.
+
+    Args:
+        home: the folder with the caches.
+        input_spec: how the examples must look for the model's weights.
+        task: `detection` or `segmentation`.
+        path: the folder that holds VOC's folders.
+        classes: the names of the classes in order, if they are not those that occur (for masks:
+            if they are not VOC's).
+        difficult: whether objects that are marked as difficult count too.
+        image: the image keys of the `data:` section.
+
+    Raises:
+        DataError: files are missing, unreadable or wrong.
     """
-    root = check_folder(path)
+    root = resolve_folder(path)
     if task == "segmentation":
         return voc_segmentation_dataset(home, root, input_spec, image, classes)
-    pictures = images_by_stem(_find_inner_folder(root, IMAGE_FOLDERS))
-    files = {
-        file.stem: file
-        for file in sorted(_find_inner_folder(root, ANNOTATION_FOLDERS).glob("*.xml"))
-        if not file.name.startswith(".")
-    }
-    if not files:
-        raise DataError(
-            f"data.path: {_find_inner_folder(root, ANNOTATION_FOLDERS)} holds no .xml files"
-        )
-    parts = _read_splits(root, files)
-    read = {
+    images = images_by_stem(_find_inner_folder(root, IMAGE_FOLDERS))
+    files = _list_annotation_files(root)
+    splits = _read_splits(root, files)
+    annotations = {
         stem: _read_annotation(file, difficult=difficult)
         for stem, file in files.items()
-        if stem in parts
+        if stem in splits
     }
-    names = classes or sorted({name for named, _ in read.values() for name, _, _ in named})
+    objects_by_stem = {stem: objects for stem, (objects, _) in annotations.items()}
+    names = classes or _list_class_names(objects_by_stem)
+    _check_class_names(objects_by_stem, names)
+    default_folder = _find_inner_folder(root, IMAGE_FOLDERS)
+    annotated = [
+        AnnotatedImage(
+            images.get(stem, default_folder / f"{stem}.jpg"),
+            boxes=[box for _, box, _ in objects],
+            labels=[names.index(name) for name, _, _ in objects],
+            locations=[location for _, _, location in objects],
+            split=splits[stem],
+            stated_size=size,
+        )
+        for stem, (objects, size) in annotations.items()
+    ]
+    warnings = _warn_not_annotated([path for stem, path in images.items() if stem not in files])
+    return detection_dataset(home, annotated, names, image, input_spec, warnings)
+
+
+def _list_annotation_files(root: Path) -> dict[str, Path]:
+    """The XML files by stem. Raises DataError if there are none."""
+    folder = _find_inner_folder(root, ANNOTATION_FOLDERS)
+    files = [file for file in sorted(folder.glob("*.xml")) if not file.name.startswith(".")]
+    if not files:
+        raise DataError(f"data.path: {folder} holds no .xml files")
+    return {file.stem: file for file in files}
+
+
+def _list_class_names(objects_by_stem: dict[str, NamedObjects]) -> list[str]:
+    return sorted({name for objects in objects_by_stem.values() for name, _, _ in objects})
+
+
+def _check_class_names(objects_by_stem: dict[str, NamedObjects], names: list[str]) -> None:
+    """Raise DataError if objects are of a class that `names` lacks."""
     unknown = [
-        f"{place}: class {name!r}{suggest_names(name, names)}"
-        for named, _ in read.values()
-        for name, _, place in named
+        f"{location}: class {name!r}{suggest_names(name, names)}"
+        for objects in objects_by_stem.values()
+        for name, _, location in objects
         if name not in names
     ]
     if unknown:
         raise DataError(
             *limit_listing(unknown),
-            f"data.classes: {len(unknown)} objects are of classes that it does not name; add or mend them",
+            f"data.classes: {len(unknown)} objects are of classes that it does not name; "
+            "add or mend them",
         )
-    found = []
-    for stem, (named, size) in read.items():
-        picture = pictures.get(stem, _find_inner_folder(root, IMAGE_FOLDERS) / f"{stem}.jpg")
-        labels = [names.index(name) for name, _, _ in named]
-        found.append(
-            AnnotatedImage(
-                picture,
-                [box for _, box, _ in named],
-                labels,
-                [place for *_, place in named],
-                parts[stem],
-                stated_size=size,
-            )
-        )
-    alone = [str(picture) for stem, picture in pictures.items() if stem not in files]
-    warnings = (
-        [f"data: {len(alone)} images have no annotation and are left out", *limit_listing(alone)]
-        if alone
-        else []
-    )
-    found = [
-        replace(one, split=part)
-        for one, part in zip(found, unsplit_incomplete([one.split for one in found]), strict=True)
-    ]
-    return detection_dataset(home, found, names, image, input_spec, warnings)
 
 
-def check_folder(path: str) -> Path:
-    """Raises DataError unless `path` is a folder."""
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        beside = (
-            [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        )
-        said = (
-            "is a file; expected a folder"
-            if root.exists()
-            else f"does not exist (looked in {Path.cwd()}){nearest_hint(root.name, beside)}"
-        )
-        raise DataError(f"data.path: {path} {said}")
-    return root
+def _warn_not_annotated(images: Sequence[Path]) -> list[str]:
+    if not images:
+        return []
+    summary = f"data: {len(images)} images have no annotation and are left out"
+    return [summary, *limit_listing([str(path) for path in images])]
 
 
 def images_by_stem(images: Path) -> dict[str, Path]:
     """Every image by its name without suffix."""
     return {
-        p.stem: p
-        for p in sorted(images.iterdir())
-        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+        path.stem: path
+        for path in sorted(images.iterdir())
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     }
 
 
@@ -145,71 +151,80 @@ def _find_inner_folder(root: Path, names: Sequence[str]) -> Path:
         if (root / name).is_dir():
             return root / name
     raise DataError(
-        f"data.path: {root} has neither {names[0]}/ nor {names[1]}/; expected {IMAGE_FOLDERS[0]}/ and {ANNOTATION_FOLDERS[0]}/, or in lower case"
+        f"data.path: {root} has neither {names[0]}/ nor {names[1]}/; "
+        f"expected {IMAGE_FOLDERS[0]}/ and {ANNOTATION_FOLDERS[0]}/, or in lower case"
     )
 
 
 def _read_splits(root: Path, files: dict[str, Path]) -> dict[str, int]:
-    """Which annotated image belongs to which part. Raises DataError on a list that names what is not there."""
-    lists = root / "ImageSets" / "Main"
-    found: dict[str, int] = {}
-    for name, part in (("train", TRAIN), ("val", VALID), ("test", TEST)):
-        path = lists / f"{name}.txt"
-        if path.is_file():
-            stems = [
-                line.split()[0]
-                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-                if line.strip()
-            ]
-            lost = [f"{path}: {stem}: no such annotation" for stem in stems if stem not in files]
-            if lost and part != TEST:  # VOC's own test lists come without annotations
-                raise DataError(
-                    *limit_listing(lost),
-                    f"data: {len(lost)} of the {len(stems)} images in {path} are not annotated",
-                )
-            found |= {stem: part for stem in stems if stem in files}
-    return found or dict.fromkeys(files, TRAIN)
+    """The split of each annotated image, by stem; TRAIN for all of them if there are no lists.
+
+    Raises:
+        DataError: a list names images that are not annotated.
+    """
+    splits: dict[str, int] = {}
+    for split, (file, stems) in read_split_lists(root / "ImageSets" / "Main").items():
+        missing = [f"{file}: {stem}: no such annotation" for stem in stems if stem not in files]
+        if missing and split != TEST:  # VOC's own test lists come without annotations
+            raise DataError(
+                *limit_listing(missing),
+                f"data: {len(missing)} of the {len(stems)} images in {file} are not annotated",
+            )
+        splits |= {stem: split for stem in stems if stem in files}
+    return splits or dict.fromkeys(files, TRAIN)
 
 
-def _read_annotation(file: Path, *, difficult: bool) -> tuple[NamedObjects, tuple[int, int] | None]:
-    """The objects of a file, and the size that it states. Raises DataError."""
+def _read_annotation(file: Path, *, difficult: bool) -> tuple[NamedObjects, ImageSize | None]:
+    """The objects of a file, and the image's size that it states, if any. Raises DataError."""
+    content = _parse_xml(file)
+    objects: NamedObjects = []
+    for number, element in enumerate(content.iter("object"), 1):
+        location = f"{file}: object {number}"
+        name = (element.findtext("name") or "").strip()
+        if not name:
+            raise DataError(f"{location}: it has no <name>")
+        if difficult or (element.findtext("difficult") or "0").strip() != "1":
+            left, top, right, bottom = (
+                _read_number(element, side, location) for side in ("xmin", "ymin", "xmax", "ymax")
+            )
+            # VOC counts pixels from 1 and includes the last one
+            objects.append((name, (left - 1, top - 1, right, bottom), location))
+    return objects, _read_size(content)
+
+
+def _parse_xml(file: Path) -> ElementTree.Element:
+    """The root element. Raises DataError on files that are too large, unsafe or no XML."""
     if file.stat().st_size > MAX_XML_BYTES:
         raise DataError(
-            f"{file}: {file.stat().st_size:,} bytes, more than {MAX_XML_BYTES:,}; not an annotation of one image"
+            f"{file}: {file.stat().st_size:,} bytes, more than {MAX_XML_BYTES:,}; "
+            "not an annotation of one image"
         )
     content = file.read_bytes()
-    if (
-        re.search(rb"<!\s*(DOCTYPE|ENTITY)", content, re.IGNORECASE) or b"\x00" in content
-    ):  # entities can grow without bound
+    # entities can grow without bound
+    if re.search(rb"<!\s*(DOCTYPE|ENTITY)", content, re.IGNORECASE) or b"\x00" in content:
         raise DataError(
-            f"{file}: refused: it declares a DOCTYPE or entities, or is not UTF-8; an annotation needs none of these"
+            f"{file}: refused: it declares a DOCTYPE or entities, or is not UTF-8; "
+            "an annotation needs none of these"
         )
     try:
-        tree = ElementTree.fromstring(content)
+        return ElementTree.fromstring(content)
     except (ElementTree.ParseError, ValueError) as error:
         raise DataError(f"{file}: not well-formed XML ({error}); mend or remove it") from None
-    named: NamedObjects = []
-    for number, found in enumerate(tree.iter("object"), 1):
-        place = f"{file}: object {number}"
-        name = (found.findtext("name") or "").strip()
-        if not name:
-            raise DataError(f"{place}: it has no <name>")
-        if difficult or (found.findtext("difficult") or "0").strip() != "1":
-            left, top, right, bottom = (
-                _read_number(found, side, place) for side in ("xmin", "ymin", "xmax", "ymax")
-            )
-            named.append(
-                (name, (left - 1, top - 1, right, bottom), place)
-            )  # VOC counts pixels from 1, the last included
-    sides = [(tree.findtext(f"size/{side}") or "0").strip() for side in ("width", "height")]
-    return named, (int(sides[0]), int(sides[1])) if all(
-        side.isdecimal() and len(side) < 10 and int(side) for side in sides
-    ) else None
 
 
-def _read_number(found: ElementTree.Element, side: str, place: str) -> float:
-    text = found.findtext(f"bndbox/{side}")
+def _read_size(content: ElementTree.Element) -> ImageSize | None:
+    """The image's size as the file states it; None if it states none or 0."""
+    width, height = (
+        (content.findtext(f"size/{side}") or "0").strip() for side in ("width", "height")
+    )
+    if not all(side.isdecimal() and len(side) < 10 and int(side) for side in (width, height)):
+        return None
+    return int(width), int(height)
+
+
+def _read_number(element: ElementTree.Element, side: str, location: str) -> float:
+    text = element.findtext(f"bndbox/{side}")
     try:
         return float(text or "")
     except ValueError:
-        raise DataError(f"{place}: <bndbox> needs a number as <{side}>, got {text!r}") from None
+        raise DataError(f"{location}: <bndbox> needs a number as <{side}>, got {text!r}") from None

@@ -1,10 +1,13 @@
-"""YOLO's text files: one an image, a line an object: class, centre x, centre y, width, height, in shares of the image's sides.
+"""YOLO's text files: one per image, one line per object.
 
-The layout is that of Ultralytics and Darknet: data.yaml names classes and parts, or classes.txt the classes; labels/ lies beside images/.
+A line holds class, centre x, centre y, width, height, in shares of the image's sides. The layout is
+that of Ultralytics and Darknet: data.yaml names classes and splits, or classes.txt names the
+classes; labels/ lies beside images/.
 """
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,22 +17,23 @@ from pydantic import Field
 from tuner.config.run import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
-from tuner.errors import DataError, nearest_hint
+from tuner.errors import DataError, limit_listing
+from tuner.preprocessing.data_paths import resolve_path
 from tuner.preprocessing.detection_dataset import (
     AnnotatedImage,
     Box,
     check_relative_name,
     detection_dataset,
-    limit_listing,
-    unsplit_incomplete,
 )
 from tuner.preprocessing.image_decoding import SUFFIXES
-from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID
+from tuner.preprocessing.splits import SPLIT_BY_NAME, TRAIN, UNSPLIT
 
 TASKS = ("detection",)
-SPLIT_FOLDERS = {"train": TRAIN, "val": VALID, "valid": VALID, "test": TEST}
+DESCRIPTIONS = ("data.yaml", "data.yml")
 CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
-MAX_TEXT_BYTES, MAX_YAML_BYTES = 10_000_000, 200_000  # bytes of one text file, and of data.yaml
+MAX_TEXT_BYTES = 10_000_000  # of one text file
+MAX_YAML_BYTES = 200_000  # of data.yaml
+SplitImages = list[tuple[Path, int]]  # images with their splits
 
 
 def load(
@@ -42,40 +46,53 @@ def load(
     ],
     image: ImageOptions,
 ) -> Dataset:
-    """`path`: a data.yaml, or a folder that holds one, or classes.txt beside images/ and labels/."""
-    root = Path(path).expanduser()
-    if not root.exists():
-        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise DataError(
-            f"data.path: {path} does not exist (looked in {Path.cwd()}){nearest_hint(root.name, beside)}"
-        )
-    described = (
-        root
-        if root.is_file()
-        else next(
-            (root / name for name in ("data.yaml", "data.yml") if (root / name).is_file()), None
-        )
-    )
-    if described is not None:
-        classes, pictures = _read_data_yaml(described)
+    """Load images with boxes from YOLO's text files.
+
+    Args:
+        home: the folder with the caches.
+        input_spec: how the examples must look for the model's weights.
+        task: `detection`.
+        path: a data.yaml, or a folder that holds one, or classes.txt beside images/ and labels/.
+        image: the image keys of the `data:` section.
+
+    Raises:
+        DataError: files are missing, unreadable or wrong.
+    """
+    root = resolve_path(path)
+    description = root if root.is_file() else _first_file(root, DESCRIPTIONS)
+    if description is not None:
+        yaml_content = _read_data_yaml(description)
+        classes, images = yaml_content.classes, _list_split_images(yaml_content)
     else:
-        file = next((root / name for name in CLASS_LISTS if (root / name).is_file()), None)
-        if file is None:
-            raise DataError(
-                f"data.path: {path} has neither data.yaml nor {CLASS_LISTS[0]}, which name the classes"
-            )
-        classes = [line.strip() for line in _read_text(file).splitlines() if line.strip()]
-        pictures = [
-            (picture, UNSPLIT)
-            for picture in _images_below(root / "images" if (root / "images").is_dir() else root)
-        ]
-    wrong: list[str] = []
-    found = [_annotated_image(picture, part, classes, wrong) for picture, part in pictures]
-    if wrong:
+        classes, images = _list_unsplit_images(root, path)
+    problems: list[str] = []
+    annotated = []
+    for image_path, split in images:
+        annotated_image, line_problems = _annotate_image(image_path, split, classes)
+        annotated.append(annotated_image)
+        problems += line_problems
+    if problems:
         raise DataError(
-            *limit_listing(wrong), f"data: {len(wrong)} lines are wrong; mend or remove them"
+            *limit_listing(problems), f"data: {len(problems)} lines are wrong; mend or remove them"
         )
-    return detection_dataset(home, found, classes, image, input_spec)
+    return detection_dataset(home, annotated, classes, image, input_spec)
+
+
+def _first_file(root: Path, names: tuple[str, ...]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_file()), None)
+
+
+def _list_unsplit_images(root: Path, path: str) -> tuple[list[str], SplitImages]:
+    """Classes and images of a folder without data.yaml."""
+    file = _first_file(root, CLASS_LISTS)
+    if file is None:
+        raise DataError(
+            f"data.path: {path} has neither {DESCRIPTIONS[0]} nor {CLASS_LISTS[0]}, "
+            "which name the classes"
+        )
+    classes = [line.strip() for line in _read_text(file).splitlines() if line.strip()]
+    images = _images_below(root / "images" if (root / "images").is_dir() else root)
+    return classes, [(image, UNSPLIT) for image in images]
 
 
 class _NoAliasLoader(yaml.SafeLoader):
@@ -87,112 +104,161 @@ class _NoAliasLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _read_data_yaml(file: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Classes, and images with their parts, as a data.yaml has them. Raises DataError."""
+@dataclass(frozen=True)
+class DataYaml:
+    """What a data.yaml says.
+
+    Args:
+        file: the data.yaml.
+        base: the folder that the names in `splits` start from.
+        classes: the names of the classes, in order.
+        splits: by key, such as `train` or `val`: folders of images, and text files that list images.
+    """
+
+    file: Path
+    base: Path
+    classes: list[str]
+    splits: dict[str, list[str]]
+
+
+def _read_data_yaml(file: Path) -> DataYaml:
+    """Read and check a data.yaml. Raises DataError."""
     if file.stat().st_size > MAX_YAML_BYTES:
         raise DataError(
-            f"{file}: {file.stat().st_size:,} bytes, more than {MAX_YAML_BYTES:,}; it names classes and folders"
+            f"{file}: {file.stat().st_size:,} bytes, more than {MAX_YAML_BYTES:,}; "
+            "it names classes and folders"
         )
+    # PyYAML raises ValueError for impossible numbers and dates, and nests without a limit
     try:
-        tree = yaml.load(_read_text(file), Loader=_NoAliasLoader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # PyYAML builds numbers and nests as deep as it is told
+        content = yaml.load(_read_text(file), Loader=_NoAliasLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{file}: not YAML that names classes and folders ({' '.join(str(error).split())[:300]})"
+            f"{file}: not YAML that names classes and folders "
+            f"({' '.join(str(error).split())[:300]})"
         ) from None
-    names = tree.get("names") if isinstance(tree, dict) else None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected a mapping with names, the list of classes")
+    classes = _parse_class_names(content.get("names"), file)
+    base = file.parent / (content["path"] if isinstance(content.get("path"), str) else ".")
+    # a dataset is often copied to another folder, and `path` still names the old one
+    base = base if os.path.isdir(base) else file.parent
+    splits = {
+        key: _parse_split(content[key], f"{file}: {key}")
+        for key in SPLIT_BY_NAME
+        if content.get(key)
+    }
+    return DataYaml(file, base, classes, splits)
+
+
+def _parse_class_names(names: Any, file: Path) -> list[str]:
+    """The classes: a list of names, or a mapping from 0, 1, … to names."""
     if isinstance(names, dict):
         if set(names) != set(range(len(names))) or not all(type(number) is int for number in names):
             raise DataError(
-                f"{file}: names: expected the numbers 0 to {len(names) - 1}, got {', '.join(map(str, list(names)[:20]))}"
+                f"{file}: names: expected the numbers 0 to {len(names) - 1}, "
+                f"got {', '.join(map(str, list(names)[:20]))}"
             )
         names = [names[i] for i in range(len(names))]
     if (
-        not isinstance(tree, dict)
-        or not isinstance(names, list)
+        not isinstance(names, list)
         or not names
-        or not all(isinstance(n, (str, int, float)) for n in names)
+        or not all(isinstance(name, (str, int, float)) for name in names)
     ):
         raise DataError(f"{file}: expected a mapping with names, the list of classes")
-    base = file.parent / (tree["path"] if isinstance(tree.get("path"), str) else ".")
-    base = base if os.path.isdir(base) else file.parent  # files travel, and their path stays behind
-    found: list[tuple[Path, int]] = []
-    for key, part in SPLIT_FOLDERS.items():
-        places = tree.get(key)
-        for place in places if isinstance(places, list) else [places] if places else []:
-            if not isinstance(place, str):
-                raise DataError(
-                    f"{file}: {key}: expected folders or lists of images, got {type(place).__name__}"
-                )
-            found += [
-                (picture, part) for picture in _list_images(base, str(place), f"{file}: {key}")
-            ]
-    if not any(part == TRAIN for _, part in found):
-        raise DataError(f"{file}: train: needs a folder or a list of images")
-    return list(map(str, names)), list(
-        zip(
-            [picture for picture, _ in found],
-            unsplit_incomplete([part for _, part in found]),
-            strict=True,
-        )
-    )
+    return list(map(str, names))
 
 
-def _list_images(base: Path, place: str, where: str) -> list[Path]:
+def _parse_split(value: Any, location: str) -> list[str]:
+    """The names that a split's key gives: one or a list of them."""
+    names = value if isinstance(value, list) else [value]
+    for name in names:
+        if not isinstance(name, str):
+            raise DataError(
+                f"{location}: expected folders or lists of images, got {type(name).__name__}"
+            )
+    return names
+
+
+def _list_split_images(description: DataYaml) -> SplitImages:
+    """The images of each split. Raises DataError if none is for training."""
+    images = [
+        (image, SPLIT_BY_NAME[key])
+        for key, names in description.splits.items()
+        for name in names
+        for image in _list_images(description.base, name, f"{description.file}: {key}")
+    ]
+    if not any(split == TRAIN for _, split in images):
+        raise DataError(f"{description.file}: train: needs a folder or a list of images")
+    return images
+
+
+def _list_images(base: Path, name: str, location: str) -> list[Path]:
     """The images that a folder holds or a text file lists."""
-    path = next(
-        (p for p in (base / place, base / place.removeprefix("../")) if os.path.exists(p)), None
-    )
+    candidates = (base / name, base / name.removeprefix("../"))
+    path = next((path for path in candidates if os.path.exists(path)), None)
     if path is None:
-        raise DataError(f"{where}: {base / place} does not exist")
+        raise DataError(f"{location}: {base / name} does not exist")
     if path.is_dir():
         return list(_images_below(path))
     return [
-        _check_name(base, line.strip(), f"{path}:{number}")
+        _resolve_listed_image(base, line.strip(), f"{path}:{number}")
         for number, line in enumerate(_read_text(path).splitlines(), 1)
         if line.strip()
     ]
 
 
-def _check_name(base: Path, name: str, where: str) -> Path:
-    """An image that a list names; an absolute name must lead into the folder too, as Darknet writes them."""
-    return base / check_relative_name(name.removeprefix(f"{base.absolute()}/"), where)
+def _resolve_listed_image(base: Path, name: str, location: str) -> Path:
+    """The path of an image in a list.
+
+    An absolute name, as Darknet writes them, must lead into the folder too.
+    """
+    return base / check_relative_name(name.removeprefix(f"{base.absolute()}/"), location)
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
     return (
-        p
-        for p in sorted(folder.rglob("*"))
-        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     )
 
 
-def _annotated_image(
-    picture: Path, part: int, classes: list[str], wrong: list[str]
-) -> AnnotatedImage:
-    """An image with what its text file says; without one it has no objects. What cannot be read goes to `wrong`."""
-    parts = list(picture.parts)
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    beside = [Path(*parts).with_suffix(".txt"), picture.with_suffix(".txt")]
-    file = next((path for path in beside if path.is_file()), None)
-    rows: list[tuple[Box, int, str]] = []
+def _annotate_image(
+    image: Path, split: int, classes: list[str]
+) -> tuple[AnnotatedImage, list[str]]:
+    """An image with the objects of its text file, and what is wrong with the lines of that file.
+
+    An image without a text file has no objects.
+    """
+    file = _label_file(image)
+    boxes: list[Box] = []
+    labels: list[int] = []
+    locations: list[str] = []
+    problems: list[str] = []
     for number, line in enumerate(_read_text(file).splitlines() if file else (), 1):
-        if line.strip():
-            found = _parse_row(line, classes)
-            if isinstance(found, str):
-                wrong.append(f"{file}:{number}: {found}")
-            else:
-                rows.append((*found, f"{file}:{number}"))
-    boxes, labels, places = zip(*rows, strict=True) if rows else ((), (), ())
-    return AnnotatedImage(picture, boxes, labels, places, part, is_relative=True)
+        if not line.strip():
+            continue
+        parsed = _parse_line(line, classes)
+        if isinstance(parsed, str):
+            problems.append(f"{file}:{number}: {parsed}")
+        else:
+            boxes.append(parsed[0])
+            labels.append(parsed[1])
+            locations.append(f"{file}:{number}")
+    return AnnotatedImage(image, boxes, labels, locations, split, is_relative=True), problems
 
 
-def _parse_row(line: str, classes: list[str]) -> tuple[Box, int] | str:
-    """An object's box and label, or what is wrong with its line."""
+def _label_file(image: Path) -> Path | None:
+    """The text file of an image: in labels/ instead of the last images/, or beside the image."""
+    names = list(image.parts)
+    if "images" in names:
+        names[len(names) - 1 - names[::-1].index("images")] = "labels"
+    candidates = (Path(*names).with_suffix(".txt"), image.with_suffix(".txt"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _parse_line(line: str, classes: list[str]) -> tuple[Box, int] | str:
+    """The box and the label of an object, or what is wrong with its line."""
     words = line.split()
     if len(words) != 5:
         return f"expected class, centre x, centre y, width, height; got {len(words)} values"
@@ -201,14 +267,20 @@ def _parse_row(line: str, classes: list[str]) -> tuple[Box, int] | str:
     except ValueError:
         return f"expected four numbers after the class, got {' '.join(words[1:])[:100]!r}"
     if not words[0].isdecimal() or len(words[0]) > 9 or int(words[0]) >= len(classes):
-        return f"class {words[0][:100]!r}, but there are {len(classes)} classes, 0 to {len(classes) - 1}"
+        return (
+            f"class {words[0][:100]!r}, but there are {len(classes)} classes, "
+            f"0 to {len(classes) - 1}"
+        )
     if max(x, y, width, height) > 1.5:
-        return f"box {' '.join(words[1:])}: these are pixels; expected shares of the image's sides, 0 to 1"
+        return (
+            f"box {' '.join(words[1:])}: these are pixels; "
+            "expected shares of the image's sides, 0 to 1"
+        )
     return (x - width / 2, y - height / 2, x + width / 2, y + height / 2), int(words[0])
 
 
 def _read_text(file: Path) -> str:
-    """Raises DataError on what is no text."""
+    """The content of a text file. Raises DataError if it is too large or no text."""
     if file.stat().st_size > MAX_TEXT_BYTES:
         raise DataError(f"{file}: {file.stat().st_size:,} bytes, more than {MAX_TEXT_BYTES:,}")
     try:

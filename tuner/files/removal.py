@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tuner.errors import StorageError
+from tuner.errors import StorageError, limit_listing
 from tuner.files.crash_points import crash_point
 
 MANIFEST = "manifest.json"  # of an export, written last: the SHA-256 of its other files
@@ -217,7 +217,7 @@ def require_target(folder: Path, instead: str) -> None:
         )
     if not folder.is_dir() or not (others := strangers(folder)):
         return
-    shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    shown = ", ".join(limit_listing(others, 3))
     what = "an export and also" if files_of_export(folder) is not None else "no export but"
     raise StorageError(
         f"{folder} holds {what} {shown}, which tuner did not make and would have to remove; "

@@ -20,7 +20,7 @@ from tuner.core.detectors import MAX_OBJECTS, DetectorHead, DetectorStage, Objec
 from tuner.core.input_spec import ImageInputSpec, TensorTree
 from tuner.core.types import StagedModel
 from tuner.core.weights import fetch_weights, is_path, read_state_dict
-from tuner.errors import DataError, SpaceError
+from tuner.errors import DataError, SpaceError, limit_listing
 from tuner.models._detector_backbone import STRIDE, CheckedCanvas, backbone_stages
 from tuner.preprocessing.tokenization import silence_transformers
 
@@ -122,7 +122,7 @@ def _build_detector(
         told["unexpected_keys"]
     )
     if body:
-        listed = ", ".join(body[:5]) + (f" and {len(body) - 5} more" if len(body) > 5 else "")
+        listed = ", ".join(limit_listing(body, 5))
         raise DataError(
             f"weights: {path} differs from {config.model_type} in {listed}; these are another model's weights, or damaged"
         )

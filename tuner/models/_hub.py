@@ -10,7 +10,7 @@ from typing import Any
 
 from tuner.core.input_spec import TOKENIZER_FOLDER
 from tuner.core.weights import fetch_weights
-from tuner.errors import DataError, SpaceError, nearest_hint
+from tuner.errors import DataError, SpaceError, nearest_path_hint
 from tuner.files import removal
 from tuner.files.atomic import disk_errors, file_lock, lock_path
 from tuner.preprocessing.tokenization import without_transformers
@@ -47,13 +47,10 @@ def check_own_folder(folder: str, name: str) -> Path:
     """A folder of the user's. Raises DataError where it lacks something, or holds another kind of model than the name says."""
     root = Path(folder).expanduser()
     if not root.is_dir():
-        beside = (
-            [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        )
         what = (
             "is a file; give the folder that it lies in"
             if root.is_file()
-            else f"does not exist{nearest_hint(root.name, beside)}"
+            else f"does not exist{nearest_path_hint(root, folders_only=True)}"
         )
         raise DataError(f"model.folder: {folder} {what}")
     if not (root / CONFIG_FILE).is_file():

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tuner.core.input_spec import TextInputSpec
 from tuner.core.types import StagedModel
-from tuner.errors import DataError, SpaceError
+from tuner.errors import DataError, SpaceError, limit_listing
 from tuner.models import _hub
 from tuner.models._transformer_stages import stage_transformer
 from tuner.preprocessing.tokenization import load_tokenizer, silence_transformers
@@ -229,7 +229,7 @@ def _load_pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str
         if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
     ]
     if body:
-        listed = ", ".join(body[:5]) + (f" and {len(body) - 5} more" if len(body) > 5 else "")
+        listed = ", ".join(limit_listing(body, 5))
         raise DataError(
             f"model.folder: {root / _hub.WEIGHTS_FILE} has no {listed} as {config.model_type} wants; these are another model's weights"
         )

@@ -1,8 +1,8 @@
-"""Images with the boxes of what is on them: checked, brought to the model's canvas, split, and ready."""
+"""Makes a dataset of images whose targets are boxes: checks the boxes and moves them to the canvas."""
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +14,28 @@ from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec
 from tuner.core.targets import NO_OBJECT, Boxes
 from tuner.core.types import Dataset
-from tuner.errors import DataError
+from tuner.errors import DataError, limit_listing
 from tuner.preprocessing.image_dataset import assemble_dataset
 from tuner.preprocessing.image_store import ImageStore
-from tuner.preprocessing.splits import SPLIT_NAMES, TRAIN, UNSPLIT, Items
+from tuner.preprocessing.splits import SPLIT_NAMES, UNSPLIT, Items
 
-MAX_LISTED = 10  # of a kind that a message names
 STRATA = ("images with objects", "images without objects")
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An image and its objects. `boxes`: left, top, right, bottom in pixels, or in shares of the image's sides where `relative`.
+    """An image and its objects, as an annotation describes them.
 
-    `labels` index the classes; `places` say where each object is written, as messages should name it. `size`: the image's width and
-    height as the annotation has them.
+    Args:
+        path: the image file.
+        boxes: left, top, right, bottom of each object: in pixels, or in shares of the image's
+            sides if `is_relative`.
+        labels: the index of each object's class.
+        locations: where each object is written, such as `file:line`; messages name it.
+        split: TRAIN, VALID, TEST or UNSPLIT.
+        is_relative: whether the boxes are in shares of the image's sides, 0 to 1.
+        stated_size: width and height of the image in pixels according to the annotation.
     """
 
     path: Path
@@ -49,27 +55,40 @@ def detection_dataset(
     input_spec: InputSpec,
     warnings: Sequence[str] = (),
 ) -> Dataset:
-    """Raises DataError on missing images, images named twice, no objects, empty or inverted boxes, and boxes beside their image."""
+    """Split and decode annotated images, and move their boxes to the model's canvas.
+
+    Args:
+        home: the folder with the caches.
+        annotated: the images with their objects.
+        classes: the names of the classes that the labels index.
+        options: the image keys of the `data:` section.
+        input_spec: how the examples must look for the model's weights.
+        warnings: what the data source has to say already.
+
+    Raises:
+        DataError: images are missing or are named twice, there are no objects at all, or a box
+            is empty, inverted or wholly outside its image.
+    """
     _check_images_exist(annotated)
     if not any(image.labels for image in annotated):
         raise DataError(
             f"data: {len(annotated)} images, but not one object on them; check the annotations"
         )
-    bare = sum(not image.labels for image in annotated)
-    found = [
-        *warnings,
-        *([f"data: {bare} of {len(annotated)} images have no objects"] if bare else []),
-    ]
-    by_picture = {image.path: image for image in annotated}
+    warnings = list(warnings)
+    empty_count = sum(not image.labels for image in annotated)
+    if empty_count:
+        warnings.append(f"data: {empty_count} of {len(annotated)} images have no objects")
+    by_path = {image.path: image for image in annotated}
 
-    def truth(store: ImageStore, items: Items, preprocess: ImageInputSpec) -> Boxes:
-        kept = [by_picture[picture] for picture in items.examples]
-        return boxes_on_canvas(kept, store.original_sizes, preprocess, found)
+    def make_targets(
+        store: ImageStore, items: Items, image_spec: ImageInputSpec
+    ) -> tuple[Boxes, list[str]]:
+        readable = [by_path[path] for path in items.examples]
+        return boxes_on_canvas(readable, store.original_sizes, image_spec)
 
-    data = assemble_dataset(
-        home, _make_items(annotated), options, input_spec, tuple(classes), truth
+    return assemble_dataset(
+        home, _make_items(annotated), options, input_spec, tuple(classes), make_targets, warnings
     )
-    return replace(data, warnings=(*dict.fromkeys(found), *data.warnings))
 
 
 def _check_images_exist(annotated: Sequence[AnnotatedImage]) -> None:
@@ -91,86 +110,94 @@ def _check_images_exist(annotated: Sequence[AnnotatedImage]) -> None:
 
 
 def _make_items(annotated: Sequence[AnnotatedImage]) -> Items:
-    """Each part gets its share of images without objects, where there are enough of them to go round."""
-    bare = np.array([not image.labels for image in annotated])
-    labels = (
-        bare.astype(np.int64)
-        if bare.sum() > len(SPLIT_NAMES) and (~bare).sum() > len(SPLIT_NAMES)
-        else np.zeros(len(bare), np.int64)
-    )
-    parts = np.array([image.split for image in annotated], np.int64)
+    """The images as items. Images with and without objects are the strata, if both are enough."""
+    is_empty = np.array([not image.labels for image in annotated])
+    enough = min(is_empty.sum(), (~is_empty).sum()) > len(SPLIT_NAMES)
+    labels = is_empty.astype(np.int64) if enough else np.zeros(len(is_empty), np.int64)
     return Items(
         [image.path for image in annotated],
         labels,
         STRATA[: 1 + int(labels.max(initial=0))],
-        parts,
+        np.array([image.split for image in annotated], np.int64),
     )
 
 
-def unsplit_incomplete(given: NDArray[np.int64] | Sequence[int]) -> list[int]:
-    """Parts as a data set states them; where it lacks one, that is taken from what trains."""
-    parts = np.array(given, np.int64)
-    if len(set(SPLIT_NAMES) - set(parts.tolist())) > 0:
-        parts[parts == TRAIN] = UNSPLIT
-    return [int(part) for part in parts]
-
-
 def boxes_on_canvas(
-    annotated: Sequence[AnnotatedImage],
-    sizes: NDArray[np.int64],
-    image_spec: ImageInputSpec,
-    warnings: list[str],
-) -> Boxes:
-    """The boxes where their images lie on the model's canvas. What reaches beyond its image is clipped, with a warning.
+    annotated: Sequence[AnnotatedImage], sizes: NDArray[np.int64], image_spec: ImageInputSpec
+) -> tuple[Boxes, list[str]]:
+    """Move boxes to where their images lie on the model's canvas.
 
-    Raises DataError naming every box that is empty, inverted, not finite, or wholly beside its image.
+    Args:
+        annotated: the images with their objects.
+        sizes: int64 (n, 2), width and height in pixels of each image.
+        image_spec: the canvas.
+
+    Returns:
+        The boxes, and warnings: boxes that reach beyond their image are clipped with a warning.
+
+    Raises:
+        DataError: boxes are empty, inverted, not finite, or wholly outside their image. The
+            message names each of them.
     """
-    wrong: list[str] = []
+    problems: list[str] = []
     clipped: list[str] = []
-    stated: list[str] = []
     most = max(1, *(len(image.labels) for image in annotated))
     boxes = np.zeros((len(annotated), most, 4), np.float32)
     labels = np.full((len(annotated), most), NO_OBJECT, np.int64)
     for row, (image, (width, height)) in enumerate(zip(annotated, sizes.tolist(), strict=True)):
-        if image.stated_size is not None and image.stated_size != (width, height) and image.labels:
-            stated.append(
-                f"{image.locations[0]}: the image is said to be {image.stated_size[0]} x {image.stated_size[1]} pixels, but is {width} x {height}"
-            )
-        at = place_on_canvas(width, height, image_spec)
-        for i, (box, place) in enumerate(zip(image.boxes, image.locations, strict=True)):
+        placement = place_on_canvas(width, height, image_spec)
+        scale = [placement.width / width, placement.height / height] * 2
+        shift = [placement.left, placement.top] * 2
+        for i, (box, location) in enumerate(zip(image.boxes, image.locations, strict=True)):
             pixels = np.array(box) * (np.array([width, height] * 2) if image.is_relative else 1.0)
             problem = find_box_problem(pixels, width, height)
             if problem:
-                wrong.append(f"{place}: {problem}")
+                problems.append(f"{location}: {problem}")
                 continue
             inside = pixels.clip(0, [width, height] * 2)
-            if np.abs(inside - pixels).max() > 1:  # a pixel is what conventions differ by
+            if np.abs(inside - pixels).max() > 1:  # annotation conventions differ by one pixel
                 clipped.append(
-                    f"{place}: box {_format_box(pixels)} reaches beyond its image of {width} x {height} pixels"
+                    f"{location}: box {_format_box(pixels)} reaches beyond "
+                    f"its image of {width} x {height} pixels"
                 )
-            boxes[row, i] = (
-                inside * ([at.width / width, at.height / height] * 2) + [at.left, at.top] * 2
-            )
+            boxes[row, i] = inside * scale + shift
         labels[row, : len(image.labels)] = image.labels
-    if wrong:
+    if problems:
         raise DataError(
-            *limit_listing(wrong), f"data: {len(wrong)} boxes are wrong; mend or remove them"
+            *limit_listing(problems), f"data: {len(problems)} boxes are wrong; mend or remove them"
         )
-    if clipped:
-        warnings += [
-            f"data: {len(clipped)} boxes reach beyond their image and are clipped",
-            *limit_listing(clipped),
-        ]
-    if stated:
-        warnings += [
-            f"data: {len(stated)} images have another size than stated",
-            *limit_listing(stated),
-        ]
-    return Boxes(torch.from_numpy(boxes), torch.from_numpy(labels), image_spec.size)
+    warnings = _warn_about(clipped, "boxes reach beyond their image and are clipped")
+    warnings += _warn_about(
+        _find_size_mismatches(annotated, sizes), "images have another size than stated"
+    )
+    return Boxes(torch.from_numpy(boxes), torch.from_numpy(labels), image_spec.size), warnings
+
+
+def _find_size_mismatches(
+    annotated: Sequence[AnnotatedImage], sizes: NDArray[np.int64]
+) -> list[str]:
+    """One line for each image with objects whose annotation states another size than it has."""
+    return [
+        f"{image.locations[0]}: the image is said to be {image.stated_size[0]} x "
+        f"{image.stated_size[1]} pixels, but is {width} x {height}"
+        for image, (width, height) in zip(annotated, sizes.tolist(), strict=True)
+        if image.labels and image.stated_size not in (None, (width, height))
+    ]
+
+
+def _warn_about(problems: Sequence[str], summary: str) -> list[str]:
+    """`data: N summary`, then the first of the problems; nothing if there are none."""
+    return [f"data: {len(problems)} {summary}", *limit_listing(problems)] if problems else []
 
 
 def find_box_problem(box: NDArray[np.float64], width: int, height: int) -> str:
-    """What makes a box of pixels useless; '' where nothing does."""
+    """What makes a box useless, or '' if nothing does.
+
+    Args:
+        box: float64 (4,): left, top, right, bottom in pixels.
+        width: the width of the image in pixels.
+        height: the height of the image in pixels.
+    """
     left, top, right, bottom = box.tolist()
     if not np.isfinite(box).all():
         return f"box {_format_box(box)} is not made of finite numbers"
@@ -188,26 +215,25 @@ def _format_box(box: NDArray[np.float64]) -> str:
 
 
 def check_relative_name(name: str, location: str) -> str:
-    """A name of a file as an annotation states it. Raises DataError on one that leaves its folder, or that no file can have."""
+    """The name of an image file, as an annotation at `location` states it.
+
+    Raises:
+        DataError: the name leaves the folder of the images, or no file can have it.
+    """
     parts = name.replace("\\", "/").split("/")
     if (
         name.startswith(("/", "\\"))
         or ".." in parts
         or "\0" in name
         or not name.isprintable()
-        or max(map(_bytes, parts)) > 255
+        or max(map(_byte_length, parts)) > 255
     ):
         raise DataError(
-            f"{location}: {name[:100]!r} leaves the folder of the images, or is no file's name; name files below it"
+            f"{location}: {name[:100]!r} leaves the folder of the images, or is no file's name; "
+            "name files below it"
         )
     return name
 
 
-def _bytes(part: str) -> int:
-    return len(part.encode(errors="surrogatepass"))
-
-
-def limit_listing(problems: Sequence[str]) -> list[str]:
-    """The first few, and how many more there are."""
-    more = [f"… and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-    return [*problems[:MAX_LISTED], *more]
+def _byte_length(name: str) -> int:
+    return len(name.encode(errors="surrogatepass"))

@@ -1,4 +1,4 @@
-"""Equal pictures where there should be none: in two parts of a data set, or in two of its classes."""
+"""Warns about images with equal content in two splits, or in two classes, of a dataset."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,55 +6,62 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.errors import limit_listing
 from tuner.preprocessing.image_decoding import PathOrPixels
 from tuner.preprocessing.splits import SPLIT_NAMES
 
-MAX_LISTED = 5  # pairs that a message names
+MAX_PAIRS_LISTED = 5  # pairs of images that a message names
 
 
 def find_images_in_two_splits(
-    pictures: Sequence[PathOrPixels], split: NDArray[np.int64], same: NDArray[np.int64]
+    images: Sequence[PathOrPixels], split: NDArray[np.int64], equal_rows: NDArray[np.int64]
 ) -> list[str]:
-    """A warning where equal pictures lie in different parts, so that what trains also tests; none where there are none.
+    """A warning if equal images lie in different splits, so that a training image is also a test.
 
-    `same`: pairs of rows, as `Store.same` has them.
+    Args:
+        images: the images (n).
+        split: int64 (n,), the split of each image.
+        equal_rows: int64 (k, 2), pairs of rows with equal pixels; `ImageStore.equal_rows`.
+
+    Returns:
+        One line, or none.
     """
-    parts = [SPLIT_NAMES[int(p)] for p in split]
-    return _format_warning(pictures, parts, same, "parts", "so that scores may be too good")
+    names = [SPLIT_NAMES[int(number)] for number in split]
+    return _format_warning(images, names, equal_rows, "parts", "so that scores may be too good")
 
 
 def find_images_in_two_classes(
-    pictures: Sequence[PathOrPixels],
+    images: Sequence[PathOrPixels],
     labels: NDArray[np.int64],
     classes: Sequence[str],
-    same: NDArray[np.int64],
+    equal_rows: NDArray[np.int64],
 ) -> list[str]:
-    """A warning where equal pictures lie in different classes; none where there are none."""
+    """A warning if equal images lie in different classes; arguments as above."""
     names = [repr(classes[int(label)]) for label in labels]
     return _format_warning(
-        pictures, names, same, "classes", "so that one of the two labels is wrong"
+        images, names, equal_rows, "classes", "so that one of the two labels is wrong"
     )
 
 
 def _format_warning(
-    pictures: Sequence[PathOrPixels],
-    homes: Sequence[str],
-    same: NDArray[np.int64],
-    what: str,
-    why: str,
+    images: Sequence[PathOrPixels],
+    groups: Sequence[str],
+    equal_rows: NDArray[np.int64],
+    kind: str,
+    consequence: str,
 ) -> list[str]:
-    pairs = [(first, row) for row, first in same.tolist() if homes[row] != homes[first]]
+    pairs = [
+        f"{_name(images, first)} ({groups[first]}) and {_name(images, row)} ({groups[row]})"
+        for row, first in equal_rows.tolist()
+        if groups[row] != groups[first]
+    ]
     if not pairs:
         return []
-    named = [
-        f"{_name(pictures, first)} ({homes[first]}) and {_name(pictures, row)} ({homes[row]})"
-        for first, row in pairs[:MAX_LISTED]
-    ]
-    more = f", and {len(pairs) - MAX_LISTED} more" if len(pairs) > MAX_LISTED else ""
     count = f"{len(pairs)} images lie" if len(pairs) > 1 else "1 image lies"
-    return [f"data: {count} in two {what} with the same content, {why}: {'; '.join(named)}{more}"]
+    listed = "; ".join(limit_listing(pairs, MAX_PAIRS_LISTED))
+    return [f"data: {count} in two {kind} with the same content, {consequence}: {listed}"]
 
 
-def _name(pictures: Sequence[PathOrPixels], row: int) -> str:
-    picture = pictures[row]
-    return str(picture) if isinstance(picture, Path) else f"number {row}"
+def _name(images: Sequence[PathOrPixels], row: int) -> str:
+    image = images[row]
+    return str(image) if isinstance(image, Path) else f"number {row}"

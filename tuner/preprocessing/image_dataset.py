@@ -1,4 +1,4 @@
-"""Decoded images as sources: split, augmented by (index, view), ready for a model's own preprocessing."""
+"""Makes a dataset of images: splits and decodes them, and serves batches by (index, view)."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.config.run import ImageOptions
@@ -34,7 +33,10 @@ from tuner.preprocessing.splits import (
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Rows of a store as a Source: x uint8 (n, 3, size, size), y as the targets have it."""
+    """Some rows of an image store as a `Source`.
+
+    `take` gives x as uint8 (n, 3, size, size) and y as the targets define it.
+    """
 
     entry: PinnedEntry
     pixels: Tensor
@@ -52,15 +54,16 @@ class ImageSource:
         rows = self.rows[index]
         x, y = self.pixels[rows], self.targets.take(rows)
         if self.flip:
-            # half of the images face the other way, and the other half in the next view: a function of (index, view)
+            # half of the images are mirrored, and the other half in the next view:
+            # a function of (index, view) alone
             mirrored = ((rows * 2654435761 >> 7) + view) % 2 == 1
             x[mirrored] = x[mirrored].flip(3)
             y = self.targets.mirror(y, mirrored)
         return Batch(x, y)
 
 
-MakeTargets = Callable[[ImageStore, Items, ImageInputSpec], Targets]
-"""From the images that could be read, and their items, to what is true of each."""
+MakeTargets = Callable[[ImageStore, Items, ImageInputSpec], tuple[Targets, list[str]]]
+"""Makes the targets of the readable images, given their items in the same order; and warnings."""
 
 
 def classification_dataset(
@@ -70,17 +73,30 @@ def classification_dataset(
     input_spec: InputSpec,
     warnings: Sequence[str] = (),
 ) -> Dataset:
-    """Items with one class each, split, decoded and ready. Raises DataError on too few classes, and as `assembled` does."""
+    """Split and decode images that have one class each.
+
+    Args:
+        home: the folder with the caches.
+        items: the images; their strata are the classes.
+        options: the image keys of the `data:` section.
+        input_spec: how the examples must look for the model's weights.
+        warnings: what the data source has to say already.
+
+    Raises:
+        DataError: there are too few classes, or as `assemble_dataset` does.
+        SpaceError: as `resolve_image_spec` does.
+    """
     check_classes(items)
-    found = list(warnings)
 
-    def truth(store: ImageStore, kept: Items, _: ImageInputSpec) -> Labels:
-        found.extend(
-            find_images_in_two_classes(kept.examples, kept.labels, kept.strata, store.equal_rows)
+    def make_targets(
+        store: ImageStore, readable: Items, _: ImageInputSpec
+    ) -> tuple[Labels, list[str]]:
+        ambiguous = find_images_in_two_classes(
+            readable.examples, readable.labels, readable.strata, store.equal_rows
         )
-        return Labels(torch.from_numpy(kept.labels))
+        return Labels(torch.from_numpy(readable.labels)), ambiguous
 
-    return assemble_dataset(home, items, options, input_spec, items.strata, truth, found)
+    return assemble_dataset(home, items, options, input_spec, items.strata, make_targets, warnings)
 
 
 def assemble_dataset(
@@ -92,48 +108,70 @@ def assemble_dataset(
     make_targets: MakeTargets,
     warnings: Sequence[str] = (),
 ) -> Dataset:
-    """Items split, decoded and ready. Raises DataError on too few images, and on unreadable ones."""
-    preprocess = resolve_image_spec(options, input_spec)
-    items = assign_and_limit_splits(items, options)
-    held = open_image_store(home, items.examples, preprocess, options.on_bad_image)
-    items = items.select(held.readable)
-    targets = make_targets(held, items, preprocess)
-    content = content_digest(held.digest, *targets.content, *classes)
+    """Split and decode images, and make their targets by `make_targets`.
 
-    def source(*parts: int, flip: bool = False) -> ImageSource:
-        rows = np.flatnonzero(np.isin(items.split, parts))
+    Raises:
+        DataError: there are too few images, or unreadable ones.
+        SpaceError: as `resolve_image_spec` does.
+    """
+    image_spec = resolve_image_spec(options, input_spec)
+    items = assign_and_limit_splits(items, options)
+    store = open_image_store(home, items.examples, image_spec, options.on_bad_image)
+    items = items.select(store.readable)
+    targets, target_warnings = make_targets(store, items, image_spec)
+    content = content_digest(store.digest, *targets.content, *classes)
+
+    def make_source(*splits: int, flip: bool = False) -> ImageSource:
+        rows = np.flatnonzero(np.isin(items.split, splits))
+        if len(rows) == 0:
+            raise DataError(f"data: no {SPLIT_NAMES[splits[0]]} image can be read")
         return ImageSource(
-            held.entry,
-            held.pixels,
+            store.entry,
+            store.pixels,
             targets,
             torch.from_numpy(rows),
             flip,
             options.views if flip else 1,
-            content_digest(content, _require_rows(rows, parts).tobytes(), str(flip)),
+            content_digest(content, rows.tobytes(), str(flip)),
         )
 
     flip = options.augment == "flip"
-    train, valid, test, full = (
-        source(TRAIN, flip=flip),
-        source(VALID),
-        source(TEST),
-        source(TRAIN, VALID, flip=flip),
+    train, valid, test = make_source(TRAIN, flip=flip), make_source(VALID), make_source(TEST)
+    full = make_source(TRAIN, VALID, flip=flip)
+    digest = content_digest(
+        content, _digest_text(image_spec), train.digest, valid.digest, test.digest
     )
-    warnings = (*warnings, *find_images_in_two_splits(items.examples, items.split, held.equal_rows))
-    all_of_it = content_digest(content, str(preprocess), train.digest, valid.digest, test.digest)
-    return Dataset(
-        train, valid, test, full, classes, preprocess, all_of_it, (*warnings, *held.warnings)
+    shared = find_images_in_two_splits(items.examples, items.split, store.equal_rows)
+    all_warnings = (*warnings, *target_warnings, *shared, *store.warnings)
+    return Dataset(train, valid, test, full, classes, image_spec, digest, all_warnings)
+
+
+def _digest_text(spec: ImageInputSpec) -> str:
+    """The text that stands for an input spec in the digest of a dataset.
+
+    Studies store the digest and are refused when it differs. So this text is written out and never
+    changes, whatever the class and its fields are called; `Preprocess` was the name of the class.
+    """
+    return (
+        f"Preprocess(size={spec.size}, resize={spec.resize}, "
+        f"interpolation={spec.interpolation!r}, mean={spec.mean!r}, std={spec.std!r}, "
+        f"fit={spec.fit!r}, multiple={spec.multiple})"
     )
 
 
 def resolve_image_spec(options: ImageOptions, input_spec: InputSpec) -> ImageInputSpec:
-    """What the file says, and for what it leaves open what the weights want. A new size keeps the crop's proportion.
+    """The keys of the file, and what the weights need where the file leaves a key open.
 
-    Raises SpaceError on a size that is not the model's, a resize below it, a standard deviation of 0, and a model that wants no images.
+    A new `size` keeps the proportion of `resize` to `size`.
+
+    Raises:
+        SpaceError: the size does not suit the model, `resize` is below the size, a standard
+            deviation is 0, or the model takes no images.
     """
     if not isinstance(input_spec, ImageInputSpec):
         raise SpaceError(
-            "data.name: these are images, but the model wants texts; use data: text, or a model of images"
+            "data.name: these are images, but the model wants texts; "
+            "use data: text, or a model of images"
         )
     size = options.size or input_spec.size
     if size % input_spec.multiple:
@@ -159,16 +197,10 @@ def resolve_image_spec(options: ImageOptions, input_spec: InputSpec) -> ImageInp
     )
 
 
-def _require_rows(rows: NDArray[np.int64], parts: Sequence[int]) -> NDArray[np.int64]:
-    if len(rows) == 0:
-        raise DataError(f"data: no {SPLIT_NAMES[parts[0]]} image can be read")
-    return rows
-
-
 def content_digest(*content: str | bytes) -> str:
-    """SHA-256 over pieces, each with its length, so that none runs into the next."""
-    seen = hashlib.sha256()
+    """SHA-256 over pieces, each preceded by its length, so that no two lists of pieces collide."""
+    digest = hashlib.sha256()
     for piece in content:
         data = piece if isinstance(piece, bytes) else piece.encode(errors="surrogateescape")
-        seen.update(f"{len(data)} ".encode() + data)
-    return seen.hexdigest()
+        digest.update(f"{len(data)} ".encode() + data)
+    return digest.hexdigest()

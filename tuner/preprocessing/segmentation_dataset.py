@@ -1,4 +1,4 @@
-"""Masks: files with a class per pixel, checked, and laid on the model's canvas as their images are."""
+"""Makes a dataset of images with masks: checks the masks and moves them to the canvas."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tuner.config.run import ImageOptions
 from tuner.core.input_spec import ImageInputSpec, InputSpec
 from tuner.core.targets import IGNORED, Masks
 from tuner.core.types import Dataset
-from tuner.errors import DataError, nearest_hint
+from tuner.errors import DataError, limit_listing, nearest_path_hint
 from tuner.preprocessing.image_dataset import assemble_dataset
 from tuner.preprocessing.image_decoding import SUFFIXES
 from tuner.preprocessing.image_store import ImageStore, open_image_store
@@ -22,14 +22,12 @@ from tuner.preprocessing.mask_decoding import (
     place_mask,
     value_flags,
 )
-from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID, Items
+from tuner.preprocessing.splits import TRAIN, Items, read_split_lists
 
-MAX_LISTED = 10  # masks that a message names
-FLAGS_SPEC = ImageInputSpec(
-    16, 16, "nearest", (0.0,) * 3, (1.0,) * 3
-)  # a store of 16 x 16 = 256 flags: which values a mask has
+# a store of 16 x 16 = 256 flags: which values a mask has
+FLAGS_SPEC = ImageInputSpec(16, 16, "nearest", (0.0,) * 3, (1.0,) * 3)
 
-MAX_ASPECT_DIFFERENCE = 0.01  # what the proportions of a mask may differ from its image's: rounding
+MAX_ASPECT_DIFFERENCE = 0.01  # of a mask's aspect ratio from its image's, by rounding
 
 ImageMaskPair = tuple[Path, Path]
 """An image and its mask."""
@@ -39,9 +37,12 @@ SizeByMask = Mapping[Path, tuple[int, int]]
 
 @dataclass(frozen=True)
 class MaskLegend:
-    """What the values of masks mean. `ignore` is the value of pixels that count for nothing.
+    """What the values of masks mean.
 
-    `classes`: the names of the ids 0, 1, …; None: what is found. `colours`: of the classes, in order, where masks are painted in RGB.
+    Args:
+        classes: the names of the ids 0, 1, …; None: the ids that occur.
+        ignore: the value of pixels that belong to no class.
+        colours: the colour of each class, in order, if masks are painted in RGB.
     """
 
     classes: tuple[str, ...] | None = None
@@ -58,55 +59,76 @@ def segmentation_dataset(
     legend: MaskLegend,
     warnings: Sequence[str] = (),
 ) -> Dataset:
-    """Images with a mask each, split, decoded and ready.
+    """Split and decode images that have a mask each.
 
-    Raises DataError on unreadable files, masks of another shape than their image, unknown class ids, and a set of one class.
+    Args:
+        home: the folder with the caches.
+        pairs: the images with their masks (n).
+        split: int64 (n,), TRAIN, VALID, TEST or UNSPLIT for each pair.
+        options: the image keys of the `data:` section.
+        input_spec: how the examples must look for the model's weights.
+        legend: what the values of the masks mean.
+        warnings: what the data source has to say already.
+
+    Raises:
+        DataError: files are unreadable, a mask has another aspect ratio than its image, a mask
+            has an unknown class id, or all masks have one class.
     """
-    inks = make_colour_map(legend.colours, legend.classes)
+    colour_map = make_colour_map(legend.colours, legend.classes)
     masks = [mask for _, mask in pairs]
-    seen = open_image_store(
-        home, masks, FLAGS_SPEC, options.on_bad_image, make_mask_decoder("flags", inks, value_flags)
-    )
-    pairs, split = [pairs[int(i)] for i in seen.readable], split[seen.readable]
+    flags_decoder = make_mask_decoder("flags", colour_map, value_flags)
+    flags = open_image_store(home, masks, FLAGS_SPEC, options.on_bad_image, flags_decoder)
+    pairs, split = [pairs[int(i)] for i in flags.readable], split[flags.readable]
     classes, ids = resolve_classes(
-        seen.pixels.flatten(1).numpy().astype(bool), [mask for _, mask in pairs], legend
+        flags.pixels.flatten(1).numpy().astype(bool), [mask for _, mask in pairs], legend
     )
-    said = [*warnings, *seen.warnings, *_warn_jpeg(masks)]
-    mask_of = dict(pairs)
-    of_masks = {
-        mask: (wide, high)
-        for (_, mask), (wide, high) in zip(pairs, seen.original_sizes.tolist(), strict=True)
-    }
+    mask_of_image = dict(pairs)
+    mask_sizes = _size_by_mask([mask for _, mask in pairs], flags)
 
-    def truth(held: ImageStore, kept: Items, preprocess: ImageInputSpec) -> Masks:
-        listed = [mask_of[image] for image in kept.examples]
-        of_images = {
-            mask: (wide, high)
-            for mask, (wide, high) in zip(listed, held.original_sizes.tolist(), strict=True)
-        }
-        said.extend(_check_sizes(kept.examples, listed, of_images, of_masks))
-        name = f"masks {ids.tobytes().hex()} {list(of_images.values())}"
-        stored = open_image_store(
-            home,
-            listed,
-            preprocess,
-            "error",
-            make_mask_decoder(
-                name, inks, lambda mask, values, at: place_mask(ids[values], of_images[mask], at)
-            ),
-        )
-        return Masks(stored.entry, stored.pixels[:, 0], stored.digest)
+    def make_targets(
+        images: ImageStore, readable: Items, image_spec: ImageInputSpec
+    ) -> tuple[Masks, list[str]]:
+        own_masks = [mask_of_image[image] for image in readable.examples]
+        image_sizes = _size_by_mask(own_masks, images)
+        size_warnings = _check_sizes(readable.examples, own_masks, image_sizes, mask_sizes)
+
+        def transform(mask: Path, values: MaskArray, canvas: ImageInputSpec) -> MaskArray:
+            return place_mask(ids[values], image_sizes[mask], canvas)
+
+        name = f"masks {ids.tobytes().hex()} {list(image_sizes.values())}"
+        decoder = make_mask_decoder(name, colour_map, transform)
+        store = open_image_store(home, own_masks, image_spec, "error", decoder)
+        return Masks(store.entry, store.pixels[:, 0], store.digest), size_warnings
 
     items = Items([image for image, _ in pairs], np.zeros(len(pairs), np.int64), ("images",), split)
-    return assemble_dataset(home, items, options, input_spec, classes, truth, said)
+    all_warnings = [*warnings, *flags.warnings, *_warn_jpeg(masks)]
+    return assemble_dataset(home, items, options, input_spec, classes, make_targets, all_warnings)
+
+
+def _size_by_mask(masks: Sequence[Path], store: ImageStore) -> SizeByMask:
+    """Width and height, in pixels, that the store has for the file of each mask."""
+    sizes = store.original_sizes.tolist()
+    return {mask: (width, height) for mask, (width, height) in zip(masks, sizes, strict=True)}
 
 
 def resolve_classes(
     value_present: NDArray[np.bool_], masks: Sequence[Path], legend: MaskLegend
 ) -> tuple[tuple[str, ...], MaskArray]:
-    """The classes, and the id of each value 0..255, from the values that each mask has (n, 256).
+    """Find out the classes of masks and which value stands for which class.
 
-    Masks of 0 and one other value are binary, whatever the other is, unless more than two classes are named. Raises DataError.
+    Masks of 0 and one more value are binary, whatever that value is, unless more than two classes
+    are named.
+
+    Args:
+        value_present: bool (n, 256), which values each mask has.
+        masks: the files of the masks (n), for messages.
+        legend: what the user says about the values.
+
+    Returns:
+        The names of the classes; and the class id of each value, uint8 (256,).
+
+    Raises:
+        DataError: a value has no class, or all masks have one class.
     """
     values = np.flatnonzero(value_present.any(0)).tolist()
     names = legend.classes
@@ -119,8 +141,8 @@ def resolve_classes(
         values = [value for value in values if value != legend.ignore]
     if names is None and len(values) > 64 and max(values) > 200:
         raise DataError(
-            f"data: the masks hold {len(values)} different values up to {max(values)}; two-valued masks with soft edges? "
-            "save them without smoothing, or name data.classes"
+            f"data: the masks hold {len(values)} different values up to {max(values)}; "
+            "two-valued masks with soft edges? save them without smoothing, or name data.classes"
         )
     names = names or tuple(str(value) for value in range(max(values, default=0) + 1))
     beyond = [value for value in values if value >= min(len(names), IGNORED)]
@@ -130,8 +152,9 @@ def resolve_classes(
                 f"{mask}: class id {', '.join(map(str, np.flatnonzero(row & _value_mask(beyond))))}"
                 for mask, row in _masks_having(masks, value_present, beyond)
             ],
-            f"masks have ids beyond the {len(names)} classes {', '.join(names[:20])} (0 to {len(names) - 1}); "
-            "name all of them in data.classes, or the id that counts for nothing in data.ignore",
+            f"masks have ids beyond the {len(names)} classes {', '.join(names[:20])} "
+            f"(0 to {len(names) - 1}); name all of them in data.classes, "
+            "or the id that counts for nothing in data.ignore",
         )
     if len(values) < 2:
         only = (
@@ -140,7 +163,8 @@ def resolve_classes(
             else "nothing but ignored pixels"
         )
         raise DataError(
-            f"data: all {len(masks)} masks hold {only}; segmentation needs pixels of at least 2 classes"
+            f"data: all {len(masks)} masks hold {only}; "
+            "segmentation needs pixels of at least 2 classes"
         )
     return names, ids
 
@@ -150,56 +174,55 @@ def _value_mask(values: Sequence[int]) -> NDArray[np.bool_]:
 
 
 def _masks_having(
-    masks: Sequence[Path], has: NDArray[np.bool_], values: Sequence[int]
+    masks: Sequence[Path], value_present: NDArray[np.bool_], values: Sequence[int]
 ) -> list[tuple[Path, NDArray[np.bool_]]]:
     return [
         (mask, row)
-        for mask, row in zip(masks, has, strict=True)
+        for mask, row in zip(masks, value_present, strict=True)
         if (row & _value_mask(values)).any()
     ]
 
 
 def raise_data_error(problems: Sequence[str], summary: str) -> None:
-    """Raises DataError with the first of what was found, and how many there are."""
-    listed = list(problems[:MAX_LISTED])
-    if len(problems) > MAX_LISTED:
-        listed.append(f"… and {len(problems) - MAX_LISTED} more")
-    raise DataError(*listed, f"data: {len(problems)} {summary}")
+    """Raise DataError with the first problems and their number."""
+    raise DataError(*limit_listing(problems), f"data: {len(problems)} {summary}")
 
 
 def _check_sizes(
-    images: Sequence[Path], masks: Sequence[Path], of_images: SizeByMask, of_masks: SizeByMask
+    images: Sequence[Path],
+    masks: Sequence[Path],
+    image_sizes: SizeByMask,
+    mask_sizes: SizeByMask,
 ) -> list[str]:
-    """A warning where masks have their image's shape but another size. Raises DataError where they have another shape."""
-    other = [
-        (image, mask)
-        for image, mask in zip(images, masks, strict=True)
-        if of_images[mask] != of_masks[mask]
-    ]
-    said = [
-        f"{mask}: {_format_size(of_masks[mask])} pixels, but {image} has {_format_size(of_images[mask])}"
-        for image, mask in other
-    ]
-    wrong = [
-        line
-        for line, (_, mask) in zip(said, other, strict=True)
-        if abs(_aspect(of_images[mask]) / _aspect(of_masks[mask]) - 1) > MAX_ASPECT_DIFFERENCE
-    ]
-    if wrong:
+    """A warning if masks have another size than their image.
+
+    Raises:
+        DataError: masks have another aspect ratio than their image.
+    """
+    resized, misshapen = [], []
+    for image, mask in zip(images, masks, strict=True):
+        image_size, mask_size = image_sizes[mask], mask_sizes[mask]
+        if image_size == mask_size:
+            continue
+        line = f"{mask}: {_format_size(mask_size)} pixels, but {image} has "
+        resized.append(line + _format_size(image_size))
+        if abs(_aspect_ratio(image_size) / _aspect_ratio(mask_size) - 1) > MAX_ASPECT_DIFFERENCE:
+            misshapen.append(resized[-1])
+    if misshapen:
         raise_data_error(
-            wrong,
-            "masks have another shape than their image, and no pixel of one is a pixel of the other; make them anew",
+            misshapen,
+            "masks have another shape than their image, and no pixel of one is a pixel of the "
+            "other; make them anew",
         )
-    return (
-        [
-            f"data: {len(other)} of {len(images)} masks have another size than their image, and are resized to it: {said[0]}"
-        ]
-        if other
-        else []
-    )
+    if not resized:
+        return []
+    return [
+        f"data: {len(resized)} of {len(images)} masks have another size than their image, "
+        f"and are resized to it: {resized[0]}"
+    ]
 
 
-def _aspect(size: tuple[int, int]) -> float:
+def _aspect_ratio(size: tuple[int, int]) -> float:
     return size[0] / size[1]
 
 
@@ -212,17 +235,17 @@ def _warn_jpeg(masks: Sequence[Path]) -> list[str]:
     if not count:
         return []
     return [
-        f"data: {count} masks are JPEG, which blurs edges; they are read as two classes, parted at half brightness; save masks as PNG"
+        f"data: {count} masks are JPEG, which blurs edges; they are read as two classes, "
+        "parted at half brightness; save masks as PNG"
     ]
 
 
 # -- the layout of Pascal VOC
 
 VOC_CLASSES = (
-    "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person, "
-    "pottedplant, sheep, sofa, train, tvmonitor"
+    "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, "
+    "dog, horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"
 )
-VOC_SPLITS = {"train": TRAIN, "val": VALID, "test": TEST}
 
 
 def voc_segmentation_dataset(
@@ -232,61 +255,64 @@ def voc_segmentation_dataset(
     options: ImageOptions,
     classes: Sequence[str] | None = None,
 ) -> Dataset:
-    """Pascal VOC's folders for segmentation: JPEGImages, SegmentationClass (ids 0 to 20 by the palette, 255 for borders that count
-    for nothing) and ImageSets/Segmentation/{train,val,test}.txt; without those lists every image that has a mask.
+    """A dataset from Pascal VOC's folders for segmentation.
 
-    `classes`: the names of the ids, background first; None: VOC's own. Raises DataError as `masked` does, and on what is missing.
+    They are JPEGImages, SegmentationClass (ids 0 to 20 by the palette, 255 for ignored borders) and
+    ImageSets/Segmentation with train.txt, val.txt and test.txt. Without these lists every image
+    that has a mask is taken.
+
+    Args:
+        home: the folder with the caches.
+        root: the folder that holds these folders.
+        input_spec: how the examples must look for the model's weights.
+        options: the image keys of the `data:` section.
+        classes: the names of the ids, background first; None: VOC's own.
+
+    Raises:
+        DataError: a listed image or its mask is missing, or as `segmentation_dataset` does.
     """
-    images, masks = (
-        list_images_by_stem(root / name, "JPEGImages and SegmentationClass")
-        for name in ("JPEGImages", "SegmentationClass")
-    )
-    lists = {name: root / "ImageSets" / "Segmentation" / f"{name}.txt" for name in VOC_SPLITS}
-    named = {
-        name: path.read_text(encoding="utf-8", errors="replace").split()
-        for name, path in lists.items()
-        if path.is_file()
+    expected = "JPEGImages and SegmentationClass"
+    images = list_images_by_stem(root / "JPEGImages", expected)
+    masks = list_images_by_stem(root / "SegmentationClass", expected)
+    lists = {
+        split: (file, stems)
+        for split, (file, stems) in read_split_lists(root / "ImageSets" / "Segmentation").items()
+        if any(stem in masks for stem in stems)  # VOC does not publish its test masks
     }
-    named = {
-        name: stems for name, stems in named.items() if any(stem in masks for stem in stems)
-    }  # VOC keeps its test masks to itself
-    if "train" not in named:
-        named = {"train": sorted(images.keys() & masks.keys())}
+    if TRAIN not in lists:
+        lists = {TRAIN: (root, sorted(images.keys() & masks.keys()))}
     missing = [
-        f"{lists[name]}: {stem} has no {kind}"
-        for name, stems in named.items()
+        f"{file}: {stem} has no {kind}"
+        for file, stems in lists.values()
         for stem in stems
-        for kind, there in (("image in JPEGImages", images), ("mask in SegmentationClass", masks))
-        if stem not in there
+        for kind, files in (("image in JPEGImages", images), ("mask in SegmentationClass", masks))
+        if stem not in files
     ]
     if missing:
         raise_data_error(missing, "files are missing; add them, or take them off the list")
-    pairs = [(images[stem], masks[stem]) for stems in named.values() for stem in stems]
-    part = np.array([VOC_SPLITS[name] for name, stems in named.items() for _ in stems], np.int64)
-    if {VALID, TEST} - set(part.tolist()):  # what is missing is taken from the training images
-        part[part == TRAIN] = UNSPLIT
-    return segmentation_dataset(
-        home,
-        pairs,
-        part,
-        options,
-        input_spec,
-        MaskLegend(tuple(classes or VOC_CLASSES.split(", "))),
-    )
+    pairs = [(images[stem], masks[stem]) for _, stems in lists.values() for stem in stems]
+    split = np.array([split for split, (_, stems) in lists.items() for _ in stems], np.int64)
+    legend = MaskLegend(tuple(classes or VOC_CLASSES.split(", ")))
+    return segmentation_dataset(home, pairs, split, options, input_spec, legend)
 
 
 def list_images_by_stem(folder: Path, expected: str) -> dict[str, Path]:
-    """The pictures in a folder and in those in it, by their path without its ending. Raises DataError."""
+    """The images below a folder, by their path in it without the ending.
+
+    Args:
+        folder: the folder.
+        expected: what the user should have there, for the message.
+
+    Raises:
+        DataError: there is no such folder, it has no images, or two differ only in their ending.
+    """
     if not folder.is_dir():
-        beside = (
-            [p.name for p in folder.parent.iterdir() if p.is_dir()]
-            if folder.parent.is_dir()
-            else []
-        )
+        hint = nearest_path_hint(folder, folders_only=True)
         raise DataError(
-            f"data.path: {folder} is not a folder (looked in {Path.cwd()}); expected {expected}{nearest_hint(folder.name, beside)}"
+            f"data.path: {folder} is not a folder (looked in {Path.cwd()}); "
+            f"expected {expected}{hint}"
         )
-    found: dict[str, Path] = {}
+    images: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)
         if (
@@ -295,11 +321,11 @@ def list_images_by_stem(folder: Path, expected: str) -> dict[str, Path]:
             and not path.is_dir()
         ):
             stem = str(inner.with_suffix(""))
-            if stem in found:
+            if stem in images:
                 raise DataError(
-                    f"data.path: {found[stem]} and {path} differ only in their ending; keep one"
+                    f"data.path: {images[stem]} and {path} differ only in their ending; keep one"
                 )
-            found[stem] = path
-    if not found:
+            images[stem] = path
+    if not images:
         raise DataError(f"data.path: {folder} holds no images ({', '.join(sorted(SUFFIXES))})")
-    return found
+    return images

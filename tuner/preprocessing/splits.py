@@ -1,7 +1,8 @@
-"""What a source of images lists, and which part of it trains, validates and tests: by its folders, or by a seed."""
+"""Divides the examples of a dataset into train, validation and test: by given names, or by a seed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,23 +12,37 @@ from tuner.config.run import SplitOptions
 from tuner.errors import DataError
 
 TRAIN, VALID, TEST, UNSPLIT = 0, 1, 2, -1
-SPLIT_NAMES = {TRAIN: "training", VALID: "validation", TEST: "test"}
+SPLIT_NAMES = {TRAIN: "training", VALID: "validation", TEST: "test"}  # as messages name them
+SPLIT_BY_NAME = {
+    "train": TRAIN,
+    "valid": VALID,
+    "val": VALID,
+    "validation": VALID,
+    "dev": VALID,
+    "test": TEST,
+}
+"""The names of files, folders and keys that mean a split. Every data source accepts all of them."""
 
 
 @dataclass(frozen=True)
 class Items:
-    """`labels` index `strata`, whose proportions each part keeps; `part` is TRAIN, VALID, TEST or UNSPLIT; all hold one entry an example.
+    """The examples of a dataset before they are decoded: one entry per example in each field.
 
-    `strata` are the classes where an example has one; otherwise what its kind of truth has instead.
+    Args:
+        examples: paths or arrays of images; texts.
+        labels: int64 (n,), an index into `strata` for each example.
+        strata: the groups whose share is the same in every split: the classes where an example
+            has one class, otherwise what the kind of target has instead.
+        split: int64 (n,), TRAIN, VALID, TEST or UNSPLIT for each example.
     """
 
-    examples: Sequence[Any]  # paths or arrays of images; texts
+    examples: Sequence[Any]
     labels: NDArray[np.int64]
     strata: tuple[str, ...]
     split: NDArray[np.int64]
 
     def select(self, rows: NDArray[np.int64]) -> "Items":
-        """The items at these places."""
+        """The items in these rows."""
         return replace(
             self,
             examples=[self.examples[int(i)] for i in rows],
@@ -36,103 +51,160 @@ class Items:
         )
 
 
+def group_by_split(paths: Iterable[Path]) -> dict[int, list[Path]]:
+    """The files and folders whose names mean a split, by split. Other names are ignored.
+
+    A file counts by its name without ending, a folder by its whole name, both in any case.
+    """
+    groups: dict[int, list[Path]] = {}
+    for path in paths:
+        name = path.name if path.is_dir() else path.stem
+        if name.lower() in SPLIT_BY_NAME:
+            groups.setdefault(SPLIT_BY_NAME[name.lower()], []).append(path)
+    return groups
+
+
+def require_one_per_split(
+    groups: Mapping[int, Sequence[Path]], root: Path | str
+) -> dict[int, Path]:
+    """The one file or folder of each split, in the order of the splits.
+
+    Raises:
+        DataError: two names in `root` mean the same split.
+    """
+    for paths in groups.values():
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
+            raise DataError(f"data.path: {root} has {names}, which mean the same part; keep one")
+    return {split: groups[split][0] for split in sorted(groups)}
+
+
+def read_split_lists(folder: Path) -> dict[int, tuple[Path, list[str]]]:
+    """The text files that list the examples of a split, one example per line, by split.
+
+    Returns:
+        The file of each split, and the first word of each line that is not empty.
+    """
+    files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
+    lists = {}
+    for split, file in require_one_per_split(group_by_split(files), folder).items():
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lists[split] = file, [line.split()[0] for line in lines if line.strip()]
+    return lists
+
+
 def assign_and_limit_splits(items: Items, options: SplitOptions) -> Items:
-    """Every item in a part, and at most `limit` of each. Raises DataError on too few examples."""
+    """Give every item a split, and keep at most `limit` items of each split.
+
+    Raises:
+        DataError: there are too few examples.
+    """
     return assign_fold(limit_splits(assign_splits(items, options), options), options)
 
 
 def check_classes(items: Items) -> None:
-    """Raises DataError unless there are two classes, and examples of each."""
-    counts = np.bincount(items.labels, minlength=len(items.strata))
+    """Raise DataError unless there are at least two classes, and examples of each."""
     if len(items.strata) < 2:
-        found = (
-            f"found {len(items.strata)} ({', '.join(map(repr, items.strata))})"
-            if items.strata
-            else "found none"
-        )
-        raise DataError(f"data: classification needs at least 2 classes, {found}")
+        names = ", ".join(map(repr, items.strata))
+        count = f"{len(items.strata)} ({names})" if items.strata else "none"
+        raise DataError(f"data: classification needs at least 2 classes, found {count}")
+    counts = np.bincount(items.labels, minlength=len(items.strata))
     if (counts == 0).any():
         empty = ", ".join(repr(c) for c, n in zip(items.strata, counts, strict=True) if n == 0)
         raise DataError(f"data: classes with 0 examples: {empty}; add some or remove the classes")
 
 
 def assign_splits(items: Items, options: SplitOptions) -> Items:
-    """UNSPLIT items become train, valid and test, each class in proportion, by the seed."""
-    part = items.split.copy()
+    """Divide the UNSPLIT items by the seed, each stratum in proportion.
+
+    Where the dataset names training examples but no validation or no test examples, the missing
+    split is taken from the training examples.
+    """
+    split = items.split.copy()
     shares = {
-        p: share
-        for p, share in ((VALID, options.valid), (TEST, options.test))
-        if not (part == p).any()
+        number: share
+        for number, share in ((VALID, options.valid), (TEST, options.test))
+        if not (split == number).any()
     }
-    few = []
+    if shares:
+        split[split == TRAIN] = UNSPLIT
+    too_few = []
     for label, name in enumerate(items.strata):
-        free = np.flatnonzero((items.labels == label) & (part == UNSPLIT))
-        if len(free) == 0:
+        unsplit = np.flatnonzero((items.labels == label) & (split == UNSPLIT))
+        if len(unsplit) == 0:
             continue
-        if len(free) <= len(shares):
-            few.append(f"{name!r} has {len(free)}")
+        if len(unsplit) <= len(shares):
+            too_few.append(f"{name!r} has {len(unsplit)}")
             continue
-        order = np.random.default_rng([options.seed, label]).permutation(free)
-        for p, share in shares.items():
-            count = min(max(1, round(len(free) * share)), len(order) - 1)
-            part[order[:count]] = p
+        order = np.random.default_rng([options.seed, label]).permutation(unsplit)
+        for number, share in shares.items():
+            count = min(max(1, round(len(unsplit) * share)), len(order) - 1)
+            split[order[:count]] = number
             order = order[count:]
-        part[order] = TRAIN
-    if few:
+        split[order] = TRAIN
+    if too_few:
         raise DataError(
-            f"data: each class needs at least {len(shares) + 1} examples to be split, but {', '.join(few)}; "
-            "add some or give the parts themselves"
+            f"data: each class needs at least {len(shares) + 1} examples to be split, "
+            f"but {', '.join(too_few)}; add some or give the parts themselves"
         )
-    return replace(items, split=part)
+    return replace(items, split=split)
 
 
 def limit_splits(items: Items, options: SplitOptions) -> Items:
-    """At most `limit` items of each part, the classes in proportion."""
+    """Keep at most `limit` items of each split, the classes in proportion."""
     if options.limit is None:
         return items
     if options.limit < len(items.strata):
         raise DataError(
-            f"data.limit: {options.limit}, but there are {len(items.strata)} classes; allow one example of each at least"
+            f"data.limit: {options.limit}, but there are {len(items.strata)} classes; "
+            "allow one example of each at least"
         )
     keep: list[int] = []
-    for part in SPLIT_NAMES:
-        rows = np.flatnonzero(items.split == part)
-        shuffled = np.random.default_rng([options.seed, 7, part]).permutation(rows)
-        keep += shuffled[np.argsort(_class_ranks(items.labels[shuffled]), kind="stable")][
-            : options.limit
-        ].tolist()
+    for number in SPLIT_NAMES:
+        rows = np.flatnonzero(items.split == number)
+        shuffled = np.random.default_rng([options.seed, 7, number]).permutation(rows)
+        by_rank = shuffled[np.argsort(_class_ranks(items.labels[shuffled]), kind="stable")]
+        keep += by_rank[: options.limit].tolist()
     return items.select(np.sort(np.array(keep)))
 
 
 def assign_fold(items: Items, options: SplitOptions) -> Items:
-    """With `folds`, what trains and validates is divided into as many parts, each stratum in proportion; part `fold` validates.
+    """Divide the train and validation items into `folds` folds, each stratum in proportion.
 
-    Raises DataError where a fold would be empty.
+    Fold number `fold` becomes the validation split, the other folds the training split.
+
+    Raises:
+        DataError: a fold would be empty.
     """
     if options.folds == 1:
         return items
     if options.fold >= options.folds:
         raise DataError(
-            f"data.fold: {options.fold}, but there are {options.folds} folds, 0 to {options.folds - 1}"
+            f"data.fold: {options.fold}, but there are {options.folds} folds, "
+            f"0 to {options.folds - 1}"
         )
     rows = np.flatnonzero(np.isin(items.split, (TRAIN, VALID)))
     if len(rows) < 2 * options.folds:
         raise DataError(
-            f"data.folds: {options.folds}, but there are {len(rows)} examples to train and validate with; lower it"
+            f"data.folds: {options.folds}, but there are {len(rows)} examples "
+            "to train and validate with; lower it"
         )
     shuffled = np.random.default_rng([options.seed, 11]).permutation(rows)
-    dealt = shuffled[
-        np.argsort(items.labels[shuffled], kind="stable")
-    ]  # stratum by stratum, dealt like cards
-    part = items.split.copy()
-    part[dealt] = np.where(np.arange(len(dealt)) % options.folds == options.fold, VALID, TRAIN)
-    return replace(items, split=part)
+    # sorted by stratum and then dealt to the folds in turn, so that each fold gets its share
+    by_stratum = shuffled[np.argsort(items.labels[shuffled], kind="stable")]
+    is_valid = np.arange(len(by_stratum)) % options.folds == options.fold
+    split = items.split.copy()
+    split[by_stratum] = np.where(is_valid, VALID, TRAIN)
+    return replace(items, split=split)
 
 
 def _class_ranks(labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Each item's place within its class, 0..1, so that cutting a list sorted by it keeps the classes' proportions."""
+    """The position of each item within its class, 0 to 1.
+
+    A list that is sorted by it keeps the proportions of the classes wherever it is cut.
+    """
     rank = np.zeros(len(labels))
     for label in np.unique(labels):
-        of_class = np.flatnonzero(labels == label)
-        rank[of_class] = np.arange(len(of_class)) / len(of_class)
+        rows = np.flatnonzero(labels == label)
+        rank[rows] = np.arange(len(rows)) / len(rows)
     return rank

@@ -19,7 +19,7 @@ from tuner.core.input_spec import (
     input_spec_from_dict,
 )
 from tuner.core.types import Prediction, Task
-from tuner.errors import DataError, SpaceError, nearest_hint, suggest_names
+from tuner.errors import DataError, SpaceError, nearest_path_hint, suggest_names
 from tuner.files.atomic import disk_errors
 from tuner.files.removal import MANIFEST
 from tuner.manifest import PublishedExport, read_export, replaced
@@ -72,8 +72,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         if path not in named:
             inside = [p for p in inside if p.suffix.lower() in SUFFIXES] or inside
         if not inside:
-            beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise DataError(f"{pattern}: no image there{nearest_hint(path.name, beside)}")
+            raise DataError(f"{pattern}: no image there{nearest_path_hint(path)}")
         found |= dict.fromkeys(inside)
     return list(found)
 
