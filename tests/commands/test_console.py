@@ -15,8 +15,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tests.conftest import SMALL
 from tuner.commands.console import Console
+from tuner.commands.progress import Progress
 from tuner.commands.trial_line import TrialLineFormatter, format_duration, format_value
 from tuner.config import parsing, yaml_document
+from tuner.messages import DatasetReport, ModelSurvey
 from tuner.search.history import DUPLICATE_OF, REASON
 
 PARAMS: list[dict[str, Any]] = [
@@ -161,6 +163,7 @@ def test_in_a_terminal_a_bar_and_whole_lines_and_warnings_above_it() -> None:
     """A pseudo-terminal: the bar is redrawn, and what is said meanwhile stands on lines of its own."""
     code = """
 from tuner.commands.console import Console
+from tuner.commands.progress import Progress
 from tuner.messages import Epoch
 from tuner.config import parsing, yaml_document as document
 from tests.conftest import SMALL
@@ -200,3 +203,27 @@ c.close_bars()
     assert "tuner: warning: half of the images are grey" in [row.strip() for row in plain]
     assert "a line" in [row.strip() for row in plain]
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", text), "NO_COLOR"
+
+
+def test_the_console_and_the_summary_never_see_the_coordinator() -> None:
+    """They get `Progress`, a value; under --quiet or in a test no search need exist."""
+    modules = "tuner.commands.console, tuner.commands.summary"
+    code = f"import sys, {modules}; sys.exit('tuner.search.coordinator' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_console_tells_how_far_the_search_is(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console("normal")
+    used = 0
+    facts = DatasetReport("d", ("a", "b"), {"train": 7}, {"shape": ["batch", 3, 8, 8]}, 2_000_000)
+    survey = ModelSurvey({"resnet18": 5}, gpu_count=0)
+    console.start_search(SPACE, lambda: Progress(used, 4), [], facts, survey, workers=1)
+    first = ended(0, [0.5])
+    used = 1
+    console.on_trial_end(first, SPACE.sample(optuna.trial.FixedTrial(first.params)), None)
+
+    data, model, search, trial = capsys.readouterr().out.splitlines()
+    assert data == "data   7 train examples, 2 classes, 3 x 8 x 8"
+    assert model == "model  resnet18, 2.00 M parameters, freeze depth 0..5"
+    assert search == "search 4 trials, tpe sampler, median pruner, 1 worker on CPU"
+    assert "★ (best 0.5000 #0)" in trial and trial.endswith("| 1/4, eta 0s")

@@ -44,6 +44,7 @@ def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(
         "export",
         "lock",
     }
+    assert yaml.safe_load((study / "space.yaml").read_text())["search"]["name"] == "small"
     m = manifest(study / "export")
     assert m["classes"] == ["class0", "class1", "class2"]
     assert m["input"]["shape"] == ["batch", 3, 32, 32] and m["preprocess"]["size"] == 32

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from tuner.commands.console import Console
-from tuner.commands.session import Folders, Session, open_session
+from tuner.commands.export import load_study_space
+from tuner.commands.run import max_epochs, with_study_name
+from tuner.commands.session import (
+    Folders,
+    Session,
+    find_depth_problems,
+    open_session,
+    study_name,
+    write_yaml,
+)
 from tuner.commands.signals import StopSignal, handle_signals
 from tuner.config import parsing
 from tuner.errors import Interrupted
@@ -104,3 +113,33 @@ def test_a_winner_whose_worker_a_memory_limit_kills_is_retrained_with_parts_of_i
         == "published"
     )
     assert parts == [1, 1, 4]
+
+
+def test_the_largest_value_of_a_stepped_range_is_its_last_step(small: Path) -> None:
+    space = parsing.load_space(
+        small,
+        [
+            "recipe.freeze_depth={low: 1, high: 10, step: 4}",
+            "recipe.epochs={low: 1, high: 10, step: 4}",
+        ],
+    )
+    assert max_epochs(space) == 9
+    assert list(find_depth_problems(space, "net", 9)) == []
+    assert list(find_depth_problems(space, "net", 8)) == [
+        "command line: recipe.freeze_depth.high: 9, but net allows 0..8"
+    ]
+
+
+def test_a_studys_space_file_has_its_name_also_where_an_earlier_version_wrote_none(
+    small: Path,
+) -> None:
+    space = parsing.load_space(small)
+    folder = small.parent / "studies" / "Ünï 1"
+    folder.mkdir(parents=True)
+    write_yaml(folder / "space.yaml", space.to_dict(), "what study 'Ünï 1' searches")
+    assert space.settings.search.name is None
+    assert load_study_space(folder).settings.search.name == folder.name
+
+    named = with_study_name(space)
+    write_yaml(folder / "space.yaml", named.to_dict(), "what study 'small' searches")
+    assert load_study_space(folder).settings.search.name == study_name(space) == "small"

@@ -399,6 +399,22 @@ def test_a_grid_holds_each_effective_combination_once() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("domain", "ends"),
+    [
+        (Range(1, 10, integer=True), (1, 10)),
+        (Range(1, 10, step=4, integer=True), (1, 9)),
+        (Range(0.001, 0.1, log=True), (0.001, 0.1)),
+        (Range(0, 10**12, integer=True), (0, 10**12)),
+        (Choice((3, 1, 20)), (1, 20)),
+    ],
+)
+def test_a_domain_has_the_ends_that_a_trial_can_reach(
+    domain: Range | Choice, ends: tuple[float, float]
+) -> None:
+    assert (domain.lowest, domain.highest) == ends
+
+
 def test_steps_are_counted_in_decimals() -> None:
     assert Range(0.1, 0.7, step=0.1).values() == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     assert (
@@ -406,6 +422,7 @@ def test_steps_are_counted_in_decimals() -> None:
         and Range(0.0, 1.0, step=0.3).highest == 0.9
     )
     assert Range(1, 10, step=4, integer=True).values() == (1, 5, 9)
+    assert Range(1, 10, step=4, integer=True).highest == 9
     assert Range(0.0, 1.0).values() is None
     assert Range(0, 10**12, integer=True).values() is None  # as good as a continuum
 

@@ -1,17 +1,22 @@
-"""What a person sees in the terminal: a line per finished trial, a bar for the running one, the result at the end."""
+"""What a person sees in the terminal.
+
+That is a line for each trial that ended, a bar for each that runs, and the result at the end.
+"""
 
 import io
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
 
 from tuner.commands import summary
+from tuner.commands.progress import Progress
 from tuner.commands.summary import Summary
 from tuner.commands.trial_line import (
     METRIC_LABELS,
@@ -19,12 +24,11 @@ from tuner.commands.trial_line import (
     format_duration,
     reached_score,
 )
-from tuner.config.run import Run, parse_duration
+from tuner.config.run import Run, SearchSettings, parse_duration
+from tuner.config.space import Space
 from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.messages import DatasetReport, Epoch, ModelSurvey, TrialResult
-from tuner.search.coordinator import Coordinator
 from tuner.search.history import DUPLICATE_OF, REASON
-from tuner.search.running_trial import RunningTrial
 
 OutputMode = Literal["normal", "quiet", "json"]
 ASCII = str.maketrans({"★": "*", "…": "..."})
@@ -32,20 +36,23 @@ STYLES = {TrialState.PRUNED: "dim", TrialState.FAIL: "red"}
 
 
 class Console:
-    """Prints to stdout; warnings go to stderr. Plain lines without a terminal, one JSON object a line under --json."""
+    """Prints to stdout; warnings go to stderr.
+
+    Without a terminal it prints plain lines, and under --json one JSON object on each line.
+    """
 
     def __init__(self, mode: OutputMode) -> None:
         self.mode = mode
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(
-                errors="replace"
-            )  # a class name that the terminal cannot write must not end a search
+            # a class name that the terminal cannot write must not end a search
+            sys.stdout.reconfigure(errors="replace")
         self.out = Terminal(highlight=False, soft_wrap=True, emoji=False)
         self.shows_bars = mode == "normal" and self.out.is_interactive and sys.stdout.isatty()
-        self.bar: Progress | None = None
+        self.bar: Bars | None = None
         self.bar_of_trial: dict[int, TaskID] = {}  # trial number -> its bar
         self.total_bar: TaskID | None = None
-        self.coordinator: Coordinator | None = None
+        self.search: SearchSettings | None = None
+        self.read_progress: Callable[[], Progress] | None = None
         self.line_formatter: TrialLineFormatter | None = None
         self.started_at, self.used_before, self.pruned = time.monotonic(), 0, 0
         self.best: tuple[float, int] | None = None
@@ -76,65 +83,49 @@ class Console:
     # -- the search
 
     def start_search(
-        self, coordinator: Coordinator, facts: DatasetReport, survey: ModelSurvey, workers: int
+        self,
+        space: Space,
+        read_progress: Callable[[], Progress],
+        earlier_trials: Sequence[FrozenTrial],
+        facts: DatasetReport,
+        survey: ModelSurvey,
+        workers: int,
     ) -> None:
-        search, depth, budget = (
-            coordinator.search_settings,
-            max(survey.max_depths.values()),
-            coordinator.proposer.trial_budget(),
-        )
-        self.coordinator, self.started_at, self.used_before = (
-            coordinator,
-            time.monotonic(),
-            coordinator.budget_used,
-        )
+        """Prints what is searched, and shows the bars.
+
+        `read_progress` gives the counts of the moment; the console calls it after every trial.
+        """
+        progress = read_progress()
+        self.search, self.read_progress = space.settings.search, read_progress
+        self.started_at, self.used_before = time.monotonic(), progress.budget_used
+        depth = max(survey.max_depths.values())
         self.line_formatter = TrialLineFormatter(
-            coordinator.space,
-            str(search.metric),
-            budget,
+            space,
+            str(self.search.metric),
+            progress.budget,
             depth,
             self.out.width if self.shows_bars else None,
         )
-        for t in coordinator.study.get_trials(deepcopy=False):
-            self.update_best(t)
-        left = max(0, budget - coordinator.budget_used)
-        known = {
-            "sizes": facts.split_sizes,
-            "classes": list(facts.classes),
-            "parameters": facts.parameter_count,
-            "depths": survey.max_depths,
-        }
-        self.emit_event("begin", **known, trials_left=left)
-        sizes = ", ".join(f"{n:,} {part}" for part, n in facts.split_sizes.items())
-        classes = f", {len(facts.classes)} classes" if facts.classes else ""
-        self.print_line(
-            f"data   {sizes} examples{classes}, {' x '.join(map(str, facts.input_description['shape'][1:]))}"
+        for trial in earlier_trials:
+            self.update_best(trial)
+        self.emit_event(
+            "begin",
+            sizes=facts.split_sizes,
+            classes=list(facts.classes),
+            parameters=facts.parameter_count,
+            depths=survey.max_depths,
+            trials_left=max(0, progress.budget - progress.budget_used),
         )
-        self.print_line(
-            f"model  {', '.join(survey.max_depths)}, {facts.parameter_count / 1e6:.2f} M parameters, freeze depth 0..{depth}"
-        )
-        trials = (
-            f"{coordinator.budget_used} of {budget} trials done"
-            if coordinator.budget_used
-            else f"{budget} trials"
-        )
-        many = "as many workers as the cluster has room for"
-        crew = (
-            many
-            if workers == AS_MANY_AS_POSSIBLE
-            else f"{workers} {'worker' if workers == 1 else 'workers'} on {f'{survey.gpu_count} GPU' if survey.gpu_count else 'CPU'}"
-        )
-        self.print_line(
-            f"search {trials}, {search.sampler} sampler, {search.pruner} pruner, {crew}"
-        )
-        if left > 0:
+        for line in opening_lines(facts, survey, progress, self.search, workers):
+            self.print_line(line)
+        if progress.budget_used < progress.budget:
             self.open_bars()
         if self.bar is not None:
             self.total_bar = self.bar.add_task(
                 "search",
-                total=budget,
-                completed=coordinator.budget_used,
-                state=self.progress_text(in_bar=True),
+                total=progress.budget,
+                completed=progress.budget_used,
+                state=self.progress_text(progress, in_bar=True),
             )
 
     def open_bars(self) -> None:
@@ -145,7 +136,7 @@ class Console:
                 BarColumn(bar_width=20),
                 TextColumn("{task.fields[state]}"),
             )
-            self.bar = Progress(
+            self.bar = Bars(
                 *columns,
                 console=self.out,
                 transient=True,
@@ -154,19 +145,19 @@ class Console:
             )
             self.bar.start()
 
-    def on_epoch(self, running: RunningTrial, epoch: Epoch) -> None:
-        number, total = running.trial.number, running.run.recipe.epochs
+    def on_epoch(self, number: int, total: int, epoch: Epoch) -> None:
+        """An epoch of trial `number`, which has `total` epochs at most, has ended."""
         for note in epoch.notes:
             self.warn(f"trial {number}: {note}")
         values = {"loss": epoch.loss, "scores": epoch.scores, "seconds": epoch.seconds}
         self.emit_event("epoch", trial=number, epoch=epoch.number, of=total, **values)
-        if self.bar is None or self.coordinator is None:
+        if self.bar is None or self.read_progress is None or self.search is None:
             return
-        for gone in self.bar_of_trial.keys() - self.coordinator.running.keys():
-            self.bar.remove_task(self.bar_of_trial.pop(gone))
+        for ended in self.bar_of_trial.keys() - self.read_progress().running:
+            self.bar.remove_task(self.bar_of_trial.pop(ended))
         if number not in self.bar_of_trial:
             self.bar_of_trial[number] = self.bar.add_task(f"#{number}", total=total, state="")
-        metric = str(self.coordinator.search_settings.metric)
+        metric = str(self.search.metric)
         score = f"{METRIC_LABELS.get(metric, metric)} {epoch.scores[metric]:.4f}"
         self.bar.update(
             self.bar_of_trial[number],
@@ -175,9 +166,9 @@ class Console:
         )
 
     def on_trial_end(self, trial: FrozenTrial, run: Run, result: TrialResult | None) -> None:
-        assert self.line_formatter is not None
-        star = self.update_best(trial)
-        took = result.seconds if result else 0.0
+        assert self.line_formatter is not None and self.read_progress is not None
+        is_best = self.update_best(trial)
+        seconds = result.seconds if result else 0.0
         self.emit_event(
             "trial",
             number=trial.number,
@@ -186,53 +177,53 @@ class Console:
             params=trial.params,
             reason=trial.user_attrs.get(REASON),
             same_as=trial.user_attrs.get(DUPLICATE_OF),
-            seconds=round(took, 3),
+            seconds=round(seconds, 3),
         )
         if self.bar is not None and trial.number in self.bar_of_trial:
             self.bar.remove_task(self.bar_of_trial.pop(trial.number))
+        progress = self.read_progress()
+        text = self.progress_text(progress)
         self.print_line(
-            self.line_formatter.format_line(trial, run, took, self.best, self.progress_text()),
-            "bold" if star else STYLES.get(trial.state),
+            self.line_formatter.format_line(trial, run, seconds, self.best, text),
+            "bold" if is_best else STYLES.get(trial.state),
         )
-        if self.bar is not None and self.total_bar is not None and self.coordinator is not None:
+        if self.bar is not None and self.total_bar is not None:
             self.bar.update(
                 self.total_bar,
-                completed=self.coordinator.budget_used,
-                state=self.progress_text(in_bar=True),
+                completed=progress.budget_used,
+                state=self.progress_text(progress, in_bar=True),
             )
 
     def update_best(self, trial: FrozenTrial) -> bool:
-        """Keeps the tally; True when the trial is the best so far."""
+        """Counts a trial that ended; True when the trial is the best so far."""
         self.pruned += trial.state == TrialState.PRUNED
-        better = (
-            self.best is None or float(trial.value or 0) > self.best[0]
-            if trial.state == TrialState.COMPLETE
-            else False
-        )
-        if better and DUPLICATE_OF not in trial.user_attrs:
-            self.best = (float(trial.value or 0), trial.number)
+        if trial.state == TrialState.COMPLETE and DUPLICATE_OF not in trial.user_attrs:
+            value = float(trial.value or 0)
+            if self.best is None or value > self.best[0]:
+                self.best = (value, trial.number)
         return self.best is not None and self.best[1] == trial.number
 
-    def progress_text(self, *, in_bar: bool = False) -> str:
-        """`12/50, 3 pruned, eta 18m`; in the bar, which has its own line, with the best."""
-        assert self.coordinator is not None
-        closed, budget, limit = (
-            self.coordinator.budget_used,
-            self.coordinator.proposer.trial_budget(),
-            self.coordinator.search_settings.timeout,
-        )
-        done, passed = closed - self.used_before, time.monotonic() - self.started_at
-        known = [f"{closed}/{budget}"]
+    def progress_text(self, progress: Progress, *, in_bar: bool = False) -> str:
+        """`12/50, 3 pruned, eta 18m`; in the bar, which has its own line, with the best trial."""
+        used, budget = progress.budget_used, progress.budget
+        texts = [f"{used}/{budget}"]
         if in_bar and self.best is not None:
-            known.append(f"best {self.best[0]:.4f} #{self.best[1]}")
+            texts.append(f"best {self.best[0]:.4f} #{self.best[1]}")
         if self.pruned:
-            known.append(f"{self.pruned} pruned")
-        if done > 0 and closed < budget:
-            left = passed / done * (budget - closed)
-            known.append(
-                f"eta {format_duration(left if limit is None else max(0.0, min(left, parse_duration(limit) - passed)))}"
-            )
-        return ", ".join(known)
+            texts.append(f"{self.pruned} pruned")
+        done = used - self.used_before
+        if done > 0 and used < budget:
+            texts.append(f"eta {format_duration(self.seconds_left(done, budget - used))}")
+        return ", ".join(texts)
+
+    def seconds_left(self, done: int, remaining: int) -> float:
+        """How long `remaining` trials take at the pace of those `done`, or until the timeout."""
+        assert self.search is not None
+        elapsed = time.monotonic() - self.started_at
+        left = elapsed / done * remaining
+        if self.search.timeout is None:
+            return left
+        return max(0.0, min(left, parse_duration(self.search.timeout) - elapsed))
 
     def close_bars(self) -> None:
         """Takes the bars away."""
@@ -245,9 +236,8 @@ class Console:
     def show_retraining(self, run: Run) -> Callable[[Epoch], None]:
         """Shows the epochs of a training that is not a trial."""
         total = run.recipe.stop_epoch or run.recipe.epochs
-        self.note(
-            f"training on {run.recipe.fit.replace('+', ' and ')}: up to {total} epochs, then test and export"
-        )
+        examples = run.recipe.fit.replace("+", " and ")
+        self.note(f"training on {examples}: up to {total} epochs, then test and export")
         self.open_bars()
         row = self.bar.add_task("winner", total=total, state="") if self.bar is not None else None
 
@@ -258,11 +248,9 @@ class Console:
                 "retrain", epoch=epoch.number, of=total, loss=epoch.loss, scores=epoch.scores
             )
             if self.bar is not None and row is not None:
-                state = (
-                    "testing and exporting"
-                    if epoch.number == total
-                    else f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}"
-                )
+                state = f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}"
+                if epoch.number == total:
+                    state = "testing and exporting"
                 self.bar.update(row, completed=epoch.number, state=state)
 
         return show
@@ -271,3 +259,35 @@ class Console:
         self.emit_event("summary", **summary.summary_values(s))
         for line in summary.summary_lines(s):
             self.print_line(line)
+
+
+def opening_lines(
+    facts: DatasetReport,
+    survey: ModelSurvey,
+    progress: Progress,
+    search: SearchSettings,
+    workers: int,
+) -> Iterator[str]:
+    """What is searched, and by how many workers, before the first trial."""
+    sizes = ", ".join(f"{count:,} {split}" for split, count in facts.split_sizes.items())
+    classes = f", {len(facts.classes)} classes" if facts.classes else ""
+    shape = " x ".join(map(str, facts.input_description["shape"][1:]))
+    yield f"data   {sizes} examples{classes}, {shape}"
+    models, millions = ", ".join(survey.max_depths), facts.parameter_count / 1e6
+    depth = max(survey.max_depths.values())
+    yield f"model  {models}, {millions:.2f} M parameters, freeze depth 0..{depth}"
+    trials = f"{progress.budget} trials"
+    if progress.budget_used:
+        trials = f"{progress.budget_used} of {progress.budget} trials done"
+    yield (
+        f"search {trials}, {search.sampler} sampler, {search.pruner} pruner, "
+        f"{describe_workers(workers, survey.gpu_count)}"
+    )
+
+
+def describe_workers(workers: int, gpu_count: int) -> str:
+    """`2 workers on 2 GPU`."""
+    if workers == AS_MANY_AS_POSSIBLE:
+        return "as many workers as the cluster has room for"
+    device = f"{gpu_count} GPU" if gpu_count else "CPU"
+    return f"{workers} {'worker' if workers == 1 else 'workers'} on {device}"

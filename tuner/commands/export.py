@@ -1,7 +1,6 @@
 """`tuner export`: the best model of a finished study, or another trial's, in the formats asked for."""
 
 import contextlib
-import json
 from pathlib import Path
 
 import optuna
@@ -12,6 +11,7 @@ from tuner.commands.console import Console
 from tuner.commands.run import choose_export
 from tuner.commands.session import INSTEAD, Folders, home_folder, open_session
 from tuner.config import parsing, plugins
+from tuner.config.space import Space
 from tuner.dashboard.server import find_study
 from tuner.errors import DataError, SpaceError, suggest_names
 from tuner.files import checkpoint_files, removal
@@ -27,9 +27,7 @@ def export_trial(
     """Into the study's `export` folder, or `export-N` for trial N. What is exported already is kept."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = find_study(studies, name)
-    space = parsing.load_space(
-        folder / "space.yaml", [f"search.name={json.dumps(folder.name, ensure_ascii=False)}"]
-    )
+    space = load_study_space(folder)
     known = plugins.list_names("export")
     for wanted in formats:
         if ":" not in wanted and wanted not in known:
@@ -79,6 +77,18 @@ def export_trial(
             weights,
         )
         return published
+
+
+def load_study_space(folder: Path) -> Space:
+    """The space of the study in `folder`.
+
+    Its space.yaml has the study's name; one that an earlier version wrote may have none, and then
+    the folder has it.
+    """
+    space = parsing.load_space(folder / "space.yaml")
+    if space.settings.search.name is not None:
+        return space
+    return parsing.with_values(space.document, {("search", "name"): folder.resolve().name})
 
 
 def _choose_trial(study: optuna.Study, number: int | None) -> FrozenTrial:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial, Trial
 
 from tuner import manifest
 from tuner.commands.console import Console
+from tuner.commands.progress import Progress
 from tuner.commands.session import (
     INSTEAD,
     Folders,
@@ -23,7 +25,7 @@ from tuner.commands.summary import Summary
 from tuner.config import database_url
 from tuner.config.parsing import with_values
 from tuner.config.run import Run
-from tuner.config.space import Range, Space
+from tuner.config.space import Space
 from tuner.config.yaml_document import COMMAND_LINE
 from tuner.dashboard.artifacts import ArtifactWriter
 from tuner.errors import StorageError
@@ -32,10 +34,11 @@ from tuner.files.atomic import remove_leftovers, require_free_space
 from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER, CheckpointRetention
 from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.manifest import PublishedExport
-from tuner.messages import DatasetReport
+from tuner.messages import DatasetReport, Epoch, TrialResult
 from tuner.search import history, leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.optuna_internals import study_id_of
+from tuner.search.running_trial import RunningTrial
 from tuner.search.samplers import PRUNERS
 from tuner.search.study_identity import defaulted_keys, identity
 
@@ -62,7 +65,14 @@ def run_study(space: Space, folders: Folders, console: Console) -> Summary:
             coordinator = open_coordinator(s, folder, facts.digest, stack)
             before = coordinator.budget_used
             workers = worker_count(space, survey.gpu_count)
-            console.start_search(coordinator, facts, survey, workers)
+            console.start_search(
+                coordinator.space,
+                lambda: progress_of(coordinator),
+                coordinator.study.get_trials(deepcopy=False),
+                facts,
+                survey,
+                workers,
+            )
             try:
                 search_until_done(s, coordinator, workers)
             except StorageError:
@@ -171,7 +181,7 @@ def open_coordinator(
     study, artifacts = place.run_exclusively(0, open_it) if place else open_it()
     write_yaml(
         folder / "space.yaml",
-        space.to_dict(),
+        with_study_name(space).to_dict(),
         f"what study {study_name(space)!r} searches, with every default",
     )
     lease = stack.enter_context(leases.join_coordination(place, study_id_of(study), folder))
@@ -194,6 +204,12 @@ def open_coordinator(
     return coordinator
 
 
+def with_study_name(space: Space) -> Space:
+    """The space with its study's name, which its file may have left to the name of the file."""
+    search = space.settings.search.model_copy(update={"name": study_name(space)})
+    return replace(space, settings=replace(space.settings, search=search))
+
+
 def keep_earlier_defaults(s: Session, earlier: dict[str, Any], data_digest: str) -> str:
     """Gives the session's space the defaults that its study was made with. Returns the digest of the data that they name."""
     values = {tuple(key.split(".")): value for key, value in earlier.items()}
@@ -209,21 +225,34 @@ def keep_earlier_defaults(s: Session, earlier: dict[str, Any], data_digest: str)
 
 def max_epochs(space: Space) -> int:
     """The most epochs that a trial of this space can have."""
-    leaf = next((d.domain for d in space.dimensions if d.path == ("recipe", "epochs")), None)
-    if leaf is None:
-        return int(space.values["recipe", "epochs"])
-    return int(leaf.high if isinstance(leaf, Range) else max(leaf.options))
+    path = ("recipe", "epochs")
+    domain = next((d.domain for d in space.dimensions if d.path == path), None)
+    return int(space.values[path] if domain is None else domain.highest)
 
 
 class CombinedListener:
-    """The console and the dashboard's artifacts as one listener."""
+    """A `SearchListener` that passes events to the console and results to the dashboard's files."""
 
     def __init__(self, console: Console, artifacts: ArtifactWriter) -> None:
-        self.on_epoch, self.on_trial_end, self.save_artifacts = (
-            console.on_epoch,
-            console.on_trial_end,
-            artifacts.save_artifacts,
-        )
+        self.console, self.artifacts = console, artifacts
+
+    def on_epoch(self, running: RunningTrial, epoch: Epoch) -> None:
+        self.console.on_epoch(running.trial.number, running.run.recipe.epochs, epoch)
+
+    def on_trial_end(self, trial: FrozenTrial, run: Run, result: TrialResult | None) -> None:
+        self.console.on_trial_end(trial, run, result)
+
+    def save_artifacts(self, trial: Trial, run: Run, result: TrialResult) -> None:
+        self.artifacts.save_artifacts(trial, run, result)
+
+
+def progress_of(coordinator: Coordinator) -> Progress:
+    """The coordinator's counts at this moment."""
+    return Progress(
+        coordinator.budget_used,
+        coordinator.proposer.trial_budget(),
+        frozenset(coordinator.running),
+    )
 
 
 def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
@@ -278,15 +307,16 @@ def finalize_once(
             winner.user_attrs[history.BEST_EPOCH],
         )
         return Summary(
-            folder,
-            coordinator,
-            winner,
-            tied,
-            run,
-            None,
-            True,
-            history.default_trial(coordinator.study),
-            other,
+            folder=folder,
+            metric=str(session.settings.search.metric),
+            progress=progress_of(coordinator),
+            winner=winner,
+            tied_numbers=tied,
+            run=run,
+            published=None,
+            anything_new=True,
+            default_trial=history.default_trial(coordinator.study),
+            made_elsewhere=other,
         )
     with storage.lock_study(folder):  # `tuner export` writes here too
         found = finalize_best(session, coordinator, folder, new_trials=new_trials)
@@ -307,14 +337,15 @@ def finalize_best(
         f"trial {winner.number} of study {study_name(session.space)!r}; `tuner train` repeats it",
     )
     summary = Summary(
-        folder,
-        coordinator,
-        winner,
-        tied,
-        run,
-        None,
-        new_trials,
-        history.default_trial(coordinator.study),
+        folder=folder,
+        metric=str(session.settings.search.metric),
+        progress=progress_of(coordinator),
+        winner=winner,
+        tied_numbers=tied,
+        run=run,
+        published=None,
+        anything_new=new_trials,
+        default_trial=history.default_trial(coordinator.study),
     )
     run, weights = choose_export(
         session.settings.search.retrain,

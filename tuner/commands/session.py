@@ -13,7 +13,7 @@ from tuner.commands.console import Console
 from tuner.commands.signals import StopSignal, handle_signals
 from tuner.config import database_url, plugins
 from tuner.config.run import Run, parse_duration
-from tuner.config.space import Choice, Range, Space, dump_yaml
+from tuner.config.space import Range, Space, dump_yaml
 from tuner.config.yaml_document import Document
 from tuner.errors import DataError, Interrupted, SpaceError, TunerError
 from tuner.files import checkpoint_files, removal
@@ -325,13 +325,10 @@ def find_depth_problems(space: Space, model: str, depth: int) -> Iterator[str]:
     """Freeze depths of the file that the model does not have."""
     path = ("recipe", "freeze_depth")
     searched = next((d.domain for d in space.dimensions if d.path == path), None)
-    allows = f"but {model} allows 0..{depth}"
-    if isinstance(searched, Range) and searched.high > depth:
-        yield space.document.format_problem((*path, "high"), f"{searched.high:g}, {allows}")
-    elif isinstance(searched, Choice) and max(searched.options) > depth:
-        yield space.document.format_problem(path, f"{max(searched.options)}, {allows}")
-    elif searched is None and space.values[path] > depth:
-        yield space.document.format_problem(path, f"{space.values[path]}, {allows}")
+    deepest = int(space.values[path] if searched is None else searched.highest)
+    if deepest > depth:
+        key = (*path, "high") if isinstance(searched, Range) else path
+        yield space.document.format_problem(key, f"{deepest}, but {model} allows 0..{depth}")
 
 
 def with_line_numbers(document: Document, problems: Any) -> list[str]:

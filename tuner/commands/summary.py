@@ -1,4 +1,7 @@
-"""What a study came to: the best, how the default recipe compares, the test, the exports, and what to type next."""
+"""The result of a study: the winner, the default recipe beside it, the test, the exports.
+
+After these come the commands that a person may want to type next.
+"""
 
 import shlex
 from collections.abc import Iterator
@@ -8,22 +11,25 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from tuner.commands.progress import Progress
 from tuner.commands.trial_line import format_value
 from tuner.config.run import Run
 from tuner.manifest import PublishedExport
-from tuner.search.coordinator import Coordinator
 from tuner.search.leases import CoordinatorInfo
 
 
 @dataclass(frozen=True)
 class Summary:
-    """`tied`: the trials that scored the same as the winner. `fresh`: this command added something to the study.
+    """The result of one command that worked on a study.
 
-    `default`: the trial of the default recipe. `elsewhere`: the coordinator that makes the winner, where that is another one.
+    `tied_numbers`: the trials with the winner's score. `anything_new`: this command added
+    something to the study. `default_trial`: the trial of the default recipe. `made_elsewhere`: the
+    coordinator that makes the winner's export, where that is another one.
     """
 
     folder: Path
-    coordinator: Coordinator
+    metric: str
+    progress: Progress
     winner: FrozenTrial
     tied_numbers: list[int]
     run: Run
@@ -33,8 +39,8 @@ class Summary:
     made_elsewhere: CoordinatorInfo | None = None
 
     @property
-    def metric(self) -> str:
-        return str(self.coordinator.search_settings.metric).replace("_", " ")
+    def metric_label(self) -> str:
+        return self.metric.replace("_", " ")
 
 
 def summary_values(summary: Summary) -> dict[str, Any]:
@@ -54,40 +60,50 @@ def summary_values(summary: Summary) -> dict[str, Any]:
 
 def summary_lines(summary: Summary) -> Iterator[str]:
     """The summary as a person reads it."""
-    winner, coordinator = summary.winner, summary.coordinator
+    winner, progress, metric = summary.winner, summary.progress, summary.metric_label
     if not summary.anything_new:
-        yield f"nothing left to do: {coordinator.budget_used} of {coordinator.proposer.trial_budget()} trials are done; raise search.trials to go on"
+        yield (
+            f"nothing left to do: {progress.budget_used} of {progress.budget} trials are done; "
+            "raise search.trials to go on"
+        )
     yield ""
     best_epoch = f"epoch {winner.user_attrs['best_epoch']} of {max(winner.intermediate_values)}"
-    yield f"best     #{winner.number}, validation {summary.metric} {winner.value:.4f} in {best_epoch}"
+    yield f"best     #{winner.number}, validation {metric} {winner.value:.4f} in {best_epoch}"
     if winner.params:
         yield f"         {'  '.join(f'{k} {format_value(v)}' for k, v in winner.params.items())}"
     if summary.tied_numbers:
-        yield f"         tied with {', '.join(f'#{n}' for n in summary.tied_numbers)}; chosen for fewer epochs, then the lower number"
+        tied = ", ".join(f"#{number}" for number in summary.tied_numbers)
+        yield f"         tied with {tied}; chosen for fewer epochs, then the lower number"
     default = summary.default_trial
     if default is not None and default.value is not None:
-        below = f"{float(winner.value or 0) - default.value:.4f} below the best, on the examples that it was chosen by"
-        compared = "the best itself" if default.number == winner.number else below
-        yield f"default  #{default.number}, validation {summary.metric} {default.value:.4f}, {compared}"
+        below = float(winner.value or 0) - default.value
+        compared = f"{below:.4f} below the best, on the examples that it was chosen by"
+        if default.number == winner.number:
+            compared = "the best itself"
+        yield f"default  #{default.number}, validation {metric} {default.value:.4f}, {compared}"
     if summary.published is not None:
-        yield from export_lines(
-            summary.published, summary.metric, str(coordinator.search_settings.metric)
-        )
+        yield from export_lines(summary.published, summary.metric)
     if summary.made_elsewhere is not None:
-        yield f"export   by {summary.made_elsewhere}, into {summary.made_elsewhere.folder}/export; should it not come to that, run the same command"
+        yield (
+            f"export   by {summary.made_elsewhere}, into {summary.made_elsewhere.folder}/export; "
+            "should it not come to that, run the same command"
+        )
     yield f"study    {summary.folder}"
     yield ""
     yield from next_steps(summary)
 
 
-def export_lines(published: PublishedExport, spoken: str, metric: str) -> Iterator[str]:
+def export_lines(published: PublishedExport, metric: str) -> Iterator[str]:
     m = published.manifest
-    yield f"test     {spoken} {m['scores']['test'][metric]:.4f} on {m['examples']['test']:,} examples used for nothing else"
+    score, count = m["scores"]["test"][metric], m["examples"]["test"]
+    label = metric.replace("_", " ")
+    yield f"test     {label} {score:.4f} on {count:,} examples used for nothing else"
     yield f"export   {published.folder}"
     width = max((len(e["file"]) for e in m["exports"].values()), default=0)
     for kind, e in m["exports"].items():
-        size = (published.folder / e["file"]).stat().st_size / 1e6
-        yield f"         {e['file']:<{width}}  {size:>6.1f} MB  {kind}, verified to {e['largest_difference']:.0e}"
+        megabytes = (published.folder / e["file"]).stat().st_size / 1e6
+        verified = f"{kind}, verified to {e['largest_difference']:.0e}"
+        yield f"         {e['file']:<{width}}  {megabytes:>6.1f} MB  {verified}"
 
 
 def next_steps(summary: Summary) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config.run import Run
-from tuner.config.space import Choice, Dimension, Range, Space
+from tuner.config.space import Choice, Dimension, Space
 from tuner.search.history import DUPLICATE_OF, REASON
 
 METRIC_LABELS = {"accuracy": "acc", "balanced_accuracy": "bacc", "log_likelihood": "ll"}
@@ -32,10 +32,9 @@ class TrialLineFormatter:
         self.metric = METRIC_LABELS.get(metric, metric)
         self.dimensions = [d for d in space.dimensions if d.name not in KEYS_WITH_OWN_COLUMN]
         self.number_width, self.max_depth = len(str(budget)) + 1, max_depth
-        last = next((d.domain for d in space.dimensions if d.name == "epochs"), None)
-        self.epoch_width = len(
-            str(max(last.values() or (1,)) if last else space.make_run({}).recipe.epochs)
-        )
+        epochs = next((d.domain for d in space.dimensions if d.name == "epochs"), None)
+        max_epochs = epochs.highest if epochs else space.make_run({}).recipe.epochs
+        self.epoch_width = len(str(max_epochs))
         widest = {d.name: 0.5 for d in self.dimensions}
         bare = (
             self.number_width
@@ -98,13 +97,12 @@ class TrialLineFormatter:
 
 def max_value_width(dimension: Dimension) -> int:
     """How long a value of this key can become."""
-    if isinstance(dimension.domain, Range):
-        return (
-            max(len(str(int(dimension.domain.low))), len(str(int(dimension.domain.high))))
-            if dimension.domain.integer
-            else 6
-        )
-    return max(len(format_value(option, 2)) for option in dimension.domain.options)
+    domain = dimension.domain
+    if isinstance(domain, Choice):
+        return max(len(format_value(option, 2)) for option in domain.options)
+    if domain.integer:
+        return max(len(str(int(end))) for end in (domain.lowest, domain.highest))
+    return 6  # such as 1.6e-3
 
 
 def reached_score(trial: FrozenTrial) -> float | None:

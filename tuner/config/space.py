@@ -43,13 +43,20 @@ class Range:
         )
 
     @property
+    def lowest(self) -> float:
+        """The smallest value that a trial can have."""
+        return self.low
+
+    @property
     def highest(self) -> float:
-        """The highest value that is taken: `high`, or the last step below it."""
-        return (
-            self.high
-            if self.step is None
-            else float(self._value_at(int(self._steps_from_low(self.high))))
-        )
+        """The largest value that a trial can have: `high`, or the last step that is not above it.
+
+        It is 9 for `{low: 1, high: 10, step: 4}`.
+        """
+        if self.step is None:
+            return self.high
+        number: float = self._value_at(int(self._steps_from_low(self.high)))
+        return number
 
     def _steps_from_low(self, value: float) -> Decimal:
         """From `low`, in decimals, since 0.3 is three steps of 0.1 to whoever wrote it."""
@@ -77,6 +84,16 @@ class Choice:
 
     def nearest_value(self, value: Any) -> Any:
         return value if value in self.options else self.options[0]
+
+    @property
+    def lowest(self) -> Any:
+        """The smallest option. The options must be comparable, such as numbers."""
+        return min(self.options)
+
+    @property
+    def highest(self) -> Any:
+        """The largest option. The options must be comparable, such as numbers."""
+        return max(self.options)
 
     def values(self) -> tuple[Any, ...]:
         return self.options
@@ -208,7 +225,7 @@ class Space:
     def plugin_combinations(self) -> Iterator[Run]:
         """A run for each combination of task, data and model that the space can reach, at its defaults otherwise."""
         outer = [d for d in self.dimensions if d.path[0] != "recipe"]
-        members = [d.domain.values() or (d.domain.low, d.domain.high) for d in outer]  # type: ignore[union-attr]
+        members = [d.domain.values() or (d.domain.lowest, d.domain.highest) for d in outer]
         for combination in itertools.islice(itertools.product(*members), 64):
             chosen = {d.path: value for d, value in zip(outer, combination, strict=True)}
             yield self.make_run(chosen)

@@ -55,17 +55,26 @@ def best_trial(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
         raise NoUsableTrial(
             f"no trial completed ({told}), so there is nothing to export; raise search.trials or search.timeout"
         )
-    top = max(float(t.value or 0.0) for t in found)
-    tied = [t for t in found if t.value == top and DUPLICATE_OF not in t.user_attrs]
-    winner = min(tied, key=lambda t: (t.user_attrs.get(BEST_EPOCH, 0), t.number))
-    return winner, [t.number for t in tied if t.number != winner.number]
+    own = [t for t in found if DUPLICATE_OF not in t.user_attrs]
+    winner = min(own, key=winner_order)
+    tied = [t.number for t in own if t.value == winner.value and t.number != winner.number]
+    return winner, tied
+
+
+def winner_order(trial: FrozenTrial) -> tuple[float, int, int]:
+    """How completed trials are compared: the smallest tuple is the winner's.
+
+    Higher value first, then fewer epochs, then the lower number.
+    """
+    epochs = int(trial.user_attrs.get(BEST_EPOCH, 0))
+    return (-float(trial.value or 0.0), epochs, trial.number)
 
 
 def trial_rank(trial: FrozenTrial) -> tuple[float, int, int] | None:
     """A completed trial's place among all, by the rule of `best`: smaller is better. None where it has none of its own."""
     if trial.state != TrialState.COMPLETE or DUPLICATE_OF in trial.user_attrs:
         return None
-    return (-float(trial.value or 0.0), int(trial.user_attrs.get(BEST_EPOCH, 0)), trial.number)
+    return winner_order(trial)
 
 
 def ended_proposals(study: optuna.Study) -> dict[int, tuple[float, int, int] | None]:

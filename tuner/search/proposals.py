@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import Trial
 
-from tuner.config.space import Dimension, Space
+from tuner.config.space import Space
 from tuner.search import history
 from tuner.search.history import IS_DEFAULT_RECIPE, PROPOSAL, params_key
 from tuner.search.samplers import SAMPLERS, derive_seed
@@ -63,7 +63,7 @@ class TrialProposer:
         default = self.space.default_params()
         run = self.space.make_run({})
         ends = {
-            d.name: _end_of_range(d, highest=d.path == FREEZE_DEPTH_PATH)
+            d.name: int(d.domain.highest if d.path == FREEZE_DEPTH_PATH else d.domain.lowest)
             for d in self.space.dimensions
             if d.path in (FREEZE_DEPTH_PATH, EPOCHS_PATH) and d.name in default
         }
@@ -121,9 +121,3 @@ class TrialProposer:
         )
         with self.study.window():
             return self.study.ask()
-
-
-def _end_of_range(dimension: Dimension, *, highest: bool) -> int:
-    leaf = dimension.domain
-    members = leaf.values() or (int(leaf.low), int(leaf.highest))  # type: ignore[union-attr]
-    return int(max(members) if highest else min(members))
