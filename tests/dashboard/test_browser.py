@@ -129,7 +129,7 @@ def test_the_timeline_has_the_latest_trials(most: int, place: Path, browser: Any
     with served(
         place,
         "-c",
-        f"from tuner import cli; from tuner.dashboard import study_json; study_json.BARS = {most}; cli.main()",
+        f"from tuner import cli; from tuner.dashboard import study_json; study_json.MAX_TIMELINE_TRIALS = {most}; cli.main()",
     ) as page:
         browser.execute_cdp_cmd("Network.clearBrowserCache", {})
         browser.get(page)

@@ -403,7 +403,7 @@ if __name__ == "__main__":
         print(value[0], flush=True)
         return True
     jobs, ended = iter([Job(0, "tests.helpers.jobs:ticks", 15)]), []
-    with plugins.attribute("engine", "local")(silence=2.0) as carry:
+    with plugins.load_plugin("engine", "local")(silence=2.0) as carry:
         carry(lambda: next(jobs, None), report, lambda job, outcome: ended.append(outcome.kind), lambda: True, 1)
     print(*ended)
 """

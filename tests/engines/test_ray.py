@@ -254,9 +254,9 @@ def test_nodes_that_join_are_used(whole: Any) -> None:
 def test_a_stopped_coordinator_does_not_stop_its_workers(whole: Any, tmp_path: Path) -> None:
     path = tmp_path / "steps"
     code = (
-        "import sys\nfrom tuner.config import plugins\nfrom tuner.jobs import Job\nfrom tuner.config.run import Engine\n"
+        "import sys\nfrom tuner.config import plugins\nfrom tuner.jobs import Job\nfrom tuner.config.run import EngineSettings\n"
         "heard = []\n"
-        "with plugins.attribute('engine', 'ray')(Engine(name='ray', address=sys.argv[1])) as carry:\n"
+        "with plugins.load_plugin('engine', 'ray')(EngineSettings(name='ray', address=sys.argv[1])) as carry:\n"
         "    jobs = iter([Job(0, 'tests.helpers.jobs:steps', (12, 1.0, sys.argv[2]))])\n"
         "    carry(lambda: next(jobs, None), lambda j, v: not heard.append(v), lambda j, o: print(o.kind, o.value, len(heard)), lambda: True, 1)\n"
     )

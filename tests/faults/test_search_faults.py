@@ -311,7 +311,7 @@ def test_32_a_signal_is_heard_at_the_next_epoch_inline_too(
         real(self, *words)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Console, "epoch", epoch)
+    monkeypatch.setattr(Console, "on_epoch", epoch)
     words = ("run", small, "recipe.epochs=2", "search.trials=2")
     said = tuner(*words, "--studies", "my studies")
     typed = f"`tuner {' '.join(map(str, words))} --studies 'my studies'`"

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 ROOT = Path(__file__).parents[2]
 # the command line with leases that end soon
-COMMAND = "from tuner.search import leases, postgresql; leases.VALID, leases.RENEWAL, postgresql.STALLED = 3.0, 0.5, 3; from tuner.cli import main; main()"
+COMMAND = "from tuner.search import leases, postgresql; leases.LEASE_SECONDS, leases.RENEWAL_SECONDS, postgresql.STALLED_SECONDS = 3.0, 0.5, 3; from tuner.cli import main; main()"
 
 
 @pytest.fixture
