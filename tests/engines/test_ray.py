@@ -263,7 +263,7 @@ def test_a_stopped_coordinator_does_not_stop_its_workers(whole: Any, tmp_path: P
     driver = child(["-c", code, whole.address, path], tmp_path)
     until(lambda: path.exists() and len(path.read_text().splitlines()) >= 3)
     os.kill(driver.pid, signal.SIGSTOP)
-    until(lambda: len(path.read_text().splitlines()) >= 6)  # thirty seconds of patience, then on
+    until(lambda: len(path.read_text().splitlines()) >= 6, 150)  # thirty seconds of patience
     os.kill(driver.pid, signal.SIGCONT)
     out, _ = driver.communicate(timeout=60)
     assert out.split() == ["done", "12", "12"], out  # and no report is lost
