@@ -203,7 +203,7 @@ def test_row_10_a_factory_that_returns_no_module(
     Path("ownfactory.py").write_text(OWN)
     Path("space.yaml").write_text(PARTS.replace("resnet18_slim", "'ownfactory:nothing'") + INLINE)
     said = tuner("run", "space.yaml")
-    says = "model.name: ownfactory:nothing returned int; expected an nn.Module or a tuner.core.StagedModel"
+    says = "model.name: ownfactory:nothing returned int; expected an nn.Module or a tuner.api.StagedModel"
     assert (said.code, said.out, said.err) == (2, "", f"tuner: error: space.yaml:3: {says}\n")
     assert made(tmp_path) == [] and not [path for path in home.rglob("*") if path.is_file()]
 

@@ -19,7 +19,7 @@ from tuner.errors import SpaceError
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(FOLDER.rglob("*.sbatch"))
-MANIFESTS = sorted(FOLDER.rglob("*.yaml"))
+MANIFESTS = sorted((FOLDER / "kubernetes").rglob("*.yaml"))
 
 
 def containers(tree: Any) -> Iterator[dict[str, Any]]:

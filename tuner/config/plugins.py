@@ -1,14 +1,32 @@
-"""The folders are the registry: a file's name is the YAML name, listed and read for its keys without being imported.
+"""The folders are the registry: a file's name is its name in YAML, listed and read for its keys without an import.
 
-    tasks/<name>.py     METRICS, build(classes, recipe, **keys) -> Task
-    data/<name>.py      TASKS, load(home, wanted, task, **keys) -> Data
-    models/<family>.py  TASKS, NAMES, input_spec(name, **keys) -> InputSpec, build(home, name, task, outputs, **keys) -> Staged;
-                        RECIPES (task -> the recipe its people begin with) and EXPORTS (formats that hold it) where others than usual
-    export/<name>.py    save(...), load(...)
-    engines/<name>.py   run(...)
+Positional arguments are what tuner passes. Keyword-only arguments are the YAML keys, and their
+annotations are the schema.
 
-Keyword-only arguments are the YAML keys and their annotations the schema. Every kind also accepts the user's own as
-`package.module:attribute`.
+    tasks/<name>.py     METRICS; build(classes, recipe, *, ...) -> Task
+    data/<name>.py      TASKS; load(home, input_spec, task, *, ...) -> Dataset
+    models/<family>.py  TASKS; NAMES; input_spec(name, *, ...) -> InputSpec;
+                        build(home, name, task, outputs, *, ...) -> StagedModel;
+                        RECIPES (task -> the recipe with which its authors fine-tune it) and
+                        EXPORTS (the formats that can hold it), where they are not the usual ones
+    export/<name>.py    FILE; save(model, example, path); load(path, blank)
+    engines/<name>.py   run(engine, warn), a context manager that gives a RunJobs
+
+Every kind also accepts the user's own, as `package.module:attribute`. Then the attribute is called:
+
+    task    attribute(classes, recipe, *, ...) -> Task. METRICS is read in the module that the name
+            states. Without it, search.metric must be written and is not checked.
+    data    attribute(home, input_spec, task, *, ...) -> Dataset. TASKS is not read.
+    model   attribute(outputs, *, ...) -> StagedModel or nn.Module. An nn.Sequential is cut at its
+            children, another module is one stage. `input_spec(*, ...)` is called where the module has
+            it, with those keys of the model that it names, and with `home` where it names that; else
+            IMAGENET_SPEC. TASKS, NAMES, RECIPES and EXPORTS are not read: the default recipe is
+            tuner's, and every export format is tried.
+    export  an object with FILE, save and load, such as a class with static methods. It has no keys.
+    engine  attribute(engine, warn), as above. Its keys are those of EngineSettings and no others.
+
+The module is imported wherever the name is checked or used: in the coordinator and in every worker,
+from PYTHONPATH or from the current folder. `tuner.api` has what such a module imports from tuner.
 """
 
 import ast
@@ -99,8 +117,13 @@ def list_metrics(task: str) -> tuple[str, ...]:
     if ":" not in task:
         read_keys("task", task)
         return tuple(read_constant("task", task, "METRICS"))
-    load_plugin("task", task)
-    return tuple(getattr(sys.modules[task.partition(":")[0]], "METRICS", ()))
+    return tuple(read_own_attribute("task", task, "METRICS", ()))
+
+
+def read_own_attribute(kind: str, name: str, attribute: str, default: Any) -> Any:
+    """What stands beside the user's own plug-in, in the module that its name states. Raises SpaceError."""
+    load_plugin(kind, name)
+    return getattr(sys.modules[name.partition(":")[0]], attribute, default)
 
 
 def list_tasks(kind: str, name: str) -> tuple[str, ...]:

@@ -48,19 +48,23 @@ def load_dataset(run: Run, home: Path) -> Dataset:
 
 
 def input_spec_of(model: PluginConfig, home: Path | None = None) -> InputSpec:
-    """How the model's weights want their examples; ImageNet's way for a model of the user's own.
+    """How the model's weights need their examples: what `input_spec` in the family's file returns.
 
-    What a family must fetch to know, such as a tokenizer, it keeps in `home`; without one nothing is fetched.
+    A model of the user's own may have `input_spec` beside it. It is called without a model name, and
+    without it the model gets its examples as models of ImageNet do. What a family must download to
+    know its input spec, such as a tokenizer, it keeps in `home`; without `home` nothing is downloaded.
     """
     if ":" in model.name:
+        describe = plugins.read_own_attribute("model", model.name, "input_spec", None)
+        names: tuple[str, ...] = ()
+    else:
+        describe, names = plugins.import_plugin("model", model.name).input_spec, (model.name,)
+    if describe is None:
         return IMAGENET_SPEC
-    module = plugins.import_plugin("model", model.name)
-    known = inspect.signature(module.input_spec).parameters
+    known = inspect.signature(describe).parameters
     options = {"home": home, **model.options}
-    found: InputSpec = module.input_spec(
-        model.name, **{k: v for k, v in options.items() if k in known}
-    )
-    return found
+    input_spec: InputSpec = describe(*names, **{k: v for k, v in options.items() if k in known})
+    return input_spec
 
 
 def copy_cached_model(
@@ -107,7 +111,7 @@ def build_model(run: Run, home: Path, output_count: int) -> StagedModel:
         return made
     if not isinstance(made, nn.Module):
         raise SpaceError(
-            f"model.name: {name} returned {type(made).__name__}; expected an nn.Module or a tuner.core.StagedModel"
+            f"model.name: {name} returned {type(made).__name__}; expected an nn.Module or a tuner.api.StagedModel"
         )
     return split_sequential(made)
 
