@@ -73,7 +73,7 @@ def test_running_again_says_that_nothing_is_left_and_a_larger_budget_continues(
         for number in re.findall(r"\d\.\d{4}", row)
     )
     assert 0 < below == pytest.approx(best - default, abs=2e-4)
-    assert "below the best, on the examples that it was chosen by\n" in first.out
+    assert "below the best, on the examples that chose it\n" in first.out
     before = manifest(small.parent / "studies/small/export")
     again = tuner("run", small, hard, "search.trials=2")
     assert again.code == 0 and "nothing left to do: 2 of 2 trials are done" in again.out

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -15,6 +16,10 @@ from tuner.config import parsing, yaml_document
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+SVG = "{http://www.w3.org/2000/svg}"
+TRIAL = re.compile(
+    r"#\d+ +acc 0\.\d{4} . \(best 0\.\d{4} #\d+\) +(?P<tried>(sgd|adamw) .* freeze \d/5 ep \d/\d) .*?(\| \d+/24\b.*)?"
+)
 COMMANDS = sorted(
     {
         line.split("#")[0].strip()
@@ -73,6 +78,29 @@ def test_a_command_and_its_options_exist(command: str) -> None:
     assert all(name.split("=")[0] in said for name in names)
 
 
+def picture() -> list[str]:
+    """The lines of docs/terminal.svg."""
+    rows: dict[float, list[tuple[float, str]]] = {}
+    drawn = ElementTree.parse(ROOT / "docs/terminal.svg").getroot()
+    matrix = next(g for g in drawn.iter(f"{SVG}g") if g.get("class", "").endswith("-matrix"))
+    for text in matrix.iter(f"{SVG}text"):
+        row = rows.setdefault(float(text.get("y", "")), [])
+        row.append((float(text.get("x", "")), (text.text or "").replace("\xa0", " ")))
+    return ["".join(part for _, part in sorted(rows[y])).rstrip() for y in sorted(rows)]
+
+
+def heading(lines: list[str]) -> list[str]:
+    """What is printed of data, model and search, before the first trial."""
+    return [line.rstrip() for line in lines if line.startswith(("data ", "model ", "search "))]
+
+
+def ending(lines: list[str]) -> list[str]:
+    """How the lines after the search begin, up to their first number; without those that go on from the line above."""
+    begin = next(i for i, line in enumerate(lines) if line.startswith("best "))
+    starts = [re.split(r"\d", line)[0].rstrip() for line in lines[begin:]]
+    return [line for line in starts if line and not line.startswith(" " * 9)]
+
+
 def test_the_commands_of_the_table_run_one_after_the_other(
     tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
@@ -92,5 +120,29 @@ def test_the_commands_of_the_table_run_one_after_the_other(
             words += quick
         said = tuner(*words)
         assert said.code == 0, (command, said.err)
+        if words[0] == "run" and "run" not in ran:
+            printed = said.out.splitlines()
         ran.append(words[0])
-    assert {"init", "run", "check", "train", "export", "models", "schema"} <= set(ran)
+    assert {"run", "init", "check", "train", "export", "models", "schema"} <= set(ran)
+    shown = picture()
+    assert shown[0] == "$ tuner run search_spaces/resnet.yaml"
+    assert heading(shown) == [
+        line.replace("search 2 trials", "search 24 trials") for line in heading(printed)
+    ]
+    assert ending(shown) == ending(printed), "the picture is old: python docs/pictures.py"
+    assert sum(line.startswith("#") for line in shown) == 24
+
+
+@pytest.mark.slow
+def test_the_terminal_picture_is_what_the_command_prints_but_for_times(tmp_path: Path) -> None:
+    """Scores may differ with the processor, and so may what follows from them, such as later proposals."""
+    (tmp_path / "search_spaces").symlink_to(ROOT / "search_spaces")
+    command = [sys.executable, "-m", "tuner", "run", "search_spaces/resnet.yaml"]
+    ended = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    shown, printed = picture()[1:], ended.stdout.splitlines()
+    assert (heading(shown), ending(shown)) == (heading(printed), ending(printed))
+    rows, again = ([line for line in lines if line.startswith("#")] for lines in (shown, printed))
+    assert len(rows) == len(again)
+    for row, other in zip(rows[:2], again[:2], strict=True):  # what these try follows from no score
+        assert TRIAL.fullmatch(row)["tried"] == TRIAL.fullmatch(other)["tried"]  # type: ignore[index]
+    assert all(map(TRIAL.fullmatch, (*rows, *again)))

@@ -77,7 +77,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     default = summary.default_trial
     if default is not None and default.value is not None:
         below = float(winner.value or 0) - default.value
-        compared = f"{below:.4f} below the best, on the examples that it was chosen by"
+        compared = f"{below:.4f} below the best, on the examples that chose it"
         if default.number == winner.number:
             compared = "the best itself"
         yield f"default  #{default.number}, validation {metric} {default.value:.4f}, {compared}"
