@@ -68,8 +68,8 @@ def bench(
 
 def ours(made: training_loop.TrainingContext, r: Run) -> Iterator[float]:
     """Seconds of each epoch by tuner."""
-    for epoch in training_loop.fit(made, r.recipe, r.seed):
-        yield epoch.seconds
+    for progress in training_loop.fit(made, r.recipe, r.seed):
+        yield progress.epoch.seconds
 
 
 def bare(args: argparse.Namespace, made: training_loop.TrainingContext, r: Run) -> Iterator[float]:

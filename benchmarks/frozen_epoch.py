@@ -45,7 +45,7 @@ def epochs(args: argparse.Namespace, depth: int, cache: str, home: Path) -> list
     bench = prepare_training(
         r, select_device(EngineSettings.model_validate({"cache": cache}), home), "accuracy"
     )
-    return [epoch.seconds for epoch in fit(bench, r.recipe, r.seed)]
+    return [progress.epoch.seconds for progress in fit(bench, r.recipe, r.seed)]
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ _process_settings.keep_freed_memory()  # for both: it is the worker's setting, a
 
 def ours(bench: training_loop.TrainingContext, recipe: Any) -> Iterator[float]:
     """Seconds of each epoch by tuner."""
-    for epoch in training_loop.fit(bench, recipe, 0):
-        yield epoch.seconds
+    for progress in training_loop.fit(bench, recipe, 0):
+        yield progress.epoch.seconds
 
 
 def bare(

@@ -18,9 +18,8 @@ from arms import hardware, spread
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.engines import _process_settings
-from tuner.messages import Epoch
 from tuner.training.devices import select_device
-from tuner.training.training_loop import fit, prepare_training
+from tuner.training.training_loop import FitProgress, fit, prepare_training
 
 _process_settings.keep_freed_memory()  # for all: it is the worker's setting
 SPACE = """
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace, depth: int) -> Run:
     ).sample(None, seed=1)
 
 
-def arm(args: argparse.Namespace, depth: int, cache: str, home: Path) -> Iterator[Epoch]:
+def arm(args: argparse.Namespace, depth: int, cache: str, home: Path) -> Iterator[FitProgress]:
     r = run(args, depth)
     return fit(
         prepare_training(
@@ -88,11 +87,11 @@ def main() -> None:
         running = {
             name: arm(args, depth, cache, Path(home)) for name, (depth, cache) in arms.items()
         }
-        first = {name: next(epochs).seconds for name, epochs in running.items()}
+        first = {name: next(training).epoch.seconds for name, training in running.items()}
         later: dict[str, list[float]] = {name: [] for name in arms}
         for _ in range(args.repeats):
-            for name, epochs in running.items():
-                later[name].append(next(epochs).seconds)
+            for name, training in running.items():
+                later[name].append(next(training).epoch.seconds)
     whole = statistics.median(later["nothing frozen"])
     print("| arm | first epoch, s | later epochs, s | ÷ nothing frozen |\n|---|---|---|---|")
     for name, seconds in later.items():

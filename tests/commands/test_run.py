@@ -200,8 +200,8 @@ def test_without_retraining_the_best_trials_own_weights_are_exported(
     bench = prepare_training(
         run, select_device(EngineSettings(device="cpu"), Path(os.environ["TUNER_HOME"])), "accuracy"
     )
-    epochs = list(fit(bench, run.recipe, run.seed))
-    assert epochs[-1].scores == found["scores"]["valid"]
+    progress = list(fit(bench, run.recipe, run.seed))[-1]
+    assert progress.epoch.scores == found["scores"]["valid"]
     exported = load_file(study / "export" / "model.safetensors")
     assert all(
         torch.equal(exported[name], value)

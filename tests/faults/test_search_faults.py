@@ -119,7 +119,7 @@ def test_23_a_studies_folder_that_cannot_be_written(tuner: Tuner, small: Path) -
     [
         "tuner.preprocessing.image_store._decode_all",
         "tuner.preprocessing.tensor_files.TensorWriter.append",
-        "tuner.training.finalization.save_and_verify_all",
+        "tuner.training.publishing.save_and_verify_all",
     ],
 )
 def test_26_a_full_disk_is_named_and_with_space_again_it_finishes(

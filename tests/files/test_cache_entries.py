@@ -26,8 +26,8 @@ from tuner.files.cache_entries import (
     write_checksums,
 )
 from tuner.preprocessing.image_store import open_image_store
-from tuner.training import training_loop
 from tuner.training.activation_cache import CachedSource, UncachedSource
+from tuner.training.linear_probe import load_or_train_probe
 
 ROOT = Path(__file__).parents[2]
 SIDE = ImageInputSpec(64, 64, "bilinear", (0.0,) * 3, (1.0,) * 3)
@@ -72,12 +72,11 @@ def probe(home: Path) -> Any:
     torch.manual_seed(0)
     head = nn.Linear(40, 60)
 
-    def training() -> Iterator[Any]:
+    def train() -> None:
         with torch.no_grad():
             head.weight += torch.arange(2400).view(60, 40)
-        yield from ()
 
-    training_loop.load_or_train_probe(head, home / "probes", "key", training)
+    load_or_train_probe(head, home / "probes", "key", train)
     return head.weight.detach().clone()
 
 

@@ -24,7 +24,7 @@ from tuner.files import cache_entries, checkpoint_files, removal
 from tuner.files.atomic import file_lock, file_sha256, half_export, remove_leftovers
 from tuner.files.checkpoint_files import checkpoint_name
 from tuner.search import storage
-from tuner.training.finalization import replace_folder
+from tuner.training.publishing import replace_folder
 
 Tuner = Callable[..., CommandResult]
 

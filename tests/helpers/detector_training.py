@@ -123,7 +123,10 @@ def make_context(
 def train_two_epochs(context: TrainingContext, lr: float) -> list[tuple[float, float]]:
     """Loss and score of each of two epochs."""
     recipe = Recipe(lr=lr, epochs=2, batch_size=2)
-    return [(epoch.loss, epoch.scores["mean"]) for epoch in fit(context, recipe, seed=1)]
+    return [
+        (progress.epoch.loss, progress.epoch.scores["mean"])
+        for progress in fit(context, recipe, seed=1)
+    ]
 
 
 def randomize_weights(staged: StagedModel) -> StagedModel:

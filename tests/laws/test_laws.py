@@ -79,7 +79,7 @@ def test_memory_fit_over_the_cache_equals_fit_without(
     ]
     kinds = [type(b.train).__name__ for b in benches]
     assert kinds == ["CachedSource", "UncachedSource"]
-    remembered, live = (list(fit(b, r.recipe, r.seed)) for b in benches)
+    remembered, live = ([progress.epoch for progress in fit(b, r.recipe, r.seed)] for b in benches)
     for a, b in zip(remembered, live, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-3)
         assert a.scores == pytest.approx(
@@ -115,7 +115,7 @@ def test_what_a_prefix_computed_is_not_computed_again_by_a_later_trial(
     def never(*_: object) -> Source:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("tuner.training.activation_cache.CachedSource._fill_entry", never)
+    monkeypatch.setattr("tuner.training.activation_cache.CacheFill.run", never)
     again = run("resnet18_slim", 3)
     assert (
         len(
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_computed_on_the_fly(change: dict[str, Any], tmp_pa
         select_device(EngineSettings.model_validate({"device": "cpu", **change}), tmp_path),
         "accuracy",
     )
-    assert type(bench.train).__name__ == "UncachedSource"
+    assert type(bench.train).__name__ == "Live"
     assert (
         not [p for p in (tmp_path / "activations").glob("*") if p.is_dir()]
         if (tmp_path / "activations").exists()
@@ -148,14 +148,13 @@ def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(
 ) -> None:
     endless = run("resnet18_slim", 2, augment="flip", views="null")
     assert (
-        type(prepare_training(endless, here(tmp_path, "auto"), "accuracy").train).__name__
-        == "UncachedSource"
+        type(prepare_training(endless, here(tmp_path, "auto"), "accuracy").train).__name__ == "Live"
     )
     assert (
         type(
             prepare_training(run("resnet18_slim", 0), here(tmp_path, "auto"), "accuracy").train
         ).__name__
-        == "DeviceSource"
+        == "Ready"
     )
 
 

@@ -218,13 +218,13 @@ CUTS = [
 def test_memory_and_stillness(name: str, depth: int, tmp_path: Path) -> None:
     r = trained(tmp_path, name, depth, "data.augment=flip", "data.views=2")
     epochs = {}
-    for cache, kind in (("always", "Remembered"), ("never", "Live")):
+    for cache, kind in (("always", "CachedSource"), ("never", "UncachedSource")):
         bench = prepare_training(r, here(tmp_path / "home", cache), "mean_iou")
         assert type(bench.train).__name__ == kind
         prefix, _ = bench.staged_model.split(depth)
         frozen = {k: v.clone() for k, v in prefix.state_dict().items()}
         moving = {k: v.clone() for k, v in bench.net.state_dict().items()}
-        epochs[cache] = list(fit(bench, r.recipe, r.seed))
+        epochs[cache] = [progress.epoch for progress in fit(bench, r.recipe, r.seed)]
         assert all(torch.equal(v, frozen[k]) for k, v in prefix.state_dict().items())
         assert any(not torch.equal(v, moving[k]) for k, v in bench.net.state_dict().items())
     for a, b in zip(epochs["always"], epochs["never"], strict=True):

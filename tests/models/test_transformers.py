@@ -222,11 +222,11 @@ def test_stillness_and_memory(
     r = run(folders, kind, task, freeze_depth=depth, epochs=2, batch_size=8, lr=1e-3, head="fresh")
     metric = "log_likelihood" if task == "text_classification" else "negative_log_perplexity"
     benches = [prepare_training(r, here(tmp_path, cache), metric) for cache in ("always", "never")]
-    assert [type(b.train).__name__ for b in benches] == ["Remembered", "Live"]
+    assert [type(b.train).__name__ for b in benches] == ["CachedSource", "UncachedSource"]
     prefix, _ = benches[0].staged_model.split(depth)
     frozen = {k: v.clone() for k, v in prefix.state_dict().items()}
     moving = {k: v.clone() for k, v in benches[0].net.state_dict().items()}
-    remembered, live = (list(fit(b, r.recipe, r.seed)) for b in benches)
+    remembered, live = ([progress.epoch for progress in fit(b, r.recipe, r.seed)] for b in benches)
     assert all(torch.equal(v, frozen[k]) for k, v in prefix.state_dict().items())
     assert any(not torch.equal(v, moving[k]) for k, v in benches[0].net.state_dict().items())
     for a, b in zip(remembered, live, strict=True):

@@ -73,7 +73,7 @@ def test_stillness_and_memory(name: str, depth: int, tmp_path: Path) -> None:
         before = {k: v.clone() for k, v in prefix.state_dict().items()}
         moving = {k: v.clone() for k, v in list(staged.stages.values())[-1].state_dict().items()}
         b = make_context(staged, EVERY[name].input_spec(name), depth, tmp_path, mode)
-        assert type(b.train).__name__ == {"always": "Remembered", "never": "Live"}[mode]
+        assert type(b.train).__name__ == {"always": "CachedSource", "never": "UncachedSource"}[mode]
         found[mode] = train_two_epochs(b, lr=0.001)
         assert all(torch.equal(v, before[k]) for k, v in prefix.state_dict().items())
         assert any(

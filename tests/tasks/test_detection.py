@@ -441,23 +441,23 @@ def test_cross_validation_and_a_cache_that_changes_nothing(
     for mode in ("always", "never"):
         from tuner.config import parsing
         from tuner.config.run import EngineSettings
-        from tuner.training.cross_validation import fit_folds, runs_of_folds
+        from tuner.training.cross_validation import fit_folds, prepare_folds
         from tuner.training.devices import select_device
-        from tuner.training.training_loop import BestEpoch, prepare_training
 
         words = ["data.folds=2", "recipe.freeze_depth=5", "recipe.lr=0.005", "recipe.epochs=2"]
         run = parsing.load_space(tmp_path / "boxes.yaml", words).sample(None, seed=1)
         there = select_device(
             EngineSettings.model_validate({"device": "cpu", "cache": mode}), tmp_path / "home"
         )
-        bench = prepare_training(runs_of_folds(run)[0], there, "map")
+        contexts = prepare_folds(run, there, "map")
+        bench = contexts[0]
         assert (
             type(bench.train).__name__
             == {"always": "CachedSource", "never": "UncachedSource"}[mode]
         )
         prefix, _ = bench.staged_model.split(5)
         before = {key: value.clone() for key, value in prefix.state_dict().items()}
-        losses.append([epoch.loss for epoch in fit_folds(run, there, "map", BestEpoch())])
+        losses.append([progress.epoch.loss for progress in fit_folds(run, contexts)])
         assert all(torch.equal(value, before[key]) for key, value in prefix.state_dict().items())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 

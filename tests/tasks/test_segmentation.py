@@ -249,9 +249,9 @@ def test_from_the_file_to_a_prediction_with_a_picture(
 def test_a_trial_of_several_folds_is_their_mean(space: Path, tmp_path: Path) -> None:
     from tuner.config import parsing
     from tuner.config.run import EngineSettings
-    from tuner.training.cross_validation import fit_folds
+    from tuner.training.cross_validation import fit_folds, prepare_folds
     from tuner.training.devices import select_device
-    from tuner.training.training_loop import BestEpoch, fit, prepare_training
+    from tuner.training.training_loop import fit, prepare_training
 
     def run(*words: str) -> Any:
         return parsing.load_space(space, ["recipe.epochs=1", "data.folds=3", *words]).sample(
@@ -259,15 +259,14 @@ def test_a_trial_of_several_folds_is_their_mean(space: Path, tmp_path: Path) -> 
         )
 
     here = select_device(EngineSettings.model_validate({"device": "cpu"}), tmp_path / "home")
-    best = BestEpoch()
-    (whole,) = fit_folds(run(), here, "mean_iou", best)
+    (whole,) = fit_folds(run(), prepare_folds(run(), here, "mean_iou"))
     single = []
     for fold in range(3):
         r = run(f"data.fold={fold}")
-        (epoch,) = fit(prepare_training(r, here, "mean_iou"), r.recipe, r.seed)
-        single.append(epoch.scores["mean_iou"])
-    assert whole.scores["mean_iou"] == pytest.approx(sum(single) / 3, abs=1e-6)
-    assert len(best.predictions) > 0
+        (progress,) = fit(prepare_training(r, here, "mean_iou"), r.recipe, r.seed)
+        single.append(progress.epoch.scores["mean_iou"])
+    assert whole.epoch.scores["mean_iou"] == pytest.approx(sum(single) / 3, abs=1e-6)
+    assert whole.best is not None and len(whole.best.predictions) > 0
 
 
 def test_a_model_of_ones_own_may_give_logits_or_a_dict(

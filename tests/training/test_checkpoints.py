@@ -22,7 +22,7 @@ from tuner.files.atomic import file_sha256
 from tuner.messages import Epoch
 from tuner.training import checkpoints, training_loop
 from tuner.training.checkpoints import Checkpoints
-from tuner.training.cross_validation import fit_folds
+from tuner.training.cross_validation import fit_folds, prepare_folds
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.micro_batches import initial_micro_batch_size
 from tuner.training.training_loop import BestEpoch, fit, open_checkpoints, prepare_training
@@ -69,12 +69,14 @@ def attempt(
     folder: Path | None,
     most: int | None = None,
     metric: str = "accuracy",
-) -> tuple[list[Any], list[str], BestEpoch, list[str]]:
+) -> tuple[list[Any], list[str], BestEpoch | None, list[str]]:
     """Epochs, the SHA-256 of the weights after each and at the end, the best, and what was said; given up after `most` epochs."""
-    bench, best = prepare_training(r, here, metric), BestEpoch()
+    bench = prepare_training(r, here, metric)
+    best: BestEpoch | None = None
     kept = open_checkpoints(r, bench, folder)
     told, digests, notes = [], [], []
-    for epoch in islice(fit(bench, r.recipe, r.seed, best, kept), most):
+    for progress in islice(fit(bench, r.recipe, r.seed, kept), most):
+        epoch, best = progress.epoch, progress.best
         told.append((epoch.number, epoch.loss, epoch.scores))
         digests.append(module_digest(bench.net))
         notes += epoch.notes
@@ -111,8 +113,10 @@ def test_two_epochs_and_the_rest_are_all_of_them_to_the_bit(
     assert counted == list(range(3, len(straight) + 1)) and len(counted) == (
         1 if name == "patience" else 2
     )
-    assert (found.epoch and found.epoch.number) == (best.epoch and best.epoch.number)
-    assert (len(best.predictions) > 0) == (name != "both")
+    assert (best is None) == (found is None) == (name == "both")
+    if best is None or found is None:
+        return
+    assert found.epoch.number == best.epoch.number and len(best.predictions) > 0
     assert len(found.predictions) == len(best.predictions) and all(
         torch.equal(a, b)
         for (a, _), (b, _) in zip(found.predictions, best.predictions, strict=True)
@@ -125,7 +129,8 @@ def test_an_attempt_killed_when_all_was_trained_trains_nothing_more(
     straight, _, best, _ = attempt(run(), here, tmp_path / "kept", most=4)
     counted = trained(tmp_path, monkeypatch)
     again, continued, found, _ = attempt(run(), here, tmp_path / "kept")
-    assert again == straight and counted == [] and found.epoch == best.epoch
+    assert again == straight and counted == []
+    assert found is not None and best is not None and found.epoch == best.epoch
     assert (
         continued[-1] == attempt(run(), here, None)[1][-1]
     )  # the best epoch's weights, which are not the last's
@@ -144,11 +149,7 @@ def test_the_best_epochs_weights_survive_worse_ones(
         )
         ends.append(attempt(run(), here, folder, most))
     (_, digests, best, _), _, (_, continued, found, _) = ends
-    assert (
-        best.epoch is not None
-        and found.epoch is not None
-        and best.epoch.number == found.epoch.number == 2
-    )
+    assert best is not None and found is not None and best.epoch.number == found.epoch.number == 2
     assert continued[-1] == digests[-1] == digests[1] != digests[2]
 
 
@@ -157,7 +158,7 @@ def test_a_trial_stopped_while_it_remembers_shows_nothing_of_a_later_epoch(
 ) -> None:
     attempt(run(), here, tmp_path / "kept", most=3)
     told, _, best, _ = attempt(run(), here, tmp_path / "kept", most=1)
-    assert len(told) == 1 and best.epoch is not None and best.epoch.number == 1
+    assert len(told) == 1 and best is not None and best.epoch.number == 1
     held = json.loads(
         json.dumps(
             checkpoints.read_header(
@@ -175,16 +176,20 @@ def test_folds_continue_in_step(
     """Killed between two epochs, or when the second fold was an epoch behind."""
     whole = run(epochs=3)
     r = replace(whole, data=PluginConfig(whole.data.name, {**whole.data.options, "folds": 2}))
-    straight = [(e.number, e.loss, e.scores) for e in fit_folds(r, here, "accuracy", BestEpoch())]
-    for _ in islice(fit_folds(r, here, "accuracy", BestEpoch(), tmp_path / "kept"), 2):
-        pass
+
+    def epochs(folder: Path | None, most: int | None = None) -> list[Any]:
+        training = fit_folds(r, prepare_folds(r, here, "accuracy"), folder)
+        return [
+            (progress.epoch.number, progress.epoch.loss, progress.epoch.scores)
+            for progress in islice(training, most)
+        ]
+
+    straight = epochs(None)
+    epochs(tmp_path / "kept", most=2)
     if after == (2, 1):
         checkpoint_files.list_checkpoints(tmp_path / "kept" / "fold-1")[0].unlink()
     counted = trained(tmp_path, monkeypatch)
-    assert [
-        (e.number, e.loss, e.scores)
-        for e in fit_folds(r, here, "accuracy", BestEpoch(), tmp_path / "kept")
-    ] == straight
+    assert epochs(tmp_path / "kept") == straight
     assert counted == ([3, 3] if after == (2, 2) else [2, 3, 3])
 
 

@@ -1,7 +1,9 @@
 """Cross-validation: a trial trained once a fold, its scores their mean."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,9 +11,9 @@ from tests.conftest import SMALL, CommandResult
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.training import cross_validation
-from tuner.training.cross_validation import fit_folds, runs_of_folds
+from tuner.training.cross_validation import fit_folds, prepare_folds, runs_of_folds
 from tuner.training.devices import DeviceContext, select_device
-from tuner.training.training_loop import BestEpoch, fit, prepare_training
+from tuner.training.training_loop import FitProgress, fit, prepare_training
 
 FIXED = [
     "recipe.lr=0.01",
@@ -34,10 +36,11 @@ def here(tmp_path: Path) -> DeviceContext:
 
 
 def test_an_epoch_is_the_mean_of_the_folds(here: DeviceContext) -> None:
-    best = BestEpoch()
-    found = list(fit_folds(run("data.folds=3"), here, "accuracy", best))
+    folds = run("data.folds=3")
+    progress = list(fit_folds(folds, prepare_folds(folds, here, "accuracy")))
+    found, best = [p.epoch for p in progress], progress[-1].best
     alone = [
-        list(fit(prepare_training(fold, here, "accuracy"), fold.recipe, fold.seed))
+        [p.epoch for p in fit(prepare_training(fold, here, "accuracy"), fold.recipe, fold.seed)]
         for fold in runs_of_folds(run("data.folds=3"))
     ]
     assert [e.number for e in found] == [1, 2, 3]
@@ -47,7 +50,7 @@ def test_an_epoch_is_the_mean_of_the_folds(here: DeviceContext) -> None:
     assert (
         len({fold[0].scores["log_likelihood"] for fold in alone}) == 3
     )  # they are not one fold three times
-    assert best.epoch is not None and best.epoch.scores["accuracy"] == max(
+    assert best is not None and best.epoch.scores["accuracy"] == max(
         e.scores["accuracy"] for e in found
     )
 
@@ -55,9 +58,11 @@ def test_an_epoch_is_the_mean_of_the_folds(here: DeviceContext) -> None:
 def test_one_fold_is_no_cross_validation(here: DeviceContext) -> None:
     plain, crossed_ = (
         list(fit(prepare_training(run(), here, "accuracy"), run().recipe, 5)),
-        list(fit_folds(run(), here, "accuracy", BestEpoch())),
+        list(fit_folds(run(), prepare_folds(run(), here, "accuracy"))),
     )
-    assert [(e.loss, e.scores) for e in plain] == [(e.loss, e.scores) for e in crossed_]
+    assert [(p.epoch.loss, p.epoch.scores) for p in plain] == [
+        (p.epoch.loss, p.epoch.scores) for p in crossed_
+    ]
 
 
 def test_the_mean_decides_when_patience_ends(
@@ -66,13 +71,19 @@ def test_the_mean_decides_when_patience_ends(
     scripted = iter([0.5, 0.9, 0.1, 0.9, 0.2, 0.9])
     real = cross_validation.fit
 
-    def fitted(*arguments: object) -> object:
-        for epoch in real(*arguments):  # type: ignore[arg-type]
-            yield type(epoch)(epoch.number, epoch.loss, {"accuracy": next(scripted)}, epoch.seconds)
+    def fitted(*arguments: Any) -> Iterator[FitProgress]:
+        for progress in real(*arguments):
+            yield replace(
+                progress, epoch=replace(progress.epoch, scores={"accuracy": next(scripted)})
+            )
 
     monkeypatch.setattr(cross_validation, "fit", fitted)
-    found = list(fit_folds(run("data.folds=2", "recipe.patience=1"), here, "accuracy", BestEpoch()))
-    assert [e.scores["accuracy"] for e in found] == [pytest.approx(0.7), pytest.approx(0.5)]
+    folds = run("data.folds=2", "recipe.patience=1")
+    found = fit_folds(folds, prepare_folds(folds, here, "accuracy"))
+    assert [progress.epoch.scores["accuracy"] for progress in found] == [
+        pytest.approx(0.7),
+        pytest.approx(0.5),
+    ]
 
 
 def test_a_study_over_folds_ends_in_an_export(

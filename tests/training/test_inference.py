@@ -16,7 +16,7 @@ from tuner.config.run import ImageOptions
 from tuner.data import synthetic
 from tuner.errors import DataError, SpaceError
 from tuner.manifest import PublishedExport
-from tuner.training import finalization
+from tuner.training import exported_models, publishing
 from tuner.training.building import input_spec_of
 from tuner.training.inference import NamedPrediction, find_export, find_images, predict_examples
 
@@ -201,12 +201,12 @@ def test_an_export_that_takes_anothers_place_meanwhile_is_the_one_that_predicts(
     text["exports"]["safetensors"]["file"] = "renamed.safetensors"
     text["files"]["renamed.safetensors"] = text["files"].pop("model.safetensors")
     (newer / "manifest.json").write_text(json.dumps(text))
-    published, real = find_export(tmp_path, str(folder)), finalization.open_export
+    published, real = find_export(tmp_path, str(folder)), exported_models.open_export
     opened: list[str] = []
 
     def late(published: PublishedExport, kind: str) -> Any:
         if not opened:
-            finalization.replace_folder(newer, folder)
+            publishing.replace_folder(newer, folder)
         opened.append(published.manifest["exports"][kind]["file"])
         return real(published, kind)
 

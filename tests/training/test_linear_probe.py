@@ -12,7 +12,7 @@ from tests.conftest import SMALL
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, PluginConfig, Run
 from tuner.files.cache_entries import list_entries
-from tuner.training import training_loop
+from tuner.training import linear_probe, training_loop
 from tuner.training.building import build_model
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.training_loop import fit, predict_source, prepare_training
@@ -62,13 +62,13 @@ def test_a_trial_begins_where_linear_probing_ends(
         prepare_training(run(head="fresh"), here, "accuracy"),
         prepare_training(run(), here, "accuracy"),
     )
-    assert len(trainings) == training_loop.PROBE_RECIPE.epochs  # for the second alone
+    assert len(trainings) == linear_probe.PROBE_RECIPE.epochs  # for the second alone
     assert accuracy(probed) > accuracy(fresh)
     assert not (here.home / "probes").exists() or len(list_entries(here.home / "probes")) == 1
     deep = prepare_training(run(freeze_depth=5), here, "accuracy")  # the same probe at every depth
     assert (
         all(torch.equal(v, head(probed)[k]) for k, v in head(deep).items())
-        and len(trainings) == training_loop.PROBE_RECIPE.epochs
+        and len(trainings) == linear_probe.PROBE_RECIPE.epochs
     )
 
 
@@ -79,8 +79,8 @@ def test_a_probe_that_was_kept_and_one_that_is_trained_again_give_equal_epochs(
     for home in (here, here, select_device(EngineSettings(device="cpu"), tmp_path / "other")):
         told.append(
             [
-                (e.loss, e.scores)
-                for e in fit(prepare_training(run(), home, "accuracy"), run().recipe, 3)
+                (progress.epoch.loss, progress.epoch.scores)
+                for progress in fit(prepare_training(run(), home, "accuracy"), run().recipe, 3)
             ]
         )
     assert told[0] == told[1] == told[2]
@@ -92,9 +92,9 @@ def test_a_damaged_probe_is_trained_again(
 ) -> None:
     before = head(prepare_training(run(), here, "accuracy"))
     (kept,) = list_entries(here.home / "probes")
-    (kept / training_loop.PROBED_HEAD_FILE).write_bytes(harm)
+    (kept / linear_probe.PROBED_HEAD_FILE).write_bytes(harm)
     after = head(prepare_training(run(), here, "accuracy"))
-    assert len(trainings) == 2 * training_loop.PROBE_RECIPE.epochs and all(
+    assert len(trainings) == 2 * linear_probe.PROBE_RECIPE.epochs and all(
         torch.equal(v, after[k]) for k, v in before.items()
     )
 

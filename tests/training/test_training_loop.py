@@ -17,7 +17,6 @@ from tuner.training import training_loop
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.optimizers import lr_factor, make_optimizer
 from tuner.training.training_loop import (
-    BestEpoch,
     Diverged,
     fit,
     predict_source,
@@ -39,11 +38,9 @@ def here(tmp_path: Path) -> DeviceContext:
     return select_device(EngineSettings(device="cpu"), tmp_path)
 
 
-def epochs(
-    r: Run, here: DeviceContext, best: BestEpoch | None = None
-) -> tuple[list[Epoch], training_loop.TrainingContext]:
+def epochs(r: Run, here: DeviceContext) -> tuple[list[Epoch], training_loop.TrainingContext]:
     bench = prepare_training(r, here, "accuracy")
-    return list(fit(bench, r.recipe, r.seed, best)), bench
+    return [progress.epoch for progress in fit(bench, r.recipe, r.seed)], bench
 
 
 def told(found: list[Epoch]) -> list[tuple[int, float, dict[str, float]]]:
@@ -65,11 +62,12 @@ def test_the_weights_kept_are_the_best_epochs_and_not_the_last(
     monkeypatch.setattr(
         bench.task, "score", lambda pairs: true_score(pairs) | {"accuracy": next(scripted)}
     )
-    best = BestEpoch()
+    best = None
     seen = []
-    for _ in fit(bench, r.recipe, r.seed, best):
+    for progress in fit(bench, r.recipe, r.seed):
+        best = progress.best
         seen.append({k: v.clone() for k, v in bench.net.state_dict().items()})
-    assert best.epoch is not None and best.epoch.number == 2
+    assert best is not None and best.epoch.number == 2
     kept = bench.net.state_dict()
     assert all(torch.equal(kept[k], seen[1][k]) for k in kept)
     assert any(not torch.equal(kept[k], seen[2][k]) for k in kept)
@@ -84,7 +82,7 @@ def test_patience_stops_after_so_many_epochs_without_a_better_score(
     bench = prepare_training(r, here, "accuracy")
     scripted = iter([0.5, 0.6, 0.6, 0.4, 0.9])
     monkeypatch.setattr(bench.task, "score", lambda pairs: {"accuracy": next(scripted)})
-    assert [e.number for e in fit(bench, r.recipe, r.seed)] == [1, 2, 3, 4]
+    assert [progress.epoch.number for progress in fit(bench, r.recipe, r.seed)] == [1, 2, 3, 4]
 
 
 def test_stop_epoch_ends_early_on_the_same_schedule(here: DeviceContext) -> None:

@@ -1,11 +1,15 @@
-"""What a frozen prefix computes is a fixed function of the data, so it can be remembered: a Source over memory-mapped files."""
+"""The activation cache: what a frozen prefix computes for an example is always the same, so it is computed once.
+
+`CachedSource` reads activations from memory-mapped files and fills them at the first use of a view;
+`UncachedSource` is its plain version and computes at each take. `source_behind` chooses.
+"""
 
 import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +39,15 @@ from tuner.preprocessing.tensor_files import (
 
 FILL_CHUNK = 64  # examples computed at once when filling
 TIMED_EXAMPLES = 32  # examples on which computing and reading are timed
-DISK_BYTES_PER_SECOND = 2e8  # bytes a second, of what does not fit into the memory
+DISK_BYTES_PER_SECOND = 2e8  # of reading what does not fit into the memory
 
 
 @dataclass(frozen=True)
 class CacheLimits:
-    """Where activations are kept and how much of them.
+    """Where activations are cached and how much of them.
 
-    `mode` is auto (what fits and is sooner read than computed), always (whatever the size) or never.
+    `mode` is auto (what fits and is faster to read than to compute), always (whatever the size)
+    or never.
     """
 
     home: Path
@@ -52,15 +57,21 @@ class CacheLimits:
 
 @dataclass(frozen=True)
 class FrozenPrefix:
-    """Frozen stages as one device computes them. `names` has one for what each stage gives: equal names, equal function."""
+    """Frozen stages as one device computes them.
+
+    `stage_digests` has a digest for each stage: equal digests, equal outputs for equal inputs.
+    """
 
     stages: Sequence[nn.Module]
     stage_digests: Sequence[str]
     device: torch.device
-    autocast: Callable[[], AbstractContextManager[None]] = nullcontext  # autocast, say
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext  # e.g. of bfloat16
 
     def compute(self, x: TensorTree, begin: int = 0, end: int | None = None) -> TensorTree:
-        """`x`, that has come through the first `begin` stages, on to stage `end`, or to the last."""
+        """Sends `x`, an output of stage `begin`, through the stages after it up to `end` or the last.
+
+        Stages count from 1; the output of stage 0 is the input of the model.
+        """
         with torch.no_grad(), self.autocast():
             for stage in self.stages[begin:end]:
                 x = stage(x)
@@ -68,90 +79,91 @@ class FrozenPrefix:
 
 
 def stage_digests(stages: Sequence[nn.Module], start: str) -> tuple[str, ...]:
-    """A name for what each stage gives, which depends on `start` and on every stage up to it."""
-    names = [start]
+    """A digest for each stage's output, which depends on `start` and on every stage up to it."""
+    digests = [start]
     for stage in stages:
-        names.append(
-            hashlib.sha256(f"{names[-1]} {module_digest(stage)}".encode()).hexdigest()[:32]
-        )
-    return tuple(names[1:])
+        content = f"{digests[-1]} {module_digest(stage)}"
+        digests.append(hashlib.sha256(content.encode()).hexdigest()[:32])
+    return tuple(digests[1:])
 
 
 def source_behind(prefix: FrozenPrefix, source: Source, limits: CacheLimits) -> Source:
-    """`source` seen through `prefix`: remembered when that fits the limits and pays, computed on the fly otherwise."""
+    """The outputs of `prefix` for `source`: cached where they fit the limits and it pays, else computed at each take.
+
+    Raises StorageError when the cache's folder cannot be written.
+    """
     if not prefix.stages:
         return source
-    live = UncachedSource(prefix, source)
+    uncached = UncachedSource(prefix, source)
     if limits.mode == "never" or source.views is None:
-        return live
+        return uncached
     folder = limits.home / "activations"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    limit = limits.gigabytes * 1e9
     if limits.mode == "always":
-        limit = math.inf
-    else:
-        cost = measure_costs(live, folder)
-        need = cost["bytes"] * len(source) * source.views
-        if need > limit or need > 0.8 * shutil.disk_usage(folder).free:
-            return live
-        disk = cost["bytes"] / DISK_BYTES_PER_SECOND if need > 0.5 * _available_memory() else 0.0
-        if cost["reading"] + disk > cost["computing"]:
-            return live
-    return CachedSource(live, folder, limit)
+        return CachedSource(uncached, folder, math.inf)
+    byte_limit = limits.gigabytes * 1e9
+    cost = measure_costs(uncached, folder)
+    bytes_needed = cost["bytes"] * len(source) * source.views
+    if bytes_needed > min(byte_limit, 0.8 * shutil.disk_usage(folder).free):
+        return uncached
+    is_read_from_disk = bytes_needed > 0.5 * _available_memory()
+    disk_seconds = cost["bytes"] / DISK_BYTES_PER_SECOND if is_read_from_disk else 0.0
+    if cost["reading"] + disk_seconds > cost["computing"]:
+        return uncached
+    return CachedSource(uncached, folder, byte_limit)
 
 
 def measure_costs(uncached: "UncachedSource", folder: Path) -> dict[str, float]:
-    """What one example costs through a prefix: seconds for `computing` it and for `reading` it from memory, and `bytes`.
+    """What one example costs through a prefix.
 
-    Timed once on a batch, and kept beside the activations: trials that are repeated must find the same answer.
+    It is measured once on a batch and written to `folder`, because trials that are repeated must
+    make the same choice between reading and computing.
+
+    Returns:
+        `computing` and `reading`: seconds to compute it, and to read it from memory. `bytes`: the
+        size of its activations.
     """
-    shape = [
-        tuple(leaf.shape)
-        for leaf in tree_to_dict(uncached.source.take(torch.tensor([0]), 0).x).values()
-    ]
-    note = (
-        folder
-        / f"{hashlib.sha256(f'{uncached.prefix.stage_digests[-1]} {shape}'.encode()).hexdigest()[:32]}.cost.json"
-    )
+    prefix = uncached.prefix
+    first_example = tree_to_dict(uncached.source.take(torch.tensor([0]), 0).x)
+    shapes = [tuple(tensor.shape) for tensor in first_example.values()]
+    name = hashlib.sha256(f"{prefix.stage_digests[-1]} {shapes}".encode()).hexdigest()[:32]
+    path = folder / f"{name}.cost.json"
     try:
-        known = json.loads(note.read_text())
+        known = json.loads(path.read_text())
         return {key: float(known[key]) for key in ("computing", "reading", "bytes")}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     index = torch.arange(min(TIMED_EXAMPLES, len(uncached)))
-    before = uncached.source.take(index, 0).x
-    computing, x = _time_call(lambda: uncached.prefix.compute(before), uncached.prefix.device)
-    held = [to_channels_last(leaf).contiguous() for leaf in tree_to_dict(x).values()]
+    x = uncached.source.take(index, 0).x
+    computing, outputs = _time_call(lambda: prefix.compute(x), prefix.device)
+    tensors = [to_channels_last(tensor).contiguous() for tensor in tree_to_dict(outputs).values()]
     reading, _ = _time_call(
-        lambda: [leaf[torch.randperm(len(leaf)).to(leaf.device)] for leaf in held],
-        uncached.prefix.device,
+        lambda: [tensor[torch.randperm(len(tensor)).to(tensor.device)] for tensor in tensors],
+        prefix.device,
     )
-    found = {
-        "computing": computing,
-        "reading": reading,
-        "bytes": float(sum(leaf.nbytes for leaf in held)),
-    }
-    found = {key: value / len(index) for key, value in found.items()}
-    with disk_errors(note), atomic_path(note, crash_prefix="note") as temporary:
-        temporary.write_text(json.dumps(found))
-    return found
+    byte_count = sum(tensor.nbytes for tensor in tensors)
+    totals = {"computing": computing, "reading": reading, "bytes": float(byte_count)}
+    costs = {key: value / len(index) for key, value in totals.items()}
+    with disk_errors(path), atomic_path(path, crash_prefix="note") as temporary:
+        temporary.write_text(json.dumps(costs))
+    return costs
 
 
-def _time_call(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """The shortest of three runs, and what the last gave."""
-    best, found = math.inf, None
+def _time_call(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """The seconds of the shortest of three calls, and the result of the last."""
+    shortest, result = math.inf, None
     for _ in range(3):
         start = time.perf_counter()
-        found = work()
+        result = function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best, found
+        shortest = min(shortest, time.perf_counter() - start)
+    return shortest, result
 
 
 def _available_memory() -> float:
-    """Bytes that new files can fill before some must be read from the disk again."""
+    """Bytes that new files can fill before some of them must be read from the disk again."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(
@@ -162,7 +174,7 @@ def _available_memory() -> float:
 
 
 class UncachedSource:
-    """A source seen through a prefix, computed at each take: the plain twin of Remembered."""
+    """The outputs of a prefix for a source, computed at each take: the plain version of CachedSource."""
 
     def __init__(self, prefix: FrozenPrefix, source: Source) -> None:
         self.prefix, self.source = prefix, source
@@ -177,23 +189,20 @@ class UncachedSource:
 
 
 class CacheFull(Exception):
-    """What others read leaves no room within the limit."""
+    """Entries that other processes read leave too little space within the limit."""
 
 
 class CachedSource:
-    """A source seen through a prefix, computed once per view and kept in `folder` for every later trial and worker.
+    """The outputs of a prefix for a source, computed once per view and kept for every later trial and worker.
 
-    Where what others are reading leaves no room for it, it is computed at each take.
+    The files are in `folder`. Where entries that other processes read leave too little space for a
+    view, its outputs are computed at each take.
     """
 
-    def __init__(self, live: UncachedSource, folder: Path, limit: float) -> None:
-        self.uncached, self.folder, self.byte_limit, self.device = (
-            live,
-            folder,
-            limit,
-            live.prefix.device,
-        )
-        self.views, self.digest, self.lengths = live.views, live.digest, live.lengths
+    def __init__(self, uncached: UncachedSource, folder: Path, byte_limit: float) -> None:
+        self.uncached, self.folder, self.byte_limit = uncached, folder, byte_limit
+        self.device = uncached.prefix.device
+        self.views, self.digest, self.lengths = uncached.views, uncached.digest, uncached.lengths
         self.readers: dict[int, ReadBatch] = {}
 
     def __len__(self) -> int:
@@ -206,98 +215,124 @@ class CachedSource:
         return self.readers[view](index)
 
     def entry_folder(self, depth: int, view: int) -> Path:
-        """Where the source is kept as it comes out of stage `depth`."""
+        """The folder for the outputs of stage `depth`, which counts from 1."""
         name = f"2 {self.uncached.prefix.stage_digests[depth - 1]} {self.uncached.source.digest}"
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}-{view}"
 
     def _open_entry(self, view: int) -> ReadBatch:
-        depth = len(self.uncached.prefix.stages)
-        place = self.entry_folder(depth, view)
+        """A function that reads batches of a view. The entry is filled first where it is not there."""
+        entry_folder = self.entry_folder(len(self.uncached.prefix.stages), view)
         try:
-            held = open_or_create(place, lambda: self._fill_entry(depth, view))
+            pinned_entry = open_or_create(entry_folder, CacheFill(self, view).run)
         except CacheFull:
             return lambda index: self.uncached.take(index, view)
-        return EntryReader(held, len(self), self.device, into_memory=True)
+        return EntryReader(pinned_entry, len(self), self.device, into_memory=True)
 
-    def _fill_entry(self, depth: int, view: int) -> None:
-        """One pass over the source, beginning at the nearest shallower stage that is kept; keeps what it passes if small.
 
-        Raises NoRoom.
-        """
-        remove_leftovers(self.folder)
-        begin, take = self._nearest_cached_stage(depth, view)
-        writers: dict[int, TensorWriter] = {}
+@dataclass(frozen=True)
+class FillChunk:
+    """Some examples on their way through a prefix: what goes into its first computed stage, and the outputs of its stages."""
+
+    x: TensorTree
+    outputs: dict[int, TensorTree]  # by stage, from 1
+    y: TensorTree
+
+
+class CacheFill:
+    """One pass over a source that fills the entry of a view, and entries of shallower stages that are small.
+
+    The pass begins at the deepest shallower stage that is in the cache. The first chunk shows how
+    large each stage's outputs are. From it follows the plan: which stages are kept, and how many
+    bytes each needs. Then the entries are opened, and each chunk is computed and written.
+    """
+
+    def __init__(self, cached: CachedSource, view: int) -> None:
+        self.cached, self.view = cached, view
+        self.prefix, self.example_count = cached.uncached.prefix, len(cached)
+        self.depth = len(self.prefix.stages)
+
+    def run(self) -> None:
+        """Fills the entries; the caller has the lock of the deepest. Raises CacheFull, StorageError."""
+        remove_leftovers(self.cached.folder)
+        begin, take = self._nearest_cached_stage()
+        first, *later = torch.split(torch.arange(self.example_count), FILL_CHUNK)
+        chunk = self._compute(begin, take(first), range(begin + 1, self.depth + 1))
+        bytes_needed = self._plan(chunk)
+        self._evict_until_fits(sum(bytes_needed.values()))
         with ExitStack() as stack:
-            for index in torch.split(torch.arange(len(self)), FILL_CHUNK):
-                first, y = take(index)
-                x, passed = first, dict[int, TensorTree]()
-                for reached in range(begin + 1, depth + 1):
-                    x = self.uncached.prefix.compute(x, reached - 1, reached)
-                    if not writers or reached in writers:
-                        passed[reached] = x
-                if not writers:
-                    needs = {
-                        at: len(self) * (_bytes_per_example(passed[at]) + _bytes_per_example(y))
-                        for at in self._stages_to_keep(passed, depth, _bytes_per_example(first))
-                    }
-                    self._evict_until_fits(sum(needs.values()))
-                    claims = {
-                        at: self._claim_entry(stack, at, view, need, at == depth)
-                        for at, need in needs.items()
-                    }
-                    writers = {
-                        at: TensorWriter(folder)
-                        for at, folder in claims.items()
-                        if folder is not None
-                    }
-                for at, writer in writers.items():
-                    writer.append(
-                        {
-                            **{k: to_channels_last(v) for k, v in tree_to_dict(passed[at]).items()},
-                            **prefix_targets(y),
-                        }
-                    )
+            writers = self._open_writers(stack, bytes_needed)
+            self._write(writers, chunk)
+            del chunk  # it has the outputs of every stage; memory is sized for one such chunk
+            for index in later:
+                self._write(writers, self._compute(begin, take(index), writers))
             for writer in writers.values():
                 writer.close()
-            self._evict_until_fits(0.0)  # others may have filled theirs meanwhile
+            self._evict_until_fits(0.0)  # other processes may have filled entries meanwhile
 
-    def _evict_until_fits(self, need: float) -> None:
-        if not evict_until_fits(self.folder, need, self.byte_limit):
+    def _nearest_cached_stage(self) -> tuple[int, ReadBatch]:
+        """The deepest shallower stage that is cached, and what reads it; stage 0 is the source itself."""
+        for stage in range(self.depth - 1, 0, -1):
+            pinned_entry = try_open(self.cached.entry_folder(stage, self.view))
+            if pinned_entry is not None:
+                return stage, EntryReader(pinned_entry, self.example_count, self.cached.device)
+        return 0, lambda index: self.cached.uncached.source.take(index, self.view)
+
+    def _compute(self, begin: int, batch: Batch, kept: Container[int]) -> FillChunk:
+        """Sends a batch, outputs of stage `begin`, through all stages after it; keeps the outputs of some."""
+        x, outputs = batch.x, dict[int, TensorTree]()
+        for stage in range(begin + 1, self.depth + 1):
+            x = self.prefix.compute(x, stage - 1, stage)
+            if stage in kept:
+                outputs[stage] = x
+        return FillChunk(batch.x, outputs, batch.y)
+
+    def _plan(self, chunk: FillChunk) -> dict[int, float]:
+        """The stages to keep, deepest first, and the bytes that each needs for this view.
+
+        The deepest is always kept. Of the others those are kept, deepest first, that are no larger
+        than what the pass began with and that together fit a quarter of the limit with all views.
+        """
+        sizes = {stage: _bytes_per_example(x) for stage, x in chunk.outputs.items()}
+        largest_size = _bytes_per_example(chunk.x)
+        free_bytes = self.cached.byte_limit / 4
+        stages = [self.depth]
+        for stage in sorted(sizes.keys() - {self.depth}, reverse=True):
+            free_bytes -= sizes[stage] * self.example_count * (self.cached.views or 1)
+            if free_bytes >= 0 and sizes[stage] <= largest_size:
+                stages.append(stage)
+        target_size = _bytes_per_example(chunk.y)
+        return {stage: self.example_count * (sizes[stage] + target_size) for stage in stages}
+
+    def _open_writers(
+        self, stack: ExitStack, bytes_needed: dict[int, float]
+    ) -> dict[int, TensorWriter]:
+        """A writer for each planned entry, until `stack` closes.
+
+        A shallower entry has none where it is there already, or where another process fills it.
+        """
+        writers = {}
+        for stage, byte_count in bytes_needed.items():
+            entry_folder = self.cached.entry_folder(stage, self.view)
+            if stage != self.depth:  # the caller has the lock of the deepest
+                is_locked = stack.enter_context(file_lock(lock_path(entry_folder), wait=False))
+                if not is_locked or try_open(entry_folder) is not None:
+                    continue
+            writers[stage] = TensorWriter(
+                stack.enter_context(atomic_folder(entry_folder, byte_count, "activations"))
+            )
+        return writers
+
+    def _write(self, writers: dict[int, TensorWriter], chunk: FillChunk) -> None:
+        for stage, writer in writers.items():
+            tensors = tree_to_dict(chunk.outputs[stage])
+            inputs = {name: to_channels_last(tensor) for name, tensor in tensors.items()}
+            writer.append({**inputs, **prefix_targets(chunk.y)})
+
+    def _evict_until_fits(self, byte_count: float) -> None:
+        if not evict_until_fits(self.cached.folder, byte_count, self.cached.byte_limit):
             raise CacheFull
-
-    def _nearest_cached_stage(self, depth: int, view: int) -> tuple[int, ReadBatch]:
-        """The deepest stage before `depth` that is kept, and how its outputs are had; the source itself is stage 0."""
-        for kept in range(depth - 1, 0, -1):
-            held = try_open(self.entry_folder(kept, view))
-            if held is not None:
-                return kept, EntryReader(held, len(self), self.device)
-        return 0, lambda index: self.uncached.source.take(index, view)
-
-    def _stages_to_keep(
-        self, passed: dict[int, TensorTree], depth: int, largest: float
-    ) -> list[int]:
-        """The stages to keep: `depth`, and of those on the way the deepest that are no larger than what they began with
-        and fit a quarter of the limit together."""
-        room, kept = self.byte_limit / 4, [depth]
-        for at in sorted(passed.keys() - {depth}, reverse=True):
-            room -= _bytes_per_example(passed[at]) * len(self) * (self.views or 1)
-            if room >= 0 and _bytes_per_example(passed[at]) <= largest:
-                kept.append(at)
-        return kept
-
-    def _claim_entry(
-        self, stack: ExitStack, depth: int, view: int, need: float, held: bool
-    ) -> Path | None:
-        """A folder to fill until `stack` closes. None: it is there, or being filled. `held`: its lock is ours already."""
-        place = self.entry_folder(depth, view)
-        if not held and (
-            not stack.enter_context(file_lock(lock_path(place), wait=False))
-            or try_open(place) is not None
-        ):
-            return None
-        return stack.enter_context(atomic_folder(place, need, "activations"))
 
 
 def _bytes_per_example(x: TensorTree) -> float:
     """Bytes of one example."""
-    return sum(leaf.nbytes / len(leaf) for leaf in tree_to_dict(x).values())
+    return sum(tensor.nbytes / len(tensor) for tensor in tree_to_dict(x).values())

@@ -1,17 +1,26 @@
-"""Cross-validation: one trial trained once a fold, all folds in step, so that an epoch's scores are their mean."""
+"""Cross-validation: a trial is trained once for each fold, all folds in step, so that an epoch's scores are their mean."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tuner.config.run import PluginConfig, Run
 from tuner.messages import Epoch
 from tuner.training.devices import DeviceContext
-from tuner.training.training_loop import BestEpoch, fit, open_checkpoints, prepare_training
+from tuner.training.epoch import TrainingContext
+from tuner.training.training_loop import (
+    BestEpoch,
+    FitProgress,
+    fit,
+    is_better,
+    is_out_of_patience,
+    open_checkpoints,
+    prepare_training,
+)
 
 
 def runs_of_folds(run: Run) -> list[Run]:
-    """The run for each of its folds; itself where there is one."""
+    """The run of each fold; the run itself where `data.folds` is 1."""
     count = int(run.data.options.get("folds", 1))
     if count == 1:
         return [run]
@@ -21,63 +30,69 @@ def runs_of_folds(run: Run) -> list[Run]:
     ]
 
 
+def prepare_folds(run: Run, device_context: DeviceContext, metric: str) -> list[TrainingContext]:
+    """The training context of each fold. Raises what `prepare_training` raises."""
+    return [prepare_training(fold, device_context, metric) for fold in runs_of_folds(run)]
+
+
 def fit_folds(
     run: Run,
-    device_context: DeviceContext,
-    metric: str,
-    best: BestEpoch,
-    checkpoints: Path | None = None,
+    contexts: Sequence[TrainingContext],
+    checkpoint_folder: Path | None = None,
     *,
     keep_best_weights: bool = False,
-) -> Iterator[Epoch]:
-    """The epochs of a run: over its folds the mean of loss and scores, and the seconds of all. Raises what `prepare` and `fit` do.
+) -> Iterator[FitProgress]:
+    """Trains a run over its folds.
 
-    Each fold continues from a folder of its own in `checkpoints`; epochs it remembers are yielded again, so the folds stay in step.
-    `keep`: the best epoch's weights are left there, where there is one fold.
+    Each fold has its own checkpoint folder below `checkpoint_folder`. A fold that continues from a
+    checkpoint replays its earlier epochs, so the folds stay in step.
+
+    Args:
+        run: The run, without the number of a fold.
+        contexts: What `prepare_folds` made of the run.
+        checkpoint_folder: Where trainings are saved and continued from; None: nowhere.
+        keep_best_weights: Leaves the best epoch's weights there, where there is one fold.
+
+    Yields:
+        Each epoch: the mean of loss and scores over the folds, and the sum of their seconds. Its
+        predictions are those of the first fold.
+
+    Raises:
+        Diverged: The loss or a score of a fold is not finite.
+        StorageError: A checkpoint cannot be written.
     """
-    runs = runs_of_folds(run)
-    if len(runs) == 1:
-        bench = prepare_training(run, device_context, metric)
-        yield from fit(
-            bench,
-            run.recipe,
-            run.seed,
-            best,
-            open_checkpoints(run, bench, checkpoints, keep_best_weights=keep_best_weights),
+    if len(contexts) == 1:
+        checkpoints = open_checkpoints(
+            run, contexts[0], checkpoint_folder, keep_best_weights=keep_best_weights
         )
+        yield from fit(contexts[0], run.recipe, run.seed, checkpoints)
         return
-    whole = run.recipe.model_copy(
-        update={"patience": None}
-    )  # the mean decides, not a fold of its own
-    bests, fits = [BestEpoch() for _ in runs], []
-    for number, (fold, own) in enumerate(zip(runs, bests, strict=True)):
-        bench = prepare_training(fold, device_context, metric)
-        folder = checkpoints / f"fold-{number}" if checkpoints is not None else None
-        fits.append(fit(bench, whole, run.seed, own, open_checkpoints(fold, bench, folder)))
-    for epochs in zip(*fits, strict=True):
-        epoch = mean_epoch(epochs)
-        if best.epoch is None or epoch.scores[metric] > best.epoch.scores[metric]:
-            best.epoch, best.predictions = (
-                epoch,
-                bests[0].latest_predictions,
-            )  # what is shown is the first fold's
-        yield epoch
-        if (
-            run.recipe.patience
-            and best.epoch
-            and epoch.number - best.epoch.number >= run.recipe.patience
-        ):
+    recipe = run.recipe.model_copy(update={"patience": None})  # patience follows the mean, below
+    fold_trainings = []
+    for number, (fold, context) in enumerate(zip(runs_of_folds(run), contexts, strict=True)):
+        folder = checkpoint_folder / f"fold-{number}" if checkpoint_folder is not None else None
+        checkpoints = open_checkpoints(fold, context, folder)
+        fold_trainings.append(fit(context, recipe, run.seed, checkpoints))
+    best: BestEpoch | None = None
+    for fold_progress in zip(*fold_trainings, strict=True):
+        epoch = mean_epoch([progress.epoch for progress in fold_progress])
+        predictions = fold_progress[0].predictions
+        if is_better(epoch, best, contexts[0].metric):
+            best = BestEpoch(epoch, predictions, weights={})
+        yield FitProgress(epoch, predictions, best)
+        if is_out_of_patience(run.recipe, epoch, best):
             break
 
 
-def mean_epoch(epochs: tuple[Epoch, ...]) -> Epoch:
-    n = len(epochs)
-    scores = {name: sum(e.scores[name] for e in epochs) / n for name in epochs[0].scores}
-    notes = tuple(dict.fromkeys(note for e in epochs for note in e.notes))
+def mean_epoch(epochs: Sequence[Epoch]) -> Epoch:
+    """The mean of the folds' loss and scores, the sum of their seconds, and each note once."""
+    count = len(epochs)
     return Epoch(
-        epochs[0].number,
-        sum(e.loss for e in epochs) / n,
-        scores,
-        sum(e.seconds for e in epochs),
-        notes,
+        number=epochs[0].number,
+        loss=sum(epoch.loss for epoch in epochs) / count,
+        scores={
+            name: sum(epoch.scores[name] for epoch in epochs) / count for name in epochs[0].scores
+        },
+        seconds=sum(epoch.seconds for epoch in epochs),
+        notes=tuple(dict.fromkeys(note for epoch in epochs for note in epoch.notes)),
     )

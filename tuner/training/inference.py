@@ -25,7 +25,7 @@ from tuner.files.removal import MANIFEST
 from tuner.manifest import PublishedExport, read_export, replaced
 from tuner.preprocessing.image_decoding import SUFFIXES, load_upright, silence_pillow, try_decode
 from tuner.training.building import build_task
-from tuner.training.finalization import open_export
+from tuner.training.exported_models import open_export
 
 BATCH_SIZE = 16
 PREFERRED_FORMATS = ("safetensors", "torch_export", "onnx")

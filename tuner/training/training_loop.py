@@ -1,26 +1,24 @@
-"""One training: `prepare` builds what a run names, `fit` is a generator of epochs. No Optuna here."""
+"""One training: `prepare_training` builds what a run names, `fit` yields its epochs. No Optuna here."""
 
 import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tuner.config.run import Recipe, Run
-from tuner.core.types import Dataset, Source
+from tuner.core.types import Dataset, Source, StagedModel
 from tuner.errors import DataError, SpaceError
-from tuner.files.atomic import atomic_folder, disk_errors
-from tuner.files.cache_entries import make_space, open_or_create, write_checksums
 from tuner.messages import Epoch
 from tuner.training import activation_cache
 from tuner.training.building import DeviceSource, build_task, copy_cached_model, load_dataset
-from tuner.training.checkpoints import Checkpoints, TrainingState
+from tuner.training.checkpoints import Checkpoints, RestoredProgress, TrainingState
 from tuner.training.devices import DeviceContext
 from tuner.training.epoch import (
     PredictionPairs,
@@ -29,246 +27,332 @@ from tuner.training.epoch import (
     shuffle_into_batches,
     train_one_epoch,
 )
+from tuner.training.linear_probe import PROBE_RECIPE, load_or_train_probe
 from tuner.training.micro_batches import initial_micro_batch_size
 from tuner.training.optimizers import lr_factor, make_optimizer
-
-PROBED_HEAD_FILE = "head.safetensors"
-PROBE_RECIPE = Recipe(
-    optimizer="adamw", lr=1e-3, epochs=20, batch_size=64, schedule="cosine", head="fresh"
-)
 
 
 class Diverged(Exception):
     """The loss or a score is NaN or infinite."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BestEpoch:
-    """The best epoch so far: its weights (a state dict of the suffix) and its (prediction, truth) pairs."""
+    """The epoch with the highest score so far.
 
-    epoch: Epoch | None = None
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    predictions: PredictionPairs = field(default_factory=list)
-    latest_predictions: PredictionPairs = field(
-        default_factory=list
-    )  # of the epoch that ended last
+    `predictions` are its (prediction, truth) pairs on the validation examples. `weights` is the
+    state dict of the suffix after it; it is empty where `epoch` is a mean over folds.
+    """
+
+    epoch: Epoch
+    predictions: PredictionPairs
+    weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FitProgress:
+    """What `fit` yields after each epoch.
+
+    Every item carries the best epoch so far, because a training may end at any epoch: it is
+    pruned, or it diverges. `best` is None while no epoch has scores, as with fit: train+valid.
+    """
+
+    epoch: Epoch
+    predictions: PredictionPairs
+    best: BestEpoch | None
+
+
+@dataclass(frozen=True)
+class EpochOutcome:
+    """An epoch that was trained now or replayed from a checkpoint.
+
+    `weights` is None after a trained epoch: the net still has them. Of the replayed epochs only
+    the best one has weights and predictions, since a checkpoint keeps no others.
+    """
+
+    epoch: Epoch
+    predictions: PredictionPairs
+    weights: dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run names, loaded: its dataset, and its model with a digest for each stage."""
+
+    run: Run
+    dataset: Dataset
+    staged_model: StagedModel
+    stage_digests: tuple[str, ...]
+    device_context: DeviceContext
+    metric: str
+
+    @property
+    def train_source(self) -> Source:
+        """The examples that the run is trained on."""
+        is_full = self.run.recipe.fit == "train+valid"
+        return self.dataset.full if is_full else self.dataset.train
+
+    def make_context(self, depth: int, recipe: Recipe) -> TrainingContext:
+        """The context for a training of the stages behind `depth` by `recipe`."""
+        prefix, suffix = self.staged_model.split(depth)
+        frozen = activation_cache.FrozenPrefix(
+            list(prefix.children()),
+            self.stage_digests[:depth],
+            self.device_context.device,
+            self.device_context.autocast,
+        )
+
+        def through_prefix(source: Source) -> Source:
+            return activation_cache.source_behind(
+                frozen,
+                DeviceSource(source, self.dataset.input_spec, self.device_context),
+                self.device_context.cache_limits,
+            )
+
+        return TrainingContext(
+            task=build_task(replace(self.run, recipe=recipe), self.dataset.classes),
+            staged_model=self.staged_model,
+            net=suffix,
+            dataset=self.dataset,
+            train=through_prefix(self.train_source),
+            valid=through_prefix(self.dataset.valid),
+            test=through_prefix(self.dataset.test),
+            device_context=self.device_context,
+            metric=self.metric,
+        )
 
 
 def prepare_training(run: Run, device_context: DeviceContext, metric: str) -> TrainingContext:
-    """Builds data and model and cuts the model where the recipe says. Raises DataError, SpaceError, and Diverged."""
-    data = load_dataset(run, device_context.home)
-    staged, names = copy_cached_model(run, device_context, len(data.classes))
-    depth = run.recipe.freeze_depth
-    if depth > staged.max_depth:
-        raise SpaceError(
-            f"recipe.freeze_depth: {depth}, but {run.model.name} allows 0..{staged.max_depth}"
-        )
-    staged.model.to(device_context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    learn = data.full if run.recipe.fit == "train+valid" else data.train
+    """Builds the data and the model of a run and splits the model at the recipe's freeze depth.
 
-    def bench(depth: int, recipe: Recipe) -> TrainingContext:
-        prefix, net = staged.split(depth)
-        frozen = activation_cache.FrozenPrefix(
-            list(prefix.children()), names[:depth], device_context.device, device_context.autocast
-        )
+    Args:
+        run: The run to train.
+        device_context: The device and its precision, and the home of the caches.
+        metric: The name of the score that decides which epoch is the best.
 
-        def feed(source: Source) -> Source:
-            return activation_cache.source_behind(
-                frozen,
-                DeviceSource(source, data.input_spec, device_context),
-                device_context.cache_limits,
-            )
+    Returns:
+        What `fit` trains. Its head begins as the linear probe where the recipe says so.
 
-        task = build_task(replace(run, recipe=recipe), data.classes)
-        return TrainingContext(
-            task,
-            staged,
-            net,
-            data,
-            feed(learn),
-            feed(data.valid),
-            feed(data.test),
-            device_context,
-            metric,
-        )
-
-    if (
-        run.recipe.head == "probe"
-        and staged.can_probe
-        and staged.max_depth > 0
-        and run.model.options.get("weights") != "none"
-    ):
-        recipe = PROBE_RECIPE.model_copy(update={"fit": run.recipe.fit})
-        key = f"{names[-2:]} {learn.digest} {data.valid.digest} {data.input_spec} {run.task.to_dict()} {metric} {recipe}"
-        head = list(staged.stages.values())[-1]
-        load_or_train_probe(
-            head,
-            device_context.home / "probes",
-            key,
-            lambda: fit(bench(staged.max_depth, recipe), recipe, 0),
-        )
-    return bench(depth, run.recipe)
-
-
-def load_or_train_probe(
-    head: nn.Module, folder: Path, run_key: str, training: Callable[[], Iterator[Epoch]]
-) -> None:
-    """Gives `head` what `training` makes of it over the outputs of all other stages, or what it made of it before.
-
-    Linear probing before fine-tuning: the gradients of a random head would distort what the other stages have learnt
-    (Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022).
+    Raises:
+        DataError: The data or the weights cannot be used.
+        SpaceError: The run does not fit the model.
+        Diverged: The linear probe diverged.
     """
-    place = folder / hashlib.sha256(f"3 {run_key}".encode()).hexdigest()[:32]
+    dataset = load_dataset(run, device_context.home)
+    staged_model, digests = copy_cached_model(run, device_context, len(dataset.classes))
+    depth = run.recipe.freeze_depth
+    if depth > staged_model.max_depth:
+        raise SpaceError(
+            f"recipe.freeze_depth: {depth}, but {run.model.name} allows 0..{staged_model.max_depth}"
+        )
+    staged_model.model.to(  # type: ignore[call-overload]
+        device_context.device, memory_format=torch.channels_last
+    )
+    loaded = LoadedRun(run, dataset, staged_model, digests, device_context, metric)
+    if starts_from_probe(run, staged_model):
+        probe_head(loaded)
+    return loaded.make_context(depth, run.recipe)
 
-    def make() -> None:
-        for linear in [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]:
-            nn.init.zeros_(
-                linear.weight
-            )  # a head drawn at random is a guess that the probe would have to unlearn
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        deque(training(), maxlen=0)
-        make_space(folder, 0.0)
-        with atomic_folder(place, crash_prefix="probe") as temporary:
-            save_file(
-                {name: value.contiguous() for name, value in head.state_dict().items()},
-                temporary / PROBED_HEAD_FILE,
-            )
-            write_checksums(temporary)
 
-    with disk_errors(place):
-        folder.mkdir(parents=True, exist_ok=True)
-        held = open_or_create(place, make)
-    head.load_state_dict(load_file(held.folder / PROBED_HEAD_FILE))
+def starts_from_probe(run: Run, staged_model: StagedModel) -> bool:
+    """Whether the head begins as the linear probe: the features must be pretrained."""
+    return (
+        run.recipe.head == "probe"
+        and staged_model.can_probe
+        and staged_model.max_depth > 0
+        and run.model.options.get("weights") != "none"
+    )
+
+
+def probe_head(loaded: LoadedRun) -> None:
+    """Gives the head its probed weights. Raises Diverged."""
+    staged_model = loaded.staged_model
+    recipe = PROBE_RECIPE.model_copy(update={"fit": loaded.run.recipe.fit})
+
+    def train() -> None:
+        context = loaded.make_context(staged_model.max_depth, recipe)
+        deque(fit(context, recipe, seed=0), maxlen=0)
+
+    run_key = (
+        f"{loaded.stage_digests[-2:]} {loaded.train_source.digest} {loaded.dataset.valid.digest} "
+        f"{loaded.dataset.input_spec} {loaded.run.task.to_dict()} {loaded.metric} {recipe}"
+    )
+    head = list(staged_model.stages.values())[-1]
+    load_or_train_probe(head, loaded.device_context.home / "probes", run_key, train)
 
 
 def open_checkpoints(
     run: Run, context: TrainingContext, folder: Path | None, *, keep_best_weights: bool = False
 ) -> Checkpoints | None:
-    """The checkpoints in `folder` of this run on this data, searched for this metric."""
+    """The checkpoints in `folder` of this run on this data with this metric; None without a folder."""
+    if folder is None:
+        return None
     key = f"{run.digest()} {context.dataset.digest} {context.metric}"
-    return (
-        Checkpoints(
-            folder, hashlib.sha256(key.encode()).hexdigest(), keep_best_weights=keep_best_weights
-        )
-        if folder is not None
-        else None
-    )
+    run_key = hashlib.sha256(key.encode()).hexdigest()
+    return Checkpoints(folder, run_key, keep_best_weights=keep_best_weights)
 
 
 def fit(
     context: TrainingContext,
     recipe: Recipe,
     seed: int,
-    best: BestEpoch | None = None,
     checkpoints: Checkpoints | None = None,
-) -> Iterator[Epoch]:
-    """Trains `bench.net`, yielding each epoch as it ends, and leaves the best epoch's weights in place.
+) -> Iterator[FitProgress]:
+    """Trains `context.net`. When the training is complete, the net has the best epoch's weights.
 
-    With `checkpoints` it goes on where an earlier attempt was killed, and first yields again the epochs that this one got through: what
-    decides on pruning and early stopping hears all of them. Without validation (fit: train+valid) the last epoch is the best. Equal
-    seeds give equal epochs on one machine. Raises Diverged when the loss or a score is not finite, StorageError.
+    With `checkpoints` the training goes on where an earlier attempt was killed. The epochs of that
+    attempt are yielded first, because pruning and early stopping must hear all of them. Without
+    validation (fit: train+valid) the last epoch's weights stay. Equal seeds give equal epochs on
+    one machine.
+
+    Args:
+        context: What `prepare_training` made.
+        recipe: How to train.
+        seed: From it and the epoch's number follow all random states.
+        checkpoints: Where the training is saved and continued from; None: nowhere.
+
+    Yields:
+        Each epoch when it has ended, with the best epoch so far.
+
+    Raises:
+        Diverged: The loss or a score is not finite.
+        StorageError: A checkpoint cannot be written.
     """
-    best = best if best is not None else BestEpoch()
-    opt = make_optimizer(context.net.parameters(), recipe)
-    steps = recipe.epochs * len(
-        shuffle_into_batches(len(context.train), recipe.batch_size, seed, 1, context.train.lengths)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: lr_factor(recipe, step, steps))
-    fits = initial_micro_batch_size(
-        context.net, recipe.batch_size, context.device_context.micro_batches
-    )
-    training = TrainingState(context.net, opt, schedule, fits)
-    past = replay_epochs(context, training, recipe.batch_size, checkpoints)
+    training = start_training(context, recipe, seed)
+    restored = checkpoints.restore_newest(training) if checkpoints is not None else None
     epochs: list[Epoch] = []
-    for number in range(1, min(recipe.epochs, recipe.stop_epoch or recipe.epochs) + 1):
-        again = number <= len(past)
-        epoch, best.latest_predictions, weights = (
-            past[number - 1] if again else run_epoch(context, recipe, training, seed, number)
-        )
-        epochs.append(epoch)
-        if epoch.scores and (
-            best.epoch is None or epoch.scores[context.metric] > best.epoch.scores[context.metric]
-        ):
-            best.epoch, best.predictions = epoch, best.latest_predictions
-            best.weights = (
-                weights
-                if again
-                else {k: v.detach().clone() for k, v in context.net.state_dict().items()}
-            )
-        if checkpoints is not None and not again:
+    best: BestEpoch | None = None
+    for outcome in chain(
+        replay_epochs(context, training, restored, recipe.batch_size),
+        train_epochs(context, recipe, training, seed, len(restored.epochs) if restored else 0),
+    ):
+        epochs.append(outcome.epoch)
+        if is_better(outcome.epoch, best, context.metric):
+            weights = copy_state(context) if outcome.weights is None else outcome.weights
+            best = BestEpoch(outcome.epoch, outcome.predictions, weights)
+        if checkpoints is not None and outcome.weights is None:
             checkpoints.save_if_due(
-                training, epochs, best.epoch.number if best.epoch else 0, best.weights
+                training,
+                epochs,
+                best.epoch.number if best else 0,
+                best.weights if best else {},
             )
-        yield replace(
-            epoch,
-            notes=drain_notes(
-                training.micro_batch_size.notes,
-                checkpoints.notes if checkpoints is not None else [],
-            ),
-        )
-        if recipe.patience and best.epoch and number - best.epoch.number >= recipe.patience:
+        notes = drain_notes(training, checkpoints)
+        yield FitProgress(replace(outcome.epoch, notes=notes), outcome.predictions, best)
+        if is_out_of_patience(recipe, outcome.epoch, best):
             break
-    if best.epoch:
+    if best is not None:
         context.net.load_state_dict(best.weights)
         if checkpoints is not None:
             checkpoints.save_best_weights(context.staged_model.model, context.net)
 
 
-EpochOutcome = tuple[Epoch, PredictionPairs, dict[str, Tensor]]
-"""An epoch, its predictions, and the weights after it. Of those remembered only the best one has them, the others none."""
+def start_training(context: TrainingContext, recipe: Recipe, seed: int) -> TrainingState:
+    """The state of a training before its first epoch."""
+    optimizer = make_optimizer(context.net.parameters(), recipe)
+    batches = shuffle_into_batches(
+        len(context.train), recipe.batch_size, seed, 1, context.train.lengths
+    )
+    steps = recipe.epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(recipe, step, steps)
+    )
+    micro_batch_size = initial_micro_batch_size(
+        context.net, recipe.batch_size, context.device_context.parts
+    )
+    return TrainingState(context.net, optimizer, schedule, micro_batch_size)
 
 
 def replay_epochs(
-    context: TrainingContext, training: TrainingState, size: int, checkpoints: Checkpoints | None
-) -> list[EpochOutcome]:
-    """The epochs of an earlier attempt, after whose last one `training` then is."""
-    found = checkpoints.restore_newest(training) if checkpoints is not None else None
-    if found is None:
-        return []
-    best: tuple[PredictionPairs, dict[str, Tensor]] = [], found.best_weights
-    if found.best_epoch:  # what it predicted is not kept, but predicted again
-        latest = {k: v.clone() for k, v in context.net.state_dict().items()}
-        context.net.load_state_dict(found.best_weights)
-        best = (
-            predict_source(context, context.valid, min(size, training.micro_batch_size.value)),
-            found.best_weights,
-        )
-        context.net.load_state_dict(latest)
-    return [
-        (epoch, *(best if epoch.number == found.best_epoch else ([], {}))) for epoch in found.epochs
-    ]
+    context: TrainingContext,
+    training: TrainingState,
+    restored: RestoredProgress | None,
+    batch_size: int,
+) -> Iterator[EpochOutcome]:
+    """Yields the epochs of an earlier attempt; `training` already has the state after the last one.
+
+    A checkpoint does not hold predictions, so those of the best epoch are computed again.
+    """
+    if restored is None:
+        return
+    for epoch in restored.epochs:
+        if epoch.number != restored.best_epoch:
+            yield EpochOutcome(epoch, [], {})
+            continue
+        latest_weights = copy_state(context)
+        context.net.load_state_dict(restored.best_weights)
+        size = min(batch_size, training.micro_batch_size.value)
+        predictions = predict_source(context, context.valid, size)
+        context.net.load_state_dict(latest_weights)
+        yield EpochOutcome(epoch, predictions, restored.best_weights)
+
+
+def train_epochs(
+    context: TrainingContext, recipe: Recipe, training: TrainingState, seed: int, replayed: int
+) -> Iterator[EpochOutcome]:
+    """Trains the epochs after the `replayed` ones and yields each. Raises Diverged."""
+    last = min(recipe.epochs, recipe.stop_epoch or recipe.epochs)
+    for number in range(replayed + 1, last + 1):
+        yield run_epoch(context, recipe, training, seed, number)
 
 
 def run_epoch(
     context: TrainingContext, recipe: Recipe, training: TrainingState, seed: int, number: int
 ) -> EpochOutcome:
-    """One epoch more. Raises Diverged."""
+    """Trains one epoch and scores it where validation examples are left. Raises Diverged."""
     start = time.monotonic()
     loss = train_one_epoch(context, recipe, training, seed, number)
-    validated, size = recipe.fit == "train", min(recipe.batch_size, training.micro_batch_size.value)
-    pairs = predict_source(context, context.valid, size) if validated else []
-    scores = context.task.score(pairs) if validated else {}
+    predictions: PredictionPairs = []
+    scores: dict[str, float] = {}
+    if recipe.fit == "train":
+        size = min(recipe.batch_size, training.micro_batch_size.value)
+        predictions = predict_source(context, context.valid, size)
+        scores = context.task.score(predictions)
     if not math.isfinite(loss) or not all(map(math.isfinite, scores.values())):
         raise Diverged(f"loss {loss:g} in epoch {number}")
-    return Epoch(number, loss, scores, time.monotonic() - start), pairs, {}
+    return EpochOutcome(Epoch(number, loss, scores, time.monotonic() - start), predictions, None)
 
 
-def drain_notes(*note_lists: list[str]) -> tuple[str, ...]:
-    """What there is to say, once."""
-    found = tuple(note for notes in note_lists for note in notes)
-    for notes in note_lists:
+def is_better(epoch: Epoch, best: BestEpoch | None, metric: str) -> bool:
+    """Whether `epoch` has a higher score than the best epoch so far. An equal score is not better."""
+    if not epoch.scores:
+        return False
+    return best is None or epoch.scores[metric] > best.epoch.scores[metric]
+
+
+def is_out_of_patience(recipe: Recipe, epoch: Epoch, best: BestEpoch | None) -> bool:
+    """Whether early stopping ends the training after `epoch`."""
+    if not recipe.patience or best is None:
+        return False
+    return epoch.number - best.epoch.number >= recipe.patience
+
+
+def copy_state(context: TrainingContext) -> dict[str, Tensor]:
+    """A copy of the net's state dict."""
+    return {name: value.detach().clone() for name, value in context.net.state_dict().items()}
+
+
+def drain_notes(training: TrainingState, checkpoints: Checkpoints | None) -> tuple[str, ...]:
+    """Takes the notes that were made since the last call, so that the user reads each of them once."""
+    drained: list[str] = []
+    for notes in (training.micro_batch_size.notes, checkpoints.notes if checkpoints else []):
+        drained += notes
         notes.clear()
-    return found
+    return tuple(drained)
 
 
-def check_batch_size(data: Dataset, run: Run) -> list[str]:
-    """Warnings about a batch size that the data cannot fill. Raises DataError when there is nothing to train on."""
-    count = len(data.train)
+def check_batch_size(dataset: Dataset, run: Run) -> list[str]:
+    """Warnings about a batch size that the data cannot fill.
+
+    Raises:
+        DataError: There are fewer than 2 training examples.
+    """
+    count = len(dataset.train)
     if count < 2:
         raise DataError(f"data: {count} training examples; at least 2 are needed")
     if run.recipe.batch_size > count:
         return [
-            f"recipe.batch_size: {run.recipe.batch_size}, but there are {count} training examples; each epoch is one batch of {count}"
+            f"recipe.batch_size: {run.recipe.batch_size}, but there are {count} training examples; "
+            f"each epoch is one batch of {count}"
         ]
     return []

@@ -1,19 +1,22 @@
-"""What workers do: survey a model, inspect data and weights, carry out a trial. Values in, values out."""
+"""What workers do: survey models, inspect data and weights, carry out a trial. Values in, values out."""
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from tuner import deferred_figures
+from tuner.config.run import PluginConfig
 from tuner.core.weights import is_path
 from tuner.files.downloads import forbid_downloads
 from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
-from tuner.training.building import build_model, build_task, load_dataset
-from tuner.training.cross_validation import fit_folds, runs_of_folds
+from tuner.training.building import build_model, load_dataset
+from tuner.training.cross_validation import fit_folds, prepare_folds, runs_of_folds
 from tuner.training.devices import select_device, select_gpus
+from tuner.training.epoch import TrainingContext
 from tuner.training.micro_batches import is_out_of_memory, release_memory
 from tuner.training.training_loop import BestEpoch, Diverged, check_batch_size
 
@@ -21,15 +24,14 @@ from tuner.training.training_loop import BestEpoch, Diverged, check_batch_size
 def survey_models(
     assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int
 ) -> ModelSurvey:
-    """How deep each model can be frozen, and how many GPUs are used. Nothing is fetched or written."""
+    """How deep each model can be frozen, and how many GPUs are used. Downloads and writes nothing."""
     depths: dict[str, int] = {}
-    for a in assignments:
-        select_device(
-            a.engine, Path(a.home), slot
-        )  # names a missing device before anything else happens
-        run = a.run.without_weights()
-        staged = build_model(run, Path(a.home), 2)
-        depths[a.run.model.name] = staged.max_depth
+    for assignment in assignments:
+        home = Path(assignment.home)
+        # names a missing device before anything else happens
+        select_device(assignment.engine, home, slot)
+        staged_model = build_model(assignment.run.without_weights(), home, 2)
+        depths[assignment.run.model.name] = staged_model.max_depth
     return ModelSurvey(depths, gpu_count=len(select_gpus(assignments[0].engine)))
 
 
@@ -39,54 +41,86 @@ def inspect_data(
     """Reads data and weights of every run as a trial would. Raises DataError, SpaceError."""
     warnings: list[str] = []
     notes: list[str] = []
-    for a in assignments:
-        local = (
-            is_path(str(a.run.model.options.get("weights", "")))
-            or a.run.model.options.get("folder") is not None
-        )
-        with forbid_downloads(not a.allow_downloads):
-            for run in runs_of_folds(a.run):
-                data = load_dataset(run, Path(a.home))
-            staged = build_model(
-                a.run if a.allow_downloads or local else a.run.without_weights(),
-                Path(a.home),
-                len(data.classes),
+    for assignment in assignments:
+        run, home = assignment.run, Path(assignment.home)
+        with forbid_downloads(not assignment.allow_downloads):
+            for fold in runs_of_folds(run):
+                dataset = load_dataset(fold, home)
+            has_weights = assignment.allow_downloads or has_local_weights(run.model)
+            staged_model = build_model(
+                run if has_weights else run.without_weights(), home, len(dataset.classes)
             )
-        warnings += [*data.warnings, *check_batch_size(data, a.run)]
-        notes += [f"{a.run.model.name}: {note}" for note in staged.notes]
+        warnings += [*dataset.warnings, *check_batch_size(dataset, run)]
+        notes += [f"{run.model.name}: {note}" for note in staged_model.notes]
     return DatasetReport(
-        digest=data.digest,
-        classes=data.classes,
-        split_sizes={"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-        input_description=data.input_spec.describe_input(),
-        parameter_count=sum(p.numel() for p in staged.model.parameters()),
+        digest=dataset.digest,
+        classes=dataset.classes,
+        split_sizes={
+            "train": len(dataset.train),
+            "valid": len(dataset.valid),
+            "test": len(dataset.test),
+        },
+        input_description=dataset.input_spec.describe_input(),
+        parameter_count=sum(p.numel() for p in staged_model.model.parameters()),
         warnings=tuple(dict.fromkeys(warnings)),
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
+def has_local_weights(model: PluginConfig) -> bool:
+    """Whether the model's weights are files of the user's own, so that nothing must be downloaded."""
+    return is_path(str(model.options.get("weights", ""))) or model.options.get("folder") is not None
+
+
+class TrialTraining(NamedTuple):
+    """How the training of a trial ended. `context` is None where no training was prepared."""
+
+    state: Literal["complete", "stopped", "diverged", "oom"]
+    reason: str
+    epochs: list[Epoch]
+    best: BestEpoch | None
+    context: TrainingContext | None
+
+
 def run_trial(assignment: Assignment, report: Callable[[Epoch], bool], slot: int) -> TrialResult:
-    """One trial: trains until it ends or `report` says stop."""
+    """Carries out one trial: trains until the training ends or `report` returns False."""
     start = time.monotonic()
+    training = train_trial(assignment, report, slot)
+    if training.state == "oom":
+        release_memory()
+    return TrialResult(
+        training.state,
+        tuple(training.epochs),
+        training.best.epoch.number if training.best else 0,
+        make_artifacts(training, assignment.metric),
+        time.monotonic() - start,
+        training.reason,
+    )
+
+
+def train_trial(
+    assignment: Assignment, report: Callable[[Epoch], bool], slot: int
+) -> TrialTraining:
+    """Trains a trial. Divergence and a lack of memory are ends of a trial, and no errors."""
     epochs: list[Epoch] = []
-    best = BestEpoch()
-    state: Literal["complete", "stopped", "diverged", "oom"] = "complete"
+    contexts: list[TrainingContext] = []
+    best: BestEpoch | None = None
+    state: Literal["complete", "stopped", "diverged"] = "complete"
     reason = ""
     try:
-        there = select_device(
-            assignment.engine, Path(assignment.home), slot, assignment.micro_batches
+        device_context = replace(
+            select_device(assignment.engine, Path(assignment.home), slot), parts=assignment.parts
         )
-        checkpoints = Path(assignment.checkpoint_folder) if assignment.checkpoint_folder else None
-        for epoch in fit_folds(
+        contexts = prepare_folds(assignment.run, device_context, assignment.metric)
+        for progress in fit_folds(
             assignment.run,
-            there,
-            assignment.metric,
-            best,
-            checkpoints,
+            contexts,
+            Path(assignment.checkpoint_folder) if assignment.checkpoint_folder else None,
             keep_best_weights=assignment.keep_best_weights,
         ):
-            epochs.append(epoch)
-            if not report(epoch):
+            best = progress.best
+            epochs.append(progress.epoch)
+            if not report(progress.epoch):
                 state = "stopped"
                 break
     except Diverged as error:
@@ -94,36 +128,22 @@ def run_trial(assignment: Assignment, report: Callable[[Epoch], bool], slot: int
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        state, reason = "oom", str(error).splitlines()[0]
-    if state == "oom":  # outside of the except block, whose traceback holds tensors
-        release_memory()
-        return TrialResult(state, tuple(epochs), 0, {}, time.monotonic() - start, reason)
-    files = make_artifacts(assignment, epochs, best)
-    return TrialResult(
-        state,
-        tuple(epochs),
-        best.epoch.number if best.epoch else 0,
-        files,
-        time.monotonic() - start,
-        reason,
-    )
+        # neither best epoch nor context: they have tensors, and the caller frees the memory
+        return TrialTraining("oom", str(error).splitlines()[0], epochs, None, None)
+    return TrialTraining(state, reason, epochs, best, contexts[0] if contexts else None)
 
 
-def make_artifacts(
-    assignment: Assignment, epochs: list[Epoch], best: BestEpoch
-) -> dict[str, bytes]:
-    """The trial's learning curve, and what its task shows of the best epoch."""
-    if best.epoch is None:
+def make_artifacts(training: TrialTraining, metric: str) -> dict[str, bytes]:
+    """The trial's learning curve, and what its task shows of the best epoch; of several folds, of the first."""
+    best, context = training.best, training.context
+    if best is None or context is None:
         return {}
-    data = load_dataset(assignment.run, Path(assignment.home))
-    task = build_task(assignment.run, data.classes)
     curve = deferred_figures.defer_figure(
         "curve",
-        losses=[e.loss for e in epochs],
-        scores=[e.scores for e in epochs],
-        metric=assignment.metric,
+        losses=[epoch.loss for epoch in training.epochs],
+        scores=[epoch.scores for epoch in training.epochs],
+        metric=metric,
     )
-    return {
-        "curve.png": curve,
-        **(task.make_artifacts(best.predictions, data) if best.predictions else {}),
-    }
+    if not best.predictions:
+        return {"curve.png": curve}
+    return {"curve.png": curve, **context.task.make_artifacts(best.predictions, context.dataset)}

@@ -1,0 +1,67 @@
+"""Exported models, opened: the model as a module without its weights, or an export as a function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tuner.config import plugins
+from tuner.core.export_module import ExportModule
+from tuner.core.input_spec import TensorTree, input_spec_from_dict, tree_to_dict
+from tuner.manifest import PublishedExport
+from tuner.training.building import build_model
+
+
+def load_exporter(name: str) -> Any:
+    """What has FILE, save and load: a module of export/, or an object of the user's own."""
+    if ":" in name:
+        return plugins.load_plugin("export", name)
+    return plugins.import_plugin("export", name)
+
+
+def model_without_weights(published: PublishedExport) -> ExportModule:
+    """The exported model, built from its manifest with fresh parameters."""
+    manifest = published.manifest
+    staged_model = build_model(
+        published.run.without_weights(), published.folder, len(manifest["classes"])
+    )
+    return ExportModule(
+        staged_model, input_spec_from_dict(manifest["preprocess"], published.folder)
+    )
+
+
+def open_export(published: PublishedExport, name: str) -> Callable[[TensorTree], TensorTree]:
+    """Opens one format of an export.
+
+    Args:
+        published: The export.
+        name: The format, such as "onnx".
+
+    Returns:
+        A function from any number of examples, as `InputSpec.to_export_input` gives them, to the
+        model's output. Every tensor is batch-first.
+    """
+    entry = published.manifest["exports"][name]
+    function: Callable[[TensorTree], TensorTree] = load_exporter(name).load(
+        published.folder / entry["file"], lambda: model_without_weights(published)
+    )
+    return function if entry.get("batched", True) else apply_one_by_one(function)
+
+
+def apply_one_by_one(
+    function: Callable[[TensorTree], TensorTree],
+) -> Callable[[TensorTree], TensorTree]:
+    """Makes a function of any number of examples out of a function of one example."""
+
+    def apply_to_all(x: TensorTree) -> TensorTree:
+        count = len(next(iter(tree_to_dict(x).values())))
+        outputs = [tree_to_dict(function(slice_rows(x, slice(i, i + 1)))) for i in range(count)]
+        joined = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        return joined[""] if set(joined) == {""} else joined
+
+    return apply_to_all
+
+
+def slice_rows(x: TensorTree, rows: slice) -> TensorTree:
+    """Some examples of a batch."""
+    return {name: tensor[rows] for name, tensor in x.items()} if isinstance(x, dict) else x[rows]
