@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_computed_on_the_fly(change: dict[str, Any], tmp_pa
         select_device(EngineSettings.model_validate({"device": "cpu", **change}), tmp_path),
         "accuracy",
     )
-    assert type(bench.train).__name__ == "Live"
+    assert type(bench.train).__name__ == "UncachedSource"
     assert (
         not [p for p in (tmp_path / "activations").glob("*") if p.is_dir()]
         if (tmp_path / "activations").exists()
@@ -148,7 +148,8 @@ def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(
 ) -> None:
     endless = run("resnet18_slim", 2, augment="flip", views="null")
     assert (
-        type(prepare_training(endless, here(tmp_path, "auto"), "accuracy").train).__name__ == "Live"
+        type(prepare_training(endless, here(tmp_path, "auto"), "accuracy").train).__name__
+        == "UncachedSource"
     )
     assert (
         type(

@@ -1,4 +1,5 @@
-"""The activation cache: what a frozen prefix computes for an example is always the same, so it is computed once.
+"""The activation cache: what a frozen prefix computes for an example is always the same, so it is
+computed once.
 
 `CachedSource` reads activations from memory-mapped files and fills them at the first use of a view;
 `UncachedSource` is its plain version and computes at each take. `source_behind` chooses.
@@ -68,7 +69,8 @@ class FrozenPrefix:
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext  # e.g. of bfloat16
 
     def compute(self, x: TensorTree, begin: int = 0, end: int | None = None) -> TensorTree:
-        """Sends `x`, an output of stage `begin`, through the stages after it up to `end` or the last.
+        """Sends `x`, an output of stage `begin`, through the stages after it up to `end` or the
+        last.
 
         Stages count from 1; the output of stage 0 is the input of the model.
         """
@@ -88,7 +90,8 @@ def stage_digests(stages: Sequence[nn.Module], start: str) -> tuple[str, ...]:
 
 
 def source_behind(prefix: FrozenPrefix, source: Source, limits: CacheLimits) -> Source:
-    """The outputs of `prefix` for `source`: cached where they fit the limits and it pays, else computed at each take.
+    """The outputs of `prefix` for `source`: cached where they fit the limits and it pays, else
+    computed at each take.
 
     Raises StorageError when the cache's folder cannot be written.
     """
@@ -174,7 +177,9 @@ def _available_memory() -> float:
 
 
 class UncachedSource:
-    """The outputs of a prefix for a source, computed at each take: the plain version of CachedSource."""
+    """The outputs of a prefix for a source, computed at each take: the plain version of
+    CachedSource.
+    """
 
     def __init__(self, prefix: FrozenPrefix, source: Source) -> None:
         self.prefix, self.source = prefix, source
@@ -193,7 +198,8 @@ class CacheFull(Exception):
 
 
 class CachedSource:
-    """The outputs of a prefix for a source, computed once per view and kept for every later trial and worker.
+    """The outputs of a prefix for a source, computed once per view and kept for every later trial
+    and worker.
 
     The files are in `folder`. Where entries that other processes read leave too little space for a
     view, its outputs are computed at each take.
@@ -220,7 +226,10 @@ class CachedSource:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}-{view}"
 
     def _open_entry(self, view: int) -> ReadBatch:
-        """A function that reads batches of a view. The entry is filled first where it is not there."""
+        """A function that reads batches of a view.
+
+        The entry is filled first where it is not there.
+        """
         entry_folder = self.entry_folder(len(self.uncached.prefix.stages), view)
         try:
             pinned_entry = open_or_create(entry_folder, CacheFill(self, view).run)
@@ -231,7 +240,9 @@ class CachedSource:
 
 @dataclass(frozen=True)
 class FillChunk:
-    """Some examples on their way through a prefix: what goes into its first computed stage, and the outputs of its stages."""
+    """Some examples on their way through a prefix: what goes into its first computed stage, and the
+    outputs of its stages.
+    """
 
     x: TensorTree
     outputs: dict[int, TensorTree]  # by stage, from 1
@@ -239,7 +250,8 @@ class FillChunk:
 
 
 class CacheFill:
-    """One pass over a source that fills the entry of a view, and entries of shallower stages that are small.
+    """One pass over a source that fills the entry of a view, and entries of shallower stages that
+    are small.
 
     The pass begins at the deepest shallower stage that is in the cache. The first chunk shows how
     large each stage's outputs are. From it follows the plan: which stages are kept, and how many
@@ -252,7 +264,10 @@ class CacheFill:
         self.depth = len(self.prefix.stages)
 
     def run(self) -> None:
-        """Fills the entries; the caller has the lock of the deepest. Raises CacheFull, StorageError."""
+        """Fills the entries; the caller has the lock of the deepest.
+
+        Raises CacheFull, StorageError.
+        """
         remove_leftovers(self.cached.folder)
         begin, take = self._nearest_cached_stage()
         first, *later = torch.split(torch.arange(self.example_count), FILL_CHUNK)
@@ -270,7 +285,9 @@ class CacheFill:
             self._evict_until_fits(0.0)  # other processes may have filled entries meanwhile
 
     def _nearest_cached_stage(self) -> tuple[int, ReadBatch]:
-        """The deepest shallower stage that is cached, and what reads it; stage 0 is the source itself."""
+        """The deepest shallower stage that is cached, and what reads it; stage 0 is the source
+        itself.
+        """
         for stage in range(self.depth - 1, 0, -1):
             pinned_entry = try_open(self.cached.entry_folder(stage, self.view))
             if pinned_entry is not None:
@@ -278,7 +295,9 @@ class CacheFill:
         return 0, lambda index: self.cached.uncached.source.take(index, self.view)
 
     def _compute(self, begin: int, batch: Batch, kept: Container[int]) -> FillChunk:
-        """Sends a batch, outputs of stage `begin`, through all stages after it; keeps the outputs of some."""
+        """Sends a batch, outputs of stage `begin`, through all stages after it; keeps the outputs
+        of some.
+        """
         x, outputs = batch.x, dict[int, TensorTree]()
         for stage in range(begin + 1, self.depth + 1):
             x = self.prefix.compute(x, stage - 1, stage)

@@ -1,4 +1,6 @@
-"""What a run names, built: its data, its task, its model."""
+"""Builds what a run names: its task, its data and its model; data and models are kept for the next
+run of the process.
+"""
 
 import copy
 import hashlib
@@ -10,17 +12,18 @@ from torch import Tensor, nn
 
 from tuner.config import plugins
 from tuner.config.run import PluginConfig, Run
-from tuner.core.input_spec import IMAGENET_SPEC, InputSpec
+from tuner.core.input_spec import IMAGENET_SPEC, InputSpec, TensorTree
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task, split_sequential
 from tuner.errors import SpaceError
 from tuner.training import activation_cache
 from tuner.training.devices import DeviceContext
 
-FRESH_SEED = 0  # seed of parameters that no weights are given for
-MAX_CACHED_MODELS = 4  # kept ready in a process
+FRESH_SEED = 0  # of parameters for which there are no weights
+MAX_CACHED_MODELS = 4  # in a process
 
 
 def build_task(run: Run, classes: tuple[str, ...]) -> Task:
+    """The run's task for these classes."""
     task: Task = plugins.load_plugin("task", run.task.name)(classes, run.recipe, **run.task.options)
     return task
 
@@ -29,30 +32,32 @@ _loaded_datasets: dict[str, Dataset] = {}
 
 
 def load_dataset(run: Run, home: Path) -> Dataset:
-    """The run's data; kept for the next run of this process that names the same, one a fold."""
-    wanted = input_spec_of(run.model, home)
-    options = {k: v for k, v in run.data.options.items() if k != "fold"}
-    name, fold = (
-        f"{run.task.name} {run.data.name} {options} {wanted} {home}",
-        run.data.options.get("fold", 0),
-    )
-    if not any(known.startswith(name) for known in _loaded_datasets):
-        _loaded_datasets.clear()  # one data set per process is what a study needs
-    key = f"{name} {fold}"
+    """The run's data. All folds of one dataset stay loaded for the next run of this process.
+
+    Raises:
+        DataError: The data cannot be used.
+        SpaceError: The data section does not fit the data.
+    """
+    input_spec = input_spec_of(run.model, home)
+    options = {key: value for key, value in run.data.options.items() if key != "fold"}
+    dataset_key = f"{run.task.name} {run.data.name} {options} {input_spec} {home}"
+    if not any(key.startswith(dataset_key) for key in _loaded_datasets):
+        _loaded_datasets.clear()  # a study needs one dataset per process
+    key = f"{dataset_key} {run.data.options.get('fold', 0)}"
     if key not in _loaded_datasets:
         arguments = plugins.read_keys("data", run.data.name).to_arguments(run.data.options)
-        _loaded_datasets[key] = plugins.load_plugin("data", run.data.name)(
-            home, wanted, run.task.name, **arguments
-        )
+        load = plugins.load_plugin("data", run.data.name)
+        _loaded_datasets[key] = load(home, input_spec, run.task.name, **arguments)
     return _loaded_datasets[key]
 
 
 def input_spec_of(model: PluginConfig, home: Path | None = None) -> InputSpec:
-    """How the model's weights need their examples: what `input_spec` in the family's file returns.
+    """The input spec of the model's weights, as `input_spec` in the family's file returns it.
 
-    A model of the user's own may have `input_spec` beside it. It is called without a model name, and
-    without it the model gets its examples as models of ImageNet do. What a family must download to
-    know its input spec, such as a tokenizer, it keeps in `home`; without `home` nothing is downloaded.
+    The file of a user's own model may have an `input_spec` too. It is called without a model name.
+    A model of the user's own without it gets IMAGENET_SPEC. A family may have to download a file to
+    know its input spec, such as a tokenizer. The file is kept in `home`; without a `home` nothing
+    is downloaded.
     """
     if ":" in model.name:
         describe = plugins.read_own_attribute("model", model.name, "input_spec", None)
@@ -61,63 +66,79 @@ def input_spec_of(model: PluginConfig, home: Path | None = None) -> InputSpec:
         describe, names = plugins.import_plugin("model", model.name).input_spec, (model.name,)
     if describe is None:
         return IMAGENET_SPEC
-    known = inspect.signature(describe).parameters
+    parameters = inspect.signature(describe).parameters
     options = {"home": home, **model.options}
-    input_spec: InputSpec = describe(*names, **{k: v for k, v in options.items() if k in known})
+    input_spec: InputSpec = describe(
+        *names, **{key: value for key, value in options.items() if key in parameters}
+    )
     return input_spec
 
 
 def copy_cached_model(
     run: Run, device_context: DeviceContext, output_count: int
 ) -> tuple[StagedModel, tuple[str, ...]]:
-    """The run's model, and a name for what each stage gives there, as `cache.names_of` has them.
+    """The run's model, and the digest of each stage, as `activation_cache.stage_digests` gives
+    them.
 
-    A model is built and named once per process and copied for each run: that is a trial's start, and workers wait for it.
+    A model is built and its digests are computed once per process; each run gets a copy. A trial
+    begins with this, and workers wait for it.
     """
-    key = f"{run.task.name} {run.model.to_dict()} {output_count} {device_context.home} {device_context.precision} {device_context.device.type}"
+    computed_by = f"{device_context.precision} {device_context.device.type}"
+    key = (
+        f"{run.task.name} {run.model.to_dict()} {output_count} {device_context.home} {computed_by}"
+    )
     if key not in _cached_models:
         if len(_cached_models) >= MAX_CACHED_MODELS:
             _cached_models.clear()
-        staged = build_model(run, device_context.home, output_count)
-        _cached_models[key] = (
-            staged,
-            activation_cache.stage_digests(
-                list(staged.stages.values()),
-                f"3 {device_context.precision} {device_context.device.type}",
-            ),
-        )
-    staged, names = _cached_models[key]
-    return copy.deepcopy(staged), names
+        staged_model = build_model(run, device_context.home, output_count)
+        stages = list(staged_model.stages.values())
+        digests = activation_cache.stage_digests(stages, f"3 {computed_by}")
+        _cached_models[key] = staged_model, digests
+    staged_model, digests = _cached_models[key]
+    return copy.deepcopy(staged_model), digests
 
 
 _cached_models: dict[str, tuple[StagedModel, tuple[str, ...]]] = {}
 
 
 def build_model(run: Run, home: Path, output_count: int) -> StagedModel:
-    """The run's model. Fresh parameters are drawn alike in every run: trials differ by what they train with."""
+    """The run's model. Fresh parameters are equal in every run, so that trials differ by their
+    recipes only.
+
+    Args:
+        run: The run that names model and task.
+        home: Where weights are kept and downloaded to.
+        output_count: The number of the model's outputs, such as classes.
+
+    Raises:
+        SpaceError: The options do not fit the model, or a user's own factory fails.
+        DataError: The weights are missing, damaged or of another model.
+    """
     torch.manual_seed(FRESH_SEED)
     name, options = run.model.name, dict(run.model.options)
-    make = plugins.load_plugin("model", name)
+    build = plugins.load_plugin("model", name)
     if ":" not in name:
-        staged: StagedModel = make(home, name, run.task.name, output_count, **options)
-        return staged
+        staged_model: StagedModel = build(home, name, run.task.name, output_count, **options)
+        return staged_model
     try:
-        made = make(output_count, **options)
-    except Exception as error:  # whatever the user's factory raises is theirs to read
+        model = build(output_count, **options)
+    except Exception as error:  # a user's own factory may raise anything, and the user must read it
         raise SpaceError(
-            f"model.name: {name}: calling it with the number of classes failed ({type(error).__name__}: {error})"
+            f"model.name: {name}: calling it with the number of classes failed "
+            f"({type(error).__name__}: {error})"
         ) from error
-    if isinstance(made, StagedModel):
-        return made
-    if not isinstance(made, nn.Module):
+    if isinstance(model, StagedModel):
+        return model
+    if not isinstance(model, nn.Module):
         raise SpaceError(
-            f"model.name: {name} returned {type(made).__name__}; expected an nn.Module or a tuner.api.StagedModel"
+            f"model.name: {name} returned {type(model).__name__}; expected an nn.Module or a "
+            "tuner.api.StagedModel"
         )
-    return split_sequential(made)
+    return split_sequential(model)
 
 
 class DeviceSource:
-    """A source on the device, as the model wants it."""
+    """A source whose examples are on the device and have the form that the model takes."""
 
     def __init__(
         self, source: Source, input_spec: InputSpec, device_context: DeviceContext
@@ -133,9 +154,8 @@ class DeviceSource:
 
     def take(self, index: Tensor, view: int) -> Batch:
         x, y = self.source.take(index, view)
-        truth = (
-            y.to(self.device)
-            if isinstance(y, Tensor)
-            else {name: leaf.to(self.device) for name, leaf in y.items()}
-        )
-        return Batch(self.input_spec.to_model_input(x, self.device), truth)
+        if isinstance(y, Tensor):
+            targets: TensorTree = y.to(self.device)
+        else:
+            targets = {name: tensor.to(self.device) for name, tensor in y.items()}
+        return Batch(self.input_spec.to_model_input(x, self.device), targets)

@@ -1,13 +1,17 @@
-"""What a training needs to go on where it was killed, on the disk: weights, optimizer, schedule, the epochs so far, the best one's weights.
+"""Checkpoints: what a training needs to go on where it was killed, as files.
 
-A checkpoint is one safetensors file, `<epoch>-<SHA-256>.safetensors`: nothing in it is pickled, and reading it executes nothing. It is
-written beside its place and renamed, so that a killed process leaves the old file or the new one. Two stay: the newest, and the last
-that was synced to the disk before it, which takes over when a power cut has torn the newest.
+A checkpoint has the weights, the states of optimizer and schedule, the epochs so far, and the best
+epoch's weights. It is one safetensors file, `<epoch>-<SHA-256>.safetensors`: nothing in it is
+pickled, and reading it executes nothing. It is written under another name in the same folder and
+then renamed, so that a killed process leaves the old file or the new one. Two files stay: the
+newest, and the newest before it that was synced to the disk. The synced one is used when a power
+cut has damaged the newest.
 
-What is not in it has no state of its own. Random states (Python's, numpy's, torch's, the GPU's) follow the seed and the epoch,
-which `trial.learn` sets them by, so that a trial draws alike whatever its process did before. Order and views of the examples are
-functions of the epoch. Early stopping follows from the epochs. There is no gradient scaler, since bfloat16 needs none, and no
-average of weights over time.
+What is not in a checkpoint needs no saving. Random states (Python's, numpy's, torch's, the GPU's)
+follow from the seed and the epoch: `epoch.train_one_epoch` sets them, so that a trial draws the
+same numbers whatever its process did before. Order and views of the examples are functions of the
+epoch. Early stopping follows from the epochs. There is no gradient scaler, since bfloat16 needs
+none, and no average of weights over time.
 """
 
 import json
@@ -32,15 +36,13 @@ from tuner.messages import Epoch
 from tuner.training.micro_batches import MicroBatchSize
 
 FORMAT_VERSION = 1
-MIN_WRITE_SECONDS = (
-    0.25  # seconds of training that may be lost; a longer epoch is written as it ends
-)
-SYNC_SECONDS = 1.0  # seconds between syncs; a power cut takes no more, and the epoch then running
+MIN_WRITE_SECONDS = 0.25  # of training that may be lost; a longer epoch is written when it ends
+SYNC_SECONDS = 1.0  # between syncs; a power cut loses no more, and the epoch that was running
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What changes while `net` is trained."""
+    """What changes while `net` is trained, and goes into a checkpoint."""
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
@@ -50,7 +52,10 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class RestoredProgress:
-    """What is remembered of a training besides its state. `best`: the number and the weights of its best epoch, where it has one."""
+    """What a checkpoint has besides the training state.
+
+    `best_epoch` is the number of the best epoch, 0 where there is none; `best_weights` are its weights.
+    """
 
     epochs: list[Epoch]
     best_epoch: int
@@ -58,29 +63,39 @@ class RestoredProgress:
 
 
 class Checkpoints:
-    """The checkpoints of one training in `folder`. `key` says which: those of another are left aside. `notes` has what the user must hear.
+    """The checkpoints of one training in `folder`.
 
-    Epochs shorter than STAKE are written when so many seconds are at stake: writing must not cost what it saves.
+    `run_key` names the training: checkpoints of another training are not used. `notes` has lines
+    for the user. Epochs shorter than MIN_WRITE_SECONDS are written only when that many seconds
+    have passed, because writing must not cost more time than it saves.
+
+    Args:
+        folder: Where the files are; it is created at the first write.
+        run_key: Equal for equal runs on equal data with an equal metric.
+        keep_best_weights: Writes the best epoch's weights when the training is complete.
     """
 
     def __init__(self, folder: Path, run_key: str, *, keep_best_weights: bool = False) -> None:
         self.folder, self.run_key, self.keep_best_weights = folder, run_key, keep_best_weights
         self.notes: list[str] = []
         self.last_write = self.last_sync = time.monotonic()
-        self.folders_synced = False  # whether a power cut leaves the folder
-        self.last_synced_file: Path | None = (
-            None  # the last that was synced; the first, until one is
-        )
+        self.folders_synced = False  # then the folder itself survives a power cut
+        # the last file that was synced; the first file, while none is synced
+        self.last_synced_file: Path | None = None
 
     def save_if_due(
         self, training: TrainingState, epochs: list[Epoch], best: int, weights: dict[str, Tensor]
     ) -> None:
-        """Writes what `load` gives back, if enough is at stake. Raises StorageError."""
+        """Writes a checkpoint if MIN_WRITE_SECONDS have passed since the last. Raises StorageError.
+
+        `best` is the number of the best epoch, 0 where there is none; `weights` are its weights.
+        """
         now = time.monotonic()
         if now - self.last_write < MIN_WRITE_SECONDS:
             return
         tensors, values = collect_state(training)
-        if best not in (0, len(epochs)):  # else there is none, or it is what is trained
+        # without a best epoch there are none; those of the last epoch are the net's own
+        if best not in (0, len(epochs)):
             tensors |= {f"best.{name}": value for name, value in weights.items()}
         values |= {
             "epochs": [(e.number, e.loss, e.scores, e.seconds) for e in epochs],
@@ -98,8 +113,9 @@ class Checkpoints:
             self.last_sync = self.last_write
 
     def write_file(
-        self, what: str, tensors: dict[str, Tensor], values: dict[str, Any], *, sync: bool
+        self, name: str, tensors: dict[str, Tensor], values: dict[str, Any], *, sync: bool
     ) -> Path:
+        """Writes `<name>-<SHA-256>.safetensors` with `values` in its header."""
         header = {
             "format": FORMAT_VERSION,
             "tuner": tuner.__version__,
@@ -110,7 +126,7 @@ class Checkpoints:
         content = safetensors.torch.save(
             to_independent_tensors(tensors), {"checkpoint": json.dumps(header)}
         )
-        path = self.folder / checkpoint_name(what, content)
+        path = self.folder / checkpoint_name(name, content)
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(
@@ -118,34 +134,37 @@ class Checkpoints:
         ) as temporary:
             temporary.write_bytes(content)
         if sync and not self.folders_synced:
-            for folder in (
-                self.folder.parent,
-                self.folder.parent.parent,
-            ):  # the folders' own names, once
+            # once, so that the names of the folders are on the disk too
+            for folder in (self.folder.parent, self.folder.parent.parent):
                 fsync(folder)
             self.folders_synced = True
         return path
 
     def restore_newest(self, training: TrainingState) -> RestoredProgress | None:
-        """Puts the newest checkpoint that is whole and of this training into `training`; None where there is none.
+        """Loads the newest usable checkpoint of this training into `training`; None where there is
+        none.
 
-        Whatever is left aside is said in `notes`.
+        `notes` names every file that cannot be used, and why.
         """
         remove_paths(self.folder.glob(".*.tmp"))  # of a write that was killed
         for path in list_checkpoints(self.folder):
-            found = self._restore_file(path, training)
-            if isinstance(found, str):
-                self.notes.append(f"{path}: {found}; left aside")
+            progress = self._restore_file(path, training)
+            if isinstance(progress, str):
+                self.notes.append(f"{path}: {progress}; left aside")
                 continue
             fsync(path)
             self.last_synced_file = path
-            self.notes = [f"{note}; going on from epoch {len(found.epochs)}" for note in self.notes]
-            return found
+            last = len(progress.epochs)
+            self.notes = [f"{note}; going on from epoch {last}" for note in self.notes]
+            return progress
         self.notes = [f"{note}; the training begins again" for note in self.notes]
         return None
 
     def _restore_file(self, path: Path, training: TrainingState) -> RestoredProgress | str:
-        """What a file has, or why it cannot be used; then `training` is untouched."""
+        """Loads a file into `training`.
+
+        Returns the reason where it cannot be used; `training` is then unchanged.
+        """
         content = read_verified(path)
         if content is None:
             return "damaged (its SHA-256 is not that of its name)"
@@ -165,31 +184,33 @@ class Checkpoints:
         )
 
     def save_best_weights(self, model: nn.Module, net: nn.Module) -> None:
-        """Leaves the trained weights of a trial that completed: those of `net` under the names that `model` has for them.
+        """Writes the weights of `net` under the names that `model` has for them, where they are to
+        be kept.
 
-        What the coordinator keeps it syncs; what it does not is gone in a moment.
+        The file is not synced here: the coordinator syncs the files that it keeps, and soon removes
+        the others.
         """
         if self.keep_best_weights:
             self.write_file("best", native_state(model, net), {}, sync=False)
 
 
 def read_header(content: bytes) -> dict[str, Any]:
-    """What a safetensors file says of itself; nothing where it is none of ours."""
+    """The header of a checkpoint; empty where the content is no checkpoint of tuner's."""
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        found = json.loads(header["__metadata__"]["checkpoint"])
+        values = json.loads(header["__metadata__"]["checkpoint"])
     except (ValueError, KeyError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def collect_state(training: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A training's state as tensors and as values that JSON holds."""
+    """A training's state, split into tensors and values for JSON."""
     tensors = {f"net.{name}": value for name, value in training.net.state_dict().items()}
     optimizer = training.optimizer.state_dict()
     values: dict[str, dict[str, Any]] = {}
-    for number, of_parameter in optimizer["state"].items():
-        for name, value in of_parameter.items():
+    for number, parameter_state in optimizer["state"].items():
+        for name, value in parameter_state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{number}.{name}"] = value
             else:
@@ -214,18 +235,19 @@ def collect_state(training: TrainingState) -> tuple[dict[str, Tensor], dict[str,
 def restore_state(
     training: TrainingState, tensors: dict[str, Tensor], values: dict[str, Any]
 ) -> None:
-    """The way back."""
+    """Loads what `collect_state` gave into `training`."""
     training.net.load_state_dict(select_prefix(tensors, "net."))
     optimizer = training.optimizer.state_dict()
     parameters = dict(
         enumerate(p for group in training.optimizer.param_groups for p in group["params"])
     )
     states: dict[int, dict[str, Any]] = {
-        int(number): dict(of) for number, of in values["optimizer"].items()
+        int(number): dict(parameter_state)
+        for number, parameter_state in values["optimizer"].items()
     }
     for name, value in select_prefix(tensors, "optimizer.").items():
-        number, _, what = name.partition(".")
-        states.setdefault(int(number), {})[what] = match_memory_layout(
+        number, _, key = name.partition(".")
+        states.setdefault(int(number), {})[key] = match_memory_layout(
             parameters[int(number)], value
         )
     for group, saved in zip(optimizer["param_groups"], values["groups"], strict=True):
@@ -241,19 +263,22 @@ def restore_state(
 
 
 def match_memory_layout(parameter: Tensor, value: Tensor) -> Tensor:
-    """A value of the optimizer as it lay in memory: beside its parameter, its axes in the same order."""
+    """A value of the optimizer with the device and the memory format of its parameter, as it had
+    before it was saved.
+    """
     if value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def has_same_shapes(tensors: dict[str, Tensor], net: nn.Module) -> bool:
-    """Whether all that `net` has is there, in its shapes."""
+    """Whether the tensors are exactly those of `net`, in its shapes."""
     shapes = {name: value.shape for name, value in net.state_dict().items()}
     return {name: value.shape for name, value in select_prefix(tensors, "net.").items()} == shapes
 
 
 def select_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, named without it."""
     return {
         name.removeprefix(prefix): value
         for name, value in tensors.items()
@@ -262,15 +287,15 @@ def select_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def to_independent_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors wants them: contiguous, on the CPU, none sharing memory with another."""
-    seen: set[int] = set()
-    found = {}
+    """Tensors as safetensors needs them: contiguous, on the CPU, no two in the same memory."""
+    addresses: set[int] = set()
+    independent = {}
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
-        place = value.untyped_storage().data_ptr()
-        found[name] = value.clone() if place in seen else value
-        seen.add(place)
-    return found
+        address = value.untyped_storage().data_ptr()
+        independent[name] = value.clone() if address in addresses else value
+        addresses.add(address)
+    return independent
 
 
 def native_state(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
@@ -284,7 +309,9 @@ def native_state(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
 
 
 def load_best_weights(path: Path, model: nn.Module, net: nn.Module) -> bool:
-    """Gives `net` the weights that `finish` left at `path`; False where they are damaged or of another model."""
+    """Loads what `Checkpoints.save_best_weights` wrote into `net`; False where it is damaged or of
+    another model.
+    """
     content = read_verified(path)
     if content is None:
         return False

@@ -1,4 +1,6 @@
-"""Cross-validation: a trial is trained once for each fold, all folds in step, so that an epoch's scores are their mean."""
+"""Cross-validation: a trial is trained once for each fold, all folds in step, so that an epoch's
+scores are their mean.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The device a run is carried out on, its precision, and the cache beside it."""
+"""The device on which a run is carried out, its precision, and the limits of the cache."""
 
 import math
 from contextlib import AbstractContextManager
@@ -14,83 +14,91 @@ from tuner.training.activation_cache import CacheLimits
 
 @dataclass(frozen=True)
 class DeviceContext:
+    """Where and how a run is computed; `home` is the folder of caches and downloads."""
+
     home: Path
     device: torch.device
     precision: str  # float32 or bfloat16
     cache_limits: CacheLimits
-    micro_batches: int = 1  # in so many a batch is taken, for lack of memory
+    parts: int = 1  # into which each batch is split, because earlier attempts had too little memory
 
     def autocast(self) -> AbstractContextManager[None]:
-        """bfloat16 autocast where the precision says so; otherwise nothing changes."""
+        """A context of bfloat16 autocast where the precision is bfloat16; otherwise it changes
+        nothing.
+        """
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
         )
 
 
-def select_device(
-    engine: EngineSettings, home: Path, slot: int = 0, micro_batches: int = 1
-) -> DeviceContext:
-    """Where the worker in `slot` computes: the GPUs in use are dealt out in turn. Raises StorageError when the device asked for is not there."""
-    found = select_gpus(engine)
-    device = (
-        torch.device("cuda", found[slot % len(found)])
-        if found
-        else _select_other_device(engine.device)
-    )
-    if found:
-        _limit_gpu_memory(engine, device, len(found))
+def select_device(engine: EngineSettings, home: Path, slot: int = 0) -> DeviceContext:
+    """The device of the worker in `slot`, from 0. The slots use the selected GPUs in turn.
+
+    Raises:
+        StorageError: The device that `engine` names is not there.
+    """
+    gpus = select_gpus(engine)
+    if gpus:
+        device = torch.device("cuda", gpus[slot % len(gpus)])
+        _limit_gpu_memory(engine, device, len(gpus))
+    else:
+        device = _select_device_without_gpu(engine.device)
     precision = engine.precision
     if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if fast else "float32"
-    return DeviceContext(
-        home, device, precision, CacheLimits(home, engine.cache_gb, engine.cache), micro_batches
-    )
+        is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if is_fast else "float32"
+    return DeviceContext(home, device, precision, CacheLimits(home, engine.cache_gb, engine.cache))
 
 
 def select_gpus(engine: EngineSettings) -> tuple[int, ...]:
-    """The numbers of the GPUs in use; none where the device is another. Raises StorageError when one asked for is not there."""
+    """The numbers of the GPUs to use; none on another device.
+
+    Raises StorageError when a named GPU is not there.
+    """
     kind, _, number = engine.device.partition(":")
     if kind not in ("auto", "cuda"):
         return ()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0 and kind == "cuda":
         raise StorageError(
-            f"engine.device: {engine.device}, but torch {torch.__version__} sees no GPU here; use auto or cpu"
+            f"engine.device: {engine.device}, but torch {torch.__version__} sees no GPU here; "
+            "use auto or cpu"
         )
     if count == 0 and engine.gpus is not None:
         raise StorageError(
-            f"engine.gpus: {engine.gpus}, but torch {torch.__version__} sees no GPU here; leave gpus out"
+            f"engine.gpus: {engine.gpus}, but torch {torch.__version__} sees no GPU here; "
+            "leave gpus out"
         )
     if number:
-        wanted = [int(number)]
+        selected = [int(number)]
     elif isinstance(engine.gpus, list):
-        wanted = engine.gpus
+        selected = engine.gpus
     else:
-        wanted = list(range(engine.gpus or count))
-    if max(wanted, default=-1) >= count:
-        asked = f"device: {engine.device}" if number else f"gpus: {engine.gpus}"
-        there = "1 GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
-        raise StorageError(f"engine.{asked}, but torch sees {there}")
-    return tuple(wanted)
+        selected = list(range(engine.gpus or count))
+    if max(selected, default=-1) >= count:
+        setting = f"device: {engine.device}" if number else f"gpus: {engine.gpus}"
+        available = "1 GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
+        raise StorageError(f"engine.{setting}, but torch sees {available}")
+    return tuple(selected)
 
 
 def _limit_gpu_memory(engine: EngineSettings, device: torch.device, count: int) -> None:
-    """Keeps a worker that shares its GPU within its part: out of memory is then its own doing, and not its neighbour's.
+    """Limits a worker that shares its GPU to its share of the memory.
 
-    One that is alone gets the whole, also where it shared it before.
+    A worker that runs out of memory has then used too much itself; its neighbour did not cause it.
+    A worker that is alone gets the whole memory, also where it shared the GPU before.
     """
-    workers = (
-        engine.workers if isinstance(engine.workers, int) and engine.name == "local" else 1
-    )  # elsewhere not all of them are here
+    # the workers of the other engines are not all on this machine
+    is_local = engine.name == "local"
+    workers = engine.workers if is_local and isinstance(engine.workers, int) else 1
     sharing = max(engine.per_gpu, math.ceil(workers / count))
-    if sharing > 1 or engine.name == "local":  # Ray's slots know their part themselves
+    if sharing > 1 or is_local:  # Ray limits its slots itself
         torch.cuda.set_per_process_memory_fraction(1 / sharing, device)
 
 
-def _select_other_device(wanted: str) -> torch.device:
-    if wanted == "auto":
+def _select_device_without_gpu(name: str) -> torch.device:
+    if name == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if wanted == "mps" and not torch.backends.mps.is_available():
+    if name == "mps" and not torch.backends.mps.is_available():
         raise StorageError("engine.device: mps, but torch sees no Apple GPU here; use auto or cpu")
-    return torch.device(wanted)
+    return torch.device(name)

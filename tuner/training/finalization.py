@@ -1,4 +1,6 @@
-"""The winner: retrained on train and validation examples, scored once on the test examples, exported and published."""
+"""The winner: retrained on train and validation examples, scored once on the test examples,
+exported and published.
+"""
 
 import math
 import time
@@ -72,7 +74,8 @@ def finalize(
 def train_model(
     job: FinalizeJob, report: Callable[[Epoch], bool], slot: int
 ) -> TrainedModel | None:
-    """Retrains the winner, or loads the weights that its trial left, and scores it on the test examples.
+    """Retrains the winner, or loads the weights that its trial left, and scores it on the test
+    examples.
 
     Returns None when `report` returned False. Raises NoUsableTrial, DataError.
     """

@@ -1,4 +1,4 @@
-"""What a forward pass costs in each stage of a model, counted."""
+"""Counts the floating-point operations of a forward pass in each stage of a model."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
 from tuner.core.types import StagedModel
 
-FALLBACK_SIZES = (96, 64, 32, 28)  # tried after the size that was asked for
+FALLBACK_SIZES = (96, 64, 32, 28)  # pixels, tried after the size of the input spec
 
 
 @dataclass(frozen=True)
 class StageFlops:
-    """One example's forward pass through each stage, `size` pixels square or tokens long; a multiply-add counts as two."""
+    """Operations of one example's forward pass through each stage; a multiply-add counts as two.
+
+    `size` is the side of the image in pixels, or the length of the text in tokens.
+    """
 
     size: int
     flops: tuple[int, ...]
 
 
 def measure_flops(staged: StagedModel, input_spec: InputSpec) -> StageFlops:
-    """Sends a made-up example through the stages. Raises ValueError when none of the sizes passes."""
+    """Sends a made-up example through the stages.
+
+    Raises ValueError when the model takes none of the sizes.
+    """
     reasons = []
     size = input_spec.max_length or tree_to_dict(input_spec.dummy_input())[""].shape[-1]
     for side in (size,) if input_spec.max_length else (size, *FALLBACK_SIZES):
@@ -33,12 +39,10 @@ def measure_flops(staged: StagedModel, input_spec: InputSpec) -> StageFlops:
                         x = stage.eval()(x)
                     flops.append(counter.get_total_flops())
             return StageFlops(side, tuple(flops))
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-        ) as error:  # a user's model may be made for one size
+        # a user's own model may take one size only
+        except (RuntimeError, ValueError, TypeError) as error:
             reasons.append(str(error).splitlines()[0])
+    sizes = ", ".join(map(str, (size, *FALLBACK_SIZES)))
     raise ValueError(
-        f"no image of 3 x side x side passes through this model (tried {', '.join(map(str, (size, *FALLBACK_SIZES)))}): {reasons[0]}"
+        f"no image of 3 x side x side passes through this model (tried {sizes}): {reasons[0]}"
     )

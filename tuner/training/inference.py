@@ -1,9 +1,9 @@
-"""Predictions by an export: for images, folders of images and globs, or for texts."""
+"""Predictions by an export, for images, folders of images and globs, or for texts."""
 
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tuner.core.input_spec import (
     input_spec_from_dict,
 )
 from tuner.core.types import Prediction, Task
-from tuner.errors import DataError, SpaceError, nearest_path_hint, suggest_names
+from tuner.errors import DataError, SpaceError, nearest_hint, suggest_names
 from tuner.files.atomic import disk_errors
 from tuner.files.removal import MANIFEST
 from tuner.manifest import PublishedExport, read_export, replaced
@@ -33,48 +33,65 @@ PREFERRED_FORMATS = ("safetensors", "torch_export", "onnx")
 
 @dataclass(frozen=True)
 class NamedPrediction:
+    """The prediction for one example."""
+
     kind: str  # image or text
-    name: str  # of the image, or the text itself
+    name: str  # the path of the image, or the text itself
     prediction: Prediction
 
 
 def find_export(studies: Path, name: str) -> PublishedExport:
-    """A study by name or folder, or an export's folder. Raises DataError."""
+    """The export of a study, by the study's name or folder, or by the export's folder.
+
+    Raises DataError.
+    """
     for folder in (studies / name / "export", Path(name) / "export", Path(name)):
-        published = (
-            read_export(folder) if os.path.isdir(folder) else None
-        )  # Path.is_dir raises on a name that is too long
+        # os.path, because Path.is_dir raises on a name that is too long
+        published = read_export(folder) if os.path.isdir(folder) else None
         if published is not None:
             return published
     if os.path.isfile(studies / name / "space.yaml"):
         raise DataError(
-            f"study {name!r} has no export yet; finish it with `tuner run`, or call `tuner export {name}`"
+            f"study {name!r} has no export yet; finish it with `tuner run`, or call "
+            f"`tuner export {name}`"
         )
     known = sorted(p.parent.parent.name for p in studies.glob("*/export/manifest.json"))
     hint = suggest_names(name, known) if known else "; make one with `tuner run FILE`"
     raise DataError(
-        f"no export under {name!r}: neither a study in {studies} nor a folder with manifest.json{hint}"
+        f"no export under {name!r}: neither a study in {studies} nor a folder with "
+        f"manifest.json{hint}"
     )
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The images that paths, folders and globs name, in order, each once. Raises DataError for what is not there."""
-    found: dict[Path, None] = {}
+    """The images that paths, folders and globs name, in order, each once.
+
+    Raises:
+        DataError: A pattern names no image.
+    """
+    images: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
-        # a name may hold glob characters itself, so what exists comes first
-        named = (
-            [path]
-            if os.path.lexists(path)
-            else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-        )
-        inside = [p for one in named for p in (_images_below(one) if one.is_dir() else [one])]
-        if path not in named:
-            inside = [p for p in inside if p.suffix.lower() in SUFFIXES] or inside
-        if not inside:
-            raise DataError(f"{pattern}: no image there{nearest_path_hint(path)}")
-        found |= dict.fromkeys(inside)
-    return list(found)
+        # an existing path is no glob, because its name may contain glob characters
+        if os.path.lexists(path):
+            matches = _images_below(path) if path.is_dir() else [path]
+        else:
+            matches = _images_of_glob(pattern)
+        if not matches:
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise DataError(f"{pattern}: no image there{nearest_hint(path.name, siblings)}")
+        images |= dict.fromkeys(matches)
+    return list(images)
+
+
+def _images_of_glob(pattern: str) -> list[Path]:
+    """The images that a glob matches, and those in folders that it matches; all files where none is
+    an image.
+    """
+    matches: list[Path] = []
+    for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
+        matches += _images_below(path) if path.is_dir() else [path]
+    return [path for path in matches if path.suffix.lower() in SUFFIXES] or matches
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -88,82 +105,97 @@ def predict_examples(
     *,
     trust: bool = False,
 ) -> Iterator[NamedPrediction | str]:
-    """A prediction for each image or text that `named` means, or a sentence for one that cannot be read.
+    """Predicts images or texts by an export.
 
-    Raises SpaceError on an unknown format, and on an export that names code unless it is to be trusted; DataError for
-    what is not there.
+    Args:
+        published: The export.
+        examples: Paths, folders and globs of images; or texts, and files with one text a line.
+        export_format: The format to use; None: the first of PREFERRED_FORMATS that it has.
+        trust: Whether code that the export names may be imported and run.
+
+    Yields:
+        A prediction for each example, or a sentence about an example that cannot be read.
+
+    Raises:
+        SpaceError: The format is unknown, or the export names code that is not trusted.
+        DataError: An example does not exist.
     """
     exports = published.manifest["exports"]
-    export_format = export_format or next(
-        (k for k in PREFERRED_FORMATS if k in exports), next(iter(exports))
+    available = [name for name in PREFERRED_FORMATS if name in exports] or list(exports)
+    function, task, input_spec = open_predictor(
+        published, export_format or available[0], trust=trust
     )
-    function, task, wanted = opened(published, export_format, trust=trust)
-    batches = (
-        encode_text_batches(read_texts(examples), wanted)
-        if isinstance(wanted, TextInputSpec)
-        else read_image_batches(find_images(examples), wanted)
-    )
+    if isinstance(input_spec, TextInputSpec):
+        kind, batches = "text", encode_text_batches(read_texts(examples), input_spec)
+    else:
+        kind, batches = "image", read_image_batches(find_images(examples), input_spec)
     for batch in batches:
         yield from batch.problems
-        if batch.names:
-            with torch.no_grad():
-                told = task.describe_predictions(function, batch.x, batch.originals, wanted)
-            export_format = "text" if isinstance(wanted, TextInputSpec) else "image"
-            yield from (
-                NamedPrediction(export_format, name, one)
-                for name, one in zip(batch.names, told, strict=True)
-            )
+        if not batch.names:
+            continue
+        with torch.no_grad():
+            predictions = task.describe_predictions(function, batch.x, batch.originals, input_spec)
+        for name, prediction in zip(batch.names, predictions, strict=True):
+            yield NamedPrediction(kind, name, prediction)
 
 
-def require_format(published: PublishedExport, kind: str) -> None:
+def require_format(published: PublishedExport, export_format: str) -> None:
+    """Raises SpaceError where the export has no such format."""
     exports = published.manifest["exports"]
-    if kind not in exports:
+    if export_format not in exports:
         raise SpaceError(
-            f"--format {kind!r} was not exported{suggest_names(kind, exports)}; make it with `tuner export`"
+            f"--format {export_format!r} was not exported{suggest_names(export_format, exports)}; "
+            "make it with `tuner export`"
         )
 
 
-def refuse_code(published: PublishedExport, kind: str) -> None:
-    """Raises SpaceError where the export names code that is not tuner's: it may be somebody else's export."""
-    for key, name in published.code(kind).items():
+def refuse_code(published: PublishedExport, export_format: str) -> None:
+    """Raises SpaceError where the export names code that is not tuner's: another person may have
+    made the export.
+    """
+    for key, name in published.code(export_format).items():
         raise SpaceError(
-            f"{published.folder / MANIFEST}: {key}: {name!r} is code, which would be imported and run; if the export is "
-            "your own, or you have read that code, add --trust (its module is found on PYTHONPATH, not in this folder)"
+            f"{published.folder / MANIFEST}: {key}: {name!r} is code, which would be imported and "
+            "run; if the export is your own, or you have read that code, add --trust (its module "
+            "is found on PYTHONPATH, not in this folder)"
         )
 
 
-def opened(
-    published: PublishedExport, kind: str, *, trust: bool
+def open_predictor(
+    published: PublishedExport, export_format: str, *, trust: bool
 ) -> tuple[Callable[[TensorTree], TensorTree], Task, InputSpec]:
-    """The export as a function, its task and what it takes; where another takes its place meanwhile, of that one."""
+    """The export as a function, its task and its input spec.
+
+    Another process may replace the export while it is opened; then the new export is opened.
+    """
     while True:
-        require_format(published, kind)
+        require_format(published, export_format)
         if not trust:
-            refuse_code(published, kind)
+            refuse_code(published, export_format)
         try:
             with plugins.installed_only():
-                function = open_export(published, kind)
+                function = open_export(published, export_format)
                 task = build_task(published.run, tuple(published.manifest["classes"]))
-            wanted = input_spec_from_dict(published.manifest["preprocess"], published.folder)
-        except Exception:  # of a half of each: a file is gone, or fits no more
-            newer = replacement(published)
+            input_spec = input_spec_from_dict(published.manifest["preprocess"], published.folder)
+        except Exception:  # anything can fail where a file is of the old export and one of the new
+            newer = find_replacement(published)
             if newer is None:
                 raise
         else:
-            newer = replacement(published)
+            newer = find_replacement(published)
             if newer is None:
-                return function, task, wanted
+                return function, task, input_spec
         published = newer
 
 
-def replacement(published: PublishedExport) -> PublishedExport | None:
-    """The export that has taken this one's place since it was read."""
+def find_replacement(published: PublishedExport) -> PublishedExport | None:
+    """The export that has replaced this one since it was read; None where this one is still there."""
     return read_export(published.folder) if replaced(published) else None
 
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """Some of the examples to be predicted; `bad` says what could not be read."""
+    """Some of the examples to predict; `problems` has a sentence for each that cannot be read."""
 
     names: list[str]
     x: TensorTree
@@ -172,52 +204,59 @@ class ExampleBatch:
 
 
 def read_image_batches(paths: Sequence[Path], input_spec: InputSpec) -> Iterator[ExampleBatch]:
+    """The images in batches of BATCH_SIZE."""
     assert isinstance(input_spec, ImageInputSpec)
     for start in range(0, len(paths), BATCH_SIZE):
-        names, pixels, originals, bad = [], [], [], []
+        batch = ExampleBatch([], torch.empty(0), [], [])
+        pixels = []
         with silence_pillow():
             for path in paths[start : start + BATCH_SIZE]:
-                found = try_decode(path, input_spec)
-                if isinstance(found, str):
-                    bad.append(found)
+                image = try_decode(path, input_spec)
+                if isinstance(image, str):
+                    batch.problems.append(image)
                 else:
-                    names.append(str(path))
-                    pixels.append(found)
-                    originals.append(load_upright(path))
+                    batch.names.append(str(path))
+                    pixels.append(image)
+                    batch.originals.append(load_upright(path))
         x = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
-        yield ExampleBatch(names, input_spec.to_export_input(x), originals, bad)
+        yield replace(batch, x=input_spec.to_export_input(x))
 
 
-def read_texts(named: Sequence[str]) -> list[str]:
-    """Each argument is a text, or a file with one a line. Raises DataError on a file that is no text."""
-    found: list[str] = []
-    for words in named:
-        if not os.path.isfile(words):
-            found.append(words)
+def read_texts(examples: Sequence[str]) -> list[str]:
+    """The texts: each example is a text, or a file with one text a line.
+
+    Raises DataError on a file that is no text.
+    """
+    texts: list[str] = []
+    for example in examples:
+        if not os.path.isfile(example):
+            texts.append(example)
             continue
         try:
-            found += [
-                line
-                for line in Path(words).read_text(encoding="utf-8").splitlines()
-                if line.strip()
-            ]
+            lines = Path(example).read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
             raise DataError(
-                f"{words}: not a text file in UTF-8; give a file with one text a line, or the text itself"
+                f"{example}: not a text file in UTF-8; give a file with one text a line, or the "
+                "text itself"
             ) from None
-    return found
+        texts += [line for line in lines if line.strip()]
+    return texts
 
 
-def encode_text_batches(asked: Sequence[str], input_spec: TextInputSpec) -> Iterator[ExampleBatch]:
+def encode_text_batches(texts: Sequence[str], input_spec: TextInputSpec) -> Iterator[ExampleBatch]:
+    """The texts in batches of BATCH_SIZE."""
     from tuner.preprocessing.tokenization import encode_texts
 
-    for start in range(0, len(asked), BATCH_SIZE):
-        chunk = list(asked[start : start + BATCH_SIZE])
+    for start in range(0, len(texts), BATCH_SIZE):
+        chunk = list(texts[start : start + BATCH_SIZE])
         yield ExampleBatch(chunk, encode_texts(input_spec, chunk), list(chunk), [])
 
 
 def write_picture(prediction: NamedPrediction, folder: Path, number: int) -> Path | None:
-    """Writes the picture of a prediction, where it has one, and says where. Raises StorageError."""
+    """Writes the picture of a prediction, where it has one, and returns its path.
+
+    Raises StorageError.
+    """
     if prediction.prediction.picture is None:
         return None
     path = folder / f"{number:04d}-{Path(prediction.name).stem[:100]}.png"

@@ -1,4 +1,6 @@
-"""The linear probe: a head that is trained once on the features of all other stages, and kept for every later trial."""
+"""The linear probe: a head that is trained once on the features of all other stages, and kept for
+every later trial.
+"""
 
 import hashlib
 from collections.abc import Callable

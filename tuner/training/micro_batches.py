@@ -1,4 +1,6 @@
-"""A batch that the memory does not hold at once is computed in parts, their gradients added up."""
+"""Micro-batches: a batch that does not fit into the memory is computed in parts, and their
+gradients are added up.
+"""
 
 import gc
 import math
@@ -12,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @dataclass
 class MicroBatchSize:
-    """How many examples the memory holds at once: `size`, halved whenever it runs out, never below `least`.
+    """How many examples fit into the memory at once.
 
-    `notes` says of each halving, until someone takes it.
+    `value` is halved whenever the memory runs out, but never below `minimum`. `notes` has a line
+    for the user for each halving.
     """
 
     value: int
@@ -22,31 +25,40 @@ class MicroBatchSize:
     notes: list[str] = field(default_factory=list)
 
     def split_batch(self, index: Tensor) -> tuple[Tensor, ...]:
-        """`index` in parts of like length, of at most `size`, but of at least `least`."""
+        """Splits `index` into parts of similar length: at most `value` long, but at least
+        `minimum`.
+        """
         count = min(math.ceil(len(index) / self.value), max(1, len(index) // self.minimum))
         return torch.tensor_split(index, count)
 
 
-def initial_micro_batch_size(
-    net: nn.Module, batch_size: int, micro_batches: int = 1
-) -> MicroBatchSize:
-    """Room for whole batches, or for one of `micro_batches`; BatchNorm cannot train on one example."""
-    normed = any(isinstance(module, _BatchNorm) for module in net.modules())
-    least = 2 if normed else 1
-    if micro_batches == 1:
-        return MicroBatchSize(batch_size + 1, least)  # the last batch may have one more
-    size = max(least, math.ceil(batch_size / micro_batches))
+def initial_micro_batch_size(net: nn.Module, batch_size: int, parts: int = 1) -> MicroBatchSize:
+    """The size of a whole batch, or of one of its `parts`.
+
+    BatchNorm cannot train on one example.
+    """
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in net.modules())
+    minimum = 2 if has_batch_norm else 1
+    if parts == 1:
+        return MicroBatchSize(batch_size + 1, minimum)  # the last batch may have one more
+    size = max(minimum, math.ceil(batch_size / parts))
     note = "earlier attempts were killed as by a memory limit; batches are taken in parts of"
-    return MicroBatchSize(size, least, [f"{note} {size}, their gradients added up"])
+    return MicroBatchSize(size, minimum, [f"{note} {size}, their gradients added up"])
 
 
 def retry_on_oom(
     compute: Callable[[], Tensor], micro_batch_size: MicroBatchSize, example_count: int
 ) -> Tensor:
-    """What `work` gives, called again with half the room each time that the memory does not hold it; `count` is the examples it wants.
+    """Calls `compute`, and calls it again with half the micro-batch size each time that the memory
+    runs out.
 
-    What a failed attempt has left in BatchNorm's running statistics and drawn of the random numbers stays so. Raises what `work` raises
-    at the last.
+    A failed call may have changed BatchNorm's running statistics and the random states; they are
+    not reset. The error of the last call is raised.
+
+    Args:
+        compute: Reads `micro_batch_size`.
+        micro_batch_size: Is halved after each failed call.
+        example_count: The number of examples in the batch.
     """
     while True:
         try:
@@ -57,22 +69,23 @@ def retry_on_oom(
                 or min(micro_batch_size.value, example_count) <= micro_batch_size.minimum
             ):
                 raise
-        # out here, since the traceback, gone now, held what the failed attempt had computed
-        before, micro_batch_size.value = (
-            min(micro_batch_size.value, example_count),
-            max(micro_batch_size.minimum, min(micro_batch_size.value, example_count) // 2),
-        )
+        # outside of the except block: the error's traceback kept the tensors of the failed call
+        failed_size = min(micro_batch_size.value, example_count)
+        micro_batch_size.value = max(micro_batch_size.minimum, failed_size // 2)
         micro_batch_size.notes.append(
-            f"out of memory with {before} examples at once; batches go on in parts of {micro_batch_size.value}, their gradients added up"
+            f"out of memory with {failed_size} examples at once; batches go on in parts of "
+            f"{micro_batch_size.value}, their gradients added up"
         )
         release_memory()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the memory of the GPU or of the CPU ran out."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def release_memory() -> None:
+    """Frees tensors that nothing uses any more, on the GPU too."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

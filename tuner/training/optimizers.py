@@ -1,4 +1,4 @@
-"""From a recipe to an optimizer and its learning rate at each step."""
+"""The optimizer of a recipe and its learning rate at each step."""
 
 import math
 from collections.abc import Iterable
@@ -28,12 +28,16 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.
 
 
 def lr_factor(recipe: Recipe, step: int, steps: int) -> float:
-    """The share of `recipe.lr` at `step` (from 0) of `steps`: linear warmup, then constant, or linear or cosine to 0."""
-    warm = recipe.warmup * steps
-    if step < warm:
-        return (step + 1) / (warm + 1)
+    """The factor of `recipe.lr` at `step` (from 0) of `steps`.
+
+    It rises linearly during the warmup. Then it stays 1, or falls to 0 linearly or by a cosine.
+    """
+    warmup_steps = recipe.warmup * steps
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
     if recipe.schedule == "constant":
         return 1.0
     if recipe.schedule == "linear":
-        return max(0.0, (steps - step) / max(1.0, steps - warm))
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
+        return max(0.0, (steps - step) / max(1.0, steps - warmup_steps))
+    progress = (step - warmup_steps) / max(1.0, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))

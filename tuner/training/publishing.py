@@ -1,4 +1,6 @@
-"""Publishes a model: writes every format, reads each back and compares it with the model, then puts the folder in place."""
+"""Publishes a model: writes every format, reads each back and compares it with the model, then puts
+the folder in place.
+"""
 
 import json
 import platform
@@ -37,7 +39,8 @@ def publish(
     scores: Mapping[str, Any],
     seconds: float,
 ) -> PublishedExport:
-    """Writes every format beside the export folder, verifies each, and only then puts the folder in place.
+    """Writes every format beside the export folder, verifies each, and only then puts the folder in
+    place.
 
     Raises:
         ExportMismatch: A format differs from the model. Nothing is published.
@@ -132,7 +135,10 @@ def save_and_verify_all(
 
 
 def verify_output(name: str, task: Task, expected: TensorTree, actual: TensorTree) -> float:
-    """The relative difference of the outputs. Raises ExportMismatch above MAX_RELATIVE_DIFFERENCE."""
+    """The relative difference of the outputs.
+
+    Raises ExportMismatch above MAX_RELATIVE_DIFFERENCE.
+    """
     difference = task.output_difference(expected, actual)
     if not difference <= MAX_RELATIVE_DIFFERENCE:  # true for NaN too
         raise ExportMismatch(
@@ -143,7 +149,9 @@ def verify_output(name: str, task: Task, expected: TensorTree, actual: TensorTre
 
 
 def measure_latency(function: Callable[[TensorTree], TensorTree], example: TensorTree) -> float:
-    """The median of 10 calls in milliseconds, for one example on this machine's CPU; 2 calls come first to warm up."""
+    """The median of 10 calls in milliseconds, for one example on this machine's CPU; 2 calls come
+    first to warm up.
+    """
     milliseconds = []
     for _ in range(12):
         start = time.perf_counter()
@@ -159,7 +167,9 @@ def make_manifest(
     scores: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """The manifest without its `exports` and `files`: all that someone who ships the model must know."""
+    """The manifest without its `exports` and `files`: all that someone who ships the model must
+    know.
+    """
     run: Run = job.assignment.run
     return {
         "tuner": tuner.__version__,

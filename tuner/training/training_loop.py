@@ -1,4 +1,7 @@
-"""One training: `prepare_training` builds what a run names, `fit` yields its epochs. No Optuna here."""
+"""One training: `prepare_training` builds what a run names, `fit` yields its epochs.
+
+No Optuna here.
+"""
 
 import hashlib
 import math
@@ -314,7 +317,10 @@ def run_epoch(
 
 
 def is_better(epoch: Epoch, best: BestEpoch | None, metric: str) -> bool:
-    """Whether `epoch` has a higher score than the best epoch so far. An equal score is not better."""
+    """Whether `epoch` has a higher score than the best epoch so far.
+
+    An equal score is not better.
+    """
     if not epoch.scores:
         return False
     return best is None or epoch.scores[metric] > best.epoch.scores[metric]

@@ -1,4 +1,7 @@
-"""What workers do: survey models, inspect data and weights, carry out a trial. Values in, values out."""
+"""What workers do: survey models, inspect data and weights, carry out a trial.
+
+Values in, values out.
+"""
 
 import time
 from collections.abc import Callable
@@ -24,7 +27,10 @@ from tuner.training.training_loop import BestEpoch, Diverged, check_batch_size
 def survey_models(
     assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int
 ) -> ModelSurvey:
-    """How deep each model can be frozen, and how many GPUs are used. Downloads and writes nothing."""
+    """How deep each model can be frozen, and how many GPUs are used.
+
+    Downloads and writes nothing.
+    """
     depths: dict[str, int] = {}
     for assignment in assignments:
         home = Path(assignment.home)
@@ -134,7 +140,9 @@ def train_trial(
 
 
 def make_artifacts(training: TrialTraining, metric: str) -> dict[str, bytes]:
-    """The trial's learning curve, and what its task shows of the best epoch; of several folds, of the first."""
+    """The trial's learning curve, and what its task shows of the best epoch; of several folds, of
+    the first.
+    """
     best, context = training.best, training.context
     if best is None or context is None:
         return {}
