@@ -54,7 +54,8 @@ class TrainingState:
 class RestoredProgress:
     """What a checkpoint has besides the training state.
 
-    `best_epoch` is the number of the best epoch, 0 where there is none; `best_weights` are its weights.
+    `best_epoch` is the number of the best epoch, 0 where there is none; `best_weights` are its
+    weights.
     """
 
     epochs: list[Epoch]

@@ -20,7 +20,7 @@ class DeviceContext:
     device: torch.device
     precision: str  # float32 or bfloat16
     cache_limits: CacheLimits
-    parts: int = 1  # into which each batch is split, because earlier attempts had too little memory
+    micro_batches: int = 1  # per batch; more than 1 after an attempt had too little memory
 
     def autocast(self) -> AbstractContextManager[None]:
         """A context of bfloat16 autocast where the precision is bfloat16; otherwise it changes
@@ -31,7 +31,9 @@ class DeviceContext:
         )
 
 
-def select_device(engine: EngineSettings, home: Path, slot: int = 0) -> DeviceContext:
+def select_device(
+    engine: EngineSettings, home: Path, slot: int = 0, micro_batches: int = 1
+) -> DeviceContext:
     """The device of the worker in `slot`, from 0. The slots use the selected GPUs in turn.
 
     Raises:
@@ -47,7 +49,8 @@ def select_device(engine: EngineSettings, home: Path, slot: int = 0) -> DeviceCo
     if precision == "auto":
         is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if is_fast else "float32"
-    return DeviceContext(home, device, precision, CacheLimits(home, engine.cache_gb, engine.cache))
+    limits = CacheLimits(home, engine.cache_gb, engine.cache)
+    return DeviceContext(home, device, precision, limits, micro_batches)
 
 
 def select_gpus(engine: EngineSettings) -> tuple[int, ...]:

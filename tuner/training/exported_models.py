@@ -1,4 +1,4 @@
-"""Exported models, opened: the model as a module without its weights, or an export as a function."""
+"""Opens exported models: the model as a module without its weights, or an export as a function."""
 
 from collections.abc import Callable
 from typing import Any

@@ -81,7 +81,9 @@ def train_model(
     """
     start = time.monotonic()
     assignment = job.assignment
-    device_context = select_device(assignment.engine, Path(assignment.home), slot)
+    device_context = select_device(
+        assignment.engine, Path(assignment.home), slot, assignment.micro_batches
+    )
     context = prepare_training(assignment.run, device_context, assignment.metric)
     valid_scores = dict(job.valid_scores)
     try:
@@ -120,7 +122,7 @@ def score_test_split(context: TrainingContext, batch_size: int) -> dict[str, flo
 
 
 def load_earlier_export(folder: Path, assignment: Assignment) -> TrainedModel | None:
-    """The model of an earlier export of the same run, so that a further format needs no training."""
+    """The model of an earlier export of the same run: a further format needs no training."""
     published = read_export(folder)
     if published is None or published.manifest["run_digest"] != assignment.run.digest():
         return None

@@ -177,7 +177,7 @@ def open_predictor(
                 function = open_export(published, export_format)
                 task = build_task(published.run, tuple(published.manifest["classes"]))
             input_spec = input_spec_from_dict(published.manifest["preprocess"], published.folder)
-        except Exception:  # anything can fail where a file is of the old export and one of the new
+        except Exception:  # anything can fail where one file is of the old export, one of the new
             newer = find_replacement(published)
             if newer is None:
                 raise

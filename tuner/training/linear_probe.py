@@ -52,7 +52,7 @@ def load_or_train_probe(
 
 
 def zero_last_linear(head: nn.Module) -> None:
-    """Sets the last linear layer to zero: random weights are a guess that the probe must unlearn."""
+    """Sets the last linear layer to zero: the probe would have to unlearn random weights."""
     linear_layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
     if not linear_layers:
         return

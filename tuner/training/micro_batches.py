@@ -32,16 +32,18 @@ class MicroBatchSize:
         return torch.tensor_split(index, count)
 
 
-def initial_micro_batch_size(net: nn.Module, batch_size: int, parts: int = 1) -> MicroBatchSize:
-    """The size of a whole batch, or of one of its `parts`.
+def initial_micro_batch_size(
+    net: nn.Module, batch_size: int, micro_batches: int = 1
+) -> MicroBatchSize:
+    """The size of a whole batch, or of one of its `micro_batches`.
 
     BatchNorm cannot train on one example.
     """
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in net.modules())
     minimum = 2 if has_batch_norm else 1
-    if parts == 1:
+    if micro_batches == 1:
         return MicroBatchSize(batch_size + 1, minimum)  # the last batch may have one more
-    size = max(minimum, math.ceil(batch_size / parts))
+    size = max(minimum, math.ceil(batch_size / micro_batches))
     note = "earlier attempts were killed as by a memory limit; batches are taken in parts of"
     return MicroBatchSize(size, minimum, [f"{note} {size}, their gradients added up"])
 

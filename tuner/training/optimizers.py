@@ -10,7 +10,10 @@ from tuner.config.run import Recipe
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with momentum (Sutskever et al., ICML 2013), or AdamW (Loshchilov and Hutter, ICLR 2019)."""
+    """The optimizer that the recipe names.
+
+    SGD with momentum (Sutskever et al., ICML 2013), or AdamW (Loshchilov and Hutter, ICLR 2019).
+    """
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(
             parameters,

@@ -77,7 +77,7 @@ def publish(
 
 
 def export_formats(job: FinalizeJob) -> list[str]:
-    """The formats to write, each once. safetensors is always one: further formats are made from it."""
+    """The formats to write, each once. safetensors is always one: others are made from it later."""
     return list(dict.fromkeys(["safetensors", *job.export_formats]))
 
 

@@ -187,7 +187,7 @@ def probe_head(loaded: LoadedRun) -> None:
 def open_checkpoints(
     run: Run, context: TrainingContext, folder: Path | None, *, keep_best_weights: bool = False
 ) -> Checkpoints | None:
-    """The checkpoints in `folder` of this run on this data with this metric; None without a folder."""
+    """The checkpoints in `folder` of this run, dataset and metric; None without a folder."""
     if folder is None:
         return None
     key = f"{run.digest()} {context.dataset.digest} {context.metric}"
@@ -261,7 +261,7 @@ def start_training(context: TrainingContext, recipe: Recipe, seed: int) -> Train
         optimizer, lambda step: lr_factor(recipe, step, steps)
     )
     micro_batch_size = initial_micro_batch_size(
-        context.net, recipe.batch_size, context.device_context.parts
+        context.net, recipe.batch_size, context.device_context.micro_batches
     )
     return TrainingState(context.net, optimizer, schedule, micro_batch_size)
 
@@ -339,7 +339,7 @@ def copy_state(context: TrainingContext) -> dict[str, Tensor]:
 
 
 def drain_notes(training: TrainingState, checkpoints: Checkpoints | None) -> tuple[str, ...]:
-    """Takes the notes that were made since the last call, so that the user reads each of them once."""
+    """Takes the notes that were made since the last call; the user reads each of them once."""
     drained: list[str] = []
     for notes in (training.micro_batch_size.notes, checkpoints.notes if checkpoints else []):
         drained += notes

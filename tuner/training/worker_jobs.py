@@ -5,7 +5,6 @@ Values in, values out.
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -74,7 +73,7 @@ def inspect_data(
 
 
 def has_local_weights(model: PluginConfig) -> bool:
-    """Whether the model's weights are files of the user's own, so that nothing must be downloaded."""
+    """Whether the model's weights are the user's own files: then nothing must be downloaded."""
     return is_path(str(model.options.get("weights", ""))) or model.options.get("folder") is not None
 
 
@@ -114,8 +113,8 @@ def train_trial(
     state: Literal["complete", "stopped", "diverged"] = "complete"
     reason = ""
     try:
-        device_context = replace(
-            select_device(assignment.engine, Path(assignment.home), slot), parts=assignment.parts
+        device_context = select_device(
+            assignment.engine, Path(assignment.home), slot, assignment.micro_batches
         )
         contexts = prepare_folds(assignment.run, device_context, assignment.metric)
         for progress in fit_folds(
