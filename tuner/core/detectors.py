@@ -1,9 +1,12 @@
-"""What all object detectors share: stages that hand the truth on, and a head that turns it into losses, or else gives objects.
+"""What all object detectors share: the stages, which pass targets on, and the head, which gives
+losses or objects.
 
-While training, a batch's true objects travel with the activations as leaves that begin with `target.`, because two-stage detectors
-draw their samples from them; the head answers with a dict of losses. Without them it answers with objects, padded so that every
-leaf is batch-first: `boxes` float32 (n, most, 4) as left, top, right, bottom in pixels of the canvas, `scores` float32 (n, most) in
-falling order, `labels` int64 (n, most), NO_OBJECT where an image has fewer objects.
+While a detector is trained, a batch's targets travel with the activations. Their names begin with
+`target.`. They travel because two-stage detectors choose their samples by them. The head then gives
+a dict of losses. Without targets the head gives objects, padded so that every tensor is
+batch-first: `boxes` float32 (n, k, 4) as left, top, right, bottom in pixels of the canvas; `scores`
+float32 (n, k) in falling order; `labels` int64 (n, k), NO_OBJECT where an image has fewer than k
+objects. k is MAX_OBJECTS.
 """
 
 from abc import ABC, abstractmethod
@@ -15,82 +18,94 @@ from torch import Tensor, nn
 from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.targets import NO_OBJECT
 
-IMAGE_NAME = "image"  # the leaf that a bare tensor becomes
+IMAGE_NAME = "image"  # of a bare tensor
 TARGET_PREFIX = "target."
-MAX_OBJECTS = 100  # objects given for an image
+MAX_OBJECTS = 100  # in an image
 Objects = dict[str, Tensor]
-"""Of one image: `boxes` (k, 4), `labels` (k,), and of predictions `scores` (k,)."""
+"""The objects of one image: `boxes` float32 (k, 4), `labels` int64 (k,); predictions also `scores`
+float32 (k,).
+"""
 
 
 class DetectorStage(nn.Module, ABC):
-    """A stage before the head."""
+    """A stage before the head. It computes its activations and passes the targets on."""
 
     def forward(self, x: TensorTree) -> TensorTree:
-        x = name_tensors(x)
-        targets = {name: leaf for name, leaf in x.items() if name.startswith(TARGET_PREFIX)}
-        return (
-            self.compute({name: leaf for name, leaf in x.items() if name not in targets}) | targets
-        )
+        inputs, targets = split_targets(name_tensors(x))
+        return self.compute(inputs) | targets
 
     @abstractmethod
     def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The stage's own work, on leaves that are batch-first."""
+        """Computes the stage's activations, batch-first tensors by name, from those of the stage
+        before.
+        """
 
 
 class DetectorHead(nn.Module, ABC):
-    """The last stage."""
+    """The last stage: it gives losses for a batch with targets, and objects for a batch without."""
 
     def forward(self, x: TensorTree) -> TensorTree:
-        x = name_tensors(x)
-        given = {name: leaf for name, leaf in x.items() if not name.startswith(TARGET_PREFIX)}
-        if f"{TARGET_PREFIX}boxes" in x:
-            return self.losses(
-                given, unpad_objects(x[f"{TARGET_PREFIX}boxes"], x[f"{TARGET_PREFIX}labels"])
-            )
-        return pad_objects(self.detect(given))
+        inputs, targets = split_targets(name_tensors(x))
+        if targets:
+            boxes, labels = targets[f"{TARGET_PREFIX}boxes"], targets[f"{TARGET_PREFIX}labels"]
+            return self.losses(inputs, unpad_objects(boxes, labels))
+        return pad_objects(self.detect(inputs))
 
     @abstractmethod
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
-        """The model's own losses, scalars by name."""
+        """The model's own losses: scalar tensors by name.
+
+        Args:
+            x: Activations, batch-first tensors by name.
+            targets: The objects of each image.
+        """
 
     @abstractmethod
     def detect(self, x: dict[str, Tensor]) -> list[Objects]:
-        """The objects of each image after non-maximum suppression, scores falling."""
+        """The objects of each image after non-maximum suppression, the highest score first."""
 
 
 def name_tensors(x: TensorTree) -> dict[str, Tensor]:
-    return {name or IMAGE_NAME: leaf for name, leaf in tree_to_dict(x).items()}
+    """A tensor tree as a dict; a bare tensor is named IMAGE_NAME."""
+    return {name or IMAGE_NAME: tensor for name, tensor in tree_to_dict(x).items()}
+
+
+def split_targets(x: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The activations and the targets of a batch."""
+    targets = {name: tensor for name, tensor in x.items() if name.startswith(TARGET_PREFIX)}
+    return {name: tensor for name, tensor in x.items() if name not in targets}, targets
 
 
 def join_targets(x: TensorTree, y: TensorTree) -> dict[str, Tensor]:
-    """A batch with its truth beside it."""
+    """The inputs of a batch together with its targets, as the stages take them while training."""
     return name_tensors(x) | {
-        f"{TARGET_PREFIX}{name}": leaf for name, leaf in tree_to_dict(y).items()
+        f"{TARGET_PREFIX}{name}": tensor for name, tensor in tree_to_dict(y).items()
     }
 
 
 def unpad_objects(boxes: Tensor, labels: Tensor) -> list[Objects]:
-    """Padded leaves as each image's own objects."""
+    """Padded boxes (n, k, 4) and labels (n, k) as the objects of each image."""
     return [
-        {"boxes": b[k != NO_OBJECT], "labels": k[k != NO_OBJECT]}
-        for b, k in zip(boxes, labels, strict=True)
+        {"boxes": image_boxes[is_object], "labels": image_labels[is_object]}
+        for image_boxes, image_labels, is_object in zip(
+            boxes, labels, labels != NO_OBJECT, strict=True
+        )
     ]
 
 
-def pad_objects(found: Sequence[Objects], max_objects: int = MAX_OBJECTS) -> dict[str, Tensor]:
-    """Each image's objects as batch-first leaves; no data-dependent shape is left, so that it can be exported."""
-    one = [
-        {
-            name: _pad_rows(
-                f[name][:max_objects], max_objects, NO_OBJECT if name == "labels" else 0
-            )
-            for name in ("boxes", "scores", "labels")
-        }
-        for f in found
-    ]
-    return {name: torch.stack([o[name] for o in one]) for name in ("boxes", "scores", "labels")}
+def pad_objects(images: Sequence[Objects], max_objects: int = MAX_OBJECTS) -> dict[str, Tensor]:
+    """The objects of each image as batch-first tensors: boxes (n, k, 4), scores and labels (n, k).
+
+    k is `max_objects`. No shape depends on the data, so the function can be exported.
+    """
+    padding = {"boxes": 0, "scores": 0, "labels": NO_OBJECT}
+    return {
+        name: torch.stack([_pad_rows(image[name], max_objects, value) for image in images])
+        for name, value in padding.items()
+    }
 
 
-def _pad_rows(value: Tensor, most: int, by: float) -> Tensor:
-    filling = value.new_full((most, *value.shape[1:]), by)
-    return torch.cat([value, filling])[:most]
+def _pad_rows(value: Tensor, count: int, padding: float) -> Tensor:
+    """The first `count` rows, padded where there are fewer."""
+    rows = value.new_full((count, *value.shape[1:]), padding)
+    return torch.cat([value[:count], rows])[:count]

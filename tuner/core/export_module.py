@@ -1,4 +1,4 @@
-"""What is exported of a model, and how two exports are compared."""
+"""What is exported of a model: the model with its normalisation inside."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,15 @@ from tuner.core.types import StagedModel
 
 
 class ExportModule(nn.Module):
-    """From an example as an export takes it (RGB in 0..1, or token ids) to the model's own output."""
+    """A staged model with its normalisation inside, so that an export needs no further code.
+
+    Its input is a batch as an export takes it: images as RGB in 0..1, float32 (n, 3, size, size),
+    or texts as token ids, int64 (n, length) by name. Its output is the model's own.
+
+    Args:
+        staged: The model. Its modules are used, not copied.
+        input_spec: How the model's examples must look.
+    """
 
     mean: Tensor
     std: Tensor
@@ -21,7 +29,7 @@ class ExportModule(nn.Module):
     def __init__(self, staged: StagedModel, input_spec: InputSpec) -> None:
         super().__init__()
         self.function = staged.as_module()
-        self.staged = (staged,)  # in a tuple, so that its model is not taken for a child
+        self.staged = (staged,)  # in a tuple, so that torch does not register its model as a child
         self.max_length = input_spec.max_length
         self.has_normalisation = input_spec.normalisation() is not None
         for name, values in zip(("mean", "std"), input_spec.normalisation() or (), strict=False):
@@ -33,13 +41,16 @@ class ExportModule(nn.Module):
         return self.function(x)  # type: ignore[no-any-return]
 
     def export_state(self) -> dict[str, Tensor]:
-        """All weights: the model's under their native names, what an export adds under `tuner.`. No two share memory."""
+        """All weights: the model's under their native names, the normalisation's under `tuner.`.
+
+        The tensors are copies, and no two share memory.
+        """
         own = {f"tuner.{name}": value for name, value in self.named_buffers(recurse=False)}
         model = self.staged[0].model.state_dict()
         return {name: value.detach().clone().contiguous() for name, value in (model | own).items()}
 
     def load_export_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `state` gave."""
+        """Loads what `export_state` gave."""
         self.staged[0].model.load_state_dict(
             {name: value for name, value in state.items() if not name.startswith("tuner.")}
         )
@@ -48,7 +59,10 @@ class ExportModule(nn.Module):
 
 
 def dynamic_shapes(model: ExportModule, example: TensorTree) -> Any:
-    """The sizes that an export leaves open, as torch.export wants them: the number of examples, and the length of texts."""
+    """The dimensions that an export leaves open, in the form that torch.export takes.
+
+    They are the number of examples and the length of texts; none where exports take one example.
+    """
     if not model.staged[0].exports_batched:
         return dict.fromkeys(example) if isinstance(example, dict) else None
     batch = torch.export.Dim("batch", min=1, max=65_536)
@@ -60,10 +74,11 @@ def dynamic_shapes(model: ExportModule, example: TensorTree) -> Any:
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """While an exporter traces a model: what torch and torchvision tell each other is of no use to who exports."""
+    """Hides warnings that torch and torchvision give while a model is traced: the user cannot act
+    on them.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*create_unbacked_symint.* is deprecated", FutureWarning)
-        warnings.filterwarnings(
-            "ignore", "# The axis name", UserWarning
-        )  # leaves share theirs, as they should
+        # the inputs of a text share the names of their axes on purpose
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)
         yield

@@ -1,4 +1,6 @@
-"""What a model's weights want of an example, and how it gets there: pixels normalised, texts as token ids."""
+"""Input specs: how an example must look for a model's weights; images are normalised, texts are
+token ids.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,49 +13,66 @@ from torch import Tensor
 from tuner.config.run import RgbTriple
 
 TensorTree = Tensor | dict[str, Tensor]
-"""What flows between stages: a tensor or a flat dict of tensors, every leaf batch-first."""
+"""What flows between stages: a tensor, or a flat dict of tensors by name.
+
+Every tensor is batch-first.
+"""
 
 
 def tree_to_dict(tree: TensorTree) -> dict[str, Tensor]:
-    """The tree as a dict; a bare tensor is the leaf named ''."""
+    """The tree as a dict; a bare tensor has the name ''."""
     return tree if isinstance(tree, dict) else {"": tree}
 
 
 class InputSpec(Protocol):
-    """How the examples of a data set become what a model's weights want. Its repr names it: equal repr, equal function."""
+    """How the examples of a dataset become what a model's weights need.
+
+    Equal reprs mean equal functions: keys of caches are made from the repr.
+    """
 
     @property
     def max_length(self) -> int | None:
         """The most tokens an example can have; None for images."""
 
     def to_model_input(self, x: TensorTree, device: torch.device) -> TensorTree:
-        """What a source gives, as the first stage takes it, on `device`."""
+        """The inputs that a dataset's source gives, in the form that the first stage takes, on
+        `device`.
+        """
 
     def to_export_input(self, x: TensorTree) -> TensorTree:
-        """What a source gives, as an export takes it."""
+        """The inputs that a dataset's source gives, in the form that an export takes."""
 
     def dummy_input(self, side: int | None = None) -> TensorTree:
-        """One made-up example as the first stage takes it; images `side` pixels square."""
+        """One made-up example in the form that the first stage takes; an image has `side` x `side`
+        pixels.
+        """
 
     def normalisation(self) -> tuple[RgbTriple, RgbTriple] | None:
-        """Mean and standard deviation that an export holds inside; None where nothing is normalised."""
+        """Mean and standard deviation (red, green, blue), which exports have inside; None for texts."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON keeps it; `wanted_of` reads it back."""
+        """The spec as values for JSON; `input_spec_from_dict` reads it back."""
 
     def describe_input(self) -> dict[str, Any]:
-        """An export's input: what the manifest tells who ships the model."""
+        """The input of an export, as the manifest describes it."""
 
     def export_files(self) -> dict[str, Path]:
-        """Files that travel with an export, by their name there."""
+        """Files that an export needs beside the model: path by name in the export."""
 
 
 @dataclass(frozen=True)
 class ImageInputSpec:
-    """How an image becomes a model's input: brought to `size` x `size` pixels, RGB in 0..1, (x - mean) / std.
+    """How an image becomes a model's input: `size` x `size` pixels, RGB in 0..1, (x - mean) / std.
 
-    `fit`: crop resizes the shorter side to `resize` and takes the centre; letterbox resizes the longer side to `size` and pads.
-    `multiple`: what the model wants `size` to be a multiple of.
+    Args:
+        size: The side of the canvas in pixels.
+        resize: The length of the image's shorter side in pixels before it is cropped.
+        interpolation: bilinear or bicubic.
+        mean: Of red, green and blue, in 0..1.
+        std: Of red, green and blue, in 0..1.
+        fit: crop resizes the shorter side to `resize` and takes the centre; letterbox resizes the
+            longer side to `size` and pads.
+        multiple: `size` must be a multiple of it.
     """
 
     size: int
@@ -69,18 +88,16 @@ class ImageInputSpec:
         return None
 
     def to_model_input(self, x: TensorTree, device: torch.device) -> TensorTree:
-        """uint8 pixels as normalised float32, channels-last; anything else as it is."""
+        """uint8 pixels (n, 3, size, size) as normalised float32, channels-last; anything else
+        unchanged.
+        """
         if not isinstance(x, Tensor) or x.dtype != torch.uint8:
             return x
-        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return (
-            x.to(device)
-            .contiguous(memory_format=torch.channels_last)
-            .float()
-            .div_(255)
-            .sub_(mean)
-            .div_(std)
+        mean, std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.mean, self.std)
         )
+        pixels = x.to(device).contiguous(memory_format=torch.channels_last)
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     def to_export_input(self, x: TensorTree) -> TensorTree:
         assert isinstance(x, Tensor)
@@ -111,12 +128,13 @@ IMAGENET_SPEC = ImageInputSpec(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.2
 
 @dataclass(frozen=True)
 class TextInputSpec:
-    """How a text becomes a model's input: token ids by the tokenizer in a folder, cut and padded to `length`.
+    """How a text becomes a model's input: token ids, truncated and padded to `length` tokens.
 
-    Sources give dicts of int64 (n, length), `input_ids` and `attention_mask` among them, as `leaves` lists them.
+    Sources give a dict of int64 (n, length) with the names `input_names`, which include `input_ids`
+    and `attention_mask`.
     """
 
-    tokenizer_folder: str  # holds tokenizer.json and its kin
+    tokenizer_folder: str  # has tokenizer.json and the other TOKENIZER_FILES
     length: int
     input_names: tuple[str, ...] = ("input_ids", "attention_mask")
 
@@ -126,7 +144,7 @@ class TextInputSpec:
 
     def to_model_input(self, x: TensorTree, device: torch.device) -> TensorTree:
         assert isinstance(x, dict)
-        return {name: leaf.to(device) for name, leaf in x.items()}
+        return {name: tensor.to(device) for name, tensor in x.items()}
 
     def to_export_input(self, x: TensorTree) -> TensorTree:
         return x
@@ -155,7 +173,7 @@ class TextInputSpec:
         }
 
 
-TOKENIZER_FOLDER = "tokenizer"  # an export's folder for it
+TOKENIZER_FOLDER = "tokenizer"  # in an export
 TOKENIZER_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -168,11 +186,19 @@ TOKENIZER_FILES = {
 }
 
 
-def input_spec_from_dict(tree: Mapping[str, Any], folder: Path) -> InputSpec:
-    """What `Wanted.tree` gave, beside an export in `folder`."""
-    if tree["kind"] == "tokens":
-        return TextInputSpec(str(folder / TOKENIZER_FOLDER), tree["length"], tuple(tree["leaves"]))
+def input_spec_from_dict(values: Mapping[str, Any], folder: Path) -> InputSpec:
+    """The input spec that `InputSpec.to_dict` gave.
+
+    Args:
+        values: What `to_dict` gave, read from JSON.
+        folder: The folder of the export, which has the tokenizer.
+    """
+    if values["kind"] == "tokens":
+        tokenizer_folder = str(folder / TOKENIZER_FOLDER)
+        return TextInputSpec(tokenizer_folder, values["length"], tuple(values["leaves"]))
     fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in tree.items() if k != "kind"
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in values.items()
+        if key != "kind"
     }
     return ImageInputSpec(**fields)

@@ -1,4 +1,7 @@
-"""What is true of each example of a store of images, by row; mirrored where the image is."""
+"""Targets: what is true of each image of an image store, by row.
+
+They are mirrored with the image.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,25 +11,31 @@ from torch import Tensor
 from tuner.core.input_spec import TensorTree
 from tuner.files.cache_entries import PinnedEntry
 
-NO_OBJECT = -1  # label of the rows that fill up an image's boxes
-IGNORED = 255  # class of pixels that count for nothing, such as a letterbox's borders
+NO_OBJECT = -1  # label of the rows that pad an image's boxes
+IGNORED = 255  # class of pixels that are not counted, such as the borders of a letterbox
 
 
 class Targets(Protocol):
+    """The targets of all images of a store."""
+
     @property
     def content(self) -> tuple[bytes, ...]:
-        """Equal content, equal targets."""
+        """Bytes for a digest: equal content means equal targets."""
 
     def take(self, rows: Tensor) -> TensorTree:
-        """The truth of the examples at `rows` (int64, (n,)), batch-first."""
+        """The targets of the images at `rows` (int64, (n,)), batch-first."""
 
     def mirror(self, y: TensorTree, which: Tensor) -> TensorTree:
-        """The truth of a batch after the images of `which` (bool, (n,)) were flipped left to right."""
+        """The targets `y` of a batch whose images at `which` (bool, (n,)) are flipped left to
+        right.
+
+        `y` may be changed in place.
+        """
 
 
 @dataclass(frozen=True)
 class Labels:
-    """One class per example: int64 (n,)."""
+    """One class per image: int64 (n,)."""
 
     labels: Tensor
 
@@ -43,7 +52,10 @@ class Labels:
 
 @dataclass(frozen=True)
 class Masks:
-    """A class per pixel: uint8 (n, size, size), IGNORED where nothing is asked."""
+    """One class per pixel: uint8 (n, size, size), IGNORED where a pixel is not counted.
+
+    `masks` is mapped from files of `entry`, which stay while this object lives.
+    """
 
     entry: PinnedEntry
     masks: Tensor
@@ -64,9 +76,10 @@ class Masks:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Objects per image: `boxes` float32 (n, most, 4) as left, top, right, bottom in pixels of the canvas, `labels` int64 (n, most).
+    """The objects of each image, padded to the number k of the image with the most objects.
 
-    Images with fewer objects than the most are filled up with boxes of 0 whose label is NO_OBJECT. `side` is the canvas's.
+    `boxes` is float32 (n, k, 4): left, top, right, bottom in pixels of the canvas. `labels` is
+    int64 (n, k). Rows that pad are boxes of 0 with the label NO_OBJECT. `canvas_side` is in pixels.
     """
 
     boxes: Tensor
@@ -85,6 +98,6 @@ class Boxes:
         boxes = y["boxes"]
         flipped = boxes[which][..., [2, 1, 0, 3]]
         flipped[..., [0, 2]] = self.canvas_side - flipped[..., [0, 2]]
-        real = (y["labels"][which] != NO_OBJECT)[..., None]
-        boxes[which] = flipped.where(real, boxes[which])
+        is_object = (y["labels"][which] != NO_OBJECT)[..., None]
+        boxes[which] = flipped.where(is_object, boxes[which])
         return {**y, "boxes": boxes}

@@ -1,4 +1,8 @@
-"""The vocabulary: what flows (Batch), where it comes from (Source, Data), what is trained (Staged), what it is for (Task)."""
+"""The vocabulary of plug-ins.
+
+A `Batch` is what flows, `Source` and `Dataset` are where it comes from, a `StagedModel` is what is
+trained, and a `Task` is what it is trained for.
+"""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -15,34 +19,47 @@ from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
 
 
 class Batch(NamedTuple):
-    x: TensorTree
-    y: TensorTree  # only the task looks inside
+    """Some examples. Every tensor is batch-first."""
+
+    x: TensorTree  # inputs, or activations of a prefix
+    y: TensorTree  # targets; only the task reads them
 
 
 class Source(Protocol):
-    """Examples behind integers. `view` names one fixed augmentation of each: equal arguments, equal batch."""
+    """Examples that are taken by their index.
+
+    A view is one fixed augmentation of every example: equal arguments of `take`, equal batch.
+    """
 
     @property
     def views(self) -> int | None:
-        """How many views there are; None: endless."""
+        """The number of views; None: there is no limit."""
 
     @property
     def digest(self) -> str:
-        """Equal digests, equal contents."""
+        """A digest of the content: equal digests mean equal examples."""
 
     @property
     def lengths(self) -> Tensor | None:
-        """What each example's cost follows, int64 (n,), such as its tokens; None where all cost alike."""
+        """The length of each example, int64 (n,), such as its number of tokens: its cost follows
+        from it.
+
+        None where all examples cost the same.
+        """
 
     def __len__(self) -> int: ...
 
     def take(self, index: Tensor, view: int) -> Batch:
-        """The examples at `index` (int64, shape (n,)) under `view`."""
+        """The examples at `index` (int64, (n,)) in `view`, which counts from 0."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set, split. `full` is train and valid together, augmented like train: what the winner is trained on."""
+    """The examples of a data section, split.
+
+    `full` has the train and validation examples together, augmented like `train`: the winner is
+    retrained on it. Equal digests mean equal datasets. `warnings` are lines for the user.
+    """
 
     train: Source
     valid: Source
@@ -58,12 +75,18 @@ class Dataset:
 class StagedModel:
     """A native model and ordered views of it.
 
-    For every depth, suffix(prefix(x)) == model(x), and each parameter lives in exactly one stage. The stages hold the
-    model's own submodules, so training a suffix trains the model and the model keeps its native parameter names.
+    For every depth, suffix(prefix(x)) == model(x), and each parameter is in exactly one stage. The
+    stages have the model's own submodules, so training a suffix trains the model, and the model
+    keeps its native parameter names.
 
-    `native` calls the model on what the first stage takes and gives what the last one gives, where that is not model(x), as with
-    detectors that want lists. `probe`: the last stage is a linear classifier over features, which can be probed. `batched`: exports
-    take any number of examples; otherwise one at a time.
+    Args:
+        model: The model.
+        stages: The stages by name, from input to output. The last one is the head.
+        notes: Lines for the user, such as that the head is new.
+        native_forward: Calls the model on the input of the first stage and gives the output of the
+            last one, where that is not model(x), as with detectors that take lists. None: model(x).
+        can_probe: Whether the last stage is a linear classifier of features, for a linear probe.
+        exports_batched: Whether exports take any number of examples; otherwise one at a time.
     """
 
     model: nn.Module
@@ -75,19 +98,30 @@ class StagedModel:
 
     @property
     def max_depth(self) -> int:
-        """The deepest freeze that leaves something to train: every stage but the last."""
+        """The greatest freeze depth: all stages but the last are frozen."""
         return len(self.stages) - 1
 
     def reference_output(self, x: TensorTree) -> TensorTree:
-        """The native model's own answer, for whoever wants to compare."""
+        """The output of the native model, with which others are compared."""
         return self.native_forward(self.model, x) if self.native_forward else self.model(x)
 
     def as_module(self) -> nn.Module:
-        """The whole as a module that takes and gives what the stages do."""
+        """The model as a module with the input of the first stage and the output of the last."""
         return nn.Sequential(OrderedDict(self.stages)) if self.native_forward else self.model
 
     def split(self, depth: int) -> tuple[nn.Module, nn.Module]:
-        """The first `depth` stages, frozen and in eval mode (BatchNorm stands still), and the trainable rest."""
+        """Splits the stages into prefix and suffix.
+
+        Args:
+            depth: The number of stages in the prefix, 0..max_depth.
+
+        Returns:
+            The prefix, frozen and in eval mode, so that BatchNorm does not change; and the
+            trainable suffix.
+
+        Raises:
+            ValueError: There is no such depth.
+        """
         if not 0 <= depth <= self.max_depth:
             raise ValueError(f"freeze depth must be in 0..{self.max_depth}, got {depth}")
         items = iter(self.stages.items())
@@ -98,7 +132,7 @@ class StagedModel:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A prediction for one example: `line` for a terminal, `values` for programs, `picture` (PNG) to look at."""
+    """A prediction for one example: a line for a person, values for a program, a picture (PNG)."""
 
     line: str
     values: Mapping[str, Any]
@@ -106,30 +140,45 @@ class Prediction:
 
 
 class Task(ABC):
-    """What a model is for. Scores: larger is better. A task never sees the freeze depth."""
+    """What a model learns. Higher scores are better. A task does not know the freeze depth."""
 
     metrics: ClassVar[tuple[str, ...]]
-    output_description: ClassVar[str]  # what an export gives, in words
+    output_description: ClassVar[str]  # an export's output, in words
 
     @abstractmethod
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
-        """The scalar that training minimises."""
+        """The scalar loss of `net` on `batch`, which training minimises."""
 
     @abstractmethod
     def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
-        """What `score` wants of one batch."""
+        """The predictions of `net` for one batch of inputs, in the form that `score` takes."""
 
     @abstractmethod
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        """Each of `metrics` over (prediction, truth) batches."""
+        """The score of each of `metrics` over all batches.
+
+        Args:
+            pairs: (prediction, target) of each batch, as `predict` and `Source.take` gave them.
+        """
 
     @abstractmethod
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
-        """Files (name -> content) that show a person where the predictions on `data.valid`, in its order, are right and wrong."""
+        """Files that show a person where the predictions are right and wrong.
+
+        Args:
+            pairs: (prediction, target) of each batch of `data.valid`, in its order.
+            data: The dataset.
+
+        Returns:
+            The content of each file by name.
+        """
 
     @abstractmethod
     def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
-        """How far two outputs of an export lie apart, relative to their size; a thousandth is what formats may differ by."""
+        """The difference between two outputs of an export, relative to their size.
+
+        Two formats may differ by 0.001.
+        """
 
     @abstractmethod
     def describe_predictions(
@@ -139,11 +188,21 @@ class Task(ABC):
         originals: Sequence[Any],
         input_spec: InputSpec,
     ) -> list[Prediction]:
-        """What an export's `function` says of the examples `x`; `originals` are upright PIL images, or texts, as the user has them."""
+        """A prediction for each example, made by an export.
+
+        Args:
+            function: The export.
+            x: The examples in the form that an export takes.
+            originals: The examples as the user has them: upright PIL images, or texts.
+            input_spec: The input spec of the export.
+        """
 
 
 def relative_difference(expected: TensorTree, got: TensorTree) -> float:
-    """The largest difference between two trees, relative to the largest value expected, which counts as 1 at least."""
+    """The largest difference between two trees of equal names and shapes.
+
+    It is relative to the largest absolute value that is expected, or to 1 where that is less.
+    """
     pairs = [
         (value.float(), tree_to_dict(got)[name].float())
         for name, value in tree_to_dict(expected).items()
@@ -159,15 +218,18 @@ def relative_difference(expected: TensorTree, got: TensorTree) -> float:
 
 
 def split_sequential(model: nn.Module) -> StagedModel:
-    """A model of the user's own: an nn.Sequential is cut at its children, anything else is one stage."""
+    """The stages of a user's own model: the children of an nn.Sequential; any other model is one
+    stage.
+    """
     children = dict(model.named_children()) if isinstance(model, nn.Sequential) else {}
     return StagedModel(model, children or {"model": model})
 
 
 def module_digest(module: nn.Module) -> str:
     """SHA-256 over a module's structure, parameters and buffers."""
-    seen = hashlib.sha256(repr(module).encode())
+    digest = hashlib.sha256(repr(module).encode())
     for name, value in module.state_dict().items():
-        seen.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        seen.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return seen.hexdigest()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()

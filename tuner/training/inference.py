@@ -177,7 +177,7 @@ def open_predictor(
                 function = open_export(published, export_format)
                 task = build_task(published.run, tuple(published.manifest["classes"]))
             input_spec = input_spec_from_dict(published.manifest["preprocess"], published.folder)
-        except Exception:  # anything can fail where one file is of the old export, one of the new
+        except Exception:  # anything can fail where files of two exports are mixed
             newer = find_replacement(published)
             if newer is None:
                 raise
@@ -189,7 +189,7 @@ def open_predictor(
 
 
 def find_replacement(published: PublishedExport) -> PublishedExport | None:
-    """The export that has replaced this one since it was read; None where this one is still there."""
+    """The export that has replaced this one since it was read; None where none has."""
     return read_export(published.folder) if replaced(published) else None
 
 
