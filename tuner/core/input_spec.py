@@ -48,7 +48,7 @@ class InputSpec(Protocol):
         """
 
     def normalisation(self) -> tuple[RgbTriple, RgbTriple] | None:
-        """Mean and standard deviation (red, green, blue), which exports have inside; None for texts."""
+        """Mean and standard deviation of RGB that an export has inside; None for texts."""
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as values for JSON; `input_spec_from_dict` reads it back."""
