@@ -155,7 +155,7 @@ def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(
         type(
             prepare_training(run("resnet18_slim", 0), here(tmp_path, "auto"), "accuracy").train
         ).__name__
-        == "Ready"
+        == "DeviceSource"
     )
 
 

@@ -15,7 +15,6 @@ from tests.helpers.frozen_prefixes import (
     make_linear_chain,
 )
 from tuner.files.cache_entries import evict_until_fits
-from tuner.files.removal import SUMS
 from tuner.training.activation_cache import CachedSource, CacheLimits, UncachedSource, source_behind
 
 
@@ -123,8 +122,8 @@ def test_the_least_recently_used_entry_goes_first(tmp_path: Path) -> None:
     old, new, middle = (letter * 32 for letter in "abc")  # entries are known by such names
     for name, age in ((old, 300), (new, 100), (middle, 200)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "0.bin").write_bytes(bytes(10))
-        (tmp_path / name / SUMS).write_text("{}")  # marks the folder as an entry
+        (tmp_path / name / "0.bin").write_bytes(bytes(8))
+        (tmp_path / name / "sha256.json").write_text("{}")  # the mark of an entry
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
     evict_until_fits(tmp_path, 5, byte_limit=30)
     assert {p.name for p in tmp_path.iterdir()} == {middle, new}
