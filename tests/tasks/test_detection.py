@@ -295,7 +295,7 @@ def test_scores(said: Any, truth: Any, scores: dict[str, float]) -> None:
 
 
 def test_the_table_has_each_class(tmp_path: Path) -> None:
-    rows = task().table([(found((A, 0.9, 0)), true((A, 0), (B, 1)))]).decode().splitlines()  # type: ignore[attr-defined]
+    rows = task().per_class_csv([(found((A, 0.9, 0)), true((A, 0), (B, 1)))]).decode().splitlines()  # type: ignore[attr-defined]
     assert rows == [
         "class,average precision,average recall,objects",
         "cat,1.0000,1.0000,1",

@@ -1,1 +1,4 @@
-"""Data sources. Each file's `load(home, wanted, **keys)` gives a `Data`; its keyword arguments are the YAML keys."""
+"""Data sources: `load(home, input_spec, task, **keys)` of each file gives a `Dataset`.
+
+Its keyword arguments are the YAML keys.
+"""

@@ -1,4 +1,7 @@
-"""CIFAR-10 (Krizhevsky, 2009) through torchvision: found in `path`, or downloaded there (170 MB) and checked by its MD5."""
+"""CIFAR-10 (Krizhevsky, 2009) through torchvision.
+
+It is read from `path`, or downloaded to there (170 MB) and checked by its MD5.
+"""
 
 import tarfile
 from pathlib import Path
@@ -34,27 +37,36 @@ def load(
     ] = None,
     image: ImageOptions,
 ) -> Dataset:
-    """`path` is the folder that holds or shall hold `cifar-10-batches-py`; by default it lies in tuner's cache."""
+    """Load CIFAR-10.
+
+    Args:
+        home: the folder with the caches.
+        input_spec: how the examples must look for the model's weights.
+        task: `classification`.
+        path: the folder that has `cifar-10-batches-py`, or to which it is downloaded; None: a
+            folder in tuner's cache.
+        image: the image keys of the `data:` section.
+
+    Raises:
+        DataError: `path` is a file, or the download fails.
+    """
     root = Path(path).expanduser() if path else home / "data"
     if root.name == CIFAR10.base_folder:
         root = root.parent
     if root.exists() and not root.is_dir():
         raise DataError(
-            f"data.path: {path} is a file; expected the folder that holds or shall hold {CIFAR10.base_folder}"
+            f"data.path: {path} is a file; "
+            f"expected the folder that holds or shall hold {CIFAR10.base_folder}"
         )
     try:
         train, test = _read_both(root)
-    except RuntimeError:  # not there, or damaged
+    except RuntimeError:  # missing or damaged
         _download_and_unpack(root)
         train, test = _read_both(root)
     labels = np.array([*train.targets, *test.targets], np.int64)
-    part = np.array([UNSPLIT] * len(train.data) + [TEST] * len(test.data))
-    return classification_dataset(
-        home,
-        Items([*train.data, *test.data], labels, tuple(train.classes), part),
-        image,
-        input_spec,
-    )
+    split = np.array([UNSPLIT] * len(train.data) + [TEST] * len(test.data))
+    items = Items([*train.data, *test.data], labels, tuple(train.classes), split)
+    return classification_dataset(home, items, image, input_spec)
 
 
 def _read_both(root: Path) -> tuple[CIFAR10, CIFAR10]:
@@ -63,7 +75,7 @@ def _read_both(root: Path) -> tuple[CIFAR10, CIFAR10]:
 
 
 def _download_and_unpack(root: Path) -> None:
-    """Downloads the archive, unless it lies there already, and unpacks it."""
+    """Unpack the archive, after downloading it if it is not there."""
     archive = root / CIFAR10.filename
     with disk_errors(archive):
         root.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def load(
 
 
 def _find_annotation_files(path: str) -> dict[int, Path]:
-    """The file of each split; of UNSPLIT alone where there is one file for all. Raises DataError."""
+    """The file of each split; UNSPLIT alone if there is one file for all. Raises DataError."""
     root = resolve_path(path)
     if root.is_file():
         return {UNSPLIT: root}

@@ -1,4 +1,7 @@
-"""scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels, enlarged (Alpaydin and Kaynak, UCI, 1998). Needs no download."""
+"""scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels, enlarged. Needs no download.
+
+Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+"""
 
 from pathlib import Path
 
@@ -14,14 +17,11 @@ TASKS = ("classification",)
 
 
 def load(home: Path, input_spec: InputSpec, task: str, *, image: ImageOptions) -> Dataset:
+    """Load scikit-learn's digits."""
     from sklearn.datasets import load_digits  # here, so that listing the sources stays cheap
 
     pixels, labels = load_digits(return_X_y=True)
-    pictures = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    part = np.full(len(labels), UNSPLIT)
-    return classification_dataset(
-        home,
-        Items(list(pictures), labels.astype(np.int64), tuple("0123456789"), part),
-        image,
-        input_spec,
-    )
+    images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    split = np.full(len(labels), UNSPLIT)
+    items = Items(list(images), labels.astype(np.int64), tuple("0123456789"), split)
+    return classification_dataset(home, items, image, input_spec)

@@ -1,4 +1,7 @@
-"""Made-up images that can be told apart: stripes of a class's own direction and colour, under noise. For trying things out."""
+"""Made-up images for trying things out.
+
+Each class has stripes of its own direction and colour, under noise.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +33,7 @@ def load(
     ] = 0.5,
     image: ImageOptions,
 ) -> Dataset:
+    """Make the images; the same seed gives the same images."""
     rng = np.random.default_rng(image.seed)
     side = image.size or 32
     labels = np.arange(examples) % classes
@@ -44,11 +48,7 @@ def load(
         + 0.25 * stripes * colour[:, None, None, :]
         + noise * 0.25 * rng.standard_normal((examples, side, side, 3))
     )
-    pictures = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    images = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
     names = tuple(f"class{i}" for i in range(classes))
-    return classification_dataset(
-        home,
-        Items(list(pictures), labels.astype(np.int64), names, np.full(examples, UNSPLIT)),
-        image,
-        input_spec,
-    )
+    items = Items(list(images), labels.astype(np.int64), names, np.full(examples, UNSPLIT))
+    return classification_dataset(home, items, image, input_spec)

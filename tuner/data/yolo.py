@@ -112,7 +112,7 @@ class DataYaml:
         file: the data.yaml.
         base: the folder that the names in `splits` start from.
         classes: the names of the classes, in order.
-        splits: by key, such as `train` or `val`: folders of images, and text files that list images.
+        splits: folders of images, and text files that list images, by key, such as `train`.
     """
 
     file: Path

@@ -1,1 +1,1 @@
-"""Export formats. Each file's `save` writes a model and its `load` reads it back as a function of pixels."""
+"""Export formats: `save` of each file writes a model, `load` reads it back as a function."""

@@ -1,4 +1,8 @@
-"""ONNX with a free batch size, input `image` (or the token leaves by name) and output `output` (or the leaves by name)."""
+"""ONNX with a free batch size.
+
+The input is called `image`, or each of several inputs by its name in the tensor tree; the output
+is called `output`, or each of several outputs by its name.
+"""
 
 import contextlib
 import io
@@ -12,26 +16,23 @@ from tuner.core.export_module import ExportModule, dynamic_shapes, quiet_export
 from tuner.core.input_spec import TensorTree, tree_to_dict
 
 FILE = "model.onnx"
-INPUT_NAME, OUTPUT_NAME = "image", "output"  # names where there is only one
+INPUT_NAME, OUTPUT_NAME = "image", "output"  # if there is only one
 
 
 def save(model: ExportModule, example: TensorTree, path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad():
-        given = tree_to_dict(model(example))
-    with (
-        quiet_export(),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):  # the exporter prints its progress
+        outputs = tree_to_dict(model(example))
+    # the exporter prints its progress
+    with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
             model,
-            kwargs={
-                "x": example
-            },  # by name: a dict that ends the positional arguments would be taken for keywords
+            # by name: torch takes a dict at the end of the positional arguments for keywords
+            kwargs={"x": example},
             dynamo=True,
             verbose=False,
             input_names=[name or INPUT_NAME for name in tree_to_dict(example)],
-            output_names=[name or OUTPUT_NAME for name in given],
+            output_names=[name or OUTPUT_NAME for name in outputs],
             dynamic_shapes={"x": dynamic_shapes(model, example)},
         )
     assert program is not None
@@ -39,23 +40,19 @@ def save(model: ExportModule, example: TensorTree, path: Path) -> None:
 
 
 def load(path: Path, blank: Callable[[], ExportModule]) -> Callable[[TensorTree], TensorTree]:
-    """A function of what the export takes, carried out by onnxruntime on the CPU."""
+    """The export as a function, run by onnxruntime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def call(x: TensorTree) -> TensorTree:
-        outputs = session.run(
-            None,
-            {
-                name or INPUT_NAME: leaf.contiguous().numpy()
-                for name, leaf in tree_to_dict(x).items()
-            },
-        )
-        found = {
-            name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)
+        inputs = {
+            name or INPUT_NAME: tensor.contiguous().numpy()
+            for name, tensor in tree_to_dict(x).items()
         }
-        return found[OUTPUT_NAME] if names == [OUTPUT_NAME] else found
+        arrays = session.run(None, inputs)
+        outputs = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+        return outputs[OUTPUT_NAME] if names == [OUTPUT_NAME] else outputs
 
     return call

@@ -1,4 +1,7 @@
-"""Weights under the model's native names (no code inside); the normalisation beside them as `tuner.mean`, `tuner.std`."""
+"""Weights under the model's own names, without code.
+
+The normalisation is stored beside them as `tuner.mean` and `tuner.std`.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +20,14 @@ def save(model: ExportModule, example: TensorTree, path: Path) -> None:
 
 
 def load(path: Path, blank: Callable[[], ExportModule]) -> Callable[[TensorTree], TensorTree]:
-    """A function of what the export takes. `blank` builds the model that the weights belong to."""
+    """The export as a function. `blank` builds the model that the weights belong to."""
     model = blank()
     restore(path, model)
     return model.eval()
 
 
 def restore(path: Path, model: ExportModule) -> None:
-    """Puts the weights in `path` into the model that they belong to."""
+    """Load the weights in `path` into the model that they belong to."""
     from safetensors.torch import load_file
 
     model.load_export_state(load_file(path))

@@ -1,4 +1,7 @@
-"""A `torch.export` program (.pt2): weights and graph, batch size free; runs without tuner and without the model's code."""
+"""A `torch.export` program (.pt2) with weights, graph and a free batch size.
+
+It runs without tuner and without the code of the model.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,6 @@ def save(model: ExportModule, example: TensorTree, path: Path) -> None:
 
 
 def load(path: Path, blank: Callable[[], ExportModule]) -> Callable[[TensorTree], TensorTree]:
-    """A function of what the export takes. Loading may unpickle: for files of your own only."""
+    """The export as a function. Loading may unpickle, so load only your own files."""
     module: Callable[[TensorTree], TensorTree] = torch.export.load(path).module()
     return module

@@ -1,4 +1,4 @@
-"""Makes a dataset of images whose targets are boxes: checks the boxes and moves them to the canvas."""
+"""Makes a dataset of images with boxes: checks the boxes and moves them to the canvas."""
 
 from collections import defaultdict
 from collections.abc import Sequence

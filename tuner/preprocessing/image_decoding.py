@@ -1,4 +1,7 @@
-"""One picture as RGB pixels: any mode, first frame, upright, resized and cropped; or the reason why it cannot be read."""
+"""Decodes one image to RGB pixels of the canvas, or says why it cannot be read.
+
+Images may have any mode; of several frames the first is taken; EXIF's orientation is applied.
+"""
 
 import contextlib
 import struct
@@ -15,16 +18,10 @@ from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec
 
 MAX_PIXELS = 50_000_000
-LETTERBOX_GREY = 114  # grey of what a letterboxed image leaves free, as YOLO has it
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "WEBP",
-    "PPM",
-)  # others may start programs, as EPS does, whatever the file's name
+LETTERBOX_GREY = 114  # grey of the borders of a letterboxed image, as in YOLO
+# Pillow chooses a decoder by content, not by the file's name, and other formats may start
+# programs, as EPS does
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 SUFFIXES = {
     ".jpg",
     ".jpeg",
@@ -48,7 +45,7 @@ Pixels = NDArray[np.uint8]
 PathOrPixels = Path | Pixels
 """A file, or an array (h, w) or (h, w, 3) of uint8."""
 
-# what Pillow raises on damaged files, beside its own OSError
+# what Pillow raises for damaged files, beside its own OSError
 DECODE_ERRORS = (
     OSError,
     ValueError,
@@ -65,40 +62,54 @@ DECODE_ERRORS = (
 
 
 def try_decode(picture: PathOrPixels, image_spec: ImageInputSpec) -> Pixels | str:
-    """The decoded picture, or one line that names it and says what is wrong with it."""
+    """The decoded image, or one line that names it and says what is wrong with it."""
     try:
         return decode(picture, image_spec)
-    except OSError as error:
-        reason = error.strerror or str(error).replace(repr(str(picture)), "its content")
     except DECODE_ERRORS as error:
-        reason = str(error) or type(error).__name__
-    name = str(picture) if isinstance(picture, Path) else f"array of shape {picture.shape}"
-    return f"{name}: {reason}"
+        name = str(picture) if isinstance(picture, Path) else f"array of shape {picture.shape}"
+        return f"{name}: {describe_decode_error(error, picture)}"
+
+
+def describe_decode_error(error: BaseException, picture: PathOrPixels) -> str:
+    """Why an image cannot be read, without its name."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error).replace(repr(str(picture)), "its content")
+    return str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
 def silence_pillow() -> Iterator[None]:
-    """Pillow's warnings about odd but readable files are silenced. Not for threads: it changes the whole process."""
+    """Silence Pillow's warnings about odd but readable files, in the whole process.
+
+    So it must not be entered in several threads at once.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def decode(picture: PathOrPixels, image_spec: ImageInputSpec) -> Pixels:
-    """(3, size, size) uint8. Raises one of DAMAGED."""
+    """Decode an image to its canvas: uint8 (3, size, size). Raises one of DECODE_ERRORS."""
+    with _open_image(picture) as image:
+        # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time;
+        # twice the side that is needed keeps the detail
+        image.draft("RGB", (2 * image_spec.resize, 2 * image_spec.resize))
+        upright = _to_rgb(ImageOps.exif_transpose(image))
+        return np.asarray(fit_to_canvas(upright, image_spec)).transpose(2, 0, 1)
+
+
+def _open_image(picture: PathOrPixels) -> Image.Image:
+    """The image with its pixels not decoded yet. Raises ValueError if they are too many."""
     image: Image.Image = (
         Image.open(picture, formats=FORMATS)
         if isinstance(picture, Path)
         else Image.fromarray(picture)
     )
-    with image:
-        if image.width * image.height > MAX_PIXELS:  # the header's word: nothing was allocated yet
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-        # a JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; twice the wanted side keeps the detail
-        image.draft("RGB", (2 * image_spec.resize, 2 * image_spec.resize))
-        return np.asarray(
-            fit_to_canvas(_to_rgb(ImageOps.exif_transpose(image)), image_spec)
-        ).transpose(2, 0, 1)
+    # the size is from the header, and no memory for the pixels is allocated yet
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -115,7 +126,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(grey: NDArray[np.int64]) -> Image.Image:
-    """16 bits of grey, which Pillow would clip at 255. Values that fit 8 bits are taken as they are."""
+    """16 bits of grey as 8 bits; Pillow would clip them at 255.
+
+    Values that fit into 8 bits stay as they are.
+    """
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65_535:
         raise ValueError(f"its grey values reach from {low} to {high}; save it with 8 or 16 bits")
@@ -128,49 +142,50 @@ def fit_to_canvas(
     interpolation: str | None = None,
     border: int = LETTERBOX_GREY,
 ) -> Image.Image:
-    """The image on the model's canvas. What it does not cover is `border`."""
+    """Resize an image and place it on the model's canvas.
+
+    Args:
+        image: an image of mode RGB or L.
+        image_spec: the canvas.
+        interpolation: a key of `RESAMPLING_FILTERS`; None: that of `image_spec`.
+        border: the value of pixels that the image does not cover.
+
+    Raises:
+        ValueError: the resized image would have too many pixels.
+    """
     size = image_spec.size
-    at = place_on_canvas(*image.size, image_spec)
-    if at.width * at.height > MAX_PIXELS:
+    placement = place_on_canvas(*image.size, image_spec)
+    resized_size = (placement.width, placement.height)
+    if placement.width * placement.height > MAX_PIXELS:
         raise ValueError(
-            f"{image.width} x {image.height} pixels, too long and narrow to be enlarged to {at.width} x {at.height}"
+            f"{image.width} x {image.height} pixels, too long and narrow to be enlarged "
+            f"to {placement.width} x {placement.height}"
         )
-    if (at.width, at.height) != image.size:
-        image = image.resize(
-            (at.width, at.height), RESAMPLING_FILTERS[interpolation or image_spec.interpolation]
-        )
+    if resized_size != image.size:
+        resampling = RESAMPLING_FILTERS[interpolation or image_spec.interpolation]
+        image = image.resize(resized_size, resampling)
+    left, top = placement.left, placement.top
     if image_spec.fit == "crop":
-        return image.crop((-at.left, -at.top, size - at.left, size - at.top))
+        return image.crop((-left, -top, size - left, size - top))
     canvas = Image.new(image.mode, (size, size), border if image.mode == "L" else (border,) * 3)
-    canvas.paste(image, (at.left, at.top))
+    canvas.paste(image, (left, top))
     return canvas
 
 
 def load_upright(picture: PathOrPixels) -> Image.Image:
-    """The whole image in RGB. Raises one of DAMAGED."""
-    image: Image.Image = (
-        Image.open(picture, formats=FORMATS)
-        if isinstance(picture, Path)
-        else Image.fromarray(picture)
-    )
-    with image:
-        if image.width * image.height > MAX_PIXELS:  # the header's word: nothing was allocated yet
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+    """The whole image in RGB. Raises one of DECODE_ERRORS."""
+    with _open_image(picture) as image:
         return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def upright_size(picture: PathOrPixels) -> tuple[int, int]:
-    """Width and height of an image as it is seen upright, from its header; (0, 0) where it cannot be read."""
+    """Width and height in pixels of an upright image, from its header; (0, 0) if unreadable."""
     if not isinstance(picture, Path):
         return picture.shape[1], picture.shape[0]
     try:
         with Image.open(picture, formats=FORMATS) as image:
-            turned = image.getexif().get(0x0112, 1) in (
-                5,
-                6,
-                7,
-                8,
-            )  # EXIF's orientation: a quarter turn
-            return (image.height, image.width) if turned else image.size
+            orientation = image.getexif().get(0x0112, 1)
+            is_quarter_turn = orientation in (5, 6, 7, 8)
+            return (image.height, image.width) if is_quarter_turn else image.size
     except DECODE_ERRORS:
         return 0, 0

@@ -1,4 +1,4 @@
-"""Pictures decoded once and kept as uint8 in a memory-mapped file that workers and later runs share."""
+"""Decodes images once and stores them as uint8 in a memory-mapped file for all later runs."""
 
 import hashlib
 import json
@@ -16,24 +16,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.core.input_spec import ImageInputSpec
-from tuner.errors import DataError
+from tuner.errors import DataError, limit_listing
 from tuner.files.atomic import atomic_folder, disk_errors
 from tuner.files.cache_entries import PinnedEntry, make_space, open_or_create, write_checksums
 from tuner.preprocessing import image_decoding
 from tuner.preprocessing.image_decoding import PathOrPixels
 
 FORMAT_VERSION = 5  # of the stored files; another number is another store
-MAX_LISTED = 10  # unreadable pictures that a message names
+IMAGES_PER_CHUNK = 512  # decoded at once, so that a large dataset does not fill the memory
 
 
 @dataclass(frozen=True)
 class ImageStore:
-    """`pixels`: uint8 (n, channels, size, size), mapped from a file. `kept`: which of the pictures could be read.
+    """Decoded images.
 
-    `sizes`: int64 (n, 2), width and height of each as it was, upright. `same`: int64 (k, 2), a row and the first row of
-    equal pixels, for each of the k rows that have such a one before them.
-
-    Equal pixels have an equal `digest`, wherever the pictures lie. Whoever uses the pixels keeps `held`, lest they be removed.
+    Args:
+        entry: the cache entry. Keep it as long as the pixels are used, so that it is not evicted.
+        pixels: uint8 (n, channels, size, size), mapped from a file.
+        readable: int64 (n,), the indices of the images that could be read.
+        original_sizes: int64 (n, 2), width and height in pixels of each upright image as it was.
+        equal_rows: int64 (k, 2), a row and the first row with equal pixels, for each of the k rows
+            whose pixels an earlier row has too.
+        digest: equal pixels have an equal digest, wherever the files lie.
+        warnings: about images that were left out.
     """
 
     entry: PinnedEntry
@@ -47,7 +52,13 @@ class ImageStore:
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """How a picture becomes `channels` planes of pixels, or one line that says why not. Equal `name`, equal function."""
+    """How an image becomes pixels, uint8 (channels, size, size).
+
+    Args:
+        name: equal names, equal functions; it is part of the key of the store.
+        channels: the number of channels.
+        try_decode: gives the pixels, or one line that says why the image cannot be read.
+    """
 
     name: str
     channels: int
@@ -68,11 +79,22 @@ def open_image_store(
     on_bad_image: str,
     decoder: ImageDecoder = RGB_DECODER,
 ) -> ImageStore:
-    """The pictures decoded, from the cache where the same were decoded before. Raises DataError on unreadable ones."""
+    """Decode images, or take them from the cache if the same images were decoded before.
+
+    Args:
+        home: the folder with the caches.
+        pictures: the images.
+        image_spec: the canvas.
+        on_bad_image: `error`, or `skip` to leave out a few unreadable images.
+        decoder: how an image becomes pixels.
+
+    Raises:
+        DataError: images are unreadable and may not be left out.
+    """
     folder = home / "images" / _store_key(pictures, image_spec, decoder)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        held = open_or_create(
+        entry = open_or_create(
             folder, lambda: _build_store(folder, pictures, image_spec, on_bad_image, decoder)
         )
         meta = json.loads((folder / "meta.json").read_text())
@@ -82,35 +104,37 @@ def open_image_store(
     warnings = _check_unreadable(
         meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt"
     )
-    kept, sizes, same = (np.array(meta[key], np.int64) for key in ("kept", "sizes", "same"))
     return ImageStore(
-        held,
+        entry,
         pixels.view(meta["shape"]),
-        kept,
-        sizes.reshape(-1, 2),
-        same.reshape(-1, 2),
-        meta["digest"],
-        tuple(warnings),
+        readable=np.array(meta["kept"], np.int64),
+        original_sizes=np.array(meta["sizes"], np.int64).reshape(-1, 2),
+        equal_rows=np.array(meta["same"], np.int64).reshape(-1, 2),
+        digest=meta["digest"],
+        warnings=tuple(warnings),
     )
 
 
 def _store_key(
     pictures: Sequence[PathOrPixels], image_spec: ImageInputSpec, decoder: ImageDecoder
 ) -> str:
-    """Names a decoded set by path, size and time of each file (by content, for arrays) and by the geometry."""
+    """The name of a store: by path, size and time of each file, and by the geometry.
+
+    Arrays count by their content.
+    """
     geometry = f"{image_spec.size} {image_spec.resize} {image_spec.interpolation} {image_spec.fit}"
-    seen = hashlib.sha256(f"{FORMAT_VERSION} {decoder.name} {geometry}\n".encode())
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {decoder.name} {geometry}\n".encode())
     for picture in pictures:
         if isinstance(picture, Path):
             try:
                 stat = picture.stat()
                 state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
-            except OSError as error:  # a broken link is an unreadable picture like others
+            except OSError as error:  # a broken link is an unreadable image like others
                 state = f"error {error.errno}"
-            seen.update(os.fsencode(f"{os.path.abspath(picture)}\0{state}\n"))
+            digest.update(os.fsencode(f"{os.path.abspath(picture)}\0{state}\n"))
         else:
-            seen.update(f"{picture.shape}".encode() + np.ascontiguousarray(picture).data)
-    return seen.hexdigest()[:32]
+            digest.update(f"{picture.shape}".encode() + np.ascontiguousarray(picture).data)
+    return digest.hexdigest()[:32]
 
 
 def _build_store(
@@ -120,9 +144,9 @@ def _build_store(
     on_bad_image: str,
     decoder: ImageDecoder,
 ) -> None:
-    need = len(pictures) * decoder.channels * image_spec.size**2
-    make_space(folder.parent, need)
-    with atomic_folder(folder, need, "images") as temporary:
+    byte_count = len(pictures) * decoder.channels * image_spec.size**2
+    make_space(folder.parent, byte_count)
+    with atomic_folder(folder, byte_count, "images") as temporary:
         meta = _decode_all(temporary / "pixels.bin", pictures, image_spec, decoder)
         _check_unreadable(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
         (temporary / "unreadable.txt").write_text(
@@ -135,60 +159,56 @@ def _build_store(
 def _decode_all(
     path: Path, pictures: Sequence[PathOrPixels], image_spec: ImageInputSpec, decoder: ImageDecoder
 ) -> dict[str, Any]:
+    """Decode the images into a file; what is known about them, as `meta.json` has it."""
     kept: list[int] = []
     sizes: list[tuple[int, int]] = []
-    bad: list[str] = []
-    same: list[tuple[int, int]] = []
-    rows: dict[bytes, int] = {}  # the first row of each content
-    seen = hashlib.sha256()
+    unreadable: list[str] = []
+    equal_rows: list[tuple[int, int]] = []
+    first_rows: dict[bytes, int] = {}  # the first row of each content
+    digest = hashlib.sha256()
     with (
         image_decoding.silence_pillow(),
         open(path, "wb") as file,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        for start in range(
-            0, len(pictures), 512
-        ):  # bounded, so that a large set does not fill the memory
-            chunk = pictures[start : start + 512]
-            for i, result in enumerate(
-                pool.map(lambda picture: decoder.try_decode(picture, image_spec), chunk), start
-            ):
+        for start in range(0, len(pictures), IMAGES_PER_CHUNK):
+            chunk = pictures[start : start + IMAGES_PER_CHUNK]
+            results = pool.map(lambda picture: decoder.try_decode(picture, image_spec), chunk)
+            for i, result in enumerate(results, start):
                 if isinstance(result, str):
-                    bad.append(result)
-                else:
-                    data = np.ascontiguousarray(result).data
-                    seen.update(data)
-                    file.write(data)
-                    row = len(kept)
-                    first = rows.setdefault(hashlib.blake2b(data, digest_size=16).digest(), row)
-                    if first != row:
-                        same.append((row, first))
-                    kept.append(i)
-                    sizes.append(image_decoding.upright_size(pictures[i]))
-    shape = [len(kept), decoder.channels, image_spec.size, image_spec.size]
+                    unreadable.append(result)
+                    continue
+                data = np.ascontiguousarray(result).data
+                digest.update(data)
+                file.write(data)
+                row = len(kept)
+                content = hashlib.blake2b(data, digest_size=16).digest()
+                first = first_rows.setdefault(content, row)
+                if first != row:
+                    equal_rows.append((row, first))
+                kept.append(i)
+                sizes.append(image_decoding.upright_size(pictures[i]))
     return {
-        "shape": shape,
+        "shape": [len(kept), decoder.channels, image_spec.size, image_spec.size],
         "kept": kept,
         "sizes": sizes,
-        "same": same,
-        "bad": bad,
-        "digest": seen.hexdigest(),
+        "same": equal_rows,
+        "bad": unreadable,
+        "digest": digest.hexdigest(),
     }
 
 
 def _check_unreadable(
-    bad: Sequence[str], total: int, on_bad_image: str, list_file: Path
+    unreadable: Sequence[str], total: int, on_bad_image: str, list_file: Path
 ) -> list[str]:
-    """What to say of unreadable pictures. Raises DataError unless they may be skipped and are few."""
-    if not bad:
+    """Warnings about unreadable images. Raises DataError unless they may be skipped and are few."""
+    if not unreadable:
         return []
-    listed = list(bad[:MAX_LISTED])
-    if len(bad) > MAX_LISTED:
-        listed.append(f"… and {len(bad) - MAX_LISTED} more")
-    said = f"data: {len(bad)} of {total} images cannot be read"
-    if on_bad_image == "skip" and len(bad) <= max(1, total // 100):
-        return [f"{said} and are left out; {list_file} lists them", *listed]
-    way_out = "mend or remove them, or set data.on_bad_image: skip"
+    listed = limit_listing(unreadable)
+    summary = f"data: {len(unreadable)} of {total} images cannot be read"
+    if on_bad_image == "skip" and len(unreadable) <= max(1, total // 100):
+        return [f"{summary} and are left out; {list_file} lists them", *listed]
+    advice = "mend or remove them, or set data.on_bad_image: skip"
     if on_bad_image == "skip":
-        way_out = "skip leaves out 1 % at most (of fewer than 100, one); mend or remove them"
-    raise DataError(*listed, f"{said}; {way_out}")
+        advice = "skip leaves out 1 % at most (of fewer than 100, one); mend or remove them"
+    raise DataError(*listed, f"{summary}; {advice}")

@@ -1,4 +1,4 @@
-"""Divides the examples of a dataset into train, validation and test: by given names, or by a seed."""
+"""Divides the examples of a dataset into splits: by given names, or by a seed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Remembered activations as files: one folder an entry, a memory-mapped file a leaf, written whole or not at all."""
+"""Stores tensors in a cache entry: one folder per entry, one memory-mapped file per tensor."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ from tuner.files.cache_entries import PinnedEntry, write_checksums
 
 ReadBatch = Callable[[Tensor], Batch]
 TensorMeta = dict[str, Any]  # name, shape of one example, dtype
-META_FILE = "meta.json"  # the leaves of an entry, in the order of its files 0.bin, 1.bin, …
+META_FILE = "meta.json"  # the tensors of an entry, in the order of its files 0.bin, 1.bin, …
 
 
-# A picture's activations are kept channels-last, which is how they are computed and how the suffix wants them.
+# Activations of images are stored channels-last, as they are computed and as the suffix needs them.
 
 
 def to_channels_last(value: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def to_channels_first(value: Tensor) -> Tensor:
 
 
 class TensorWriter:
-    """Fills one entry, chunk by chunk; `close` says what it holds, and only then it is whole."""
+    """Writes the tensors of one entry, chunk by chunk. The entry is complete after `close`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,11 +44,11 @@ class TensorWriter:
             self.hashes = [hashlib.sha256() for _ in chunk]
             self.meta = [
                 {
-                    "name": k,
-                    "shape": list(v.shape[1:]),
-                    "dtype": str(v.dtype).removeprefix("torch."),
+                    "name": name,
+                    "shape": list(tensor.shape[1:]),
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
                 }
-                for k, v in chunk.items()
+                for name, tensor in chunk.items()
             ]
         for i, value in enumerate(chunk.values()):
             data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
@@ -60,52 +60,57 @@ class TensorWriter:
     def close(self) -> None:
         (self.folder / META_FILE).write_text(json.dumps(self.meta))
         write_checksums(
-            self.folder, {f"{i}.bin": seen.hexdigest() for i, seen in enumerate(self.hashes)}
+            self.folder, {f"{i}.bin": digest.hexdigest() for i, digest in enumerate(self.hashes)}
         )
 
 
 def map_tensors(entry: PinnedEntry, length: int) -> dict[str, Tensor]:
-    """The leaves of an entry, each mapped from its file. Whoever uses them keeps `held`."""
-    meta: list[TensorMeta] = json.loads((entry.folder / META_FILE).read_text())
+    """The tensors of an entry, each mapped from its file.
+
+    Args:
+        entry: the entry. Keep it as long as the tensors are used, so that it is not evicted.
+        length: the number of examples, the first dimension of each tensor.
+    """
+    metas: list[TensorMeta] = json.loads((entry.folder / META_FILE).read_text())
     return {
-        leaf["name"]: _map_tensor(entry.folder / f"{i}.bin", leaf, length)
-        for i, leaf in enumerate(meta)
+        meta["name"]: _map_tensor(entry.folder / f"{i}.bin", meta, length)
+        for i, meta in enumerate(metas)
     }
 
 
-def _map_tensor(path: Path, leaf: TensorMeta, length: int) -> Tensor:
-    shape = (length, *leaf["shape"])
-    dtype = getattr(torch, leaf["dtype"])
+def _map_tensor(path: Path, meta: TensorMeta, length: int) -> Tensor:
+    shape = (length, *meta["shape"])
+    dtype = getattr(torch, meta["dtype"])
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
 
 
-def fits_on_gpu(values: dict[str, Tensor], device: torch.device) -> bool:
-    free, whole = torch.cuda.mem_get_info(device)
-    free = min(
-        free, int(whole * torch.cuda.get_per_process_memory_fraction(device))
-    )  # of a GPU that is shared, this worker's part
-    return sum(v.nbytes for v in values.values()) < 0.25 * free
+def fits_on_gpu(tensors: dict[str, Tensor], device: torch.device) -> bool:
+    """Whether the tensors need less than a quarter of the GPU's free memory."""
+    free, total = torch.cuda.mem_get_info(device)
+    # of a GPU that several workers share, this worker's fraction
+    own_limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return sum(tensor.nbytes for tensor in tensors.values()) < 0.25 * min(free, own_limit)
 
 
-TARGET_PREFIX = "y."  # begins the names of the leaves of a batch's y
+TARGET_PREFIX = "y."  # the names of the tensors of a batch's y begin with it
 
 
 def prefix_targets(y: TensorTree) -> dict[str, Tensor]:
-    return {f"{TARGET_PREFIX}{name}": leaf for name, leaf in tree_to_dict(y).items()}
+    return {f"{TARGET_PREFIX}{name}": tensor for name, tensor in tree_to_dict(y).items()}
 
 
-def _dict_to_tree(found: dict[str, Tensor]) -> TensorTree:
-    """What `leaves` took apart."""
-    return found[""] if set(found) == {""} else found
+def _dict_to_tree(tensors: dict[str, Tensor]) -> TensorTree:
+    """The inverse of `tree_to_dict`."""
+    return tensors[""] if set(tensors) == {""} else tensors
 
 
 class EntryReader:
-    """Batches of what an entry holds, on `device`. The entry stays as long as this object lives."""
+    """Reads batches from an entry, onto `device`. It pins the entry as long as it lives."""
 
     def __init__(
         self, entry: PinnedEntry, length: int, device: torch.device, *, into_memory: bool = False
     ) -> None:
-        """`into_memory`: on a GPU, in its memory, where it fits."""
+        """`into_memory`: copy the whole entry into the memory of the GPU, if it fits."""
         self.entry, self.device = entry, device
         values = map_tensors(entry, length)
         if into_memory and device.type == "cuda" and fits_on_gpu(values, device):

@@ -1,1 +1,1 @@
-"""Tasks. Each file names its `METRICS`, the first being the default, and gives a `Task` from `build(**keys)`."""
+"""Tasks: `METRICS` of each file, the first is the default; `build(**keys)` gives a `Task`."""

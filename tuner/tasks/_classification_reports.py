@@ -1,4 +1,4 @@
-"""What one class per example says: logits scored, told and shown, whatever the examples are."""
+"""Descriptions and artifacts of predictions that give each example one class."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ MAX_CLASSES_NAMED = 3  # classes that a line names
 
 
 def describe_probabilities(classes: Sequence[str], probabilities: Sequence[float]) -> Prediction:
-    """The classes with their probabilities, most likely first."""
+    """The prediction of one example: the classes with their probabilities, most likely first."""
     ranked = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
     return Prediction(
         "  ".join(f"{name} {p:.3f}" for name, p in ranked[:MAX_CLASSES_NAMED]),
@@ -25,7 +25,7 @@ def describe_probabilities(classes: Sequence[str], probabilities: Sequence[float
 
 
 def concatenate_pairs(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-    """Logits, float32 (n, classes), and truth, int64 (n,), of all batches, on the CPU."""
+    """Logits, float32 (n, classes), and true classes, int64 (n,), of all batches, on the CPU."""
     logits, truth = zip(*pairs, strict=True)
     return torch.cat(logits).cpu(), torch.cat(truth).cpu()
 
@@ -33,7 +33,7 @@ def concatenate_pairs(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]
 def classification_artifacts(
     logits: Tensor, truth: Tensor, classes: tuple[str, ...]
 ) -> dict[str, bytes]:
-    """The confusion matrix as a picture, and each class's scores as CSV."""
+    """The confusion matrix as a plot, and each class's scores as CSV."""
     matrix = multiclass_confusion_matrix(logits, truth, len(classes))
     return {
         "confusion.png": deferred_figures.defer_figure(
@@ -45,17 +45,13 @@ def classification_artifacts(
 
 def per_class_csv(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
     """Precision, recall, F1 and count of each class, as CSV."""
-    hits, true, found = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    columns = (matrix.diag().tolist(), matrix.sum(1).tolist(), matrix.sum(0).tolist())
     rows: list[list[Any]] = []
-    for name, hit, of_class, of_said in zip(
-        classes, hits.tolist(), true.tolist(), found.tolist(), strict=True
-    ):
-        values = (
-            hit / max(1, of_said),
-            hit / max(1, of_class),
-            2 * hit / max(1, of_said + of_class),
-        )
-        rows.append([name, *(f"{v:.4f}" for v in values), of_class])
+    for name, hits, true_count, predicted_count in zip(classes, *columns, strict=True):
+        precision = hits / max(1, predicted_count)
+        recall = hits / max(1, true_count)
+        f1 = 2 * hits / max(1, predicted_count + true_count)
+        rows.append([name, f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}", true_count])
     return encode_csv(["class", "precision", "recall", "f1", "examples"], rows)
 
 

@@ -1,4 +1,4 @@
-"""One class per example: cross-entropy, and scores by torchmetrics."""
+"""Image classification: one class per image, cross-entropy, and scores by torchmetrics."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def build(classes: tuple[str, ...], recipe: Recipe) -> Task:
 
 
 class Classification(Task):
-    """y is int64, (n,); predictions are logits, float32 (n, classes)."""
+    """Gives each example a class: y is int64 (n,); predictions are logits, float32 (n, classes)."""
 
     metrics = METRICS
 
@@ -41,7 +41,7 @@ class Classification(Task):
         return net(x).float()  # type: ignore[no-any-return]
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        """Accuracy, its mean over classes, macro F1, and the mean log-likelihood of the true class."""
+        """Accuracy, balanced accuracy, macro F1, and the true class's mean log-likelihood."""
         logits, truth = concatenate_pairs(pairs)
         n = len(self.classes)
         return {

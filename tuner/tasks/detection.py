@@ -1,4 +1,4 @@
-"""Objects in boxes: the model's own losses, and mean average precision by torchmetrics, as COCO counts it."""
+"""Object detection: the model's own losses, and COCO's mean average precision by torchmetrics."""
 
 import csv
 import io
@@ -16,12 +16,14 @@ from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to_dict
 from tuner.core.targets import NO_OBJECT
 from tuner.core.types import Batch, Dataset, Prediction, Task
+from tuner.errors import limit_listing
 from tuner.tasks import _annotated_images
 
 METRICS = ("map", "map_50", "map_75", "mar_100")
 EXAMPLES_SHOWN = 8  # validation examples on the contact sheet
 MAX_OBJECTS_NAMED = 5  # objects that a line names
 NOISE_SCORE = 0.05  # scores up to this are noise: formats may differ in such objects
+SCORE_TOLERANCE = 1e-3  # scores of one object in two formats may differ by rounding
 
 
 def build(
@@ -37,19 +39,32 @@ def build(
         ),
     ] = 0.5,
 ) -> Task:
-    """`confidence`: objects of lower scores are neither told nor drawn. Metrics take all."""
+    """The task for the classes of a dataset.
+
+    Args:
+        classes: the names of the classes.
+        recipe: how the model is trained; detection uses none of its keys.
+        confidence: objects with a lower score are neither listed nor drawn. Metrics use all.
+    """
     return Detection(classes, confidence)
 
 
 class Detection(Task):
-    """y is what `targets.Boxes` gives; predictions are the objects of each image, padded, as `detectors` has them, on the CPU.
+    """Finds objects: boxes with a class and a score.
 
-    Scores are COCO's (Lin et al., Microsoft COCO, ECCV 2014): the mean over classes of average precision, for boxes that overlap by an
-    intersection over union of 0.5 to 0.95 (`map`), 0.5 or 0.75; and average recall with 100 objects an image. 0 where nothing is found.
+    y is what `core.targets.Boxes` gives. Predictions are the padded objects of each image, as
+    `core.detectors` defines them, on the CPU.
+
+    Scores are COCO's (Lin et al., Microsoft COCO, ECCV 2014): the mean over classes of average
+    precision, for boxes that overlap by an intersection over union of 0.5 to 0.95 (`map`), 0.5 or
+    0.75; and average recall with 100 objects per image. They are 0 if no object is found.
     """
 
     metrics = METRICS
-    output_description = "boxes as left, top, right, bottom in pixels of the input; scores, falling; labels in the order of the classes, -1: no more objects"
+    output_description = (
+        "boxes as left, top, right, bottom in pixels of the input; scores, falling; "
+        "labels in the order of the classes, -1: no more objects"
+    )
 
     def __init__(self, classes: tuple[str, ...], confidence: float) -> None:
         self.classes, self.confidence = classes, confidence
@@ -60,15 +75,14 @@ class Detection(Task):
 
     def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
         return {
-            name: leaf.float().cpu() if leaf.is_floating_point() else leaf.cpu()
-            for name, leaf in tree_to_dict(net(x)).items()
+            name: tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu()
+            for name, tensor in tree_to_dict(net(x)).items()
         }
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        found = compute_map(pairs, per_class=False)
-        return {
-            name: max(0.0, float(found[name])) for name in METRICS
-        }  # -1: there was nothing to be found
+        metrics = compute_map(pairs, per_class=False)
+        # torchmetrics gives -1 if there are no true objects
+        return {name: max(0.0, float(metrics[name])) for name in METRICS}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         return {
@@ -78,49 +92,57 @@ class Detection(Task):
 
     def contact_sheet(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> bytes:
         """The first validation examples: truth beside predictions."""
-        both = [pair for pairs_ in pairs for pair in _pairs_by_image(pairs_)][:EXAMPLES_SHOWN]
-        pixels = data.valid.take(torch.arange(len(both)), 0).x
+        examples = [pair for batch in pairs for pair in _pairs_by_image(batch)][:EXAMPLES_SHOWN]
+        pixels = data.valid.take(torch.arange(len(examples)), 0).x
         assert isinstance(pixels, Tensor)
         rows = []
-        for image, (found, truth) in zip(pixels.numpy(), both, strict=True):
-            tile = _annotated_images.image_of_pixels(image)
-            true = [self.classes[label] for label in truth["labels"].tolist()]
-            drawn = _annotated_images.draw_boxes(
-                tile, truth["boxes"].tolist(), true, truth["labels"].tolist()
-            )
-            rows.append([drawn, self.draw_objects(tile, above_confidence(found, self.confidence))])
+        for image_pixels, (predicted, truth) in zip(pixels.numpy(), examples, strict=True):
+            image = _annotated_images.image_of_pixels(image_pixels)
+            labels = truth["labels"].tolist()
+            names = [self.classes[label] for label in labels]
+            true_boxes = _annotated_images.draw_boxes(image, truth["boxes"].tolist(), names, labels)
+            confident = above_confidence(predicted, self.confidence)
+            rows.append([true_boxes, self.draw_objects(image, confident)])
         return _annotated_images.make_contact_sheet(
             rows, ("truth", f"predicted, scores from {self.confidence:g}")
         )
 
-    def draw_objects(self, image: Any, found: Objects) -> Any:
-        words = [
-            f"{self.classes[k]} {s:.2f}"
-            for k, s in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
+    def draw_objects(self, image: Any, objects: Objects) -> Any:
+        """The image with the boxes of the objects, their classes and scores."""
+        labels = objects["labels"].tolist()
+        captions = [
+            f"{self.classes[label]} {score:.2f}"
+            for label, score in zip(labels, objects["scores"].tolist(), strict=True)
         ]
-        return _annotated_images.draw_boxes(
-            image, found["boxes"].tolist(), words, found["labels"].tolist()
-        )
+        return _annotated_images.draw_boxes(image, objects["boxes"].tolist(), captions, labels)
 
     def per_class_csv(self, pairs: Sequence[tuple[Any, Any]]) -> bytes:
         """Average precision and recall, and the number of true objects, of each class as CSV."""
-        found = compute_map(pairs, per_class=True)
-        true = torch.cat([truth["labels"].flatten().cpu() for _, truth in pairs])
+        metrics = compute_map(pairs, per_class=True)
+        true_labels = torch.cat([truth["labels"].flatten().cpu() for _, truth in pairs])
         columns = [
-            found[name].reshape(-1).tolist()
+            metrics[name].reshape(-1).tolist()
             for name in ("classes", "map_per_class", "mar_100_per_class")
         ]
-        of_class = {int(label): (ap, ar) for label, ap, ar in zip(*columns, strict=True)}
+        scores_by_label = {
+            int(label): (precision, recall)
+            for label, precision, recall in zip(*columns, strict=True)
+        }
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(["class", "average precision", "average recall", "objects"])
         for label, name in enumerate(self.classes):
-            values = [f"{max(0.0, value):.4f}" for value in of_class.get(label, (0.0, 0.0))]
-            writer.writerow([name, *values, int((true == label).sum())])
+            scores = scores_by_label.get(label, (0.0, 0.0))
+            formatted = [f"{max(0.0, score):.4f}" for score in scores]
+            writer.writerow([name, *formatted, int((true_labels == label).sum())])
         return text.getvalue().encode()
 
     def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
-        """The largest difference of matched boxes, relative to the canvas, and of scores; an object that only one has counts by its score."""
+        """The largest difference between matched objects, of boxes or of scores.
+
+        The difference of boxes is relative to the side of the canvas. An object that only one
+        output has counts by its score.
+        """
         pairs = zip(_unpad(tree_to_dict(expected)), _unpad(tree_to_dict(got)), strict=True)
         return max((objects_difference(a, b) for a, b in pairs), default=0.0)
 
@@ -133,116 +155,142 @@ class Detection(Task):
     ) -> list[Prediction]:
         assert isinstance(input_spec, ImageInputSpec)
         return [
-            self.describe_image(found, image, input_spec)
-            for found, image in zip(_unpad(tree_to_dict(function(x))), originals, strict=True)
+            self.describe_image(objects, image, input_spec)
+            for objects, image in zip(_unpad(tree_to_dict(function(x))), originals, strict=True)
         ]
 
-    def describe_image(self, found: Objects, image: Any, input_spec: ImageInputSpec) -> Prediction:
-        found = above_confidence(found, self.confidence)
-        found = {
-            **found,
-            "boxes": boxes_on_original(found["boxes"], image.width, image.height, input_spec),
-        }
-        named = [
+    def describe_image(
+        self, objects: Objects, image: Any, input_spec: ImageInputSpec
+    ) -> Prediction:
+        """The confident objects of one image, in pixels of the original image."""
+        objects = above_confidence(objects, self.confidence)
+        boxes = boxes_on_original(objects["boxes"], image.width, image.height, input_spec)
+        objects = {**objects, "boxes": boxes}
+        columns = [objects[name].tolist() for name in ("labels", "scores", "boxes")]
+        values = [
             {"label": self.classes[label], "score": score, "box": [round(side, 2) for side in box]}
-            for label, score, box in zip(
-                found["labels"].tolist(),
-                found["scores"].tolist(),
-                found["boxes"].tolist(),
-                strict=True,
-            )
+            for label, score, box in zip(*columns, strict=True)
         ]
-        words = [
-            f"{o['label']} {o['score']:.3f} at {', '.join(f'{side:.0f}' for side in o['box'])}"
-            for o in named
+        lines = [
+            f"{value['label']} {value['score']:.3f} at "
+            + ", ".join(f"{side:.0f}" for side in value["box"])
+            for value in values
         ]
-        more = (
-            f"  and {len(words) - MAX_OBJECTS_NAMED} more" if len(words) > MAX_OBJECTS_NAMED else ""
-        )
-        line = (
-            "  ".join(words[:MAX_OBJECTS_NAMED]) + more
-            if words
-            else f"nothing with a score from {self.confidence:g}"
-        )
+        line = "  ".join(limit_listing(lines, MAX_OBJECTS_NAMED))
         return Prediction(
-            line, {"objects": named}, _annotated_images.encode_png(self.draw_objects(image, found))
+            line or f"nothing with a score from {self.confidence:g}",
+            {"objects": values},
+            _annotated_images.encode_png(self.draw_objects(image, objects)),
         )
 
 
 def compute_map(pairs: Iterable[tuple[Any, Any]], *, per_class: bool) -> dict[str, Tensor]:
+    """COCO's metrics over all batches, by torchmetrics' names."""
     metric = MeanAveragePrecision(class_metrics=per_class, backend="pycocotools")
-    for pair in pairs:
-        found, truth = zip(*_pairs_by_image(pair), strict=True)
-        metric.update(list(found), list(truth))
+    for batch in pairs:
+        predicted, truth = zip(*_pairs_by_image(batch), strict=True)
+        metric.update(list(predicted), list(truth))
     result: dict[str, Tensor] = metric.compute()
     return result
 
 
 def boxes_on_original(boxes: Tensor, width: int, height: int, image_spec: ImageInputSpec) -> Tensor:
-    """Boxes on the canvas in pixels of the image of width x height that lies there."""
-    at = place_on_canvas(width, height, image_spec)
-    scale = torch.tensor([width / at.width, height / at.height] * 2)
+    """Boxes on the canvas, float32 (n, 4), in pixels of the original image of width x height."""
+    placement = place_on_canvas(width, height, image_spec)
+    scale = torch.tensor([width / placement.width, height / placement.height] * 2)
+    shift = torch.tensor([placement.left, placement.top] * 2)
     limit = torch.tensor([width, height] * 2, dtype=torch.float32)
-    return ((boxes - torch.tensor([at.left, at.top] * 2)) * scale).clamp(min=0).minimum(limit)
+    return ((boxes - shift) * scale).clamp(min=0).minimum(limit)
 
 
-def above_confidence(found: Objects, confidence: float) -> Objects:
-    return {
-        name: found[name][found["scores"] >= confidence] for name in ("boxes", "scores", "labels")
-    }
+def above_confidence(objects: Objects, confidence: float) -> Objects:
+    """The objects with a score of at least `confidence`."""
+    rows = objects["scores"] >= confidence
+    return {name: objects[name][rows] for name in ("boxes", "scores", "labels")}
 
 
 def objects_difference(expected: Objects, got: Objects) -> float:
-    """How far one image's objects lie apart, whichever their order. Where the places are full, those near the last are left out."""
-    floor = max(
-        [NOISE_SCORE]
-        + [
-            float(o["scores"].min()) + 1e-3
-            for o in (expected, got)
-            if len(o["scores"]) and o["full"]
-        ]
-    )
+    """How much the objects of one image differ between two outputs, whatever their order.
+
+    Each expected object is matched with the nearest object that is still unmatched, the highest
+    score first. A pair counts by its difference, an object without a partner by its score.
+    Objects whose score is noise do not count.
+
+    Args:
+        expected: `boxes` (n, 4), `scores` (n,) falling, `labels` (n,), and `full`.
+        got: the same of the other output.
+    """
+    floor = _score_floor(expected, got)
     side = max(1.0, float(expected["boxes"].abs().max())) if len(expected["boxes"]) else 1.0
-    free, worst = set(range(len(got["scores"]))), 0.0
-    for box, score, label in zip(
-        expected["boxes"], expected["scores"], expected["labels"], strict=True
-    ):
+    unmatched = set(range(len(got["scores"])))
+    worst = 0.0
+    for row, score in enumerate(expected["scores"].tolist()):
         if score <= floor:
             continue
-        far = [
-            (
-                max(
-                    float((box - got["boxes"][j]).abs().max()) / side,
-                    float((score - got["scores"][j]).abs()),
-                ),
-                j,
-            )
-            for j in free
-            if got["labels"][j] == label
-        ]
-        nearest, which = min(far, default=(float("inf"), -1))
-        if nearest < float(score):
-            free.discard(which)
-        worst = max(worst, min(nearest, float(score)))
-    return max([worst, *(float(got["scores"][j]) for j in free if got["scores"][j] > floor + 1e-3)])
+        difference, match = _find_match(expected, row, got, unmatched, side)
+        if difference < score:
+            unmatched.discard(match)
+        worst = max(worst, min(difference, score))
+    extra = [got["scores"][row].item() for row in unmatched]
+    return max([worst, *(score for score in extra if score > floor + SCORE_TOLERANCE)])
 
 
-def _unpad(found: dict[str, Tensor]) -> list[Objects]:
-    """Each image's objects; `full`: there may have been more."""
-    return [
-        {
-            "boxes": b[k != NO_OBJECT],
-            "scores": s[k != NO_OBJECT],
-            "labels": k[k != NO_OBJECT],
-            "full": (k != NO_OBJECT).all(),
-        }
-        for b, s, k in zip(found["boxes"], found["scores"], found["labels"], strict=True)
+def _score_floor(expected: Objects, got: Objects) -> float:
+    """The score up to which objects do not count.
+
+    An output has room for a certain number of objects. If it is full, the last of them may be
+    others in the other output, so scores near its lowest do not count.
+    """
+    lowest = [
+        float(objects["scores"].min()) + SCORE_TOLERANCE
+        for objects in (expected, got)
+        if len(objects["scores"]) and objects["full"]
     ]
+    return max([NOISE_SCORE, *lowest])
 
 
-def _pairs_by_image(pair: tuple[Any, Any]) -> Iterator[tuple[Objects, Objects]]:
+def _find_match(
+    expected: Objects, row: int, got: Objects, unmatched: set[int], side: float
+) -> tuple[float, int]:
+    """The nearest unmatched object of the same class: its difference and its row.
+
+    The difference is that of the boxes relative to `side`, or that of the scores if it is larger;
+    infinity if there is no such object.
+    """
+    differences = [
+        (
+            max(
+                float((expected["boxes"][row] - got["boxes"][i]).abs().max()) / side,
+                float((expected["scores"][row] - got["scores"][i]).abs()),
+            ),
+            i,
+        )
+        for i in unmatched
+        if got["labels"][i] == expected["labels"][row]
+    ]
+    return min(differences, default=(float("inf"), -1))
+
+
+def _unpad(padded: dict[str, Tensor]) -> list[Objects]:
+    """The objects of each image; `full`: there was no padding, so there may have been more."""
+    images = []
+    columns = (padded["boxes"], padded["scores"], padded["labels"])
+    for boxes, scores, labels in zip(*columns, strict=True):
+        real = labels != NO_OBJECT
+        images.append(
+            {
+                "boxes": boxes[real],
+                "scores": scores[real],
+                "labels": labels[real],
+                "full": real.all(),
+            }
+        )
+    return images
+
+
+def _pairs_by_image(batch: tuple[Any, Any]) -> Iterator[tuple[Objects, Objects]]:
     """(prediction, truth) of each image of a batch."""
-    found, truth = pair
-    true = unpad_objects(truth["boxes"].cpu(), truth["labels"].cpu())
-    for one, other in zip(_unpad(found), true, strict=True):
-        yield {name: one[name] for name in ("boxes", "scores", "labels")}, other
+    padded, truth = batch
+    true_objects = unpad_objects(truth["boxes"].cpu(), truth["labels"].cpu())
+    for predicted, true in zip(_unpad(padded), true_objects, strict=True):
+        yield {name: predicted[name] for name in ("boxes", "scores", "labels")}, true

@@ -1,7 +1,8 @@
-"""A class per pixel: cross-entropy or Dice loss, and scores over all pixels by one confusion matrix.
+"""Semantic segmentation: a class per pixel, scored over all pixels by one confusion matrix.
 
-Cross-entropy with half of the auxiliary head's is the criterion of torchvision's references/segmentation; the Dice loss (Milletari et
-al., V-Net, 3DV 2016) is segmentation_models_pytorch's, multiclass.
+Cross-entropy plus half of the auxiliary head's cross-entropy is the criterion of torchvision's
+references/segmentation. The Dice loss (Milletari et al., V-Net, 3DV 2016) is the multiclass one of
+segmentation_models_pytorch.
 """
 
 import csv
@@ -28,9 +29,9 @@ from tuner.core.types import Batch, Dataset, Prediction, Task, relative_differen
 from tuner.tasks import _annotated_images
 
 METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")
-AUXILIARY_WEIGHT = 0.5  # weight of the loss of an output `aux`, as torchvision's
+AUXILIARY_WEIGHT = 0.5  # weight of the loss of an output `aux`, as in torchvision
 EXAMPLES_SHOWN = 8  # validation examples on a contact sheet
-MAX_PICTURE_SIDE = 1024  # longer side of a picture, pixels
+MAX_ANNOTATED_SIDE = 1024  # longer side of an annotated image in pixels
 
 
 def build(
@@ -46,25 +47,31 @@ def build(
 
 
 class Segmentation(Task):
-    """y is uint8 (n, h, w) with IGNORED where nothing is asked; a model gives logits (n, classes, h, w), or a dict of them with `out`
-    and maybe `aux`; predictions are uint8 (n, h, w) on the CPU."""
+    """Gives each pixel a class.
+
+    y is uint8 (n, h, w), IGNORED where a pixel does not count. A model gives logits
+    (n, classes, h, w), or a dict of them with `out` and maybe `aux`. Predictions are uint8
+    (n, h, w) on the CPU.
+    """
 
     metrics = METRICS
 
-    output_description = "logits (batch, class, height, width) in the order of the classes; the class of a pixel is the argmax over them"
+    output_description = (
+        "logits (batch, class, height, width) in the order of the classes; "
+        "the class of a pixel is the argmax over them"
+    )
 
-    def __init__(self, classes: tuple[str, ...], label_smoothing: float, kind: str) -> None:
-        self.classes, self.label_smoothing, self.loss_name = classes, label_smoothing, kind
+    def __init__(self, classes: tuple[str, ...], label_smoothing: float, loss_name: str) -> None:
+        self.classes, self.label_smoothing = classes, label_smoothing
+        self.loss_name = loss_name
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(batch.y, Tensor)
         outputs, truth = tree_to_dict(net(batch.x)), batch.y.long()
-        whole = self._head_loss(_main_output(outputs), truth)
-        return (
-            whole + AUXILIARY_WEIGHT * self._head_loss(outputs["aux"], truth)
-            if "aux" in outputs
-            else whole
-        )
+        loss = self._head_loss(_main_output(outputs), truth)
+        if "aux" in outputs:
+            loss = loss + AUXILIARY_WEIGHT * self._head_loss(outputs["aux"], truth)
+        return loss
 
     def _head_loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         total = logits.new_zeros(())
@@ -78,18 +85,20 @@ class Segmentation(Task):
         return _main_output(tree_to_dict(net(x))).argmax(1).to(torch.uint8).cpu()
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        """Means over the classes that are true or predicted somewhere, of IoU, Dice (F1) and recall, and the share of right pixels."""
+        """Mean IoU, Dice (F1) and recall of the classes, and the share of right pixels.
+
+        A class that is neither true nor predicted anywhere is not part of the means.
+        """
         matrix = self._confusion_matrix(pairs)
-        found = {
+        means = {
             name: values[~values.isnan()].mean()
             for name, values in per_class_scores(matrix).items()
         }
-        right = matrix.diag().sum() / matrix.sum()
         scores = {
-            "mean_iou": found["iou"],
-            "dice": found["dice"],
-            "pixel_accuracy": right,
-            "mean_accuracy": found["recall"],
+            "mean_iou": means["iou"],
+            "dice": means["dice"],
+            "pixel_accuracy": matrix.diag().sum() / matrix.sum(),
+            "mean_accuracy": means["recall"],
         }
         return {name: float(value) for name, value in scores.items()}
 
@@ -116,8 +125,8 @@ class Segmentation(Task):
         assert isinstance(input_spec, ImageInputSpec)
         logits = _main_output(tree_to_dict(function(x)))
         return [
-            self._describe_image(one, original, input_spec)
-            for one, original in zip(logits, originals, strict=True)
+            self._describe_image(image_logits, original, input_spec)
+            for image_logits, original in zip(logits, originals, strict=True)
         ]
 
     def _describe_image(
@@ -135,18 +144,17 @@ class Segmentation(Task):
             if share > 0
         )
         small = original.copy()
-        small.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
-        marked = mask[_nearest_indices(small.height, mask.shape[0])][
-            :, _nearest_indices(small.width, mask.shape[1])
-        ]
-        return Prediction(
-            line,
-            {"shares": shares},
-            _annotated_images.encode_png(_annotated_images.draw_mask(small, marked)),
-        )
+        small.thumbnail((MAX_ANNOTATED_SIDE, MAX_ANNOTATED_SIDE))
+        rows = _nearest_indices(small.height, mask.shape[0])
+        columns = _nearest_indices(small.width, mask.shape[1])
+        annotated = _annotated_images.draw_mask(small, mask[rows][:, columns])
+        return Prediction(line, {"shares": shares}, _annotated_images.encode_png(annotated))
 
     def _confusion_matrix(self, pairs: Iterable[tuple[Any, Any]]) -> Tensor:
-        """int64 (classes, classes): true class down, predicted class across, over all pixels that are not ignored."""
+        """int64 (classes, classes), over all pixels that are not ignored.
+
+        Rows are true classes, columns are predicted classes.
+        """
         n = len(self.classes)
         matrix = torch.zeros(n, n, dtype=torch.int64)
         for predicted, truth in pairs:
@@ -161,103 +169,108 @@ def _main_output(outputs: dict[str, Tensor]) -> Tensor:
 
 
 def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """1 - Dice of the softmax over the whole batch, mean over the classes; a class that is nowhere true adds nothing."""
-    asked = (truth != IGNORED).unsqueeze(1)
-    said = logits.softmax(1) * asked
-    true = F.one_hot(truth.where(asked[:, 0], 0), logits.shape[1]).permute(0, 3, 1, 2) * asked
-    both, all_said, all_true = (v.sum((0, 2, 3)) for v in (said * true, said, true))
-    return ((1 - 2 * both / (all_said + all_true).clamp_min(1e-7)) * (all_true > 0)).mean()
+    """1 - Dice of the softmax over the whole batch, mean over the classes.
+
+    A class that no pixel of the batch has adds nothing.
+
+    Args:
+        logits: float (n, classes, h, w).
+        truth: int64 (n, h, w), IGNORED where a pixel does not count.
+    """
+    counted = (truth != IGNORED).unsqueeze(1)
+    predicted = logits.softmax(1) * counted
+    labels = truth.where(counted[:, 0], 0)
+    true = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2) * counted
+    overlap, predicted_sum, true_sum = (
+        v.sum((0, 2, 3)) for v in (predicted * true, predicted, true)
+    )
+    dice = 2 * overlap / (predicted_sum + true_sum).clamp_min(1e-7)
+    return ((1 - dice) * (true_sum > 0)).mean()
 
 
 def per_class_scores(matrix: Tensor) -> dict[str, Tensor]:
-    """IoU, Dice, recall and precision of each class, float64 (classes,); NaN where there is nothing to count."""
-    hits, true, said = (v.double() for v in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
+    """IoU, Dice, recall and precision of each class, float64 (classes,); NaN for 0 of 0 pixels."""
+    hits, true, predicted = (v.double() for v in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
     return {
-        "iou": hits / (true + said - hits),
-        "dice": 2 * hits / (true + said),
+        "iou": hits / (true + predicted - hits),
+        "dice": 2 * hits / (true + predicted),
         "recall": hits / true,
-        "precision": hits / said,
+        "precision": hits / predicted,
     }
 
 
 def mask_on_image(
     logits: Tensor, width: int, height: int, image_spec: ImageInputSpec
 ) -> NDArray[np.uint8]:
-    """The class of each pixel of an image of width x height, from logits (classes, size, size) of its canvas.
+    """The class of each pixel of the original image, uint8 (height, width).
 
-    Logits are resized, not classes, so that edges are smooth. Pixels that the canvas crops away are IGNORED.
+    Logits are resized, not classes, so that edges are smooth. Pixels that the canvas crops away are
+    IGNORED.
+
+    Args:
+        logits: float (classes, size, size), of the canvas.
+        width: the width of the original image in pixels.
+        height: the height of the original image in pixels.
+        image_spec: how the original image lies on the canvas.
     """
-    at, size = place_on_canvas(width, height, image_spec), logits.shape[-1]
-    left, top, right, bottom = (
-        max(0, at.left),
-        max(0, at.top),
-        min(size, at.left + at.width),
-        min(size, at.top + at.height),
-    )
-    across, down = width / at.width, height / at.height
-    x0, x1 = round((left - at.left) * across), round((right - at.left) * across)
-    y0, y1 = round((top - at.top) * down), round((bottom - at.top) * down)
-    seen = logits[:, top:bottom, left:right].float()
+    placement, size = place_on_canvas(width, height, image_spec), logits.shape[-1]
+    left, right = max(0, placement.left), min(size, placement.left + placement.width)
+    top, bottom = max(0, placement.top), min(size, placement.top + placement.height)
+    x_scale, y_scale = width / placement.width, height / placement.height
+    x0, x1 = (round((x - placement.left) * x_scale) for x in (left, right))
+    y0, y1 = (round((y - placement.top) * y_scale) for y in (top, bottom))
     best = torch.full((y1 - y0, x1 - x0), -torch.inf)
-    found = torch.zeros(best.shape, dtype=torch.uint8)
-    for label, plane in enumerate(
-        seen
-    ):  # one class at a time: all of them at a photograph's size would fill the memory
-        values = F.interpolate(
-            plane[None, None], size=best.shape, mode="bilinear", align_corners=False
+    labels = torch.zeros(best.shape, dtype=torch.uint8)
+    # one class at a time: all of them at the size of a photograph would fill the memory
+    for label, class_logits in enumerate(logits[:, top:bottom, left:right].float()):
+        resized = F.interpolate(
+            class_logits[None, None], size=best.shape, mode="bilinear", align_corners=False
         )[0, 0]
-        better = values > best
-        best, found = values.where(better, best), found.masked_fill(better, label)
-    whole = np.full((height, width), IGNORED, np.uint8)
-    whole[y0:y1, x0:x1] = found.numpy()
-    return whole
+        is_better = resized > best
+        best, labels = resized.where(is_better, best), labels.masked_fill(is_better, label)
+    mask = np.full((height, width), IGNORED, np.uint8)
+    mask[y0:y1, x0:x1] = labels.numpy()
+    return mask
 
 
 def _nearest_indices(small: int, large: int) -> NDArray[np.int64]:
-    """For each of `small` pixels the one of `large` that lies at its middle."""
+    """For each of `small` pixels in a line, the index of the pixel of `large` at its middle."""
     return ((np.arange(small) + 0.5) * large / small).astype(np.int64)
 
 
 def _contact_sheet(pairs: Sequence[tuple[Any, Any]], data: Dataset) -> bytes:
-    """Image, truth and prediction of the first validation examples: the same in every trial, so that trials compare."""
+    """Image, truth and prediction of the first validation examples.
+
+    They are the same examples in every trial, so that trials can be compared.
+    """
     predicted, truth = (
         torch.cat([pair[i].cpu() for pair in pairs])[:EXAMPLES_SHOWN].numpy() for i in (0, 1)
     )
     x = data.valid.take(torch.arange(len(predicted)), 0).x
     assert isinstance(x, Tensor)
     rows = []
-    for pixels, true, said in zip(x.numpy(), truth, predicted, strict=True):
+    for pixels, true_mask, predicted_mask in zip(x.numpy(), truth, predicted, strict=True):
         image = _annotated_images.image_of_pixels(pixels)
         views = [
             image,
-            _annotated_images.draw_mask(image, true),
-            _annotated_images.draw_mask(image, np.where(true == IGNORED, IGNORED, said)),
+            _annotated_images.draw_mask(image, true_mask),
+            _annotated_images.draw_mask(
+                image, np.where(true_mask == IGNORED, IGNORED, predicted_mask)
+            ),
         ]
-        rows.append(
-            [
-                view.resize(
-                    (_annotated_images.TILE_SIDE, _annotated_images.TILE_SIDE),
-                    Image.Resampling.NEAREST,
-                )
-                for view in views
-            ]
-        )
+        tile_size = (_annotated_images.TILE_SIDE, _annotated_images.TILE_SIDE)
+        rows.append([view.resize(tile_size, Image.Resampling.NEAREST) for view in views])
     return _annotated_images.make_contact_sheet(rows, ["image", "truth", "prediction"])
 
 
 def _per_class_csv(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
-    """IoU, Dice, recall, precision and true pixels of each class, as CSV; empty where there is nothing to count."""
-    found = per_class_scores(matrix)
+    """IoU, Dice, recall, precision and true pixels of each class, as CSV; empty for 0 of 0."""
+    columns = per_class_scores(matrix)
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["class", *found, "pixels"])
+    writer.writerow(["class", *columns, "pixels"])
     for i, name in enumerate(classes):
-        values = [float(column[i]) for column in found.values()]
-        writer.writerow(
-            [
-                name,
-                *("" if math.isnan(value) else f"{value:.4f}" for value in values),
-                int(matrix[i].sum()),
-            ]
-        )
+        values = [float(column[i]) for column in columns.values()]
+        formatted = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
+        writer.writerow([name, *formatted, int(matrix[i].sum())])
     return text.getvalue().encode()

@@ -31,7 +31,11 @@ def build(classes: tuple[str, ...], recipe: Recipe) -> Task:
 
 
 class TextClassification(Task):
-    """y is int64, (n,); predictions are logits, float32 (n, classes). Batches are cut to their longest text before the net sees them."""
+    """Gives each text a class.
+
+    y is int64 (n,); predictions are logits, float32 (n, classes). Batches are cut to their longest
+    text before the net sees them.
+    """
 
     metrics = METRICS
 
@@ -50,7 +54,7 @@ class TextClassification(Task):
         return net(trim_padding(x)).float()  # type: ignore[no-any-return]
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        """Accuracy, macro F1, Matthews' correlation (1975; Gorodkin, 2004), accuracy averaged over classes, mean log-likelihood."""
+        """Accuracy, macro F1, Matthews' correlation, balanced accuracy, mean log-likelihood."""
         logits, truth = concatenate_pairs(pairs)
         n = len(self.classes)
         return {
@@ -62,15 +66,19 @@ class TextClassification(Task):
         }
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
-        """The confusion matrix, each class's scores, and the most confident mistakes with their texts as the model saw them."""
+        """The confusion matrix, the scores of each class, and the most confident mistakes.
+
+        The texts of the mistakes are as the model saw them.
+        """
         logits, truth = concatenate_pairs(pairs)
-        sure, said_ = logits.softmax(1).max(1)
-        wrong = (said_ != truth).nonzero().flatten()
-        wrong = wrong[sure[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES]
-        texts = decode_texts(data.input_spec, data.valid.take(wrong, 0).x) if len(wrong) else []
+        confidence, predicted = logits.softmax(1).max(1)
+        errors = (predicted != truth).nonzero().flatten()
+        by_confidence = confidence[errors].argsort(descending=True, stable=True)
+        errors = errors[by_confidence][:MAX_MISTAKES]
+        texts = decode_texts(data.input_spec, data.valid.take(errors, 0).x) if len(errors) else []
         rows = [
-            [self.classes[truth[i]], self.classes[said_[i]], f"{sure[i]:.4f}", text]
-            for i, text in zip(wrong.tolist(), texts, strict=True)
+            [self.classes[truth[i]], self.classes[predicted[i]], f"{confidence[i]:.4f}", text]
+            for i, text in zip(errors.tolist(), texts, strict=True)
         ]
         mistakes = encode_csv(["truth", "predicted", "probability", "text"], rows)
         return {**classification_artifacts(logits, truth, self.classes), "mistakes.csv": mistakes}

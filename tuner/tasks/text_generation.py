@@ -1,4 +1,8 @@
-"""The next token of a text: cross-entropy, scored as perplexity's negative logarithm, told as continuations."""
+"""Text generation: predicts the next token of a text.
+
+The loss is cross-entropy, the score is the negative logarithm of the perplexity, and a prediction
+is a continuation of the text.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
@@ -15,9 +19,9 @@ from tuner.preprocessing.tokenization import decode_texts, load_tokenizer, trim_
 from tuner.tasks._classification_reports import encode_csv
 
 METRICS = ("negative_log_perplexity",)
-IGNORED_TOKEN = -100  # the library's own mark of what is not to be predicted
+IGNORED_TOKEN = -100  # torch's and transformers' target for what is not to be predicted
 MAX_WORST = 50  # texts listed
-ROWS_PER_CHUNK = 8  # texts whose logits are held at once when scoring: (ROWS, length, vocabulary)
+ROWS_PER_CHUNK = 8  # texts per forward pass when scoring; their logits (8, length, vocabulary) fit
 
 
 def build(
@@ -47,14 +51,25 @@ def build(
         int, Field(ge=0, le=2**32 - 1, description="of the tokens that predict draws")
     ] = 0,
 ) -> Task:
-    """`top_k`: the next token is drawn from so many, by `seed`; 1 takes the likeliest."""
+    """The task; a text model has no classes.
+
+    Args:
+        classes: empty.
+        recipe: how the model is trained; its label smoothing is part of the loss.
+        max_new_tokens: how many tokens a continuation has at most.
+        top_k: the next token is drawn from so many likeliest tokens; 1 takes the likeliest.
+        temperature: below 1 likelier tokens are drawn more often, above 1 less often.
+        seed: of the tokens that are drawn.
+    """
     return TextGeneration(recipe.label_smoothing, max_new_tokens, top_k, temperature, seed)
 
 
 class TextGeneration(Task):
-    """Nets give logits (n, length, vocabulary) for a tree that holds `input_ids` and `attention_mask` at every depth; y is not needed.
+    """Continues texts.
 
-    Predictions are each text's `log_likelihood`, float32 (n,), summed over its `tokens`, int64 (n,), all but the first.
+    Nets give logits (n, length, vocabulary) for a tensor tree with `input_ids` and
+    `attention_mask`; y is not used. Predictions are each text's `log_likelihood`, float32 (n,),
+    summed over its `tokens`, int64 (n,), all tokens but the first.
     """
 
     metrics = METRICS
@@ -80,37 +95,36 @@ class TextGeneration(Task):
 
     def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
         assert isinstance(x, dict)
-        found, counts = [], []
+        log_likelihoods, counts = [], []
         for start in range(0, len(x["input_ids"]), ROWS_PER_CHUNK):
-            part = trim_padding(
-                {name: leaf[start : start + ROWS_PER_CHUNK] for name, leaf in x.items()}
-            )
-            truth = next_token_targets(part)
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            chunk = trim_padding({name: tensor[rows] for name, tensor in x.items()})
+            truth = next_token_targets(chunk)
             losses = F.cross_entropy(
-                net(part)[:, :-1].float().transpose(1, 2),
+                net(chunk)[:, :-1].float().transpose(1, 2),
                 truth,
                 ignore_index=IGNORED_TOKEN,
                 reduction="none",
             )
-            found.append(-losses.sum(1))
+            log_likelihoods.append(-losses.sum(1))
             counts.append((truth != IGNORED_TOKEN).sum(1))
-        return {"log_likelihood": torch.cat(found), "tokens": torch.cat(counts)}
+        return {"log_likelihood": torch.cat(log_likelihoods), "tokens": torch.cat(counts)}
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        """The mean log-likelihood of a token: minus the cross-entropy, minus perplexity's logarithm."""
+        """The mean log-likelihood of a token, which is the negative logarithm of the perplexity."""
         likelihood, tokens = _concatenate_pairs(pairs)
         return {
             "negative_log_perplexity": float(likelihood.double().sum() / tokens.sum().clamp(min=1))
         }
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
-        """The texts that surprise the model most, per token, as it saw them."""
+        """The texts with the lowest log-likelihood per token, as the model saw them."""
         likelihood, tokens = _concatenate_pairs(pairs)
-        each = likelihood / tokens.clamp(min=1)
-        worst = each.argsort(stable=True)[:MAX_WORST]
+        per_token = likelihood / tokens.clamp(min=1)
+        worst = per_token.argsort(stable=True)[:MAX_WORST]
         texts = decode_texts(data.input_spec, data.valid.take(worst, 0).x)
         rows = [
-            [f"{each[i]:.4f}", int(tokens[i]), text]
+            [f"{per_token[i]:.4f}", int(tokens[i]), text]
             for i, text in zip(worst.tolist(), texts, strict=True)
         ]
         return {"worst.csv": encode_csv(["log_likelihood_per_token", "tokens", "text"], rows)}
@@ -125,52 +139,50 @@ class TextGeneration(Task):
         originals: Sequence[Any],
         input_spec: InputSpec,
     ) -> list[Prediction]:
-        """Each text continued, token by token, until the model ends it or `max_new_tokens` are said."""
+        """The continuation of each text, until the model ends it or after `max_new_tokens`."""
         assert isinstance(x, dict) and isinstance(input_spec, TextInputSpec)
-        words = load_tokenizer(input_spec.tokenizer_folder)
+        tokenizer = load_tokenizer(input_spec.tokenizer_folder)
         prompts = [
             ids[mask.bool()].tolist()
             for ids, mask in zip(x["input_ids"], x["attention_mask"], strict=True)
         ]
-        told = []
-        for prompt, said in zip(
-            prompts,
-            self._continue_texts(function, prompts, input_spec, words.eos_token_id),
-            strict=True,
-        ):
-            text = words.decode(said, skip_special_tokens=True)
-            told.append(
-                Prediction(
-                    text.replace("\n", "\\n"),
-                    {"continuation": text, "prompt_tokens": len(prompt), "new_tokens": len(said)},
-                )
-            )
-        return told
+        continuations = self._continue_texts(function, prompts, input_spec, tokenizer.eos_token_id)
+        predictions = []
+        for prompt, new_ids in zip(prompts, continuations, strict=True):
+            text = tokenizer.decode(new_ids, skip_special_tokens=True)
+            values = {
+                "continuation": text,
+                "prompt_tokens": len(prompt),
+                "new_tokens": len(new_ids),
+            }
+            predictions.append(Prediction(text.replace("\n", "\\n"), values))
+        return predictions
 
     def _continue_texts(
         self,
         function: Callable[[TensorTree], TensorTree],
         prompts: Sequence[list[int]],
         input_spec: TextInputSpec,
-        end: int | None,
+        eos_id: int | None,
     ) -> list[list[int]]:
-        """The ids that follow each prompt. An empty prompt begins after the end of another text."""
+        """The new ids of each prompt. An empty prompt starts with the end-of-text token."""
         generator = torch.Generator().manual_seed(self.seed)
-        texts = [list(prompt) or [end or 0] for prompt in prompts]
-        said: list[list[int]] = [[] for _ in prompts]
-        going = list(range(len(prompts)))
+        texts = [list(prompt) or [eos_id or 0] for prompt in prompts]
+        new_ids: list[list[int]] = [[] for _ in prompts]
+        unfinished = list(range(len(prompts)))
         for _ in range(self.max_new_tokens):
-            if not going:
+            if not unfinished:
                 break
-            tree, at = _pad_ids([texts[i][-input_spec.length :] for i in going])
-            logits = function(tree)
+            x, last = _pad_ids([texts[i][-input_spec.length :] for i in unfinished])
+            logits = function(x)
             assert isinstance(logits, Tensor)
-            chosen = self._draw_next(logits[torch.arange(len(going)), at].float(), generator)
-            for i, token in zip(going, chosen, strict=True):
-                said[i].append(token)
-                texts[i].append(token)
-            going = [i for i in going if said[i][-1] != end]
-        return said
+            last_logits = logits[torch.arange(len(unfinished)), last].float()
+            next_ids = self._draw_next(last_logits, generator)
+            for i, token_id in zip(unfinished, next_ids, strict=True):
+                new_ids[i].append(token_id)
+                texts[i].append(token_id)
+            unfinished = [i for i in unfinished if new_ids[i][-1] != eos_id]
+        return new_ids
 
     def _draw_next(self, logits: Tensor, generator: torch.Generator) -> list[int]:
         """One id for each row of logits, (n, vocabulary)."""
@@ -180,13 +192,16 @@ class TextGeneration(Task):
 
 
 def next_token_targets(x: TensorTree) -> Tensor:
-    """The token after each, int64 (n, length - 1); IGNORED where it is padding."""
+    """The token that follows each token, int64 (n, length - 1); IGNORED_TOKEN for padding."""
     assert isinstance(x, dict)
     return x["input_ids"].masked_fill(x["attention_mask"] == 0, IGNORED_TOKEN)[:, 1:]
 
 
 def _pad_ids(texts: Sequence[list[int]]) -> tuple[TensorTree, Tensor]:
-    """Ids of several lengths as a tree, padded on the right to two tokens at least, and the place of each one's last."""
+    """Texts of different lengths as a tensor tree, and the position of each text's last token.
+
+    They are padded on the right, to at least two tokens.
+    """
     lengths = torch.tensor([len(text) for text in texts])
     ids = torch.zeros(len(texts), max(2, int(lengths.max())), dtype=torch.int64)
     for row, text in zip(ids, texts, strict=True):
@@ -196,7 +211,8 @@ def _pad_ids(texts: Sequence[list[int]]) -> tuple[TensorTree, Tensor]:
 
 
 def _concatenate_pairs(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-    found = [predicted for predicted, _ in pairs]
-    return torch.cat([part["log_likelihood"] for part in found]).cpu(), torch.cat(
-        [part["tokens"] for part in found]
-    ).cpu()
+    """Log-likelihoods and numbers of tokens of all texts, on the CPU."""
+    predictions = [predicted for predicted, _ in pairs]
+    log_likelihoods = torch.cat([prediction["log_likelihood"] for prediction in predictions])
+    tokens = torch.cat([prediction["tokens"] for prediction in predictions])
+    return log_likelihoods.cpu(), tokens.cpu()
