@@ -157,6 +157,28 @@ def test_a_model_states_its_input_spec_beside_it(tmp_path: Path) -> None:
     assert input_spec_of(plain) == IMAGENET_SPEC
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (
+            "input_spec = 3",
+            r"input_spec in the same module failed \(TypeError: 3 is not a callable",
+        ),
+        ("def input_spec(): raise KeyError('mean')", r"failed \(KeyError: 'mean'\)"),
+        ("def input_spec(): return (32, 32)", r"returned tuple; expected a tuner\.api\.ImageInput"),
+    ],
+)
+def test_a_faulty_input_spec_is_refused_with_its_place(
+    line: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "faulty_spec", raising=False)
+    (tmp_path / "faulty_spec.py").write_text(f"{line}\ndef build(outputs): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SpaceError, match=problem):
+        input_spec_of(PluginConfig("faulty_spec:build", {}))
+    del sys.modules["faulty_spec"]
+
+
 def test_the_task_prefers_near_classes_and_refuses_what_it_has_no_use_for() -> None:
     ordinal = importlib.import_module("ordinal")
     task = ordinal.build(("low", "middle", "high"), Recipe())

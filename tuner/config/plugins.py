@@ -1,5 +1,6 @@
-"""The folders are the registry: a file's name is its name in YAML, listed and read for its keys without an import.
+"""The folders are the registry: a file's name is its name in YAML.
 
+Built-in plug-ins are listed, and read for their keys, without an import.
 Positional arguments are what tuner passes. Keyword-only arguments are the YAML keys, and their
 annotations are the schema.
 
@@ -188,7 +189,7 @@ def _keys_from_source(kind: str, file: str) -> PluginKeys:
 
 
 def _evaluate(node: ast.expr | None) -> Any:
-    """An annotation or default of tuner's own source: literals, and the few names of _SCOPE."""
+    """An annotation or default of tuner's own source: literals, and the few names of _ANNOTATION_NAMES."""
     if node is None:
         return inspect.Parameter.empty
     return eval(compile(ast.Expression(node), "<signature>", "eval"), dict(_ANNOTATION_NAMES))

@@ -5,14 +5,22 @@ run of the process.
 import copy
 import hashlib
 import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tuner.config import plugins
 from tuner.config.run import PluginConfig, Run
-from tuner.core.input_spec import IMAGENET_SPEC, InputSpec, TensorTree
+from tuner.core.input_spec import (
+    IMAGENET_SPEC,
+    ImageInputSpec,
+    InputSpec,
+    TensorTree,
+    TextInputSpec,
+)
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task, split_sequential
 from tuner.errors import SpaceError
 from tuner.training import activation_cache
@@ -59,19 +67,36 @@ def input_spec_of(model: PluginConfig, home: Path | None = None) -> InputSpec:
     know its input spec, such as a tokenizer. The file is kept in `home`; without a `home` nothing
     is downloaded.
     """
+    options = {"home": home, **model.options}
     if ":" in model.name:
-        describe = plugins.read_own_attribute("model", model.name, "input_spec", None)
-        names: tuple[str, ...] = ()
-    else:
-        describe, names = plugins.import_plugin("model", model.name).input_spec, (model.name,)
+        return _own_input_spec(model.name, options)
+    module = plugins.import_plugin("model", model.name)
+    input_spec: InputSpec = _call_with_known(module.input_spec, options, model.name)
+    return input_spec
+
+
+def _own_input_spec(name: str, options: Mapping[str, Any]) -> InputSpec:
+    """Raises SpaceError where the user's `input_spec` fails or returns something else."""
+    describe = plugins.read_own_attribute("model", name, "input_spec", None)
     if describe is None:
         return IMAGENET_SPEC
-    parameters = inspect.signature(describe).parameters
-    options = {"home": home, **model.options}
-    input_spec: InputSpec = describe(
-        *names, **{key: value for key, value in options.items() if key in parameters}
-    )
+    where = f"model.name: {name}: input_spec in the same module"
+    try:
+        input_spec = _call_with_known(describe, options)
+    except Exception as error:  # whatever the user's function raises is theirs to read
+        raise SpaceError(f"{where} failed ({type(error).__name__}: {error})") from error
+    if not isinstance(input_spec, (ImageInputSpec, TextInputSpec)):
+        raise SpaceError(
+            f"{where} returned {type(input_spec).__name__}; "
+            "expected a tuner.api.ImageInputSpec or TextInputSpec"
+        )
     return input_spec
+
+
+def _call_with_known(function: Callable[..., Any], options: Mapping[str, Any], *names: str) -> Any:
+    """Calls a function with those options that it has as parameters."""
+    known = inspect.signature(function).parameters
+    return function(*names, **{key: value for key, value in options.items() if key in known})
 
 
 def copy_cached_model(
