@@ -84,9 +84,10 @@ def train_model(
     device_context = select_device(
         assignment.engine, Path(assignment.home), slot, assignment.micro_batches
     )
-    context = prepare_training(assignment.run, device_context, assignment.metric)
     valid_scores = dict(job.valid_scores)
     try:
+        # its linear probe may diverge too
+        context = prepare_training(assignment.run, device_context, assignment.metric)
         for progress in [] if job.weights_file else retrain(assignment, context):
             if progress.best is not None:
                 valid_scores = progress.best.epoch.scores
