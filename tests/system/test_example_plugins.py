@@ -165,6 +165,7 @@ def test_a_model_states_its_input_spec_beside_it(tmp_path: Path) -> None:
             r"input_spec in the same module failed \(TypeError: 3 is not a callable",
         ),
         ("def input_spec(): raise KeyError('mean')", r"failed \(KeyError: 'mean'\)"),
+        ("from tuner.api import *\ndef input_spec(): raise SpaceError('no')", "^no$"),
         ("def input_spec(): return (32, 32)", r"returned tuple; expected a tuner\.api\.ImageInput"),
     ],
 )

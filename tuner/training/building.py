@@ -22,7 +22,7 @@ from tuner.core.input_spec import (
     TextInputSpec,
 )
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task, split_sequential
-from tuner.errors import SpaceError
+from tuner.errors import SpaceError, TunerError
 from tuner.training import activation_cache
 from tuner.training.devices import DeviceContext
 
@@ -83,6 +83,8 @@ def _own_input_spec(name: str, options: Mapping[str, Any]) -> InputSpec:
     where = f"model.name: {name}: input_spec in the same module"
     try:
         input_spec = _call_with_known(describe, options)
+    except TunerError:
+        raise  # it has its own words and its own exit code
     except Exception as error:  # whatever the user's function raises is theirs to read
         raise SpaceError(f"{where} failed ({type(error).__name__}: {error})") from error
     if not isinstance(input_spec, (ImageInputSpec, TextInputSpec)):
