@@ -36,7 +36,7 @@ from tuner.jobs import Job, Outcome
 from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
 from tuner.search import storage
 from tuner.search.coordinator import Coordinator
-from tuner.search.samplers import PRUNERS
+from tuner.search.pruners import PRUNERS
 
 EPOCHS = 10
 SPACE = """

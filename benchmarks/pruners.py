@@ -19,7 +19,7 @@ import arms
 import optuna
 import yaml
 
-from tuner.search.samplers import PRUNERS
+from tuner.search.pruners import PRUNERS
 
 RAW = arms.PLOTS / "pruners.json"
 LONGEST = 8

@@ -37,7 +37,7 @@ from tuner.jobs import Job, Outcome, RunJobs
 from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
 from tuner.search import storage
 from tuner.search.coordinator import Coordinator
-from tuner.search.samplers import PRUNERS
+from tuner.search.pruners import PRUNERS
 from tuner.search.study_identity import identity
 
 EPOCHS = 5

@@ -13,8 +13,8 @@ from tuner.config.space import Space
 from tuner.jobs import Job, Outcome
 from tuner.messages import Assignment, Epoch, TrialResult
 from tuner.search.coordinator import Coordinator
+from tuner.search.pruners import PRUNERS
 from tuner.search.running_trial import RunningTrial
-from tuner.search.samplers import PRUNERS
 
 
 class RecordingListener:

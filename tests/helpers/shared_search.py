@@ -17,7 +17,7 @@ from tuner.jobs import Job, Outcome
 from tuner.messages import Assignment, Epoch, TrialResult
 from tuner.search import leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
-from tuner.search.samplers import PRUNERS
+from tuner.search.pruners import PRUNERS
 
 SHORT = {"VALID": 3.0, "RENEWAL": 0.5}
 

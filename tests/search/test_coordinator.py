@@ -22,7 +22,8 @@ from tuner.jobs import Job, Outcome
 from tuner.messages import Epoch, TrialResult
 from tuner.search import history
 from tuner.search.coordinator import Coordinator
-from tuner.search.samplers import PRUNERS, derive_seed
+from tuner.search.pruners import PRUNERS
+from tuner.search.samplers import derive_seed
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -16,9 +17,14 @@ import tuner
 from tests.helpers.renamed_optuna import RENAMED, rename, search
 from tuner.errors import StorageError
 from tuner.search import optuna_internals
+from tuner.search.database_proxy import DATABASE_METHODS, DatabaseProxy
 
 ROOT = Path(tuner.__file__).parent
-KNOW = {"search/optuna_internals.py", "dashboard/dashboard_internals.py"}
+KNOW = {
+    "search/optuna_internals.py",
+    "search/database_proxy.py",
+    "dashboard/dashboard_internals.py",
+}
 USERS = [
     path
     for folder in ("search", "dashboard", "commands")
@@ -147,7 +153,24 @@ def test_what_has_no_public_way_is_named(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_keeps_its_database_elsewhere_is_not_given_a_server(tmp_path: Path) -> None:
-    proxy = optuna_internals.DatabaseProxy()
+    proxy = DatabaseProxy()
     proxy.database = optuna.storages.RDBStorage("sqlite://")
     with pytest.raises(StorageError, match="_backend"):
         proxy.put_before(optuna.storages.get_storage("sqlite://"))
+
+
+def test_a_proxy_has_what_the_cache_calls_of_its_database_and_nothing_else() -> None:
+    cache = type(optuna.storages.get_storage("sqlite://"))
+    called = {
+        node.attr
+        for node in ast.walk(ast.parse(inspect.getsource(cache)))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self._backend"
+    }
+    assert len(called) > 20
+    proxy = DatabaseProxy()
+    proxy.database = optuna.storages.RDBStorage("sqlite://")
+    assert [name for name in sorted(called) if not callable(getattr(proxy, name, None))] == []
+    for name in DATABASE_METHODS:
+        assert callable(getattr(proxy, name)) and hasattr(optuna.storages.RDBStorage, name)
+    with pytest.raises(AttributeError, match="get_n_trials"):
+        _ = proxy.get_n_trials

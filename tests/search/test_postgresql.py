@@ -24,7 +24,7 @@ from tests.helpers.dashboard_requests import browse
 from tests.helpers.instant_engine import make_coordinator, make_space, run_all_jobs
 from tuner.dashboard import server as dashboard
 from tuner.errors import StorageError
-from tuner.search import history, postgresql, storage
+from tuner.search import history, postgresql, retry_policy, storage
 from tuner.search.history import FAILED_PERMANENTLY
 
 Tuner = Callable[..., CommandResult]
@@ -32,7 +32,14 @@ pytestmark = pytest.mark.slow
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 ROOT = Path(__file__).parents[2]
 # the command line with leases that end soon
-COMMAND = "from tuner.search import leases, postgresql; leases.LEASE_SECONDS, leases.RENEWAL_SECONDS, postgresql.STALLED_SECONDS = 3.0, 0.5, 3; from tuner.cli import main; main()"
+COMMAND = """
+from tuner.cli import main
+from tuner.search import leases, postgresql
+
+assert leases.LEASE_SECONDS and leases.RENEWAL_SECONDS and postgresql.STALLED_SECONDS
+leases.LEASE_SECONDS, leases.RENEWAL_SECONDS, postgresql.STALLED_SECONDS = 3.0, 0.5, 3
+main()
+"""
 
 
 @pytest.fixture
@@ -272,7 +279,7 @@ def test_29_connections_that_are_cut_again_and_again_change_nothing(
 def test_29_each_commit_in_turn_is_carried_out_and_not_heard_of(
     url: str, calm: dict[int, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retry_policy, "FIRST_WAIT", 0.01)
     count, turn = 0, 0
     real = sqlalchemy.engine.default.DefaultDialect.do_commit
 
@@ -302,7 +309,7 @@ def test_29_each_commit_in_turn_is_carried_out_and_not_heard_of(
 def test_29_patience_ends_and_says_what_to_do(
     url: str, database: str, postgres: serving.TestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql, "TOTAL_WAIT", 1.5)
+    monkeypatch.setattr(retry_policy, "TOTAL_WAIT", 1.5)
     told: list[str] = []
     with opened(url, tell=told.append) as found:
         postgres.control("stop", "-m", "immediate")
@@ -365,7 +372,7 @@ def test_a_trial_that_ends_while_another_coordinator_takes_it_over_counts_once(
                 first.on_job_end(job, shared_search.run_job_slowly(first, job, 0.0))
 
         with monkeypatch.context() as patch:
-            patch.setattr("tuner.search.ledger.crash_point", end)
+            patch.setattr("tuner.search.ledger.crash", end)
             patch.setattr(second.coordination, "others", list)  # the first one's lease has expired
             run_all_jobs(second)
         run_all_jobs(first)

@@ -5,7 +5,7 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tuner.search.samplers import PRUNERS
+from tuner.search.pruners import PRUNERS
 
 KINDS = {"freeze_depth": IntDistribution(0, 5), "epochs": IntDistribution(1, 10)}
 

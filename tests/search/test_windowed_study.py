@@ -12,7 +12,8 @@ from optuna.trial import TrialState
 
 from tuner.dashboard.artifacts import write_note
 from tuner.search import storage, windowed_study
-from tuner.search.samplers import PRUNERS, SAMPLERS
+from tuner.search.pruners import PRUNERS
+from tuner.search.samplers import SAMPLERS
 from tuner.search.windowed_study import WindowedStudy
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

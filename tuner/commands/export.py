@@ -18,7 +18,7 @@ from tuner.files import checkpoint_files, removal
 from tuner.manifest import PublishedExport
 from tuner.search import history, storage
 from tuner.search.history import DUPLICATE_OF, REASON
-from tuner.search.samplers import PRUNERS
+from tuner.search.pruners import PRUNERS
 
 
 def export_trial(

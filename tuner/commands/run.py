@@ -38,8 +38,8 @@ from tuner.messages import DatasetReport, Epoch, TrialResult
 from tuner.search import history, leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.optuna_internals import study_id_of
+from tuner.search.pruners import PRUNERS
 from tuner.search.running_trial import RunningTrial
-from tuner.search.samplers import PRUNERS
 from tuner.search.study_identity import defaulted_keys, identity
 
 RESERVE_BYTES = 100_000_000  # bytes that must be free beside what is written, for the database and the cache's small things

@@ -1,4 +1,4 @@
-"""What a study's finished trials tell: the best, the default recipe, and the run behind a trial."""
+"""What the finished trials of a study say: the winner, the default recipe, the run of a trial."""
 
 import json
 from collections import Counter
@@ -13,29 +13,31 @@ from tuner.config.space import Space
 from tuner.errors import NoUsableTrial
 from tuner.search.samplers import derive_seed
 
-PROPOSAL, ATTEMPT, REASON, DUPLICATE_OF = (
-    "tuner:root",
-    "tuner:attempt",
-    "tuner:reason",
-    "tuner:same_as",
-)
-BEST_EPOCH, SCORES = "best_epoch", "scores"
-FAILED_PERMANENTLY, TRACEBACK = "tuner:final", "tuner:trace"
+# Attributes of a trial. The strings are in the databases of existing studies: never change them.
+PROPOSAL = "tuner:root"  # of a retry: the number of the proposal that it repeats
+ATTEMPT = "tuner:attempt"  # which attempt a trial is, from 1
+REASON = "tuner:reason"  # why a trial failed or was pruned
+DUPLICATE_OF = "tuner:same_as"  # the number of the trial whose result this trial has
+BEST_EPOCH = "best_epoch"
+SCORES = "scores"  # all scores of the best epoch
+FAILED_PERMANENTLY = "tuner:final"  # whether a failed trial is not tried again
+TRACEBACK = "tuner:trace"
 KILLED = "tuner:killed"  # how many earlier attempts of a trial a memory limit ended
-REFUSED = "tuner:refused"  # whether an earlier attempt was refused by its worker
+REFUSED = "tuner:refused"  # whether a worker refused an earlier attempt
 OWNER = "tuner:owner"  # which coordinator runs a trial, where there may be several
-IS_DEFAULT_RECIPE = (
-    "tuner:default"  # whether a trial that was asked for at the beginning is the default recipe
-)
+# of the trials that were enqueued at the beginning: whether the trial is the default recipe
+IS_DEFAULT_RECIPE = "tuner:default"
+
+Rank = tuple[float, int, int]
 
 
 def params_key(params: Mapping[str, Any]) -> str:
-    """Equal keys, equal parameters."""
+    """Return a text that is equal for equal parameters."""
     return json.dumps(sorted(params.items()))
 
 
 def requested_params(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial's parameters, with those that it was enqueued with and has not drawn yet."""
+    """Return a trial's parameters, also those that it was enqueued with and has not asked for."""
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
@@ -43,77 +45,88 @@ def completed_trials(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def best_trial(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
-    """The winner and the numbers of those it tied with. Rule: value, then fewer epochs, then the lower number.
+def trial_rank(trial: FrozenTrial) -> Rank | None:
+    """Return the key by which trials are compared: the smaller key is the better trial.
 
-    Raises NoUsableTrial when no trial has completed.
+    The rule is: the higher value, then fewer epochs, then the lower number. The winner is the
+    trial with the smallest key.
+
+    Returns:
+        The key, or None for a trial that is not compared: it did not complete, or it has the
+        result of another trial.
     """
-    found = completed_trials(study)
-    if not found:
+    if trial.state != TrialState.COMPLETE or DUPLICATE_OF in trial.user_attrs:
+        return None
+    return (-float(trial.value or 0.0), int(trial.user_attrs.get(BEST_EPOCH, 0)), trial.number)
+
+
+def best_trial(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
+    """Return the winner by `trial_rank`, and the numbers of the other trials with its value.
+
+    Raises:
+        NoUsableTrial: No trial has completed.
+    """
+    ranked = [
+        (rank, trial)
+        for trial in completed_trials(study)
+        if (rank := trial_rank(trial)) is not None
+    ]
+    if not ranked:
         states = Counter(t.state.name.lower() for t in study.get_trials(deepcopy=False))
-        told = ", ".join(f"{n} {state}" for state, n in states.items()) or "none was run"
+        counts = ", ".join(f"{n} {state}" for state, n in states.items()) or "none was run"
         raise NoUsableTrial(
-            f"no trial completed ({told}), so there is nothing to export; raise search.trials or search.timeout"
+            f"no trial completed ({counts}), so there is nothing to export; "
+            "raise search.trials or search.timeout"
         )
-    own = [t for t in found if DUPLICATE_OF not in t.user_attrs]
-    winner = min(own, key=winner_order)
-    tied = [t.number for t in own if t.value == winner.value and t.number != winner.number]
+    best_rank, winner = min(ranked, key=lambda pair: pair[0])
+    best_value = best_rank[0]
+    tied = [t.number for rank, t in ranked if rank[0] == best_value and t is not winner]
     return winner, tied
 
 
-def winner_order(trial: FrozenTrial) -> tuple[float, int, int]:
-    """How completed trials are compared: the smallest tuple is the winner's.
-
-    Higher value first, then fewer epochs, then the lower number.
-    """
-    epochs = int(trial.user_attrs.get(BEST_EPOCH, 0))
-    return (-float(trial.value or 0.0), epochs, trial.number)
-
-
-def trial_rank(trial: FrozenTrial) -> tuple[float, int, int] | None:
-    """A completed trial's place among all, by the rule of `best`: smaller is better. None where it has none of its own."""
-    if trial.state != TrialState.COMPLETE or DUPLICATE_OF in trial.user_attrs:
-        return None
-    return winner_order(trial)
-
-
-def ended_proposals(study: optuna.Study) -> dict[int, tuple[float, int, int] | None]:
-    """Every draw that is over, with its rank where it has one."""
-    draws = proposal_numbers(study)
+def ended_proposals(study: optuna.Study) -> dict[int, Rank | None]:
+    """Return every proposal that has ended, with the rank of its trial where it has a rank."""
+    proposals = proposal_numbers(study)
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
     return {
-        draws[t.number]: trial_rank(t)
+        proposals[t.number]: trial_rank(t)
         for t in study.get_trials(deepcopy=False)
         if t.state in ended or t.user_attrs.get(FAILED_PERMANENTLY)
     }
 
 
 def default_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The trial of the default recipe, if it has completed; in studies from before it was marked, trial 0."""
-    found = completed_trials(study)
-    marked = [t for t in study.get_trials(deepcopy=False) if IS_DEFAULT_RECIPE in t.user_attrs]
-    if marked:
-        return next((t for t in found if t.user_attrs.get(IS_DEFAULT_RECIPE)), None)
-    draw = proposal_numbers(study)
-    return next((t for t in found if draw[t.number] == 0), None)
+    """Return the trial of the default recipe, or None where it has not completed.
+
+    Old studies do not mark that trial. In such a study it is the trial of proposal 0.
+    """
+    completed = completed_trials(study)
+    if any(IS_DEFAULT_RECIPE in t.user_attrs for t in study.get_trials(deepcopy=False)):
+        return next((t for t in completed if t.user_attrs.get(IS_DEFAULT_RECIPE)), None)
+    proposals = proposal_numbers(study)
+    return next((t for t in completed if proposals[t.number] == 0), None)
 
 
 def proposal_numbers(study: optuna.Study) -> dict[int, int]:
-    """Trial number -> which of the search's draws it is, from 0: its own for a first attempt, the first's for a retry.
+    """Return the proposal of each trial, by the trial's number.
 
-    Seeds follow the draw and not the number, which later trials lose to retries: so a disturbed search trains as a calm one.
+    Proposals count from 0. A first attempt is a new proposal. A retry repeats the proposal of its
+    first attempt. Seeds follow the proposal and not the trial's number, because a retry moves the
+    numbers of all later trials. So an interrupted search trains as an uninterrupted one.
     """
-    found: dict[int, int] = {}
-    asked = 0
+    proposals: dict[int, int] = {}
+    proposal_count = 0
     for t in study.get_trials(deepcopy=False):
-        found[t.number] = int(t.user_attrs.get(PROPOSAL, asked))
-        asked += PROPOSAL not in t.user_attrs
-    return found
+        proposals[t.number] = int(t.user_attrs.get(PROPOSAL, proposal_count))
+        if PROPOSAL not in t.user_attrs:
+            proposal_count += 1
+    return proposals
 
 
 def run_of_trial(space: Space, study: optuna.Study, trial: FrozenTrial) -> Run:
-    """The run that a trial carried out."""
+    """Return the run that a trial carried out."""
+    proposal = proposal_numbers(study)[trial.number]
     return space.sample(
         optuna.trial.FixedTrial(trial.params),
-        seed=derive_seed(space.settings.search.seed, proposal_numbers(study)[trial.number]),
+        seed=derive_seed(space.settings.search.seed, proposal),
     )

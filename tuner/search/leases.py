@@ -13,7 +13,8 @@ import sqlalchemy
 from optuna.trial import FrozenTrial
 
 from tuner.search.history import OWNER
-from tuner.search.postgresql import ConnectionLost, PostgresStorage, connect_options
+from tuner.search.postgresql import PostgresStorage, connect_options
+from tuner.search.retry_policy import ConnectionLost
 
 T = TypeVar("T")
 LEASE_SECONDS, RENEWAL_SECONDS = 60.0, 10.0  # seconds
@@ -190,7 +191,7 @@ class SharedCoordination:
         return [CoordinatorInfo(*row) for row in self._execute(statement, **words)]
 
     def _execute(self, statement: str, **words: Any) -> list[Any]:
-        return self.server.with_retry(lambda again: self._execute_once(statement, self.row | words))
+        return self.server.with_retry(lambda: self._execute_once(statement, self.row | words))
 
     def _execute_once(self, statement: str, words: dict[str, Any]) -> list[Any]:
         with self.server.engine.begin() as connection:

@@ -49,7 +49,7 @@ def storage_of(study: optuna.Study) -> BaseStorage:
     """Where the study is stored. Relies on `Study._storage`, for which there is no other way."""
     storage = getattr(study, "_storage", None)
     if not isinstance(storage, BaseStorage):
-        raise StorageError(_without(["Study._storage"]))
+        raise StorageError(missing_message(["Study._storage"]))
     return storage
 
 
@@ -150,30 +150,6 @@ def database_of(storage: BaseStorage) -> Any:
     return getattr(storage, "_backend", storage)
 
 
-class DatabaseProxy:
-    """What takes a database's place behind Optuna's cache: everything that the cache calls, a subclass has or passes on.
-
-    Relies on the cache making trials with `_create_new_trial`, and on its attribute `_backend`.
-    """
-
-    database: RDBStorage
-
-    def create_trial(self, study_id: int, template: FrozenTrial | None) -> FrozenTrial:
-        """Makes a trial, by default one that runs."""
-        return self.database._create_new_trial(study_id, template)
-
-    def _create_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None = None
-    ) -> FrozenTrial:
-        return self.create_trial(study_id, template_trial)
-
-    def put_before(self, storage: BaseStorage) -> None:
-        """Has the storage call this instead of its database."""
-        if getattr(storage, "_backend", None) is not self.database:
-            raise StorageError(_without(["_CachedStorage._backend"]))
-        storage._backend = self  # type: ignore[attr-defined]
-
-
 def replace_reads(
     database: RDBStorage,
     read_trials: Callable[..., list[FrozenTrial]],
@@ -245,7 +221,9 @@ def missing() -> tuple[str, ...]:
 
 def warn_of_missing(warn: Callable[[str], None]) -> None:
     if missing():
-        warn(f"{_without(missing())}. The search is right without, and slower with many trials")
+        warn(
+            f"{missing_message(missing())}. The search is right without, and slower with many trials"
+        )
 
 
 def require_for_server(shown: str) -> None:
@@ -253,12 +231,12 @@ def require_for_server(shown: str) -> None:
     lacking = [name for name in missing() if name in FOR_SERVER]
     if lacking:
         raise StorageError(
-            f"storage: {shown} cannot be used: the locks and owners of its coordinators need more of Optuna. {_without(lacking)}"
+            f"storage: {shown} cannot be used: the locks and owners of its coordinators need more of Optuna. {missing_message(lacking)}"
             "; without `storage:` the study is in a file of its own"
         )
 
 
-def _without(names: Sequence[str]) -> str:
+def missing_message(names: Sequence[str]) -> str:
     return (
         f"Optuna {optuna.__version__} has no {', '.join(names)} as tuner knows it; install what tuner was tested with: "
         f"pip install '{TESTED}'"

@@ -1,8 +1,11 @@
-"""A study's database on a PostgreSQL server: calls wait for it when it goes away, and what coordinators must not do at once has a lock."""
+"""A study's database on a PostgreSQL server.
+
+Calls are repeated while the server is away (see retry_policy.py). What two coordinators must not
+do at the same time is done under a lock.
+"""
 
 import contextlib
 import secrets
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,21 +20,27 @@ from sqlalchemy.dialects import postgresql
 from tuner.config import database_url
 from tuner.errors import StorageError
 from tuner.search.bulk_reads import insertion, use_bulk_reads
+from tuner.search.database_proxy import DatabaseProxy
 from tuner.search.history import OWNER
-from tuner.search.optuna_internals import DatabaseProxy, database_of, require_for_server, table
+from tuner.search.optuna_internals import database_of, require_for_server, table
+from tuner.search.retry_policy import (
+    ConnectionLost,
+    RetryPolicy,
+    one_line_reason,
+    raise_connection_lost,
+)
 
 T = TypeVar("T")
-FIRST_WAIT, LONGEST_WAIT, TOTAL_WAIT = (
-    0.5,
-    30.0,
-    600.0,
-)  # seconds: the first wait, the longest, all of them together
-STALLED_SECONDS = 60  # seconds after which the server ends a transaction, or a lock, whose holder has stopped moving
-LOCK_NAMESPACE = 0x74756E65  # the space of tuner's advisory locks; within it a study's id, and 0 for the making of tables and studies
+# After so many seconds the server ends a transaction, or a lock, whose owner does nothing.
+STALLED_SECONDS = 60
+# The first number of tuner's advisory locks. The second number is a study's id, or 0 while tables
+# and studies are made.
+LOCK_NAMESPACE = 0x74756E65
 PROBES = 5
 POOLED = (
-    "it answers through a connection pooler that hands out the server's sessions by the transaction, where coordinators cannot lock "
-    "a study; name the server itself, or a pooler's port that keeps sessions (PgBouncer: pool_mode = session; Supabase: port 5432)"
+    "it answers through a connection pooler that hands out the server's sessions by the "
+    "transaction, where coordinators cannot lock a study; name the server itself, or a pooler's "
+    "port that keeps sessions (PgBouncer: pool_mode = session; Supabase: port 5432)"
 )
 CONNECT_OPTIONS = {
     "connect_timeout": 8,
@@ -40,36 +49,16 @@ CONNECT_OPTIONS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
-TRANSIENT_SQLSTATES = {
-    "40001",
-    "40P01",
-    "53300",
-    "57P01",
-    "57P02",
-    "57P03",
-    "57P05",
-    "25P03",
-}  # deadlocks, shutdown, starting up, idle too long
-PERMANENT_ERRORS = (
-    "authentication failed",
-    "does not exist",
-    "no password supplied",
-    "pg_hba.conf",
-    "permission denied",
-    "not permitted",
-)
-
-
-class ConnectionLost(Exception):
-    """The server went away in the middle of a call: whether that was carried out is not known."""
 
 
 class PostgresStorage(DatabaseProxy):
-    """Takes Optuna's database's place behind Optuna's cache. Calls are tried again until the server answers, for ten minutes.
+    """Stands between Optuna's cache and Optuna's database, and repeats calls until they succeed.
 
-    All go over one connection. `exclusively` holds the study's lock on that very connection, so nothing can be written by whom the
-    lock was taken from; where the connection breaks, all that was begun under the lock is begun again. So a trial that was made
-    although nobody heard of it is found by who repeats: it runs, it has this owner, and nobody holds it.
+    All calls go over one connection. `run_exclusively` holds the study's lock on this same
+    connection. So a coordinator that lost its lock can write nothing: where the connection breaks,
+    everything that was begun under the lock is begun again. A trial may be made although its
+    coordinator never hears of it. The repeated work finds such a trial: it runs, it has this owner,
+    and it is not among the coordinator's running trials.
     """
 
     def __init__(
@@ -79,63 +68,37 @@ class PostgresStorage(DatabaseProxy):
         warn: Callable[[str], None],
         should_give_up: Callable[[], bool],
     ) -> None:
-        self.database, self.engine, self.display_url, self.warn, self.should_give_up = (
-            database,
-            database.engine,
-            display_url,
-            warn,
-            should_give_up,
-        )
+        self.database = database
+        self.engine = database.engine
+        self.retry_policy = RetryPolicy(display_url, warn, should_give_up)
         self.owner = uuid.uuid4().hex
-        self.locked_connection: Any = None  # the connection that holds a lock
-        self.last_warning = float("-inf")
+        self.locked_connection: Any = None  # the driver's connection that has a lock
         sqlalchemy.event.listen(self.engine, "connect", self._set_idle_timeout)
         sqlalchemy.event.listen(self.engine, "checkout", self._require_locked_connection)
         sqlalchemy.event.listen(self.engine, "handle_error", raise_connection_lost)
         self.engine.dispose()
 
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self.database, name)
-        if not callable(found):
-            return found
-        return lambda *words, **named: self.with_retry(lambda again: found(*words, **named))
+    # -- calls are repeated while the server is away
 
-    # -- the server that goes away
+    def call_database(self, method: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        return self.with_retry(lambda: method(*arguments, **named))
 
-    def with_retry(self, call: Callable[[bool], T]) -> T:
-        """What `call` returns. It is told whether an earlier try may have been carried out. Raises StorageError when patience ends."""
+    def with_retry(self, call: Callable[[], T]) -> T:
+        """Make a call that may be carried out twice. Raises StorageError, see RetryPolicy."""
+        return self.with_retry_flag(lambda is_retry: call())
+
+    def with_retry_flag(self, call: Callable[[bool], T]) -> T:
+        """Make a call. Its argument says whether an earlier try may have been carried out.
+
+        Under a lock the call is made once: the whole work under the lock is repeated, see
+        `run_exclusively`.
+        """
         if self.locked_connection is not None:
-            return call(False)  # what holds the lock is repeated as a whole
-        wait, began, again = FIRST_WAIT, time.monotonic(), False
-        while True:
-            try:
-                found = call(again)
-            except ConnectionLost as cause:
-                began = began if again else time.monotonic()
-                again = True
-                if self.should_give_up() or time.monotonic() - began + wait > TOTAL_WAIT:
-                    raise StorageError(
-                        f"storage: {self.display_url} does not answer ({cause}); finished trials are kept: see to it and run the same command"
-                    ) from None
-                if time.monotonic() - self.last_warning > 60:
-                    self.warn(
-                        f"the database does not answer ({cause}); trying again for {TOTAL_WAIT / 60:g} minutes"
-                    )
-                    self.last_warning = time.monotonic()
-                self._sleep(wait)
-                wait = min(2 * wait, LONGEST_WAIT)
-            else:
-                if again and self.last_warning >= began:
-                    self.warn("the database answers again")
-                return found
-
-    def _sleep(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not self.should_give_up():
-            time.sleep(0.1)
+            return call(False)
+        return self.retry_policy.run(call)
 
     def _set_idle_timeout(self, connection: Any, _: Any) -> None:
-        """A coordinator that is stopped in a transaction must not hold up the others."""
+        """Limit how long a coordinator that is stopped in a transaction can block the others."""
         with connection.cursor() as cursor:
             cursor.execute(f"SET idle_in_transaction_session_timeout = '{STALLED_SECONDS}s'")
         connection.commit()
@@ -144,103 +107,124 @@ class PostgresStorage(DatabaseProxy):
         if self.locked_connection is not None and connection is not self.locked_connection:
             raise ConnectionLost("the connection that held the study's lock is gone")
 
-    # -- one at a time
+    # -- one coordinator at a time
 
     def run_exclusively(self, key: int, work: Callable[[], T]) -> T:
-        """What `work` returns, done while no other coordinator does anything under the same key. It may be done several times over."""
+        """Run `work` while no other coordinator runs anything under the same key.
+
+        Args:
+            key: The id of a study, or 0 while tables and studies are made.
+            work: It is run again from its beginning each time the connection breaks.
+
+        Returns:
+            What `work` returns.
+        """
         if self.locked_connection is not None:
             return work()
 
-        def held(_: bool) -> T:
+        def run_locked() -> T:
             self._lock(key)
             try:
                 return work()
             finally:
                 self._unlock(key)
 
-        return self.with_retry(held)
+        return self.with_retry(run_locked)
 
     def _lock(self, key: int) -> None:
+        statement = (
+            f"SELECT pg_advisory_lock({LOCK_NAMESPACE}, {int(key)}) "
+            f"{self._idle_timeout_sql(STALLED_SECONDS)}"
+        )
         with self.engine.connect() as connection:
-            connection.execute(
-                sqlalchemy.text(
-                    f"SELECT pg_advisory_lock({LOCK_NAMESPACE}, {int(key)}) {self._idle_timeout_sql(STALLED_SECONDS)}"
-                )
-            )
+            connection.execute(sqlalchemy.text(statement))
             connection.commit()
             self.locked_connection = connection.connection.dbapi_connection
 
     def _unlock(self, key: int) -> None:
+        statement = (
+            f"SELECT pg_advisory_unlock({LOCK_NAMESPACE}, {int(key)}) {self._idle_timeout_sql(0)}"
+        )
         try:
             with contextlib.suppress(ConnectionLost), self.engine.connect() as connection:
-                connection.execute(
-                    sqlalchemy.text(
-                        f"SELECT pg_advisory_unlock({LOCK_NAMESPACE}, {int(key)}) {self._idle_timeout_sql(0)}"
-                    )
-                )
+                connection.execute(sqlalchemy.text(statement))
                 connection.commit()
         finally:
             self.locked_connection = None
 
     def _idle_timeout_sql(self, seconds: int) -> str:
-        """Sets how long who holds the lock may be silent; servers before 14 cannot."""
+        """Return SQL that limits how long a session with a lock may be idle.
+
+        Servers before version 14 have no such limit.
+        """
         known = (self.engine.dialect.server_version_info or (0,)) >= (14,)
         return f", set_config('idle_session_timeout', '{seconds}s', false)" if known else ""
 
-    # -- what is not safe to repeat as it is
+    # -- calls that cannot simply be made twice
 
     def create_trial(self, study_id: int, template: FrozenTrial | None) -> FrozenTrial:
-        """A trial that runs has its owner from the first moment."""
-        owned = template or create_trial(state=TrialState.RUNNING, user_attrs={OWNER: self.owner})
-        make = super().create_trial
-        return self.with_retry(lambda again: make(study_id, owned))
+        """Make a trial. A running trial has its owner from the first moment."""
+        if template is None:
+            template = create_trial(state=TrialState.RUNNING, user_attrs={OWNER: self.owner})
+        return self.call_database(super().create_trial, study_id, template)
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
-        """As Optuna's. Raises UpdateFinishedTrialError when the trial was ended by somebody else."""
-        if state == TrialState.RUNNING:
-            return self.with_retry(lambda again: self._claim_waiting_trial(trial_id))
+        """Set a trial's state and values, as Optuna does.
 
-        def end(again: bool) -> bool:
+        Raises:
+            UpdateFinishedTrialError: Another process has ended the trial.
+        """
+        if state == TrialState.RUNNING:
+            return self.with_retry(lambda: self._claim_waiting_trial(trial_id))
+
+        def end_trial(is_retry: bool) -> bool:
             try:
                 return self.database.set_trial_state_values(trial_id, state, values)
             except UpdateFinishedTrialError:
-                found = self.database.get_trial(trial_id)
-                if not again or (found.state, found.values) != (
-                    state,
-                    list(values) if values else None,
-                ):
-                    raise
-                return True  # the try that was not heard of had been carried out
+                trial = self.database.get_trial(trial_id)
+                ours = (state, list(values) if values else None)
+                if is_retry and (trial.state, trial.values) == ours:
+                    return True  # an earlier try, of which nothing was heard, had been carried out
+                raise
 
-        return self.with_retry(end)
+        return self.with_retry_flag(end_trial)
 
     def _claim_waiting_trial(self, trial_id: int) -> bool:
-        """From waiting to running, with its owner, in one transaction."""
-        # Optuna's columns are in UTC, by the clock of this machine
-        trials, now = table("trials"), datetime.now(UTC).replace(tzinfo=None)
+        """Set a waiting trial to running and to this owner, in one transaction.
+
+        Returns:
+            False if the trial does not wait any more.
+        """
+        trials = table("trials")
+        now = datetime.now(UTC).replace(tzinfo=None)  # Optuna's columns are in UTC
         attribute = {"trial_id": trial_id, "key": OWNER, "value_json": f'"{self.owner}"'}
-        waits = sqlalchemy.update(trials).where(
-            trials.c.trial_id == trial_id, trials.c.state == TrialState.WAITING
+        start = (
+            sqlalchemy.update(trials)
+            .where(trials.c.trial_id == trial_id, trials.c.state == TrialState.WAITING)
+            .values(state=TrialState.RUNNING, datetime_start=now)
         )
-        marks = postgresql.insert(table("trial_user_attributes")).values(attribute)
-        marks = marks.on_conflict_do_update(
-            index_elements=["trial_id", "key"], set_={"value_json": marks.excluded.value_json}
+        set_owner = postgresql.insert(table("trial_user_attributes")).values(attribute)
+        set_owner = set_owner.on_conflict_do_update(
+            index_elements=["trial_id", "key"], set_={"value_json": set_owner.excluded.value_json}
         )
         with self.engine.begin() as connection:
-            taken = (
-                connection.execute(
-                    waits.values(state=TrialState.RUNNING, datetime_start=now)
-                ).rowcount
-                == 1
-            )
-            if taken:
-                connection.execute(marks)
-        return taken
+            was_waiting = connection.execute(start).rowcount == 1
+            if was_waiting:
+                connection.execute(set_owner)
+        return was_waiting
 
     def insert_rows(self, trial_id: int, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-        """A running trial's rows, all or none. Raises UpdateFinishedTrialError when it does not run any more."""
+        """Write rows of a running trial, all or none.
+
+        Args:
+            trial_id: The trial's id in the database.
+            rows: The rows by the name of their table.
+
+        Raises:
+            UpdateFinishedTrialError: The trial does not run any more.
+        """
         trials = table("trials").c
         state = (
             sqlalchemy.select(trials.state)
@@ -248,7 +232,7 @@ class PostgresStorage(DatabaseProxy):
             .with_for_update(read=True)
         )
 
-        def write(again: bool) -> None:
+        def write(is_retry: bool) -> None:
             try:
                 with self.engine.begin() as connection:
                     if connection.execute(state).scalar_one() != TrialState.RUNNING:
@@ -258,27 +242,43 @@ class PostgresStorage(DatabaseProxy):
                     for name, values in rows.items():
                         connection.execute(insertion(name, self.engine.dialect.name), values)
             except sqlalchemy.exc.IntegrityError:
-                if not again:
-                    raise  # else the try that was not heard of had been carried out
+                # In a retry the rows are there: the earlier try had been carried out.
+                if not is_retry:
+                    raise
 
-        self.with_retry(write)
+        self.with_retry_flag(write)
 
 
 def open_postgresql(
     url: str, display_url: str, warn: Callable[[str], None], should_give_up: Callable[[], bool]
 ) -> BaseStorage:
-    """Optuna's storage over a server. Raises what the driver raises when it cannot be reached now."""
+    """Open Optuna's storage on a PostgreSQL server.
+
+    Args:
+        url: The database's URL with its password.
+        display_url: The URL without its password, for messages.
+        warn: Is called when the server goes away and when it comes back.
+        should_give_up: Whether the server is not waited for any more.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: The server cannot be reached now.
+        StorageError: A pooler or another version of Optuna cannot be used.
+    """
     require_for_server(display_url)
-    doubled = database_url.escape_braces(url)
-    words = connect_options(url)
+    escaped_url = database_url.escape_braces(url)
+    options = connect_options(url)
     if sqlalchemy.engine.make_url(url).get_driver_name() == "psycopg":
-        words["prepare_threshold"] = None  # a pooler may not know a prepared statement again
-    gate = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=words)
-    _refuse_pooler(gate, display_url)
-    with gate.connect() as connection:  # two that begin at once would both make the tables
+        options["prepare_threshold"] = None  # a pooler may not know a prepared statement again
+    setup_engine = sqlalchemy.create_engine(
+        url, poolclass=sqlalchemy.NullPool, connect_args=options
+    )
+    _refuse_pooler(setup_engine, display_url)
+    # Two coordinators that begin at the same time would both make the tables, so there is a lock.
+    with setup_engine.connect() as connection:
         connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCK_NAMESPACE}, 0)"))
-        RDBStorage(doubled, engine_kwargs={"connect_args": connect_options(url)}).engine.dispose()
-    gate.dispose()
+        make_tables = RDBStorage(escaped_url, engine_kwargs={"connect_args": connect_options(url)})
+        make_tables.engine.dispose()
+    setup_engine.dispose()
     pool = {
         "pool_size": 1,
         "max_overflow": 0,
@@ -287,7 +287,7 @@ def open_postgresql(
     }
     database = use_bulk_reads(
         RDBStorage(
-            doubled, engine_kwargs=pool, skip_compatibility_check=True, skip_table_creation=True
+            escaped_url, engine_kwargs=pool, skip_compatibility_check=True, skip_table_creation=True
         )
     )
     storage = get_storage(database)
@@ -295,66 +295,47 @@ def open_postgresql(
     return storage
 
 
-def _refuse_pooler(gate: sqlalchemy.Engine, shown: str) -> None:
-    """Raises StorageError where a pooler gives each transaction another session of the server.
+def _refuse_pooler(engine: sqlalchemy.Engine, display_url: str) -> None:
+    """Raise StorageError where a pooler gives each transaction another session of the server.
 
-    A lock belongs to a session. So one connection takes a lock, and the next transaction of another one, which a pooler gives the
-    session that was free last, must not hold it. Some poolers take turns, so this is done several times.
+    A lock belongs to a session. So one connection takes a lock, and the next transaction of a
+    second connection must not have it. A pooler gives that transaction the session that was free
+    last, which is the first connection's. Some poolers take turns, so this is tried several times.
     """
-    held = sqlalchemy.text(
+    lock_count = sqlalchemy.text(
         "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() "
         f"AND classid = {LOCK_NAMESPACE} AND objid = :key"
     )
-    with gate.connect() as holder, gate.connect() as other:
+    lock = sqlalchemy.text(f"SELECT pg_advisory_lock({LOCK_NAMESPACE}, :key)")
+    unlock = sqlalchemy.text(f"SELECT pg_advisory_unlock({LOCK_NAMESPACE}, :key)")
+    with engine.connect() as first, engine.connect() as second:
         for _ in range(PROBES):
-            key = {"key": secrets.randbelow(2**30) + 2**30}  # no study's id
-            holder.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({LOCK_NAMESPACE}, :key)"), key)
-            holder.commit()
-            # `other` keeps its session, as its transaction stays open
-            shared = other.execute(held, key).scalar_one() > 0
-            lasts = holder.execute(held, key).scalar_one() > 0
-            if shared or lasts:
-                unlock = sqlalchemy.text(f"SELECT pg_advisory_unlock({LOCK_NAMESPACE}, :key)")
-                (other if shared else holder).execute(unlock, key)
-            holder.commit()
-            other.commit()
-            if shared or not lasts:
-                raise StorageError(f"storage: {shown} cannot be used: {POOLED}")
+            key = {"key": secrets.randbelow(2**30) + 2**30}  # larger than the id of any study
+            first.execute(lock, key)
+            first.commit()
+            # `second` keeps its session for now, because its transaction stays open
+            second_has_lock = second.execute(lock_count, key).scalar_one() > 0
+            first_has_lock = first.execute(lock_count, key).scalar_one() > 0
+            if second_has_lock or first_has_lock:
+                (second if second_has_lock else first).execute(unlock, key)
+            first.commit()
+            second.commit()
+            if second_has_lock or not first_has_lock:
+                raise StorageError(f"storage: {display_url} cannot be used: {POOLED}")
 
 
 def postgres_storage_of(storage: BaseStorage) -> PostgresStorage | None:
-    """The server that a storage is on."""
+    """Return the PostgreSQL server that a storage is on, or None."""
     database = database_of(storage)
     return database if isinstance(database, PostgresStorage) else None
 
 
 def connect_options(url: str | sqlalchemy.engine.URL) -> dict[str, Any]:
-    """How to connect, as far as the URL leaves it open."""
-    written = sqlalchemy.engine.make_url(url)
-    usual = CONNECT_OPTIONS if written.get_driver_name() in ("psycopg", "psycopg2") else {}
-    return {key: value for key, value in usual.items() if key not in written.query}
-
-
-def raise_connection_lost(context: sqlalchemy.engine.ExceptionContext) -> None:
-    """Turns the driver's words for a server that went away into Lost; what will not pass stays as it is."""
-    error = context.original_exception
-    connecting = context.connection is None and isinstance(
-        error, context.dialect.loaded_dbapi.OperationalError
-    )
-    lasting = connecting and any(word in str(error) for word in PERMANENT_ERRORS)
-    if context.is_pre_ping or lasting:
-        return
-    if (
-        context.is_disconnect
-        or connecting
-        or getattr(error, "sqlstate", None) in TRANSIENT_SQLSTATES
-    ):
-        raise ConnectionLost(one_line_reason(error)) from None
-
-
-def one_line_reason(error: BaseException) -> str:
-    """The driver's words on one line; several addresses make several."""
-    return " ".join(str(getattr(error, "orig", None) or error).split())
+    """Return the driver's options for a connection that the URL does not set itself."""
+    parsed = sqlalchemy.engine.make_url(url)
+    if parsed.get_driver_name() not in ("psycopg", "psycopg2"):
+        return {}
+    return {key: value for key, value in CONNECT_OPTIONS.items() if key not in parsed.query}
 
 
 def reason_without_password(error: BaseException, url: str) -> str:

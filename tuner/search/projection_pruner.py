@@ -1,4 +1,7 @@
-"""A pruner that compares like with like: how far trials such as this one still rise, not where all of them stand by now."""
+"""A pruner that compares a trial with similar trials.
+
+It compares how much similar trials still improved, and not where all other trials stand now.
+"""
 
 import math
 import statistics
@@ -11,47 +14,56 @@ STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 2, 5
 
 
 class ProjectionPruner(optuna.pruners.BasePruner):
-    """Ends a trial that stays below the median of the completed ones even if it rises as much as any of its five nearest peers
-    did from the same share of their epochs on.
+    """Ends a trial that would stay below the median of the completed trials.
 
-    Near are trials of like freeze depth and length: a head alone is soon where it ends, a model trained whole begins low and
-    rises, a schedule of ten epochs is not through when one of two has ended. The median of all at equal epochs judges the
-    one by the other. Higher is better. Trials are judged after their second epoch, and once five have completed.
+    The projection of a trial is its best score so far plus a rise. The rise is the largest that
+    any of its five nearest peers made after the same share of their epochs. The trial ends when
+    its projection is below the median.
+
+    The nearest peers are the trials with a similar freeze depth and a similar length. A head that
+    is trained alone is soon where it ends. A model that is trained whole begins low and rises. A
+    schedule of ten epochs is not finished where a schedule of two epochs has ended. The median of
+    all trials at equal epochs would judge each kind by the others.
+
+    Higher values are better. Trials are judged after their second epoch, and only when five trials
+    have completed.
     """
 
     def __init__(self, epochs: int) -> None:
-        """`epochs`: of a trial whose length is not searched."""
+        """Make the pruner.
+
+        Args:
+            epochs: The number of epochs of a trial whose length is not searched.
+        """
         self.epochs = epochs
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        done = trial.last_step
+        epochs_done = trial.last_step
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if done is None or done <= WARMUP_EPOCHS or len(completed) < STARTUP_TRIALS:
+        if epochs_done is None or epochs_done <= WARMUP_EPOCHS or len(completed) < STARTUP_TRIALS:
             return False
-        share = done / self._length(trial)
-        near = sorted(completed, key=lambda other: (self._distance(trial, other), -other.number))[
-            :PEER_COUNT
-        ]
+        share = epochs_done / self._length(trial)
+        by_distance = sorted(
+            completed, key=lambda peer: (self._distance(trial, peer), -peer.number)
+        )
         rise = max(
-            _best_value(other.intermediate_values) - _best_value(self._epochs_until(other, share))
-            for other in near
+            _best_value(peer.intermediate_values) - _best_value(self._values_until(peer, share))
+            for peer in by_distance[:PEER_COUNT]
         )
-        return _best_value(trial.intermediate_values) + rise < statistics.median(
-            float(other.value or 0.0) for other in completed
-        )
+        projection = _best_value(trial.intermediate_values) + rise
+        return projection < statistics.median(float(peer.value or 0.0) for peer in completed)
 
     def _length(self, trial: FrozenTrial) -> int:
         return int(trial.params.get("epochs", self.epochs))
 
-    def _epochs_until(self, trial: FrozenTrial, share: float) -> dict[int, float]:
-        """The epochs of a trial up to a share of its length; the first in any case."""
+    def _values_until(self, trial: FrozenTrial, share: float) -> dict[int, float]:
+        """Return the values of a trial up to a share of its length, at least of one epoch."""
         last = max(1, math.floor(share * self._length(trial)))
-        return {
-            step: value for step, value in trial.intermediate_values.items() if step <= last
-        } or trial.intermediate_values
+        values = trial.intermediate_values
+        return {step: value for step, value in values.items() if step <= last} or values
 
     def _distance(self, a: FrozenTrial, b: FrozenTrial) -> float:
-        """In stages and in doublings of the length."""
+        """Return the difference in stages plus the difference in doublings of the length."""
         depth = abs(int(a.params.get("freeze_depth", 0)) - int(b.params.get("freeze_depth", 0)))
         return depth + abs(math.log2(self._length(a) / self._length(b)))
 

@@ -19,6 +19,7 @@ from tuner.files.crash_points import crash_point
 from tuner.search import postgresql
 from tuner.search.bulk_reads import use_bulk_reads
 from tuner.search.optuna_internals import warn_of_missing
+from tuner.search.retry_policy import ConnectionLost, one_line_reason
 from tuner.search.study_identity import Comparison
 
 SPACE_ATTRIBUTE, DATA_ATTRIBUTE, DEFAULTED = "tuner:space", "tuner:data", "tuner:defaulted"
@@ -107,7 +108,7 @@ def open_storage(
         optuna.exceptions.StorageInternalError,
         ImportError,
         RuntimeError,
-        postgresql.ConnectionLost,
+        ConnectionLost,
     ) as error:
         raise disk_full_error(error, display_location(url, folder)) or storage_error(
             "opened", error, url, folder
@@ -128,9 +129,7 @@ def close_storage(database: optuna.storages.BaseStorage) -> None:
 def storage_error(participle: str, error: Exception, url: str | None, folder: Path) -> StorageError:
     """The database's own words, without passwords, and what to do where that is known."""
     cause = error.__cause__ or error
-    found = (
-        postgresql.reason_without_password(cause, url) if url else postgresql.one_line_reason(cause)
-    )
+    found = postgresql.reason_without_password(cause, url) if url else one_line_reason(cause)
     hint = ""
     if isinstance(cause, ModuleNotFoundError):
         hint = (
@@ -153,7 +152,7 @@ def database_errors(location: str) -> Iterator[None]:
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.OperationalError) as error:
-        cause = postgresql.one_line_reason(error.__cause__ or error)
+        cause = one_line_reason(error.__cause__ or error)
         raise disk_full_error(error, location) or StorageError(
             f"storage: {location} failed while the search ran ({cause}); finished trials are kept: "
             "see to its disk or server and run the same command"

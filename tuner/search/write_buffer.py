@@ -117,15 +117,13 @@ class BufferedStorage:
             attributes.key == key, attributes.study_id == study.scalar_subquery()
         )
 
-        def look(_: bool) -> bool:
+        def read() -> bool:
             with self.database.engine.connect() as connection:
                 return connection.execute(query).first() is not None
 
-        return (
-            self.database.with_retry(look)
-            if isinstance(self.database, PostgresStorage)
-            else look(False)
-        )
+        if isinstance(self.database, PostgresStorage):
+            return self.database.with_retry(read)
+        return read()
 
 
 def buffer_writes(study: Study, trial: Trial) -> BufferedStorage | None:
