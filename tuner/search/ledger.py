@@ -1,4 +1,8 @@
-"""What a study's trials come to: how many count against the budget, which parameters are known, which draws were made, what is orphaned."""
+"""The coordinator's count of a study's trials.
+
+It knows which trials used the budget, which parameters have a result, how many proposals were
+made, and which trials are orphans.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -25,10 +29,15 @@ from tuner.search.proposals import TrialProposer
 from tuner.search.windowed_study import WindowedStudy
 
 ENDED_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
+RETRY_ATTRIBUTES = (IS_DEFAULT_RECIPE, KILLED, REFUSED)  # what a retry takes over of a trial
 
 
 class Ledger:
-    """Read when a search begins, and before each question where other coordinators write too; each trial is entered once."""
+    """The count of a study's trials.
+
+    It is read from the study when a search begins and, where other coordinators write too, before
+    each proposal. Each trial is entered once.
+    """
 
     def __init__(
         self,
@@ -37,13 +46,10 @@ class Ledger:
         coordination: SingleCoordinator | SharedCoordination,
     ) -> None:
         self.study, self.proposer, self.coordination = study, proposer, coordination
-        self.counted_numbers: set[int] = (
-            set()
-        )  # numbers of the trials that count against the budget
-        self.number_by_params: dict[
-            str, int
-        ] = {}  # parameters -> number of the trial that ended with them
-        self.proposal_count = 0  # root trials asked so far
+        self.counted_numbers: set[int] = set()  # the trials that count against the budget
+        # parameters -> the number of the trial that ended with them
+        self.number_by_params: dict[str, int] = {}
+        self.proposal_count = 0  # proposals made so far
         self.running_elsewhere = 0  # trials that other coordinators run
 
     @property
@@ -51,23 +57,19 @@ class Ledger:
         return len(self.counted_numbers)
 
     def read_history(self, own_running: set[int]) -> None:
-        """`held` are the numbers of our running trials. One that runs and that nobody alive holds is recorded as failed, and asked again."""
+        """Bring the ledger up to date with the study.
+
+        An orphan is recorded as failed, and its parameters are enqueued again.
+
+        Args:
+            own_running: The numbers of the trials that this coordinator runs.
+        """
         trials = self.study.get_trials(deepcopy=False)
         if not trials:
             self.proposer.enqueue_first_trials()
         orphans = self.coordination.find_orphans(_running_elsewhere(trials, own_running))
         if orphans:
-            draws = history.proposal_numbers(self.study)
-            for t in orphans:
-                root, reason = draws[t.number], self.coordination.orphan_reason
-                self.requeue(
-                    t.number,
-                    history.requested_params(t),
-                    root,
-                    t.user_attrs,
-                    reason,
-                    counts_as_attempt=False,
-                )
+            self._requeue_orphans(orphans)
             trials = self.study.get_trials(deepcopy=False)
         self.withdraw_settled_retries(trials)
         self.proposal_count = sum(
@@ -79,8 +81,20 @@ class Ledger:
             if t.number not in self.counted_numbers and t.state.is_finished():
                 self.enter_ended(t)
 
+    def _requeue_orphans(self, orphans: list[FrozenTrial]) -> None:
+        proposals = history.proposal_numbers(self.study)
+        for t in orphans:
+            self.requeue(
+                t.number,
+                history.requested_params(t),
+                proposals[t.number],
+                t.user_attrs,
+                self.coordination.orphan_reason,
+                counts_as_attempt=False,
+            )
+
     def enter_ended(self, trial: FrozenTrial) -> None:
-        """Enters a trial that has ended."""
+        """Enter a trial that has ended."""
         if _counts_against_budget(trial):
             self.counted_numbers.add(trial.number)
             self.study.add_ended(trial)
@@ -96,25 +110,29 @@ class Ledger:
         counts_as_attempt: bool,
         marks: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Ends a trial of ours and asks for it again, unless somebody else has ended it.
+        """End a trial of this coordinator and enqueue it again, unless another process ended it.
 
-        `count`: it was an attempt. `marks`: what the next attempt must know of this one.
+        Args:
+            trial: The running trial.
+            proposal: The proposal that the trial carries out.
+            reason: Why the trial ends.
+            counts_as_attempt: Whether the trial used one of its limited attempts.
+            marks: Attributes of the trial that its retry must have.
         """
 
-        def requeue() -> None:
+        def requeue_if_running() -> None:
             state = self.study.storage.get_trial(trial_id_of(self.study, trial)).state
             if state == TrialState.RUNNING:
-                attrs = {**trial.user_attrs, **marks}
                 self.requeue(
                     trial.number,
                     trial.params,
                     proposal,
-                    attrs,
+                    {**trial.user_attrs, **marks},
                     reason,
                     counts_as_attempt=counts_as_attempt,
                 )
 
-        self.coordination.run_exclusively(requeue)
+        self.coordination.run_exclusively(requeue_if_running)
         self.study.forget_running(trial.number)
 
     def requeue(
@@ -127,32 +145,40 @@ class Ledger:
         *,
         counts_as_attempt: bool,
     ) -> None:
-        """Records a lost attempt and asks for the same parameters again. `count`: it was one of the limited attempts."""
-        marks = {PROPOSAL: proposal, ATTEMPT: int(attrs.get(ATTEMPT, 1)) + counts_as_attempt} | {
-            k: v for k, v in attrs.items() if k in (IS_DEFAULT_RECIPE, KILLED, REFUSED)
+        """Record a trial as failed and enqueue a retry with the same parameters.
+
+        Args:
+            number: The trial's number.
+            params: Its parameters.
+            proposal: The proposal that it carries out.
+            attrs: Its attributes; the retry gets those of RETRY_ATTRIBUTES.
+            reason: Why the trial failed.
+            counts_as_attempt: Whether the trial used one of its limited attempts.
+        """
+        marks = {
+            PROPOSAL: proposal,
+            ATTEMPT: int(attrs.get(ATTEMPT, 1)) + counts_as_attempt,
+            **{key: value for key, value in attrs.items() if key in RETRY_ATTRIBUTES},
         }
-        # first the new one, then the end of the old one: a crash in between leaves an orphan that is swept again
-        waiting = [
-            t
-            for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if t.user_attrs.get(PROPOSAL) == marks[PROPOSAL]
-        ]
-        if not waiting:
+        # The retry is enqueued before the trial ends. A crash in between leaves an orphan, and an
+        # orphan is requeued when the search continues.
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not any(t.user_attrs.get(PROPOSAL) == proposal for t in waiting):
             self.study.enqueue_trial(params, user_attrs=marks)
         crash_point("search.requeued")
         try:
             self.mark_failed(number, reason)
-        except UpdateFinishedTrialError:  # who runs the trial ended it at this very moment
+        except UpdateFinishedTrialError:  # the coordinator that runs the trial ended it just now
             self.withdraw_settled_retries(self.study.get_trials(deepcopy=False))
 
     def withdraw_settled_retries(self, trials: list[FrozenTrial]) -> None:
-        """Fails each retry that waits although its draw runs or counts, so that no draw counts twice."""
+        """Fail each waiting retry whose proposal runs or has ended, so that none counts twice."""
         waiting = [t for t in trials if t.state == TrialState.WAITING and PROPOSAL in t.user_attrs]
         if not waiting:
             return
-        draws = history.proposal_numbers(self.study)
+        proposals = history.proposal_numbers(self.study)
         settled = {
-            draws[t.number]
+            proposals[t.number]
             for t in trials
             if t.state == TrialState.RUNNING or _counts_against_budget(t)
         }
@@ -169,13 +195,13 @@ class Ledger:
         self.study.tell(number, state=TrialState.FAIL)
 
 
-def _running_elsewhere(trials: list[FrozenTrial], held: set[int]) -> list[FrozenTrial]:
-    """The trials that run and are not ours."""
-    return [t for t in trials if t.state == TrialState.RUNNING and t.number not in held]
+def _running_elsewhere(trials: list[FrozenTrial], own_running: set[int]) -> list[FrozenTrial]:
+    """Return the running trials that this coordinator does not run."""
+    return [t for t in trials if t.state == TrialState.RUNNING and t.number not in own_running]
 
 
 def _counts_against_budget(trial: FrozenTrial) -> bool:
-    """Whether a trial counts against the budget: an attempt that is made again does not."""
+    """Return whether a trial counts. A failed attempt that is made again does not count."""
     return trial.state in ENDED_STATES or (
         trial.state == TrialState.FAIL and bool(trial.user_attrs.get(FAILED_PERMANENTLY))
     )

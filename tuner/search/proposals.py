@@ -1,4 +1,4 @@
-"""Which parameters are tried next: what a study begins with, and what its sampler proposes after that."""
+"""Which parameters are tried next: what a study begins with, and what its sampler proposes."""
 
 import functools
 import random
@@ -16,10 +16,11 @@ EPOCHS_PATH, FREEZE_DEPTH_PATH = ("recipe", "epochs"), ("recipe", "freeze_depth"
 
 
 class TrialProposer:
-    """Draws are counted from 0; each depends on the seed, on which draw it is, and on the trials before it.
+    """Makes the proposals of a study.
 
-    The first is the cheap truth, what the pretrained features give with a head alone; the second the default recipe. Then the
-    sampler proposes.
+    Proposals are counted from 0. Each depends on the seed, on its number, and on the trials before
+    it. The first is the linear-probe trial: what the pretrained features give with a head alone.
+    The second is the default recipe. After that the sampler proposes.
     """
 
     def __init__(self, study: WindowedStudy, space: Space) -> None:
@@ -27,6 +28,7 @@ class TrialProposer:
         self.linear_probe_params = self._linear_probe_params()
 
     def trial_budget(self) -> int:
+        """Return the number of trials after which the search ends."""
         if not self.space.dimensions:
             return 1
         if self.search_settings.sampler == "grid":
@@ -35,8 +37,11 @@ class TrialProposer:
 
     @functools.cached_property
     def grid(self) -> dict[str, dict[str, Any]]:
-        """Every combination of the space by its key, in the order in which they are tried: drawn by the seed, so that
-        the first ones, which a budget or a time limit leaves over, lie everywhere and not in one corner."""
+        """Every combination of the space, by its key, in the order in which they are tried.
+
+        The seed decides the order. So the combinations that a budget or a time limit leaves over
+        are spread over the space, and not all in one corner of it.
+        """
         default = self.space.default_params()
         points = {params_key(point): point for point in [default, *self.space.grid_params()]}
         keys = sorted(points)
@@ -44,80 +49,93 @@ class TrialProposer:
         return {key: points[key] for key in keys}
 
     def warning(self) -> str | None:
-        """What there is to say about a budget that does not try all that the file asks for."""
+        """Return a warning if the budget is too small for all that the file asks for."""
         trials = self.search_settings.trials
-        if (
-            self.search_settings.sampler != "grid"
-            or not self.space.dimensions
-            or trials >= len(self.grid)
-        ):
+        is_grid = self.search_settings.sampler == "grid" and bool(self.space.dimensions)
+        if not is_grid or trials >= len(self.grid):
             return None
         return (
-            f"search.trials: the grid has {len(self.grid):,} combinations, of which {trials:,} are tried, drawn by search.seed; "
+            f"search.trials: the grid has {len(self.grid):,} combinations, of which {trials:,} "
+            "are tried, drawn by search.seed; "
             f"for all of them set search.trials to {len(self.grid)}"
         )
 
     def _linear_probe_params(self) -> dict[str, Any] | None:
-        """The default recipe frozen as deep as the space has it, for as few epochs. None where that says nothing: the head would not
-        begin as a probe of pretrained features, or there is no depth to choose."""
+        """Return the parameters of the linear-probe trial.
+
+        They are the default recipe, frozen as deep as the space allows, for as few epochs as the
+        space allows.
+
+        Returns:
+            None where such a trial says nothing: the head would not begin as a probe of pretrained
+            features, or there is no depth to choose.
+        """
         default = self.space.default_params()
         run = self.space.make_run({})
-        ends = {
+        extremes = {
             d.name: int(d.domain.highest if d.path == FREEZE_DEPTH_PATH else d.domain.lowest)
             for d in self.space.dimensions
             if d.path in (FREEZE_DEPTH_PATH, EPOCHS_PATH) and d.name in default
         }
-        probed = run.recipe.head == "probe" and run.model.options.get("weights") != "none"
-        first = default | ends
-        wanted = (
-            probed
-            and "freeze_depth" in ends
-            and first != default
+        params = default | extremes
+        begins_as_probe = run.recipe.head == "probe" and run.model.options.get("weights") != "none"
+        if (
+            begins_as_probe
+            and "freeze_depth" in extremes
+            and params != default
             and self.trial_budget() > 1
             and self.search_settings.sampler != "grid"
-        )
-        return first if wanted else None
+        ):
+            return params
+        return None
 
     def enqueue_first_trials(self) -> None:
-        """Enqueues what a new study tries first."""
+        """Enqueue what a new study tries first."""
         if self.linear_probe_params:
             self.study.enqueue_trial(self.linear_probe_params)
         else:
-            self.study.enqueue_trial(
-                self.space.default_params(), user_attrs={IS_DEFAULT_RECIPE: True}
-            )
+            self._enqueue_default()
+
+    def _enqueue_default(self) -> None:
+        self.study.enqueue_trial(self.space.default_params(), user_attrs={IS_DEFAULT_RECIPE: True})
 
     def _default_was_enqueued(self) -> bool:
-        """Whether the default recipe has been asked for; in a study that began with a budget of one trial it came first."""
+        """Return whether the default recipe was enqueued before.
+
+        In a study that began with a budget of one trial it was the first trial.
+        """
         return any(
             t.user_attrs.get(IS_DEFAULT_RECIPE) for t in self.study.get_trials(deepcopy=False)
         )
 
     def propose_trial(self, proposal: int) -> Trial | None:
-        """A trial of the study; one that waits goes before draw number `draw`. None: the grid is exhausted."""
+        """Start the next trial of the study: an enqueued trial, or else a new proposal.
+
+        Args:
+            proposal: The number of the next new proposal.
+
+        Returns:
+            None if every combination of the grid was tried.
+        """
         waiting = self.study.peek_enqueued()
-        if not waiting and self.search_settings.sampler == "grid":
-            asked = {
-                params_key(history.requested_params(t))
-                for t in self.study.get_trials(deepcopy=False)
-            }
-            point = next((p for key, p in self.grid.items() if key not in asked), None)
+        if waiting:
+            # A retry repeats the proposal of its first attempt. Where that attempt died before it
+            # had asked for all its parameters, the retry gets those that it would have got.
+            proposal = int(waiting.user_attrs.get(PROPOSAL, proposal))
+        elif self.search_settings.sampler == "grid":
+            point = self._next_grid_point()
             if point is None:
                 return None
             self.study.enqueue_trial(point)
-        elif (
-            not waiting
-            and self.linear_probe_params
-            and proposal == 1
-            and not self._default_was_enqueued()
-        ):
-            self.study.enqueue_trial(
-                self.space.default_params(), user_attrs={IS_DEFAULT_RECIPE: True}
-            )
-        # a retry draws what its first attempt drew, or would have drawn had it lived to draw everything
-        proposal = int(waiting.user_attrs.get(PROPOSAL, proposal)) if waiting else proposal
+        elif self.linear_probe_params and proposal == 1 and not self._default_was_enqueued():
+            self._enqueue_default()
         self.study.sampler = SAMPLERS[self.search_settings.sampler](
             derive_seed(self.search_settings.seed, proposal)
         )
         with self.study.window():
             return self.study.ask()
+
+    def _next_grid_point(self) -> dict[str, Any] | None:
+        trials = self.study.get_trials(deepcopy=False)
+        tried = {params_key(history.requested_params(t)) for t in trials}
+        return next((point for key, point in self.grid.items() if key not in tried), None)
