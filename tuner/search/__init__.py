@@ -1,1 +1,4 @@
-"""One study: what to try next, what to stop, what to repeat; its database and its coordinators. No torch."""
+"""One study: what to try next, what to stop and what to repeat.
+
+Also its database and its coordinators. No torch.
+"""

@@ -1,4 +1,7 @@
-"""Studies and trials read in bulk: a handful of statements and plain rows, where Optuna makes an object of each value."""
+"""Studies and trials read in bulk: by a few statements and as plain rows.
+
+Optuna makes an object of each value.
+"""
 
 import json
 from collections.abc import Container, Iterable, Iterator
@@ -17,11 +20,17 @@ from tuner.search.optuna_internals import table
 
 RowsByTrial = dict[int, list[Any]]  # by trial id
 UPSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
-CACHED_DISTRIBUTIONS = 1024  # distributions that differ; a space has a handful
+CACHED_DISTRIBUTIONS = 1024  # different distributions; a space has a few
 
 
 def use_bulk_reads(database: RDBStorage) -> RDBStorage:
-    """The same database, whose trials are read so. What is read is Optuna's own to the last value: tests/test_bulk.py."""
+    """Make a database read its trials and studies in bulk.
+
+    What is read equals what Optuna reads, value by value: see tests/search/test_bulk_reads.py.
+
+    Returns:
+        The same database.
+    """
 
     def read(
         study_id: int,
@@ -43,7 +52,10 @@ def use_bulk_reads(database: RDBStorage) -> RDBStorage:
 
 
 def insertion(name: str, dialect: str) -> Any:
-    """A statement that writes rows of a table. An attribute that is there already is replaced, as Optuna does."""
+    """Return a statement that inserts rows into a table.
+
+    It replaces an attribute that exists already, as Optuna does.
+    """
     rows = table(name)
     if dialect not in UPSERTS or "value_json" not in rows.c:
         return sqlalchemy.insert(rows)
@@ -55,7 +67,10 @@ def insertion(name: str, dialect: str) -> Any:
 
 
 def read_all_studies(connection: sqlalchemy.Connection) -> list[Any]:
-    """All studies, by id, as Optuna's FrozenStudy. A study keeps two attributes for each of its trials, their notes."""
+    """Return all studies by id, as Optuna's FrozenStudy.
+
+    A study has two attributes for each of its trials: the notes of the trial.
+    """
     directions = _by_study(connection, "study_directions", "objective", "direction")
     user = _by_study(connection, "study_user_attributes", "key", "value_json")
     system = _by_study(connection, "study_system_attributes", "key", "value_json")
@@ -74,7 +89,7 @@ def read_all_studies(connection: sqlalchemy.Connection) -> list[Any]:
 
 
 def _by_study(connection: sqlalchemy.Connection, name: str, *columns: str) -> RowsByTrial:
-    """These columns of a table's rows, by the id of their study."""
+    """Return these columns of a table's rows, by the id of the study."""
     column = table(name).c
     rows: RowsByTrial = {}
     query = sqlalchemy.select(column.study_id, *(column[each] for each in columns))
@@ -131,7 +146,14 @@ VALUE_TABLES = {
 def read_values(
     connection: sqlalchemy.Connection, name: str, columns: tuple[str, ...], wanted: Any
 ) -> RowsByTrial:
-    """What a table holds of the wanted trials, in the order it was written: the columns are its key, the trial's id, and others."""
+    """Return a table's rows of the selected trials, by trial id, in the order they were written.
+
+    Args:
+        connection: To the database.
+        name: The table.
+        columns: The columns: first the table's key, then the trial's id, then further columns.
+        wanted: The condition that selects trials.
+    """
     column, trial = table(name).c, table("trials").c
     identity, *others = (column[each] for each in columns)
     query = (
@@ -169,7 +191,7 @@ def make_frozen_trial(row: Any, rows: dict[Any, RowsByTrial]) -> FrozenTrial:
 
 
 def to_local_time(moment: datetime | None) -> datetime | None:
-    """The database has UTC, Optuna's trials have this machine's time."""
+    """Turn the database's UTC into this machine's time, which Optuna's trials have."""
     return None if moment is None else moment.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
 
 
@@ -180,5 +202,5 @@ def objective_values(results: Any) -> Iterator[float]:
 
 @lru_cache(CACHED_DISTRIBUTIONS)
 def parse_distribution(text: str) -> BaseDistribution:
-    """Shared by all trials that have it: a distribution never changes."""
+    """Return the distribution. All trials with it share one object: it never changes."""
     return json_to_distribution(text)

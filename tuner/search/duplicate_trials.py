@@ -1,4 +1,7 @@
-"""Trials with the parameters of another trial: they take over its result instead of being trained."""
+"""Trials with the parameters of another trial.
+
+They are not trained: they get the result of the other trial.
+"""
 
 from collections.abc import Iterable
 
@@ -14,32 +17,44 @@ from tuner.search.windowed_study import WindowedStudy
 
 
 class DuplicateTrials:
-    """`followers` wait for the result of a running trial that has their parameters."""
+    """The duplicates that wait for the result of a running trial: `followers`."""
 
     def __init__(self, study: WindowedStudy, ledger: Ledger, listener: SearchListener) -> None:
         self.study, self.ledger, self.listener = study, ledger, listener
-        # by the number of the original; with their proposals
+        # by the number of the original trial: the duplicates with their proposals
         self.followers: dict[int, list[tuple[Trial, int]]] = {}
 
     def numbers(self) -> set[int]:
-        """The trials that wait for another's result."""
+        """Return the numbers of the trials that wait for the result of another trial."""
         return {trial.number for waiting in self.followers.values() for trial, _ in waiting}
 
     def takes(self, trial: Trial, run: Run, proposal: int, running: Iterable[RunningTrial]) -> bool:
-        """Whether the trial needs no training, since another has its parameters. Then its result is taken over, now or later."""
+        """Take a trial if another trial has its parameters.
+
+        Then the trial is not trained. It gets the other trial's result now or when that trial ends.
+
+        Args:
+            trial: A trial that was just asked for.
+            run: The trial's run.
+            proposal: The proposal that it carries out.
+            running: The running trials of this coordinator.
+
+        Returns:
+            Whether the trial was taken.
+        """
         key = params_key(trial.params)
         known = self.ledger.number_by_params.get(key)
         if known is not None:
             self._repeat(trial, run, known)
             return True
-        original = next((other for other in running if other.params_key == key), None)
+        original = next((candidate for candidate in running if candidate.params_key == key), None)
         if original is None:
             return False
         self.followers.setdefault(original.number, []).append((trial, proposal))
         return True
 
     def original_ended(self, original: RunningTrial) -> None:
-        """Ends the followers of a trial as it has ended; where it has no result, they are asked for again."""
+        """End the followers of a trial as that trial ended. Without a result they are retried."""
         for trial, proposal in self.followers.pop(original.number, ()):
             known = self.ledger.number_by_params.get(original.params_key)
             if known is None:
@@ -53,10 +68,10 @@ class DuplicateTrials:
             try:
                 self._repeat(trial, original.run, known)
             except UpdateFinishedTrialError:
-                self.study.forget_running(trial.number)  # somebody else has ended it
+                self.study.forget_running(trial.number)  # another process ended it
 
     def _repeat(self, trial: Trial, run: Run, number: int) -> None:
-        """Gives a trial the result of trial `number`, which has ended with equal parameters."""
+        """Give a trial the result of trial `number`, which ended with equal parameters."""
         original = self.study.get_trials(deepcopy=False)[number]
         trial.set_user_attr(DUPLICATE_OF, number)
         for step, value in sorted(original.intermediate_values.items()):

@@ -1,4 +1,4 @@
-"""A trial that is being carried out, and who hears what becomes of it."""
+"""A trial that is being carried out, and what is notified of its progress."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,18 +11,14 @@ from tuner.messages import Epoch, TrialResult
 
 @dataclass
 class RunningTrial:
-    """A running trial of this coordinator.
-
-    `proposal` counts the search's first attempts: a retry has the proposal of its first attempt, and another number.
-    `begun` counts the trials that this process began.
-    """
+    """A running trial of this coordinator."""
 
     trial: Trial
     run: Run
-    proposal: int
-    attempt: int
+    proposal: int  # from 0; a retry has the proposal of its first attempt, and another number
+    attempt: int  # from 1
     params_key: str  # of its parameters
-    begun: int
+    begun: int  # how many trials this process had begun, with this one
     is_default: bool = False  # the default recipe is never pruned: the others are compared with it
     killed: int = 0  # earlier attempts whose workers a memory limit ended
     refused: bool = False  # an earlier attempt was refused by its worker
@@ -34,13 +30,13 @@ class RunningTrial:
 
     @property
     def epochs(self) -> int:
-        """How many epochs the trial has at most."""
+        """The largest number of epochs that the trial has."""
         recipe = self.run.recipe
         return min(recipe.epochs, recipe.stop_epoch or recipe.epochs)
 
 
 class SearchListener(Protocol):
-    """Who is told what happens: the console, the dashboard's artifacts."""
+    """What is notified of a search: the console, and the writer of the dashboard's artifacts."""
 
     def on_epoch(self, trial: RunningTrial, epoch: Epoch) -> None: ...
     def on_trial_end(self, trial: FrozenTrial, run: Run, result: TrialResult | None) -> None: ...

@@ -1,4 +1,7 @@
-"""What a study's trials have in common, and whether a space file agrees with it. Only such a file continues the study."""
+"""The keys that all trials of a study share, and whether a space file has the same.
+
+Only a file with the same identity continues the study.
+"""
 
 import json
 from collections.abc import Collection, Mapping
@@ -6,14 +9,16 @@ from typing import Any
 
 from tuner.config.space import KeyPath, Space
 
-LOCATIONS = (
-    "data.path",
-    "data.images",
-)  # where the data lie; the digest says whether they are equal
+# The data may lie elsewhere: their digest says whether they are the same.
+LOCATIONS = ("data.path", "data.images")
 
 
 def identity(space: Space) -> dict[str, Any]:
-    """The keys of the file that every trial of a study shares, as sections, with every default."""
+    """Return the keys of a space file that every trial of a study shares.
+
+    Returns:
+        The sections with these keys, with every default.
+    """
     sections = space.to_dict()
     search = space.settings.search
     shared = ("task", "data", "model", "recipe", "seed")
@@ -23,11 +28,11 @@ def identity(space: Space) -> dict[str, Any]:
 
 
 def defaulted_keys(space: Space) -> list[str]:
-    """The keys, dotted, that the file leaves at their default."""
-    return sorted(".".join(path) for path in space.values if not _written(space, path))
+    """Return the dotted keys that a space file leaves at their defaults."""
+    return sorted(".".join(path) for path in space.values if not _is_written(space, path))
 
 
-def _written(space: Space, path: KeyPath) -> bool:
+def _is_written(space: Space, path: KeyPath) -> bool:
     section = space.document.content.get(path[0])
     if len(path) == 1 or path[1] == "name":
         return section is not None
@@ -35,7 +40,7 @@ def _written(space: Space, path: KeyPath) -> bool:
 
 
 def flat(content: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
+    """Return the values of nested mappings by their dotted keys."""
     if not isinstance(content, dict):
         return {path: content}
     keys: dict[str, Any] = {}
@@ -45,10 +50,21 @@ def flat(content: Any, path: str = "") -> dict[str, Any]:
 
 
 class Comparison:
-    """A study's identity beside a file's. `defaulted`: which keys each of them leaves at their default.
+    """The differences between a study's identity and a file's identity.
 
-    A key that one of the two versions of tuner does not know is no difference while it is at its default. Where a
-    default has changed since, the study goes on with the earlier one: `earlier`. All else that differs is a problem.
+    A study may be older than this version of tuner. A key that only one of the two versions knows
+    is no difference while it has its default. Where a default has changed, the study continues with
+    the earlier default. Every other difference is a problem.
+
+    Attributes:
+        earlier: The earlier values of defaults that have changed, by dotted key.
+        problems: The other differences, for messages.
+
+    Args:
+        study: The study's identity.
+        study_defaulted: The dotted keys that the study leaves at their defaults.
+        file: The file's identity.
+        file_defaulted: The dotted keys that the file leaves at their defaults.
     """
 
     def __init__(
@@ -74,7 +90,8 @@ class Comparison:
 
 def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     created = f"with {key}={_shown(before[key])}" if key in before else f"without {key}"
-    return f"{created}, this file {f'has {_shown(now[key])}' if key in now else 'does not have it'}"
+    file_has = f"has {_shown(now[key])}" if key in now else "does not have it"
+    return f"{created}, this file {file_has}"
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,7 @@
-"""A running trial's writes, collected and then written in one transaction: Optuna makes one of each value, for 2 ms of CPU each."""
+"""The writes of a running trial, collected and then written in one transaction.
+
+Optuna writes each value in a transaction of its own, which costs 2 ms of CPU each.
+"""
 
 import json
 import time
@@ -15,13 +18,18 @@ from tuner.search import optuna_internals
 from tuner.search.bulk_reads import insertion
 from tuner.search.postgresql import PostgresStorage
 
-MAX_DELAY = 1.0  # seconds that a value may wait, so that who watches a long trial sees its epochs
+# Seconds that a value may wait. So a person who watches a long trial sees its epochs soon.
+MAX_DELAY = 1.0
 
 
 class BufferedStorage:
-    """What a trial takes for its storage. Its parameters, reports, attributes, files and note wait for `flush`; all else goes through.
+    """The storage that a running trial writes to.
 
-    Parameters and reports are written once, as a trial that is carried out once does. Nothing that has ended waits: see WindowedStudy.tell.
+    Parameters, reports, attributes, files and the note wait for `flush`. All other calls go to the
+    storage behind it, `inner`.
+
+    A parameter or report is inserted and never replaced, because a trial is carried out once. When
+    a trial ends, nothing of it waits: see WindowedStudy.tell.
     """
 
     def __init__(
@@ -90,7 +98,11 @@ class BufferedStorage:
         return time.monotonic() - self.last_flush > MAX_DELAY
 
     def flush(self) -> None:
-        """All rows or none. Raises UpdateFinishedTrialError where somebody else has ended the trial."""
+        """Write all pending rows or none.
+
+        Raises:
+            UpdateFinishedTrialError: Another process has ended the trial.
+        """
         rows, self.pending_rows = self.pending_rows, {}
         if rows and isinstance(self.database, PostgresStorage):
             self.database.insert_rows(self.trial_id, rows)
@@ -104,12 +116,15 @@ class BufferedStorage:
         with engine.begin() as connection:
             for name, values in rows.items():
                 connection.execute(insertion(name, engine.dialect.name), values)
-            # read after writing: from the first row on SQLite lets nobody else write
+            # Read after writing: from the first row on, SQLite lets no other process write.
             if connection.execute(state).scalar_one_or_none() != TrialState.RUNNING:
                 raise UpdateFinishedTrialError(f"trial {self.trial_id} has ended")
 
     def has_study_system_attr(self, key: str) -> bool:
-        """Whether the database has it: one row read, where Optuna reads the notes of all trials."""
+        """Return whether the study has an attribute.
+
+        This reads one row. Optuna would read the notes of all trials.
+        """
         attributes = optuna_internals.table("study_system_attributes").c
         trials = optuna_internals.table("trials").c
         study = sqlalchemy.select(trials.study_id).where(trials.trial_id == self.trial_id)
@@ -127,7 +142,12 @@ class BufferedStorage:
 
 
 def buffer_writes(study: Study, trial: Trial) -> BufferedStorage | None:
-    """Has the trial's writes collected, where its study lies in a database; None where it does not, or Optuna does not let it."""
+    """Make a running trial write to a buffer.
+
+    Returns:
+        The buffer, or None where the study is in no database, or where this version of Optuna
+        cannot be made to do it.
+    """
     inner = optuna_internals.storage_of(study)
     database = optuna_internals.database_of(inner)
     if (
@@ -135,5 +155,5 @@ def buffer_writes(study: Study, trial: Trial) -> BufferedStorage | None:
         or not optuna_internals.tables_known()
     ):
         return None
-    collected = BufferedStorage(inner, database, optuna_internals.trial_id_of(study, trial))
-    return collected if optuna_internals.redirect(trial, collected) else None
+    buffer = BufferedStorage(inner, database, optuna_internals.trial_id_of(study, trial))
+    return buffer if optuna_internals.redirect(trial, buffer) else None
