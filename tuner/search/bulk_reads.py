@@ -105,11 +105,22 @@ def read_trials(
     included: set[int],
     after: int,
 ) -> list[FrozenTrial]:
-    """A study's trials, by id: those with a higher id than `after`, and those `included`. Raises KeyError without such a study."""
+    """Return a study's trials by id.
+
+    Args:
+        connection: To the database.
+        study: The study's id.
+        states: The states to read. None: all.
+        included: The ids of trials to read in any case.
+        after: All trials with a higher id are read too.
+
+    Raises:
+        KeyError: There is no such study.
+    """
     trial, all_studies = table("trials").c, table("studies").c
     exists = sqlalchemy.select(all_studies.study_id).where(all_studies.study_id == study)
     if connection.execute(exists).first() is None:
-        raise KeyError("Record does not exist.")  # as Optuna says it
+        raise KeyError("Record does not exist.")  # Optuna's words
     wanted = trial.study_id == study
     if after > -1:
         older = sorted(number for number in included if number <= after)

@@ -1,4 +1,8 @@
-"""The coordinator: the one owner of a study. It asks Optuna, hands out runs, hears epochs, prunes, and crowns the winner."""
+"""The coordinator: the one owner of a study.
+
+It asks Optuna for trials, hands out their runs as jobs, receives epochs, prunes, and records how
+trials ended.
+"""
 
 import time
 from collections.abc import Callable
@@ -26,11 +30,14 @@ from tuner.search.samplers import derive_seed
 from tuner.search.trial_outcomes import TrialOutcomes
 from tuner.search.windowed_study import WindowedStudy
 
-POLL_SECONDS = 1.0  # seconds between looks at whether other coordinators left something to do
+POLL_SECONDS = 1.0  # how often to look whether other coordinators left something to do
 
 
 class Coordinator:
-    """`next_job`, `report` and `ended` are what an engine calls; everything is decided from the study's history."""
+    """The owner of a study. Everything is decided from the study's history.
+
+    An engine calls `next_job`, `report` and `on_job_end`.
+    """
 
     def __init__(
         self,
@@ -43,21 +50,18 @@ class Coordinator:
         retention: CheckpointRetention | None = None,
     ) -> None:
         self.study = WindowedStudy(study)
-        self.space, self.make_assignment, self.listener, self.should_stop = (
-            space,
-            make_assignment,
-            listener,
-            should_stop,
-        )
-        self.search_settings, self.proposer = (
-            space.settings.search,
-            TrialProposer(self.study, space),
-        )
+        self.space = space
+        self.make_assignment = make_assignment
+        self.listener = listener
+        self.should_stop = should_stop
+        self.search_settings = space.settings.search
+        self.proposer = TrialProposer(self.study, space)
         self.coordination = coordination or SingleCoordinator()
         self.ledger = Ledger(self.study, self.proposer, self.coordination)
         self.running: dict[int, RunningTrial] = {}
-        self.since, self.started_at = time.monotonic(), 0  # when, and how many trials
-        # when there was nothing to hand out, where others may change that
+        self.since = time.monotonic()
+        self.started_count = 0  # how many trials this process has begun
+        # when there was no job last, where other coordinators may change that
         self.last_empty_poll = float("-inf")
         self.coordination.run_exclusively(lambda: self.ledger.read_history(set()))
         self.retention = retention or CheckpointRetention(None, 0)
@@ -75,22 +79,29 @@ class Coordinator:
 
     @property
     def budget_used(self) -> int:
-        """Trials that count against the budget."""
+        """The number of trials that count against the budget."""
         return self.ledger.budget_used
 
     @property
     def fatal_error(self) -> TunerError | None:
-        """Why no further trial is begun."""
+        """The error for which no further trial is begun, or None."""
         return self.outcomes.error
 
     def running_numbers(self) -> set[int]:
-        """Our running trials: those that workers carry out, that drew the same, and that were refused."""
+        """Return the numbers of this coordinator's running trials.
+
+        They are the trials that workers carry out, the duplicates that wait, and the suspects.
+        """
         return {*self.running, *self.duplicates.numbers(), *self.outcomes.suspected()}
 
     # -- what an engine calls
 
     def next_job(self) -> Job | None:
-        """The next trial as a job; None when the budget is handed out, time is up or the search is stopping."""
+        """Return the next trial as a job.
+
+        Returns:
+            None when the budget is handed out, the time is up or the search is stopping.
+        """
         job = self._next_job()
         if job is None and not self.running:
             self.outcomes.end_suspicion()
@@ -107,7 +118,7 @@ class Coordinator:
             crash_point("search.asked")
             try:
                 running = self.start_trial(trial)
-            except UpdateFinishedTrialError:  # somebody else has ended it
+            except UpdateFinishedTrialError:  # another process ended it
                 self.study.forget_running(trial.number)
                 continue
             if running is not None:
@@ -115,10 +126,10 @@ class Coordinator:
         return None
 
     def job(self, running: RunningTrial) -> Job:
-        kept = self.retention.folder_of(running.proposal)
+        checkpoints = self.retention.folder_of(running.proposal)
         assignment = replace(
             self.make_assignment(running.run),
-            checkpoint_folder=kept,
+            checkpoint_folder=checkpoints,
             keep_best_weights=self.search_settings.keep > 0,
             micro_batches=micro_batch_count(
                 running.attempt, running.killed, self.search_settings.retries
@@ -128,12 +139,15 @@ class Coordinator:
             running.number,
             "tuner.training.worker_jobs:run_trial",
             assignment,
-            (kept,) if kept else (),
+            (checkpoints,) if checkpoints else (),
             stall=stall_of(self.space.settings.engine, paced=True),
         )
 
     def should_ask(self) -> bool:
-        """Whether to look for a trial: nobody stops the search, it is not too late, and it was not looked just now."""
+        """Return whether to look for a trial.
+
+        Not when the search is stopped, when the time is up, or right after there was none.
+        """
         if self.should_stop() or self.fatal_error is not None:
             return False
         if self.coordination.is_shared and time.monotonic() - self.last_empty_poll < POLL_SECONDS:
@@ -141,20 +155,16 @@ class Coordinator:
         return not self.is_past_timeout()
 
     def propose_trial(self) -> Trial | None:
-        """A trial of the study, while the budget has room for one."""
+        """Start a trial of the study, if the budget allows one more."""
         if self.coordination.is_shared:
             self.ledger.read_history(self.running_numbers())
-        return (
-            self.proposer.propose_trial(self.ledger.proposal_count)
-            if self.has_budget_left()
-            else None
-        )
+        if not self.has_budget_left():
+            return None
+        return self.proposer.propose_trial(self.ledger.proposal_count)
 
     def has_budget_left(self) -> bool:
-        return (
-            self.budget_used + self.ledger.running_elsewhere + len(self.running_numbers())
-            < self.proposer.trial_budget()
-        )
+        running_count = self.ledger.running_elsewhere + len(self.running_numbers())
+        return self.budget_used + running_count < self.proposer.trial_budget()
 
     def is_past_timeout(self) -> bool:
         return (
@@ -163,29 +173,34 @@ class Coordinator:
         )
 
     def waits_for_others(self) -> bool:
-        """Whether other coordinators run trials that we would make again if they died."""
+        """Return whether others run trials that this coordinator would retry if they died."""
         return self.ledger.running_elsewhere > 0 and not self.is_past_timeout()
 
     def start_trial(self, trial: Trial) -> RunningTrial | None:
-        """The trial with its parameters fixed; None when another with the same parameters gives it its result."""
+        """Ask for the trial's parameters and note it as running.
+
+        Returns:
+            None if the trial is a duplicate, which gets the result of another trial.
+        """
         attrs = trial.user_attrs
         proposal = int(attrs.get(PROPOSAL, self.ledger.proposal_count))
-        self.ledger.proposal_count += PROPOSAL not in attrs
+        if PROPOSAL not in attrs:
+            self.ledger.proposal_count += 1
         with self.study.window():
             run = self.space.sample(trial, seed=derive_seed(self.search_settings.seed, proposal))
         self.study.flush_writes(trial, now=True)
         crash_point("search.drawn")
-        others = [*self.running.values(), *self.outcomes.suspected().values()]
-        if self.duplicates.takes(trial, run, proposal, others):
+        originals = [*self.running.values(), *self.outcomes.suspected().values()]
+        if self.duplicates.takes(trial, run, proposal, originals):
             return None
-        self.started_at += 1
+        self.started_count += 1
         running = self.running[trial.number] = RunningTrial(
             trial,
             run,
             proposal,
             int(attrs.get(ATTEMPT, 1)),
             params_key(trial.params),
-            self.started_at,
+            self.started_count,
             is_default=bool(attrs.get(IS_DEFAULT_RECIPE)),
             killed=int(attrs.get(KILLED, 0)),
             refused=bool(attrs.get(REFUSED)),
@@ -193,22 +208,26 @@ class Coordinator:
         return running
 
     def report(self, job: Job, epoch: Epoch) -> bool:
-        """Hands an epoch to the pruner; False: the trial shall stop."""
+        """Record an epoch and ask the pruner.
+
+        Returns:
+            Whether the trial goes on.
+        """
         running = self.running[job.number]
         try:
             running.trial.report(epoch.scores[str(self.search_settings.metric)], epoch.number)
             self.listener.on_epoch(running, epoch)
             self.study.flush_writes(running.trial)
             crash_point("search.reported")
-            # after its last epoch a trial has cost what it costs; pruned, it would lose its result
-            judged = not running.is_default and epoch.number < running.epochs
-            running.is_pruned = judged and self.study.should_prune(running.trial)
+            # After its last epoch a trial has used all its time. Pruned, it would lose its result.
+            may_prune = not running.is_default and epoch.number < running.epochs
+            running.is_pruned = may_prune and self.study.should_prune(running.trial)
         except UpdateFinishedTrialError:
-            return False  # somebody else has ended it
+            return False  # another process ended it
         self.outcomes.accepted(running)
         return not (running.is_pruned or self.should_stop())
 
     def on_job_end(self, job: Job, outcome: Outcome) -> None:
-        """Records how a trial ended, once."""
+        """Record how a trial ended, once."""
         self.last_empty_poll = float("-inf")
-        self.outcomes.record(self.running.pop(job.number), outcome, self.started_at)
+        self.outcomes.record(self.running.pop(job.number), outcome, self.started_count)

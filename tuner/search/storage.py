@@ -1,4 +1,7 @@
-"""The study's place: its folder, its lock, its database, and what it must have in common with the file."""
+"""A study's folder, its lock and its database.
+
+Also the check that a space file continues the study that is in the database.
+"""
 
 import contextlib
 import json
@@ -27,7 +30,15 @@ SPACE_ATTRIBUTE, DATA_ATTRIBUTE, DEFAULTED = "tuner:space", "tuner:data", "tuner
 
 @contextlib.contextmanager
 def lock_study(folder: Path, name: str = "lock") -> Iterator[None]:
-    """Holds the study; the kernel frees it however the holder ends. Raises StorageError when another process has it."""
+    """Lock a study while the block runs. The kernel frees the lock however the process ends.
+
+    Args:
+        folder: The study's folder, which is made if need be.
+        name: The name of the lock file.
+
+    Raises:
+        StorageError: Another process has the lock.
+    """
     create_folder(folder)
     quoted = repr(folder.name).replace("{", "{{").replace("}", "}}")
     busy = f"study {quoted} is being run by {{holder}}; wait for it, or use another search.name"
@@ -41,34 +52,38 @@ def create_folder(folder: Path) -> None:
 
 
 def stated(folder: Path) -> str | None:
-    """The `storage:` of a study's file, read alone: the modules that its other keys name need not be on this machine.
+    """Return the `storage:` of a study's file.
 
-    Raises SpaceError.
+    No other key is read, because the modules that they name may not be on this machine.
+
+    Raises:
+        SpaceError: The file cannot be read, or the URL is wrong.
     """
-    written = yaml_document.read_document(folder / "space.yaml")
-    url = written.content.get("storage")
+    document = yaml_document.read_document(folder / "space.yaml")
+    url = document.content.get("storage")
     problems = database_url.find_url_problems(url) if isinstance(url, str) else []
     if url is not None and not isinstance(url, str):
         problems = [
             f"expected a database URL such as postgresql://host/name, got {describe_value(url)}"
         ]
     if problems:
-        raise SpaceError(*(written.format_problem(("storage",), problem) for problem in problems))
+        raise SpaceError(*(document.format_problem(("storage",), problem) for problem in problems))
     return url
 
 
 @contextlib.contextmanager
 def lock_if_local(url: str | None, folder: Path) -> Iterator[None]:
-    """The study's folder, and alone where its database is a file: a server has room for several coordinators."""
+    """Make a study's folder, and lock the study while the block runs if its database is a file.
+
+    A study on a server is not locked: several coordinators may run it.
+    """
     with contextlib.ExitStack() as stack:
         if url is None or not is_postgresql(url):
             stack.enter_context(lock_study(folder))
-        if url is not None and (
-            path := database_url.sqlite_path(database_url.expand_variables(url))
-        ):
-            stack.enter_context(
-                lock_study(path.parent, f"{path.name}.lock")
-            )  # another folder's study may lie in the same file
+        if url is not None:
+            path = database_url.sqlite_path(database_url.expand_variables(url))
+            if path:  # the study of another folder may be in the same file
+                stack.enter_context(lock_study(path.parent, f"{path.name}.lock"))
         create_folder(folder)
         yield
 
@@ -83,9 +98,16 @@ def open_storage(
     warn: Callable[[str], None] = lambda text: None,
     should_give_up: Callable[[], bool] = lambda: False,
 ) -> optuna.storages.BaseStorage:
-    """The study's database: SQLite in WAL mode in its folder, or any SQLAlchemy URL. Raises StorageError.
+    """Open a study's database.
 
-    `tell` is told when a server goes away and comes back; once things are `hopeless`, it is not waited for.
+    Args:
+        url: The URL of the file's `storage:`. None: SQLite in WAL mode in the study's folder.
+        folder: The study's folder.
+        warn: Shows a warning, for example when a server goes away and when it comes back.
+        should_give_up: Whether a server that is away is not waited for any more.
+
+    Raises:
+        StorageError: The database cannot be opened or used.
     """
     warn_of_missing(warn)
     try:
@@ -99,7 +121,7 @@ def open_storage(
             _refuse_network_file_system(path.parent, warn)
             return _open_sqlite(path)
         assert real is not None
-        found = optuna.storages.RDBStorage(
+        storage = optuna.storages.RDBStorage(
             database_url.escape_braces(real),
             engine_kwargs={"pool_pre_ping": True, "pool_recycle": 1800},
         )
@@ -114,22 +136,30 @@ def open_storage(
             "opened", error, url, folder
         ) from None
     warn(
-        f"storage: {display_location(url, folder)} is passed on as it is: tuner is tested with SQLite and PostgreSQL only"
+        f"storage: {display_location(url, folder)} is passed on as it is: "
+        "tuner is tested with SQLite and PostgreSQL only"
     )
-    return found
+    return storage
 
 
 def close_storage(database: optuna.storages.BaseStorage) -> None:
-    """Ends the connections to a server."""
-    place = postgresql.postgres_storage_of(database)
-    if place is not None:
-        place.engine.dispose()
+    """End the connections to a server."""
+    server = postgresql.postgres_storage_of(database)
+    if server is not None:
+        server.engine.dispose()
 
 
 def storage_error(participle: str, error: Exception, url: str | None, folder: Path) -> StorageError:
-    """The database's own words, without passwords, and what to do where that is known."""
+    """Return an error with the database's message, without passwords, and with what to do.
+
+    Args:
+        participle: What cannot be done, such as "opened".
+        error: The database's error.
+        url: The URL of the file's `storage:`.
+        folder: The study's folder.
+    """
     cause = error.__cause__ or error
-    found = postgresql.reason_without_password(cause, url) if url else one_line_reason(cause)
+    message = postgresql.reason_without_password(cause, url) if url else one_line_reason(cause)
     hint = ""
     if isinstance(cause, ModuleNotFoundError):
         hint = (
@@ -139,16 +169,16 @@ def storage_error(participle: str, error: Exception, url: str | None, folder: Pa
         )
     elif url and database_url.expand_variables(url).startswith("postgres:"):
         hint = "; the scheme is called postgresql://, not postgres://"
-    elif "pooling mode" in found:  # PgBouncer's words for pool_mode = statement
+    elif "pooling mode" in message:  # what PgBouncer says with pool_mode = statement
         hint = f"; {postgresql.POOLED}"
     return StorageError(
-        f"storage: {display_location(url, folder)} cannot be {participle}: {found}{hint}"
+        f"storage: {display_location(url, folder)} cannot be {participle}: {message}{hint}"
     )
 
 
 @contextlib.contextmanager
 def database_errors(location: str) -> Iterator[None]:
-    """Turns a database that stops answering, or a full disk under it, into a StorageError."""
+    """Turn the errors of a database that stops answering, or whose disk is full, into StorageError."""
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.OperationalError) as error:
@@ -160,7 +190,7 @@ def database_errors(location: str) -> Iterator[None]:
 
 
 def disk_full_error(error: BaseException, location: str) -> StorageError | None:
-    """A database's own words for a full disk as ours; None where it is something else."""
+    """Return the StorageError for a database's error about a full disk. None: another error."""
     cause: BaseException | None = error
     while cause is not None:
         if (
@@ -168,16 +198,17 @@ def disk_full_error(error: BaseException, location: str) -> StorageError | None:
             or "disk I/O error" in str(cause)
             or "No space left" in str(cause)
         ):
-            said = str(cause.__cause__ or cause).splitlines()[0]
+            message = str(cause.__cause__ or cause).splitlines()[0]
             return StorageError(
-                f"disk full while writing {location} ({said}); finished trials are kept: free some space and run the same command"
+                f"disk full while writing {location} ({message}); finished trials are kept: "
+                "free some space and run the same command"
             )
         cause = cause.__cause__
     return None
 
 
 def display_location(url: str | None, folder: Path) -> str:
-    """Where the study's database is, without the password."""
+    """Return where the study's database is, without the password."""
     if url is None:
         return str(folder / "study.db")
     return database_url.without_password(url)
@@ -193,23 +224,27 @@ def _open_sqlite(path: Path) -> optuna.storages.RDBStorage:
         database_url.escape_braces(url), engine_kwargs={"connect_args": {"timeout": 60}}
     )
     sqlalchemy.event.listen(storage.engine, "connect", pragmas)
-    storage.engine.dispose()  # connections from before the hook
+    storage.engine.dispose()  # ends the connections that were made before the listener
     return use_bulk_reads(storage)
 
 
-def _refuse_network_file_system(folder: Path, tell: Callable[[str], None]) -> None:
-    """SQLite's locks and its shared memory are not safe on network file systems."""
+def _refuse_network_file_system(folder: Path, warn: Callable[[str], None]) -> None:
+    """Raise StorageError on a network file system.
+
+    SQLite's locks and its shared memory are not safe there.
+    """
     kind = mounts.kind_of(folder)
     shared = mounts.networked(kind)
     if shared:
         raise StorageError(
-            f"storage: {folder} lies on a network file system ({kind}), where SQLite can lose data; "
-            "name a folder on a local disk (--studies DIR), or use storage: postgresql://…"
+            f"storage: {folder} lies on a network file system ({kind}), where SQLite can lose "
+            "data; name a folder on a local disk (--studies DIR), or use storage: postgresql://…"
         )
     if kind is not None and shared is None:
-        tell(
-            f"storage: {folder} lies on a file system of a kind that is not known ({kind}); if it is shared by several machines, "
-            "SQLite can lose data there: use a local disk (--studies DIR), or storage: postgresql://…"
+        warn(
+            f"storage: {folder} lies on a file system of a kind that is not known ({kind}); "
+            "if it is shared by several machines, SQLite can lose data there: "
+            "use a local disk (--studies DIR), or storage: postgresql://…"
         )
 
 
@@ -222,9 +257,19 @@ def open_study(
     data: str,
     defaulted: Collection[str] = (),
 ) -> optuna.Study:
-    """The study of that name, made if need be. Raises SpaceError when it was made from another space or other data.
+    """Open the study of this name, or make it.
 
-    `defaulted` are the keys that the file leaves at their default.
+    Args:
+        storage: The database.
+        name: The study's name.
+        sampler: The sampler, for the study.
+        pruner: The pruner, for the study.
+        identity: The identity of the space file, see study_identity.py.
+        data: The digest of the data.
+        defaulted: The dotted keys that the space file leaves at their defaults.
+
+    Raises:
+        SpaceError: The study was made from another space or from other data.
     """
     try:
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
@@ -237,10 +282,11 @@ def open_study(
     direction = study.direction.name.lower()
     if direction != "maximize":
         raise SpaceError(
-            f"study {name!r} was created with direction={direction}, this file maximises; use another search.name"
+            f"study {name!r} was created with direction={direction}, this file maximises; "
+            "use another search.name"
         )
     if SPACE_ATTRIBUTE not in study.user_attrs and not study.get_trials(deepcopy=False):
-        # who made it was killed, or lost the server, at that moment
+        # the process that made it was killed, or lost the server, at that moment
         return _mark_study(study, identity, data, defaulted)
     if SPACE_ATTRIBUTE not in study.user_attrs:
         raise SpaceError(f"study {name!r} was not made by tuner; use another search.name")
@@ -248,7 +294,8 @@ def open_study(
     problems = [f"study {name!r} was created {difference}" for difference in compared.problems]
     if not problems and study.user_attrs.get(DATA_ATTRIBUTE) not in (None, data):
         problems = [
-            f"study {name!r} was created with other data: the images, their labels or their split have changed"
+            f"study {name!r} was created with other data: "
+            "the images, their labels or their split have changed"
         ]
     if problems:
         raise SpaceError(
@@ -264,7 +311,11 @@ def earlier_defaults(
     identity: Mapping[str, Any],
     defaulted: Collection[str],
 ) -> dict[str, Any]:
-    """The values, by dotted key, of the defaults that have changed since the study was made; none where there is no study."""
+    """Return the earlier values of the defaults that have changed since the study was made.
+
+    Returns:
+        The values by dotted key. It is empty where there is no study.
+    """
     try:
         attrs = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
     except KeyError:
@@ -283,10 +334,9 @@ def _compared(
 def _mark_study(
     study: optuna.Study, identity: Mapping[str, Any], data: str, defaulted: Collection[str]
 ) -> optuna.Study:
-    """The study, which says of what space and data it is."""
+    """Write into the study of what space and data it is."""
     study.set_user_attr(DATA_ATTRIBUTE, data)
     study.set_user_attr(DEFAULTED, list(defaulted))
-    study.set_user_attr(
-        SPACE_ATTRIBUTE, json.dumps(identity)
-    )  # last: it says that the study is tuner's
+    # this attribute is written last, because it marks the study as tuner's
+    study.set_user_attr(SPACE_ATTRIBUTE, json.dumps(identity))
     return study

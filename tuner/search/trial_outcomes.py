@@ -1,4 +1,7 @@
-"""What is recorded when a trial's job has ended, whether the trial is tried again, and when the search ends for it."""
+"""What happens when the job of a trial has ended.
+
+The result is recorded, or the trial is retried, or the search ends because of it.
+"""
 
 from collections.abc import Callable
 
@@ -32,12 +35,13 @@ SUSPECTS = 3  # trials refused in a row that end the search
 
 
 class TrialOutcomes:
-    """`error` ends the search: no further trial is begun.
+    """Records how trials ended. `error` ends the search: no further trial is begun.
 
-    A trial may be refused for a reason that concerns every trial (the data are gone), or for one that lies in its own
-    parameters. So the search goes on after a refusal, and that trial stays open as one of the `suspects`. When a trial
-    that was begun later is accepted, the suspects have themselves to blame, and are pruned. When others are refused
-    too, or there is none to compare with, the search ends, and the suspects are asked for again by the next run.
+    A worker may refuse a trial for a reason that concerns every trial, such as missing data, or for
+    a reason that lies in the trial's own parameters. So the search goes on after a refusal, and the
+    refused trial stays open as a suspect. When a trial that was begun later is accepted, the cause
+    lies in the suspects' own parameters, and they are pruned. When other trials are refused too, or
+    when there is no trial to compare with, the search ends. The next run retries the suspects.
     """
 
     def __init__(
@@ -46,12 +50,12 @@ class TrialOutcomes:
         search: SearchSettings,
         ledger: Ledger,
         duplicates: DuplicateTrials,
-        keeping: CheckpointRetention,
+        retention: CheckpointRetention,
         listener: SearchListener,
-        stopping: Callable[[], bool],
+        should_stop: Callable[[], bool],
     ) -> None:
         self.study, self.search, self.ledger, self.duplicates = study, search, ledger, duplicates
-        self.keeping, self.listener, self.stopping = keeping, listener, stopping
+        self.retention, self.listener, self.should_stop = retention, listener, should_stop
         self.failures = FailureLimits()
         self.error: TunerError | None = None
         self.suspects: list[tuple[RunningTrial, Outcome]] = []
@@ -59,11 +63,17 @@ class TrialOutcomes:
         self._blamed: set[tuple[str, ...]] = set()  # problems that lie in a trial's own parameters
 
     def suspected(self) -> dict[int, RunningTrial]:
-        """The suspects by number."""
+        """Return the suspects by number."""
         return {running.number: running for running, _ in self.suspects}
 
     def record(self, running: RunningTrial, outcome: Outcome, begun: int) -> None:
-        """Records how a trial's job ended. `begun`: how many trials this process has begun."""
+        """Record how a trial's job ended.
+
+        Args:
+            running: The trial.
+            outcome: How the job ended.
+            begun: How many trials this process has begun.
+        """
         try:
             self._decide(running, outcome, begun)
         except UpdateFinishedTrialError:
@@ -76,7 +86,7 @@ class TrialOutcomes:
             self._finish(running, outcome.value)
         elif outcome.kind == "refused":
             self._refuse(running, outcome, begun)
-        elif outcome.reason == "interrupted" or (outcome.kind == "lost" and self.stopping()):
+        elif outcome.reason == "interrupted" or (outcome.kind == "lost" and self.should_stop()):
             self.ledger.retry_own(
                 running.trial, running.proposal, "interrupted", counts_as_attempt=False
             )
@@ -99,9 +109,8 @@ class TrialOutcomes:
             trial.set_user_attr(SCORES, result.epochs[result.best_epoch - 1].scores)
         if failed:
             trial.set_user_attr(REASON, f"{result.state}: {result.reason}")
-        self.listener.save_artifacts(
-            trial, running.run, result
-        )  # artifacts can be attached only while a trial is running
+        # before `tell`, because artifacts can be attached only to a running trial
+        self.listener.save_artifacts(trial, running.run, result)
         crash_point("search.files")
         if result.state == "complete":
             value = result.epochs[result.best_epoch - 1].scores[str(self.search.metric)]
@@ -112,19 +121,19 @@ class TrialOutcomes:
         self._close(running, ended, result)
         self.accepted(running)
         if failed:
-            self._count_failure(f"{result.state}: {result.reason}", alike=False)
+            self._count_failure(f"{result.state}: {result.reason}", same_cause=False)
         else:
             self.failures.clear()
 
     def _close(
         self, running: RunningTrial, ended: FrozenTrial, result: TrialResult | None = None
     ) -> None:
-        self.keeping.on_trial_end(running.proposal, trial_rank(ended))
+        self.retention.on_trial_end(running.proposal, trial_rank(ended))
         self.ledger.enter_ended(ended)
         self.listener.on_trial_end(ended, running.run, result)
 
     def _lost_worker(self, running: RunningTrial, outcome: Outcome) -> None:
-        """Asks for the trial again, or gives it up after its last attempt."""
+        """Retry the trial, or fail it permanently after its last attempt."""
         killed = running.killed + (outcome.loss_cause == "memory")
         if running.attempt <= self.search.retries:
             marks = {KILLED: killed} if killed else {}
@@ -138,36 +147,43 @@ class TrialOutcomes:
             self._give_up(running, outcome)
 
     def _exclude(self, running: RunningTrial, reason: str) -> None:
-        """Ends a trial whose parameters are to blame. Pruned and not failed, so that the sampler learns to stay away from them."""
+        """End a trial whose own parameters are the cause.
+
+        It is pruned and not failed, so that the sampler learns to avoid such parameters.
+        """
         running.trial.set_user_attr(REASON, reason)
         self._close(running, self.study.tell(running.number, state=TrialState.PRUNED))
-        self._count_failure(reason, alike=False)
+        self._count_failure(reason, same_cause=False)
 
     def _give_up(self, running: RunningTrial, outcome: Outcome) -> None:
-        """Fails a trial for good: its code raised, or its worker died at the last attempt."""
+        """Fail a trial permanently: its code raised, or its worker died at the last attempt."""
         running.trial.set_user_attr(FAILED_PERMANENTLY, True)
         if outcome.traceback:
             running.trial.set_user_attr(TRACEBACK, outcome.traceback[-4000:])
         self.ledger.mark_failed(running.number, outcome.reason)
         self._close(running, self.study.get_trials(deepcopy=False)[running.number])
-        self._count_failure(outcome.reason, alike=True)
+        self._count_failure(outcome.reason, same_cause=True)
 
-    def _count_failure(self, reason: str, *, alike: bool) -> None:
+    def _count_failure(self, reason: str, *, same_cause: bool) -> None:
         completed = bool(history.completed_trials(self.study))
         self.error = (
-            self.failures.record(reason, same_cause=alike, any_completed=completed) or self.error
+            self.failures.record(reason, same_cause=same_cause, any_completed=completed)
+            or self.error
         )
 
     def _lose(self, running: RunningTrial) -> None:
-        """Somebody else has ended the trial: another coordinator, or a person in the dashboard."""
+        """Drop a trial that another coordinator, or a person in the dashboard, has ended."""
         self.study.forget_running(running.number)
-        if not self.ledger.coordination.is_shared:  # then nobody else tries it again
+        if not self.ledger.coordination.is_shared:  # then no other coordinator retries it
             self._close(running, self.study.get_trials(deepcopy=False)[running.number])
 
     # -- trials that a worker refuses
 
     def accepted(self, running: RunningTrial) -> None:
-        """A worker has begun to train the trial. So the suspects that were refused before that have themselves to blame."""
+        """Note that a worker has begun to train the trial.
+
+        So the cause of suspects that were refused before lies in their own parameters.
+        """
         if self.suspects and running.begun > self._begun:
             suspects, self.suspects = self.suspects, []
             for suspect, outcome in suspects:
@@ -175,16 +191,17 @@ class TrialOutcomes:
                 self.duplicates.original_ended(suspect)
 
     def _refuse(self, running: RunningTrial, outcome: Outcome, begun: int) -> None:
-        disk = outcome.exit_code == StorageError.code  # concerns every trial
+        concerns_disk = outcome.exit_code == StorageError.code  # and so every trial
         known = outcome.problems in self._blamed or (
             running.refused and self._others_were_accepted()
         )
-        if known and not disk:
+        if known and not concerns_disk:
             self._blame(running, outcome)
             return
         self.suspects.append((running, outcome))
         self._begun = begun
-        if disk or len(self.suspects) == SUSPECTS or self.error is not None or self.stopping():
+        limit_reached = len(self.suspects) == SUSPECTS
+        if concerns_disk or limit_reached or self.error is not None or self.should_stop():
             self.end_suspicion()
 
     def _blame(self, running: RunningTrial, outcome: Outcome) -> None:
@@ -195,14 +212,14 @@ class TrialOutcomes:
             self._lose(running)
 
     def end_suspicion(self) -> None:
-        """Ends the search because of the suspects: no trial begun after them has shown that others are accepted."""
+        """End the search because of the suspects: no later trial was accepted."""
         suspects, self.suspects = self.suspects, []
         for suspect, outcome in suspects:
             self._ask_again(suspect, outcome)
             self.duplicates.original_ended(suspect)
 
     def _ask_again(self, running: RunningTrial, outcome: Outcome) -> None:
-        """Ends the search. The trial is asked for again by the next run, when the cause is mended."""
+        """End the search. The next run retries the trial, when the cause is mended."""
         marks = {} if outcome.exit_code == StorageError.code else {REFUSED: True}
         reason = "; ".join(outcome.problems)[:500]
         self.ledger.retry_own(
