@@ -34,7 +34,7 @@ from tuner.config.space import Space
 from tuner.dashboard.artifacts import ArtifactWriter
 from tuner.jobs import Job, Outcome
 from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
-from tuner.search import storage
+from tuner.search import optuna_internals, storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.pruners import PRUNERS
 
@@ -77,13 +77,15 @@ def study_with(folder: Path, space: Space, finished: int) -> optuna.Study:
     )
     rows: dict[Any, list[dict[str, Any]]] = {}
     now = datetime.datetime.now()
+    study_id = optuna_internals.study_id_of(study)
     for number in range(finished):
         drawn = Drawn(random.Random(number))
         recipe = space.sample(drawn).recipe
         values = [score(recipe.lr, recipe.freeze_depth, epoch) for epoch in range(1, EPOCHS + 1)]
-        for kind, found in as_rows(number, study._study_id, drawn, values, now).items():
+        for kind, found in as_rows(number, study_id, drawn, values, now).items():
             rows.setdefault(kind, []).extend(found)
-    with study._storage._backend.engine.begin() as connection:  # type: ignore[attr-defined]
+    database = optuna_internals.database_of(optuna_internals.storage_of(study))
+    with database.engine.begin() as connection:
         for kind, found in rows.items():
             connection.execute(sqlalchemy.insert(kind), found)
     return optuna.load_study(
@@ -219,7 +221,7 @@ def trained(coordinator: Coordinator, job: Job) -> TrialResult:
 def plain(folder: Path, space: Space, finished: int, trials: int) -> list[float]:
     """CPU seconds of each trial in the loop that a script would have."""
     made = study_with(folder, space, finished)
-    study = optuna.load_study(study_name="bench", storage=made._storage)
+    study = optuna.load_study(study_name="bench", storage=optuna_internals.storage_of(made))
     seconds = []
     for _ in range(trials):
         start = time.process_time()

@@ -40,7 +40,7 @@ from tuner.dashboard import server, study_json
 from tuner.dashboard.artifacts import ArtifactWriter, format_trial_note
 from tuner.dashboard.dashboard_internals import note_attributes
 from tuner.messages import Assignment, Epoch, TrialResult
-from tuner.search import storage
+from tuner.search import optuna_internals, storage
 from tuner.search.coordinator import Coordinator
 
 FILES = {"curve.png": "image/png", "confusion.png": "image/png", "per_class.csv": "text/csv"}
@@ -76,6 +76,7 @@ def made(place: Path, trials: int) -> Path:
     random.seed(0)
     study = study_with(folder, space, trials)
     study.set_user_attr(storage.SPACE_ATTRIBUTE, json.dumps(space.to_dict()))  # it is tuner's
+    study_id = optuna_internals.study_id_of(study)
     trial_rows, study_rows = [], []
     for number in range(trials):
         run = space.sample(Drawn(random.Random(number)))
@@ -101,9 +102,10 @@ def made(place: Path, trials: int) -> Path:
             trial_rows.append(row)
         body = format_trial_note(run, TrialResult("complete", epochs, EPOCHS, {}, 1.0), "accuracy")
         for key, value in note_attributes(number + 1, body).items():
-            row = {"study_id": study._study_id, "key": key, "value_json": json.dumps(value)}
+            row = {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
             study_rows.append(row)
-    with study._storage._backend.engine.begin() as connection:  # type: ignore[attr-defined]
+    database = optuna_internals.database_of(optuna_internals.storage_of(study))
+    with database.engine.begin() as connection:
         connection.execute(sqlalchemy.insert(models.TrialSystemAttributeModel), trial_rows)
         connection.execute(sqlalchemy.insert(models.StudySystemAttributeModel), study_rows)
         pruned = sqlalchemy.update(models.TrialModel).where(models.TrialModel.number % 3 == 2)

@@ -65,7 +65,7 @@ class CoordinatorInfo:
 
 
 def machine_id() -> str:
-    """Return a text for this boot and process namespace, in which a process id means one process."""
+    """Return a text for this boot and process namespace: in it a process id is unique."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

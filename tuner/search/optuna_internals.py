@@ -1,9 +1,11 @@
-"""Every inner name of Optuna that tuner uses, and what happens where a version of Optuna does not have it.
+"""Every inner name of Optuna that tuner uses, and what happens in a version without that name.
 
-Optuna promises nothing about these names, so each is tried before it is relied on (`missing`). Where one does not do what is
-expected, the public and slower way is taken; `warn_of_missing` says so when a study is opened. What several coordinators on a
-PostgreSQL server cannot do without is refused there (`require_for_server`). No other module names them: see
-tests/search/test_optuna_internals.py.
+Optuna promises nothing about these names. So each is tried before tuner relies on it (`missing`).
+Where one does not do what is expected, tuner uses the public and slower way, and `warn_of_missing`
+says so when a study is opened. Some names are needed by several coordinators on a PostgreSQL
+server. Without them such a study is refused (`require_for_server`).
+
+Only this module and database_proxy.py use inner names: see tests/search/test_optuna_internals.py.
 """
 
 import contextlib
@@ -46,7 +48,7 @@ COLUMNS = {
 
 
 def storage_of(study: optuna.Study) -> BaseStorage:
-    """Where the study is stored. Relies on `Study._storage`, for which there is no other way."""
+    """Return the study's storage. Relies on `Study._storage`, which has no public counterpart."""
     storage = getattr(study, "_storage", None)
     if not isinstance(storage, BaseStorage):
         raise StorageError(missing_message(["Study._storage"]))
@@ -54,7 +56,7 @@ def storage_of(study: optuna.Study) -> BaseStorage:
 
 
 def study_id_of(study: optuna.Study) -> int:
-    """The study's id in its storage: `Study._study_id`, or what the storage answers to its name."""
+    """Return the study's id: `Study._study_id`, or the storage's answer for its name."""
     number = getattr(study, "_study_id", None)
     if isinstance(number, int):
         return number
@@ -62,12 +64,15 @@ def study_id_of(study: optuna.Study) -> int:
 
 
 def trial_id_of(study: optuna.Study, trial: Trial | FrozenTrial | int) -> int:
-    """The id in its storage of a trial, or of the trial with that number."""
+    """Return the id of a trial, or of the trial with that number, in the study's storage."""
     return stored_trial_id(storage_of(study), study_id_of(study), trial)
 
 
 def stored_trial_id(storage: BaseStorage, study: int, trial: Trial | FrozenTrial | int) -> int:
-    """The same, of the study with that id: `_trial_id`, or what the storage answers to the trial's number."""
+    """Return the id of a trial of the study with that id.
+
+    It is `_trial_id`, or the storage's answer for the trial's number.
+    """
     if isinstance(trial, int):
         return storage.get_trial_id_from_study_id_trial_number(study, trial)
     number = getattr(trial, "_trial_id", None)
@@ -77,7 +82,10 @@ def stored_trial_id(storage: BaseStorage, study: int, trial: Trial | FrozenTrial
 
 
 def snapshot_of(trial: Trial) -> FrozenTrial | None:
-    """What a running trial has told, from memory: `Trial._cached_frozen_trial`. None where it must be read from the storage."""
+    """Return what a running trial has reported, from memory: `Trial._cached_frozen_trial`.
+
+    None: it must be read from the storage.
+    """
     if "Trial._cached_frozen_trial" in missing():
         return None
     snapshot = trial._cached_frozen_trial
@@ -85,13 +93,20 @@ def snapshot_of(trial: Trial) -> FrozenTrial | None:
 
 
 def storage_for(study: optuna.Study, trial: Trial) -> BaseStorage:
-    """Where the trial writes to: its own `storage`, which may be a buffer of ours, or its study's."""
+    """Return the storage that a trial writes to.
+
+    It is the trial's own `storage`, which may be a BufferedStorage, or the storage of its study.
+    """
     own: BaseStorage | None = getattr(trial, "storage", None)
     return storage_of(study) if own is None else own
 
 
 def redirect(trial: Trial, storage: Any) -> bool:
-    """Has the trial write to `storage`: relies on Trial using its attribute `storage`. False: it would not."""
+    """Make the trial write to `storage`. Relies on Trial using its attribute `storage`.
+
+    Returns:
+        False where a trial does not use it. Then nothing is changed.
+    """
     if "Trial.storage" in missing():
         return False
     trial.storage = storage
@@ -99,10 +114,13 @@ def redirect(trial: Trial, storage: Any) -> bool:
 
 
 class HookedStudy(optuna.Study):
-    """A study whose subclass decides which trials sampler and pruner see, and whether any trial waits to be asked for.
+    """A study whose subclass decides which trials sampler and pruner see.
 
-    Relies on samplers calling `Study._get_trials`, and on `ask` calling `Study._pop_waiting_trial_id`. Where they do not, all
-    trials are seen and the queue is looked into at each `ask`, as by Optuna alone.
+    The subclass also decides whether `ask` looks for enqueued trials.
+
+    Relies on samplers calling `Study._get_trials`, and on `ask` calling
+    `Study._pop_waiting_trial_id`. Where they do not, all trials are seen and each `ask` looks for
+    enqueued trials, as with Optuna alone.
     """
 
     def __init__(self, study: optuna.Study) -> None:
@@ -111,15 +129,18 @@ class HookedStudy(optuna.Study):
         self.study_id = study_id_of(self)
 
     def visible_trials(self, states: Container[TrialState] | None) -> list[FrozenTrial] | None:
-        """The trials to see. None: all that are in the storage."""
+        """Return the trials that are seen. None: all trials of the storage."""
         return None
 
     def none_waits(self) -> bool:
-        """Whether it is certain that no trial waits."""
+        """Return whether it is certain that no trial waits."""
         return False
 
     def waiting_trials(self) -> list[FrozenTrial]:
-        """The trials that wait. Optuna's cache would read all running trials again for this."""
+        """Return the trials that wait.
+
+        Optuna's cache would read all running trials again for this.
+        """
         database: BaseStorage = database_of(self.storage)
         return database.get_all_trials(self.study_id, deepcopy=False, states=(TrialState.WAITING,))
 
@@ -146,7 +167,10 @@ class HookedStudy(optuna.Study):
 
 
 def database_of(storage: BaseStorage) -> Any:
-    """What a storage reads and writes through its cache of ended trials: `_CachedStorage._backend`; else the storage itself."""
+    """Return the database behind a storage's cache of ended trials: `_CachedStorage._backend`.
+
+    A storage without such a cache is its own database.
+    """
     return getattr(storage, "_backend", storage)
 
 
@@ -155,7 +179,10 @@ def replace_reads(
     read_trials: Callable[..., list[FrozenTrial]],
     read_studies: Callable[[], list[Any]],
 ) -> None:
-    """Has the database read so. Relies on `RDBStorage._get_trials` being what both it and the cache read trials with."""
+    """Make a database read its trials and studies by these functions.
+
+    Relies on `RDBStorage._get_trials`, by which both the database and the cache read trials.
+    """
     if "RDBStorage._get_trials" not in missing():
         database._get_trials = read_trials  # type: ignore[method-assign]
     if "FrozenStudy" not in missing():
@@ -165,7 +192,7 @@ def replace_reads(
 def frozen_study(
     name: str, user: dict[str, Any], system: dict[str, Any], study_id: int, directions: list[Any]
 ) -> Any:
-    """A study as a storage lists it."""
+    """Return a study as a storage lists it."""
     from optuna.study._frozen import FrozenStudy
 
     return FrozenStudy(name, None, user, system, study_id, directions=directions)
@@ -175,11 +202,11 @@ def frozen_study(
 
 
 def table(name: str) -> sqlalchemy.Table:
-    """One of the tables in which Optuna keeps studies; COLUMNS are there where `tables_known`."""
+    """Return one of Optuna's tables. It has the COLUMNS if `tables_known()`."""
     from optuna.storages._rdb.models import BaseModel
 
-    found: sqlalchemy.Table = BaseModel.metadata.tables[name]
-    return found
+    result: sqlalchemy.Table = BaseModel.metadata.tables[name]
+    return result
 
 
 def tables_known() -> bool:
@@ -187,27 +214,27 @@ def tables_known() -> bool:
 
 
 def value_from(row_value: float | None, kind: Any) -> float:
-    """A trial's value, from the two columns that hold it: infinity has no number everywhere."""
+    """Return a trial's value from its two columns: not every database can store infinity."""
     from optuna.storages._rdb.models import TrialValueModel
 
     return TrialValueModel.stored_repr_to_value(row_value, kind)
 
 
 def report_from(row_value: float | None, kind: Any) -> float:
-    """An intermediate value, from the two columns that hold it."""
+    """Return an intermediate value from its two columns."""
     from optuna.storages._rdb.models import TrialIntermediateValueModel
 
     return TrialIntermediateValueModel.stored_repr_to_intermediate_value(row_value, kind)
 
 
 def report_columns(value: float) -> tuple[float | None, Any]:
-    """The reverse of `report_from`."""
+    """Return the two columns of an intermediate value: the inverse of `report_from`."""
     from optuna.storages._rdb.models import TrialIntermediateValueModel
 
     return TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
 
 
-# -- does this Optuna have them?
+# -- does this version of Optuna have them?
 
 TABLES = "the tables of optuna.storages._rdb.models"
 FOR_SERVER = (TABLES, "_CachedStorage._backend", "RDBStorage._create_new_trial")
@@ -215,7 +242,10 @@ FOR_SERVER = (TABLES, "_CachedStorage._backend", "RDBStorage._create_new_trial")
 
 @functools.cache
 def missing() -> tuple[str, ...]:
-    """The inner names that are not there, or that do not do what tuner expects of them. Each was tried, once in a process."""
+    """Return the inner names that do not exist or do not do what tuner expects.
+
+    Each is tried once in a process.
+    """
     return tuple(name for name, probe in PROBES.items() if not _works(probe))
 
 
@@ -227,33 +257,34 @@ def warn_of_missing(warn: Callable[[str], None]) -> None:
 
 
 def require_for_server(shown: str) -> None:
-    """Raises StorageError where what keeps several coordinators apart cannot be relied on."""
+    """Raise StorageError where locks and owners of trials cannot be relied on.
+
+    Several coordinators need them, so that they do not run the same trial.
+    """
     lacking = [name for name in missing() if name in FOR_SERVER]
     if lacking:
         raise StorageError(
-            f"storage: {shown} cannot be used: the locks and owners of its coordinators need more of Optuna. {missing_message(lacking)}"
-            "; without `storage:` the study is in a file of its own"
+            f"storage: {shown} cannot be used: the locks and owners of its coordinators need more "
+            f"of Optuna. {missing_message(lacking)}; without `storage:` the study is in a file of its own"
         )
 
 
 def missing_message(names: Sequence[str]) -> str:
     return (
-        f"Optuna {optuna.__version__} has no {', '.join(names)} as tuner knows it; install what tuner was tested with: "
-        f"pip install '{TESTED}'"
+        f"Optuna {optuna.__version__} has no {', '.join(names)} as tuner knows it; "
+        f"install what tuner was tested with: pip install '{TESTED}'"
     )
 
 
 def _works(probe: Callable[[], bool]) -> bool:
     try:
         return probe()
-    except (
-        Exception
-    ):  # what another version of Optuna raises is not known; whatever it is, the name is not usable
+    except Exception:  # another version of Optuna may raise anything: then a name is unusable
         return False
 
 
 class Recorder:
-    """Passes calls on, to nothing where it has no `inner`, and knows the names of the methods that were called."""
+    """Records which methods are called, and passes the calls on to `inner`, if any."""
 
     def __init__(self, inner: Any = None) -> None:
         self.inner = inner
@@ -267,7 +298,7 @@ class Recorder:
 
 
 class _Probe(HookedStudy):
-    """A study in memory that knows which hooks were called."""
+    """A study in memory that records which hooks were called."""
 
     def __init__(self) -> None:
         storage = InMemoryStorage()
@@ -334,7 +365,7 @@ def _cache_calls_its_backend() -> bool:
     return recorder.calls >= wanted
 
 
-def _takes(method: Any, *names: str) -> bool:
+def _has_parameters(method: Any, *names: str) -> bool:
     return tuple(inspect.signature(method).parameters)[1:] == names
 
 
@@ -357,10 +388,12 @@ PROBES: dict[str, Callable[[], bool]] = {
     "Trial._cached_frozen_trial": _snapshot_is_kept,
     "Trial.storage": _trial_writes_to_its_storage,
     "_CachedStorage._backend": _cache_calls_its_backend,
-    "RDBStorage._create_new_trial": lambda: _takes(
+    "RDBStorage._create_new_trial": lambda: _has_parameters(
         RDBStorage._create_new_trial, "study_id", "template_trial"
     ),
-    "RDBStorage._get_trials": lambda: _tables_are_there() and _takes(RDBStorage._get_trials, *READ),
+    "RDBStorage._get_trials": lambda: (
+        _tables_are_there() and _has_parameters(RDBStorage._get_trials, *READ)
+    ),
     "FrozenStudy": _frozen_study_works,
     TABLES: _tables_are_there,
 }

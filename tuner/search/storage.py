@@ -178,7 +178,7 @@ def storage_error(participle: str, error: Exception, url: str | None, folder: Pa
 
 @contextlib.contextmanager
 def database_errors(location: str) -> Iterator[None]:
-    """Turn the errors of a database that stops answering, or whose disk is full, into StorageError."""
+    """Turn errors of a database that is away, or whose disk is full, into StorageError."""
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.OperationalError) as error:
