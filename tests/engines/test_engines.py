@@ -294,6 +294,19 @@ def test_workers_that_stop_also_amid_a_message_or_hang_are_given_up_and_never_co
     assert sum(gone(pid) for pid in pids) == 3
 
 
+def test_a_worker_that_loads_a_large_module_is_not_taken_for_a_silent_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While torch is loaded, no other thread of a worker runs: here a call that keeps the GIL."""
+    (tmp_path / "large_module.py").write_text(
+        "import ctypes, time\ntime.sleep(0.2)\nctypes.PyDLL(None).usleep(2_000_000)\ndef job(*_): return 7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with local_engine.run(silence=1.0) as carry:
+        ((_, outcome),), _ = carry_all(carry, [Job(0, "large_module:job", None)])
+    assert outcome == Outcome("done", 7)
+
+
 def test_how_long_a_job_may_report_nothing() -> None:
     @dataclass
     class Epoch:

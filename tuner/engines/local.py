@@ -271,12 +271,15 @@ def run_worker(pipe: Connection, slot: int, heartbeat: float) -> None:
 
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while (message := pipe.recv()) is not None:
-            job, sharing = message
+            job: Job = message[0]
+            worker_count: int = message[1]
             channel.send("begun")
-            # heartbeats begin when torch is loaded: until then no other thread of this process may run for minutes
-            with contextlib.suppress(Exception):  # carry_out reports what is wrong with the module
-                importlib.import_module(job.work.partition(":")[0])
-            limit_threads(_process_settings.cores() / sharing)
+            # Heartbeats begin when torch is loaded. While it is loaded, no other thread of this
+            # process may run for minutes.
+            module = job.function.partition(":")[0]
+            with contextlib.suppress(Exception):  # run_job reports what is wrong with the module
+                importlib.import_module(module)
+            limit_threads(_process_settings.cores() / worker_count)
             channel.busy.set()
             outcome = run_job(job, report, slot)
             channel.busy.clear()
