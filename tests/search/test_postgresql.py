@@ -372,7 +372,7 @@ def test_a_trial_that_ends_while_another_coordinator_takes_it_over_counts_once(
                 first.on_job_end(job, shared_search.run_job_slowly(first, job, 0.0))
 
         with monkeypatch.context() as patch:
-            patch.setattr("tuner.search.ledger.crash", end)
+            patch.setattr("tuner.search.ledger.crash_point", end)
             patch.setattr(second.coordination, "others", list)  # the first one's lease has expired
             run_all_jobs(second)
         run_all_jobs(first)
