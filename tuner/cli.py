@@ -108,7 +108,8 @@ def check(
         f"{name} freeze depth 0..{depth}" for name, depth in survey.max_depths.items()
     )
     typer.echo(
-        f"ok: {len(space.dimensions)} searched keys; {sizes} examples of {len(facts.classes)} classes; {depths}"
+        f"ok: {len(space.dimensions)} searched keys; {sizes} examples of {len(facts.classes)} "
+        f"classes; {depths}"
     )
 
 
@@ -135,7 +136,8 @@ def train(
     if space.dimensions:
         names = ", ".join(d.name for d in space.dimensions)
         raise SpaceError(
-            f"{file}: {names} still to be chosen; search with `tuner run {file}`, or set them: {space.dimensions[0].name}=…"
+            f"{file}: {names} still to be chosen; search with `tuner run {file}`, or set them: "
+            f"{space.dimensions[0].name}=…"
         )
     folder = out or studies / study_name(space) / "train"
     require_target(folder, INSTEAD)
@@ -288,7 +290,8 @@ def models(
 
     found = summarize_model(name)
     typer.echo(
-        f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a {found.example} (1000 classes)"
+        f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a "
+        f"{found.example} (1000 classes)"
     )
     typer.echo("depth  frozen up to    parameters  FLOPs")
     for d in found.depths:
@@ -331,7 +334,10 @@ def open_space(
 def start_dashboard(
     space: "Space", folders: "Folders", port: int, console: "Console"
 ) -> "subprocess.Popen[bytes]":
-    """A process of its own: a dashboard that fails must not take the search with it. It waits for the study to appear."""
+    """A process of its own: a dashboard that fails must not take the search with it.
+
+    It waits for the study to appear.
+    """
     from tuner.commands.session import study_name
     from tuner.dashboard import background
     from tuner.dashboard import server as serving
@@ -377,7 +383,8 @@ def main() -> NoReturn:
 def refuse_windows() -> int:
     link = "https://learn.microsoft.com/windows/wsl/install"
     print(
-        f"tuner: error: tuner runs on Linux and macOS; on Windows use WSL2 ({link}) and install it there",
+        f"tuner: error: tuner runs on Linux and macOS; on Windows use WSL2 ({link}) and install "
+        "it there",
         file=sys.stderr,
     )
     return SpaceError.code

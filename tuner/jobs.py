@@ -16,12 +16,13 @@ Stall = float | Literal["auto"] | None
 class Job:
     """`work` names the function a worker calls, as module:function(argument, report, slot).
 
-    `keep` are folders, at the same path wherever the job is carried out, whose files must outlive the place: the job's next
-    attempt finds them, and so does who handed it out. `whole` is the one of them that is an export: it appears in one step.
-    `everywhere`: carried out once on every node, before any other job is there; the values must be equal, and the first is the
-    job's. `folders` are what a node needs for it that may have to be shipped there.
-    `stall`: when a job that reports nothing is taken for one that hangs; an engine that carries jobs out in the
-    coordinator's own process cannot see to it.
+    `keep` are folders, at the same path wherever the job is carried out, whose files must outlive
+    the place: the job's next attempt finds them, and so does who handed it out. `whole` is the one
+    of them that is an export: it appears in one step. `everywhere`: carried out once on every node,
+    before any other job is there; the values must be equal, and the first is the job's. `folders`
+    are what a node needs for it that may have to be shipped there. `stall`: when a job that reports
+    nothing is taken for one that hangs; an engine that carries jobs out in the coordinator's own
+    process cannot see to it.
     """
 
     number: int
@@ -47,9 +48,9 @@ gone. interrupted: the coordinator ended it because the search stops.
 class Outcome:
     """How a job ended.
 
-    done: `value` is what the function returned. refused: it raised a TunerError with these `problems` and exit `code`.
-    failed: it raised something else; `reason` is the exception, `trace` the traceback. lost: its worker died, or was
-    given up; `loss_cause` says why, for programs.
+    done: `value` is what the function returned. refused: it raised a TunerError with these
+    `problems` and exit `code`. failed: it raised something else; `reason` is the exception, `trace`
+    the traceback. lost: its worker died, or was given up; `loss_cause` says why, for programs.
     """
 
     kind: Literal["done", "refused", "failed", "lost"]
@@ -62,7 +63,10 @@ class Outcome:
 
 
 def stall_of(engine: EngineSettings, *, paced: bool) -> Stall:
-    """What engine.stall says. `paced`: a report comes after each epoch, and little is done after the last one."""
+    """What engine.stall says.
+
+    `paced`: a report comes after each epoch, and little is done after the last one.
+    """
     if engine.stall == "never" or (engine.stall == "auto" and not paced):
         return None
     return "auto" if engine.stall == "auto" else parse_duration(engine.stall)

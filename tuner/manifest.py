@@ -24,8 +24,10 @@ class PublishedExport:
         return run_from_dict(self.manifest["run"])
 
     def code(self, format_: str) -> dict[str, str]:
-        """What a prediction by that format would import and run, by its key in the manifest: names such as
-        `package.module:attribute`."""
+        """What a prediction by that format would import and run, by its key in the manifest.
+
+        Names such as `package.module:attribute`.
+        """
         run = self.manifest["run"]
         names = {f"run.{part}.name": str(run[part]["name"]) for part in ("task", "model")}
         return {key: name for key, name in {**names, "exports": format_}.items() if ":" in name}
@@ -50,7 +52,9 @@ def run_from_dict(tree: Mapping[str, Any]) -> Run:
 
 
 def read_export(folder: Path) -> PublishedExport | None:
-    """The export in `folder`; None when there is none. Raises DataError when a file is missing or was changed.
+    """The export in `folder`; None when there is none.
+
+    Raises DataError when a file is missing or was changed.
 
     Where another export takes its place meanwhile, that one is read.
     """
@@ -108,7 +112,8 @@ def _read(folder: Path, text: bytes) -> PublishedExport:
             )
         if file_sha256(folder / name) != digest:
             raise DataError(
-                f"{folder / name}: changed since it was exported (its SHA-256 differs from {MANIFEST}); export again"
+                f"{folder / name}: changed since it was exported (its SHA-256 differs from "
+                f"{MANIFEST}); export again"
             )
     return PublishedExport(folder, manifest)
 
@@ -127,7 +132,8 @@ def format_model_card(m: Mapping[str, Any]) -> str:
     run, metric = m["run"], m["metric"]
     recipe = run["recipe"]
     scores = "\n".join(
-        f"| {name.replace('_', ' ')} | {_format_score(m['scores']['valid'].get(name))} | {_format_score(m['scores']['test'].get(name))} |"
+        f"| {name.replace('_', ' ')} | {_format_score(m['scores']['valid'].get(name))} | "
+        f"{_format_score(m['scores']['test'].get(name))} |"
         for name in m["scores"]["test"]
     )
     exports = "\n".join(
@@ -167,12 +173,18 @@ def _format_usage(m: Mapping[str, Any]) -> str:
     """What goes in and what comes out."""
     p, output = m["preprocess"], f"Output: {m['output']['meaning']}."
     if p["kind"] == "tokens":
-        return f"Input: {', '.join(p['leaves'])}, int64, batch x at most {p['length']} tokens, by the tokenizer in `tokenizer/`. {output}"
+        return (
+            f"Input: {', '.join(p['leaves'])}, int64, batch x at most {p['length']} tokens, by "
+            f"the tokenizer in `tokenizer/`. {output}"
+        )
     fits = {
         "crop": f"shorter side resized to {p['resize']} ({p['interpolation']}), centre crop",
         "letterbox": f"longer side resized to {p['size']} ({p['interpolation']}), the rest grey (114), centred",
     }
-    return f"Input: RGB in 0..1, float32, batch x 3 x {p['size']} x {p['size']}: {fits[p['fit']]}. The normalisation is inside the model. {output}"
+    return (
+        f"Input: RGB in 0..1, float32, batch x 3 x {p['size']} x {p['size']}: {fits[p['fit']]}. "
+        f"The normalisation is inside the model. {output}"
+    )
 
 
 def _format_score(value: float | None) -> str:

@@ -9,7 +9,10 @@ LAST_ATTEMPT_MICRO_BATCHES = 4
 
 
 def micro_batch_count(attempt: int, killed: int, retries: int) -> int:
-    """In how many micro-batches an attempt takes a batch: several in the last one, where a memory limit ended all others."""
+    """In how many micro-batches an attempt takes a batch.
+
+    Several in the last one, where a memory limit ended all others.
+    """
     return LAST_ATTEMPT_MICRO_BATCHES if 1 < attempt == retries + 1 and killed == attempt - 1 else 1
 
 
@@ -17,8 +20,9 @@ def micro_batch_count(attempt: int, killed: int, retries: int) -> int:
 class Assignment:
     """A run and where to carry it out. `fetch`: weights may be downloaded.
 
-    `checkpoints` is the folder that the run continues from and leaves its state in; `keep`: the best epoch's weights too, at its end.
-    `micro_batches`: in so many a batch is taken, their gradients added up, since whole ones did not fit the machine's memory.
+    `checkpoints` is the folder that the run continues from and leaves its state in; `keep`: the
+    best epoch's weights too, at its end. `micro_batches`: in so many a batch is taken, their
+    gradients added up, since whole ones did not fit the machine's memory.
     """
 
     run: Run
@@ -39,7 +43,10 @@ class ModelSurvey:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What was found when data and weights were read. Warnings and notes are not compared: nodes that agree may word them apart."""
+    """What was found when data and weights were read.
+
+    Warnings and notes are not compared: nodes that agree may word them apart.
+    """
 
     digest: str
     classes: tuple[str, ...]
@@ -52,7 +59,10 @@ class DatasetReport:
 
 @dataclass(frozen=True)
 class Epoch:
-    """`number` counts from 1; `scores` are of the validation examples, larger is better. `notes`: what the user must hear before it."""
+    """`number` counts from 1; `scores` are of the validation examples, larger is better.
+
+    `notes`: what the user must hear before it.
+    """
 
     number: int
     loss: float
@@ -63,7 +73,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial went. `best` is the number of the best epoch; `files` are name -> content for the dashboard."""
+    """How a trial went.
+
+    `best` is the number of the best epoch; `files` are name -> content for the dashboard.
+    """
 
     state: Literal["complete", "stopped", "diverged", "oom"]
     epochs: tuple[Epoch, ...]
@@ -75,7 +88,9 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class FinalizeJob:
-    """Retrain, test, export: the winner's assignment, where to publish, and what the search knows of it.
+    """Retrain, test, export.
+
+    The winner's assignment, where to publish, and what the search knows of it.
 
     `weights`: not retrained, but given what its trial has left there.
     """

@@ -1,4 +1,7 @@
-"""`tuner clean`: what a study no longer needs, what killed runs left, and the caches that nobody is reading."""
+"""`tuner clean`.
+
+What a study no longer needs, what killed runs left, and the caches that nobody is reading.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -76,7 +79,10 @@ def sizes_by_kind(folder: Path) -> dict[str, int]:
 
 
 def list_study_items(folder: Path, *, whole_study: bool) -> list[RemovableItem]:
-    """What a study that nobody runs can do without: leftovers of killed runs and checkpoints; all of it where `whole`."""
+    """What a study that nobody runs can do without.
+
+    Leftovers of killed runs and checkpoints; all of it where `whole`.
+    """
     if whole_study:
         own = sum(disk_usage(path) for path in folder.iterdir() if removal.is_of_study(path))
         return [
@@ -139,7 +145,10 @@ def remove_study(folder: Path) -> bool:
 
 
 def _delete_from_database(folder: Path) -> bool:
-    """Removes the study from its database, where that is not in its folder. Raises StorageError while others run it."""
+    """Removes the study from its database, where that is not in its folder.
+
+    Raises StorageError while others run it.
+    """
     url = storage.stated(folder)
     if url is None:
         return True
@@ -196,20 +205,27 @@ def remove_items(items: list[RemovableItem], *, dry_run: bool) -> CleanResult:
 
 
 def find_removable_study(studies: Path, name: str) -> Path:
-    """A study's folder. Raises DataError with the nearest name; StorageError where it is no folder that may be removed."""
+    """A study's folder.
+
+    Raises DataError with the nearest name; StorageError where it is no folder that may be removed.
+    """
     folder = find_study(studies, name)
     if folder.is_symlink():
         raise StorageError(f"{folder} is a link; clean what it points to by its own path")
     if not removal.is_study(folder):
         raise DataError(
-            f"{folder} holds no study of tuner's: its space.yaml was not written by `tuner run` (it does not begin with "
+            f"{folder} holds no study of tuner's: its space.yaml was not written by `tuner run` "
+            "(it does not begin with "
             f"{removal.HEADERS['space.yaml'].strip()!r}); nothing was removed"
         )
     return folder
 
 
 def strangers(folder: Path, *, dry: bool) -> list[str]:
-    """What lies in a study's folder, or in its exports, and is not tuner's: all that is left of it, unless `dry`."""
+    """What lies in a study's folder, or in its exports, and is not tuner's.
+
+    All that is left of it, unless `dry`.
+    """
     inside = [
         f"{path.name}/{name}"
         for path in sorted(folder.iterdir())
@@ -233,7 +249,10 @@ def run_clean(
     dry_run: bool,
     assume_yes: bool,
 ) -> None:
-    """The command, saying line by line what is there and what was done. Raises StorageError while the study is being run."""
+    """The command, saying line by line what is there and what was done.
+
+    Raises StorageError while the study is being run.
+    """
     if study is None and not cache:
         raise SpaceError("clean: name a study, or say --cache")
     if study is not None:
@@ -256,7 +275,8 @@ def run_clean(
                 return
             if (waiting := count_interrupted_trials(folder)) and not whole_study:
                 typer.echo(
-                    f"{waiting} trials were interrupted and will go on, so checkpoints are kept; finish them with `tuner run`"
+                    f"{waiting} trials were interrupted and will go on, so checkpoints are kept; "
+                    "finish them with `tuner run`"
                 )
             print_result(
                 remove_items(list_study_items(folder, whole_study=whole_study), dry_run=dry_run),
@@ -284,7 +304,8 @@ def print_result(cleaned: CleanResult, *, dry_run: bool) -> None:
         typer.echo(f"{verb} {kind}: {where}, {format_megabytes(sum(item.bytes for item in items))}")
     if cleaned.kept:
         typer.echo(
-            f"kept {len(cleaned.kept)} entries that are being used, {format_megabytes(sum(item.bytes for item in cleaned.kept))}"
+            f"kept {len(cleaned.kept)} entries that are being used, "
+            f"{format_megabytes(sum(item.bytes for item in cleaned.kept))}"
         )
     typer.echo(
         f"{verb} {format_megabytes(cleaned.bytes)} in all"

@@ -129,7 +129,10 @@ class Console:
             )
 
     def open_bars(self) -> None:
-        """Bars at the foot of the terminal. Warnings go above them, unless stderr goes elsewhere."""
+        """Bars at the foot of the terminal.
+
+        Warnings go above them, unless stderr goes elsewhere.
+        """
         if self.shows_bars:
             columns = (
                 TextColumn("{task.description:<6}"),

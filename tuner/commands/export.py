@@ -1,4 +1,7 @@
-"""`tuner export`: the best model of a finished study, or another trial's, in the formats asked for."""
+"""`tuner export`.
+
+The best model of a finished study, or another trial's, in the formats asked for.
+"""
 
 import contextlib
 from pathlib import Path
@@ -24,7 +27,10 @@ from tuner.search.pruners import PRUNERS
 def export_trial(
     studies: Path, name: str, formats: tuple[str, ...], trial: int | None, console: Console
 ) -> PublishedExport:
-    """Into the study's `export` folder, or `export-N` for trial N. What is exported already is kept."""
+    """Into the study's `export` folder, or `export-N` for trial N.
+
+    What is exported already is kept.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = find_study(studies, name)
     space = load_study_space(folder)
@@ -92,7 +98,10 @@ def load_study_space(folder: Path) -> Space:
 
 
 def _choose_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
-    """The best trial, or the one named. Raises DataError when it trained no epoch that could be exported."""
+    """The best trial, or the one named.
+
+    Raises DataError when it trained no epoch that could be exported.
+    """
     if number is None:
         return history.best_trial(study)[0]
     trials = study.get_trials(deepcopy=False)
@@ -105,7 +114,8 @@ def _choose_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
         return trials[int(chosen.user_attrs[DUPLICATE_OF])]
     if history.BEST_EPOCH not in chosen.user_attrs:
         raise DataError(
-            f"trial {number} ended {chosen.state.name.lower()} without an epoch ({chosen.user_attrs.get(REASON, 'no reason given')}); choose another"
+            f"trial {number} ended {chosen.state.name.lower()} without an epoch "
+            f"({chosen.user_attrs.get(REASON, 'no reason given')}); choose another"
         )
     return chosen
 
@@ -118,5 +128,6 @@ def show_published(console: Console, published: PublishedExport) -> None:
     )
     for kind, e in published.manifest["exports"].items():
         console.print_line(
-            f"export  {published.folder / e['file']}  {kind}, verified to {e['largest_difference']:.0e}"
+            f"export  {published.folder / e['file']}  {kind}, verified to "
+            f"{e['largest_difference']:.0e}"
         )

@@ -33,7 +33,10 @@ def list_examples() -> list[tuple[str, str]]:
 
 
 def write_example(name: str, folder: Path) -> Path:
-    """The example as a file in this folder. Raises SpaceError on an unknown name, and where such a file is there already."""
+    """The example as a file in this folder.
+
+    Raises SpaceError on an unknown name, and where such a file is there already.
+    """
     if name not in names():
         raise SpaceError(f"no example is called {name!r}{suggest_names(name, names())}")
     path = folder / f"{name}.yaml"
@@ -44,7 +47,8 @@ def write_example(name: str, folder: Path) -> Path:
             file = path.open("x", encoding="utf-8")
         except FileExistsError:
             raise SpaceError(
-                f"{path.name} is there already and stays as it is; rename it, or go to another folder"
+                f"{path.name} is there already and stays as it is; rename it, or go to another "
+                "folder"
             ) from None
         with file:
             file.write(text)

@@ -1,4 +1,7 @@
-"""stdout and stderr that may go away: a search outlives the terminal, the `tee` or the log collector that it prints to."""
+"""stdout and stderr that may go away.
+
+A search outlives the terminal, the `tee` or the log collector that it prints to.
+"""
 
 import os
 import sys
@@ -6,7 +9,10 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """A text stream. When nobody reads it any more, or it cannot be written, it goes on to /dev/null."""
+    """A text stream.
+
+    When nobody reads it any more, or it cannot be written, it goes on to /dev/null.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -25,7 +31,9 @@ class LastingStream:
             self.redirect()
 
     def redirect(self) -> None:
-        """Also for what the stream still has in its buffer, which it would try to write again and again."""
+        """Also for what the stream still has in its buffer, which it would try to write again and
+        again.
+        """
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.stream.fileno())
         os.close(null)

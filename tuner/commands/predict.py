@@ -14,7 +14,10 @@ from tuner.training import inference
 def print_predictions(
     predictions: Iterable[inference.NamedPrediction | str], folder: Path, *, as_json: bool
 ) -> None:
-    """One line each; pictures are drawn into the folder. Raises DataError at the end if some examples cannot be read."""
+    """One line each; pictures are drawn into the folder.
+
+    Raises DataError at the end if some examples cannot be read.
+    """
     bad = 0
     for number, prediction in enumerate(predictions):
         if isinstance(prediction, str):

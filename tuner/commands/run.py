@@ -42,7 +42,8 @@ from tuner.search.pruners import PRUNERS
 from tuner.search.running_trial import RunningTrial
 from tuner.search.study_identity import defaulted_keys, identity
 
-RESERVE_BYTES = 100_000_000  # bytes that must be free beside what is written, for the database and the cache's small things
+# bytes that must be free beside what is written, for the database and the cache's small things
+RESERVE_BYTES = 100_000_000
 
 
 def run_study(space: Space, folders: Folders, console: Console) -> Summary:
@@ -91,7 +92,10 @@ def run_study(space: Space, folders: Folders, console: Console) -> Summary:
 
 
 def search_until_done(session: Session, coordinator: Coordinator, workers: int) -> None:
-    """Until the budget is spent, also by other coordinators: what these leave behind when they die is taken up."""
+    """Until the budget is spent, also by other coordinators.
+
+    What these leave behind when they die is taken up.
+    """
     said = False
     while True:
         session.run_jobs(
@@ -116,7 +120,10 @@ def search_until_done(session: Session, coordinator: Coordinator, workers: int) 
 
 
 def check_free_space(folders: Folders, facts: DatasetReport) -> None:
-    """Room for the export and for what is written beside it, before anything is begun. Raises StorageError."""
+    """Room for the export and for what is written beside it, before anything is begun.
+
+    Raises StorageError.
+    """
     need = 3 * 4 * facts.parameter_count + RESERVE_BYTES
     for place in (folders.studies, folders.home):
         require_free_space(
@@ -127,7 +134,10 @@ def check_free_space(folders: Folders, facts: DatasetReport) -> None:
 
 
 def worker_count(space: Space, gpus: int) -> int:
-    """`per_gpu` for each of the GPUs in use, or one on the CPU, unless the file says otherwise; on a Ray cluster as many as it has room for."""
+    """`per_gpu` for each of the GPUs in use, or one on the CPU, unless the file says otherwise.
+
+    On a Ray cluster as many as it has room for.
+    """
     engine = space.settings.engine
     if isinstance(engine.workers, int):
         return engine.workers
@@ -151,7 +161,8 @@ def open_coordinator(
             else ""
         )
         session.console.warn(
-            f"storage: the password that is written there is not kept{seen}; `tuner dashboard` and `tuner export` will ask for it: "
+            f"storage: the password that is written there is not kept{seen}; `tuner dashboard` "
+            "and `tuner export` will ask for it: "
             "write ${NAME} in its place, or use PGPASSWORD or ~/.pgpass"
         )
 
@@ -211,11 +222,15 @@ def with_study_name(space: Space) -> Space:
 
 
 def keep_earlier_defaults(s: Session, earlier: dict[str, Any], data_digest: str) -> str:
-    """Gives the session's space the defaults that its study was made with. Returns the digest of the data that they name."""
+    """Gives the session's space the defaults that its study was made with.
+
+    Returns the digest of the data that they name.
+    """
     values = {tuple(key.split(".")): value for key, value in earlier.items()}
     listed = ", ".join(f"{key}={value}" for key, value in earlier.items())
     s.console.note(
-        f"study {study_name(s.space)!r} goes on with the defaults that it was created with: {listed}"
+        f"study {study_name(s.space)!r} goes on with the defaults that it was created with: "
+        f"{listed}"
     )
     s.space = with_values(s.space.document, values)
     if all(path[0] == "recipe" for path in values):
@@ -256,7 +271,10 @@ def progress_of(coordinator: Coordinator) -> Progress:
 
 
 def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
-    """The winner's run up to its best epoch: to be retrained on train and validation, or, with fit: train, as its trial went."""
+    """The winner's run up to its best epoch.
+
+    To be retrained on train and validation, or, with fit: train, as its trial went.
+    """
     return replace(
         run,
         recipe=run.recipe.model_copy(update={"fit": fit, "stop_epoch": epoch, "patience": None}),
@@ -266,7 +284,11 @@ def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
 def choose_export(
     retrain: bool, run: Run, epoch: int, weights: Path | None
 ) -> tuple[Run, Path | None]:
-    """What is exported of a trial's run: it, retrained on train and validation; or, without retraining, as it went, with the weights it left."""
+    """What is exported of a trial's run.
+
+    It, retrained on train and validation; or, without retraining, as it went, with the weights it
+    left.
+    """
     return (
         (run_to_best_epoch(run, epoch), None)
         if retrain
@@ -287,7 +309,10 @@ def best_yaml_content(run: Run, session: Session) -> dict[str, Any]:
 def finalize_once(
     session: Session, coordinator: Coordinator, folder: Path, *, new_trials: bool
 ) -> Summary:
-    """Of several coordinators one makes the winner; the others say which, once it has been claimed."""
+    """Of several coordinators one makes the winner.
+
+    The others say which, once it has been claimed.
+    """
     if not coordinator.coordination.is_shared:
         return finalize_best(session, coordinator, folder, new_trials=new_trials)
     winner, tied = history.best_trial(coordinator.study)
@@ -358,7 +383,8 @@ def finalize_best(
     if published is None or is_stale(published, run, session.settings.export):
         if weights is None and not session.settings.search.retrain:
             session.console.note(
-                f"nothing is exported: search.retrain is false, and no weights of trial {winner.number} are kept (search.keep)"
+                "nothing is exported: search.retrain is false, and no weights of trial "
+                f"{winner.number} are kept (search.keep)"
             )
             return summary
         published = session.finalize(

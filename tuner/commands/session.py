@@ -40,7 +40,10 @@ def study_name(space: Space) -> str:
 
 
 def home_folder(warn: Callable[[str], None]) -> Path:
-    """$TUNER_HOME, or tuner's folder in the user's cache; a temporary one, with a warning, where that cannot be written."""
+    """$TUNER_HOME, or tuner's folder in the user's cache.
+
+    A temporary one, with a warning, where that cannot be written.
+    """
     named = os.environ.get("TUNER_HOME")
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     home = Path(named) if named else Path(cache) / "tuner"
@@ -93,11 +96,14 @@ class Session:
         finish_epoch: bool = False,
         **more: Any,
     ) -> Any:
-        """Has a worker carry out one job and returns its value; one whose worker dies is carried out again, as a trial is.
+        """Has a worker carry out one job and returns its value.
+
+        One whose worker dies is carried out again, as a trial is.
 
         Raises what the job refused with, and Interrupted.
 
-        `finish`: the first signal lets the job come to its next report; otherwise it ends the job. `more`: what else the Job says.
+        `finish`: the first signal lets the job come to its next report; otherwise it ends the job.
+        `more`: what else the Job says.
         """
         begun: list[Job] = []
         found: list[Outcome] = []
@@ -185,10 +191,12 @@ class Session:
         valid: dict[str, float],
         weights: Path | None = None,
     ) -> Any:
-        """Retrains, tests and exports in a worker; returns what was published. With `weights` it takes these, of the run's trial.
+        """Retrains, tests and exports in a worker; returns what was published.
 
-        A training that is killed is continued by the next crowning for the same folder. Raises StorageError where an export cannot
-        be put there, or another process is making one.
+        With `weights` it takes these, of the run's trial.
+
+        A training that is killed is continued by the next crowning for the same folder. Raises
+        StorageError where an export cannot be put there, or another process is making one.
         """
         folder = folder.resolve() if folder.is_symlink() else folder
         kept = str(checkpoint_files.place_of(folder).absolute())
@@ -248,7 +256,10 @@ def open_session(
 
 
 def input_paths(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
-    """What these runs read that is there under a name of the file: folders and files of data, weights."""
+    """What these runs read that is there under a name of the file.
+
+    Folders and files of data, weights.
+    """
     values = [
         value
         for a in assignments
@@ -262,7 +273,10 @@ def input_paths(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
 
 
 def outcome_value(outcome: Outcome) -> Any:
-    """What a job returned. Raises the TunerError it refused with; a failure in the user's code or ours with its traceback."""
+    """What a job returned.
+
+    Raises the TunerError it refused with; a failure in the user's code or ours with its traceback.
+    """
     if outcome.kind == "done":
         return outcome.value
     if outcome.kind == "refused":
@@ -308,7 +322,10 @@ def command(words: list[str]) -> str:
 
 @contextlib.contextmanager
 def publishing(folder: Path) -> Iterator[None]:
-    """Holds the place of an export, which this process alone may then make there. Raises StorageError."""
+    """Holds the place of an export, which this process alone may then make there.
+
+    Raises StorageError.
+    """
     instead = "wait for it, or choose another folder"
     removal.require_target(folder, INSTEAD)
     with disk_errors(folder):

@@ -1,4 +1,6 @@
-"""SIGINT (Ctrl-C), SIGTERM and SIGHUP: the first asks for an orderly stop, the second ends the work now.
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP.
+
+The first asks for an orderly stop, the second ends the work now.
 
 After a SIGTERM or a SIGHUP, which nobody repeats, a time of grace does what a second signal would.
 """
@@ -13,7 +15,10 @@ HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
-    """`signal` is what arrived, if anything; `now` says that there is no more time. `grace`: seconds."""
+    """`signal` is what arrived, if anything; `now` says that there is no more time.
+
+    `grace`: seconds.
+    """
 
     def __init__(self, grace: float, interrupts_at_once: bool = False) -> None:
         self.grace, self.interrupts_at_once = grace, interrupts_at_once
@@ -27,7 +32,8 @@ class StopSignal:
         if self.signal_count == 1:
             self.first_signal_at = time.monotonic()
         elif self.interrupts_at_once:
-            raise KeyboardInterrupt  # training runs in this very process, so nothing else would end it
+            # training runs in this very process, so nothing else would end it
+            raise KeyboardInterrupt
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -54,7 +60,10 @@ class StopSignal:
 
 @contextlib.contextmanager
 def handle_signals(grace: float, *, interrupts_at_once: bool = False) -> Iterator[StopSignal]:
-    """Handlers that only set a flag, for the length of the block. A SIGHUP that `nohup` has ignored stays ignored."""
+    """Handlers that only set a flag, for the length of the block.
+
+    A SIGHUP that `nohup` has ignored stays ignored.
+    """
     stop = StopSignal(grace, interrupts_at_once)
     before = {
         number: signal.signal(number, stop)

@@ -24,7 +24,10 @@ PROGRESS_WIDTH = 36  # what `| 12/50, 3 pruned, eta 18m` may need
 
 
 class TrialLineFormatter:
-    """The widths that every line of a study shares. `room`: the terminal's width, None where lines may be of any length."""
+    """The widths that every line of a study shares.
+
+    `room`: the terminal's width, None where lines may be of any length.
+    """
 
     def __init__(
         self, space: Space, metric: str, budget: int, max_depth: int, terminal_width: int | None

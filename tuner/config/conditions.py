@@ -1,4 +1,7 @@
-"""`when:` conditions: the keys they name, the values those can take, and the order of sampling that follows."""
+"""`when:` conditions.
+
+The keys they name, the values those can take, and the order of sampling that follows.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +28,8 @@ def order_dimensions(draft: Draft) -> tuple[Dimension, ...]:
             circle = find_cycle(waiting, whens)
             draft.add_problem(
                 (*circle[0], "when"),
-                f"these conditions depend on each other: {', '.join('.'.join(path) for path in circle)}",
+                "these conditions depend on each other: "
+                f"{', '.join('.'.join(path) for path in circle)}",
             )
             break
         done.append(ready)
@@ -74,7 +78,8 @@ def find_condition_key(draft: Draft, path: KeyPath, key: str) -> KeyPath | None:
         near = [p[1] for p in draft.fields if p[0] == path[0] and p != path]
         draft.add_problem(
             (*path, "when", key),
-            f"no such key to depend on{nearest_hint(key, near)} (write a key of {path[0]}, or section.key)",
+            f"no such key to depend on{nearest_hint(key, near)} (write a key of {path[0]}, or "
+            "section.key)",
         )
     elif target == path:
         draft.add_problem((*path, "when", key), "a key cannot depend on itself")
@@ -96,7 +101,8 @@ def check_condition_value(draft: Draft, path: KeyPath, target: KeyPath, value: A
     if possible is None:
         draft.add_problem(
             path,
-            f"{name} is searched without steps and is never exactly {fields.format_value(value)}; give it a step or a list of choices",
+            f"{name} is searched without steps and is never exactly {fields.format_value(value)}; "
+            "give it a step or a list of choices",
         )
     elif fitted not in possible:
         says = (

@@ -1,4 +1,8 @@
-"""Where a study's database is: a URL whose ${NAME}s are filled in only to connect, and which is shown and kept without its password."""
+"""Where a study's database is.
+
+A URL whose ${NAME}s are filled in only to connect, and which is shown and kept without its
+password.
+"""
 
 import os
 import re
@@ -14,7 +18,10 @@ PASSWORD_PARAMETERS = ("password", "sslpassword")  # what a query may hold
 
 
 def find_url_problems(url: str) -> list[str]:
-    """What is wrong with a written URL, as far as no connection is needed to tell; never with its password."""
+    """What is wrong with a written URL, as far as no connection is needed to tell.
+
+    Never with its password.
+    """
     unset = [name for name in VARIABLE_PATTERN.findall(url) if not os.environ.get(name)]
     found = [
         f"${{{name}}} is not set; export {name}=… before the command"
@@ -24,18 +31,23 @@ def find_url_problems(url: str) -> list[str]:
         found.append("the scheme is called postgresql://, not postgres://")
     if url.startswith("sqlite:") and not sqlite_path(url):
         found.append(
-            "a database in memory ends with its process; leave storage out, or name a file as sqlite:///study.db"
+            "a database in memory ends with its process; leave storage out, or name a file as "
+            "sqlite:///study.db"
         )
     match = URL_PATTERN.fullmatch(url)
     if match and "@" in re.split(r"[/?]", match["rest"], maxsplit=1)[0]:
         found.append(
-            "an @ in a user's name or password is written %40; better, write ${NAME} and set that variable"
+            "an @ in a user's name or password is written %40; better, write ${NAME} and set that "
+            "variable"
         )
     return found
 
 
 def expand_variables(url: str) -> str:
-    """With the environment's values: a whole URL as it is, a user or password quoted as a URL wants it."""
+    """With the environment's values.
+
+    A whole URL as it is, a user or password quoted as a URL wants it.
+    """
     match = URL_PATTERN.fullmatch(url)
     if match is None or match["user"] is None:
         return substitute_variables(url, os.environ)
@@ -49,7 +61,10 @@ def substitute_variables(text: str, values: Mapping[str, str]) -> str:
 
 
 def without_password(url: str) -> str:
-    """What may be shown and written: variables by their names, and no password that was written out."""
+    """What may be shown and written.
+
+    Variables by their names, and no password that was written out.
+    """
     match = URL_PATTERN.fullmatch(url)
     if match is None:
         return url
@@ -76,7 +91,10 @@ def _is_literal(word: str) -> bool:
 
 
 def literal_password(url: str) -> str | None:
-    """The password that a URL spells out; None where it leaves that to a variable, PGPASSWORD or ~/.pgpass."""
+    """The password that a URL spells out.
+
+    None where it leaves that to a variable, PGPASSWORD or ~/.pgpass.
+    """
     found = find_passwords(url)
     return unquote(found[0]) if found and without_password(url) != url else None
 

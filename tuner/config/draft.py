@@ -14,7 +14,10 @@ from tuner.config.yaml_document import COMMAND_LINE, Document, format_key_path
 
 @dataclass
 class Draft:
-    """`fields` holds every key the file may have so far; `values` those that are sound, searched ones at their default."""
+    """`fields` holds every key the file may have so far.
+
+    `values` those that are sound, searched ones at their default.
+    """
 
     document: Document
     problems: list[str] = field(default_factory=list)
@@ -32,7 +35,8 @@ class Draft:
         if error.text is not None and self.document.location(path) == COMMAND_LINE:
             key = [part for part in path if isinstance(part, str)]
             quoted = f'"{error.text}"' if len(key) == len(path) else f'[…, "{error.text}", …]'
-            hint = f"; for text write {format_key_path(key)}='{quoted}'"  # a shell removes the outer quotes
+            # a shell removes the outer quotes
+            hint = f"; for text write {format_key_path(key)}='{quoted}'"
         elif error.text is not None:
             hint = "; put it in quotes"
         self.add_problem(path, f"{error}{hint}")

@@ -1,4 +1,7 @@
-"""One value against one field of the schema: the value as it is meant, or a sentence that teaches."""
+"""One value against one field of the schema.
+
+The value as it is meant, or a sentence that teaches.
+"""
 
 import math
 import types

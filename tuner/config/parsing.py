@@ -1,4 +1,7 @@
-"""From a document to a Space. Every problem is found before any is reported, each with its line and the way out."""
+"""From a document to a Space.
+
+Every problem is found before any is reported, each with its line and the way out.
+"""
 
 import copy
 import math
@@ -30,12 +33,18 @@ class TopLevelKeys(Section):
 
 
 def load_space(path: Path, overrides: Sequence[str] = ()) -> Space:
-    """The space in a file, with `key=value` overrides from the command line. Raises SpaceError with every problem."""
+    """The space in a file, with `key=value` overrides from the command line.
+
+    Raises SpaceError with every problem.
+    """
     return parse_space(apply_overrides(yaml_document.read_document(path), overrides))
 
 
 def apply_overrides(doc: Document, overrides: Sequence[str]) -> Document:
-    """Sets dotted keys; the values are read like the file's, and what is wrong with them joins its problems."""
+    """Sets dotted keys.
+
+    The values are read like the file's, and what is wrong with them joins its problems.
+    """
     for text in overrides:
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
@@ -90,7 +99,8 @@ def parse_space(doc: Document) -> Space:
         if key not in SECTIONS:
             draft.add_problem(
                 (key,),
-                f"unknown section{section_keys.hint_other_section(key)}{suggest_names(key, SECTIONS)}",
+                "unknown "
+                f"section{section_keys.hint_other_section(key)}{suggest_names(key, SECTIONS)}",
             )
     for section in PLUGIN_SECTIONS:
         read_plugin_section(draft, section)
@@ -113,7 +123,10 @@ def parse_space(doc: Document) -> Space:
 
 
 def read_plugin_section(draft: Draft, section: str) -> None:
-    """Task, data or model. Its keys are the plug-in's own; `model: resnet18` is short for `model: {name: resnet18}`."""
+    """Task, data or model.
+
+    Its keys are the plug-in's own; `model: resnet18` is short for `model: {name: resnet18}`.
+    """
     written = draft.document.content.get(section)
     if isinstance(written, (str, list)) or (isinstance(written, dict) and "choices" in written):
         written = {"name": written}
@@ -130,7 +143,8 @@ def read_plugin_section(draft: Draft, section: str) -> None:
         if not close:
             draft.add_problem(
                 (section,),
-                f"needs a name: {', '.join(plugins.list_names(section))}, or your own as package.module:attribute",
+                f"needs a name: {', '.join(plugins.list_names(section))}, or your own as "
+                "package.module:attribute",
             )
         return
     name = (section, "name")
@@ -157,7 +171,10 @@ def read_plugin_section(draft: Draft, section: str) -> None:
 
 
 def named_plugins(draft: Draft, section: str, written: Any) -> list[str]:
-    """The plug-ins that a name can mean. Models may be searched; a study has one task and one data set."""
+    """The plug-ins that a name can mean.
+
+    Models may be searched; a study has one task and one data set.
+    """
     several = isinstance(written, (list, dict))
     if several and section != "model":
         draft.add_problem(
@@ -187,7 +204,8 @@ def check_task_compatibility(draft: Draft) -> None:
                 ]
                 draft.add_problem(
                     (section, "name"),
-                    f"{name} is for {fields.join_alternatives(for_)}, not for {task} (allowed: {', '.join(others[:20])})",
+                    f"{name} is for {fields.join_alternatives(for_)}, not for {task} (allowed: "
+                    f"{', '.join(others[:20])})",
                 )
 
 
@@ -199,7 +217,11 @@ def chosen_plugins(draft: Draft, section: str) -> list[str]:
 
 
 def model_recipe_fields(draft: Draft) -> dict[str, FieldInfo]:
-    """The recipe's keys; their defaults are what the people of the (first) model fine-tune it with, where its file says so."""
+    """The recipe's keys.
+
+    Their defaults are what the people of the (first) model fine-tune it with, where its file says
+    so.
+    """
     found = dict(Recipe.model_fields)
     for name in chosen_plugins(draft, "model")[:1]:
         for key, value in (
@@ -220,11 +242,13 @@ def check_grid(draft: Draft, search: SearchSettings, dimensions: Sequence[Dimens
         if values is None:
             draft.add_problem(
                 path,
-                "sampler grid tries every value, and these are endless or too many; add a step, list choices, or use sampler tpe or random",
+                "sampler grid tries every value, and these are endless or too many; add a step, "
+                "list choices, or use sampler tpe or random",
             )
     count = math.prod(len(values or ()) for values in members.values())
     if count > MAX_VALUES:
         draft.add_problem(
             ("search", "sampler"),
-            f"the grid has {count:,} combinations, at most {MAX_VALUES:,} are possible; use larger steps, or sampler tpe or random",
+            f"the grid has {count:,} combinations, at most {MAX_VALUES:,} are possible; use "
+            "larger steps, or sampler tpe or random",
         )

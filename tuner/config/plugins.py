@@ -13,14 +13,14 @@ annotations are the schema.
     export/<name>.py    FILE; save(model, example, path); load(path, blank)
     engines/<name>.py   run(engine, warn), a context manager that gives a RunJobs
 
-Every kind also accepts the user's own, as `package.module:attribute`. Then the attribute is called:
+Every kind also accepts the user's own, as `package.module:attribute`. Then tuner calls it:
 
     task    attribute(classes, recipe, *, ...) -> Task. METRICS is read in the module that the name
             states. Without it, search.metric must be written and is not checked.
     data    attribute(home, input_spec, task, *, ...) -> Dataset. TASKS is not read.
     model   attribute(outputs, *, ...) -> StagedModel or nn.Module. An nn.Sequential is cut at its
-            children, another module is one stage. `input_spec(*, ...)` is called where the module has
-            it, with those keys of the model that it names, and with `home` where it names that; else
+            children, another module is one stage. `input_spec(*, ...)` is called where the module
+            has it, with those keys of the model that it names, and with `home` where it names that; else
             IMAGENET_SPEC. TASKS, NAMES, RECIPES and EXPORTS are not read: the default recipe is
             tuner's, and every export format is tried.
     export  an object with FILE, save and load, such as a class with static methods. It has no keys.
@@ -78,7 +78,10 @@ _ANNOTATION_NAMES = {
 
 @dataclass(frozen=True)
 class PluginKeys:
-    """A plug-in's keyword arguments. `groups` are arguments whose own fields are written flat in the YAML."""
+    """A plug-in's keyword arguments.
+
+    `groups` are arguments whose own fields are written flat in the YAML.
+    """
 
     fields: Mapping[str, FieldInfo]
     groups: Mapping[str, type[BaseModel]]
@@ -114,7 +117,10 @@ def read_constant(kind: str, file: str, name: str) -> Any:
 
 
 def list_metrics(task: str) -> tuple[str, ...]:
-    """What a task scores, its main metric first: METRICS in its file, or beside the user's own. Raises SpaceError."""
+    """What a task scores, its main metric first: METRICS in its file, or beside the user's own.
+
+    Raises SpaceError.
+    """
     if ":" not in task:
         read_keys("task", task)
         return tuple(read_constant("task", task, "METRICS"))
@@ -128,7 +134,10 @@ def read_own_attribute(kind: str, name: str, attribute: str, default: Any) -> An
 
 
 def list_tasks(kind: str, name: str) -> tuple[str, ...]:
-    """The tasks that a built-in data source or model is for: TASKS in its file. Raises SpaceError on an unknown name."""
+    """The tasks that a built-in data source or model is for: TASKS in its file.
+
+    Raises SpaceError on an unknown name.
+    """
     read_keys(kind, name)
     return tuple(
         read_constant(kind, str(find_model_family(name)) if kind == "model" else name, "TASKS")
@@ -136,7 +145,10 @@ def list_tasks(kind: str, name: str) -> tuple[str, ...]:
 
 
 def read_model_constant(name: str, constant_name: str, default: Any) -> Any:
-    """What a built-in model's file assigns to a name at its top; `default` where it does not, and for the user's own."""
+    """What a built-in model's file assigns to a name at its top.
+
+    `default` where it does not, and for the user's own.
+    """
     file = find_model_family(name)
     try:
         return read_constant("model", file, constant_name) if file else default
@@ -167,13 +179,17 @@ def _parse_source(kind: str, file: str) -> ast.Module:
 
 @functools.cache
 def read_keys(kind: str, name: str) -> PluginKeys:
-    """The YAML keys of a plug-in. Raises SpaceError, without a place, on an unknown name or a failing import."""
+    """The YAML keys of a plug-in.
+
+    Raises SpaceError, without a place, on an unknown name or a failing import.
+    """
     if ":" in name:
         return _keys_from_signature(name, load_plugin(kind, name))
     file = find_model_family(name) if kind == "model" else name
     if file is None or (kind != "model" and name not in list_names(kind)):
         raise SpaceError(
-            f"{name!r} is not known{suggest_names(name, list_names(kind))}; your own goes as package.module:attribute"
+            f"{name!r} is not known{suggest_names(name, list_names(kind))}; your own goes as "
+            "package.module:attribute"
         )
     return _keys_from_source(kind, file)
 
@@ -223,7 +239,8 @@ def _keys_from_signature(name: str, function: Callable[..., Any]) -> PluginKeys:
             )
         ):
             raise SpaceError(
-                f"{name!r}: its argument {key!r} is not made of numbers, text, true/false, null, Literal and lists of them"
+                f"{name!r}: its argument {key!r} is not made of numbers, text, true/false, null, "
+                "Literal and lists of them"
             )
     return found
 
@@ -276,7 +293,9 @@ _with_folder = contextvars.ContextVar("_with_folder", default=True)
 
 @contextlib.contextmanager
 def installed_only() -> Iterator[None]:
-    """The user's own modules come from Python's path as it is, and the current folder is not added to it."""
+    """The user's own modules come from Python's path as it is, and the current folder is not added
+    to it.
+    """
     token = _with_folder.set(False)
     try:
         yield
@@ -285,8 +304,10 @@ def installed_only() -> Iterator[None]:
 
 
 def load_plugin(kind: str, name: str) -> Callable[..., Any]:
-    """The function or class behind a plug-in's name, imported. The current folder is on the path for the user's own,
-    but for `installed_only`."""
+    """The function or class behind a plug-in's name, imported.
+
+    The current folder is on the path for the user's own, but for `installed_only`.
+    """
     if ":" not in name:
         found: Callable[..., Any] = getattr(import_plugin(kind, name), ENTRY_POINTS[kind])
         return found
@@ -318,7 +339,9 @@ def load_plugin(kind: str, name: str) -> Callable[..., Any]:
 
 
 def _is_standard_library(target: Any) -> bool:
-    """Whether this is a function or class of the standard library, such as os.system, which nobody means to call."""
+    """Whether this is a function or class of the standard library, such as os.system, which nobody
+    means to call.
+    """
     if not (inspect.isroutine(target) or inspect.isclass(target)):
         return False
     return (target.__module__ or "builtins").partition(".")[0] in sys.stdlib_module_names

@@ -19,7 +19,9 @@ def pip_install(extra: str) -> str:
 
 
 def needed(extra: str) -> list[str]:
-    """From the installed package, or from pyproject.toml where tuner runs in its clone without being installed."""
+    """From the installed package, or from pyproject.toml where tuner runs in its clone without
+    being installed.
+    """
     try:
         stated = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

@@ -1,4 +1,5 @@
-"""The values a file describes: a Run (what one training is) and the settings of the search around it. No torch, no Optuna.
+"""The values a file describes: a Run (what one training is) and the settings of the search around
+it. No torch, no Optuna.
 
 Every field is a YAML key; its annotation is the schema, its description the help that editors show.
 """
@@ -26,7 +27,10 @@ class Section(BaseModel):
 
 
 class Recipe(Section):
-    """How a model is trained. The defaults are the tutorial's: SGD, lr 0.001, momentum 0.9, nothing frozen."""
+    """How a model is trained.
+
+    The defaults are the tutorial's: SGD, lr 0.001, momentum 0.9, nothing frozen.
+    """
 
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
     lr: float = Field(0.001, gt=0, le=100, description="learning rate at its highest")
@@ -91,7 +95,10 @@ class SplitOptions(Section):
 
 
 class ImageOptions(SplitOptions):
-    """The keys every source of images shares. What is null is taken from the weights' own transform."""
+    """The keys every source of images shares.
+
+    What is null is taken from the weights' own transform.
+    """
 
     size: int | None = Field(None, ge=8, le=2048, description="side of the square input, pixels")
     resize: int | None = Field(
@@ -201,7 +208,8 @@ class SearchSettings(Section):
 def _check_gpus(value: int | list[int] | None) -> int | list[int] | None:
     if isinstance(value, int) and value < 1:
         raise ValueError(
-            "write how many GPUs, at least 1, or their numbers, such as [0, 2]; for none, device: cpu"
+            "write how many GPUs, at least 1, or their numbers, such as [0, 2]; for none, device: "
+            "cpu"
         )
     if isinstance(value, list) and (not value or min(value) < 0 or len(set(value)) < len(value)):
         raise ValueError("write the GPUs' numbers, each once and from 0, such as [0, 2]")
@@ -214,7 +222,8 @@ ADDRESS_PATTERN = re.compile(r"auto|local|[^\s:/]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:
 def _check_address(text: str) -> str:
     if "://" in text:
         raise ValueError(
-            "Ray's client protocol hides which node fails, and its port runs anyone's code; start the command on a machine of the "
+            "Ray's client protocol hides which node fails, and its port runs anyone's code; start "
+            "the command on a machine of the "
             "cluster and write auto, or HOST:PORT of its head"
         )
     if not ADDRESS_PATTERN.fullmatch(text):
@@ -313,7 +322,10 @@ class Run:
         }
 
     def without_weights(self) -> "Run":
-        """The same run with fresh parameters, where its model lets one say so. Its layers may follow which weights it has: then LATER."""
+        """The same run with fresh parameters, where its model lets one say so.
+
+        Its layers may follow which weights it has: then LATER.
+        """
         options = self.model.options
         if "weights" not in options:
             return self
@@ -332,7 +344,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Settings:
-    """The sections that hold no ranges. `tree` leaves out a password that is written in `storage`."""
+    """The sections that hold no ranges.
+
+    `tree` leaves out a password that is written in `storage`.
+    """
 
     search: SearchSettings
     engine: EngineSettings

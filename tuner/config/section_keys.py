@@ -1,4 +1,7 @@
-"""A section's keys as written: a scalar is a value, a list a choice, a mapping a range or a choice under a condition."""
+"""A section's keys as written.
+
+A scalar is a value, a list a choice, a mapping a range or a choice under a condition.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,7 +55,10 @@ def read_section(
     *,
     other_keys: tuple[str, ...] = (),
 ) -> None:
-    """Each wanted key as written or at its default. `also` are allowed keys that the caller reads itself."""
+    """Each wanted key as written or at its default.
+
+    `also` are allowed keys that the caller reads itself.
+    """
     for key in written:
         if key not in fields_by_key and key not in other_keys:
             allowed = (*other_keys, *fields_by_key)
@@ -107,7 +113,8 @@ def report_unknown_keys(
             )
             draft.add_problem(
                 (*path, key),
-                f"unknown key{close} (a range has {', '.join(RANGE_KEYS)}; a choice has {', '.join(CHOICE_KEYS)})",
+                f"unknown key{close} (a range has {', '.join(RANGE_KEYS)}; a choice has "
+                f"{', '.join(CHOICE_KEYS)})",
             )
 
 
@@ -148,7 +155,8 @@ def read_range(
     if not fields.is_number(field):
         draft.add_problem(
             path,
-            f"a range is for numbers; expected {fields.describe_expected(field)}, or a list of them",
+            f"a range is for numbers; expected {fields.describe_expected(field)}, or a list of "
+            "them",
         )
         return None
     report_unknown_keys(draft, path, written, RANGE_KEYS)

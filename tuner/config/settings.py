@@ -62,7 +62,8 @@ def read_plain_section(
     for key in several:
         draft.add_problem(
             (section, key),
-            f"{section} holds no ranges or choices; expected one value, got {describe_value(given[key])}",
+            f"{section} holds no ranges or choices; expected one value, got "
+            f"{describe_value(given[key])}",
         )
     section_keys.read_section(
         draft, (section,), {k: v for k, v in given.items() if k not in several}, schema.model_fields
@@ -70,7 +71,9 @@ def read_plain_section(
 
 
 def check_gpu_sharing(draft: Draft) -> None:
-    """`gpus` and `per_gpu` say nothing where the device is no GPU, or one by its number, or where a cluster deals them out."""
+    """`gpus` and `per_gpu` say nothing where the device is no GPU, or one by its number, or where a
+    cluster deals them out.
+    """
     name, device, gpus, share = (
         draft.values.get(("engine", key)) for key in ("name", "device", "gpus", "per_gpu")
     )
@@ -83,7 +86,8 @@ def check_gpu_sharing(draft: Draft) -> None:
     if gpus is not None and device not in ("auto", "cuda"):
         draft.add_problem(
             ("engine", "gpus"),
-            f"which GPUs is already said by device: {device}; keep one of the two, or write device: cuda",
+            f"which GPUs is already said by device: {device}; keep one of the two, or write "
+            "device: cuda",
         )
     if isinstance(share, int) and share > 1 and device in ("cpu", "mps"):
         draft.add_problem(
@@ -98,7 +102,8 @@ def check_plugin(draft: Draft, what: str, path: tuple[str | int, ...], name: Any
     if not isinstance(name, str) or (":" not in name and name not in names):
         draft.add_problem(
             path,
-            f"{name!r} is not known{suggest_names(name, names)}; your own goes as package.module:attribute",
+            f"{name!r} is not known{suggest_names(name, names)}; your own goes as "
+            "package.module:attribute",
         )
     elif ":" in name:
         try:
@@ -117,7 +122,8 @@ def check_engine_keys(draft: Draft) -> None:
         if value != EngineSettings.model_fields[key].default:
             draft.add_problem(
                 ("engine", key),
-                f"{value!r}, but only the engine ray has this key; drop it, or write engine: {{name: ray, …}}",
+                f"{value!r}, but only the engine ray has this key; drop it, or write engine: "
+                f"{{name: ray, …}}",
             )
 
 
@@ -184,7 +190,8 @@ def read_export_formats(draft: Draft) -> tuple[str, ...]:
     if not isinstance(formats, list):
         draft.add_problem(
             ("export",),
-            f"expected a list of formats ({', '.join(plugins.list_names('export'))}), got {describe_value(formats)}",
+            f"expected a list of formats ({', '.join(plugins.list_names('export'))}), got "
+            f"{describe_value(formats)}",
         )
         return ()
     for i, name in enumerate(formats):

@@ -1,4 +1,7 @@
-"""A Space is a Run with ranges where numbers would be; a Run is a Space with nothing left to choose."""
+"""A Space is a Run with ranges where numbers would be.
+
+A Run is a Space with nothing left to choose.
+"""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +70,10 @@ class Range:
         return int(value) if self.integer else float(value)
 
     def values(self) -> tuple[Any, ...] | None:
-        """Every value in order, where there are finitely many and they can be held; None for a continuum."""
+        """Every value in order, where there are finitely many and they can be held.
+
+        None for a continuum.
+        """
         if (not self.integer and self.step is None) or self._steps_from_low(
             self.high
         ) >= MAX_VALUES:
@@ -104,7 +110,10 @@ KeyPath = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Dimension:
-    """One searched key. `when` maps keys (by path) to the values under which this one is searched."""
+    """One searched key.
+
+    `when` maps keys (by path) to the values under which this one is searched.
+    """
 
     path: KeyPath
     domain: Range | Choice
@@ -143,8 +152,10 @@ class SuggestsValues(Protocol):
 
 @dataclass(frozen=True)
 class Space:
-    """`values` holds every key, searched ones at their default, brought into their range; `dimensions` are in the order
-    of sampling. `defaults` are the keys' own: what a searched key has where its condition is not met."""
+    """`values` holds every key, searched ones at their default, brought into their range;
+    `dimensions` are in the order of sampling. `defaults` are the keys' own: what a searched key
+    has where its condition is not met.
+    """
 
     values: Mapping[KeyPath, Any]
     dimensions: tuple[Dimension, ...]
@@ -208,7 +219,10 @@ class Space:
         return {d.name: chosen[d.path] for d in self.dimensions if d.path in chosen}
 
     def grid_params(self) -> list[dict[str, Any]]:
-        """Every combination, each once although conditions switch keys off; only for spaces without a continuum."""
+        """Every combination, each once although conditions switch keys off.
+
+        Only for spaces without a continuum.
+        """
         found: list[dict[KeyPath, Any]] = [{}]
         for d in self.dimensions:
             members = d.domain.values() or ()
@@ -223,7 +237,9 @@ class Space:
         ]
 
     def plugin_combinations(self) -> Iterator[Run]:
-        """A run for each combination of task, data and model that the space can reach, at its defaults otherwise."""
+        """A run for each combination of task, data and model that the space can reach, at its
+        defaults otherwise.
+        """
         outer = [d for d in self.dimensions if d.path[0] != "recipe"]
         members = [d.domain.values() or (d.domain.lowest, d.domain.highest) for d in outer]
         for combination in itertools.islice(itertools.product(*members), 64):
@@ -255,7 +271,9 @@ def _suggest_value(trial: SuggestsValues, dimension: Dimension) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that the strict reader would take for something else, and writes no aliases."""
+    """Quotes every string that the strict reader would take for something else, and writes no
+    aliases.
+    """
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,7 +1,9 @@
-"""A YAML file read strictly: plain values with their lines. Aliases, tags, duplicate keys and bombs are refused.
+"""A YAML file read strictly: plain values with their lines.
 
-YAML 1.1 as PyYAML reads it takes `1e-3` for text, `1:30` for 90, `010` for 8 and `no` for false; here numbers are numbers,
-only `true` and `false` are booleans, and every other plain word is text.
+Aliases, tags, duplicate keys and bombs are refused.
+
+YAML 1.1 as PyYAML reads it takes `1e-3` for text, `1:30` for 90, `010` for 8 and `no` for false;
+here numbers are numbers, only `true` and `false` are booleans, and every other plain word is text.
 """
 
 import re
@@ -40,7 +42,8 @@ KeyPath = tuple[str | int, ...]
 class Document:
     """`tree` is dicts, lists and scalars; `lines` maps a key's path in it to where it was written.
 
-    `problems` are those that leave a tree to look into: they are reported together with what is wrong in it.
+    `problems` are those that leave a tree to look into: they are reported together with what is
+    wrong in it.
     """
 
     file: str
@@ -86,7 +89,10 @@ def read_document(path: Path) -> Document:
 
 
 def parse_document(text: str, file: str) -> Document:
-    """Raises SpaceError on what cannot be read at all; duplicate keys become the document's problems."""
+    """Raises SpaceError on what cannot be read at all.
+
+    Duplicate keys become the document's problems.
+    """
     document = Document(file, {})
     try:
         tree = _Reader(document).read_document(yaml.parse(text, Loader=yaml.SafeLoader))
@@ -97,7 +103,8 @@ def parse_document(text: str, file: str) -> Document:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, int(error.position)) + 1
         raise SpaceError(
-            f"{file}:{line}: not valid YAML: the character U+{int(error.character):04X} is not allowed"
+            f"{file}:{line}: not valid YAML: the character U+{int(error.character):04X} is not "
+            "allowed"
         ) from None
     except (ValueError, OverflowError):  # PyYAML's chr() and int() on absurd escapes and directives
         raise SpaceError(
@@ -107,7 +114,8 @@ def parse_document(text: str, file: str) -> Document:
         raise SpaceError(f"{file}:1: the file is empty; `tuner init` lists examples to begin with")
     if not isinstance(tree, dict):
         raise SpaceError(
-            f"{file}:1: expected a mapping (task:, data:, model:, …) at the top, got {describe_value(tree)}"
+            f"{file}:1: expected a mapping (task:, data:, model:, …) at the top, got "
+            f"{describe_value(tree)}"
         )
     document.content = tree
     return document
@@ -150,7 +158,10 @@ def _has_comment(text: str) -> bool:
 
 
 def _tab_hint(text: str, mark: yaml.Mark | None) -> str:
-    """What is wrong with the tab at this place, and what goes there instead; '' where there is none."""
+    """What is wrong with the tab at this place, and what goes there instead.
+
+    '' where there is none.
+    """
     if mark is None or text[mark.index : mark.index + 1] != "\t":
         return ""
     lines = text.splitlines()
@@ -236,7 +247,8 @@ class _Reader:
         if getattr(event, "tag", None) not in (None, "!"):
             raise self._refuse(
                 event,
-                f"tags such as {getattr(event, 'tag', None)!r} are not allowed; write the plain value",
+                f"tags such as {getattr(event, 'tag', None)!r} are not allowed; write the plain "
+                "value",
             )
         if self.node_count > MAX_NODES:
             raise self._refuse(event, f"more than {MAX_NODES:,} values")
@@ -285,7 +297,8 @@ class _Reader:
             if event.value in values:
                 first = self.result.lines[key].rpartition(":")[2]
                 self.result.problems.append(
-                    f"{self._location(event)}: {format_key_path(key)}: duplicate key, first written in line {first}; keep one"
+                    f"{self._location(event)}: {format_key_path(key)}: duplicate key, first "
+                    f"written in line {first}; keep one"
                 )
             values[event.value] = self._read_value(next(events), events, key)
             self.result.lines[key] = self._location(event)

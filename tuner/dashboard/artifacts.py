@@ -1,4 +1,7 @@
-"""What the dashboard shows beside the numbers: each trial's pictures and tables, and notes in Markdown."""
+"""What the dashboard shows beside the numbers.
+
+Each trial's pictures and tables, and notes in Markdown.
+"""
 
 import warnings
 from pathlib import Path
@@ -33,7 +36,10 @@ class ArtifactWriter:
         self.store = FileSystemArtifactStore(self.folder)
 
     def write_study_note(self, space: Space) -> None:
-        """The study's note and the metric's name; once, so that what somebody added to the note in the browser stays."""
+        """The study's note and the metric's name.
+
+        Once, so that what somebody added to the note in the browser stays.
+        """
         if self.study.metric_names is not None:
             return
         write_note(self.study, None, format_study_note(space, self.study.study_name, self.metric))
@@ -61,9 +67,12 @@ class ArtifactWriter:
 
 
 def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
-    """A note as optuna_dashboard keeps it; a note that somebody wrote on the trial in the browser stays.
+    """A note as optuna_dashboard keeps it.
 
-    Its own `save_note` reads all notes of the study at each call, and importing it takes longer than many a trial.
+    A note that somebody wrote on the trial in the browser stays.
+
+    Its own `save_note` reads all notes of the study at each call, and importing it takes longer
+    than many a trial.
     """
     storage = storage_for(study, trial) if trial else storage_of(study)
     about = trial_id_of(study, trial) if trial else None
@@ -110,7 +119,8 @@ def format_trial_note(run: Run, result: TrialResult, metric: str) -> str:
     table = ""
     if names:
         heads = ["epoch", "training loss", *map(metric_label, names), "seconds"]
-        head = f"| {' | '.join(f'&emsp;{h}' for h in heads)} |\n|{'---:|' * len(heads)}"  # the page puts cells side by side
+        # the page puts cells side by side
+        head = f"| {' | '.join(f'&emsp;{h}' for h in heads)} |\n|{'---:|' * len(heads)}"
         table = "\n".join(
             [
                 head,
@@ -129,7 +139,8 @@ def format_outcome(run: Run, result: TrialResult, metric: str) -> str:
     ended = why.get(result.state, f"**{result.state.capitalize()}**: {result.reason}. ")
     best = next((e for e in result.epochs if e.number == result.best_epoch), None)
     told = (
-        f"Best {metric_label(metric)} **{best.scores[metric]:.4f}** in epoch {best.number} of {reached}, "
+        f"Best {metric_label(metric)} **{best.scores[metric]:.4f}** in epoch {best.number} of "
+        f"{reached}, "
         if best
         else "No score, "
     )

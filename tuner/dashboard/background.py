@@ -1,4 +1,7 @@
-"""The dashboard process of `tuner run --dashboard`: waits for the study to be made, serves it, ends with the search."""
+"""The dashboard process of `tuner run --dashboard`.
+
+Waits for the study to be made, serves it, ends with the search.
+"""
 
 import os
 import subprocess
@@ -20,7 +23,10 @@ TOKEN = "TUNER_DASHBOARD_TOKEN"  # in the environment: other users see a command
 def start_process(
     name: str, studies: Path, port: int, url: str, token: str
 ) -> "subprocess.Popen[bytes]":
-    """The process, which Ctrl-C does not reach: that is the search's. `url` is the database's as it is written."""
+    """The process, which Ctrl-C does not reach: that is the search's.
+
+    `url` is the database's as it is written.
+    """
     password = database_url.literal_password(
         url
     )  # it is in no file that the process reads, and not on its command line
@@ -55,7 +61,10 @@ def main(name: str, studies: str, port: str) -> None:
 
 
 def _exit_with_parent() -> None:
-    """The parent holds the other end of stdin and never writes; the kernel closes it however the parent ends."""
+    """The parent holds the other end of stdin and never writes.
+
+    The kernel closes it however the parent ends.
+    """
     sys.stdin.buffer.read()
     os._exit(0)
 

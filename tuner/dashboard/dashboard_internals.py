@@ -1,7 +1,10 @@
-"""What tuner uses of optuna-dashboard beside its documented functions: inner names, its page's script, its notes.
+"""What tuner uses of optuna-dashboard beside its documented functions.
 
-Another version may change any of this. `trouble` tries it out; where it does not work, the dashboard serves Optuna's
-own answers. optuna_dashboard is imported inside the functions: the coordinator writes notes and never needs the rest.
+Inner names, its page's script, its notes.
+
+Another version may change any of this. `trouble` tries it out; where it does not work, the
+dashboard serves Optuna's own answers. optuna_dashboard is imported inside the functions: the
+coordinator writes notes and never needs the rest.
 """
 
 import functools
@@ -23,13 +26,17 @@ OF_TRIAL = re.compile(
 TIMELINE = re.compile(
     r"if\(null===document\.getElementById\((\w+)\)\)return;"
     r"(?=if\(0===(\w+)\.length\)return void \w+\.react\(\1,\[\],\{template:\w+\}\);const \w+=\{Complete:)"
-)  # where the page's script begins to draw the timeline of a list of trials, whatever its inner names
+    # where the page's script begins to draw the timeline of a list of trials, whatever its inner names
+)
 
 Attributes = Mapping[str, Any]
 
 
 def note_attributes(trial: int | None, body: str) -> dict[str, Any]:
-    """A note as the attributes of its study; `trial` is the id of the trial that it is about, if any."""
+    """A note as the attributes of its study.
+
+    `trial` is the id of the trial that it is about, if any.
+    """
     begin = "dashboard:" if trial is None else f"dashboard:{trial}:"
     pieces = range(0, len(body), NOTE_PIECE)
     found: dict[str, Any] = {
@@ -55,7 +62,10 @@ def read_trials(cache: Any, storage: BaseStorage, study: int) -> list[FrozenTria
 
 
 def search_space(cache: Any, study: int, trials: list[FrozenTrial]) -> tuple[Any, ...]:
-    """What the page shows of all trials together; only `trials` are looked at, the cache knows the others."""
+    """What the page shows of all trials together.
+
+    Only `trials` are looked at, the cache knows the others.
+    """
     from optuna_dashboard._inmemory_cache import get_cached_extra_study_property
 
     return tuple(get_cached_extra_study_property(cache, study, trials))
@@ -70,7 +80,10 @@ def describe_trial(study: int, trial: FrozenTrial, attributes: Attributes) -> di
 
 
 def describe_study(study: Any, extra: tuple[Any, ...]) -> dict[str, Any]:
-    """A FrozenStudy as the page loads it, without any trial. `extra` is what `search_space` gave."""
+    """A FrozenStudy as the page loads it, without any trial.
+
+    `extra` is what `search_space` gave.
+    """
     from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
     from optuna_dashboard._serializer import serialize_study_detail
 
@@ -81,8 +94,10 @@ def describe_study(study: Any, extra: tuple[Any, ...]) -> dict[str, Any]:
 
 @functools.cache
 def script(bars: int) -> bytes:
-    """The page's JavaScript, whose timeline draws the latest `bars` trials. Where another version draws its
-    timeline otherwise, the script is as it was."""
+    """The page's JavaScript, whose timeline draws the latest `bars` trials.
+
+    Where another version draws its timeline otherwise, the script is as it was.
+    """
     import optuna_dashboard
 
     public = Path(optuna_dashboard.__file__).parent / "public"
@@ -101,7 +116,9 @@ def trouble() -> str:
 
 
 def try_out() -> str:
-    """Calls every function on a study of one trial, in memory, and says which answer is not the expected one."""
+    """Calls every function on a study of one trial, in memory, and says which answer is not the
+    expected one.
+    """
     storage, cache = InMemoryStorage(), new_cache()
     study = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "tried out")
     made = storage.create_new_trial(

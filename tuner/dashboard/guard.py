@@ -35,9 +35,9 @@ class Refusal:
 class Guard:
     """Decides about each request before the dashboard sees it.
 
-    The dashboard has no login. The guard refuses other host names (DNS rebinding), other origins (pages of other
-    sites and ports), whoever lacks the token (other users of this machine), and what is not of the one study: its
-    database may be a server with the studies of others.
+    The dashboard has no login. The guard refuses other host names (DNS rebinding), other origins
+    (pages of other sites and ports), whoever lacks the token (other users of this machine), and
+    what is not of the one study: its database may be a server with the studies of others.
     """
 
     token: str
@@ -106,7 +106,8 @@ def guarded(inner: App, guard: Guard) -> App:
             return admit(environ, start_response, rest, guard.token)
         if not guard.authorised(environ):
             reason = (
-                "this dashboard answers only to who started it: open the address that the command printed, "
+                "this dashboard answers only to who started it: open the address that the command "
+                "printed, "
                 "with its ?token=..., once in this browser; each start has a new one"
             )
             return refuse(start_response, Refusal("403 Forbidden", reason))
@@ -131,7 +132,10 @@ def admit(
 
 
 def cookie_name(environ: Environment) -> str:
-    """Named after the port that the browser sees: browsers share cookies between the ports of a host."""
+    """Named after the port that the browser sees.
+
+    Browsers share cookies between the ports of a host.
+    """
     port = str(environ.get("HTTP_HOST", "")).partition(":")[2] or "80"
     return f"tuner_{port}"
 

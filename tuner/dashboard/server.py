@@ -1,4 +1,7 @@
-"""optuna-dashboard for one study, on this machine only and read-only; guard.py decides who may ask."""
+"""optuna-dashboard for one study, on this machine only and read-only.
+
+Guard.py decides who may ask.
+"""
 
 import contextlib
 import io
@@ -67,7 +70,10 @@ def make_app(
 
 
 def list_only(storage: BaseStorage, study: int) -> None:
-    """Lets `storage` list one study only: the page shows all that are listed, and a server may hold those of others."""
+    """Lets `storage` list one study only.
+
+    The page shows all that are listed, and a server may hold those of others.
+    """
     list_all, name = storage.get_all_studies, storage.get_study_name_from_id(study)
 
     def list_one() -> list[Any]:
@@ -77,7 +83,9 @@ def list_only(storage: BaseStorage, study: int) -> None:
 
 
 def with_encoding(inner: App) -> App:
-    """optuna-dashboard fails on a request that does not say which encodings it takes, such as curl's."""
+    """optuna-dashboard fails on a request that does not say which encodings it takes, such as
+    curl's.
+    """
 
     def outer(environ: Environment, start_response: StartResponse) -> Iterable[bytes]:
         environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
@@ -89,8 +97,9 @@ def with_encoding(inner: App) -> App:
 class Faster:
     """Answers with `Detail` for a study that tuner made, and with a script that draws less.
 
-    Optuna's dashboard answers all else. It answers everything from the moment at which an answer of ours fails:
-    another version of it may differ inside in ways that `dashboard_internals.trouble` does not see.
+    Optuna's dashboard answers all else. It answers everything from the moment at which an answer of
+    ours fails: another version of it may differ inside in ways that `dashboard_internals.trouble`
+    does not see.
     """
 
     def __init__(
@@ -155,7 +164,9 @@ class Faster:
 
 
 def preload_study(application: App, study: int) -> None:
-    """Asks for what the study's page asks for, so that whoever opens it need not wait for the study to be read."""
+    """Asks for what the study's page asks for, so that whoever opens it need not wait for the study
+    to be read.
+    """
     for path in (f"/api/studies/{study}", f"/api/studies/{study}/param_importances"):
         environ: Environment = {"PATH_INFO": path, "QUERY_STRING": "after=999999999"}
         wsgiref.util.setup_testing_defaults(environ)
@@ -166,7 +177,9 @@ def preload_study(application: App, study: int) -> None:
 
 
 def keep_preloaded(application: App, study: int, stop_event: threading.Event) -> None:
-    """Reads what has been added, every ten seconds or so, for two per cent of one core at most, until it is `over`."""
+    """Reads what has been added, every ten seconds or so, for two per cent of one core at most,
+    until it is `over`.
+    """
     took = 0.0
     while not stop_event.wait(max(REFRESH_SECONDS, 50 * took)):
         begun = time.monotonic()
@@ -185,7 +198,9 @@ class PlottingArtifactStore(FileSystemArtifactStore):
 
 
 def open_read_only(url: str | None, folder: Path) -> RDBStorage:
-    """The study's database, which must exist, as the database itself lets nobody write: no tables are made, no schema is marked.
+    """The study's database, which must exist, as the database itself lets nobody write.
+
+    No tables are made, no schema is marked.
 
     Raises StorageError.
     """
@@ -239,7 +254,8 @@ def make_server(application: App, port: int) -> wsgiref.simple_server.WSGIServer
         )
     except OSError as error:
         raise StorageError(
-            f"port {port} on 127.0.0.1: {error.strerror}; choose another with --port, or 0 for any free one"
+            f"port {port} on 127.0.0.1: {error.strerror}; choose another with --port, or 0 for "
+            "any free one"
         ) from None
 
 
@@ -257,7 +273,10 @@ def choose_port(preferred: int) -> int:
 
 
 def find_study(studies: Path, name: str | None) -> Path:
-    """A study's folder by name or path; without a name, the one that changed last. Raises DataError."""
+    """A study's folder by name or path; without a name, the one that changed last.
+
+    Raises DataError.
+    """
     made = sorted((p.parent for p in studies.glob("*/space.yaml")), key=lambda p: p.stat().st_mtime)
     if name is None:
         if not made:
@@ -278,7 +297,10 @@ def serve(
     announce: Callable[[str], None],
     token: str | None = None,
 ) -> None:
-    """Serves one study until interrupted. `announce` is told the address of the study's page, which holds the token."""
+    """Serves one study until interrupted.
+
+    `announce` is told the address of the study's page, which holds the token.
+    """
     database = (
         storage.open_storage(url, folder, print) if allow_writes else open_read_only(url, folder)
     )

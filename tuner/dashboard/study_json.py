@@ -1,6 +1,9 @@
-"""A study as the dashboard's page loads it, for thousands of trials: each is put into words once, and not at every look.
+"""A study as the dashboard's page loads it, for thousands of trials.
 
-Optuna's own way reads every value as an object, and searches the notes of all trials for those of each.
+Each is put into words once, and not at every look.
+
+Optuna's own way reads every value as an object, and searches the notes of all trials for those of
+each.
 """
 
 import json
@@ -14,8 +17,12 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.dashboard import dashboard_internals as internals
 from tuner.search import optuna_internals
 
-MAX_CURVES = 500  # up to so many trials the page has all learning curves in one chart; ten thousand take a browser a minute
-MAX_TIMELINE_TRIALS = 1000  # so many trials, the latest, stand in the timeline; it shows a hundred and is as slow as if it showed all
+# up to so many trials the page has all learning curves in one chart; ten thousand take a browser a
+# minute
+MAX_CURVES = 500
+# so many trials, the latest, stand in the timeline; it shows a hundred and is as slow as if it
+# showed all
+MAX_TIMELINE_TRIALS = 1000
 
 Attributes = dict[str, str]  # key -> JSON
 

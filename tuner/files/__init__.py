@@ -1,1 +1,4 @@
-"""Files that are whole or absent: atomic writes, locks, checksums, cache entries, downloads, crash points, removal."""
+"""Files that are whole or absent.
+
+Atomic writes, locks, checksums, cache entries, downloads, crash points, removal.
+"""

@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written beside their place, synced, renamed; locked by the kernel; known by digest."""
+"""Files that are whole or absent.
+
+Written beside their place, synced, renamed; locked by the kernel; known by digest.
+"""
 
 import contextlib
 import errno
@@ -47,9 +50,9 @@ def atomic_path(
 ) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
-    `what` begins the names of its crash points, `need` is the bytes to be written, where they are known. Without `sync` a power
-    cut may tear it. What a killed process left is removed by the next `sweep`. Raises StorageError when the disk is full or the
-    place cannot be written.
+    `what` begins the names of its crash points, `need` is the bytes to be written, where they are
+    known. Without `sync` a power cut may tear it. What a killed process left is removed by the next
+    `sweep`. Raises StorageError when the disk is full or the place cannot be written.
     """
     with disk_errors(path, bytes_needed), _locked_temporary_file(path.parent) as temporary:
         try:
@@ -94,10 +97,13 @@ def _is_same_file(file: IO[Any], path: Path) -> bool:
 def atomic_folder(
     folder: Path, bytes_needed: float | None = None, crash_prefix: str = "folder"
 ) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well; only who holds `folder`'s lock may build it.
+    """A temporary folder that becomes `folder` when the block ends well.
 
-    A killed build leaves a `.tmp` that the next build of the same folder, or `sweep`, removes. `need`: the bytes that it will hold,
-    where they are known; `what` begins the names of its crash points.
+    Only who holds `folder`'s lock may build it.
+
+    A killed build leaves a `.tmp` that the next build of the same folder, or `sweep`, removes.
+    `need`: the bytes that it will hold, where they are known; `what` begins the names of its crash
+    points.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     with disk_errors(folder, bytes_needed):
@@ -119,7 +125,8 @@ def atomic_folder(
 
 @contextlib.contextmanager
 def half_export(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent` for an export that is being written, locked so that `sweep` lets it be.
+    """A new folder in `parent` for an export that is being written, locked so that `sweep` lets it
+    be.
 
     What lies at its name when the block ends goes: a half-written export, or one that was replaced.
     """
@@ -144,7 +151,10 @@ def lock_of_export(folder: Path) -> Path:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Removes what killed processes left in `parent`: half-written files and folders, and locks of what is not there."""
+    """Removes what killed processes left in `parent`.
+
+    Half-written files and folders, and locks of what is not there.
+    """
     sweep_exports(parent)
     for rest in parent.glob(".*.tmp"):
         if removal.is_entry(rest):
@@ -236,7 +246,9 @@ def _holder() -> str:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, bytes_needed: float | None = None) -> Iterator[None]:
-    """Turns a full disk, a quota or a missing permission into a StorageError that names the path, and the bytes where they are known."""
+    """Turns a full disk, a quota or a missing permission into a StorageError that names the path,
+    and the bytes where they are known.
+    """
     try:
         yield
     except StorageError:
@@ -252,7 +264,8 @@ def disk_errors(path: Path, bytes_needed: float | None = None) -> Iterator[None]
                 else ""
             )
             raise StorageError(
-                f"disk full while writing {path} ({needed}{reason}); free some space, such as by `tuner clean`, and run the same command"
+                f"disk full while writing {path} ({needed}{reason}); free some space, such as by "
+                "`tuner clean`, and run the same command"
             ) from error
         if isinstance(error, OSError) and error.errno in (
             errno.EACCES,
@@ -310,6 +323,7 @@ def require_free_space(folder: Path, bytes_needed: float, reason: str) -> None:
     free = shutil.disk_usage(there).free
     if free < bytes_needed:
         raise StorageError(
-            f"disk: {folder} has {free / 1e6:,.0f} MB free, but {bytes_needed / 1e6:,.0f} MB are needed ({reason}); "
+            f"disk: {folder} has {free / 1e6:,.0f} MB free, but {bytes_needed / 1e6:,.0f} MB are "
+            f"needed ({reason}); "
             "free some space, such as by `tuner clean`, or use another disk"
         )

@@ -1,4 +1,8 @@
-"""Entries of the caches: folders whose files are known by their SHA-256, held by who reads them, the least recently used removed first."""
+"""Entries of the caches.
+
+Folders whose files are known by their SHA-256, held by who reads them, the least recently used
+removed first.
+"""
 
 import contextlib
 import fcntl
@@ -24,7 +28,10 @@ _verified_states: dict[
 
 
 class PinnedEntry:
-    """A whole entry that nobody removes while this object lives: the kernel frees its lock, however the process ends."""
+    """A whole entry that nobody removes while this object lives.
+
+    The kernel frees its lock, however the process ends.
+    """
 
     def __init__(self, folder: Path, handle: int) -> None:
         self.folder = folder
@@ -32,7 +39,10 @@ class PinnedEntry:
 
 
 def write_checksums(folder: Path, known_digests: Mapping[str, str] | None = None) -> None:
-    """Vouches for what a folder holds. `known`: the SHA-256 of files that were hashed while they were written."""
+    """Vouches for what a folder holds.
+
+    `known`: the SHA-256 of files that were hashed while they were written.
+    """
     known_digests = known_digests or {}
     names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
     (folder / SUMS).write_text(
@@ -41,7 +51,10 @@ def write_checksums(folder: Path, known_digests: Mapping[str, str] | None = None
 
 
 def open_or_create(folder: Path, create: Callable[[], None]) -> PinnedEntry:
-    """The entry in `folder`, made where there is none, or a damaged one, which is said on stderr; by one process where several ask."""
+    """The entry in `folder`, made where there is none, or a damaged one, which is said on stderr.
+
+    By one process where several ask.
+    """
     held = try_open(folder)
     if held is None:
         with file_lock(lock_path(folder)):
@@ -59,7 +72,9 @@ def open_or_create(folder: Path, create: Callable[[], None]) -> PinnedEntry:
 
 
 def try_open(folder: Path, *, just_written: bool = False) -> PinnedEntry | None:
-    """The entry in `folder`, checked when this process opens it first. None: there is none, or a damaged one.
+    """The entry in `folder`, checked when this process opens it first.
+
+    None: there is none, or a damaged one.
 
     `written`: by this process just now, so that it need not be read again.
     """
@@ -82,7 +97,10 @@ def try_open(folder: Path, *, just_written: bool = False) -> PinnedEntry | None:
 
 
 def find_damage(folder: Path, *, just_written: bool = False) -> str:
-    """What an entry's files lack of what it says of them; '' where nothing. What has not changed since is not read again."""
+    """What an entry's files lack of what it says of them; '' where nothing.
+
+    What has not changed since is not read again.
+    """
     try:
         sums: dict[str, str] = dict(json.loads((folder / SUMS).read_text()))
     except (OSError, ValueError, TypeError):
@@ -149,7 +167,10 @@ def disk_usage(path: Path) -> int:
 
 
 def evict_until_fits(parent: Path, bytes_needed: float, byte_limit: float) -> bool:
-    """Removes the least recently used entries until `need` more bytes fit `limit`. False: what is being read or made leaves no room."""
+    """Removes the least recently used entries until `need` more bytes fit `limit`.
+
+    False: what is being read or made leaves no room.
+    """
     used = disk_usage(parent)
     for entry in list_entries(parent):
         if used + bytes_needed <= byte_limit:
@@ -161,8 +182,11 @@ def evict_until_fits(parent: Path, bytes_needed: float, byte_limit: float) -> bo
 
 
 def make_space(parent: Path, bytes_needed: float) -> None:
-    """Room for an entry that must be made, whatever the disk: what killed processes left goes, and what was not used for long, and what was
-    used least recently until this cache takes no more than half of what the disk has for it."""
+    """Room for an entry that must be made, whatever the disk.
+
+    What killed processes left goes, and what was not used for long, and what was used least
+    recently until this cache takes no more than half of what the disk has for it.
+    """
     remove_leftovers(parent)
     for entry in list_entries(parent):
         if time.time() - entry.stat().st_mtime > UNUSED_DAYS * 86_400:

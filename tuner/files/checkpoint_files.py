@@ -1,4 +1,7 @@
-"""Checkpoint files as the coordinator sees them, which has no torch: their names, their digests, and which of them stay."""
+"""Checkpoint files as the coordinator sees them, which has no torch.
+
+Their names, their digests, and which of them stay.
+"""
 
 import contextlib
 import hashlib
@@ -15,7 +18,10 @@ Rank = tuple[float, int, int]
 
 
 def checkpoint_name(what: str, content: bytes) -> str:
-    """A file's name vouches for its content: `000012-<SHA-256>.safetensors`, `best-<SHA-256>.safetensors`."""
+    """A file's name vouches for its content.
+
+    `000012-<SHA-256>.safetensors`, `best-<SHA-256>.safetensors`.
+    """
     return f"{what}-{hashlib.sha256(content).hexdigest()}.safetensors"
 
 
@@ -37,7 +43,10 @@ def find_best_weights(folder: Path) -> Path | None:
 
 
 def read_verified(path: Path) -> bytes | None:
-    """A file's content; None where it is not what its name vouches for, is gone or cannot be read."""
+    """A file's content.
+
+    None where it is not what its name vouches for, is gone or cannot be read.
+    """
     try:
         content = path.read_bytes()
     except OSError:
@@ -47,8 +56,10 @@ def read_verified(path: Path) -> bytes | None:
 
 
 class CheckpointRetention:
-    """Which trials' files stay under `folder`, one folder a draw: a trial that is to go on keeps all, the best `count` of those that
-    completed keep their best epoch's weights, the others nothing. Only the coordinator removes."""
+    """Which trials' files stay under `folder`, one folder a draw: a trial that is to go on keeps
+    all, the best `count` of those that completed keep their best epoch's weights, the others
+    nothing. Only the coordinator removes.
+    """
 
     def __init__(self, folder: Path | None, count: int) -> None:
         self.folder, self.max_kept = folder, count
@@ -62,7 +73,10 @@ class CheckpointRetention:
         return find_best_weights(self.folder / str(proposal)) if self.folder is not None else None
 
     def take_over(self, ended: Mapping[int, Rank | None]) -> None:
-        """Takes over what an earlier coordinator left; `ended` has every draw that is over, with its rank where it completed."""
+        """Takes over what an earlier coordinator left.
+
+        `ended` has every draw that is over, with its rank where it completed.
+        """
         self.ranks = dict(
             sorted(((d, r) for d, r in ended.items() if r is not None), key=lambda item: item[1])[
                 : self.max_kept
@@ -112,7 +126,10 @@ def remove_paths(paths: Iterable[Path]) -> None:
 
 
 def place_of(export: Path) -> Path:
-    """Where the checkpoints of the training for an export lie: in its study's folder, else beside it, hidden and with its name."""
+    """Where the checkpoints of the training for an export lie.
+
+    In its study's folder, else beside it, hidden and with its name.
+    """
     if removal.is_study(export.parent):
         return export.parent / CHECKPOINTS_FOLDER / export.name
     return export.with_name(f".{export.name}.checkpoints")

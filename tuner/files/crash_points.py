@@ -1,10 +1,14 @@
-"""Named places at which a process can be told to die, so that each can be tested: TUNER_CRASH_AT=file.renamed."""
+"""Named places at which a process can be told to die, so that each can be tested.
+
+TUNER_CRASH_AT=file.renamed.
+"""
 
 import os
 
 ENVIRONMENT_VARIABLE = "TUNER_CRASH_AT"
 CRASH_POINTS = (
-    # files.atomic_path: a study's YAML (file), what computing costs (note), a download, the digests of downloads (pins), a checkpoint
+    # files.atomic_path: a study's YAML (file), what computing costs (note), a download, the digests
+    # of downloads (pins), a checkpoint
     *(
         f"{what}.{step}"
         for what in ("file", "note", "download", "pins", "checkpoint")
@@ -34,7 +38,9 @@ CRASH_POINTS = (
 
 
 def crash_point(point: str) -> None:
-    """Ends the process here, as SIGKILL would, where TUNER_CRASH_AT names this point (or, with `:n` behind it, at the nth passing)."""
+    """Ends the process here, as SIGKILL would, where TUNER_CRASH_AT names this point (or, with `:n`
+    behind it, at the nth passing).
+    """
     wanted, _, count = os.environ.get(ENVIRONMENT_VARIABLE, "").partition(":")
     if wanted != point:
         return

@@ -33,7 +33,8 @@ def download(
 ) -> None:
     """The file behind `url`, whole at `path` or not at all; its digest must begin with `begin`.
 
-    Raises DataError that says how to place the file by hand, StorageError when it cannot be written.
+    Raises DataError that says how to place the file by hand, StorageError when it cannot be
+    written.
     """
     if DOWNLOADS_FORBIDDEN.get():
         raise DataError(f"{label}: {path} is not there yet; `tuner run` downloads it from {url}")
@@ -49,7 +50,8 @@ def download(
             digest = _save_body(answer, temporary, algorithm)
             if not digest.startswith(digest_prefix):
                 raise DataError(
-                    f"{label}: {url} has {name} {digest}, expected {digest_prefix}…; nothing was kept; {by_hand}"
+                    f"{label}: {url} has {name} {digest}, expected {digest_prefix}…; nothing was "
+                    f"kept; {by_hand}"
                 )
     except urllib.error.HTTPError as error:
         error.close()  # it holds the connection
@@ -62,7 +64,10 @@ def download(
 
 
 def _save_body(answer: http.client.HTTPResponse, path: Path, algorithm: str) -> str:
-    """Writes the answer's body and returns its digest. Raises OSError when the connection ended early."""
+    """Writes the answer's body and returns its digest.
+
+    Raises OSError when the connection ended early.
+    """
     seen, size = hashlib.new(algorithm, usedforsecurity=False), 0
     with open(path, "wb") as file:
         while chunk := answer.read(1 << 20):

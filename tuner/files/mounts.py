@@ -1,4 +1,7 @@
-"""What kind of file system a folder lies on: SQLite's locks and shared memory work on local ones only."""
+"""What kind of file system a folder lies on.
+
+SQLite's locks and shared memory work on local ones only.
+"""
 
 import re
 import subprocess
@@ -38,7 +41,10 @@ def kind_of(folder: Path) -> str | None:
 
 
 def networked(kind: str | None) -> bool | None:
-    """Whether a file system of this name is shared by machines; None where its name does not tell."""
+    """Whether a file system of this name is shared by machines.
+
+    None where its name does not tell.
+    """
     if kind is None:
         return None
     family, _, name = kind.partition(".")
@@ -48,7 +54,10 @@ def networked(kind: str | None) -> bool | None:
 
 
 def _mounted() -> dict[Path, str]:
-    """Where which file system is mounted; of several in one place the last, which hides the others."""
+    """Where which file system is mounted.
+
+    Of several in one place the last, which hides the others.
+    """
     try:
         lines = MOUNTS.read_text(errors="surrogateescape").splitlines()
     except OSError:

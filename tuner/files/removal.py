@@ -1,7 +1,10 @@
-"""The one place that removes: tuner removes only what it made, and knows it by a mark that it left there.
+"""The one place that removes.
 
-A mark is a name that nobody else gives (a digest, or random characters between fixed ones), the manifest of an export, the digests
-of a cache's entry, or the first line of a file that tuner wrote. What has no mark stays, whatever folder it lies in.
+Tuner removes only what it made, and knows it by a mark that it left there.
+
+A mark is a name that nobody else gives (a digest, or random characters between fixed ones), the
+manifest of an export, the digests of a cache's entry, or the first line of a file that tuner wrote.
+What has no mark stays, whatever folder it lies in.
 """
 
 import atexit
@@ -70,7 +73,10 @@ def remove_dangling(link: Path) -> None:
 
 
 def put(new: Path, place: Path) -> None:
-    """Gives a finished file or folder its name. A folder that is not empty is never replaced: the system refuses that."""
+    """Gives a finished file or folder its name.
+
+    A folder that is not empty is never replaced: the system refuses that.
+    """
     os.replace(new, place)
 
 
@@ -114,7 +120,9 @@ def remove_entry(folder: Path) -> None:
 
 
 def remove_checkpoints(folder: Path, keep: Path | None = None) -> None:
-    """Removes the checkpoints of one training but for `keep`, and the folder where nothing else is in it."""
+    """Removes the checkpoints of one training but for `keep`, and the folder where nothing else is
+    in it.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in folder.iterdir():
@@ -143,7 +151,10 @@ def remove_empty(folder: Path) -> None:
 
 
 def files_of_export(folder: Path) -> set[str] | None:
-    """The names of the files that an export's manifest vouches for, itself among them; None where `folder` is no export."""
+    """The names of the files that an export's manifest vouches for, itself among them.
+
+    None where `folder` is no export.
+    """
     manifest = _json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not {"tuner", "run_digest", "files"} <= manifest.keys():
         return None
@@ -158,7 +169,10 @@ def is_whole_export(folder: Path) -> bool:
 
 
 def strangers(folder: Path) -> list[str]:
-    """What lies in `folder` and is of no export of tuner's; in a folder that is no export, everything."""
+    """What lies in `folder` and is of no export of tuner's.
+
+    In a folder that is no export, everything.
+    """
     names = files_of_export(folder)
     if names is None:
         return sorted(path.name for path in folder.iterdir())
@@ -175,7 +189,9 @@ def strangers(folder: Path) -> list[str]:
 
 
 def remove_export(folder: Path) -> None:
-    """Removes the files that an export's manifest vouches for, itself last, and the folder where nothing else is in it."""
+    """Removes the files that an export's manifest vouches for, itself last, and the folder where
+    nothing else is in it.
+    """
     names = files_of_export(folder)
     if names is None or folder.is_symlink():
         return
@@ -205,7 +221,9 @@ def remove_half_export(folder: Path) -> None:
 
 
 def require_target(folder: Path, instead: str) -> None:
-    """Raises StorageError, saying what to do `instead`, unless an export may be put at `folder` without the loss of anything."""
+    """Raises StorageError, saying what to do `instead`, unless an export may be put at `folder`
+    without the loss of anything.
+    """
     if os.path.lexists(folder) and not folder.is_dir():
         raise StorageError(f"{folder} is no folder, and an export is one; {instead}")
     here, place = Path.cwd(), folder.resolve()
@@ -226,9 +244,12 @@ def require_target(folder: Path, instead: str) -> None:
 
 
 def take_place(new: Path, folder: Path) -> Path | None:
-    """Puts a finished export at `folder`; returns where an older one lies now. Raises StorageError where that was none of tuner's.
+    """Puts a finished export at `folder`; returns where an older one lies now.
 
-    Where the system can exchange two folders, whoever reads finds one export or the other at every moment.
+    Raises StorageError where that was none of tuner's.
+
+    Where the system can exchange two folders, whoever reads finds one export or the other at every
+    moment.
     """
     instead = "move these away and run the same command"
     require_target(folder, instead)
@@ -258,7 +279,10 @@ def older(folder: Path) -> Path:
 
 
 def recover_older(folder: Path) -> None:
-    """Ends what a killed process began: an older export that was moved away comes back where there is no newer one, else it goes."""
+    """Ends what a killed process began.
+
+    An older export that was moved away comes back where there is no newer one, else it goes.
+    """
     old = older(folder)
     if files_of_export(old) is not None:
         if os.path.lexists(folder):
@@ -286,7 +310,10 @@ def exchanged(one: Path, other: Path) -> bool:
 
 
 def arriving(folder: Path, token: str) -> Path:
-    """Where a folder's files wait until all of them have arrived; `token`: at least eight hexadecimal digits."""
+    """Where a folder's files wait until all of them have arrived.
+
+    `token`: at least eight hexadecimal digits.
+    """
     return folder.with_name(f".{folder.name}.{token[:8]}.arriving")
 
 
@@ -299,7 +326,10 @@ def remove_arriving(folder: Path) -> None:
 
 
 def clear(folder: Path) -> list[str]:
-    """Removes what tuner left at `folder` for an earlier attempt of a job; returns what else is there."""
+    """Removes what tuner left at `folder` for an earlier attempt of a job.
+
+    Returns what else is there.
+    """
     remove_arriving(folder)
     remove_checkpoints(folder)
     if files_of_export(folder) is not None:
@@ -320,7 +350,9 @@ def is_generated(path: Path) -> bool:
 
 
 def require_own(folder: Path) -> None:
-    """Raises StorageError where a study in `folder` would write over a space.yaml or best.yaml that tuner did not write."""
+    """Raises StorageError where a study in `folder` would write over a space.yaml or best.yaml that
+    tuner did not write.
+    """
     for name, header in HEADERS.items():
         if (folder / name).exists() and not is_generated(folder / name):
             raise StorageError(
@@ -381,7 +413,9 @@ def remove_of_study(path: Path) -> None:
 
 
 def remove_study(folder: Path) -> None:
-    """Removes what tuner made of a study's folder, what says that it is a study last, and the folder where nothing else is in it."""
+    """Removes what tuner made of a study's folder, what says that it is a study last, and the
+    folder where nothing else is in it.
+    """
     for path in sorted(folder.iterdir(), key=lambda p: p.name in HEADERS):
         remove_of_study(path)
     remove_empty(folder)
