@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="tuner",
-    help="Hyperparameter search for fine-tuning pretrained models: YAML and labelled data in, the best model out, retrained, tested, exported and verified.",
+    help=(
+        "Hyperparameter search for fine-tuning pretrained models: YAML and labelled data in, "
+        "the best model out, retrained, tested, exported and verified."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,10 +59,10 @@ def run(
     """Search, retrain the best, test it, export it. The same command continues a study."""
     from tuner.commands.run import run_study
 
-    space, places, console = open_space(file, overrides, studies, quiet, json_)
-    server = start_dashboard(space, places, port, console) if dashboard else None
+    space, folders, console = open_space(file, overrides, studies, quiet, json_)
+    server = start_dashboard(space, folders, port, console) if dashboard else None
     try:
-        console.print_summary(run_study(space, places, console))
+        console.print_summary(run_study(space, folders, console))
     finally:
         if server is not None:
             server.terminate()
@@ -96,8 +99,8 @@ def check(
     from tuner.commands.session import open_session
     from tuner.config.space import dump_yaml
 
-    space, places, console = open_space(file, overrides, Path("studies"), False, False)
-    with open_session(space, places, console, engine="inline") as s:
+    space, folders, console = open_space(file, overrides, Path("studies"), False, False)
+    with open_session(space, folders, console, engine="inline") as s:
         survey = s.survey_models()
         facts = s.inspect_data(allow_downloads=False)
     if print_:
@@ -107,10 +110,8 @@ def check(
     depths = ", ".join(
         f"{name} freeze depth 0..{depth}" for name, depth in survey.max_depths.items()
     )
-    typer.echo(
-        f"ok: {len(space.dimensions)} searched keys; {sizes} examples of {len(facts.classes)} "
-        f"classes; {depths}"
-    )
+    examples = f"{sizes} examples of {len(facts.classes)} classes"
+    typer.echo(f"ok: {len(space.dimensions)} searched keys; {examples}; {depths}")
 
 
 @app.command(cls=Command)
@@ -132,7 +133,7 @@ def train(
     from tuner.commands.session import INSTEAD, open_session, study_name
     from tuner.files.removal import require_target
 
-    space, places, console = open_space(file, overrides, studies, quiet, json_)
+    space, folders, console = open_space(file, overrides, studies, quiet, json_)
     if space.dimensions:
         names = ", ".join(d.name for d in space.dimensions)
         raise SpaceError(
@@ -141,9 +142,9 @@ def train(
         )
     folder = out or studies / study_name(space) / "train"
     require_target(folder, INSTEAD)
-    with open_session(space, places, console) as s:
+    with open_session(space, folders, console) as s:
         s.survey_models()
-        check_free_space(places, s.inspect_data())
+        check_free_space(folders, s.inspect_data())
         chosen = space.sample(None, seed=space.settings.search.seed)
         published = s.finalize(chosen, folder, space.settings.export, -1, {})
     show_published(console, published)
@@ -288,13 +289,11 @@ def models(
         return
     from tuner.training.model_summary import summarize_model
 
-    found = summarize_model(name)
-    typer.echo(
-        f"{name}: {found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.3f} GFLOPs a "
-        f"{found.example} (1000 classes)"
-    )
+    summary = summarize_model(name)
+    size = f"{summary.parameters / 1e6:.2f} M parameters, {summary.flops / 1e9:.3f} GFLOPs"
+    typer.echo(f"{name}: {size} a {summary.example} (1000 classes)")
     typer.echo("depth  frozen up to    parameters  FLOPs")
-    for d in found.depths:
+    for d in summary.depths:
         typer.echo(f"{d.depth:>5}  {d.stage:<14}  {d.parameters:>9.1%}  {d.flops:>5.1%}")
 
 
@@ -334,26 +333,23 @@ def open_space(
 def start_dashboard(
     space: "Space", folders: "Folders", port: int, console: "Console"
 ) -> "subprocess.Popen[bytes]":
-    """A process of its own: a dashboard that fails must not take the search with it.
-
-    It waits for the study to appear.
-    """
+    """Starts the dashboard as its own process, so that its failure does not end the search."""
     from tuner.commands.session import study_name
     from tuner.dashboard import background
     from tuner.dashboard import server as serving
     from tuner.dashboard.guard import new_token
 
-    found = serving.choose_port(port)
-    if port not in (0, found):
-        console.warn(f"port {port} on 127.0.0.1 is taken; the dashboard is on {found}")
+    free_port = serving.choose_port(port)
+    if port not in (0, free_port):
+        console.warn(f"port {port} on 127.0.0.1 is taken; the dashboard is on {free_port}")
     token = new_token()
-    page = serving.address(found, "", token)
+    page = serving.address(free_port, "", token)
     console.emit_event("dashboard", url=page)
     if console.mode == "quiet":  # nobody can guess the address
         typer.echo(page)
     console.print_line(f"browse {page} while the search runs")
     url = space.settings.storage or ""
-    return background.start_process(study_name(space), folders.studies, found, url, token)
+    return background.start_process(study_name(space), folders.studies, free_port, url, token)
 
 
 def main() -> NoReturn:
@@ -363,9 +359,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal without UTF-8 shows ? where it must, and nothing breaks
+        # a terminal without UTF-8 shows ? where it must, and nothing breaks
+        sys.stdout.reconfigure(errors="replace")
     code = 0
     try:
         app()  # ends by SystemExit, with 2 for a usage error
@@ -382,11 +377,8 @@ def main() -> NoReturn:
 
 def refuse_windows() -> int:
     link = "https://learn.microsoft.com/windows/wsl/install"
-    print(
-        f"tuner: error: tuner runs on Linux and macOS; on Windows use WSL2 ({link}) and install "
-        "it there",
-        file=sys.stderr,
-    )
+    hint = f"on Windows use WSL2 ({link}) and install it there"
+    print(f"tuner: error: tuner runs on Linux and macOS; {hint}", file=sys.stderr)
     return SpaceError.code
 
 
@@ -401,6 +393,6 @@ def print_error(error: TunerError, debug: bool) -> int:
 def report_bug(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    said = f"{type(error).__name__}: {error}; run again with --debug and report what it prints"
-    print(f"tuner: error: a bug in tuner: {said}", file=sys.stderr)
+    problem = f"{type(error).__name__}: {error}; run again with --debug and report what it prints"
+    print(f"tuner: error: a bug in tuner: {problem}", file=sys.stderr)
     return 1

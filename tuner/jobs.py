@@ -9,7 +9,10 @@ from tuner.config.run import EngineSettings, parse_duration
 from tuner.errors import TunerError
 
 Stall = float | Literal["auto"] | None
-"""Seconds without a report after which a job is given up; auto: by the pace of its own reports; None: never."""
+"""Seconds without a report after which a job is given up.
+
+auto: by the pace of the job's own reports. None: never.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,11 @@ class Job:
 LossCause = Literal["", "memory", "died", "silent", "stalled", "node", "interrupted"]
 """Why a job was lost.
 
-memory: its worker was ended as by a memory limit (SIGKILL that nobody here sent, or Ray says so). died: it ended in
-another way. silent, stalled: it was given up, because it showed no sign of life, or no progress. node: its node is
-gone. interrupted: the coordinator ended it because the search stops.
+memory: its worker was ended as by a memory limit (SIGKILL that nobody here sent, or Ray says so).
+died: its worker ended in another way.
+silent, stalled: the engine gave it up, because it showed no sign of life, or no progress.
+node: its node has failed.
+interrupted: the coordinator ended it because the search stops.
 """
 
 

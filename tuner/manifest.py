@@ -131,10 +131,11 @@ def format_model_card(m: Mapping[str, Any]) -> str:
     """MODEL_CARD.md: what the model is, how it was found, how well it does, how to call it."""
     run, metric = m["run"], m["metric"]
     recipe = run["recipe"]
+    valid, test = m["scores"]["valid"], m["scores"]["test"]
     scores = "\n".join(
-        f"| {name.replace('_', ' ')} | {_format_score(m['scores']['valid'].get(name))} | "
-        f"{_format_score(m['scores']['test'].get(name))} |"
-        for name in m["scores"]["test"]
+        f"| {name.replace('_', ' ')} | {_format_score(valid.get(name))} "
+        f"| {_format_score(test.get(name))} |"
+        for name in test
     )
     exports = "\n".join(
         f"| {e['file']} | {name} | {e['largest_difference']:.1e} | {e['milliseconds']:g} |"
@@ -142,16 +143,29 @@ def format_model_card(m: Mapping[str, Any]) -> str:
     )
     listed = ", ".join(m["classes"][:50]) + (" …" if len(m["classes"]) > 50 else "")
     classes = f", {len(m['classes'])} classes: {listed}" if m["classes"] else ""
-    return f"""# {run["model"]["name"]} fine-tuned on {run["data"].get("path") or run["data"]["name"]}
+    model, examples = run["model"], m["examples"]
+    weights = model.get("weights", "the model's own")
+    data_name = run["data"].get("path") or run["data"]["name"]
+    described_recipe = (
+        f"{recipe['optimizer']}, lr {recipe['lr']:g}, momentum {recipe['momentum']:g}, "
+        f"freeze depth {recipe['freeze_depth']}, "
+        f"{recipe['stop_epoch'] or recipe['epochs']} epochs, "
+        f"batch {recipe['batch_size']}, learnt from {recipe['fit']}"
+    )
+    described_data = (
+        f"{examples['train']} training, {examples['valid']} validation, {examples['test']} test"
+    )
+    study = f"study `{m['study']}` (trial {m['trial']})"
+    return f"""# {model["name"]} fine-tuned on {data_name}
 
-Found by `tuner` {m["tuner"]} in study `{m["study"]}` (trial {m["trial"]}), searched for {metric.replace("_", " ")}.
+Found by `tuner` {m["tuner"]} in {study}, searched for {metric.replace("_", " ")}.
 
 | | |
 |---|---|
 | task | {run["task"]["name"].replace("_", " ")}{classes} |
-| model | {run["model"]["name"]}, {m["parameters"]:,} parameters, weights: {run["model"].get("weights", "the model's own")} |
-| data | {m["examples"]["train"]} training, {m["examples"]["valid"]} validation, {m["examples"]["test"]} test examples |
-| recipe | {recipe["optimizer"]}, lr {recipe["lr"]:g}, momentum {recipe["momentum"]:g}, freeze depth {recipe["freeze_depth"]}, {recipe["stop_epoch"] or recipe["epochs"]} epochs, batch {recipe["batch_size"]}, learnt from {recipe["fit"]} |
+| model | {model["name"]}, {m["parameters"]:,} parameters, weights: {weights} |
+| data | {described_data} examples |
+| recipe | {described_recipe} |
 
 ## Scores
 
@@ -179,7 +193,8 @@ def _format_usage(m: Mapping[str, Any]) -> str:
         )
     fits = {
         "crop": f"shorter side resized to {p['resize']} ({p['interpolation']}), centre crop",
-        "letterbox": f"longer side resized to {p['size']} ({p['interpolation']}), the rest grey (114), centred",
+        "letterbox": f"longer side resized to {p['size']} ({p['interpolation']}), "
+        "the rest grey (114), centred",
     }
     return (
         f"Input: RGB in 0..1, float32, batch x 3 x {p['size']} x {p['size']}: {fits[p['fit']]}. "

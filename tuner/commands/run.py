@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, Trial
 
 from tuner import manifest
+from tuner.commands.combined_listener import CombinedListener
 from tuner.commands.console import Console
 from tuner.commands.progress import Progress
 from tuner.commands.session import (
@@ -34,12 +34,11 @@ from tuner.files.atomic import remove_leftovers, require_free_space
 from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER, CheckpointRetention
 from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.manifest import PublishedExport
-from tuner.messages import DatasetReport, Epoch, TrialResult
+from tuner.messages import DatasetReport
 from tuner.search import history, leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.optuna_internals import study_id_of
 from tuner.search.pruners import PRUNERS
-from tuner.search.running_trial import RunningTrial
 from tuner.search.study_identity import defaulted_keys, identity
 
 # bytes that must be free beside what is written, for the database and the cache's small things
@@ -243,22 +242,6 @@ def max_epochs(space: Space) -> int:
     path = ("recipe", "epochs")
     domain = next((d.domain for d in space.dimensions if d.path == path), None)
     return int(space.values[path] if domain is None else domain.highest)
-
-
-class CombinedListener:
-    """A `SearchListener` that passes events to the console and results to the dashboard's files."""
-
-    def __init__(self, console: Console, artifacts: ArtifactWriter) -> None:
-        self.console, self.artifacts = console, artifacts
-
-    def on_epoch(self, running: RunningTrial, epoch: Epoch) -> None:
-        self.console.on_epoch(running.trial.number, running.run.recipe.epochs, epoch)
-
-    def on_trial_end(self, trial: FrozenTrial, run: Run, result: TrialResult | None) -> None:
-        self.console.on_trial_end(trial, run, result)
-
-    def save_artifacts(self, trial: Trial, run: Run, result: TrialResult) -> None:
-        self.artifacts.save_artifacts(trial, run, result)
 
 
 def progress_of(coordinator: Coordinator) -> Progress:

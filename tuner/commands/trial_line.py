@@ -64,7 +64,11 @@ class TrialLineFormatter:
     ) -> str:
         epochs = max(trial.intermediate_values, default=0)
         star = "★" if best and best[1] == trial.number else " "
-        ended = f"ep {epochs:>{self.epoch_width}}/{run.recipe.epochs:<{self.epoch_width}} {format_duration(seconds):<5}{describe_end(trial)}"
+        width = self.epoch_width
+        ended = (
+            f"ep {epochs:>{width}}/{run.recipe.epochs:<{width}} "
+            f"{format_duration(seconds):<5}{describe_end(trial)}"
+        )
         parts = [
             f"#{trial.number:<{self.number_width - 1}}",
             self.format_score(reached_score(trial)),

@@ -23,24 +23,24 @@ def find_url_problems(url: str) -> list[str]:
     Never with its password.
     """
     unset = [name for name in VARIABLE_PATTERN.findall(url) if not os.environ.get(name)]
-    found = [
+    problems = [
         f"${{{name}}} is not set; export {name}=… before the command"
         for name in dict.fromkeys(unset)
     ]
     if url.startswith("postgres://"):
-        found.append("the scheme is called postgresql://, not postgres://")
+        problems.append("the scheme is called postgresql://, not postgres://")
     if url.startswith("sqlite:") and not sqlite_path(url):
-        found.append(
+        problems.append(
             "a database in memory ends with its process; leave storage out, or name a file as "
             "sqlite:///study.db"
         )
     match = URL_PATTERN.fullmatch(url)
     if match and "@" in re.split(r"[/?]", match["rest"], maxsplit=1)[0]:
-        found.append(
+        problems.append(
             "an @ in a user's name or password is written %40; better, write ${NAME} and set that "
             "variable"
         )
-    return found
+    return problems
 
 
 def expand_variables(url: str) -> str:
@@ -52,12 +52,14 @@ def expand_variables(url: str) -> str:
     if match is None or match["user"] is None:
         return substitute_variables(url, os.environ)
     quoted = {name: quote(value, safe="") for name, value in os.environ.items()}
-    user, word = substitute_variables(match["user"], quoted), match["password"]
-    return f"{match['begin']}{user}{'' if word is None else ':' + substitute_variables(word, quoted)}@{substitute_variables(match['rest'], os.environ)}"
+    credentials = substitute_variables(match["user"], quoted)
+    if match["password"] is not None:
+        credentials += ":" + substitute_variables(match["password"], quoted)
+    return f"{match['begin']}{credentials}@{substitute_variables(match['rest'], os.environ)}"
 
 
 def substitute_variables(text: str, values: Mapping[str, str]) -> str:
-    return VARIABLE_PATTERN.sub(lambda found: values.get(found[1], ""), text)
+    return VARIABLE_PATTERN.sub(lambda match: values.get(match[1], ""), text)
 
 
 def without_password(url: str) -> str:
@@ -68,22 +70,25 @@ def without_password(url: str) -> str:
     match = URL_PATTERN.fullmatch(url)
     if match is None:
         return url
-    word, rest = match["password"], match["rest"]
-    place, _, query = rest.partition("?")
-    words = [
-        part
-        for part in query.split("&")
-        if part
-        and not (
-            part.partition("=")[0] in PASSWORD_PARAMETERS and _is_literal(part.partition("=")[2])
-        )
+    server, _, query = match["rest"].partition("?")
+    parameters = [
+        parameter
+        for parameter in query.split("&")
+        if parameter and not _is_literal(_password_of(parameter))
     ]
-    user = (
-        ""
-        if match["user"] is None
-        else match["user"] + (f":{word}" if word and not _is_literal(word) else "") + "@"
-    )
-    return f"{match['begin']}{user}{place}{'?' + '&'.join(words) if words else ''}"
+    credentials = ""
+    if match["user"] is not None:
+        shows_password = bool(match["password"]) and not _is_literal(match["password"])
+        password = f":{match['password']}" if shows_password else ""
+        credentials = f"{match['user']}{password}@"
+    shown_query = "?" + "&".join(parameters) if parameters else ""
+    return f"{match['begin']}{credentials}{server}{shown_query}"
+
+
+def _password_of(parameter: str) -> str:
+    """The value of a query's `name=value` where the name is a password's; else ''."""
+    name, _, value = parameter.partition("=")
+    return value if name in PASSWORD_PARAMETERS else ""
 
 
 def _is_literal(word: str) -> bool:
@@ -95,8 +100,8 @@ def literal_password(url: str) -> str | None:
 
     None where it leaves that to a variable, PGPASSWORD or ~/.pgpass.
     """
-    found = find_passwords(url)
-    return unquote(found[0]) if found and without_password(url) != url else None
+    passwords = find_passwords(url)
+    return unquote(passwords[0]) if passwords and without_password(url) != url else None
 
 
 def find_passwords(url: str) -> list[str]:
@@ -104,15 +109,8 @@ def find_passwords(url: str) -> list[str]:
     if match is None:
         return []
     query = match["rest"].partition("?")[2].split("&")
-    found = [
-        match["password"] or "",
-        *(
-            part.partition("=")[2]
-            for part in query
-            if part.partition("=")[0] in PASSWORD_PARAMETERS
-        ),
-    ]
-    return [word for word in found if word]
+    passwords = [match["password"] or "", *map(_password_of, query)]
+    return [password for password in passwords if password]
 
 
 def hide_passwords(text: str, url: str) -> str:

@@ -1,4 +1,4 @@
-"""A space in the making: what has been read so far, and every problem found on the way."""
+"""A space that is being read: what has been read so far, and every problem."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +14,18 @@ from tuner.config.yaml_document import COMMAND_LINE, Document, format_key_path
 
 @dataclass
 class Draft:
-    """`fields` holds every key the file may have so far.
+    """The shared state of one reading of a space file.
 
-    `values` those that are sound, searched ones at their default.
+    Five modules fill one draft, each its own part: `parsing` (sections and plug-ins),
+    `section_keys` (values, choices and ranges), `settings` (search, engine, storage, export),
+    `conditions` (`when`) and `fields` through the methods below (one value against its field). None
+    of them raises at a problem: each adds it to `problems` and goes on, so that the user sees every
+    problem of the file at once. `parsing.parse_space` makes the draft, calls the other modules, and
+    builds the Space at the end if there was no problem.
+
+    `fields`: every key that the file may have, as far as the plug-ins are known. `values`: the
+    value of each key that has no problem; a searched key has its default. `domains`: the range or
+    choice of each searched key. `conditions`: each `when` as it is written.
     """
 
     document: Document
@@ -30,7 +39,9 @@ class Draft:
         self.problems.append(self.document.format_problem(path, what))
 
     def add_invalid_value(self, path: Sequence[str | int], error: InvalidValue) -> None:
-        """A value that its field does not take, with how to write it as text where that helps."""
+        """Adds the problem of a value that its field does not take; says how to quote it if text is
+        meant.
+        """
         hint = ""
         if error.text is not None and self.document.location(path) == COMMAND_LINE:
             key = [part for part in path if isinstance(part, str)]
@@ -42,7 +53,7 @@ class Draft:
         self.add_problem(path, f"{error}{hint}")
 
     def set_fixed(self, path: KeyPath, field: FieldInfo, value: Any) -> None:
-        """The key has this one value, if its field takes it."""
+        """Gives the key this one value, if its field takes it."""
         self.fields[path] = field
         try:
             self.values[path] = fields.convert_value(field, value)
@@ -50,7 +61,7 @@ class Draft:
             self.add_invalid_value(path, error)
 
     def defaults(self) -> dict[KeyPath, Any]:
-        """Each key's default as its plug-in or schema has it, of the keys that have one."""
+        """The default of each key that has one, as its plug-in or schema states it."""
         return {
             path: field.get_default(call_default_factory=True)
             for path, field in self.fields.items()
@@ -58,7 +69,7 @@ class Draft:
         }
 
     def set_searched(self, path: KeyPath, field: FieldInfo, domain: Range | Choice) -> None:
-        """The key is searched; its default is the field's, brought into the leaf."""
+        """Makes the key a searched one; its default is the nearest value in its domain."""
         self.domains[path] = domain
         self.values[path] = domain.nearest_value(
             None if field.is_required() else field.get_default(call_default_factory=True)

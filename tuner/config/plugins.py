@@ -321,7 +321,10 @@ def load_plugin(kind: str, name: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:  # whatever the user's module raises is theirs to read
         first = str(error).strip().partition("\n")[0]
         missing = isinstance(error, ModuleNotFoundError) and not _with_folder.get()
-        hint = "; the current folder is not searched: set PYTHONPATH to the module's folder, or install it"
+        hint = (
+            "; the current folder is not searched: set PYTHONPATH to the module's folder, "
+            "or install it"
+        )
         raise SpaceError(
             f"{name!r}: importing {module_name} failed ({type(error).__name__}: {first})"
             f"{hint if missing else ''}"

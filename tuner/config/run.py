@@ -87,7 +87,8 @@ class SplitOptions(Section):
         1,
         ge=1,
         le=20,
-        description="cross-validation: a trial is trained so often, each time with another part of train and valid held out",
+        description="cross-validation: a trial is trained so often, "
+        "each time with another part of train and valid held out",
     )
     fold: int = Field(
         0, ge=0, le=19, description="which of the folds validates, where one is trained alone"
@@ -190,7 +191,8 @@ class SearchSettings(Section):
     )
     retrain: bool = Field(
         True,
-        description="retrain the best on train and validation before it is tested and exported; false: as its trial left it",
+        description="retrain the best on train and validation before it is tested and exported; "
+        "false: as its trial left it",
     )
     grace: Annotated[str, AfterValidator(_check_duration)] = Field(
         "8s",
@@ -248,7 +250,8 @@ class EngineSettings(Section):
     name: str = Field("local", description="inline, local, ray")
     workers: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = Field(
         "auto",
-        description="auto: per_gpu for each GPU, or one on the CPU; ray: as many as the cluster has room for",
+        description="auto: per_gpu for each GPU, or one on the CPU; "
+        "ray: as many as the cluster has room for",
     )
     gpus: Annotated[int | list[int] | None, AfterValidator(_check_gpus)] = Field(
         None, description="how many of a machine's GPUs, or a list of their numbers; null: all"

@@ -20,7 +20,7 @@ MAX_NAME_BYTES = 255  # bytes, of a folder's name
 
 
 def read_settings(draft: Draft) -> Settings | None:
-    """None when something is wrong with them."""
+    """The settings; None if there is a problem with them."""
     before = len(draft.problems)
     read_plain_section(draft, "search", SearchSettings)
     read_plain_section(draft, "engine", EngineSettings)
@@ -71,8 +71,10 @@ def read_plain_section(
 
 
 def check_gpu_sharing(draft: Draft) -> None:
-    """`gpus` and `per_gpu` say nothing where the device is no GPU, or one by its number, or where a
-    cluster deals them out.
+    """Checks that `gpus` and `per_gpu` have a meaning for this device and engine.
+
+    They have none where the device is no GPU or is one GPU by its number, and none where a cluster
+    assigns the GPUs.
     """
     name, device, gpus, share = (
         draft.values.get(("engine", key)) for key in ("name", "device", "gpus", "per_gpu")
@@ -97,7 +99,7 @@ def check_gpu_sharing(draft: Draft) -> None:
 
 
 def check_plugin(draft: Draft, what: str, path: tuple[str | int, ...], name: Any) -> None:
-    """Whether a plug-in is there: a built-in one by its file, the user's own by importing it."""
+    """Checks that a plug-in exists: a built-in one by its file, the user's own by importing it."""
     names = plugins.list_names(what)
     if not isinstance(name, str) or (":" not in name and name not in names):
         draft.add_problem(
@@ -115,7 +117,7 @@ def check_plugin(draft: Draft, what: str, path: tuple[str | int, ...], name: Any
 
 
 def check_engine_keys(draft: Draft) -> None:
-    """Keys that mean nothing to the engine that is chosen; one at its default says nothing."""
+    """Refuses keys that the chosen engine does not have. A key at its default is no problem."""
     name = draft.values.get(("engine", "name"), "local")
     for key in RAY_ONLY_KEYS if name != "ray" and name in plugins.list_names("engine") else ():
         value = draft.values.get(("engine", key))
@@ -128,7 +130,9 @@ def check_engine_keys(draft: Draft) -> None:
 
 
 def check_study_name(draft: Draft) -> None:
-    """The study's folder must be able to carry its name, whether written or taken from the file's."""
+    """Checks that a folder can have the study's name, which is written or taken from the file's
+    name.
+    """
     written = draft.values.get(("search", "name"))
     name = Path(draft.document.file).stem if written is None else written
     size = len(name.encode(errors="surrogateescape"))
@@ -144,7 +148,7 @@ def check_study_name(draft: Draft) -> None:
 
 
 def resolve_metric(draft: Draft) -> None:
-    """What is maximised: one of the task's metrics, its first where none is written."""
+    """Sets the metric: one of the task's; its first one if the file names none."""
     task, written = draft.values.get(("task", "name")), draft.values.get(("search", "metric"))
     try:
         allowed = plugins.list_metrics(task) if isinstance(task, str) else ()

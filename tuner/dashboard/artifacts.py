@@ -92,20 +92,22 @@ def _has(storage: Any, study: optuna.Study, key: str) -> bool:
 
 def format_study_note(space: Space, name: str, metric: str) -> str:
     """What is searched and for what, as far as it can never change."""
-    tree = {
-        section: keys
+    sections = {
+        section: {key: value for key, value in keys.items() if value is not None}
         for section, keys in space.to_dict().items()
         if section in ("task", "data", "model", "recipe")
     }
     searched = ", ".join(f"`{d.name}`" for d in space.dimensions)
-    return f"""Searches {searched or "nothing"} for the best **{metric_label(metric)}** on the validation examples.
+    return f"""Searches {searched or "nothing"} for the best **{metric_label(metric)}** \
+on the validation examples.
 
 - One trial is the default recipe, so that the best can be compared with it.
-- A trial's value is its best epoch's; its learning curve, its predictions and its scores per class are its artifacts.
+- A trial's value is its best epoch's; its learning curve, its predictions and its scores per \
+class are its artifacts.
 - `tuner export {name} --trial N` retrains and exports any of them.
 
 ```yaml
-{dump_yaml({section: {k: v for k, v in keys.items() if v is not None} for section, keys in tree.items()})}```
+{dump_yaml(sections)}```
 """
 
 

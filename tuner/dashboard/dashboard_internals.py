@@ -23,10 +23,11 @@ NOTE_PIECE = 2045  # characters of a note that are kept in one attribute
 OF_TRIAL = re.compile(
     r"(?:dashboard|dashboard:artifacts):(\d+):"
 )  # keys of the attributes that a study keeps for one of its trials
+# where the page's script begins to draw the timeline of a list of trials, whatever its inner names
 TIMELINE = re.compile(
     r"if\(null===document\.getElementById\((\w+)\)\)return;"
-    r"(?=if\(0===(\w+)\.length\)return void \w+\.react\(\1,\[\],\{template:\w+\}\);const \w+=\{Complete:)"
-    # where the page's script begins to draw the timeline of a list of trials, whatever its inner names
+    r"(?=if\(0===(\w+)\.length\)return void \w+\.react\(\1,\[\],\{template:\w+\}\);"
+    r"const \w+=\{Complete:)"
 )
 
 Attributes = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Who may ask the dashboard, and for what: the person who has its address, and one study."""
+"""Decides who may use the dashboard, and for what: who has its address, and for one study."""
 
 import re
 import secrets
@@ -19,13 +19,13 @@ OF_TRIAL = re.compile(r"/api/trials/([0-9]+)/.*")
 
 
 def new_token() -> str:
-    """What nobody guesses, fit for an address."""
+    """A random token that nobody can guess, fit for an address."""
     return secrets.token_urlsafe(24)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request is not passed on."""
+    """Why a request is not passed on to the dashboard."""
 
     status: str
     reason: str
@@ -47,7 +47,7 @@ class Guard:
     trials: set[int] = field(default_factory=set)  # those that were in the study when it was asked
 
     def refusal(self, environ: Environment) -> Refusal | None:
-        """None where the request may pass. The token is looked at by `authorised`."""
+        """Why the request is refused; None if it may pass. `authorised` checks the token."""
         host = str(environ.get("HTTP_HOST", ""))
         reads = environ.get("REQUEST_METHOD") in ("GET", "HEAD")
         if not HOST.fullmatch(host):
@@ -64,7 +64,7 @@ class Guard:
         return None
 
     def authorised(self, environ: Environment) -> bool:
-        """Whether the request brings the token, as the cookie that `__call__` sets."""
+        """Whether the request has the token, in the cookie that `admit` sets."""
         name = cookie_name(environ)
         given = (pair.partition("=") for pair in str(environ.get("HTTP_COOKIE", "")).split(";"))
         return any(key.strip() == name and self.is_token(value) for key, _, value in given)
@@ -73,7 +73,10 @@ class Guard:
         return secrets.compare_digest(text.strip().encode(), self.token.encode())
 
     def concerns_study(self, environ: Environment) -> bool:
-        """Whether the request is about the page or the one study. What is not known is not."""
+        """Whether the request is about the page or the one study.
+
+        A request to an unknown path is not.
+        """
         path = str(environ.get("PATH_INFO", "")).rstrip("/") or "/"
         reads = environ.get("REQUEST_METHOD") in ("GET", "HEAD")
         if PAGE.fullmatch(path):
@@ -94,7 +97,10 @@ class Guard:
 
 
 def guarded(inner: App, guard: Guard) -> App:
-    """`inner` behind `guard`. The token in an address becomes a cookie, and leaves the address."""
+    """`inner` behind `guard`.
+
+    A token in an address becomes a cookie, and the address loses it.
+    """
 
     def outer(environ: Environment, start_response: StartResponse) -> Iterable[bytes]:
         refusal = guard.refusal(environ)
@@ -122,7 +128,7 @@ def guarded(inner: App, guard: Guard) -> App:
 def admit(
     environ: Environment, start_response: StartResponse, query: list[tuple[str, str]], token: str
 ) -> list[bytes]:
-    """Sends the browser to the same address without the token, which it keeps until it is closed."""
+    """Redirects the browser to the address without the token; a session cookie holds the token."""
     path = "/" + urllib.parse.quote(str(environ.get("PATH_INFO", "")).lstrip("/\\"))
     place = f"{path}?{urllib.parse.urlencode(query)}" if query else path
     cookie = f"{cookie_name(environ)}={token}; Path=/; HttpOnly; SameSite=Strict"
@@ -132,9 +138,9 @@ def admit(
 
 
 def cookie_name(environ: Environment) -> str:
-    """Named after the port that the browser sees.
+    """The cookie's name, with the port that the browser sees.
 
-    Browsers share cookies between the ports of a host.
+    The name has the port because browsers share cookies between the ports of a host.
     """
     port = str(environ.get("HTTP_HOST", "")).partition(":")[2] or "80"
     return f"tuner_{port}"

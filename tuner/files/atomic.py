@@ -1,6 +1,7 @@
 """Files that are whole or absent.
 
-Written beside their place, synced, renamed; locked by the kernel; known by digest.
+A file or folder is written beside its final path, synced, and renamed. Locks are the kernel's.
+Digests name the content.
 """
 
 import contextlib
@@ -48,11 +49,12 @@ def atomic_path(
     bytes_needed: float | None = None,
     sync: bool = True,
 ) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
+    """A temporary path that becomes `path` when the block ends without an error, else vanishes.
 
-    `what` begins the names of its crash points, `need` is the bytes to be written, where they are
-    known. Without `sync` a power cut may tear it. What a killed process left is removed by the next
-    `sweep`. Raises StorageError when the disk is full or the place cannot be written.
+    `crash_prefix` begins the names of its crash points. `bytes_needed`: the bytes to be written,
+    where they are known. Without `sync`, a power cut may leave a torn file. What a killed process
+    left is removed by the next `remove_leftovers`. Raises StorageError when the disk is full or the
+    path cannot be written.
     """
     with disk_errors(path, bytes_needed), _locked_temporary_file(path.parent) as temporary:
         try:
@@ -76,7 +78,7 @@ def atomic_path(
 
 @contextlib.contextmanager
 def _locked_temporary_file(folder: Path) -> Iterator[Path]:
-    """A new file, locked while it is being written, so that `sweep` lets it be."""
+    """A new file, locked while it is written, so that `remove_leftovers` does not remove it."""
     while True:
         handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
         with open(handle, "rb") as file:
@@ -87,7 +89,7 @@ def _locked_temporary_file(folder: Path) -> Iterator[Path]:
 
 
 def _is_same_file(file: IO[Any], path: Path) -> bool:
-    """Whether an open file is still the one at `path`."""
+    """Whether an open file is still the file at `path`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
@@ -97,18 +99,17 @@ def _is_same_file(file: IO[Any], path: Path) -> bool:
 def atomic_folder(
     folder: Path, bytes_needed: float | None = None, crash_prefix: str = "folder"
 ) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well.
+    """A temporary folder that becomes `folder` when the block ends without an error.
 
-    Only who holds `folder`'s lock may build it.
-
-    A killed build leaves a `.tmp` that the next build of the same folder, or `sweep`, removes.
-    `need`: the bytes that it will hold, where they are known; `what` begins the names of its crash
-    points.
+    Only the process that has the lock of `folder` may build it. A killed build leaves a `.tmp`
+    folder that the next build of the same folder, or `remove_leftovers`, removes. `bytes_needed`:
+    the bytes that the folder will hold, where they are known; `crash_prefix` begins the names of
+    its crash points.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     with disk_errors(folder, bytes_needed):
-        for rest in (temporary, folder):
-            removal.remove_entry(rest)
+        for leftover in (temporary, folder):
+            removal.remove_entry(leftover)
         temporary.mkdir()
         crash_point(f"{crash_prefix}.begun")
         try:
@@ -125,10 +126,10 @@ def atomic_folder(
 
 @contextlib.contextmanager
 def half_export(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent` for an export that is being written, locked so that `sweep` lets it
-    be.
+    """A new folder in `parent` for an export that is being written.
 
-    What lies at its name when the block ends goes: a half-written export, or one that was replaced.
+    It is locked, so that `remove_leftovers` does not remove it. What has its name when the block
+    ends is removed: a half-written export, or one that was replaced.
     """
     temporary = parent / f".export-{uuid.uuid4().hex[:8]}.tmp"
     lock = temporary.with_suffix(".lock")
@@ -146,43 +147,43 @@ def lock_path(folder: Path) -> Path:
 
 
 def lock_of_export(folder: Path) -> Path:
-    """Which process makes an export for `folder` is written there."""
+    """The lock file in which the process is written that makes an export for `folder`."""
     return folder.with_name(f".{folder.name}.lock")
 
 
 def remove_leftovers(parent: Path) -> None:
     """Removes what killed processes left in `parent`.
 
-    Half-written files and folders, and locks of what is not there.
+    That is half-written files and folders, and locks of folders that do not exist.
     """
     sweep_exports(parent)
-    for rest in parent.glob(".*.tmp"):
-        if removal.is_entry(rest):
-            with file_lock(parent / f"{rest.name[1:-4]}.lock", wait=False) as ours:
-                if ours:  # else it is being built right now
-                    removal.remove_entry(rest)
-        elif rest.is_file():
-            with contextlib.suppress(OSError), open(rest, "rb") as file:
+    for leftover in parent.glob(".*.tmp"):
+        if removal.is_entry(leftover):
+            with file_lock(parent / f"{leftover.name[1:-4]}.lock", wait=False) as locked:
+                if locked:  # else it is being built right now
+                    removal.remove_entry(leftover)
+        elif leftover.is_file():
+            with contextlib.suppress(OSError), open(leftover, "rb") as file:
                 flock(
-                    file, rest, fcntl.LOCK_EX | fcntl.LOCK_NB
+                    file, leftover, fcntl.LOCK_EX | fcntl.LOCK_NB
                 )  # raises where it is being written now
-                removal.remove_file(rest)
+                removal.remove_file(leftover)
     for lock in parent.glob("[!.]*.lock"):
         if removal.is_entry_name(lock.stem) and not lock.with_suffix("").exists():
             remove_unused_lock(lock)
 
 
 def sweep_exports(parent: Path) -> None:
-    """Removes exports that killed processes were writing in `parent`, and their locks."""
-    for rest in parent.glob(".export-*.tmp"):
-        remove_unused_lock(rest.with_suffix(".lock"), rest)
+    """Removes the exports that killed processes were writing in `parent`, and their locks."""
+    for leftover in parent.glob(".export-*.tmp"):
+        remove_unused_lock(leftover.with_suffix(".lock"), leftover)
     for lock in parent.glob(".export-*.lock"):
         if removal.EXPORT_LOCK.fullmatch(lock.name):
             remove_unused_lock(lock)
 
 
 def remove_unused_lock(lock: Path, half: Path | None = None) -> None:
-    """Removes a lock that nobody holds, and first the export `half` that it was for."""
+    """Removes a lock that nobody holds; before it the half-written export `half`, if it had one."""
     with file_lock(lock, wait=False) as ours:
         if ours:
             if half is not None:
@@ -191,9 +192,10 @@ def remove_unused_lock(lock: Path, half: Path | None = None) -> None:
 
 
 def flock(file: IO[Any] | int, path: Path, how: int) -> None:
-    """The kernel's lock on the open file at `path`.
+    """Takes the kernel's lock on the open file at `path`.
 
-    Raises BlockingIOError where another has it, StorageError where there are no locks.
+    Raises BlockingIOError where another process has it, StorageError where the file system has no
+    locks.
     """
     try:
         fcntl.flock(file, how)
@@ -209,9 +211,10 @@ def flock(file: IO[Any] | int, path: Path, how: int) -> None:
 
 @contextlib.contextmanager
 def claimed(path: Path, busy: str, *, remove: bool = False) -> Iterator[None]:
-    """Holds the lock at `path`, in which the holder is written; `remove`: the file goes with it.
+    """Holds the lock at `path`, in which the holder is written.
 
-    Raises StorageError where another process has it: `busy`, with its name for {holder}.
+    `remove`: the lock file is removed at the end. Raises StorageError where another process has the
+    lock: the text `busy`, with that process for {holder}.
     """
     while True:
         with disk_errors(path):
@@ -246,8 +249,9 @@ def _holder() -> str:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, bytes_needed: float | None = None) -> Iterator[None]:
-    """Turns a full disk, a quota or a missing permission into a StorageError that names the path,
-    and the bytes where they are known.
+    """Turns a full disk, a quota or a missing permission into a StorageError.
+
+    The message names the path, and the bytes where they are known.
     """
     try:
         yield
@@ -282,7 +286,7 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _disk_full_reason(error: BaseException | None) -> str:
-    """Why a disk takes no more, where that is what an error or what led to it says; else ''."""
+    """Why a disk takes no more, if the error or one of its causes says so; else an empty text."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             return os.strerror(error.errno)
@@ -301,7 +305,7 @@ def _disk_full_reason(error: BaseException | None) -> str:
 def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Holds the lock at `path`; the kernel frees it when its holder ends, however it ends.
 
-    With `wait` it is true inside; without, it may be false: someone else has the lock.
+    Yields True while the lock is held. Without `wait` it yields False where another process has it.
     """
     while True:
         with open(path, "a+") as file:
@@ -318,9 +322,9 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def require_free_space(folder: Path, bytes_needed: float, reason: str) -> None:
-    """Raises StorageError, saying why, unless `need` bytes are free where `folder` is or will be."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    """Raises StorageError, with the reason, unless the disk of `folder` has `bytes_needed` free."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
     if free < bytes_needed:
         raise StorageError(
             f"disk: {folder} has {free / 1e6:,.0f} MB free, but {bytes_needed / 1e6:,.0f} MB are "

@@ -1,7 +1,6 @@
-"""Entries of the caches.
+"""Entries of the caches: folders whose files are known by their SHA-256.
 
-Folders whose files are known by their SHA-256, held by who reads them, the least recently used
-removed first.
+A reader pins an entry, so that nobody evicts it. The least recently used entry is evicted first.
 """
 
 import contextlib
@@ -28,9 +27,9 @@ _verified_states: dict[
 
 
 class PinnedEntry:
-    """A whole entry that nobody removes while this object lives.
+    """A whole entry that nobody evicts while this object lives.
 
-    The kernel frees its lock, however the process ends.
+    The kernel frees its lock however the process ends.
     """
 
     def __init__(self, folder: Path, handle: int) -> None:
@@ -39,9 +38,9 @@ class PinnedEntry:
 
 
 def write_checksums(folder: Path, known_digests: Mapping[str, str] | None = None) -> None:
-    """Vouches for what a folder holds.
+    """Writes the checksum file, which vouches for the other files of a folder.
 
-    `known`: the SHA-256 of files that were hashed while they were written.
+    `known_digests`: the SHA-256 of the files that were hashed while they were written.
     """
     known_digests = known_digests or {}
     names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
@@ -51,32 +50,31 @@ def write_checksums(folder: Path, known_digests: Mapping[str, str] | None = None
 
 
 def open_or_create(folder: Path, create: Callable[[], None]) -> PinnedEntry:
-    """The entry in `folder`, made where there is none, or a damaged one, which is said on stderr.
+    """Opens the entry in `folder`, and creates it where there is none or a damaged one.
 
-    By one process where several ask.
+    A warning on stderr says that an entry is damaged. Where several processes ask, one creates it.
     """
-    held = try_open(folder)
-    if held is None:
+    entry = try_open(folder)
+    if entry is None:
         with file_lock(lock_path(folder)):
-            held = try_open(folder)
-            if held is None:
+            entry = try_open(folder)
+            if entry is None:
                 if folder.is_dir():
                     warning = (
                         f"{folder} is damaged ({find_damage(folder) or 'locked'}); it is made anew"
                     )
                     print(f"tuner: warning: {warning}", file=sys.stderr, flush=True)
                 create()
-                held = try_open(folder, just_written=True)
-    assert held is not None  # nobody removes what its lock's holder has just made
-    return held
+                entry = try_open(folder, just_written=True)
+    assert entry is not None  # nobody removes what its lock's holder has just made
+    return entry
 
 
 def try_open(folder: Path, *, just_written: bool = False) -> PinnedEntry | None:
-    """The entry in `folder`, checked when this process opens it first.
+    """The entry in `folder`; None where there is none or it is damaged.
 
-    None: there is none, or a damaged one.
-
-    `written`: by this process just now, so that it need not be read again.
+    This process checks an entry when it opens it for the first time. `just_written`: this process
+    has just written it, so it need not be read again.
     """
     try:
         handle = os.open(folder / SUMS, os.O_RDONLY)
@@ -97,9 +95,9 @@ def try_open(folder: Path, *, just_written: bool = False) -> PinnedEntry | None:
 
 
 def find_damage(folder: Path, *, just_written: bool = False) -> str:
-    """What an entry's files lack of what it says of them; '' where nothing.
+    """What is wrong with an entry's files; an empty text if nothing is.
 
-    What has not changed since is not read again.
+    Files that have not changed since they were last read are not read again.
     """
     try:
         sums: dict[str, str] = dict(json.loads((folder / SUMS).read_text()))
@@ -123,7 +121,7 @@ def _file_state(path: Path) -> tuple[int, int, int]:
 
 
 def evict_entry(folder: Path) -> bool:
-    """Removes an entry, unless somebody reads or makes it, or it is none."""
+    """Removes an entry, unless a process reads or makes it, or the folder is no entry."""
     if folder.is_dir() and not removal.is_entry(folder):
         return False
     with contextlib.ExitStack() as stack:
@@ -135,57 +133,57 @@ def evict_entry(folder: Path) -> bool:
                 flock(file, folder / SUMS, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-        gone = folder.with_name(
+        hidden = folder.with_name(
             f".{folder.name}.tmp"
         )  # first out of sight, so that a kill leaves no half of it there
-        removal.remove_entry(gone)
+        removal.remove_entry(hidden)
         with contextlib.suppress(FileNotFoundError):
-            removal.put(folder, gone)
-        removal.remove_entry(gone)
+            removal.put(folder, hidden)
+        removal.remove_entry(hidden)
         removal.remove_lock(lock_path(folder))
         return True
 
 
 def list_entries(parent: Path) -> list[Path]:
-    """The least recently used first."""
-    found = (
+    """The entries of a cache, the least recently used first."""
+    by_age = (
         [(path.stat().st_mtime, path) for path in parent.glob("[!.]*") if path.is_dir()]
         if parent.is_dir()
         else []
     )
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(by_age)]
 
 
 def disk_usage(path: Path) -> int:
-    """The bytes of a file, or of a folder and all in it."""
+    """The bytes of a file, or of a folder and everything in it."""
     inner = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
     total = 0
-    for one in inner:
+    for file in inner:
         with contextlib.suppress(OSError):  # it may go while we look
-            total += one.lstat().st_size if not one.is_dir() else 0
+            total += file.lstat().st_size if not file.is_dir() else 0
     return total
 
 
 def evict_until_fits(parent: Path, bytes_needed: float, byte_limit: float) -> bool:
-    """Removes the least recently used entries until `need` more bytes fit `limit`.
+    """Evicts the least recently used entries until `bytes_needed` more fit `byte_limit`.
 
-    False: what is being read or made leaves no room.
+    False: the entries that are being read or made leave too little space.
     """
     used = disk_usage(parent)
     for entry in list_entries(parent):
         if used + bytes_needed <= byte_limit:
             break
-        taken = disk_usage(entry)
+        entry_bytes = disk_usage(entry)
         if evict_entry(entry):
-            used -= taken
+            used -= entry_bytes
     return used + bytes_needed <= byte_limit
 
 
 def make_space(parent: Path, bytes_needed: float) -> None:
-    """Room for an entry that must be made, whatever the disk.
+    """Makes space for an entry that must be made, whatever the disk has.
 
-    What killed processes left goes, and what was not used for long, and what was used least
-    recently until this cache takes no more than half of what the disk has for it.
+    It removes what killed processes left, the entries unused for `UNUSED_DAYS` days, and then the
+    least recently used ones, until this cache takes at most half of what the disk has for it.
     """
     remove_leftovers(parent)
     for entry in list_entries(parent):

@@ -1,4 +1,4 @@
-"""Checkpoint files as the coordinator sees them, which has no torch.
+"""Checkpoint files as the coordinator, which has no torch, sees them.
 
 Their names, their digests, and which of them stay.
 """
@@ -18,7 +18,7 @@ Rank = tuple[float, int, int]
 
 
 def checkpoint_name(what: str, content: bytes) -> str:
-    """A file's name vouches for its content.
+    """The name of a checkpoint file, which vouches for its content.
 
     `000012-<SHA-256>.safetensors`, `best-<SHA-256>.safetensors`.
     """
@@ -27,26 +27,23 @@ def checkpoint_name(what: str, content: bytes) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, the newest first."""
-    found = [
+    checkpoints = [
         p
         for p in folder.glob("*.safetensors")
         if (match := NAME.fullmatch(p.name)) and match[1] != "best"
     ]
-    return sorted(found, key=lambda p: int(p.name.partition("-")[0]), reverse=True)
+    return sorted(checkpoints, key=lambda p: int(p.name.partition("-")[0]), reverse=True)
 
 
 def find_best_weights(folder: Path) -> Path | None:
-    """Where a trial that completed has left the weights of its best epoch."""
+    """The weights of a completed trial's best epoch; None where there are none."""
     return next(
         (p for p in sorted(folder.glob("best-*.safetensors")) if NAME.fullmatch(p.name)), None
     )
 
 
 def read_verified(path: Path) -> bytes | None:
-    """A file's content.
-
-    None where it is not what its name vouches for, is gone or cannot be read.
-    """
+    """A file's content; None where it does not match its name, is missing or cannot be read."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -56,26 +53,28 @@ def read_verified(path: Path) -> bytes | None:
 
 
 class CheckpointRetention:
-    """Which trials' files stay under `folder`, one folder a draw: a trial that is to go on keeps
-    all, the best `count` of those that completed keep their best epoch's weights, the others
-    nothing. Only the coordinator removes.
+    """The rule which trials' files stay under `folder`, which has one folder for each proposal.
+
+    A trial that will be continued keeps all its files, the best `count` completed trials keep the
+    weights of their best epoch, and the other trials keep nothing. Only the coordinator removes
+    files.
     """
 
     def __init__(self, folder: Path | None, count: int) -> None:
         self.folder, self.max_kept = folder, count
-        self.ranks: dict[int, Rank] = {}  # draw -> its rank, of those whose weights are kept
+        self.ranks: dict[int, Rank] = {}  # proposal -> its rank, of those whose weights are kept
 
     def folder_of(self, proposal: int) -> str | None:
         return str(self.folder / str(proposal)) if self.folder is not None else None
 
     def best_weights_of(self, proposal: int) -> Path | None:
-        """Of a trial's best epoch, where they are kept."""
+        """The weights of a proposal's best epoch, where they are kept."""
         return find_best_weights(self.folder / str(proposal)) if self.folder is not None else None
 
     def take_over(self, ended: Mapping[int, Rank | None]) -> None:
-        """Takes over what an earlier coordinator left.
+        """Applies the rule to the files that an earlier coordinator left.
 
-        `ended` has every draw that is over, with its rank where it completed.
+        `ended` has every proposal that has ended, with its rank where it completed.
         """
         self.ranks = dict(
             sorted(((d, r) for d, r in ended.items() if r is not None), key=lambda item: item[1])[
@@ -83,14 +82,14 @@ class CheckpointRetention:
             ]
         )
         if self.folder is not None and self.folder.is_dir():
-            for draw in [int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()]:
-                if draw in self.ranks:
-                    self._keep_best_weights_only(draw)
-                elif draw in ended:
-                    self._remove_all(draw)
+            for proposal in [int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()]:
+                if proposal in self.ranks:
+                    self._keep_best_weights_only(proposal)
+                elif proposal in ended:
+                    self._remove_all(proposal)
 
     def on_trial_end(self, proposal: int, rank: Rank | None = None) -> None:
-        """A trial is over; `rank`: it completed."""
+        """Applies the rule to a trial that has ended; `rank` is given if it completed."""
         if rank is None or self.folder is None:
             self._remove_all(proposal)
             return
@@ -102,17 +101,17 @@ class CheckpointRetention:
             self._keep_best_weights_only(proposal)
 
     def _keep_best_weights_only(self, proposal: int) -> None:
-        """Leaves a trial the weights of its best epoch, which must survive a power cut from now on."""
+        """Keeps the weights of the best epoch alone, synced so that they survive a power cut."""
         assert self.folder is not None
-        place = self.folder / str(proposal)
-        kept = find_best_weights(place)
-        if kept is None:
+        folder = self.folder / str(proposal)
+        weights = find_best_weights(folder)
+        if weights is None:
             self._remove_all(proposal)
             return
-        with disk_errors(place):
-            for path in (kept, place, self.folder):
+        with disk_errors(folder):
+            for path in (weights, folder, self.folder):
                 fsync(path)
-            removal.remove_checkpoints(place, keep=kept)
+            removal.remove_checkpoints(folder, keep=weights)
 
     def _remove_all(self, proposal: int) -> None:
         if self.folder is not None:
@@ -126,9 +125,9 @@ def remove_paths(paths: Iterable[Path]) -> None:
 
 
 def place_of(export: Path) -> Path:
-    """Where the checkpoints of the training for an export lie.
+    """The folder of the checkpoints of the training for an export.
 
-    In its study's folder, else beside it, hidden and with its name.
+    It is in the study's folder if the export is, else beside the export, hidden and with its name.
     """
     if removal.is_study(export.parent):
         return export.parent / CHECKPOINTS_FOLDER / export.name
@@ -136,7 +135,7 @@ def place_of(export: Path) -> Path:
 
 
 def remove_training_checkpoints(folder: Path) -> None:
-    """Removes a training's checkpoints, and the folder around those of a study once it is empty."""
+    """Removes a training's checkpoints, and the folder around a study's once it is empty."""
     with contextlib.suppress(OSError):
         removal.remove_checkpoints(folder)
     if folder.parent.name == CHECKPOINTS_FOLDER:

@@ -1,7 +1,4 @@
-"""Named places at which a process can be told to die, so that each can be tested.
-
-TUNER_CRASH_AT=file.renamed.
-"""
+"""Named crash points, at which a test can kill the process: TUNER_CRASH_AT=file.renamed."""
 
 import os
 
@@ -38,8 +35,9 @@ CRASH_POINTS = (
 
 
 def crash_point(point: str) -> None:
-    """Ends the process here, as SIGKILL would, where TUNER_CRASH_AT names this point (or, with `:n`
-    behind it, at the nth passing).
+    """Ends the process here, as SIGKILL would, if TUNER_CRASH_AT names this point.
+
+    With `:n` behind the name it ends at the nth passing.
     """
     wanted, _, count = os.environ.get(ENVIRONMENT_VARIABLE, "").partition(":")
     if wanted != point:

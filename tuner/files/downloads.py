@@ -1,4 +1,4 @@
-"""Files from the net: whole and of the stated digest, or not at all."""
+"""Downloads: a file is whole and has the expected digest, or does not exist."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ TIMEOUT = 30.0  # seconds without a byte after which a download is given up
 
 @contextlib.contextmanager
 def forbid_downloads(on: bool) -> Iterator[None]:
-    """Nothing is downloaded within, where `on`."""
+    """Forbids downloads inside the block, if `on`."""
     token = DOWNLOADS_FORBIDDEN.set(on)
     try:
         yield
@@ -31,9 +31,9 @@ def forbid_downloads(on: bool) -> Iterator[None]:
 def download(
     url: str, path: Path, label: str, algorithm: str = "sha256", digest_prefix: str = ""
 ) -> None:
-    """The file behind `url`, whole at `path` or not at all; its digest must begin with `begin`.
+    """Downloads `url` to `path`, whole or not at all; its digest must begin with `digest_prefix`.
 
-    Raises DataError that says how to place the file by hand, StorageError when it cannot be
+    Raises DataError, which says how to place the file by hand, and StorageError when it cannot be
     written.
     """
     if DOWNLOADS_FORBIDDEN.get():

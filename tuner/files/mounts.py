@@ -1,6 +1,6 @@
-"""What kind of file system a folder lies on.
+"""The kind of file system on which a folder lies.
 
-SQLite's locks and shared memory work on local ones only.
+SQLite's locks and shared memory work on local file systems only.
 """
 
 import re
@@ -31,7 +31,7 @@ LISTED = re.compile(r"^.* on (?P<place>/.*) \((?P<kind>[^,)]+)", re.MULTILINE)
 
 
 def kind_of(folder: Path) -> str | None:
-    """The name of the file system that holds `folder`; None where the system does not tell."""
+    """The name of the file system that holds `folder`; None where the system does not say."""
     folder = folder.resolve()
     places = _mounted()
     for place in (folder, *folder.parents):
@@ -41,9 +41,9 @@ def kind_of(folder: Path) -> str | None:
 
 
 def networked(kind: str | None) -> bool | None:
-    """Whether a file system of this name is shared by machines.
+    """Whether machines share a file system of this name.
 
-    None where its name does not tell.
+    None where its name does not show it.
     """
     if kind is None:
         return None
@@ -54,9 +54,9 @@ def networked(kind: str | None) -> bool | None:
 
 
 def _mounted() -> dict[Path, str]:
-    """Where which file system is mounted.
+    """Mount point -> the kind of file system.
 
-    Of several in one place the last, which hides the others.
+    Of several file systems at one path it has the last, which hides the others.
     """
     try:
         lines = MOUNTS.read_text(errors="surrogateescape").splitlines()

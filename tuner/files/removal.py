@@ -1,10 +1,8 @@
-"""The one place that removes.
-
-Tuner removes only what it made, and knows it by a mark that it left there.
+"""The one module that removes files: tuner removes only what it made, and knows it by a mark.
 
 A mark is a name that nobody else gives (a digest, or random characters between fixed ones), the
-manifest of an export, the digests of a cache's entry, or the first line of a file that tuner wrote.
-What has no mark stays, whatever folder it lies in.
+manifest of an export, the digests of a cache entry, or the first line of a file that tuner wrote.
+What has no mark stays, whatever folder it is in.
 """
 
 import atexit
@@ -16,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from tuner.errors import StorageError, limit_listing
@@ -41,7 +39,7 @@ HOLDER = re.compile(r"(pid \d+ on host .*)?")  # what a lock file holds: nothing
 
 
 def remove_file(path: Path) -> bool:
-    """Removes a half-written file or a checkpoint, and says whether the file was one of these."""
+    """Removes a half-written file or a checkpoint; returns whether the file was one of these."""
     marked = any(mark.fullmatch(path.name) for mark in (HALF_FILE, CHECKPOINT, NOTE))
     if marked or _half_arrived(path):
         path.unlink(missing_ok=True)
@@ -55,14 +53,14 @@ def _half_arrived(path: Path) -> bool:
 
 
 def remove_lock(path: Path) -> None:
-    """Removes a lock file; only who holds the lock may call this."""
+    """Removes a lock file; only the process that holds the lock may call this."""
     with contextlib.suppress(OSError):
         if is_holder(path.read_text(errors="replace")):
             path.unlink()
 
 
 def is_holder(text: str) -> bool:
-    """Whether a lock file of tuner's may hold this text."""
+    """Whether a lock file of tuner may have this content."""
     return HOLDER.fullmatch(text.strip()) is not None
 
 
@@ -73,10 +71,7 @@ def remove_dangling(link: Path) -> None:
 
 
 def put(new: Path, place: Path) -> None:
-    """Gives a finished file or folder its name.
-
-    A folder that is not empty is never replaced: the system refuses that.
-    """
+    """Gives a finished file or folder its name; the system never replaces a non-empty folder."""
     os.replace(new, place)
 
 
@@ -85,7 +80,7 @@ def put(new: Path, place: Path) -> None:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder of this process's own that goes when the block ends."""
+    """A folder of this process's own, which is removed when the block ends."""
     with tempfile.TemporaryDirectory(prefix="tuner-") as folder:
         yield Path(folder)
 
@@ -100,7 +95,7 @@ def scratch_until_exit() -> Path:
 
 
 def is_entry(folder: Path) -> bool:
-    """Whether a folder is an entry of a cache, whole, damaged or half-made."""
+    """Whether a folder is an entry of a cache: whole, damaged or half-made."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return is_entry_name(folder.name) or isinstance(_json(folder / SUMS), dict)
@@ -120,9 +115,7 @@ def remove_entry(folder: Path) -> None:
 
 
 def remove_checkpoints(folder: Path, keep: Path | None = None) -> None:
-    """Removes the checkpoints of one training but for `keep`, and the folder where nothing else is
-    in it.
-    """
+    """Removes the checkpoints of one training except `keep`, and the folder if it is then empty."""
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in folder.iterdir():
@@ -151,10 +144,7 @@ def remove_empty(folder: Path) -> None:
 
 
 def files_of_export(folder: Path) -> set[str] | None:
-    """The names of the files that an export's manifest vouches for, itself among them.
-
-    None where `folder` is no export.
-    """
+    """The names of an export's manifest and of the files in it; None if it is no export."""
     manifest = _json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not {"tuner", "run_digest", "files"} <= manifest.keys():
         return None
@@ -169,10 +159,7 @@ def is_whole_export(folder: Path) -> bool:
 
 
 def strangers(folder: Path) -> list[str]:
-    """What lies in `folder` and is of no export of tuner's.
-
-    In a folder that is no export, everything.
-    """
+    """What is in `folder` and is not of a tuner export: everything, if it is no export."""
     names = files_of_export(folder)
     if names is None:
         return sorted(path.name for path in folder.iterdir())
@@ -189,9 +176,7 @@ def strangers(folder: Path) -> list[str]:
 
 
 def remove_export(folder: Path) -> None:
-    """Removes the files that an export's manifest vouches for, itself last, and the folder where
-    nothing else is in it.
-    """
+    """Removes an export's files, the manifest last, and the folder if it is then empty."""
     names = files_of_export(folder)
     if names is None or folder.is_symlink():
         return
@@ -215,15 +200,13 @@ def _is_inside(folder: Path, name: str) -> bool:
 
 
 def remove_half_export(folder: Path) -> None:
-    """Removes an export that was being written, or one that another has taken the place of."""
+    """Removes an export that was being written, or one that another has replaced."""
     if HALF_EXPORT.fullmatch(folder.name) and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_target(folder: Path, instead: str) -> None:
-    """Raises StorageError, saying what to do `instead`, unless an export may be put at `folder`
-    without the loss of anything.
-    """
+    """Raises StorageError, saying what to do `instead`, where an export at `folder` loses data."""
     if os.path.lexists(folder) and not folder.is_dir():
         raise StorageError(f"{folder} is no folder, and an export is one; {instead}")
     here, place = Path.cwd(), folder.resolve()
@@ -244,12 +227,10 @@ def require_target(folder: Path, instead: str) -> None:
 
 
 def take_place(new: Path, folder: Path) -> Path | None:
-    """Puts a finished export at `folder`; returns where an older one lies now.
+    """Puts a finished export at `folder`; returns where the older one is now, if there was one.
 
-    Raises StorageError where that was none of tuner's.
-
-    Where the system can exchange two folders, whoever reads finds one export or the other at every
-    moment.
+    Raises StorageError where the older one was not tuner's. Where the system can exchange two
+    folders, a reader always finds one of the two exports.
     """
     instead = "move these away and run the same command"
     require_target(folder, instead)
@@ -279,10 +260,7 @@ def older(folder: Path) -> Path:
 
 
 def recover_older(folder: Path) -> None:
-    """Ends what a killed process began.
-
-    An older export that was moved away comes back where there is no newer one, else it goes.
-    """
+    """Restores an older export that a killed process moved away, unless there is a newer one."""
     old = older(folder)
     if files_of_export(old) is not None:
         if os.path.lexists(folder):
@@ -310,10 +288,7 @@ def exchanged(one: Path, other: Path) -> bool:
 
 
 def arriving(folder: Path, token: str) -> Path:
-    """Where a folder's files wait until all of them have arrived.
-
-    `token`: at least eight hexadecimal digits.
-    """
+    """Where a folder's files wait until all have arrived; `token`: at least 8 hex digits."""
     return folder.with_name(f".{folder.name}.{token[:8]}.arriving")
 
 
@@ -326,10 +301,7 @@ def remove_arriving(folder: Path) -> None:
 
 
 def clear(folder: Path) -> list[str]:
-    """Removes what tuner left at `folder` for an earlier attempt of a job.
-
-    Returns what else is there.
-    """
+    """Removes what tuner left at `folder` for an earlier attempt; returns what else is there."""
     remove_arriving(folder)
     remove_checkpoints(folder)
     if files_of_export(folder) is not None:
@@ -350,9 +322,7 @@ def is_generated(path: Path) -> bool:
 
 
 def require_own(folder: Path) -> None:
-    """Raises StorageError where a study in `folder` would write over a space.yaml or best.yaml that
-    tuner did not write.
-    """
+    """Raises StorageError where a study would overwrite a YAML file that tuner did not write."""
     for name, header in HEADERS.items():
         if (folder / name).exists() and not is_generated(folder / name):
             raise StorageError(
@@ -402,7 +372,8 @@ def remove_of_study(path: Path) -> None:
     elif HALF_EXPORT.fullmatch(path.name):
         remove_half_export(path)
     elif path.name == "artifacts":
-        _remove_files(p for p in path.iterdir() if ARTIFACT.fullmatch(p.name))
+        for artifact in [p for p in path.iterdir() if ARTIFACT.fullmatch(p.name)]:
+            artifact.unlink(missing_ok=True)
         remove_empty(path)
     elif path.name == "checkpoints":
         remove_every_checkpoint(path)
@@ -413,21 +384,14 @@ def remove_of_study(path: Path) -> None:
 
 
 def remove_study(folder: Path) -> None:
-    """Removes what tuner made of a study's folder, what says that it is a study last, and the
-    folder where nothing else is in it.
-    """
+    """Removes tuner's files of a study, the marked YAML files last, and the folder if empty."""
     for path in sorted(folder.iterdir(), key=lambda p: p.name in HEADERS):
         remove_of_study(path)
     remove_empty(folder)
 
 
-def _remove_files(paths: Iterable[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
-
-
 def _json(path: Path) -> object:
-    """A file's content; None where there is none, or none that can be read."""
+    """A file's content; None where there is no file that can be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
