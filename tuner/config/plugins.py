@@ -20,9 +20,9 @@ Every kind also accepts the user's own, as `package.module:attribute`. Then tune
     data    attribute(home, input_spec, task, *, ...) -> Dataset. TASKS is not read.
     model   attribute(outputs, *, ...) -> StagedModel or nn.Module. An nn.Sequential is cut at its
             children, another module is one stage. `input_spec(*, ...)` is called where the module
-            has it, with those keys of the model that it names, and with `home` where it names that; else
-            IMAGENET_SPEC. TASKS, NAMES, RECIPES and EXPORTS are not read: the default recipe is
-            tuner's, and every export format is tried.
+            has it, with those keys of the model that it names, and with `home` where it names
+            that; else IMAGENET_SPEC. TASKS, NAMES, RECIPES and EXPORTS are not read: the default
+            recipe is tuner's, and every export format is tried.
     export  an object with FILE, save and load, such as a class with static methods. It has no keys.
     engine  attribute(engine, warn), as above. Its keys are those of EngineSettings and no others.
 
@@ -128,7 +128,10 @@ def list_metrics(task: str) -> tuple[str, ...]:
 
 
 def read_own_attribute(kind: str, name: str, attribute: str, default: Any) -> Any:
-    """What stands beside the user's own plug-in, in the module that its name states. Raises SpaceError."""
+    """What stands beside the user's own plug-in, in the module that its name states.
+
+    Raises SpaceError.
+    """
     load_plugin(kind, name)
     return getattr(sys.modules[name.partition(":")[0]], attribute, default)
 
