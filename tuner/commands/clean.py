@@ -1,6 +1,6 @@
-"""`tuner clean`.
+"""`tuner clean`: removes what a study no longer needs, and what killed runs left.
 
-What a study no longer needs, what killed runs left, and the caches that nobody is reading.
+With --cache it removes the cache entries that nobody reads.
 """
 
 import contextlib

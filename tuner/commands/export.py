@@ -1,7 +1,4 @@
-"""`tuner export`.
-
-The best model of a finished study, or another trial's, in the formats asked for.
-"""
+"""`tuner export`: the model of a study's winner, or of another trial, in the chosen formats."""
 
 import contextlib
 from pathlib import Path
@@ -27,9 +24,9 @@ from tuner.search.pruners import PRUNERS
 def export_trial(
     studies: Path, name: str, formats: tuple[str, ...], trial: int | None, console: Console
 ) -> PublishedExport:
-    """Into the study's `export` folder, or `export-N` for trial N.
+    """Exports into the study's folder `export`, or `export-N` for trial N.
 
-    What is exported already is kept.
+    Formats that are exported already are kept.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = find_study(studies, name)
@@ -98,9 +95,9 @@ def load_study_space(folder: Path) -> Space:
 
 
 def _choose_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
-    """The best trial, or the one named.
+    """The winner, or the trial of this number.
 
-    Raises DataError when it trained no epoch that could be exported.
+    Raises DataError where that trial has no epoch that could be exported.
     """
     if number is None:
         return history.best_trial(study)[0]

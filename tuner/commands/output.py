@@ -1,6 +1,6 @@
 """stdout and stderr that may go away.
 
-A search outlives the terminal, the `tee` or the log collector that it prints to.
+A search outlives the terminal, the `tee` or the log collector to which it prints.
 """
 
 import os
@@ -9,9 +9,9 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """A text stream.
+    """A text stream that continues to /dev/null.
 
-    When nobody reads it any more, or it cannot be written, it goes on to /dev/null.
+    It does so when nobody reads the stream any more, or when it cannot be written.
     """
 
     def __init__(self, stream: TextIO) -> None:

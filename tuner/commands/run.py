@@ -1,4 +1,4 @@
-"""`tuner run`: the whole way from a space to a published model."""
+"""`tuner run`: from a space file to a published model."""
 
 import contextlib
 import time
@@ -46,7 +46,7 @@ RESERVE_BYTES = 100_000_000
 
 
 def run_study(space: Space, folders: Folders, console: Console) -> Summary:
-    """Searches until the budget is spent, crowns the best, and says what came out."""
+    """Searches until the budget is spent, finalizes the winner, and returns the summary."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     removal.require_own(folders.study_folder(space))
     removal.require_target(folders.study_folder(space) / "export", INSTEAD)
@@ -91,9 +91,9 @@ def run_study(space: Space, folders: Folders, console: Console) -> Summary:
 
 
 def search_until_done(session: Session, coordinator: Coordinator, workers: int) -> None:
-    """Until the budget is spent, also by other coordinators.
+    """Searches until the budget is spent, also where other coordinators spend a part of it.
 
-    What these leave behind when they die is taken up.
+    It waits for the trials of the other coordinators, and takes up what they leave when they die.
     """
     said = False
     while True:
@@ -119,7 +119,7 @@ def search_until_done(session: Session, coordinator: Coordinator, workers: int) 
 
 
 def check_free_space(folders: Folders, facts: DatasetReport) -> None:
-    """Room for the export and for what is written beside it, before anything is begun.
+    """Checks, before anything begins, that the disk has space for the export and what is beside it.
 
     Raises StorageError.
     """
@@ -133,9 +133,9 @@ def check_free_space(folders: Folders, facts: DatasetReport) -> None:
 
 
 def worker_count(space: Space, gpus: int) -> int:
-    """`per_gpu` for each of the GPUs in use, or one on the CPU, unless the file says otherwise.
+    """How many workers carry out trials, unless the file says it.
 
-    On a Ray cluster as many as it has room for.
+    `per_gpu` for each GPU in use, or one on the CPU; on a Ray cluster as many as it has room for.
     """
     engine = space.settings.engine
     if isinstance(engine.workers, int):
@@ -146,7 +146,7 @@ def worker_count(space: Space, gpus: int) -> int:
 def open_coordinator(
     session: Session, folder: Path, data_digest: str, stack: contextlib.ExitStack
 ) -> Coordinator:
-    """`stack` is where its lease ends, if it needs one."""
+    """Makes or continues the study. `stack` closes the database and ends the lease."""
     space, search = session.space, session.settings.search
     database = storage.open_storage(
         session.settings.storage, folder, session.console.warn, lambda: session.stop_signal.is_now
@@ -221,9 +221,9 @@ def with_study_name(space: Space) -> Space:
 
 
 def keep_earlier_defaults(s: Session, earlier: dict[str, Any], data_digest: str) -> str:
-    """Gives the session's space the defaults that its study was made with.
+    """Gives the session's space the defaults with which its study was made.
 
-    Returns the digest of the data that they name.
+    Returns the digest of the data that they describe.
     """
     values = {tuple(key.split(".")): value for key, value in earlier.items()}
     listed = ", ".join(f"{key}={value}" for key, value in earlier.items())
@@ -256,7 +256,8 @@ def progress_of(coordinator: Coordinator) -> Progress:
 def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
     """The winner's run up to its best epoch.
 
-    To be retrained on train and validation, or, with fit: train, as its trial went.
+    It is retrained on train and validation examples, or, with `fit="train"`, stays as its trial
+    was.
     """
     return replace(
         run,
@@ -267,10 +268,10 @@ def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
 def choose_export(
     retrain: bool, run: Run, epoch: int, weights: Path | None
 ) -> tuple[Run, Path | None]:
-    """What is exported of a trial's run.
+    """What is exported of a trial: a run, and the weights if it is not retrained.
 
-    It, retrained on train and validation; or, without retraining, as it went, with the weights it
-    left.
+    With `retrain` the run is trained again on train and validation examples. Without it, the run is
+    as its trial was, and `weights` are those that the trial left.
     """
     return (
         (run_to_best_epoch(run, epoch), None)
@@ -292,9 +293,9 @@ def best_yaml_content(run: Run, session: Session) -> dict[str, Any]:
 def finalize_once(
     session: Session, coordinator: Coordinator, folder: Path, *, new_trials: bool
 ) -> Summary:
-    """Of several coordinators one makes the winner.
+    """Lets one of several coordinators make the export of the winner.
 
-    The others say which, once it has been claimed.
+    The others report which coordinator does it, once it has claimed the winner.
     """
     if not coordinator.coordination.is_shared:
         return finalize_best(session, coordinator, folder, new_trials=new_trials)

@@ -26,7 +26,7 @@ INSTEAD = "move it away, or choose another folder (--out, --studies, search.name
 
 @dataclass(frozen=True)
 class Folders:
-    """Where things are kept: studies (outputs) and home (caches, downloaded weights)."""
+    """Where files are kept: studies (outputs) and home (caches, downloaded weights)."""
 
     studies: Path
     home: Path
@@ -42,7 +42,7 @@ def study_name(space: Space) -> str:
 def home_folder(warn: Callable[[str], None]) -> Path:
     """$TUNER_HOME, or tuner's folder in the user's cache.
 
-    A temporary one, with a warning, where that cannot be written.
+    Where that cannot be written, it is a temporary folder, with a warning.
     """
     named = os.environ.get("TUNER_HOME")
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -133,18 +133,18 @@ class Session:
         return outcome_value(found[-1])
 
     def stopping(self) -> bool:
-        """Whether the command was asked to stop; says so when it first notices."""
+        """Whether the command was asked to stop; the first call that notices it says so."""
         if self.stop_signal and not self.answered:
             self.answered = True
             self.console.note(f"stopping after the running epoch; {self.stop_signal.way_out}")
         return self.answered
 
     def go_on(self) -> bool:
-        """What engines ask several times a second: whether the running epochs may still end."""
+        """Whether the running epochs may still end. Engines ask this several times a second."""
         return not (self.stopping() and self.stop_signal.is_now)
 
     def survey_models(self) -> ModelSurvey:
-        """Checks against the models what the file alone cannot tell."""
+        """Checks against the models what the file alone cannot show."""
         corners = [self.make_assignment(run) for run in self.space.plugin_combinations()]
         try:
             found: ModelSurvey = self.run_job(
@@ -162,7 +162,7 @@ class Session:
         return found
 
     def inspect_data(self, *, allow_downloads: bool = True) -> DatasetReport:
-        """Reads data and weights on every node before anything is made."""
+        """Reads data and weights on every node before the study is made."""
         corners = tuple(
             self.make_assignment(run, allow_downloads=allow_downloads)
             for run in self.space.plugin_combinations()
@@ -256,10 +256,7 @@ def open_session(
 
 
 def input_paths(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
-    """What these runs read that is there under a name of the file.
-
-    Folders and files of data, weights.
-    """
+    """The values of `data` and `model` that are paths of existing files or folders."""
     values = [
         value
         for a in assignments
@@ -275,7 +272,7 @@ def input_paths(assignments: tuple[Assignment, ...]) -> tuple[str, ...]:
 def outcome_value(outcome: Outcome) -> Any:
     """What a job returned.
 
-    Raises the TunerError it refused with; a failure in the user's code or ours with its traceback.
+    Raises the TunerError with which it was refused, or WorkerError with its traceback.
     """
     if outcome.kind == "done":
         return outcome.value
@@ -292,7 +289,7 @@ def outcome_value(outcome: Outcome) -> Any:
 
 
 class WorkerError(TunerError):
-    """Code that a worker ran raised; `trace` is for --debug."""
+    """Code that a worker ran raised an exception; `traceback` is for --debug."""
 
     def __init__(self, reason: str, trace: str) -> None:
         super().__init__(reason)
@@ -307,7 +304,7 @@ def interrupted_error(stop_signal: StopSignal) -> Interrupted:
 
 
 def command(words: list[str]) -> str:
-    """The command line as it was typed, but for passwords in it."""
+    """The command line as it was typed, without the passwords in it."""
     shown = []
     for word in words:
         key, given, value = word.partition("=")
@@ -322,7 +319,7 @@ def command(words: list[str]) -> str:
 
 @contextlib.contextmanager
 def publishing(folder: Path) -> Iterator[None]:
-    """Holds the place of an export, which this process alone may then make there.
+    """Holds the lock of an export's folder, so that only this process makes the export.
 
     Raises StorageError.
     """
@@ -339,7 +336,7 @@ def publishing(folder: Path) -> Iterator[None]:
 
 
 def find_depth_problems(space: Space, model: str, depth: int) -> Iterator[str]:
-    """Freeze depths of the file that the model does not have."""
+    """The freeze depths of the file that the model does not have."""
     path = ("recipe", "freeze_depth")
     searched = next((d.domain for d in space.dimensions if d.path == path), None)
     deepest = int(space.values[path] if searched is None else searched.highest)

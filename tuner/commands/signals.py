@@ -1,8 +1,6 @@
-"""SIGINT (Ctrl-C), SIGTERM and SIGHUP.
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP: the first asks for an orderly stop, the second stops now.
 
-The first asks for an orderly stop, the second ends the work now.
-
-After a SIGTERM or a SIGHUP, which nobody repeats, a time of grace does what a second signal would.
+Nobody repeats a SIGTERM or a SIGHUP, so after one of these a time of grace replaces the second.
 """
 
 import contextlib
@@ -15,9 +13,9 @@ HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
-    """`signal` is what arrived, if anything; `now` says that there is no more time.
+    """Which signal arrived, and whether there is still time.
 
-    `grace`: seconds.
+    `signal`: the number of the first signal, or None. `is_now`: no time is left. `grace`: seconds.
     """
 
     def __init__(self, grace: float, interrupts_at_once: bool = False) -> None:
@@ -60,9 +58,9 @@ class StopSignal:
 
 @contextlib.contextmanager
 def handle_signals(grace: float, *, interrupts_at_once: bool = False) -> Iterator[StopSignal]:
-    """Handlers that only set a flag, for the length of the block.
+    """Installs, for the length of the block, handlers that only set a flag.
 
-    A SIGHUP that `nohup` has ignored stays ignored.
+    A SIGHUP that `nohup` has made ignored stays ignored.
     """
     stop = StopSignal(grace, interrupts_at_once)
     before = {

@@ -24,9 +24,9 @@ PROGRESS_WIDTH = 36  # what `| 12/50, 3 pruned, eta 18m` may need
 
 
 class TrialLineFormatter:
-    """The widths that every line of a study shares.
+    """The widths that all lines of a study share.
 
-    `room`: the terminal's width, None where lines may be of any length.
+    `terminal_width`: in columns; None where lines may have any length.
     """
 
     def __init__(
