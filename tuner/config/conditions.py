@@ -1,6 +1,6 @@
-"""`when:` conditions.
+"""`when:` conditions: which keys they name, and which values these keys can have.
 
-The keys they name, the values those can take, and the order of sampling that follows.
+The order in which dimensions are sampled follows from the conditions.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Condition = Mapping[KeyPath, tuple[Any, ...]]
 
 
 def order_dimensions(draft: Draft) -> tuple[Dimension, ...]:
-    """The searched keys, each after those it depends on, otherwise in the order of the schema."""
+    """The searched keys, each after the keys on which it depends, else in the order of the schema."""
     whens = {path: resolve_condition(draft, path, when) for path, when in draft.conditions.items()}
     done: list[KeyPath] = []
     waiting = list(draft.domains)
@@ -38,7 +38,7 @@ def order_dimensions(draft: Draft) -> tuple[Dimension, ...]:
 
 
 def find_cycle(unordered: list[KeyPath], conditions: Mapping[KeyPath, Condition]) -> list[KeyPath]:
-    """Some keys that depend on each other, where each of `waiting` depends on another of them."""
+    """Keys that depend on each other in a circle; each unordered key depends on another one."""
     trail = [unordered[0]]
     while True:
         following = next(path for path in conditions[trail[-1]] if path in unordered)
@@ -48,7 +48,7 @@ def find_cycle(unordered: list[KeyPath], conditions: Mapping[KeyPath, Condition]
 
 
 def resolve_condition(draft: Draft, path: KeyPath, when: Any) -> Condition:
-    """The condition with its keys as paths and its values as their fields take them."""
+    """The condition with key paths as keys, and with values as their fields take them."""
     if not isinstance(when, dict) or not when:
         draft.add_problem(
             (*path, "when"),
@@ -88,7 +88,7 @@ def find_condition_key(draft: Draft, path: KeyPath, key: str) -> KeyPath | None:
 
 
 def check_condition_value(draft: Draft, path: KeyPath, target: KeyPath, value: Any) -> Any:
-    """The value as `target` takes it; a problem where `target` never has it."""
+    """The converted value; adds a problem where `target` never has this value."""
     try:
         fitted = fields.convert_value(draft.fields[target], value)
     except fields.InvalidValue as error:

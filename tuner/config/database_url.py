@@ -1,7 +1,6 @@
-"""Where a study's database is.
+"""The URL of a study's database.
 
-A URL whose ${NAME}s are filled in only to connect, and which is shown and kept without its
-password.
+Its ${NAME}s are replaced only to connect. It is shown and stored without its password.
 """
 
 import os
@@ -18,9 +17,9 @@ PASSWORD_PARAMETERS = ("password", "sslpassword")  # what a query may hold
 
 
 def find_url_problems(url: str) -> list[str]:
-    """What is wrong with a written URL, as far as no connection is needed to tell.
+    """What is wrong with a written URL, as far as this shows without a connection.
 
-    Never with its password.
+    The problems never contain the password.
     """
     unset = [name for name in VARIABLE_PATTERN.findall(url) if not os.environ.get(name)]
     problems = [
@@ -44,9 +43,9 @@ def find_url_problems(url: str) -> list[str]:
 
 
 def expand_variables(url: str) -> str:
-    """With the environment's values.
+    """The URL with the values of the environment's variables.
 
-    A whole URL as it is, a user or password quoted as a URL wants it.
+    A value in the place of a user or a password is quoted, as a URL requires; others are not.
     """
     match = URL_PATTERN.fullmatch(url)
     if match is None or match["user"] is None:
@@ -63,9 +62,9 @@ def substitute_variables(text: str, values: Mapping[str, str]) -> str:
 
 
 def without_password(url: str) -> str:
-    """What may be shown and written.
+    """The URL as it may be shown and written.
 
-    Variables by their names, and no password that was written out.
+    Variables stay as their names; a password that is written out is left out.
     """
     match = URL_PATTERN.fullmatch(url)
     if match is None:
@@ -96,9 +95,9 @@ def _is_literal(word: str) -> bool:
 
 
 def literal_password(url: str) -> str | None:
-    """The password that a URL spells out.
+    """The password that is written in a URL.
 
-    None where it leaves that to a variable, PGPASSWORD or ~/.pgpass.
+    None where the URL leaves it to a variable, PGPASSWORD or ~/.pgpass.
     """
     passwords = find_passwords(url)
     return unquote(passwords[0]) if passwords and without_password(url) != url else None
@@ -114,7 +113,7 @@ def find_passwords(url: str) -> list[str]:
 
 
 def hide_passwords(text: str, url: str) -> str:
-    """`text` without the passwords that `url` expands to."""
+    """`text` without the passwords to which `url` expands."""
     for word in find_passwords(expand_variables(url)):
         for spelling in (word, unquote(word)):
             text = text.replace(spelling, "***")

@@ -1,7 +1,4 @@
-"""One value against one field of the schema.
-
-The value as it is meant, or a sentence that teaches.
-"""
+"""Checks one value against one field: the value as it is meant, or a message that teaches."""
 
 import math
 import types
@@ -43,7 +40,10 @@ class InvalidValue(Exception):
 
 
 def convert_value(field: FieldInfo, value: Any) -> Any:
-    """The value, converted only where nothing is lost (1 -> 1.0, list -> tuple). Raises Unfit."""
+    """The value, converted only where nothing is lost (1 -> 1.0, list -> tuple).
+
+    Raises InvalidValue.
+    """
     if isinstance(value, list) and any(
         tuple in (k, typing.get_origin(k)) for k in plain_types(field.annotation)
     ):

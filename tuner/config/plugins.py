@@ -208,7 +208,7 @@ def _keys_from_source(kind: str, file: str) -> PluginKeys:
 
 
 def _evaluate(node: ast.expr | None) -> Any:
-    """An annotation or default of tuner's own source: literals, and the few names of _ANNOTATION_NAMES."""
+    """Evaluates an annotation or default of tuner's source: literals and `_ANNOTATION_NAMES`."""
     if node is None:
         return inspect.Parameter.empty
     return eval(compile(ast.Expression(node), "<signature>", "eval"), dict(_ANNOTATION_NAMES))
