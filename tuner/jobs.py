@@ -1,4 +1,4 @@
-"""What crosses between the coordinator and its workers: only values."""
+"""What an engine carries out, and how it ended: values alone cross between processes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +17,18 @@ auto: by the pace of the job's own reports. None: never.
 
 @dataclass(frozen=True)
 class Job:
-    """`work` names the function a worker calls, as module:function(argument, report, slot).
+    """One job. `function` names what a worker calls, as module:function(argument, report, slot).
 
-    `keep` are folders, at the same path wherever the job is carried out, whose files must outlive
-    the place: the job's next attempt finds them, and so does who handed it out. `whole` is the one
-    of them that is an export: it appears in one step. `everywhere`: carried out once on every node,
-    before any other job is there; the values must be equal, and the first is the job's. `folders`
-    are what a node needs for it that may have to be shipped there. `stall`: when a job that reports
-    nothing is taken for one that hangs; an engine that carries jobs out in the coordinator's own
-    process cannot see to it.
+    `folders_to_keep` are folders, at the same path wherever the job is carried out, whose files
+    must outlive the machine: the next attempt of the job finds them, and so does the process that
+    handed the job out. `whole` is the one of them that is an export: it appears in one step.
+
+    `on_every_node`: the job is carried out once on every node, before any other job is there; the
+    values must be equal, and the first one is the job's. `folders_needed` are what a node needs for
+    the job and may have to be shipped there.
+
+    `stall`: when a job that reports nothing counts as hanging. An engine that carries out jobs in
+    the coordinator's own process cannot check it.
     """
 
     number: int
@@ -54,8 +57,9 @@ class Outcome:
     """How a job ended.
 
     done: `value` is what the function returned. refused: it raised a TunerError with these
-    `problems` and exit `code`. failed: it raised something else; `reason` is the exception, `trace`
-    the traceback. lost: its worker died, or was given up; `loss_cause` says why, for programs.
+    `problems` and this `exit_code`. failed: it raised another exception; `reason` is the exception,
+    `traceback` its traceback. lost: its worker died, or was given up; `loss_cause` is why, for
+    programs.
     """
 
     kind: Literal["done", "refused", "failed", "lost"]
@@ -68,9 +72,9 @@ class Outcome:
 
 
 def stall_of(engine: EngineSettings, *, paced: bool) -> Stall:
-    """What engine.stall says.
+    """The stall limit that engine.stall states.
 
-    `paced`: a report comes after each epoch, and little is done after the last one.
+    `paced`: the job reports after each epoch, and does little after the last one.
     """
     if engine.stall == "never" or (engine.stall == "auto" and not paced):
         return None

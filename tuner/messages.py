@@ -1,4 +1,4 @@
-"""What the coordinator tells workers and hears from them: values that need no torch."""
+"""What the coordinator sends to workers and receives from them: values that need no torch."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,20 +9,20 @@ LAST_ATTEMPT_MICRO_BATCHES = 4
 
 
 def micro_batch_count(attempt: int, killed: int, retries: int) -> int:
-    """In how many micro-batches an attempt takes a batch.
+    """Into how many micro-batches an attempt divides a batch.
 
-    Several in the last one, where a memory limit ended all others.
+    Several in the last attempt, if a memory limit ended all earlier ones; else one.
     """
     return LAST_ATTEMPT_MICRO_BATCHES if 1 < attempt == retries + 1 and killed == attempt - 1 else 1
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A run and where to carry it out. `fetch`: weights may be downloaded.
+    """A run, and where and how to carry it out. `allow_downloads`: weights may be downloaded.
 
-    `checkpoints` is the folder that the run continues from and leaves its state in; `keep`: the
-    best epoch's weights too, at its end. `micro_batches`: in so many a batch is taken, their
-    gradients added up, since whole ones did not fit the machine's memory.
+    `checkpoint_folder` is where the run continues from and leaves its state; `keep_best_weights`:
+    at its end also the weights of the best epoch. `micro_batches`: into how many parts a batch is
+    divided, whose gradients are added up, because whole batches did not fit the machine's memory.
     """
 
     run: Run
@@ -43,9 +43,9 @@ class ModelSurvey:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What was found when data and weights were read.
+    """What a worker read of data and weights.
 
-    Warnings and notes are not compared: nodes that agree may word them apart.
+    Warnings and notes are not compared, because nodes that agree may word them differently.
     """
 
     digest: str
@@ -59,9 +59,9 @@ class DatasetReport:
 
 @dataclass(frozen=True)
 class Epoch:
-    """`number` counts from 1; `scores` are of the validation examples, larger is better.
+    """The result of one epoch: `number` counts from 1, and a larger score is better.
 
-    `notes`: what the user must hear before it.
+    `scores` are of the validation examples. `notes`: what the user must read before it.
     """
 
     number: int
@@ -73,9 +73,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial went.
+    """The result of a trial.
 
-    `best` is the number of the best epoch; `files` are name -> content for the dashboard.
+    `best_epoch` is the number of the best epoch; `artifacts` are file name -> content for the
+    dashboard.
     """
 
     state: Literal["complete", "stopped", "diverged", "oom"]
@@ -88,11 +89,9 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class FinalizeJob:
-    """Retrain, test, export.
+    """Retrain, test and export the winner: its assignment, where to publish, and its scores.
 
-    The winner's assignment, where to publish, and what the search knows of it.
-
-    `weights`: not retrained, but given what its trial has left there.
+    `weights_file`: it is not retrained, but gets the weights that its trial left there.
     """
 
     assignment: Assignment

@@ -16,7 +16,7 @@ Condition = Mapping[KeyPath, tuple[Any, ...]]
 
 
 def order_dimensions(draft: Draft) -> tuple[Dimension, ...]:
-    """The searched keys, each after the keys on which it depends, else in the order of the schema."""
+    """The searched keys in the order of the schema, but each after the keys on which it depends."""
     whens = {path: resolve_condition(draft, path, when) for path, when in draft.conditions.items()}
     done: list[KeyPath] = []
     waiting = list(draft.domains)
