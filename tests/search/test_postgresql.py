@@ -373,7 +373,8 @@ def test_a_trial_that_ends_while_another_coordinator_takes_it_over_counts_once(
 
         with monkeypatch.context() as patch:
             patch.setattr("tuner.search.ledger.crash_point", end)
-            patch.setattr(second.coordination, "others", list)  # the first one's lease has expired
+            # the first one's lease has expired
+            patch.setattr(second.coordination, "other_coordinators", list)
             run_all_jobs(second)
         run_all_jobs(first)
         assert (first.budget_used, second.budget_used) == (3, 3)

@@ -1,4 +1,7 @@
-"""Files of a folder in pieces of bounded size, for a machine that does not see the folder: names and bytes, nothing else."""
+"""Files of a folder in pieces of bounded size, for a machine that does not see the folder.
+
+Only names and bytes are sent.
+"""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -8,17 +11,23 @@ from tuner.errors import DataError
 from tuner.files import removal
 from tuner.files.atomic import disk_errors, fsync
 
-CHUNK_BYTES = 64 * 2**20  # bytes of a parcel
+CHUNK_BYTES = 64 * 2**20  # bytes of a chunk
 
 FilePiece = tuple[str, int, bytes, bool]
-"""A file's name below its folder, where the bytes begin, the bytes, whether they are the last; a folder's name ends with a slash."""
+"""A file's name below its folder, where the bytes begin, the bytes, whether they are the last.
+
+The name of a folder ends with a slash.
+"""
 
 FolderState = dict[str, tuple[int, int]]
 """What a folder holds: name -> when it was written, bytes."""
 
 
 def folder_state(folder: Path) -> FolderState:
-    """The files of a folder and of all below it, the oldest first, so that what was written last also arrives last."""
+    """Return the files of a folder and of its subfolders, the oldest first.
+
+    So the file that was written last also arrives last.
+    """
     found: FolderState = {}
     for name in list_names(folder):
         if not name.endswith("/"):
@@ -48,29 +57,34 @@ def _is_partial(name: str) -> bool:
 
 
 def read_chunks(folder: Path, file_names: Iterable[str]) -> Iterator[list[FilePiece]]:
-    """The named files, LIMIT bytes at a time: many small ones together, a large one in several."""
-    parcel: list[FilePiece] = []
+    """Yield the named files in chunks of CHUNK_BYTES: small files together, a large one in several."""
+    chunk: list[FilePiece] = []
     size = 0
     for name in file_names:
         if name.endswith("/"):
-            parcel.append((name, 0, b"", True))
+            chunk.append((name, 0, b"", True))
             continue
         with open(folder / name, "rb") as file:
             last = False
             while not last:
                 begin, data = file.tell(), file.read(CHUNK_BYTES - size)
                 last = len(data) < CHUNK_BYTES - size
-                parcel.append((name, begin, data, last))
+                chunk.append((name, begin, data, last))
                 size += len(data)
                 if not last:
-                    yield parcel
-                    parcel, size = [], 0
-    if parcel:
-        yield parcel
+                    yield chunk
+                    chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def write_chunk(folder: Path, chunk: Iterable[FilePiece]) -> None:
-    """Writes pieces below `folder`; a file appears under its name when its last piece is there. Raises DataError, StorageError."""
+    """Write pieces below `folder`. A file gets its name when its last piece is there.
+
+    Raises:
+        DataError: A name would leave the folder.
+        StorageError: The disk refuses the files.
+    """
     for name, begin, data, last in chunk:
         path = folder / name
         if os.path.isabs(name) or ".." in Path(name).parts:

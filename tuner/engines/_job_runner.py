@@ -10,7 +10,10 @@ from tuner.jobs import Job, Outcome
 
 
 def run_job(job: Job, report: Callable[[Any], bool], slot: int) -> Outcome:
-    """Calls the job's function. The one place that catches everything: a job that fails must not end its worker."""
+    """Call the job's function.
+
+    Every exception becomes an outcome, because a job that fails must not end its worker.
+    """
     module, _, function = job.function.partition(":")
     try:
         return Outcome(

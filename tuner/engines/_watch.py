@@ -9,13 +9,18 @@ from tuner.jobs import Outcome, Stall
 POLL = 0.2  # seconds between looks at whether to go on
 SILENCE = 120.0  # seconds without a sign of life after which a worker is given up
 HEARTBEATS = 20  # signs of life in that time
-STARTING = 10  # times as long for a worker that has shown none yet: it may be reading torch from a slow disk
+# A worker that has shown no sign of life yet gets so many times as long: it may be reading torch
+# from a slow disk.
+STARTING = 10
 AUTO_FACTOR = 10  # auto: times its longest wait for a report that a job may take for the next one
 AUTO_MINIMUM = 3600.0  # auto: seconds that every job may take
 
 
 class Clock:
-    """The seconds between looks. What passes while the coordinator itself is stopped or at work is nobody's silence."""
+    """The seconds between looks.
+
+    Time in which the coordinator itself is stopped or busy does not count as a worker's silence.
+    """
 
     def __init__(self) -> None:
         self.last = time.monotonic()
@@ -29,9 +34,10 @@ class Clock:
 class Watch:
     """Counts how long a worker is silent, and how long its job reports nothing.
 
-    With `stall: auto` a job is given up only between two of its reports: nobody knows how long it may take to its first
-    one (downloads, a cache that is filled, a long epoch). A report may say by `seconds` how long its work took; one
-    that an earlier attempt got through comes at once, and says how long the next one may take.
+    With `stall: auto` a job is given up only between two of its reports. How long its first report
+    may take is not known (downloads, a cache that is filled, a long epoch). A report may say by
+    `seconds` how long its work took. A report that repeats an earlier attempt comes at once, and its
+    `seconds` say how long the next report may take.
     """
 
     worker_name: str  # the worker, in the reason

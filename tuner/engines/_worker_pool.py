@@ -1,4 +1,7 @@
-"""The slots on a cluster's nodes: hired where there is room, greeted, given up when they or their node die."""
+"""The workers on a cluster's nodes.
+
+They are started where a node has room, and given up when they or their node die.
+"""
 
 import os
 import sys
@@ -18,12 +21,14 @@ from tuner.errors import StorageError
 from tuner.jobs import Job, OnEnd, OnReport, Outcome
 
 REFRESH_SECONDS = 1.0  # seconds between looks at the cluster
-START_GRACE_SECONDS = 15.0  # seconds in which a node may fail to start slots: one that has just gone is still listed for a while, one that comes too soon
+# Seconds in which a node may fail to start workers. A node that has just left is still listed for a
+# while, and a node that joins is listed too soon.
+START_GRACE_SECONDS = 15.0
 
 
 @dataclass
 class PendingJob:
-    """A job, and who hears of it. `check`: it is carried out on every node."""
+    """A job and its callbacks. `is_check`: it is carried out on every node."""
 
     job: Job
     on_report: OnReport
@@ -33,7 +38,10 @@ class PendingJob:
 
 @dataclass(eq=False)
 class PoolWorker:
-    """A slot as the coordinator sees it: hired, greeted, idle or busy. Only messages with its token are of its work."""
+    """A worker as the coordinator sees it: starting, idle or busy.
+
+    Only messages with its token are of its job.
+    """
 
     actor: Any
     node: Node
@@ -75,7 +83,8 @@ class WorkerPool:
             str, tuple[float, float]
         ] = {}  # by node: since when slots do not start there, and the latest
         self.last_refresh, self.warned_no_room = time.monotonic(), False
-        self.any_started = False  # a slot has been greeted: from now on a bad node is left out, and not the command's end
+        # Once a worker has started, a node that fails is left out and does not end the command.
+        self.any_started = False
 
     def refresh_nodes(self) -> list[PoolWorker]:
         """Learns which nodes are there; returns the workers whose node is gone."""
@@ -91,7 +100,7 @@ class WorkerPool:
         ]
 
     def start_workers(self, wanted: int, nodes_due: set[str]) -> None:
-        """One slot on each node of `due`, and more as long as there are fewer than `wanted` and a node has room."""
+        """Start a worker on each node of `nodes_due`, and more until there are `wanted` or no room."""
         usable = self.usable_nodes()
         if not usable and not self.warned_no_room:
             self.warn(

@@ -38,7 +38,7 @@ def run_jobs(
 
 
 class ReportHandler:
-    """Hands reports on. What fails in the coordinator is kept for it, and not taken for a failure of the job."""
+    """Passes reports on. It keeps an error of the coordinator, which is no failure of the job."""
 
     def __init__(self, job: Job, on_report: OnReport) -> None:
         self.job, self.report = job, on_report

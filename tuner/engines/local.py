@@ -1,4 +1,7 @@
-"""Jobs in worker processes of this machine. Workers persist, so that torch, data and caches stay loaded between jobs."""
+"""Jobs in worker processes of this machine.
+
+Workers persist, so that torch, data and caches stay loaded between jobs.
+"""
 
 import contextlib
 import importlib
@@ -35,7 +38,7 @@ class Worker:
 
 
 Message = tuple[Worker, str, Any]
-"""The worker; the kind (begun, alive, report, ended, unreadable, or closed: the worker is dead); the value."""
+"""The worker; the kind (begun, alive, report, ended, unreadable, or closed: it is dead); the value."""
 
 
 @contextlib.contextmanager
@@ -45,7 +48,10 @@ def run(
     *,
     silence: float = SILENCE,
 ) -> Iterator[RunJobs]:
-    """Workers live as long as the `with` block. One without a sign of life for `silence` seconds is given up."""
+    """Start the engine. Its workers live as long as the `with` block.
+
+    A worker without a sign of life for `silence` seconds is given up.
+    """
     pool = WorkerPool(silence)
     try:
         yield pool.run_jobs
@@ -126,7 +132,7 @@ class WorkerPool:
         """The messages that are there; waits a moment for the first one."""
         with contextlib.suppress(queue.Empty):
             yield self.inbox.get(timeout=POLL)
-        for _ in range(self.inbox.qsize()):  # no more: the loop must come to `go_on`
+        for _ in range(self.inbox.qsize()):  # no more: the loop must ask `should_continue`
             yield self.inbox.get_nowait()
 
     def handle(self, worker: Worker, kind: str, value: Any, report: OnReport, ended: OnEnd) -> None:
@@ -150,7 +156,10 @@ class WorkerPool:
                 self.give_up(worker, value, ended)
 
     def remove_dead(self, worker: Worker, ended: OnEnd) -> None:
-        """Ends the job of a dead worker. A job that the worker never read, because it died idle, is assigned again."""
+        """End the job of a dead worker.
+
+        A job that the worker never read, because it died idle, is assigned again.
+        """
         worker.process.join(STOP_TIMEOUT)
         outcome = death_outcome(worker.process.exitcode)
         job, worker.job = worker.job, None
@@ -162,13 +171,17 @@ class WorkerPool:
             ended(job, outcome)
 
     def give_up_unresponsive(self, passed: float, ended: OnEnd) -> None:
-        """Gives up workers that are silent or whose job hangs. `passed`: seconds since the last call."""
+        """Give up workers that are silent or whose job hangs.
+
+        `passed`: seconds since the last call.
+        """
         for worker in self.busy():
             outcome = worker.watch.passed(passed)
             if outcome is None:
                 continue
             if outcome.loss_cause == "silent":
-                worker.process.kill()  # reaches a stopped process too, which therefore cannot come back
+                # also ends a stopped process, which therefore cannot come back
+                worker.process.kill()
             self.give_up(worker, outcome, ended)
 
     def give_up(self, worker: Worker, outcome: Outcome, ended: OnEnd) -> None:
@@ -201,7 +214,7 @@ def start_worker(slot: int, heartbeat: float) -> Worker:
 
 
 def read_messages(worker: Worker, inbox: "queue.SimpleQueue[Message]") -> None:
-    """What the thread of a worker does: it moves messages from the pipe to the inbox until the worker is dead.
+    """Move messages from a worker's pipe to the inbox until the worker is dead. Runs in a thread.
 
     The process is waited for too: where it leaves children, its pipe stays open after its death.
     """
@@ -216,7 +229,10 @@ def read_messages(worker: Worker, inbox: "queue.SimpleQueue[Message]") -> None:
 
 
 def death_outcome(code: int | None) -> Outcome:
-    """The outcome of a job whose worker died by itself. `code`: its exit code, negative for a signal."""
+    """Return the outcome of a job whose worker died by itself.
+
+    `code`: its exit code, negative for a signal.
+    """
     if code == -signal.SIGKILL:  # the kernel's way where memory runs out
         reason = "worker ended by SIGKILL (out of memory?)"
         return Outcome("lost", reason=reason, loss_cause="memory")
@@ -230,8 +246,8 @@ def death_outcome(code: int | None) -> Outcome:
 def stop_workers(workers: list[Worker]) -> None:
     """Stops workers, all at the same time, and waits until they are dead.
 
-    An idle worker gets None instead of a job. A busy one gets SIGTERM, so that it can remove a half-finished download.
-    Those that do not end within STOP_TIMEOUT get SIGKILL.
+    An idle worker gets None instead of a job. A busy one gets SIGTERM, so that it can remove a
+    half-finished download. Those that do not end within STOP_TIMEOUT get SIGKILL.
     """
     for worker in workers:
         if worker.job is not None:
@@ -252,7 +268,7 @@ def stop_workers(workers: list[Worker]) -> None:
 
 
 def run_worker(pipe: Connection, slot: int, heartbeat: float) -> None:
-    """The life of a worker process: it takes jobs from the pipe until it gets None or the pipe closes."""
+    """Take jobs from the pipe until it gives None or closes: what a worker process does."""
     _process_settings.forget_safe_path()
     _process_settings.die_with_parent()
     _process_settings.keep_freed_memory()
@@ -287,7 +303,7 @@ def run_worker(pipe: Connection, slot: int, heartbeat: float) -> None:
 
 
 class WorkerChannel:
-    """A worker's end of the pipe. Two threads send: the job its reports, the other one heartbeats."""
+    """A worker's end of the pipe. Two threads send: one the job's reports, one heartbeats."""
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe, self.lock, self.busy = pipe, threading.Lock(), threading.Event()
@@ -297,7 +313,10 @@ class WorkerChannel:
             self.pipe.send((kind, value))
 
     def send_heartbeats(self, every: float) -> None:
-        """Sends a sign of life every few seconds while there is a job; an operator that computes for minutes does not block this thread."""
+        """Send a sign of life every few seconds while there is a job.
+
+        An operator that computes for minutes does not block this thread.
+        """
         with contextlib.suppress(OSError):  # the coordinator has stopped this worker
             while self.busy.wait():
                 self.send("alive")

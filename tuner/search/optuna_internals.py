@@ -252,7 +252,8 @@ def missing() -> tuple[str, ...]:
 def warn_of_missing(warn: Callable[[str], None]) -> None:
     if missing():
         warn(
-            f"{missing_message(missing())}. The search is right without, and slower with many trials"
+            f"{missing_message(missing())}. "
+            "The search is right without, and slower with many trials"
         )
 
 
@@ -265,7 +266,8 @@ def require_for_server(shown: str) -> None:
     if lacking:
         raise StorageError(
             f"storage: {shown} cannot be used: the locks and owners of its coordinators need more "
-            f"of Optuna. {missing_message(lacking)}; without `storage:` the study is in a file of its own"
+            f"of Optuna. {missing_message(lacking)}; "
+            "without `storage:` the study is in a file of its own"
         )
 
 
