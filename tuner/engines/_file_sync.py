@@ -1,4 +1,7 @@
-"""What happens to files around a job on another node: what it needs is sent there, what must outlive the node is brought back."""
+"""The files of a job on another node.
+
+Files that the job needs are sent there. Files that must outlive the node are brought back.
+"""
 
 import concurrent.futures
 import threading
@@ -18,11 +21,14 @@ ANSWER = 600.0  # seconds in which a worker takes one chunk of files
 
 
 class FileSync:
-    """`ship`: folders that a node lacks are sent to it, once a node. Errands run in threads, so that other slots are heard meanwhile."""
+    """Sends and receives the files of jobs, in threads, so that other workers are served meanwhile.
+
+    `ship`: folders that a node lacks are sent to it, once for each node.
+    """
 
     def __init__(self, ray: Any, ship: bool) -> None:
         self.ray, self.may_ship = ray, ship
-        self.threads = concurrent.futures.ThreadPoolExecutor(8, "tuner-errand")
+        self.threads = concurrent.futures.ThreadPoolExecutor(8, "tuner-file-sync")
         self.locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self.token = uuid.uuid4().hex
         self.known_present: set[tuple[str, str]] = set()  # (node, folder): it is there
@@ -31,7 +37,10 @@ class FileSync:
     def prepare(
         self, actor: Any, node: Node, job: Job
     ) -> "concurrent.futures.Future[list[str]] | None":
-        """Begins what a job needs first. Its result: the folders of `job.keep` whose changes must be brought back. None: nothing to do."""
+        """Begin what must be done before a job starts. None: nothing.
+
+        The result: the folders of `job.folders_to_keep` whose changes must be brought back.
+        """
         folders = [
             f
             for f in job.folders_needed
@@ -67,27 +76,30 @@ class FileSync:
         return apart
 
     def get(self, reference: Any) -> Any:
-        """A worker's answer. A worker that is stopped must not keep this thread for ever."""
+        """Return a worker's answer. The wait has a limit, because the worker may be stopped."""
         return self.ray.get(reference, timeout=ANSWER)
 
     def send_path(self, actor: Any, path: Path) -> None:
-        """A file or a folder, to the same path; it is there whole or not at all. One parcel at a time is in the object store."""
+        """Send a file or a folder to the same path, where it appears whole or not at all.
+
+        Only one chunk at a time is in the object store.
+        """
         if path.is_file():
-            for parcel in read_chunks(path.parent, [path.name]):
-                self.get(actor.receive_chunk.remote(str(path.parent), parcel))
+            for chunk in read_chunks(path.parent, [path.name]):
+                self.get(actor.receive_chunk.remote(str(path.parent), chunk))
             return
         self.send_all(actor, path, list(list_names(path)))
 
     def send_all(self, actor: Any, folder: Path, wanted: list[str]) -> None:
-        """Files of a folder, which is there once all of them are."""
+        """Send files of a folder, which appears when all of them have arrived."""
         arriving = str(removal.arriving(folder, uuid.uuid4().hex))
-        for parcel in read_chunks(folder, wanted):
-            self.get(actor.receive_chunk.remote(arriving, parcel))
+        for chunk in read_chunks(folder, wanted):
+            self.get(actor.receive_chunk.remote(arriving, chunk))
         if wanted:
             self.get(actor.rename_arrived.remote(arriving, str(folder)))
 
     def is_shared(self, actor: Any, node: Node, folder: Path) -> bool:
-        """Whether a node sees this folder's files, not others at the same path."""
+        """Return whether a node sees this folder's files, and not others at the same path."""
         if (node.id, folder) not in self.shared_folders:
             marker = folder / f".{uuid.uuid4().hex}.tmp"
             with disk_errors(marker):
@@ -102,9 +114,10 @@ class FileSync:
         return self.shared_folders[node.id, folder]
 
     def receive_changes(self, job: Job, kind: str, folder: Path, value: Any) -> None:
-        """Files that changed in a kept folder on a job's node, or their names where they are gone. Raises StorageError.
+        """Take over what changed in a kept folder on a job's node.
 
-        An export takes the place of an older one when all its files are here.
+        `value`: pieces of files or, where `kind` is "gone", the names of removed files. An export
+        replaces an older one when all its files are here. Raises StorageError.
         """
         if job.whole != str(folder):
             if kind == "kept":

@@ -19,7 +19,10 @@ TAKEN = 30.0  # seconds after which a node whose cores others have is not waited
 
 @dataclass(eq=False)
 class Check:
-    """One such job. `concluded`: the coordinator was told the value; nodes that join later are still checked."""
+    """One such job. `concluded`: the coordinator has its value.
+
+    Nodes that join later are still checked.
+    """
 
     work: PendingJob
     passed: dict[str, str] = field(default_factory=dict)  # node id -> name
@@ -76,10 +79,11 @@ class NodeChecks:
             check.work.on_end(job, failure)
 
     def failure(self, check: Check, node: Node, outcome: Outcome) -> Outcome:
-        """What is wrong with a node: it found another value than the others, or the job did not succeed there."""
+        """Return what is wrong with a node: its value differs, or the job failed there."""
         if outcome.kind == "done":
-            others = f"nodes {next(iter(check.passed.values()))} and {node.name} find different data at the same paths"
-            return refused(DataError(f"{others}; copy one over the other"))
+            first = next(iter(check.passed.values()))
+            difference = f"nodes {first} and {node.name} find different data at the same paths"
+            return refused(DataError(f"{difference}; copy one over the other"))
         if len(self.pool.usable_nodes()) == 1:
             return outcome
         unshipped = check.work.job.folders_needed and not self.ship
@@ -89,7 +93,10 @@ class NodeChecks:
         return replace(outcome, problems=problems, reason=reason)
 
     def conclude(self) -> None:
-        """Tells the coordinator the value of each check that all nodes have passed, but for those whose cores others have."""
+        """Tell the coordinator the value of each check that all nodes have passed.
+
+        Nodes whose cores are used by others are not waited for.
+        """
         for check in self.unconcluded():
             if check.first is None:
                 continue

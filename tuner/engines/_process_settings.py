@@ -1,4 +1,7 @@
-"""What a process asks of the machine before torch is loaded: memory that stays, threads that wait as the load allows, an end."""
+"""Settings of a process that must be made before torch is loaded.
+
+They concern freed memory, waiting threads, the end of the process, and its share of the cores.
+"""
 
 import contextlib
 import ctypes
@@ -17,10 +20,11 @@ TRIM_THRESHOLD_BYTES, TOP_PAD_BYTES = 2**31 - 1, 64 * 2**20  # bytes
 
 
 def keep_freed_memory() -> bool:
-    """Has glibc's malloc keep what is freed, for the next tensor of that size. False where there is no such malloc.
+    """Make glibc's malloc keep freed memory for the next tensor of that size.
 
-    It otherwise maps every large tensor from the kernel and gives it back after use, so that each operator of a training
-    step pays for new, zeroed pages: on a CPU up to half of a step's time. The price is a process that does not shrink.
+    Otherwise malloc maps every large tensor from the kernel and gives it back after use. So each
+    operator of a training step pays for new, zeroed pages: on a CPU up to half of a step's time.
+    The price is a process that does not shrink. Returns False where there is no such malloc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -36,9 +40,10 @@ def keep_freed_memory() -> bool:
 
 
 def die_with_parent() -> bool:
-    """Has the kernel kill this process when the thread that started it ends, however it ends. False where no kernel does.
+    """Make the kernel kill this process when the thread that started it ends, however it ends.
 
-    A stopped process cannot see to that itself: it would outlive a killed parent for ever.
+    A stopped process cannot do this itself: it would always outlive a killed parent. Returns False
+    where the kernel cannot do it.
     """
     try:
         prctl = ctypes.CDLL(None).prctl
@@ -49,10 +54,10 @@ def die_with_parent() -> bool:
 
 @contextlib.contextmanager
 def safe_path() -> Iterator[None]:
-    """A Python that is started in this block does not import from the current folder, where anything may lie.
+    """Keep a Python that is started in this block from importing from the current folder.
 
-    multiprocessing gives it this process's `sys.path` a little later, with the folder in it where the user's own module
-    needs it.
+    Any file may lie there. A little later multiprocessing gives the new process this process's
+    `sys.path`, with the folder in it where the user's own module needs it.
     """
     if os.environ.get(SAFE_PATH):  # the user wants it for everything
         yield
@@ -65,23 +70,23 @@ def safe_path() -> Iterator[None]:
 
 
 def forget_safe_path() -> None:
-    """Programs that the user's own code starts in this process import as if they were started by hand."""
+    """Undo `safe_path` for programs that the user's own code starts in this process."""
     if os.environ.get(SAFE_PATH) == OURS:
         del os.environ[SAFE_PATH]
 
 
 def cores(root: Path = Path("/")) -> float:
-    """How many cores this process may use at a time: those that it may run on, or its quota where that is less."""
+    """Return how many cores this process may use: its affinity, or its quota where that is less."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     there = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     return min(float(there), quota(root))
 
 
 def quota(root: Path = Path("/")) -> float:
-    """The CPU time that this process's control groups allow, in cores; infinite where nothing limits it.
+    """Return the CPU time that this process's control groups allow, in cores; infinite: no limit.
 
-    A container with a quota of 4 cores sees all 64 of its machine. With 64 threads it uses its quota up in a moment, and
-    is stopped for the rest of each period. `root` holds /proc and /sys.
+    A container with a quota of 4 cores sees all 64 of its machine. With 64 threads it uses up its
+    quota in a moment, and is stopped for the rest of each period. `root` has /proc and /sys.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -115,10 +120,11 @@ def _limit(group: Path) -> float:
 
 
 def set_thread_wait_policy() -> None:
-    """Has OpenMP's idle threads sleep when others want the cores; where nobody does, they spin, as is libgomp's way.
+    """Make OpenMP's idle threads sleep on a busy machine. On an idle one they spin, as by default.
 
-    Spinning threads meet sooner (a small model's step takes a third of the time), but on a crowded machine they keep the
-    working ones from running (fifty times as long). OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment decide instead.
+    Spinning threads meet sooner: a small model's step takes a third of the time. On a crowded
+    machine they keep the working threads from running: fifty times as long. OMP_WAIT_POLICY or
+    GOMP_SPINCOUNT in the environment decide instead, where they are set.
     """
     if (
         "OMP_WAIT_POLICY" not in os.environ
@@ -129,7 +135,10 @@ def set_thread_wait_policy() -> None:
 
 
 def is_machine_busy() -> bool:
-    """Whether, at most looks of a tenth of a second, a process beside this one was running. True where it cannot be seen."""
+    """Return whether other processes ran at most of ten looks within a tenth of a second.
+
+    True where it cannot be seen.
+    """
     busy = 0
     for _ in range(SAMPLES):
         try:
@@ -144,6 +153,6 @@ def is_machine_busy() -> bool:
             ),
             2,
         )
-        busy += running > 1  # one is who is looking
+        busy += running > 1  # one is this process itself
         time.sleep(SAMPLE_SECONDS)
     return 2 * busy > SAMPLES

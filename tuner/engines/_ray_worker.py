@@ -1,4 +1,4 @@
-"""The worker's side of the Ray engine: an actor that carries jobs out, one after another, and streams what they report."""
+"""The worker's side of the Ray engine: an actor that carries out jobs and streams their reports."""
 
 import concurrent.futures
 import contextlib
@@ -67,7 +67,7 @@ class RayWorker:
         write_chunk(Path(folder), parcel)
 
     def clear_folder(self, folder: str) -> list[str]:
-        """Removes what an earlier attempt left at a kept folder; returns what else is there, which stays."""
+        """Remove what an earlier attempt left in a kept folder. Return what else is there and stays."""
         with disk_errors(Path(folder)):
             return removal.clear(Path(folder))
 
@@ -81,9 +81,10 @@ class RayWorker:
     def run_job(
         self, job: Job, token: str, folders_to_sync: list[str], heartbeat: float
     ) -> Iterator[Message]:
-        """Carries out a job in a thread beside this one. What changes in the folders `keeping` is sent along.
+        """Carry out a job in another thread. Changes in `folders_to_sync` are sent along.
 
-        From its first message on there is a sign of life after each `heartbeat` seconds without another message.
+        After the first message there is a sign of life after each `heartbeat` seconds without
+        another message.
         """
         with self.condition:
             self.token, self.report_count, self.answer_count, self.should_continue = (
@@ -122,7 +123,8 @@ class RayWorker:
 
         self.job_thread = threading.get_ident()
         try:
-            self.limit_resources()  # reads torch, while which no other thread of this process may run for minutes
+            # This loads torch. Meanwhile no other thread of this process may run for minutes.
+            self.limit_resources()
             messages.put(("alive", token, None))
             outcome = run_job(job, report, 0)  # Ray shows a slot only its own GPU
             for folder in watched_folders:
@@ -142,7 +144,10 @@ class RayWorker:
             torch.cuda.set_per_process_memory_fraction(self.gpus)
 
     def wait_for_answer(self, is_behind: bool) -> bool:
-        """Whether to go on. A coordinator that was silent for PATIENCE is not waited for again before it has caught up."""
+        """Return whether to go on.
+
+        A coordinator that was silent for ANSWER_TIMEOUT is not waited for until it has caught up.
+        """
         with self.condition:
             self.report_count += 1
             self.condition.wait_for(
@@ -159,7 +164,10 @@ class RayWorker:
                 self.condition.notify_all()
 
     def stop(self) -> None:
-        """Unwinds the running job, so that its temporary files go; whoever calls ends the process afterwards."""
+        """Unwind the running job, so that its temporary files are removed.
+
+        The caller ends the process afterwards.
+        """
         if self.job_thread is not None:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(self.job_thread), ctypes.py_object(SystemExit)
