@@ -1,1 +1,4 @@
-"""Where jobs are carried out. Each file's `run` takes jobs from the coordinator and knows nothing of training."""
+"""Where jobs are carried out.
+
+Each file's `run` takes jobs from the coordinator and knows nothing of training.
+"""

@@ -37,7 +37,10 @@ def folder_state(folder: Path) -> FolderState:
 
 
 def list_names(folder: Path) -> Iterator[str]:
-    """Files and folders below `folder`; links are followed, once. What is half written (`.x.tmp`) is left out."""
+    """Yield files and folders below `folder`. Links are followed, once.
+
+    Half-written files (`.x.tmp`) are left out.
+    """
     been = set()
     for place, below, files in os.walk(folder, followlinks=True):
         here = os.path.realpath(place)
@@ -57,7 +60,7 @@ def _is_partial(name: str) -> bool:
 
 
 def read_chunks(folder: Path, file_names: Iterable[str]) -> Iterator[list[FilePiece]]:
-    """Yield the named files in chunks of CHUNK_BYTES: small files together, a large one in several."""
+    """Yield the named files in chunks of CHUNK_BYTES: small files share one, large ones get many."""
     chunk: list[FilePiece] = []
     size = 0
     for name in file_names:

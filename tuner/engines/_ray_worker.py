@@ -37,7 +37,8 @@ Message = tuple[str, str, Any]
 class RayWorker:
     """Created by Ray where there is room for one trial. It is one process, and ends with the driver.
 
-    `folder` and `path` are the driver's working directory and sys.path, so that relative names mean the same here.
+    `folder` and `path` are the driver's working directory and sys.path, so that relative names mean
+    the same here.
     """
 
     def __init__(self, folder: str, path: list[str], cpus: int, gpus: float) -> None:

@@ -104,7 +104,8 @@ class WorkerPool:
         usable = self.usable_nodes()
         if not usable and not self.warned_no_room:
             self.warn(
-                "no node of the Ray cluster has room for a trial; waiting for one to join (Ctrl-C twice ends this)"
+                "no node of the Ray cluster has room for a trial; waiting for one to join "
+                "(Ctrl-C twice ends this)"
             )
         self.warned_no_room = not usable
         lately = (
@@ -144,7 +145,8 @@ class WorkerPool:
         if version != tuner.__version__:
             self.exclude_node(
                 worker.node,
-                f"it has tuner {version}, this machine {tuner.__version__}; install the same version on both",
+                f"it has tuner {version}, this machine {tuner.__version__}; "
+                "install the same version on both",
             )
         else:
             self.any_started = True

@@ -62,7 +62,8 @@ def run(
 class WorkerPool:
     """The workers of one engine.
 
-    A thread per worker reads its pipe, so that half a message of a stopped worker does not block the coordinator.
+    A thread per worker reads its pipe, so that half a message of a stopped worker does not block the
+    coordinator.
     """
 
     def __init__(self, silence: float) -> None:
@@ -99,7 +100,7 @@ class WorkerPool:
         return [w for w in self.workers if w.job is not None]
 
     def stop_surplus(self, limit: int) -> None:
-        """Stops workers beyond `limit`, so that their memory is free for the others. All are idle."""
+        """Stop workers beyond `limit`, so that the others have their memory. All are idle."""
         surplus = self.workers[limit:]
         del self.workers[limit:]
         stop_workers(surplus)

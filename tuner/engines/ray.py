@@ -1,4 +1,6 @@
-"""Jobs on the nodes of a Ray cluster. The coordinator stays here; a slot is an actor, and keeps torch, data and caches between jobs.
+"""Jobs on the nodes of a Ray cluster.
+
+The coordinator stays here. A worker is an actor that keeps torch, data and caches between jobs.
 
 Nodes that join are used once they have passed the checks (jobs that are carried out everywhere); a node that goes, or a worker
 that dies, costs its job an attempt. Nothing is restarted by Ray: the coordinator decides what is tried again.
@@ -75,7 +77,10 @@ class RayEngine:
         should_continue: ShouldContinue,
         workers: int,
     ) -> None:
-        """Carries out jobs until there are none, `workers` at a time. Raises StorageError when the cluster is gone."""
+        """Carry out jobs until there are none, `workers` at a time.
+
+        Raises StorageError when the cluster is gone.
+        """
         client, clock = Client(next_job, on_report, on_end, workers), Clock()
         try:
             while should_continue():
