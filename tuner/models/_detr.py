@@ -22,6 +22,7 @@ from tuner.core.types import StagedModel
 from tuner.core.weights import fetch_weights, is_path, read_state_dict
 from tuner.errors import DataError, SpaceError, limit_listing
 from tuner.models._detector_backbone import STRIDE, CheckedCanvas, backbone_stages
+from tuner.models._hub import WEIGHTS_FILE, hub_url
 from tuner.preprocessing.tokenization import silence_transformers
 
 CANVAS_SPEC = ImageInputSpec(
@@ -33,7 +34,6 @@ CLASS_PARAMETER_PREFIXES = (
     "model.enc_score_head.",
     "model.denoising_class_embed.",
 )
-WEIGHTS_FILE = "model.safetensors"
 CHECKS_VARIABLE = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
@@ -144,12 +144,8 @@ def freeze_untrained(detector: Any) -> Any:
 def _weights_path(home: Path, hub: str, weights: str) -> Path:
     """The file with the weights. Raises SpaceError on one that could run code, DataError where it is not there."""
     if weights == "default":
-        base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        return fetch_weights(
-            home,
-            f"{base}/{hub}/resolve/main/{WEIGHTS_FILE}",
-            name=f"{hub.replace('/', '-')}.safetensors",
-        )
+        file_name = f"{hub.replace('/', '-')}.safetensors"
+        return fetch_weights(home, hub_url(hub, WEIGHTS_FILE), name=file_name)
     path = Path(weights).expanduser()
     if path.is_dir():
         return path / WEIGHTS_FILE

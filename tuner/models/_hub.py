@@ -91,7 +91,14 @@ def export_tokenizer_folder(home: Path) -> Path | None:
     return home / TOKENIZER_FOLDER if (home / TOKENIZER_FOLDER / CONFIG_FILE).is_file() else None
 
 
+def hub_url(repository: str, file: str, revision: str = "main") -> str:
+    """The address of a file on the hub, or on the mirror of it that `HF_ENDPOINT` names."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return f"{endpoint}/{repository}/resolve/{revision}/{file}"
+
+
 def hub_folder(home: Path, repository: str) -> Path:
+    """Where the downloaded files of a repository of the hub lie."""
     return home / "hub" / repository.replace("/", "--")
 
 
@@ -144,11 +151,8 @@ def _fetch_shards(home: Path, repository: str, folder: Path) -> None:
 
 
 def _fetch_file(home: Path, repository: str, folder: Path, file: str) -> None:
-    """Fetches a file, its SHA-256 pinned, and links it into the folder."""
-    base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    path = fetch_weights(
-        home, f"{base}/{repository}/resolve/main/{file}", name=f"{folder.name}--{file}"
-    )
+    """Download a file, pin its SHA-256, and link the file into the folder."""
+    path = fetch_weights(home, hub_url(repository, file), name=f"{folder.name}--{file}")
     link = folder / file
     if not link.exists():
         removal.remove_dangling(link)

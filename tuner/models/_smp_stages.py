@@ -1,6 +1,11 @@
-"""Where models of segmentation_models_pytorch can be cut: their encoders by shape, checked by running them; decoder; head."""
+"""Where models of segmentation_models_pytorch (smp) can be cut: encoder stages, decoder, head.
 
-from collections.abc import Iterable
+smp's encoders have no common structure. So an encoder is cut by its shape, which is recognised by
+the names of its children, and the cut is then checked by running it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,30 +14,48 @@ from torch import Tensor, nn
 from tuner.core.input_spec import TensorTree
 from tuner.models._feature_maps import FeatureMapStage
 
-EXAMPLE_SIDE = 64  # pixels of the example that tells whether a cut is one
+EXAMPLE_SIDE = 64  # pixels of the random image by which a cut is checked
+DEEPEST = 5  # the number of the deepest feature map; f1 has half the side of the image
 
-EncoderGroup = tuple[str, list[nn.Module], bool]
-"""A stage of an encoder: its name, its modules in a row, and whether what they give is one of the encoder's feature maps."""
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive modules of an encoder, which become one stage."""
+
+    name: str  # of the stage
+    modules: list[nn.Module]
+    gives_feature_map: bool  # their output is one of the encoder's feature maps
 
 
 class DecoderStage(nn.Module):
-    """A decoder that takes feature maps by name, shallowest first. Of the larger ones before them it asks the size alone."""
+    """A decoder that takes feature maps by name, the shallowest first.
 
-    def __init__(self, decoder: nn.Module, taps: tuple[str, ...], larger: tuple[int, ...]) -> None:
-        """`larger`: how many times the size of the first tap the maps before it have: the image, and what stands in for others."""
+    The decoder asks the larger maps before them for their size alone.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, taps: tuple[str, ...], size_factors: tuple[int, ...]
+    ) -> None:
+        """Make the stage.
+
+        Args:
+            decoder: smp's decoder.
+            taps: The names of the feature maps that it takes.
+            size_factors: How many times larger than the first tap each map before it is: the image
+                itself, and a map of half its size where the encoder gives none.
+        """
         super().__init__()
-        self.decoder, self.taps, self.size_factors = decoder, taps, larger
+        self.decoder, self.taps, self.size_factors = decoder, taps, size_factors
 
     def forward(self, x: dict[str, Tensor]) -> Tensor:
         maps = [x[name] for name in self.taps]
         n, _, height, width = maps[0].shape
-        found: Tensor = self.decoder(
-            [
-                *(maps[0].new_empty((n, 0, height * by, width * by)) for by in self.size_factors),
-                *maps,
-            ]
-        )
-        return found
+        without_channels = [
+            maps[0].new_empty((n, 0, height * factor, width * factor))
+            for factor in self.size_factors
+        ]
+        features: Tensor = self.decoder([*without_channels, *maps])
+        return features
 
 
 class WholeEncoderStage(nn.Module):
@@ -46,129 +69,209 @@ class WholeEncoderStage(nn.Module):
         return dict(zip(self.taps, self.encoder(x)[-len(self.taps) :], strict=True))
 
 
-def stages_of(model: Any, only: int) -> dict[str, nn.Module]:
-    """Encoder stages, decoder, head. `only`: the feature maps that the decoder uses, counted from the deepest."""
+def stages_of(model: Any, used_maps: int) -> dict[str, nn.Module]:
+    """The stages of one of smp's models: encoder stages, decoder, head.
+
+    Args:
+        model: The model of smp.
+        used_maps: How many feature maps the decoder uses, counted from the deepest.
+    """
     encoder = model.encoder
-    real = [
-        channels for channels in encoder.out_channels[1:] if channels
-    ]  # encoders that begin at a quarter say 0 for the half
-    taps = tuple(f"f{number}" for number in range(6 - min(only, len(real)), 6))
-    larger = {4: (4, 2), 5: (2,)}[len(real)] if only == 5 else ()
-    found = _split_encoder(encoder, len(real), taps) or {
-        "encoder": WholeEncoderStage(encoder, taps)
-    }
+    # encoders that begin at a quarter of the image state 0 channels for the half
+    map_count = sum(1 for channels in encoder.out_channels[1:] if channels)
+    taps = tuple(
+        f"f{number}" for number in range(DEEPEST + 1 - min(used_maps, map_count), DEEPEST + 1)
+    )
+    size_factors = {4: (4, 2), 5: (2,)}[map_count] if used_maps == DEEPEST else ()
+    encoder_stages = _split_encoder(encoder, map_count, taps)
+    if encoder_stages is None:
+        encoder_stages = {"encoder": WholeEncoderStage(encoder, taps)}
     return {
-        **found,
-        "decoder": DecoderStage(model.decoder, taps, larger),
+        **encoder_stages,
+        "decoder": DecoderStage(model.decoder, taps, size_factors),
         "head": nn.Sequential(model.segmentation_head),
     }
 
 
-def _split_encoder(encoder: Any, real: int, taps: tuple[str, ...]) -> dict[str, nn.Module] | None:
-    """The encoder's stages; None where it has no shape that is known here, or does more than its modules tell."""
-    groups = _group_modules(encoder, real)
-    if groups is None or sum(tapped for *_, tapped in groups) != real or not groups[-1][-1]:
+def _split_encoder(
+    encoder: Any, map_count: int, taps: tuple[str, ...]
+) -> dict[str, nn.Module] | None:
+    """The encoder's stages.
+
+    None where its shape is not known here, or where it does more than its modules in a row.
+    """
+    groups = _group_modules(encoder, map_count)
+    if groups is None or not groups[-1].gives_feature_map:
+        return None
+    if sum(group.gives_feature_map for group in groups) != map_count:
         return None
     stages: dict[str, nn.Module] = {}
-    before, number = "", 5 - real
-    for name, modules, tapped in groups:
-        number += tapped
-        leaf = f"f{number}" if tapped else name
-        stages[name] = FeatureMapStage(nn.Sequential(*modules), before, leaf, keeps=before in taps)
-        before = leaf
+    input_name, map_number = "", DEEPEST - map_count
+    for group in groups:
+        map_number += group.gives_feature_map
+        output_name = f"f{map_number}" if group.gives_feature_map else group.name
+        stages[group.name] = FeatureMapStage(
+            nn.Sequential(*group.modules), input_name, output_name, keeps=input_name in taps
+        )
+        input_name = output_name
     return stages if _stages_agree(encoder, stages, taps) else None
 
 
-def _group_modules(encoder: Any, real: int) -> list[EncoderGroup] | None:
-    inner = getattr(encoder, "model", encoder)
-    parts = dict(inner.named_children())
+# -- shapes of encoders
+
+
+def _group_modules(encoder: Any, map_count: int) -> list[Group] | None:
+    """The groups of the first shape that the encoder has; None where it has none of them."""
     if getattr(encoder, "_is_channel_last", False):
         return None
-    if "layer0" in parts or ("layer1" in parts and "conv1" in parts and inner is encoder):
-        stem = (
-            ["layer0"]
-            if "layer0" in parts
-            else ["conv1", "bn1", "relu" if "relu" in parts else "act1"]
-        )
-        pool = "layer0_pool" if "layer0" in parts else "maxpool"
-        return _group_by_names(
-            parts,
-            [
-                ("stem", stem),
-                ("layer1", [pool, "layer1"]),
-                *((f"layer{i}", [f"layer{i}"]) for i in (2, 3, 4)),
-            ],
-        )
-    if "stage0" in parts:
-        return _group_by_names(parts, [(f"stage{i}", [f"stage{i}"]) for i in range(5)])
-    if "conv_stem" in parts and "blocks" in parts and getattr(inner, "feature_hooks", 0) is None:
-        tapped = inner._stage_out_idx
-        stem = [parts[name] for name in ("conv_stem", "bn1", "act1") if name in parts]
-        return [
-            ("stem", stem, 0 in tapped),
-            *(
-                (f"blocks{i}", [block], i + 1 in tapped)
-                for i, block in enumerate(parts["blocks"].children())
-            ),
-        ]
-    if "features" in parts and getattr(encoder, "_out_indexes", None):
-        ends = list(encoder._out_indexes)
-        return _group_by_ends(list(parts["features"].children()), ends, skipped=len(ends) - real)
-    returned = getattr(inner, "return_layers", None)
-    return (
-        _group_by_ends(
-            list(parts.values()),
-            [list(parts).index(name) for name in returned],
-            len(returned) - real,
-        )
-        if returned
-        else None
+    for group_by_shape in SHAPES:
+        groups = group_by_shape(encoder, map_count)
+        if groups is not None:
+            return groups
+    return None
+
+
+def _inner_model(encoder: Any) -> Any:
+    """timm's model inside smp's encoder; the encoder itself where it is smp's own."""
+    return getattr(encoder, "model", encoder)
+
+
+def _children(encoder: Any) -> dict[str, nn.Module]:
+    return dict(_inner_model(encoder).named_children())
+
+
+def _group_senet(encoder: Any, map_count: int) -> list[Group] | None:
+    """SENet and its relatives: layer0 with the pooling beside it, then layer1 to layer4."""
+    children = _children(encoder)
+    if "layer0" not in children:
+        return None
+    return _group_layers(children, ["layer0"], "layer0_pool")
+
+
+def _group_resnet(encoder: Any, map_count: int) -> list[Group] | None:
+    """smp's own ResNets: convolution, norm, activation and pooling, then layer1 to layer4."""
+    children = _children(encoder)
+    if _inner_model(encoder) is not encoder or not {"conv1", "layer1"} <= children.keys():
+        return None
+    activation = "relu" if "relu" in children else "act1"
+    return _group_layers(children, ["conv1", "bn1", activation], "maxpool")
+
+
+def _group_numbered_stages(encoder: Any, map_count: int) -> list[Group] | None:
+    """stage0 to stage4."""
+    children = _children(encoder)
+    if "stage0" not in children:
+        return None
+    return _group_by_names(children, {f"stage{i}": [f"stage{i}"] for i in range(5)})
+
+
+def _group_timm_blocks(encoder: Any, map_count: int) -> list[Group] | None:
+    """timm's EfficientNets and MobileNets: a stem, then blocks, some of which are tapped."""
+    children, inner = _children(encoder), _inner_model(encoder)
+    if not {"conv_stem", "blocks"} <= children.keys():
+        return None
+    if getattr(inner, "feature_hooks", 0) is not None:  # then the maps come from inside a block
+        return None
+    tapped = inner._stage_out_idx
+    stem = [children[name] for name in ("conv_stem", "bn1", "act1") if name in children]
+    blocks = enumerate(children["blocks"].children())
+    return [
+        Group("stem", stem, 0 in tapped),
+        *(Group(f"blocks{i}", [block], i + 1 in tapped) for i, block in blocks),
+    ]
+
+
+def _group_features(encoder: Any, map_count: int) -> list[Group] | None:
+    """smp's VGGs and MobileNets: one row of modules, `features`, tapped at stated indices."""
+    children, ends = _children(encoder), list(getattr(encoder, "_out_indexes", None) or [])
+    if "features" not in children or not ends:
+        return None
+    return _group_by_ends(list(children["features"].children()), ends, map_count)
+
+
+def _group_returned_layers(encoder: Any, map_count: int) -> list[Group] | None:
+    """timm's models taken apart for their features: a row of modules, some of them returned."""
+    children = _children(encoder)
+    returned = getattr(_inner_model(encoder), "return_layers", None)
+    if not returned:
+        return None
+    names = list(children)
+    return _group_by_ends(
+        list(children.values()), [names.index(name) for name in returned], map_count
     )
+
+
+SHAPES: Sequence[Callable[[Any, int], list[Group] | None]] = (
+    _group_senet,
+    _group_resnet,
+    _group_numbered_stages,
+    _group_timm_blocks,
+    _group_features,
+    _group_returned_layers,
+)
+"""Each takes smp's encoder and the number of its feature maps.
+
+Each returns the encoder's groups, or None for an encoder of another shape.
+"""
+
+
+def _group_layers(children: dict[str, nn.Module], stem: list[str], pool: str) -> list[Group] | None:
+    """A stem, then layer1 with the pooling before it, then layer2 to layer4."""
+    layers = {f"layer{i}": [f"layer{i}"] for i in (2, 3, 4)}
+    return _group_by_names(children, {"stem": stem, "layer1": [pool, "layer1"], **layers})
 
 
 def _group_by_names(
-    parts: dict[str, nn.Module], stages: Iterable[tuple[str, list[str]]]
-) -> list[EncoderGroup] | None:
-    stages = list(stages)
-    if not {name for _, names in stages for name in names} <= parts.keys():
+    children: dict[str, nn.Module], names: dict[str, list[str]]
+) -> list[Group] | None:
+    """Groups by the `names` of their children; None where a child is missing."""
+    if any(name not in children for group_names in names.values() for name in group_names):
         return None
-    return [(name, [parts[inner] for inner in names], True) for name, names in stages]
+    return [
+        Group(group, [children[name] for name in group_names], True)
+        for group, group_names in names.items()
+    ]
 
 
-def _group_by_ends(modules: list[nn.Module], ends: list[int], skipped: int) -> list[EncoderGroup]:
-    """Modules in a row, in groups that end where a feature map is taken; the first `skipped` are as large as the image and not used."""
+def _group_by_ends(modules: list[nn.Module], ends: list[int], map_count: int) -> list[Group]:
+    """Groups of consecutive modules, each of which ends where a feature map is taken.
+
+    Where there are more ends than feature maps, the first maps are as large as the image and the
+    decoder does not use them.
+    """
+    skipped = len(ends) - map_count
     begins = [0, *(end + 1 for end in ends[:-1])]
     groups = [
-        (f"stage{i}" if i else "stem", modules[begin : end + 1], i >= skipped)
+        Group(f"stage{i}" if i else "stem", modules[begin : end + 1], i >= skipped)
         for i, (begin, end) in enumerate(zip(begins, ends, strict=True))
     ]
-    return (
-        [*groups, ("rest", modules[ends[-1] + 1 :], False)]
-        if ends[-1] + 1 < len(modules)
-        else groups
-    )
+    unused_modules = modules[ends[-1] + 1 :]
+    return [*groups, Group("rest", unused_modules, False)] if unused_modules else groups
+
+
+# -- the check of a cut
 
 
 @torch.no_grad()
 def _stages_agree(encoder: Any, stages: dict[str, nn.Module], taps: tuple[str, ...]) -> bool:
-    """Whether the stages in a row give the encoder's own feature maps, and hold all that it holds."""
-    own = sorted(id(value) for value in encoder.state_dict(keep_vars=True).values())
-    if own != sorted(
-        id(value)
-        for stage in stages.values()
-        for value in stage.state_dict(keep_vars=True).values()
-    ):
+    """Whether the stages in a row give the encoder's own feature maps and hold all its weights."""
+    encoder_tensors = sorted(id(v) for v in encoder.state_dict(keep_vars=True).values())
+    stage_tensors = sorted(
+        id(v) for stage in stages.values() for v in stage.state_dict(keep_vars=True).values()
+    )
+    if encoder_tensors != stage_tensors:
         return False
-    device = next(encoder.parameters()).device
     image = torch.rand(
-        1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE, generator=torch.Generator().manual_seed(0), device="cpu"
-    ).to(device)
+        (1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE),
+        generator=torch.Generator().manual_seed(0),
+        device="cpu",
+    ).to(next(encoder.parameters()).device)
     encoder.eval()
     try:
         x: TensorTree = image
         for stage in stages.values():
             x = stage(x)
-        expected = encoder(image)[-len(taps) :]
+        expected_maps = encoder(image)[-len(taps) :]
     except (RuntimeError, ValueError, TypeError, AssertionError):
         return False
     finally:
@@ -176,5 +279,5 @@ def _stages_agree(encoder: Any, stages: dict[str, nn.Module], taps: tuple[str, .
     assert isinstance(x, dict)
     return all(
         x[name].shape == value.shape and (value.is_meta or torch.equal(x[name], value))
-        for name, value in zip(taps, expected, strict=True)
+        for name, value in zip(taps, expected_maps, strict=True)
     )

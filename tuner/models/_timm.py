@@ -1,6 +1,5 @@
 """timm itself, what it knows of its models' weights, and the weights."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from tuner.config.requirements import pip_install
 from tuner.core.weights import fetch_weights
 from tuner.errors import SpaceError, nearest_hint
+from tuner.models._hub import WEIGHTS_FILE, hub_url
 
 
 def import_timm() -> Any:
@@ -52,10 +52,9 @@ def download_timm_weights(home: Path, name: str, weights: str, config: dict[str,
         )
     hub = config.get("hf_hub_id")
     if hub:
-        base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         return fetch_weights(
             home,
-            f"{base}/{hub}/resolve/main/model.safetensors",
+            hub_url(str(hub), WEIGHTS_FILE),
             name=f"{str(hub).replace('/', '-')}.safetensors",
         )
     if config.get("url"):

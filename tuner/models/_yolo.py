@@ -4,7 +4,6 @@ The networks and their losses are libreyolo's own (MIT), https://github.com/Libr
 """
 
 import importlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tuner.core.detectors import MAX_OBJECTS, Objects
 from tuner.core.targets import NO_OBJECT
 from tuner.core.weights import fetch_weights, is_path, load_matching_state, read_state_dict
 from tuner.errors import SpaceError
+from tuner.models._hub import hub_url
 
 LEVELS = (
     "fine",
@@ -65,8 +65,7 @@ def load_yolo_weights(
     if is_path(weights):
         state, where = read_state_dict(Path(weights)), weights
     elif weights == "default":
-        base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        path = fetch_weights(home, f"{base}/LibreYOLO/{published}/resolve/main/{published}.pt")
+        path = fetch_weights(home, hub_url(f"LibreYOLO/{published}", f"{published}.pt"))
         state, where = (
             {k: v for k, v in read_state_dict(path).items() if not k.startswith(f"{head}.")},
             path.name,

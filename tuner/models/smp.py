@@ -6,7 +6,6 @@ https://github.com/qubvel-org/segmentation_models.pytorch.
 """
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from tuner.core.weights import (
     read_state_dict,
 )
 from tuner.errors import SpaceError, nearest_hint, suggest_names
+from tuner.models._hub import WEIGHTS_FILE, hub_url
 from tuner.models._smp_stages import stages_of
 from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
 
@@ -108,7 +108,7 @@ def build(
         state, where = _read_state(smp, home, encoder, weights)
         notes = _load_state(model, state, encoder, where)
     return StagedModel(
-        model, stages_of(model, only=4 if architecture == "fpn" else 5), notes, can_probe=False
+        model, stages_of(model, used_maps=4 if architecture == "fpn" else 5), notes, can_probe=False
     )
 
 
@@ -175,10 +175,9 @@ def _read_state(smp: Any, home: Path, encoder: str, weights: str) -> tuple[State
             f"model.weights: {weights!r} is not known for {encoder}{suggest_names(weights, ['default', 'none', *settings])}; or a path"
         )
     hub, revision = (str(settings[wanted][key]) for key in ("repo_id", "revision"))
-    base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     path = fetch_weights(
         home,
-        f"{base}/{hub}/resolve/{revision}/model.safetensors",
+        hub_url(hub, WEIGHTS_FILE, revision),
         name=f"{hub.replace('/', '-')}.{revision[:8]}.safetensors",
     )
     return read_state_dict(path), f"weights: {path.name}"

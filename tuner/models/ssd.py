@@ -21,12 +21,12 @@ from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import StagedModel
 from tuner.errors import SpaceError
 from tuner.models._torchvision_detectors import (
-    CANVAS_NAME,
+    CANVAS_SIDE_NAME,
     FLOW_NAME,
     BackboneBlocks,
-    backbone_stages,
     group_children,
     stage_detector,
+    stage_groups,
 )
 from tuner.models._torchvision_weights import (
     letterbox_spec,
@@ -121,13 +121,13 @@ class NormalisedTap(DetectorStage):
 
     def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         y = x[FLOW_NAME]
-        side = x[CANVAS_NAME].shape[-1]
+        side = x[CANVAS_SIDE_NAME].shape[-1]
         if side < MIN_CANVAS_SIDE:
             raise SpaceError(
                 f"data.size: {side}, but ssd300_vgg16 needs at least {MIN_CANVAS_SIDE} pixels; leave it out for 300"
             )
         return {
-            CANVAS_NAME: x[CANVAS_NAME],
+            CANVAS_SIDE_NAME: x[CANVAS_SIDE_NAME],
             "0": self.scale_weight.view(1, -1, 1, 1) * F.normalize(y),
             "1": self.block(y),
         }
@@ -140,7 +140,7 @@ def vgg_stages(backbone: Any) -> dict[str, nn.Module]:
         behind for (_, child), (_, behind) in pairwise(children) if isinstance(child, nn.MaxPool2d)
     ]
     groups = group_children(children, lambda child: any(child is begin for begin in begins))
-    blocks = backbone_stages(groups, {}, lambda i: f"block{i + 1}")
+    blocks = stage_groups(groups, {}, lambda i: f"block{i + 1}")
     return {
         **blocks,
         "block5": NormalisedTap(backbone.scale_weight, backbone.extra[0]),
@@ -158,7 +158,7 @@ def mobilenet_stages(backbone: Any) -> dict[str, nn.Module]:
     ]
     begins = [block for block in blocks if getattr(block, "_is_cn", False)] + [backbone.features[1]]
     groups = group_children(children, lambda child: any(child is begin for begin in begins))
-    stages = backbone_stages(
+    stages = stage_groups(
         groups, {"expansion": "0", "tail": "1"}, lambda i: f"layer{i}" if i else "stem"
     )
     return {**stages, "extra": _extra_stage(backbone.extra)}
