@@ -92,7 +92,7 @@ def made(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()
 
 @pytest.mark.parametrize("name", TINY)
 def test_cut(name: str) -> None:
-    check_split(randomize_weights(made(name)), make_model_input(_detr.CANVAS_SPEC))
+    check_split(randomize_weights(made(name)), make_model_input(_detr.INPUT_SPEC))
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_stillness_and_memory(name: str, depth: int, tmp_path: Path) -> None:
         prefix, _ = staged.split(depth)
         before = {k: v.clone() for k, v in prefix.state_dict().items()}
         moving = {k: v.clone() for k, v in staged.stages["head"].state_dict().items()}
-        b = make_context(staged, _detr.CANVAS_SPEC, depth, tmp_path, mode)
+        b = make_context(staged, _detr.INPUT_SPEC, depth, tmp_path, mode)
         assert type(b.train).__name__ == {"always": "CachedSource", "never": "UncachedSource"}[mode]
         found[mode] = train_two_epochs(b, lr=1e-4)
         assert all(torch.equal(v, before[k]) for k, v in prefix.state_dict().items())
@@ -159,7 +159,7 @@ def labels_of_the_library() -> list[dict[str, Tensor]]:
     ],
 )
 def test_losses_gradients_and_statistics_are_the_librarys_own(name: str, side: int) -> None:
-    staged, x = made(name), make_model_input(_detr.CANVAS_SPEC, side)
+    staged, x = made(name), make_model_input(_detr.INPUT_SPEC, side)
     model: Any = copy.deepcopy(staged.model).train()
     torch.manual_seed(7)  # noise for the queries that are to be cleaned
     native = model(x, labels=labels_of_the_library())
@@ -186,7 +186,7 @@ def test_losses_gradients_and_statistics_are_the_librarys_own(name: str, side: i
 
 @pytest.mark.parametrize("name", TINY)
 def test_objects_are_those_of_the_librarys_own_postprocessing(name: str) -> None:
-    staged, x = randomize_weights(made(name)), make_model_input(_detr.CANVAS_SPEC)
+    staged, x = randomize_weights(made(name)), make_model_input(_detr.INPUT_SPEC)
     model: Any = staged.model.eval()
 
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_a_batch_without_objects_has_a_loss() -> None:
     losses = (
         made("rtdetr")
         .split(0)[1]
-        .train()(join_targets(make_model_input(_detr.CANVAS_SPEC)[:2], none))
+        .train()(join_targets(make_model_input(_detr.INPUT_SPEC)[:2], none))
     )
     total = sum(losses.values())
     assert total > 0 and bool(total.isfinite())
@@ -342,7 +342,7 @@ def test_what_the_authors_do_not_train_is_no_parameter() -> None:
     ],
 )
 def test_what_is_read_back_finds_the_same_objects(name: str, kind: str, tmp_path: Path) -> None:
-    model = ExportModule(randomize_weights(made(name)), _detr.CANVAS_SPEC).eval()
+    model = ExportModule(randomize_weights(made(name)), _detr.INPUT_SPEC).eval()
     assert (
         kind in {"rtdetr": rtdetr, "dfine": dfine}[name].EXPORTS
         and not model.staged[0].exports_batched
@@ -352,7 +352,7 @@ def test_what_is_read_back_finds_the_same_objects(name: str, kind: str, tmp_path
     with torch.no_grad():
         export.save(model, x, tmp_path / export.FILE)
         again = export.load(
-            tmp_path / export.FILE, lambda: ExportModule(made(name), _detr.CANVAS_SPEC)
+            tmp_path / export.FILE, lambda: ExportModule(made(name), _detr.INPUT_SPEC)
         )
         other = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
         for image in (x, other):

@@ -1,1 +1,4 @@
-"""Model families. A file names the models it builds in `NAMES` and cuts them into stages in `build`."""
+"""Model families.
+
+Each file names the models that it builds in `NAMES`, and cuts them into stages in `build`.
+"""

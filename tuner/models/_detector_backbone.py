@@ -1,4 +1,8 @@
-"""A detector's backbone as stages: a canvas that fits, parts in a row, and the maps that its neck taps."""
+"""A detector's backbone as stages.
+
+The first stage checks that the size of the canvas is possible. The parts of the backbone follow,
+and the feature maps that the neck needs go on beside them.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,43 +11,68 @@ from torch import Tensor, nn
 from tuner.core.detectors import IMAGE_NAME, DetectorStage
 from tuner.errors import SpaceError
 
-STRIDE = 32  # of the coarsest map: canvases are multiples of it
+STRIDE = 32  # of the coarsest feature map; the side of a canvas is a multiple of it
 
 
-class CheckedCanvas(nn.Module):
-    """The pixels as the network takes them: RGB, or BGR where its weights were trained on OpenCV's order of colours."""
+class CanvasCheck(nn.Module):
+    """Checks the side of the canvas and gives the pixels in the order of colours of the weights.
 
-    def __init__(self, name: str, *, least: int = STRIDE, bgr: bool = False) -> None:
+    The order is RGB, or BGR where the weights were trained on OpenCV's order of colours.
+    """
+
+    def __init__(self, name: str, *, min_side: int = STRIDE, bgr: bool = False) -> None:
         super().__init__()
-        self.name, self.minimum, self.bgr = name, least, bgr
+        self.name, self.min_side, self.bgr = name, min_side, bgr
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises SpaceError where halving the canvas five times leaves a remainder, and where it is smaller than `least`."""
+        """The pixels (n, 3, side, side).
+
+        Raises:
+            SpaceError: The side cannot be halved five times, or it is smaller than `min_side`.
+        """
         side = x.shape[-1]
-        if side % STRIDE or side < self.minimum:
-            fits = max(self.minimum, round(side / STRIDE) * STRIDE)
+        if side % STRIDE or side < self.min_side:
+            nearest = max(self.min_side, round(side / STRIDE) * STRIDE)
             raise SpaceError(
-                f"data.size: {side}, but {self.name} takes multiples of {STRIDE} from {self.minimum} on; nearest: {fits}"
+                f"data.size: {side}, but {self.name} takes multiples of {STRIDE} from "
+                f"{self.min_side} on; nearest: {nearest}"
             )
         return x.flip(1) if self.bgr else x
 
 
 class BackboneStage(DetectorStage):
-    """One part of the backbone, from leaf `source` to leaf `name`; the leaves of `keep` go on beside it, for the neck."""
+    """One part of the backbone: it reads one tensor and writes another.
 
-    def __init__(self, body: nn.Module, source: str, name: str, keep: Sequence[str] = ()) -> None:
+    The tensors `passed_names` go on beside its output, for the neck.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        input_name: str,
+        output_name: str,
+        passed_names: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self.body, self.source, self.name, self.kept_names = body, source, name, tuple(keep)
+        self.body, self.input_name, self.output_name = body, input_name, output_name
+        self.passed_names = tuple(passed_names)
 
     def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: x[name] for name in self.kept_names} | {self.name: self.body(x[self.source])}
+        passed = {name: x[name] for name in self.passed_names}
+        return passed | {self.output_name: self.body(x[self.input_name])}
 
 
 def backbone_stages(parts: Mapping[str, nn.Module], taps: Sequence[str]) -> dict[str, nn.Module]:
-    """A backbone's parts in a row; what those of `taps` give reaches the neck."""
-    found: dict[str, nn.Module] = {}
-    source = IMAGE_NAME
+    """One stage for each part of a backbone.
+
+    Args:
+        parts: The parts by name, in the order of the forward pass.
+        taps: The parts whose outputs are passed on as far as the neck.
+    """
+    stages: dict[str, nn.Module] = {}
+    input_name = IMAGE_NAME
     for name, body in parts.items():
-        found[name] = BackboneStage(body, source, name, [tap for tap in taps if tap in found])
-        source = name
-    return found
+        passed_names = [tap for tap in taps if tap in stages]
+        stages[name] = BackboneStage(body, input_name, name, passed_names)
+        input_name = name
+    return stages

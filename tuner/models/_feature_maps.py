@@ -1,44 +1,55 @@
-"""Stages that hand feature maps on under names, so that heads and decoders find those that they were built for."""
+"""Stages that pass feature maps on under names.
+
+By the names, heads and decoders find the feature maps that they were built for.
+"""
 
 import torch
 from torch import Tensor, nn
 
 from tuner.core.input_spec import TensorTree
 
-HEIGHT_NAME, WIDTH_NAME = (
-    "height",
-    "width",
-)  # leaves whose lengths are the input's, (n, height) and (n, width): a byte a row and a column
+# Tensors (n, height) and (n, width), whose lengths tell the size of the image: one byte for each
+# row and each column.
+HEIGHT_NAME, WIDTH_NAME = "height", "width"
 
 
 class FeatureMapStage(nn.Module):
-    """A body that reads one leaf and writes another. What it read goes on only where a later stage needs it: `keeps`.
-
-    The first stage reads the image; `sizes`: it writes down how large that was.
-    """
+    """A body that reads one named tensor and writes another."""
 
     def __init__(
-        self, body: nn.Module, reads: str, writes: str, *, keeps: bool = False, sizes: bool = False
+        self,
+        body: nn.Module,
+        input_name: str,
+        output_name: str,
+        *,
+        keeps_input: bool = False,
+        writes_size: bool = False,
     ) -> None:
+        """Make the stage.
+
+        Args:
+            body: What computes the output from the input.
+            input_name: The tensor that is read. The first stage reads the image instead.
+            output_name: The tensor that is written.
+            keeps_input: The input is passed on too, because a later stage needs it.
+            writes_size: The stage is the first, and writes how large the image is.
+        """
         super().__init__()
-        self.body, self.input_name, self.output_name, self.keeps_input, self.writes_size = (
-            body,
-            reads,
-            writes,
-            keeps,
-            sizes,
-        )
+        self.body, self.input_name, self.output_name = body, input_name, output_name
+        self.keeps_input, self.writes_size = keeps_input, writes_size
 
     def forward(self, x: TensorTree) -> dict[str, Tensor]:
         if isinstance(x, Tensor):
             n, _, height, width = x.shape
-            given = {
+            size = {
                 name: x.new_zeros((n, side), dtype=torch.uint8)
                 for name, side in ((HEIGHT_NAME, height), (WIDTH_NAME, width))
                 if self.writes_size
             }
-            return given | {self.output_name: self.body(x)}
+            return size | {self.output_name: self.body(x)}
         passed = {
-            name: leaf for name, leaf in x.items() if name != self.input_name or self.keeps_input
+            name: tensor
+            for name, tensor in x.items()
+            if name != self.input_name or self.keeps_input
         }
         return passed | {self.output_name: self.body(x[self.input_name])}

@@ -1,6 +1,8 @@
-"""A model's folder in the hub's layout: the user's own, an export's, or fetched from the hub; its configuration; its weights.
+"""The Hugging Face hub: its address, and model folders in its layout.
 
-Nothing that lies in such a folder is ever run: safetensors only, and no configuration that points to code.
+A model folder holds a configuration, weights and a tokenizer. It is the user's own, part of an
+export, or downloaded from the hub. No code from such a folder is ever run: weights are read from
+safetensors only, and a configuration that points to code is refused.
 """
 
 import json
@@ -21,21 +23,20 @@ HUB_REPOSITORIES = {
     "roberta": "FacebookAI/roberta-base",
     "gpt2": "openai-community/gpt2",
 }
-CONFIG_FILE, WEIGHTS_FILE, SHARD_INDEX_FILE = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
-VOCABULARY_FILES = (
-    ("tokenizer.json",),
-    ("vocab.txt",),
-    ("vocab.json", "merges.txt"),
-)  # any of these makes a fast tokenizer
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+SHARD_INDEX_FILE = "model.safetensors.index.json"
+# a fast tokenizer can be made from any of these sets of files
+VOCABULARY_FILES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
 OPTIONAL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def import_transformers() -> Any:
-    """The package transformers. Raises SpaceError where it is not installed."""
+    """The package transformers.
+
+    Raises:
+        SpaceError: It is not installed.
+    """
     try:
         import transformers
     except ImportError:
@@ -44,50 +45,71 @@ def import_transformers() -> Any:
 
 
 def check_own_folder(folder: str, name: str) -> Path:
-    """A folder of the user's. Raises DataError where it lacks something, or holds another kind of model than the name says."""
+    """The path of the user's own folder.
+
+    Args:
+        folder: As the user writes it.
+        name: The model's name in the space file.
+
+    Raises:
+        DataError: The folder does not exist or has no configuration, or this is damaged.
+        SpaceError: It holds another kind of model than the name states, or asks for code.
+    """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        what = (
-            "is a file; give the folder that it lies in"
-            if root.is_file()
-            else f"does not exist{nearest_path_hint(root, folders_only=True)}"
-        )
-        raise DataError(f"model.folder: {folder} {what}")
+        if root.is_file():
+            raise DataError(f"model.folder: {folder} is a file; give the folder that it lies in")
+        hint = nearest_path_hint(root, folders_only=True)
+        raise DataError(f"model.folder: {folder} does not exist{hint}")
     if not (root / CONFIG_FILE).is_file():
         raise DataError(
-            f"model.folder: {folder} has no {CONFIG_FILE}; it needs {CONFIG_FILE}, {WEIGHTS_FILE} and tokenizer.json, as save_pretrained writes"
+            f"model.folder: {folder} has no {CONFIG_FILE}; it needs {CONFIG_FILE}, {WEIGHTS_FILE} "
+            "and tokenizer.json, as save_pretrained writes"
         )
     kind = read_config(root).get("model_type")
     if name in HUB_REPOSITORIES and kind != name:
         raise SpaceError(
-            f"model.name: {name}, but {folder} holds a model of type {kind}; write model.name: {kind if kind in HUB_REPOSITORIES else 'hf/own'}"
+            f"model.name: {name}, but {folder} holds a model of type {kind}; write model.name: "
+            f"{kind if kind in HUB_REPOSITORIES else 'hf/own'}"
         )
     return root
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json. Raises DataError on a damaged one, SpaceError on one that wants code to be run."""
+    """A folder's config.json.
+
+    Raises:
+        DataError: It is damaged.
+        SpaceError: It asks for code to be run.
+    """
     path = folder / CONFIG_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"model.folder: {path} is damaged ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise DataError(f"model.folder: {path} states no model_type, so nobody knows what to build")
-    if "auto_map" in found:
+    if "auto_map" in config:
         raise SpaceError(
-            f"model.folder: {path} asks for code of its own to be run (auto_map), which is never done; use a model without"
+            f"model.folder: {path} asks for code of its own to be run (auto_map), which is never "
+            "done; use a model without"
         )
-    kernels = [key for key, value in found.items() if "implementation" in key and "/" in str(value)]
+    kernels = [
+        key for key, value in config.items() if "implementation" in key and "/" in str(value)
+    ]
     if kernels:
         raise SpaceError(
-            f"model.folder: {path} asks for code from elsewhere ({kernels[0]}: {found[kernels[0]]}), which is never run"
+            f"model.folder: {path} asks for code from elsewhere ({kernels[0]}: "
+            f"{config[kernels[0]]}), which is never run"
         )
-    return found
+    return config
 
 
 def export_tokenizer_folder(home: Path) -> Path | None:
-    """The tokenizer's folder of an export, which also holds the model's configuration; None where `home` is no export."""
+    """The tokenizer's folder of an export, which also holds the model's configuration.
+
+    None where `home` is not an export.
+    """
     return home / TOKENIZER_FOLDER if (home / TOKENIZER_FOLDER / CONFIG_FILE).is_file() else None
 
 
@@ -103,7 +125,17 @@ def hub_folder(home: Path, repository: str) -> Path:
 
 
 def fetch_hub_folder(home: Path, repository: str, *, weights: bool, tokenizer: bool = True) -> Path:
-    """The folder of a repository of the hub's, with what is asked for in it. Raises DataError when there is no network."""
+    """Download files of a repository of the hub, unless they are there, and return their folder.
+
+    Args:
+        home: The folder of caches and downloads.
+        repository: Owner and name.
+        weights: Download the weights too.
+        tokenizer: Download the tokenizer too.
+
+    Raises:
+        DataError: There is no network, or the repository lacks a file.
+    """
     folder = hub_folder(home, repository)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +149,8 @@ def fetch_hub_folder(home: Path, repository: str, *, weights: bool, tokenizer: b
                     for files in VOCABULARY_FILES
                 ):
                     raise DataError(
-                        f"model.name: {repository} has no tokenizer.json or vocabulary on the hub; give a model.folder"
+                        f"model.name: {repository} has no tokenizer.json or vocabulary on the "
+                        "hub; give a model.folder"
                     )
             if weights and not _try_fetch_file(home, repository, folder, WEIGHTS_FILE):
                 _fetch_shards(home, repository, folder)
@@ -127,25 +160,22 @@ def fetch_hub_folder(home: Path, repository: str, *, weights: bool, tokenizer: b
 def _fetch_shards(home: Path, repository: str, folder: Path) -> None:
     if not _try_fetch_file(home, repository, folder, SHARD_INDEX_FILE):
         raise DataError(
-            f"model.name: {repository} has no {WEIGHTS_FILE} on the hub, and other formats may run code; convert it to safetensors"
+            f"model.name: {repository} has no {WEIGHTS_FILE} on the hub, and other formats may "
+            "run code; convert it to safetensors"
         )
     try:
-        names = sorted(
-            {
-                str(name)
-                for name in json.loads((folder / SHARD_INDEX_FILE).read_text())[
-                    "weight_map"
-                ].values()
-            }
-        )
+        index = json.loads((folder / SHARD_INDEX_FILE).read_text())
+        names = sorted({str(name) for name in index["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(
-            f"model.name: {repository}: {SHARD_INDEX_FILE} is damaged; delete {folder / SHARD_INDEX_FILE} and what it points to"
+            f"model.name: {repository}: {SHARD_INDEX_FILE} is damaged; delete "
+            f"{folder / SHARD_INDEX_FILE} and what it points to"
         ) from None
     for name in names:
         if "/" in name or not name.endswith(".safetensors"):
             raise DataError(
-                f"model.name: {repository}: {SHARD_INDEX_FILE} names {name!r}, which is no safetensors file beside it"
+                f"model.name: {repository}: {SHARD_INDEX_FILE} names {name!r}, which is no "
+                "safetensors file beside it"
             )
         _fetch_file(home, repository, folder, name)
 
@@ -160,7 +190,10 @@ def _fetch_file(home: Path, repository: str, folder: Path, file: str) -> None:
 
 
 def _try_fetch_file(home: Path, repository: str, folder: Path, file: str) -> bool:
-    """Whether the repository has a file, which is fetched then; that it has none is remembered."""
+    """Download a file if the repository has it, and return whether it has.
+
+    An empty file `.no-…` notes that the repository has none, so that it is asked only once.
+    """
     absent = folder / f".no-{file}"
     if absent.exists():
         return False

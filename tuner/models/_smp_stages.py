@@ -111,7 +111,7 @@ def _split_encoder(
         map_number += group.gives_feature_map
         output_name = f"f{map_number}" if group.gives_feature_map else group.name
         stages[group.name] = FeatureMapStage(
-            nn.Sequential(*group.modules), input_name, output_name, keeps=input_name in taps
+            nn.Sequential(*group.modules), input_name, output_name, keeps_input=input_name in taps
         )
         input_name = output_name
     return stages if _stages_agree(encoder, stages, taps) else None

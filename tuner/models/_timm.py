@@ -1,4 +1,4 @@
-"""timm itself, what it knows of its models' weights, and the weights."""
+"""The package timm, its configuration of each model, and its weights."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,11 @@ from tuner.models._hub import WEIGHTS_FILE, hub_url
 
 
 def import_timm() -> Any:
+    """The package timm.
+
+    Raises:
+        SpaceError: It is not installed.
+    """
     try:
         import timm
         import timm.data
@@ -23,15 +28,20 @@ def import_timm() -> Any:
 
 
 def timm_config(timm: Any, name: str) -> dict[str, Any]:
-    """What timm knows of the model's weights. Raises SpaceError on a name that it does not have."""
+    """timm's configuration of a model's weights: size, mean, where they are, the head's name.
+
+    Raises:
+        SpaceError: timm does not have a model or weights of that name.
+    """
     bare = name.partition("timm/")[2]
     known = timm.list_models()
     if bare.partition(".")[0] not in known:
         raise SpaceError(
-            f"model.name: {name!r} is not known to timm {timm.__version__}{nearest_hint(bare, known)}"
+            f"model.name: {name!r} is not known to timm "
+            f"{timm.__version__}{nearest_hint(bare, known)}"
         )
     try:
-        found = timm.models.get_pretrained_cfg(bare)
+        config = timm.models.get_pretrained_cfg(bare)
     except RuntimeError:  # an unknown tag
         tags = [
             tagged
@@ -39,16 +49,25 @@ def timm_config(timm: Any, name: str) -> dict[str, Any]:
             if tagged.startswith(f"{bare.partition('.')[0]}.")
         ]
         raise SpaceError(
-            f"model.name: {name!r}: timm has no such weights{nearest_hint(bare, tags)}; timm has {', '.join(tags) or 'none'}"
+            f"model.name: {name!r}: timm has no such weights{nearest_hint(bare, tags)}; timm has "
+            f"{', '.join(tags) or 'none'}"
         ) from None
-    return {"classifier": "head", **(found.to_dict() if found else {})}
+    return {"classifier": "head", **(config.to_dict() if config else {})}
 
 
 def download_timm_weights(home: Path, name: str, weights: str, config: dict[str, Any]) -> Path:
-    """timm's own weights: from its hub, as safetensors, or from the address that it states."""
+    """The file with timm's own weights.
+
+    It comes from the hub, as safetensors, or from the address in timm's configuration.
+
+    Raises:
+        SpaceError: timm has no such weights.
+        DataError: They cannot be downloaded.
+    """
     if weights != "default":
         raise SpaceError(
-            f"model.weights: {weights!r} is not known for {name}; default, none, or a path to a .safetensors or .pth file"
+            f"model.weights: {weights!r} is not known for {name}; default, none, or a path to a "
+            ".safetensors or .pth file"
         )
     hub = config.get("hf_hub_id")
     if hub:
@@ -60,17 +79,19 @@ def download_timm_weights(home: Path, name: str, weights: str, config: dict[str,
     if config.get("url"):
         return fetch_weights(home, str(config["url"]))
     raise SpaceError(
-        f"model.weights: timm has no weights for {name}; write weights: none, a path, or a name with a tag"
+        f"model.weights: timm has no weights for {name}; write weights: none, a path, or a name "
+        "with a tag"
     )
 
 
 def convert_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under this version's names and shapes, where the model's file says how."""
+    """Weights with the names and shapes of the installed version of timm.
+
+    The module of a model may have a function that converts older weights.
+    """
     convert = getattr(
         __import__(type(model).__module__, fromlist=["_"]), "checkpoint_filter_fn", None
     )
-    return (
-        dict(convert(state, model))
-        if convert and not set(state) <= set(model.state_dict())
-        else state
-    )
+    if convert is None or set(state) <= set(model.state_dict()):
+        return state
+    return dict(convert(state, model))

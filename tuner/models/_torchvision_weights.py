@@ -1,6 +1,7 @@
-"""torchvision's detectors with its own weights, with ImageNet's in their backbone, or with none.
+"""Weights of torchvision's detectors: its own, ImageNet's in the backbone, or none.
 
-`later` stands for weights that come from elsewhere, such as an export: the layers are those that weights go with.
+The value LOADED_LATER stands for weights that come from elsewhere, such as an export. Then the
+model gets the layers that a model with weights has.
 """
 
 from pathlib import Path
@@ -23,22 +24,28 @@ from tuner.core.weights import (
 from tuner.errors import SpaceError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NOT_LOADED = ("none", LOADED_LATER)  # nothing is read for these
+NOT_LOADED = ("none", LOADED_LATER)  # for these values no file is read
 
 
 def letterbox_spec(
     size: int, mean: RgbTriple = IMAGENET_MEAN, std: RgbTriple = IMAGENET_STD
 ) -> ImageInputSpec:
+    """An input spec of a square canvas of `size` pixels, to which images are letterboxed."""
     return ImageInputSpec(size, size, "bilinear", mean, std, "letterbox")
 
 
 def weights_entry(name: str, weights: str, key: str) -> Any:
-    """One of torchvision's weights. Raises SpaceError on an unknown name."""
+    """One of torchvision's weights; `key` is the key of the model section that names them.
+
+    Raises:
+        SpaceError: The name is unknown.
+    """
     known = get_model_weights(name)
     if weights != "default" and weights not in known.__members__:
         allowed = ", ".join(["default", "none", *known.__members__])
         raise SpaceError(
-            f"model.{key}: {weights!r} is not known for {name} (allowed: {allowed}); or give a path to a .safetensors or .pth file"
+            f"model.{key}: {weights!r} is not known for {name} (allowed: {allowed}); or give a "
+            "path to a .safetensors or .pth file"
         )
     return known.DEFAULT if weights == "default" else known[weights]
 
@@ -46,64 +53,91 @@ def weights_entry(name: str, weights: str, key: str) -> Any:
 def load_detector_weights(
     home: Path, model: nn.Module, name: str, weights: str, head: str
 ) -> tuple[str, ...]:
-    """Loads weights of the whole; `head` is what depends on the classes. Those of a path keep theirs where it fits."""
+    """Load the weights of a whole detector and return notes for the user.
+
+    torchvision's weights are loaded without the head. A head from a path is loaded where it fits.
+
+    Args:
+        home: The folder of caches and downloads.
+        model: The detector.
+        name: Its name in torchvision.
+        weights: default, a name of torchvision's, none, LOADED_LATER, or a path.
+        head: The name of the layers that depend on the classes.
+
+    Raises:
+        SpaceError: The name is unknown.
+        DataError: The weights are missing, damaged or do not fit.
+    """
     if weights in NOT_LOADED:
         return ()
     if is_path(weights):
-        state, where = read_state_dict(Path(weights)), weights
+        state, source = read_state_dict(Path(weights)), weights
     else:
-        found = weights_entry(name, weights, "weights")
+        entry = weights_entry(name, weights, "weights")
         state = {
             k: v
-            for k, v in read_state_dict(fetch_weights(home, found.url)).items()
+            for k, v in read_state_dict(fetch_weights(home, entry.url)).items()
             if not k.startswith(f"{head}.")
         }
-        where = str(found)
-    own = set(model.state_dict())
-    state = {
-        k: v for k, v in state.items() if "num_batches_tracked" not in k or k in own
-    }  # frozen BatchNorm counts no batches
-    return load_matching_state(model, state, head=head, source_name=f"weights: {where}")
+        source = str(entry)
+    model_keys = set(model.state_dict())
+    # frozen BatchNorm counts no batches
+    state = {k: v for k, v in state.items() if "num_batches_tracked" not in k or k in model_keys}
+    return load_matching_state(model, state, head=head, source_name=f"weights: {source}")
 
 
 @torch.no_grad()
 def load_backbone_weights(
     home: Path, body: nn.Module, architecture: str, weights: str, default: str
 ) -> None:
-    """Loads a classifier's weights into a detector's `body`, which holds the same layers in the same order under other names."""
+    """Load a classifier's weights into the backbone of a detector.
+
+    The backbone has the layers of the classifier in the same order under other names.
+
+    Args:
+        home: The folder of caches and downloads.
+        body: The backbone.
+        architecture: The classifier's name in torchvision.
+        weights: default, a name of torchvision's, none, LOADED_LATER, or a path.
+        default: The name of torchvision's weights that `default` stands for.
+
+    Raises:
+        SpaceError: The name is unknown.
+        DataError: The weights are missing, damaged or do not fit.
+    """
     if weights in NOT_LOADED:
         return
-    if not is_path(weights):
-        weights = (
-            default
-            if weights == "default"
-            else weights_entry(architecture, weights, "backbone").name
-        )
+    if weights == "default":
+        weights = default
+    elif not is_path(weights):
+        weights = weights_entry(architecture, weights, "backbone").name
     head = "fc" if architecture.startswith("res") else "classifier"
     classifier, _ = torchvision_model(home, architecture, 1000, weights, head=head)
-    theirs = [
+    classifier_tensors = [
         value
         for key, value in classifier.state_dict().items()
         if not key.startswith(f"{head}.") and "num_batches" not in key
     ]
-    ours = [
+    body_tensors = [
         value
         for key, value in body.state_dict().items()
         if "num_batches" not in key and key != "scale_weight"
     ]
-    for own, value in zip(
-        ours, theirs, strict=False
-    ):  # SSD's own layers stand behind the classifier's
-        own.copy_(value)
+    # not strict: SSD's own layers come after those of the classifier
+    for body_tensor, classifier_tensor in zip(body_tensors, classifier_tensors, strict=False):
+        body_tensor.copy_(classifier_tensor)
 
 
 def freeze_batch_norm(module: nn.Module, eps: float | None = None) -> None:
-    """Every BatchNorm inside as torchvision has it in pretrained backbones: statistics, scale and shift stand still."""
+    """Replace every BatchNorm inside by a frozen one, as in torchvision's pretrained backbones.
+
+    Its statistics, scale and shift do not change in training.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            still = FrozenBatchNorm2d(child.num_features, child.eps if eps is None else eps)
-            still.to(child.weight.device)
-            module.add_module(name, still)
+            frozen = FrozenBatchNorm2d(child.num_features, child.eps if eps is None else eps)
+            frozen.to(child.weight.device)
+            module.add_module(name, frozen)
         else:
             freeze_batch_norm(child, eps)
 
@@ -111,12 +145,18 @@ def freeze_batch_norm(module: nn.Module, eps: float | None = None) -> None:
 def build_pyramid_detector(
     home: Path, name: str, classes: int, weights: str, backbone: str, head: str
 ) -> tuple[Any, tuple[str, ...]]:
-    """torchvision's detector `name` over a feature pyramid, built as torchvision's own function builds it."""
+    """torchvision's detector `name` over a feature pyramid, and notes for the user.
+
+    It is built as torchvision's own function builds it.
+    """
     model: Any = get_model(name, weights=None, weights_backbone=None, num_classes=classes)
     if (weights != "none" or backbone != "none") and not name.endswith("_v2"):
-        # torchvision's weights of these were trained when its BatchNorm added nothing to the variance
-        old = name in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn") and weights != "none"
-        freeze_batch_norm(model.backbone.body, 0.0 if old else None)
+        # torchvision's weights of these two were trained when its BatchNorm added nothing to the
+        # variance
+        without_eps = (
+            name in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn") and weights != "none"
+        )
+        freeze_batch_norm(model.backbone.body, 0.0 if without_eps else None)
     if weights != "none":
         return model, load_detector_weights(home, model, name, weights, head)
     architecture = "mobilenet_v3_large" if "mobilenet" in name else "resnet50"

@@ -1,7 +1,9 @@
-"""A transformer's own modules as stages: embeddings, one a block, head. What flows is `hidden` with its `attention_mask`.
+"""A transformer's own modules as stages: the embeddings, each block, and the head.
 
-Masks follow from the attention mask and positions from the place of a token, so each stage makes its own anew, as the model does.
-A model that tells tokens also passes its `input_ids` on: they are what its predictions are held against.
+The stages pass on `hidden`, float (n, length, width), and its `attention_mask`, int64 (n, length).
+The mask inside a block follows from the attention mask, and a position from the index of its token.
+So each stage computes both itself, as the model does. A model that predicts tokens also passes its
+`input_ids` on, because its predictions are compared with them.
 """
 
 from typing import Any
@@ -24,57 +26,71 @@ ENCODER_ATTRIBUTES = {
 
 
 def stage_transformer(model: Any, task: str, notes: tuple[str, ...]) -> StagedModel:
-    """The model cut at its blocks where its architecture is known; otherwise as one stage, and a note says so."""
+    """The model cut at its blocks.
+
+    A model whose architecture is not known here becomes one stage, and a note says so.
+
+    Args:
+        model: One of transformers' models for the task.
+        task: text_classification or text_generation.
+        notes: What the user is told about the weights.
+    """
     kind = model.config.model_type
     generating = task == "text_generation"
     if kind in ENCODER_ATTRIBUTES and not generating:
-        return StagedModel(
-            model, _encoder_stages(model, getattr(model, ENCODER_ATTRIBUTES[kind])), notes, _logits
-        )
+        stages = _encoder_stages(model, getattr(model, ENCODER_ATTRIBUTES[kind]))
+        return StagedModel(model, stages, notes, _compute_logits)
     if kind == "gpt2":
         return StagedModel(
             model,
             _decoder_stages(model, generating),
             notes,
-            _logits if generating else _logits_of_last_token,
+            _compute_logits if generating else _compute_last_token_logits,
             can_probe=not generating,
         )
     return StagedModel(
         model,
         {"model": WholeModel(model)},
         (*notes, f"{kind}: its blocks are not known here, so nothing of it can be frozen"),
-        _logits,
-        False,
+        _compute_logits,
+        can_probe=False,
     )
 
 
-def _logits(model: Any, x: TensorTree) -> TensorTree:
+def _compute_logits(model: Any, x: TensorTree) -> TensorTree:
     assert isinstance(x, dict)
-    found: Tensor = model(**x).logits
-    return found
+    logits: Tensor = model(**x).logits
+    return logits
 
 
-def _logits_of_last_token(model: Any, x: TensorTree) -> TensorTree:
-    """What GPT2ForSequenceClassification computes, but that it scores every token and then keeps the last one's."""
+def _compute_last_token_logits(model: Any, x: TensorTree) -> TensorTree:
+    """The logits of GPT2ForSequenceClassification.
+
+    transformers scores every token and then takes the last token's scores; this scores only the
+    last token.
+    """
     assert isinstance(x, dict)
     hidden = model.transformer(**x).last_hidden_state
-    found: Tensor = model.score(last_token(hidden, x["attention_mask"]))
-    return found
+    logits: Tensor = model.score(select_last_token(hidden, x["attention_mask"]))
+    return logits
 
 
-def last_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """(n, width): what stands at each text's last token; padding is on the right."""
+def select_last_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """The vector of each text's last token, (n, width), where padding is on the right."""
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), attention_mask.sum(1) - 1]
 
 
 def _encoder_stages(model: Any, trunk: Any) -> dict[str, nn.Module]:
-    """BERT and its kin. The last block ends with the first token's vector, which is all that the head looks at."""
+    """The stages of BERT and of models like it.
+
+    The last block ends with the vector of the first token, because the head uses only this one.
+    """
     kind = model.config.model_type
     layers = list((trunk.transformer if kind == "distilbert" else trunk.encoder).layer)
-    found: dict[str, nn.Module] = {"embeddings": EmbeddingStage(trunk.embeddings)}
+    stages: dict[str, nn.Module] = {"embeddings": EmbeddingStage(trunk.embeddings)}
     for i, layer in enumerate(layers):
         block = TransformerBlock(model.config, layer, causal=False)
-        found[f"block{i}"] = block if i + 1 < len(layers) else nn.Sequential(block, FirstToken())
+        stages[f"block{i}"] = block if i + 1 < len(layers) else nn.Sequential(block, FirstToken())
     if kind == "distilbert":
         head: nn.Module = nn.Sequential(
             model.pre_classifier, nn.ReLU(), model.dropout, model.classifier
@@ -83,47 +99,47 @@ def _encoder_stages(model: Any, trunk: Any) -> dict[str, nn.Module]:
         head = nn.Sequential(SingleTokenInput(trunk.pooler), model.dropout, model.classifier)
     else:
         head = SingleTokenInput(model.classifier)
-    return {**found, "head": head}
+    return {**stages, "head": head}
 
 
 def _decoder_stages(model: Any, generating: bool) -> dict[str, nn.Module]:
-    """GPT-2. For classes the last block ends with the last token's vector; for text the head is the norm and the embeddings again."""
+    """The stages of GPT-2.
+
+    For classification the last block ends with the vector of the last token. For text generation
+    the head is the last norm, and the token embeddings used once more.
+    """
     trunk, layers = model.transformer, list(model.transformer.h)
-    found: dict[str, nn.Module] = {
+    stages: dict[str, nn.Module] = {
         "embeddings": Gpt2EmbeddingStage(
             trunk.wte, trunk.wpe, trunk.drop, CARRIED_NAMES if generating else CARRIED_NAMES[:1]
         )
     }
     for i, layer in enumerate(layers):
         block = TransformerBlock(model.config, layer, causal=True)
-        found[f"block{i}"] = (
-            block
-            if generating or i + 1 < len(layers)
-            else nn.Sequential(block, LastToken(trunk.ln_f))
+        ends_with_vector = not generating and i + 1 == len(layers)
+        stages[f"block{i}"] = (
+            nn.Sequential(block, LastToken(trunk.ln_f)) if ends_with_vector else block
         )
+    if not generating:
+        return {**stages, "head": nn.Sequential(model.score)}
     tied = model.config.tie_word_embeddings
-    return {
-        **found,
-        "head": VocabularyHead(trunk.ln_f, model.lm_head, tied)
-        if generating
-        else nn.Sequential(model.score),
-    }
+    return {**stages, "head": VocabularyHead(trunk.ln_f, model.lm_head, tied)}
 
 
 class EmbeddingStage(nn.Module):
-    """Embeddings that are one module of the model's."""
+    """Embeddings that are one module of the model."""
 
     def __init__(self, embeddings: nn.Module) -> None:
         super().__init__()
         self.embeddings = embeddings
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        given = {name: leaf for name, leaf in x.items() if name != "attention_mask"}
-        return {"hidden": self.embeddings(**given), "attention_mask": x["attention_mask"]}
+        inputs = {name: tensor for name, tensor in x.items() if name != "attention_mask"}
+        return {"hidden": self.embeddings(**inputs), "attention_mask": x["attention_mask"]}
 
 
 class Gpt2EmbeddingStage(nn.Module):
-    """GPT-2's embeddings of tokens and of their places."""
+    """GPT-2's embeddings of tokens and of their positions."""
 
     def __init__(
         self, wte: nn.Module, wpe: nn.Module, drop: nn.Module, carried: tuple[str, ...]
@@ -133,37 +149,33 @@ class Gpt2EmbeddingStage(nn.Module):
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         ids = x["input_ids"]
-        places = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         return {
-            "hidden": self.drop(self.wte(ids) + self.wpe(places)),
+            "hidden": self.drop(self.wte(ids) + self.wpe(positions)),
             **{name: x[name] for name in self.carried_names},
         }
 
 
 class TransformerBlock(nn.Module):
-    """One block under the mask that the model's own code makes of the attention mask."""
+    """One block, with the mask that transformers' own code makes from the attention mask."""
 
     def __init__(self, config: Any, layer: nn.Module, *, causal: bool) -> None:
         super().__init__()
         self.config, self.layer, self.causal = config, layer, causal
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            **x,
-            "hidden": self.layer(
-                x["hidden"], attention_mask=self.mask(x["hidden"], x["attention_mask"])
-            ),
-        }
+        mask = self.make_mask(x["hidden"], x["attention_mask"])
+        return {**x, "hidden": self.layer(x["hidden"], attention_mask=mask)}
 
-    def mask(self, hidden: Tensor, attention_mask: Tensor) -> Any:
+    def make_mask(self, hidden: Tensor, attention_mask: Tensor) -> Any:
         from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-        if hidden.is_meta:  # whose mask cannot be looked at, and need not be
+        if hidden.is_meta:  # the values of its mask cannot be read, and nothing needs them
             return None
         if not self.causal:
             return create_bidirectional_mask(self.config, hidden, attention_mask)
-        places = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        return create_causal_mask(self.config, hidden, attention_mask, None, places)
+        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+        return create_causal_mask(self.config, hidden, attention_mask, None, positions)
 
 
 class FirstToken(nn.Module):
@@ -181,46 +193,47 @@ class LastToken(nn.Module):
         self.norm = norm
 
     def forward(self, x: dict[str, Tensor]) -> Tensor:
-        return last_token(self.norm(x["hidden"]), x["attention_mask"])
+        return select_last_token(self.norm(x["hidden"]), x["attention_mask"])
 
 
 class SingleTokenInput(nn.Module):
-    """A module that takes the first of many tokens, given one."""
+    """A module that takes the first of many tokens, called with one token alone."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.inner(x[:, None])
-        return found
+        y: Tensor = self.inner(x[:, None])
+        return y
 
 
 class VocabularyHead(nn.Module):
     """Logits over the vocabulary, (n, length, vocabulary).
 
-    Tied to the embeddings, the projection is theirs: used here, owned, trained and frozen with the first stage.
+    A projection that is tied to the token embeddings shares their weights. It is used here, but it
+    belongs to the first stage, and is trained and frozen with it.
     """
 
     def __init__(self, norm: nn.Module, projection: nn.Module, tied: bool) -> None:
         super().__init__()
         self.norm = norm
-        self.used = (projection,)  # in a tuple, so that it is not taken for a child
+        self.used = (projection,)  # in a tuple, so that it does not become a child
         if not tied:
             self.projection = projection
 
     def forward(self, x: dict[str, Tensor]) -> Tensor:
-        found: Tensor = self.used[0](self.norm(x["hidden"]))
-        return found
+        logits: Tensor = self.used[0](self.norm(x["hidden"]))
+        return logits
 
 
 class WholeModel(nn.Module):
-    """A model that takes the tree by name, as one stage."""
+    """A whole model as one stage; it takes the tensors of the tree by name."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: dict[str, Tensor]) -> Tensor:
-        found: Tensor = self.model(**x).logits
-        return found
+        logits: Tensor = self.model(**x).logits
+        return logits

@@ -1,6 +1,9 @@
-"""D-FINE through transformers (extra `text`), cut at the stem, each stage of the backbone, and the hybrid encoder.
+"""D-FINE through transformers (extra `text`).
 
-Peng et al., D-FINE: Redefine Regression Task in DETRs as Fine-grained Distribution Refinement, ICLR 2025.
+Cut at the stem, each stage of the backbone, and the hybrid encoder.
+
+Peng et al., D-FINE: Redefine Regression Task in DETRs as Fine-grained Distribution Refinement,
+ICLR 2025.
 """
 
 from pathlib import Path
@@ -15,7 +18,8 @@ from tuner.models import _detr
 TASKS = ("detection",)
 NAMES = ("dfine_n", "dfine_s", "dfine_m", "dfine_l", "dfine_x")
 EXPORTS = ("safetensors", "torch_export", "onnx")
-# the authors' configurations for COCO: AdamW, lr 0.00025 and weight decay 0.000125 for 32 images, gradients clipped at 0.1, warm-up
+# the authors' configurations for COCO: AdamW, lr 0.00025 and weight decay 0.000125 for 32 images,
+# gradients clipped at 0.1, warm-up
 RECIPES = {
     "detection": {
         "optimizer": "adamw",
@@ -28,7 +32,8 @@ RECIPES = {
     }
 }
 HUB_NAMES = {"n": "nano", "s": "small", "m": "medium", "l": "large", "x": "xlarge"}
-# HGNetV2 B0, B2, B4 and B5: channels of the stem, then into, inside and out of each stage, its blocks, and the layers of a block
+# HGNetV2 B0, B2, B4 and B5: channels of the stem; channels into, inside and out of each stage;
+# blocks of each stage; layers of a block
 BACKBONES = {
     "b0": (
         [3, 16, 16],
@@ -79,7 +84,8 @@ NANO = {
     "hidden_expansion": 0.34,
 }
 WIDE = {"encoder_hidden_dim": 384, "encoder_ffn_dim": 2048, "decoder_in_channels": [384, 384, 384]}
-# the backbone, whether its activations have a learnt scale and shift, and how the rest differs from the library's default
+# the backbone; whether its activations have a learnt scale and shift; how the other settings differ
+# from the library's default
 SIZES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "n": ("b0", True, NANO),
     "s": ("b0", True, POINTS | {"decoder_layers": 3, "hidden_expansion": 0.5, "depth_mult": 0.34}),
@@ -91,7 +97,7 @@ SIZES: dict[str, tuple[str, bool, dict[str, Any]]] = {
 
 def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     """RGB of 0..1, 640 pixels a side."""
-    return _detr.CANVAS_SPEC
+    return _detr.INPUT_SPEC
 
 
 def build(
@@ -103,22 +109,23 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: the published weights; none: fresh parameters; or a path to a .safetensors file or a folder with one"
+            description="default: the published weights; none: fresh parameters; or a path to a "
+            ".safetensors file or a folder with one"
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` for `outputs` classes; see `_detr.build`."""
+    """Model `name` for `outputs` classes; see `_detr.build_detr`."""
     library = _detr.import_transformers()
     size = name.removeprefix("dfine_")
-    backbone, affine, rest = SIZES[size]
-    stem, into, inside, out, blocks, layers = BACKBONES[backbone]
+    backbone, affine, settings = SIZES[size]
+    stem, channels_in, channels_inside, channels_out, blocks, layers = BACKBONES[backbone]
     inner = library.HGNetV2Config(
         embedding_size=32,
-        hidden_sizes=out,
+        hidden_sizes=channels_out,
         stem_channels=stem,
-        stage_in_channels=into,
-        stage_mid_channels=inside,
-        stage_out_channels=out,
+        stage_in_channels=channels_in,
+        stage_mid_channels=channels_inside,
+        stage_out_channels=channels_out,
         stage_num_blocks=blocks,
         stage_numb_of_layers=[layers] * 4,
         stage_downsample=[False, True, True, True],
@@ -127,9 +134,9 @@ def build(
         use_learnable_affine_block=affine,
         out_indices=[3, 4] if size == "n" else [2, 3, 4],
     )
-    taken = out[2:] if size == "n" else out[1:]
+    encoder_channels = channels_out[2:] if size == "n" else channels_out[1:]
     config = library.DFineConfig(
-        backbone_config=inner, num_labels=outputs, encoder_in_channels=taken, **rest
+        backbone_config=inner, num_labels=outputs, encoder_in_channels=encoder_channels, **settings
     )
     return _detr.build_detr(
         home,

@@ -1,6 +1,9 @@
-"""torchvision's Faster R-CNN; cut at the backbone's stem and layers, the feature pyramid, and the head (proposals and regions).
+"""torchvision's Faster R-CNN.
 
-Ren et al., Faster R-CNN, NeurIPS 2015; Lin et al., Feature Pyramid Networks, CVPR 2017; v2: Li et al., 2021 (arXiv:2111.11429).
+Cut at the backbone's stem and layers, the feature pyramid, and the head (proposals and regions).
+
+Ren et al., Faster R-CNN, NeurIPS 2015; Lin et al., Feature Pyramid Networks, CVPR 2017; v2: Li et
+al., 2021 (arXiv:2111.11429).
 """
 
 from pathlib import Path
@@ -20,7 +23,8 @@ NAMES = (
     "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
 )
-# TorchVision Object Detection Finetuning Tutorial: SGD, 0.005, 0.9, 0.0005, batches of 2, 10 epochs.
+# TorchVision Object Detection Finetuning Tutorial: SGD, lr 0.005, momentum 0.9, weight decay
+# 0.0005, batches of 2, 10 epochs.
 # https://docs.pytorch.org/tutorials/intermediate/torchvision_tutorial.html
 RECIPES = {
     "detection": {
@@ -32,10 +36,8 @@ RECIPES = {
         "epochs": 10,
     }
 }
-EXPORTS = (
-    "safetensors",
-    "onnx",
-)  # torch.export cannot pool regions whose number depends on the image
+# torch.export cannot pool regions whose number depends on the image
+EXPORTS = ("safetensors", "onnx")
 
 
 def input_spec(name: str, *, weights: str = "default", backbone: str = "default") -> ImageInputSpec:
@@ -51,7 +53,8 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+            description="default: the published weights; none: fresh parameters; or a path to a "
+            ".safetensors or .pth file"
         ),
     ] = "default",
     backbone: Annotated[
@@ -61,8 +64,11 @@ def build(
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
-    model, notes = build_pyramid_detector(
+    """Model `name` for `outputs` classes.
+
+    `backbone`: ImageNet weights, used where `weights` is none.
+    """
+    model, notes = build_pyramid_detector(  # one output more: class 0 is the background
         home, name, outputs + 1, weights, backbone, "roi_heads.box_predictor"
-    )  # 0 is the background
+    )
     return stage_detector(model, pyramid_stages(model.backbone), 1, notes)

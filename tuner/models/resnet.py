@@ -1,6 +1,9 @@
-"""torchvision's ResNet, ResNeXt and Wide ResNet, and the embedded quarter-width ResNet-18; cut at the stem and each layer.
+"""torchvision's ResNet, ResNeXt and Wide ResNet, and the ResNet-18 of quarter width in the package.
 
-He et al., Deep Residual Learning for Image Recognition, CVPR 2016; Xie et al., CVPR 2017; Zagoruyko and Komodakis, BMVC 2016.
+Cut at the stem and each layer.
+
+He et al., Deep Residual Learning for Image Recognition, CVPR 2016; Xie et al., CVPR 2017; Zagoruyko
+and Komodakis, BMVC 2016.
 """
 
 from importlib.resources import files
@@ -54,11 +57,16 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: torchvision's best; bundled: those of resnet18_slim; none: fresh parameters; or a torchvision name, or a path to a .safetensors or .pth file"
+            description="default: torchvision's best; bundled: those of resnet18_slim; none: "
+            "fresh parameters; or a torchvision name, or a path to a .safetensors or "
+            ".pth file"
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` with `outputs` classes; depth 1 freezes the stem, 2..5 one residual layer more each."""
+    """Model `name` with `outputs` classes.
+
+    Depth 1 freezes the stem, each of the depths 2 to 5 one residual layer more.
+    """
     if name == "resnet18_slim":
         model, notes = _load_slim(outputs, weights)
     else:
@@ -68,9 +76,8 @@ def build(
         "layer1": model.layer1,
         "layer2": model.layer2,
         "layer3": model.layer3,
-        "layer4": nn.Sequential(
-            model.layer4, model.avgpool, nn.Flatten(1)
-        ),  # pooled: what is remembered is a vector
+        # with the pooling, so that the cached activation is a vector
+        "layer4": nn.Sequential(model.layer4, model.avgpool, nn.Flatten(1)),
         "head": nn.Sequential(model.fc),
     }
     return StagedModel(model, stages, notes)
@@ -116,8 +123,11 @@ def _load_slim(outputs: int, weights: str) -> tuple[ResNet, tuple[str, ...]]:
         )
     if weights not in ("default", "bundled"):
         raise SpaceError(
-            f"model.weights: {weights!r} is not known for resnet18_slim{suggest_names(weights, ('bundled', 'none'))}; or give a path"
+            f"model.weights: {weights!r} is not known for "
+            f"resnet18_slim{suggest_names(weights, ('bundled', 'none'))}; or give a path"
         )
     state = read_state_dict(Path(str(files("tuner.models") / "resnet18_slim.safetensors")))
-    bare = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    return model, load_matching_state(model, bare, head="fc", source_name=f"weights: {weights}")
+    without_head = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    return model, load_matching_state(
+        model, without_head, head="fc", source_name=f"weights: {weights}"
+    )

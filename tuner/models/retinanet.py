@@ -1,6 +1,9 @@
-"""torchvision's RetinaNet and FCOS; cut at the backbone's stem and layers, the feature pyramid, and the head.
+"""torchvision's RetinaNet and FCOS.
 
-Lin et al., Focal Loss for Dense Object Detection, ICCV 2017; v2: Zhang et al., ATSS, CVPR 2020; Tian et al., FCOS, ICCV 2019.
+Cut at the backbone's stem and layers, the feature pyramid, and the head.
+
+Lin et al., Focal Loss for Dense Object Detection, ICCV 2017; v2: Zhang et al., ATSS, CVPR 2020;
+Tian et al., FCOS, ICCV 2019.
 """
 
 from pathlib import Path
@@ -15,7 +18,8 @@ from tuner.models._torchvision_weights import build_pyramid_detector, letterbox_
 
 TASKS = ("detection",)
 NAMES = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")
-# torchvision's reference training: SGD, lr 0.01 for 16 images, here for 2; momentum 0.9, weight decay 0.0001.
+# torchvision's reference training: SGD, lr 0.01 for 16 images, here for 2; momentum 0.9, weight
+# decay 0.0001.
 # https://github.com/pytorch/vision/tree/main/references/detection
 RECIPES = {
     "detection": {
@@ -27,10 +31,8 @@ RECIPES = {
         "epochs": 10,
     }
 }
-EXPORTS = (
-    "safetensors",
-    "onnx",
-)  # torch.export cannot follow a number of objects that depends on the image
+# torch.export cannot follow a number of objects that depends on the image
+EXPORTS = ("safetensors", "onnx")
 
 
 def input_spec(name: str, *, weights: str = "default", backbone: str = "default") -> ImageInputSpec:
@@ -46,7 +48,8 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+            description="default: the published weights; none: fresh parameters; or a path to a "
+            ".safetensors or .pth file"
         ),
     ] = "default",
     backbone: Annotated[
@@ -56,7 +59,10 @@ def build(
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
+    """Model `name` for `outputs` classes.
+
+    `backbone`: ImageNet weights, used where `weights` is none.
+    """
     model, notes = build_pyramid_detector(
         home, name, outputs, weights, backbone, "head.classification_head.cls_logits"
     )

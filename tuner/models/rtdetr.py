@@ -1,4 +1,6 @@
-"""RT-DETR through transformers (extra `text`), cut at the stem, each stage of the backbone, and the hybrid encoder.
+"""RT-DETR through transformers (extra `text`).
+
+Cut at the stem, each stage of the backbone, and the hybrid encoder.
 
 Zhao et al., DETRs Beat YOLOs on Real-time Object Detection, CVPR 2024.
 """
@@ -15,7 +17,8 @@ from tuner.models import _detr
 TASKS = ("detection",)
 NAMES = ("rtdetr_r18", "rtdetr_r34", "rtdetr_r50", "rtdetr_r101")
 EXPORTS = ("safetensors", "torch_export", "onnx")
-# the paper's table A: AdamW, lr 0.0001, weight decay 0.0001, gradients clipped at 0.1, batches of 16, warm-up, then constant
+# the paper's table A: AdamW, lr 0.0001, weight decay 0.0001, gradients clipped at 0.1, batches of
+# 16, warm-up, then constant
 RECIPES = {
     "detection": {
         "optimizer": "adamw",
@@ -28,7 +31,8 @@ RECIPES = {
     }
 }
 BASIC = {"hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}
-# how each differs from the library's default, which is ResNet-50: of the backbone, and of the rest
+# how each differs from the library's default, which is ResNet-50: settings of the backbone, and
+# the other settings
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "r18": (
         BASIC | {"depths": [2, 2, 2, 2]},
@@ -52,7 +56,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     """RGB of 0..1, 640 pixels a side."""
-    return _detr.CANVAS_SPEC
+    return _detr.INPUT_SPEC
 
 
 def build(
@@ -64,16 +68,17 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: the published weights; none: fresh parameters; or a path to a .safetensors file or a folder with one"
+            description="default: the published weights; none: fresh parameters; or a path to a "
+            ".safetensors file or a folder with one"
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` for `outputs` classes; see `_detr.build`."""
+    """Model `name` for `outputs` classes; see `_detr.build_detr`."""
     library = _detr.import_transformers()
     size = name.removeprefix("rtdetr_")
-    backbone, rest = SIZES[size]
+    backbone, settings = SIZES[size]
     inner = library.RTDetrResNetConfig(**{"out_indices": [2, 3, 4], **backbone})
-    config = library.RTDetrConfig(backbone_config=inner, num_labels=outputs, **rest)
+    config = library.RTDetrConfig(backbone_config=inner, num_labels=outputs, **settings)
     return _detr.build_detr(
         home, name, library.RTDetrForObjectDetection, config, f"PekingU/rtdetr_{size}vd", weights
     )

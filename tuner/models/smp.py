@@ -1,7 +1,10 @@
-"""U-Net, U-Net++ and FPN with any encoder of segmentation_models_pytorch, such as unet/resnet18 or fpn/tu-<name of timm's>.
+"""U-Net, U-Net++ and FPN with any encoder of segmentation_models_pytorch (smp).
 
-Cut at the encoder's stages, the decoder and the head (extra `segmentation`). Ronneberger et al., U-Net, MICCAI 2015; Zhou et al.,
-UNet++, DLMIA 2018; Kirillov et al., Panoptic Feature Pyramid Networks, CVPR 2019; Iakubovskii, Segmentation Models Pytorch, 2019,
+A name is architecture/encoder, such as unet/resnet18 or fpn/tu-<a name of timm's>. Cut at the
+encoder's stages, the decoder and the head. Needs the extra `segmentation`.
+
+Ronneberger et al., U-Net, MICCAI 2015; Zhou et al., UNet++, DLMIA 2018; Kirillov et al., Panoptic
+Feature Pyramid Networks, CVPR 2019; Iakubovskii, Segmentation Models Pytorch, 2019,
 https://github.com/qubvel-org/segmentation_models.pytorch.
 """
 
@@ -30,8 +33,8 @@ from tuner.models._timm import convert_state, download_timm_weights, import_timm
 
 TASKS = ("segmentation",)
 NAMES = ("unet/*", "unetplusplus/*", "fpn/*")
-# smp's examples/binary_segmentation_intro.ipynb and camvid_segmentation_multiclass.ipynb: Adam, lr 2e-4, cosine, batches of 16 and 32,
-# 10 and 50 epochs, Dice loss (task.loss)
+# smp's examples/binary_segmentation_intro.ipynb and camvid_segmentation_multiclass.ipynb: Adam,
+# lr 2e-4, cosine, batches of 16 and 32, 10 and 50 epochs, Dice loss (task.loss)
 RECIPES = {
     "segmentation": {
         "optimizer": "adamw",
@@ -43,28 +46,32 @@ RECIPES = {
 }
 HALF_RGB = (0.5, 0.5, 0.5)
 DPN_NORMALISATION = (0.4862745, 0.4588235, 0.4078431), (0.2348247, 0.2348247, 0.2348247)
+# encoders whose weights need another mean and standard deviation than ImageNet's
 OTHER_NORMALISATIONS = {
     "inception": (HALF_RGB, HALF_RGB),
     "xception": (HALF_RGB, HALF_RGB),
     "dpn": DPN_NORMALISATION,
-}  # encoders whose weights want other than ImageNet's mean and std
+}
 SIZE, MULTIPLE = 256, 32  # encoders halve the image five times
 
 
 def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
-    """256 pixels, letterboxed so that every pixel of an image is on the canvas; mean and standard deviation are the encoder's."""
+    """256 pixels a side, with the mean and standard deviation of the encoder.
+
+    Images are letterboxed, so that every pixel of an image is on the canvas.
+    """
     encoder, size, multiple = name.partition("/")[2], SIZE, MULTIPLE
     mean, std = next(
-        (stated for begin, stated in OTHER_NORMALISATIONS.items() if encoder.startswith(begin)),
+        (values for begin, values in OTHER_NORMALISATIONS.items() if encoder.startswith(begin)),
         (IMAGENET_SPEC.mean, IMAGENET_SPEC.std),
     )
     if encoder.startswith("tu-"):
         timm = import_timm()
         config = timm_config(timm, _timm_name(encoder))
-        stated = timm.data.resolve_data_config(pretrained_cfg=config, model=None)
+        data_config = timm.data.resolve_data_config(pretrained_cfg=config, model=None)
         if config.get("fixed_input_size"):
-            size = multiple = stated["input_size"][-1]
-        mean, std = (tuple(float(v) for v in stated[key]) for key in ("mean", "std"))  # type: ignore[assignment]
+            size = multiple = data_config["input_size"][-1]
+        mean, std = (tuple(float(v) for v in data_config[key]) for key in ("mean", "std"))  # type: ignore[assignment]
     return ImageInputSpec(size, size, "bilinear", mean, std, "letterbox", multiple)
 
 
@@ -77,39 +84,42 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="of the encoder: default, or a name that smp has; none: fresh parameters; or a path to a .safetensors or .pth file"
+            description="of the encoder: default, or a name that smp has; none: fresh parameters; "
+            "or a path to a .safetensors or .pth file"
         ),
     ] = "default",
 ) -> StagedModel:
-    """Architecture/encoder `name` with `outputs` classes: depth 1 freezes the encoder's stem, then a stage more each, then the decoder.
+    """Architecture/encoder `name` with `outputs` classes.
 
-    `weights`: default or a name of smp's for the encoder, none, or a path to an encoder's weights under smp's or timm's names, or to a
-    whole model's. Raises SpaceError on names that smp and timm do not have, DataError on weights that are missing or do not fit.
+    Depth 1 freezes the encoder's stem, each depth after it one stage of the encoder more, and the
+    last depth the decoder too.
+
+    `weights`: default or a name of smp's, for the encoder; none; or a path to the weights of an
+    encoder under smp's or timm's names, or to those of a whole model.
+
+    Raises:
+        SpaceError: smp and timm do not have the name, or smp cannot build the model.
+        DataError: The weights are missing or do not fit.
     """
     smp = _import_smp()
     architecture, _, encoder = name.partition("/")
     _check_encoder(smp, encoder)
-    made = {"unet": smp.Unet, "unetplusplus": smp.UnetPlusPlus, "fpn": smp.FPN}[architecture]
+    build_model = {"unet": smp.Unet, "unetplusplus": smp.UnetPlusPlus, "fpn": smp.FPN}[architecture]
     try:
         with _silence_warnings():
-            model = made(encoder_name=encoder, encoder_weights=None, classes=outputs)
-    except (
-        ValueError,
-        RuntimeError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ) as error:  # as smp says that the two do not go together
+            model = build_model(encoder_name=encoder, encoder_weights=None, classes=outputs)
+    except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+        # smp raises any of these where architecture and encoder do not fit together
         raise SpaceError(
-            f"model.name: {name!r}: smp cannot build it ({str(error).splitlines()[0]}); try another encoder"
+            f"model.name: {name!r}: smp cannot build it ({str(error).splitlines()[0]}); try "
+            "another encoder"
         ) from None
     notes: tuple[str, ...] = ()
     if weights != "none":
-        state, where = _read_state(smp, home, encoder, weights)
-        notes = _load_state(model, state, encoder, where)
-    return StagedModel(
-        model, stages_of(model, used_maps=4 if architecture == "fpn" else 5), notes, can_probe=False
-    )
+        state, source_name = _read_state(smp, home, encoder, weights)
+        notes = _load_state(model, state, encoder, source_name)
+    stages = stages_of(model, used_maps=4 if architecture == "fpn" else 5)
+    return StagedModel(model, stages, notes, can_probe=False)
 
 
 def _import_smp() -> Any:
@@ -118,37 +128,43 @@ def _import_smp() -> Any:
             import segmentation_models_pytorch
     except ImportError:
         raise SpaceError(
-            f"model.name: unet/…, unetplusplus/… and fpn/… need segmentation_models_pytorch: {pip_install('segmentation')}"
+            "model.name: unet/…, unetplusplus/… and fpn/… need segmentation_models_pytorch: "
+            f"{pip_install('segmentation')}"
         ) from None
     return segmentation_models_pytorch
 
 
 @contextlib.contextmanager
 def _silence_warnings() -> Iterator[None]:
-    """smp's and timm's words about their own names are no business of who uses them."""
+    """Hide warnings of smp and timm about their own names: they do not concern the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _timm_name(encoder: str) -> str:
-    """As `config_of` and `download` take timm's names."""
+    """The encoder's name as `timm_config` and `download_timm_weights` take it."""
     return f"timm/{encoder.removeprefix('tu-')}"
 
 
 def _check_encoder(smp: Any, encoder: str) -> None:
-    """Raises SpaceError on an encoder that neither smp nor timm has."""
+    """Check the name of an encoder.
+
+    Raises:
+        SpaceError: Neither smp nor timm has it.
+    """
     if encoder.startswith("tu-"):
         timm_config(import_timm(), _timm_name(encoder))
     elif encoder not in smp.encoders.encoders:
-        words = list(smp.encoders.encoders)
+        known_names = list(smp.encoders.encoders)
         hint = (
             "; timm's are called tu-<name>"
             if encoder in import_timm().list_models()
-            else nearest_hint(encoder, words)
+            else nearest_hint(encoder, known_names)
         )
         raise SpaceError(
-            f"model.name: encoder {encoder!r} is not known to smp {smp.__version__}{hint} (smp has {', '.join(words[:12])}, …)"
+            f"model.name: encoder {encoder!r} is not known to smp {smp.__version__}{hint} (smp "
+            f"has {', '.join(known_names[:12])}, …)"
         )
 
 
@@ -156,7 +172,7 @@ def _check_encoder(smp: Any, encoder: str) -> None:
 
 
 def _read_state(smp: Any, home: Path, encoder: str, weights: str) -> tuple[StateDict, str]:
-    """The weights that are meant, and how a message calls them."""
+    """The weights that `weights` names, and the name that messages use for them."""
     if is_path(weights):
         return read_state_dict(Path(weights)), f"weights: {weights}"
     if encoder.startswith("tu-"):
@@ -165,16 +181,15 @@ def _read_state(smp: Any, home: Path, encoder: str, weights: str) -> tuple[State
         )
         return read_state_dict(path), f"weights: {path.name}"
     settings = smp.encoders.encoders[encoder]["pretrained_settings"]
-    wanted = (
-        ("imagenet" if "imagenet" in settings else next(iter(settings), ""))
-        if weights == "default"
-        else weights
-    )
-    if wanted not in settings:
+    entry = weights
+    if weights == "default":
+        entry = "imagenet" if "imagenet" in settings else next(iter(settings), "")
+    if entry not in settings:
         raise SpaceError(
-            f"model.weights: {weights!r} is not known for {encoder}{suggest_names(weights, ['default', 'none', *settings])}; or a path"
+            f"model.weights: {weights!r} is not known for "
+            f"{encoder}{suggest_names(weights, ['default', 'none', *settings])}; or a path"
         )
-    hub, revision = (str(settings[wanted][key]) for key in ("repo_id", "revision"))
+    hub, revision = (str(settings[entry][key]) for key in ("repo_id", "revision"))
     path = fetch_weights(
         home,
         hub_url(hub, WEIGHTS_FILE, revision),
@@ -183,28 +198,31 @@ def _read_state(smp: Any, home: Path, encoder: str, weights: str) -> tuple[State
     return read_state_dict(path), f"weights: {path.name}"
 
 
-def _load_state(model: Any, state: StateDict, encoder: str, where: str) -> tuple[str, ...]:
-    """Loads a whole model's weights, or an encoder's, whose own head is left out."""
+def _load_state(model: Any, state: StateDict, encoder: str, source_name: str) -> tuple[str, ...]:
+    """Load the weights of a whole model, or of an encoder without its own head."""
     if any(name.startswith("decoder.") for name in state):
-        return load_matching_state(model, state, head="segmentation_head", source_name=where)
+        return load_matching_state(model, state, head="segmentation_head", source_name=source_name)
     inner = model.encoder.model if encoder.startswith("tu-") else model.encoder
-    own = inner.state_dict()
-    if encoder.startswith("tu-") and not set(own) <= set(state):
+    own_state = inner.state_dict()
+    if encoder.startswith("tu-") and not set(own_state) <= set(state):
         whole = import_timm().create_model(_timm_name(encoder).partition("/")[2], pretrained=False)
         state = convert_state(whole, state)
     flat = {
-        _flat_name(name) if name not in own and _flat_name(name) in own else name: value
+        _flat_name(name) if name not in own_state and _flat_name(name) in own_state else name: value
         for name, value in state.items()
     }
     load_matching_state(
         inner,
-        {name: value for name, value in flat.items() if name in own},
+        {name: value for name, value in flat.items() if name in own_state},
         head="-",
-        source_name=where,
+        source_name=source_name,
     )
     return ("decoder and head: new, the weights are the encoder's",)
 
 
 def _flat_name(name: str) -> str:
-    """As timm calls a stage of a model taken apart for its features: stages.0.x is stages_0.x."""
+    """A weight's name in a model that timm took apart for its features.
+
+    It is stages_0.x for stages.0.x.
+    """
     return name.replace(".", "_", 1)

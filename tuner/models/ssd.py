@@ -1,6 +1,9 @@
-"""torchvision's SSD300 and SSDlite; cut at the backbone's blocks, SSD's own layers, and the head.
+"""torchvision's SSD300 and SSDlite.
 
-Liu et al., SSD: Single Shot MultiBox Detector, ECCV 2016; Sandler et al., MobileNetV2, CVPR 2018; Howard et al., MobileNetV3, ICCV 2019.
+Cut at the backbone's blocks, SSD's own layers, and the head.
+
+Liu et al., SSD: Single Shot MultiBox Detector, ECCV 2016; Sandler et al., MobileNetV2, CVPR 2018;
+Howard et al., MobileNetV3, ICCV 2019.
 """
 
 from collections.abc import Sequence
@@ -36,7 +39,8 @@ from tuner.models._torchvision_weights import (
 
 TASKS = ("detection",)
 NAMES = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
-# torchvision's reference training of SSD300: SGD, lr 0.002 for 32 images, here for 8; momentum 0.9, weight decay 0.0005.
+# torchvision's reference training of SSD300: SGD, lr 0.002 for 32 images, here for 8; momentum 0.9,
+# weight decay 0.0005.
 # https://github.com/pytorch/vision/tree/main/references/detection
 RECIPES = {
     "detection": {
@@ -48,7 +52,7 @@ RECIPES = {
         "epochs": 20,
     }
 }
-MIN_CANVAS_SIDE = 268  # pixels, below which nothing is left for SSD300's last layer
+MIN_CANVAS_SIDE = 268  # pixels; on a smaller canvas SSD300's last feature map would be empty
 
 
 def input_spec(name: str, *, weights: str = "default", backbone: str = "default") -> ImageInputSpec:
@@ -66,7 +70,8 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+            description="default: the published weights; none: fresh parameters; or a path to a "
+            ".safetensors or .pth file"
         ),
     ] = "default",
     backbone: Annotated[
@@ -76,32 +81,32 @@ def build(
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` for `outputs` classes. `backbone`: ImageNet weights, used where `weights` is none."""
-    model: Any = get_model(
-        name, weights=None, weights_backbone=None, num_classes=outputs + 1
-    )  # 0 is the background
+    """Model `name` for `outputs` classes.
+
+    `backbone`: ImageNet weights, used where `weights` is none.
+    """
+    classes = outputs + 1  # class 0 is the background
+    model: Any = get_model(name, weights=None, weights_backbone=None, num_classes=classes)
     notes: tuple[str, ...] = ()
     if weights == "none" and backbone != "none" and name != "ssd300_vgg16":
-        use_whole_backbone(model, outputs + 1)
+        use_whole_backbone(model, classes)
     if weights == "none":
-        architecture, default = (
-            ("vgg16", "IMAGENET1K_FEATURES")
-            if name == "ssd300_vgg16"
-            else ("mobilenet_v3_large", "IMAGENET1K_V1")
-        )
+        if name == "ssd300_vgg16":
+            architecture, default = "vgg16", "IMAGENET1K_FEATURES"
+        else:
+            architecture, default = "mobilenet_v3_large", "IMAGENET1K_V1"
         load_backbone_weights(home, model.backbone, architecture, backbone, default)
     else:
         notes = load_detector_weights(home, model, name, weights, "head.classification_head")
-    return stage_detector(
-        model,
-        vgg_stages(model.backbone) if name == "ssd300_vgg16" else mobilenet_stages(model.backbone),
-        1,
-        notes,
-    )
+    make_stages = vgg_stages if name == "ssd300_vgg16" else mobilenet_stages
+    return stage_detector(model, make_stages(model.backbone), 1, notes)
 
 
 def use_whole_backbone(model: Any, classes: int) -> None:
-    """SSDlite over ImageNet's MobileNetV3, whose last layers are twice as wide as in torchvision's own SSDlite."""
+    """Put ImageNet's MobileNetV3 into SSDlite.
+
+    Its last layers are twice as wide as in torchvision's own SSDlite.
+    """
     norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
     model.backbone = _mobilenet_extractor(
         get_model("mobilenet_v3_large", weights=None, norm_layer=norm), 6, norm
@@ -113,7 +118,10 @@ def use_whole_backbone(model: Any, classes: int) -> None:
 
 
 class NormalisedTap(DetectorStage):
-    """SSD's first tap, L2-normalised and scaled (Liu et al., ParseNet, 2015), and the block behind it, which takes it as it was."""
+    """SSD's first feature map, L2-normalised and scaled, and the block after it.
+
+    The block takes the feature map without the normalisation (Liu et al., ParseNet, 2015).
+    """
 
     def __init__(self, scale_weight: nn.Parameter, block: nn.Module) -> None:
         super().__init__()
@@ -124,7 +132,8 @@ class NormalisedTap(DetectorStage):
         side = x[CANVAS_SIDE_NAME].shape[-1]
         if side < MIN_CANVAS_SIDE:
             raise SpaceError(
-                f"data.size: {side}, but ssd300_vgg16 needs at least {MIN_CANVAS_SIDE} pixels; leave it out for 300"
+                f"data.size: {side}, but ssd300_vgg16 needs at least {MIN_CANVAS_SIDE} pixels; "
+                "leave it out for 300"
             )
         return {
             CANVAS_SIDE_NAME: x[CANVAS_SIDE_NAME],
@@ -134,10 +143,15 @@ class NormalisedTap(DetectorStage):
 
 
 def vgg_stages(backbone: Any) -> dict[str, nn.Module]:
-    """VGG-16 in blocks that end with their pooling; the fifth with what became of its fully connected layers; SSD's own layers."""
+    """VGG-16 in blocks that end with their pooling, then SSD's own layers.
+
+    The fifth block contains the convolutions that SSD made of VGG's fully connected layers.
+    """
     children = list(backbone.features.named_children())
     begins = [
-        behind for (_, child), (_, behind) in pairwise(children) if isinstance(child, nn.MaxPool2d)
+        successor
+        for (_, child), (_, successor) in pairwise(children)
+        if isinstance(child, nn.MaxPool2d)
     ]
     groups = group_children(children, lambda child: any(child is begin for begin in begins))
     blocks = stage_groups(groups, {}, lambda i: f"block{i + 1}")
@@ -149,7 +163,10 @@ def vgg_stages(backbone: Any) -> dict[str, nn.Module]:
 
 
 def mobilenet_stages(backbone: Any) -> dict[str, nn.Module]:
-    """MobileNetV3 cut before its strided blocks; the last of those is divided where SSDlite takes its first features."""
+    """MobileNetV3 cut before its strided blocks.
+
+    The last of these is divided where SSDlite takes its first feature map.
+    """
     *blocks, expansion = backbone.features[0]
     children = [
         *((f"b{i}", block) for i, block in enumerate(blocks)),
@@ -165,6 +182,6 @@ def mobilenet_stages(backbone: Any) -> dict[str, nn.Module]:
 
 
 def _extra_stage(blocks: Sequence[nn.Module]) -> BackboneBlocks:
-    """SSD's own layers, each of which gives features."""
+    """SSD's own layers, each of which gives a feature map."""
     children = [(f"b{i}", block) for i, block in enumerate(blocks)]
     return BackboneBlocks(children, "1", {name: f"{2 + i}" for i, (name, _) in enumerate(children)})

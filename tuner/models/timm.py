@@ -1,4 +1,7 @@
-"""timm's models by name, `timm/<name>` (extra `timm`); ResNet-, EfficientNet- and MobileNet-like ones cut at stem, stages, head.
+"""timm's models by name, `timm/<name>` (extra `timm`).
+
+Models like ResNet, EfficientNet and MobileNet are cut at the stem, the stages and the head; others
+between features and head.
 
 Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
 """
@@ -23,10 +26,11 @@ NAMES = ("timm/*",)
 def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     """The transform that timm states for the model's weights."""
     timm = import_timm()
-    stated = timm.data.resolve_data_config(pretrained_cfg=timm_config(timm, name), model=None)
-    size = stated["input_size"][-1]
-    mean, std = (tuple(float(v) for v in stated[key]) for key in ("mean", "std"))
-    return ImageInputSpec(size, int(size / stated["crop_pct"]), stated["interpolation"], mean, std)  # type: ignore[arg-type]
+    data_config = timm.data.resolve_data_config(pretrained_cfg=timm_config(timm, name), model=None)
+    size = data_config["input_size"][-1]
+    mean, std = (tuple(float(v) for v in data_config[key]) for key in ("mean", "std"))
+    resize = int(size / data_config["crop_pct"])
+    return ImageInputSpec(size, resize, data_config["interpolation"], mean, std)  # type: ignore[arg-type]
 
 
 def build(
@@ -38,13 +42,19 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+            description="default: the published weights; none: fresh parameters; or a path to a "
+            ".safetensors or .pth file"
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` with `outputs` classes: depth 1 freezes the stem, then one stage of blocks more each; others have one cut.
+    """Model `name` with `outputs` classes.
 
-    Raises SpaceError on a name or weights that timm does not have, DataError on weights that do not fit.
+    Depth 1 freezes the stem, each depth after it one stage of blocks more. A model of another
+    structure has one cut.
+
+    Raises:
+        SpaceError: timm does not have a model or weights of that name.
+        DataError: The weights are missing or do not fit.
     """
     timm = import_timm()
     config = timm_config(timm, name)
@@ -74,29 +84,32 @@ def build(
 
 
 def stages_of(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
-    """The model's own modules in the order of its forward pass; pooling ends the last stage before the head."""
+    """The model's own modules in the order of its forward pass.
+
+    The last stage before the head ends with the pooling.
+    """
     parts = dict(model.named_children())
     order = list(parts)
-    found: dict[str, nn.Module] = {}
+    stages: dict[str, nn.Module] = {}
     if order[:3] == ["conv_stem", "bn1", "blocks"] and order[-1] == "classifier":
-        found["stem"] = nn.Sequential(parts["conv_stem"], parts["bn1"])
-        found |= {f"blocks{i}": block for i, block in enumerate(parts["blocks"].children())}
-        found["features"] = nn.Sequential(*(parts[name] for name in order[3:-1]))
-        found["head"] = _head_stage(model, parts["classifier"])
+        stages["stem"] = nn.Sequential(parts["conv_stem"], parts["bn1"])
+        stages |= {f"blocks{i}": block for i, block in enumerate(parts["blocks"].children())}
+        stages["features"] = nn.Sequential(*(parts[name] for name in order[3:-1]))
+        stages["head"] = _head_stage(model, parts["classifier"])
     elif (
         order[:3] == ["conv1", "bn1", "act1"]
         and order[-2:] == ["global_pool", "fc"]
         and set(order[3:-2]) <= RESNET_PARTS
     ):
-        found["stem"] = nn.Sequential(
+        stages["stem"] = nn.Sequential(
             *(parts[name] for name in ("conv1", "bn1", "act1", "maxpool") if name in parts)
         )
-        found |= {f"layer{i}": parts[f"layer{i}"] for i in (1, 2, 3)}
-        found["layer4"] = nn.Sequential(parts["layer4"], parts["global_pool"])
-        found["head"] = _head_stage(model, parts["fc"])
+        stages |= {f"layer{i}": parts[f"layer{i}"] for i in (1, 2, 3)}
+        stages["layer4"] = nn.Sequential(parts["layer4"], parts["global_pool"])
+        stages["head"] = _head_stage(model, parts["fc"])
     else:
         return _features_and_head(model, config)
-    return found if _stages_agree(model, found, config) else _features_and_head(model, config)
+    return stages if _stages_agree(model, stages, config) else _features_and_head(model, config)
 
 
 RESNET_PARTS = {"maxpool", "layer1", "layer2", "layer3", "layer4"}
@@ -109,7 +122,10 @@ def _head_stage(model: nn.Module, classifier: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _stages_agree(model: nn.Module, stages: dict[str, nn.Module], config: dict[str, Any]) -> bool:
-    """Whether the stages in a row are the model: some of these shapes do more in `forward` than their modules tell."""
+    """Whether the stages in a row compute what the model computes.
+
+    Some models do more in `forward` than to call their modules in a row.
+    """
     with _EvalMode(model):
         x = y = _random_image(model, config)
         try:
@@ -130,7 +146,7 @@ def _random_image(model: nn.Module, config: dict[str, Any]) -> Tensor:
 
 
 class _EvalMode:
-    """Eval mode for a look, and the modes from before after it."""
+    """Eval mode inside the block; at its end every module gets its earlier mode back."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modes = {module: module.training for module in model.modules()}
@@ -148,12 +164,10 @@ class MethodStage(nn.Module):
     """One method of a model as a module that holds the model's own children, and no others."""
 
     def __init__(self, model: nn.Module, method: str, children: list[str], *, loose: bool) -> None:
-        """`loose`: parameters and buffers that lie in no child are held too."""
+        """`loose`: the parameters and buffers that are in no child belong to the stage too."""
         super().__init__()
-        self.model_holder, self.method = (
-            (model,),
-            method,
-        )  # in a tuple, so that the whole model is not taken for a child
+        self.model_holder = (model,)  # in a tuple, so that the whole model does not become a child
+        self.method = method
         for name in children:
             self.add_module(name, getattr(model, name))
         if loose:
@@ -163,13 +177,16 @@ class MethodStage(nn.Module):
                 self.register_buffer(name, buffer)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = getattr(self.model_holder[0], self.method)(x)
-        return found
+        y: Tensor = getattr(self.model_holder[0], self.method)(x)
+        return y
 
 
 @torch.no_grad()
 def _features_and_head(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
-    """Features and head by timm's own methods; the head's children are those that only its method calls."""
+    """Features and head by timm's own methods.
+
+    The head's children are those that only the method `forward_head` calls.
+    """
     called: set[str] = set()
     hooks = [
         child.register_forward_hook(lambda *_, name=name: called.add(name))
@@ -178,7 +195,7 @@ def _features_and_head(model: nn.Module, config: dict[str, Any]) -> dict[str, nn
     try:
         with _EvalMode(model):
             y = model.forward_features(_random_image(model, config))  # type: ignore[operator]
-            before = set(called)
+            called_by_features = set(called)
             called.clear()
             model.forward_head(y)  # type: ignore[operator]
     except (AttributeError, RuntimeError, ValueError, TypeError, AssertionError):
@@ -186,19 +203,19 @@ def _features_and_head(model: nn.Module, config: dict[str, Any]) -> dict[str, nn
     finally:
         for hook in hooks:
             hook.remove()
-    ours = [name for name, _ in model.named_children()]
-    head = [name for name in ours if name in called - before]
+    children = [name for name, _ in model.named_children()]
+    head = [name for name in children if name in called - called_by_features]
     if not any(True for name in head for _ in getattr(model, name).parameters()):
         return dict(split_sequential(model).stages)
-    rest = [name for name in ours if name not in head]
+    features = [name for name in children if name not in head]
     return {
-        "features": MethodStage(model, "forward_features", rest, loose=True),
+        "features": MethodStage(model, "forward_features", features, loose=True),
         "head": MethodStage(model, "forward_head", head, loose=False),
     }
 
 
 def _named_inner_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module inside, under the name of the model's child that it lies in."""
+    """Every module inside, with the name of the model's child that contains it."""
     for name, child in model.named_children():
         for module in child.modules():
             yield name, module

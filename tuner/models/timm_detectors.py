@@ -1,6 +1,9 @@
-"""torchvision's Faster R-CNN, RetinaNet and FCOS over any convolutional backbone of timm's: `fasterrcnn/timm/<name>` and so on.
+"""torchvision's Faster R-CNN, RetinaNet and FCOS over any convolutional backbone of timm.
 
-Lin et al., Feature Pyramid Networks, CVPR 2017. So every classifier that timm has weights for can become a detector.
+Names are `fasterrcnn/timm/<name>` and so on. So every convolutional classifier that timm has
+weights for can become a detector.
+
+Lin et al., Feature Pyramid Networks, CVPR 2017.
 """
 
 from pathlib import Path
@@ -23,7 +26,8 @@ from tuner.models._torchvision_weights import NOT_LOADED, freeze_batch_norm, let
 
 TASKS = ("detection",)
 NAMES = ("fasterrcnn/timm/*", "retinanet/timm/*", "fcos/timm/*")
-# TorchVision Object Detection Finetuning Tutorial: SGD, 0.005, 0.9, 0.0005, batches of 2, 10 epochs.
+# TorchVision Object Detection Finetuning Tutorial: SGD, lr 0.005, momentum 0.9, weight decay
+# 0.0005, batches of 2, 10 epochs.
 # https://docs.pytorch.org/tutorials/intermediate/torchvision_tutorial.html
 RECIPES = {
     "detection": {
@@ -36,16 +40,16 @@ RECIPES = {
     }
 }
 EXPORTS = ("safetensors", "onnx")
-CANVAS_SIDE = 512
-PYRAMID_CHANNELS = 256  # of the pyramid
+DEFAULT_SIDE = 512  # of the canvas, in pixels
+PYRAMID_CHANNELS = 256
 
 
 def input_spec(name: str, *, weights: str = "none", backbone: str = "default") -> ImageInputSpec:
     """The normalisation that timm states for the backbone's weights."""
     timm = import_timm()
-    stated = timm.data.resolve_data_config(pretrained_cfg=timm_config(timm, name), model=None)
-    mean, std = (tuple(float(v) for v in stated[key]) for key in ("mean", "std"))
-    return letterbox_spec(CANVAS_SIDE, mean, std)  # type: ignore[arg-type]
+    data_config = timm.data.resolve_data_config(pretrained_cfg=timm_config(timm, name), model=None)
+    mean, std = (tuple(float(v) for v in data_config[key]) for key in ("mean", "std"))
+    return letterbox_spec(DEFAULT_SIDE, mean, std)  # type: ignore[arg-type]
 
 
 def build(
@@ -79,19 +83,27 @@ def build(
         ),
     ] = 1000,
 ) -> StagedModel:
-    """A detector for `outputs` classes. `weights`: a path to a whole detector's; `backbone`: ImageNet weights, used where that is none.
+    """A detector for `outputs` classes.
 
-    Faster R-CNN's head is most of its cost: it learns from `regions` an image and looks at as many as `proposals` when it predicts.
-    Raises SpaceError on a name that timm does not have, or whose features are no pyramid; DataError on weights that do not fit.
+    `weights`: a path to the weights of a whole detector, or none. `backbone`: ImageNet weights,
+    used where `weights` is none.
+
+    Most of Faster R-CNN's cost is its head: it learns from `regions` regions of an image, and looks
+    at up to `proposals` regions when it predicts.
+
+    Raises:
+        SpaceError: timm does not have the name, or its features are not a pyramid.
+        DataError: The weights are missing or do not fit.
     """
-    timm, bare = import_timm(), name.partition("timm/")[2]
+    timm = import_timm()
     config = timm_config(timm, name)
     if weights not in NOT_LOADED and not is_path(weights):
         raise SpaceError(
-            f"model.weights: {weights!r}: {name} as a whole has none; write none, or a path, and see model.backbone"
+            f"model.weights: {weights!r}: {name} as a whole has none; write none, or a path, and "
+            "see model.backbone"
         )
     kind = name.partition("/")[0]
-    classifier = timm.create_model(bare, pretrained=False)
+    classifier = timm.create_model(name.partition("timm/")[2], pretrained=False)
     if weights == "none":
         load_backbone_weights(home, name, classifier, config, backbone)
     body = feature_backbone(
@@ -135,21 +147,29 @@ def build_detector(kind: str, body: Any, outputs: int, regions: int, proposals: 
 
 
 def feature_backbone(timm: Any, model: nn.Module, name: str, strides: list[int]) -> Any:
-    """timm's classifier as layers in a row, with those named whose features have these strides. Raises SpaceError."""
-    stated = list(getattr(model, "feature_info", None) or [])
-    rows = str(getattr(model, "output_fmt", "NCHW")) == "NCHW"
-    which = [i for i, info in enumerate(stated) if rows and info.get("reduction") in strides]
-    deep = any(
-        "." in str(stated[i]["module"]) for i in which
-    )  # features come from within a layer that is itself a row
+    """timm's classifier as a row of layers that returns the feature maps of these strides.
+
+    Raises:
+        SpaceError: The model does not have such feature maps.
+    """
+    feature_info = list(getattr(model, "feature_info", None) or [])
+    channels_first = str(getattr(model, "output_fmt", "NCHW")) == "NCHW"
+    indices = [
+        i
+        for i, info in enumerate(feature_info)
+        if channels_first and info.get("reduction") in strides
+    ]
+    # a feature map may come from inside a layer that is itself a row of layers
+    is_nested = any("." in str(feature_info[i]["module"]) for i in indices)
     try:
-        body = timm.models.FeatureDictNet(model, which, flatten_sequential=deep)
-        found = body.feature_info.reduction()
+        body = timm.models.FeatureDictNet(model, indices, flatten_sequential=is_nested)
+        body_strides = body.feature_info.reduction()
     except (AssertionError, KeyError, TypeError):
-        found = []
-    if found != strides:
+        body_strides = []
+    if body_strides != strides:
         raise SpaceError(
-            f"model.name: {name}: it has no features of strides {strides} in a row; take a convolutional model of timm's"
+            f"model.name: {name}: it has no features of strides {strides} in a row; take a "
+            "convolutional model of timm's"
         )
     return body
 
@@ -157,22 +177,24 @@ def feature_backbone(timm: Any, model: nn.Module, name: str, strides: list[int])
 def load_backbone_weights(
     home: Path, name: str, model: nn.Module, config: dict[str, Any], backbone: str
 ) -> None:
-    """Loads a classifier's weights. Raises DataError, SpaceError."""
-    if backbone not in NOT_LOADED:
-        path = (
-            Path(backbone)
-            if is_path(backbone)
-            else download_timm_weights(home, name, backbone, config)
-        )
-        load_matching_state(
-            model,
-            convert_state(model, read_state_dict(path)),
-            head=str(config["classifier"]),
-            source_name=f"backbone: {path}",
-        )
+    """Load the classifier's weights.
+
+    Raises:
+        SpaceError: timm has no such weights.
+        DataError: They are missing or do not fit.
+    """
+    if backbone in NOT_LOADED:
+        return
+    if is_path(backbone):
+        path = Path(backbone)
+    else:
+        path = download_timm_weights(home, name, backbone, config)
+    state = convert_state(model, read_state_dict(path))
+    head = str(config["classifier"])
+    load_matching_state(model, state, head=head, source_name=f"backbone: {path}")
 
 
 def freeze_all_batch_norm(timm: Any, body: nn.Module) -> None:
-    """BatchNorm's statistics, scale and shift stand still, as in torchvision's pretrained backbones."""
+    """Freeze statistics, scale and shift of BatchNorm, as in torchvision's pretrained backbones."""
     timm.layers.freeze_batch_norm_2d(body)
     freeze_batch_norm(body)

@@ -1,7 +1,10 @@
-"""torchvision's FCN, DeepLabV3 and LRASPP, cut at the stem, the layers of the backbone, and the heads.
+"""torchvision's FCN, DeepLabV3 and LRASPP.
 
-Long et al., Fully Convolutional Networks for Semantic Segmentation, CVPR 2015; Chen et al., Rethinking Atrous Convolution for Semantic
-Image Segmentation, 2017; Howard et al., Searching for MobileNetV3, ICCV 2019.
+Cut at the stem, the layers of the backbone, and the heads.
+
+Long et al., Fully Convolutional Networks for Semantic Segmentation, CVPR 2015; Chen et al.,
+Rethinking Atrous Convolution for Semantic Image Segmentation, 2017; Howard et al., Searching for
+MobileNetV3, ICCV 2019.
 """
 
 from pathlib import Path
@@ -33,8 +36,8 @@ NAMES = (
     "deeplabv3_mobilenet_v3_large",
     "lraspp_mobilenet_v3_large",
 )
-# torchvision's references/segmentation/train.py: SGD, lr 0.01, momentum 0.9, weight decay 1e-4, batch 8, 30 epochs, lr falling to 0 as
-# (1 - step / steps) ** 0.9, to which linear is next
+# torchvision's references/segmentation/train.py: SGD, lr 0.01, momentum 0.9, weight decay 1e-4,
+# batch 8, 30 epochs, lr falling to 0 as (1 - step / steps) ** 0.9, to which linear is next
 RECIPES = {
     "segmentation": {
         "optimizer": "sgd",
@@ -47,19 +50,24 @@ RECIPES = {
     }
 }
 BACKBONES = ("resnet50", "resnet101", "mobilenet_v3_large")
+# the convolutions whose outputs are the classes
 CLASS_CONVOLUTIONS = (
     "classifier.4",
     "aux_classifier.4",
     "classifier.low_classifier",
     "classifier.high_classifier",
-)  # convolutions to the classes
+)
 
 
 def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
-    """520 pixels as torchvision's weights were trained with, letterboxed so that every pixel of an image is on the canvas."""
-    t = get_model_weights(name).DEFAULT.transforms()
-    mean, std = (tuple(float(v) for v in values) for values in (t.mean, t.std))
-    return ImageInputSpec(t.resize_size[0], t.resize_size[0], "bilinear", mean, std, "letterbox")  # type: ignore[arg-type]
+    """520 pixels a side, with which torchvision's weights were trained.
+
+    Images are letterboxed, so that every pixel of an image is on the canvas.
+    """
+    transforms = get_model_weights(name).DEFAULT.transforms()
+    size = transforms.resize_size[0]
+    mean, std = (tuple(float(v) for v in values) for values in (transforms.mean, transforms.std))
+    return ImageInputSpec(size, size, "bilinear", mean, std, "letterbox")  # type: ignore[arg-type]
 
 
 def build(
@@ -71,15 +79,22 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+            description="default: the published weights; none: fresh parameters; or a path to a "
+            ".safetensors or .pth file"
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` with `outputs` classes: depth 1 freezes the stem, then one layer of the backbone more each.
+    """Model `name` with `outputs` classes.
 
-    `weights`: default or a name of torchvision's, of which other classes than theirs renew the last convolutions alone; backbone, or a
-    name of its classifier's, for the backbone alone; none; or a path to either kind. Raises SpaceError on an unknown name, DataError on
-    weights that are missing or do not fit.
+    Depth 1 freezes the stem, each depth after it one layer of the backbone more.
+
+    `weights`: default or a name of torchvision's; backbone or the name of a classifier's weights,
+    for the backbone alone; none; or a path to weights of either kind. Where weights of a whole
+    model have other classes, only the last convolutions are new.
+
+    Raises:
+        SpaceError: The name is unknown.
+        DataError: The weights are missing or do not fit.
     """
     extra = {} if name.startswith("lraspp") else {"aux_loss": True}
     model = get_model(name, weights=None, weights_backbone=None, num_classes=outputs, **extra)
@@ -90,52 +105,56 @@ def build(
 
 
 def _native_forward(model: nn.Module, x: TensorTree) -> TensorTree:
-    """As the last stage gives it: logits, and while training also the auxiliary head's."""
+    """The output in the form of the last stage: logits; in training also the auxiliary ones."""
     outputs: dict[str, Tensor] = model(x)
     return dict(outputs) if model.training else outputs["out"]
 
 
 class SegmentationHeads(nn.Module):
-    """Classifier and auxiliary classifier with the upsampling to the input's size. In eval mode the auxiliary one is not computed."""
+    """Classifier and auxiliary classifier, with the upsampling to the size of the image.
+
+    In eval mode the auxiliary classifier is not computed.
+    """
 
     def __init__(
         self,
         classifier: nn.Module,
         auxiliary: nn.Module | None,
-        reads: tuple[str, ...],
-        named: tuple[str, ...] | None,
+        input_names: tuple[str, ...],
+        argument_names: tuple[str, ...] | None,
     ) -> None:
-        """`reads`: the leaves that the two take; `named`: the classifier takes all of them, as a dict under these names."""
+        """Make the stage.
+
+        Args:
+            classifier: The classifier.
+            auxiliary: The auxiliary classifier, or None.
+            input_names: The feature map of the classifier, and that of the auxiliary classifier.
+            argument_names: None; or the classifier takes all feature maps of `input_names`, as a
+                dict with these names.
+        """
         super().__init__()
-        self.classifier, self.auxiliary, self.reads, self.named = (
-            classifier,
-            auxiliary,
-            reads,
-            named,
-        )
+        self.classifier, self.auxiliary = classifier, auxiliary
+        self.input_names, self.argument_names = input_names, argument_names
 
     def forward(self, x: dict[str, Tensor]) -> TensorTree:
         size = (x[HEIGHT_NAME].shape[1], x[WIDTH_NAME].shape[1])
-        given = (
-            x[self.reads[0]]
-            if self.named is None
-            else {name: x[leaf] for name, leaf in zip(self.named, self.reads, strict=True)}
-        )
-        out = F.interpolate(self.classifier(given), size=size, mode="bilinear", align_corners=False)
+        maps = [x[name] for name in self.input_names]
+        if self.argument_names is None:
+            logits = self.classifier(maps[0])
+        else:
+            logits = self.classifier(dict(zip(self.argument_names, maps, strict=True)))
+        out = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         if not self.training:
             return out
         if self.auxiliary is None:
             return {"out": out}
-        return {
-            "out": out,
-            "aux": F.interpolate(
-                self.auxiliary(x[self.reads[1]]), size=size, mode="bilinear", align_corners=False
-            ),
-        }
+        auxiliary_logits = self.auxiliary(maps[1])
+        aux = F.interpolate(auxiliary_logits, size=size, mode="bilinear", align_corners=False)
+        return {"out": out, "aux": aux}
 
 
 def _make_stages(model: Any) -> dict[str, nn.Module]:
-    """The backbone's modules in groups that end where something is tapped."""
+    """Groups of the backbone's modules, which end where a feature map is taken, and the heads."""
     parts = dict(model.backbone.named_children())
     taps: dict[str, str] = model.backbone.return_layers  # module -> out, aux, low, high
     if "layer1" in parts:
@@ -151,40 +170,39 @@ def _make_stages(model: Any) -> dict[str, nn.Module]:
             for begin, end in zip([-1, *ends[:-1]], ends, strict=True)
         ]
     stages: dict[str, nn.Module] = {}
-    before = ""
+    input_name = ""
     for number, group in enumerate(groups):
-        keeps = bool(before) and groups[number - 1][-1] in taps
+        keeps_input = bool(input_name) and groups[number - 1][-1] in taps
         body = nn.Sequential(*(parts[name] for name in group))
-        leaf = f"c{number + 1}"
+        output_name = f"c{number + 1}"
         stages[f"layer{number}" if number else "stem"] = FeatureMapStage(
-            body, before, leaf, keeps=keeps, sizes=not number
+            body, input_name, output_name, keeps_input=keeps_input, writes_size=number == 0
         )
-        before = leaf
-    leaf_of = {
+        input_name = output_name
+    map_names = {
         taps[group[-1]]: f"c{number + 1}"
         for number, group in enumerate(groups)
         if group[-1] in taps
     }
-    if "low" in leaf_of:
+    if "low" in map_names:
         stages["heads"] = SegmentationHeads(
-            model.classifier, None, (leaf_of["low"], leaf_of["high"]), ("low", "high")
+            model.classifier, None, (map_names["low"], map_names["high"]), ("low", "high")
         )
     else:
         stages["heads"] = SegmentationHeads(
-            model.classifier, model.aux_classifier, (leaf_of["out"], leaf_of["aux"]), None
+            model.classifier, model.aux_classifier, (map_names["out"], map_names["aux"]), None
         )
     return stages
 
 
 def _read_state(home: Path, name: str, weights: str) -> tuple[StateDict, str]:
-    """The weights that are meant, and how a message calls them."""
+    """The weights that `weights` names, and the name that messages use for them."""
     if is_path(weights):
         return read_state_dict(Path(weights)), f"weights: {weights}"
-    whole, backbone = (
-        get_model_weights(name),
-        get_model_weights(next(b for b in BACKBONES if name.endswith(b))),
-    )
-    # torchvision's segmenters begin with the first ImageNet weights: the second ones are too strongly regularised for it
+    whole = get_model_weights(name)
+    backbone = get_model_weights(next(b for b in BACKBONES if name.endswith(b)))
+    # torchvision's segmenters begin with the first ImageNet weights: the second ones are too
+    # strongly regularised for segmentation
     known = {
         "default": whole.DEFAULT,
         "backbone": backbone.IMAGENET1K_V1,
@@ -193,21 +211,26 @@ def _read_state(home: Path, name: str, weights: str) -> tuple[StateDict, str]:
     }
     if weights not in known:
         raise SpaceError(
-            f"model.weights: {weights!r} is not known for {name}{suggest_names(weights, [*known, 'none'])}; or give a path"
+            f"model.weights: {weights!r} is not known for "
+            f"{name}{suggest_names(weights, [*known, 'none'])}; or give a path"
         )
     return read_state_dict(fetch_weights(home, known[weights].url)), f"weights: {known[weights]}"
 
 
-def _load_state(model: Any, state: StateDict, where: str) -> tuple[str, ...]:
-    """Loads a whole segmenter's weights, or a classifier's into the backbone."""
+def _load_state(model: Any, state: StateDict, source_name: str) -> tuple[str, ...]:
+    """Load the weights of a whole segmenter, or those of a classifier into the backbone."""
     if not any(name.startswith("backbone.") for name in state):
         own = model.backbone.state_dict()
-        bare = {name.removeprefix("features."): value for name, value in state.items()}
+        renamed = {name.removeprefix("features."): value for name, value in state.items()}
         load_matching_state(
             model.backbone,
-            {k: v for k, v in bare.items() if k in own or not k.startswith(("fc.", "classifier."))},
+            {
+                k: v
+                for k, v in renamed.items()
+                if k in own or not k.startswith(("fc.", "classifier."))
+            },
             head="-",
-            source_name=where,
+            source_name=source_name,
         )
         return ("heads: new, the weights are the backbone's",)
     own = model.state_dict()
@@ -222,5 +245,5 @@ def _load_state(model: Any, state: StateDict, where: str) -> tuple[str, ...]:
     ]
     kept = {k: v for k, v in state.items() if not k.startswith(tuple(f"{head}." for head in new))}
     fresh = {k: v for k, v in own.items() if k.startswith(tuple(f"{head}." for head in new))}
-    load_matching_state(model, kept | fresh, head="-", source_name=where)
+    load_matching_state(model, kept | fresh, head="-", source_name=source_name)
     return (f"{' and '.join(new)}: new, the weights have none for these classes",) if new else ()

@@ -1,7 +1,10 @@
-"""transformers' models of texts (extra `text`): BERT, DistilBERT, RoBERTa and GPT-2 cut at every block, others by `hf/<name>`.
+"""transformers' models of texts (extra `text`).
 
-Wolf et al., Transformers: State-of-the-Art Natural Language Processing, EMNLP 2020. Devlin et al., BERT, NAACL 2019; Sanh et al.,
-DistilBERT, 2019; Liu et al., RoBERTa, 2019; Radford et al., Language Models are Unsupervised Multitask Learners (GPT-2), 2019.
+BERT, DistilBERT, RoBERTa and GPT-2 are cut at every block; others have the name `hf/<name>`.
+
+Wolf et al., Transformers: State-of-the-Art Natural Language Processing, EMNLP 2020. Devlin et al.,
+BERT, NAACL 2019; Sanh et al., DistilBERT, 2019; Liu et al., RoBERTa, 2019; Radford et al., Language
+Models are Unsupervised Multitask Learners (GPT-2), 2019.
 """
 
 from pathlib import Path
@@ -20,8 +23,9 @@ from tuner.preprocessing.tokenization import load_tokenizer, silence_transformer
 TASKS = ("text_classification", "text_generation")
 NAMES = ("bert", "distilbert", "roberta", "gpt2", "hf/*")
 RECIPES = {
-    # Devlin et al., section A.3: batch 16 or 32, lr 5e-5, 3e-5 or 2e-5, 3 or 4 epochs, decay 0.01, warmup, linear; Mosbach et al.,
-    # On the Stability of Fine-tuning BERT, ICLR 2021: 2e-5, batch 16, warmup over a tenth of the steps, gradients clipped at 1
+    # Devlin et al., section A.3: batch 16 or 32, lr 5e-5, 3e-5 or 2e-5, 3 or 4 epochs, decay 0.01,
+    # warmup, linear; Mosbach et al., On the Stability of Fine-tuning BERT, ICLR 2021: 2e-5,
+    # batch 16, warmup over a tenth of the steps, gradients clipped at 1
     "text_classification": {
         "optimizer": "adamw",
         "lr": 2e-5,
@@ -32,7 +36,8 @@ RECIPES = {
         "warmup": 0.1,
         "clip_norm": 1.0,
     },
-    # the defaults of the library's examples/pytorch/language-modeling/run_clm.py, which are those of its TrainingArguments
+    # the defaults of the library's examples/pytorch/language-modeling/run_clm.py, which are those
+    # of its TrainingArguments
     "text_generation": {
         "optimizer": "adamw",
         "lr": 5e-5,
@@ -42,11 +47,9 @@ RECIPES = {
         "clip_norm": 1.0,
     },
 }
-RESERVED_POSITIONS = {
-    "roberta": 2,
-    "camembert": 2,
-    "xlm-roberta": 2,
-}  # positions that no token gets: theirs begin after the padding's
+# positions that no token gets: in these models the positions begin after that of the padding
+RESERVED_POSITIONS = {"roberta": 2, "camembert": 2, "xlm-roberta": 2}
+ENCODER_TYPES = ("bert", "distilbert", "roberta", "camembert", "xlm-roberta")
 
 
 def input_spec(
@@ -56,32 +59,38 @@ def input_spec(
     folder: str | None = None,
     length: int = 128,
 ) -> TextInputSpec:
-    """The tokenizer beside the model, and what the model takes of it. Without `home` nothing is fetched: only what a name tells.
+    """The model's tokenizer, and which of its outputs the model takes.
 
-    Raises SpaceError on a length that the model has no positions for, DataError on a folder that lacks something.
+    Args:
+        name: The model's name in the space file.
+        home: The folder of caches and downloads. Without it nothing is downloaded, and the result
+            is what follows from the name alone.
+        folder: The user's own folder, or None for the model of the hub.
+        length: Tokens that the model sees of a text.
+
+    Raises:
+        SpaceError: The model does not have as many positions as `length`.
+        DataError: A file is missing from the folder or the hub.
     """
     library = _hub.import_transformers()
     if folder is not None:
         root: Path | None = _hub.check_own_folder(folder, name)
-        load_tokenizer(str(root))  # read before anything else is
+        load_tokenizer(str(root))  # first of all, so that an error in it is reported first
     else:
-        root = (
-            _hub.fetch_hub_folder(home, _hub_repository(name), weights=False)
-            if home is not None
-            else None
-        )
+        root = None
+        if home is not None:
+            root = _hub.fetch_hub_folder(home, _hub_repository(name), weights=False)
     config = _model_config(library, name, root)
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and length > most - RESERVED_POSITIONS.get(config.model_type, 0):
+    positions = getattr(config, "max_position_embeddings", None)
+    max_length = positions and positions - RESERVED_POSITIONS.get(config.model_type, 0)
+    if max_length is not None and length > max_length:
         raise SpaceError(
-            f"model.length: {length}, but the model has places for {most - RESERVED_POSITIONS.get(config.model_type, 0)} tokens"
+            f"model.length: {length}, but the model has places for {max_length} tokens"
         )
-    leaves = ("input_ids", "attention_mask", "token_type_ids")
-    return TextInputSpec(
-        str(root or ""),
-        length,
-        leaves if config.model_type == "bert" and config.type_vocab_size > 1 else leaves[:2],
-    )
+    input_names: tuple[str, ...] = ("input_ids", "attention_mask")
+    if config.model_type == "bert" and config.type_vocab_size > 1:
+        input_names += ("token_type_ids",)
+    return TextInputSpec(str(root or ""), length, input_names)
 
 
 def build(
@@ -109,9 +118,13 @@ def build(
         ),
     ] = 128,
 ) -> StagedModel:
-    """The model with a head of `outputs` classes, or as it tells the next token. Depth 1 freezes the embeddings, then a block more each.
+    """The model with a head of `outputs` classes, or one that predicts the next token.
 
-    Raises SpaceError on a model that is not for the task, DataError on weights that are missing, damaged or of another model.
+    Depth 1 freezes the embeddings, each depth after it one block more.
+
+    Raises:
+        SpaceError: The model is not for the task.
+        DataError: The weights are missing, damaged or of another model.
     """
     library = _hub.import_transformers()
     generating = task == "text_generation"
@@ -125,22 +138,15 @@ def build(
             weights=weights == "default",
             tokenizer=weights == "default",
         )
-    elif (
-        root is None and (_hub.hub_folder(home, _hub_repository(name)) / _hub.CONFIG_FILE).exists()
-    ):
-        root = _hub.hub_folder(
-            home, _hub_repository(name)
-        )  # its tokenizer's vocabulary is counted there
+    elif root is None:
+        hub_folder = _hub.hub_folder(home, _hub_repository(name))
+        if (hub_folder / _hub.CONFIG_FILE).exists():
+            root = hub_folder  # its configuration states the size of the tokenizer's vocabulary
     config = _model_config(library, name, root)
-    if generating and config.model_type in (
-        "bert",
-        "distilbert",
-        "roberta",
-        "camembert",
-        "xlm-roberta",
-    ):
+    if generating and config.model_type in ENCODER_TYPES:
         raise SpaceError(
-            f"model.name: {name} reads texts in both directions and cannot continue them; text_generation wants gpt2 or hf/…"
+            f"model.name: {name} reads texts in both directions and cannot continue them; "
+            "text_generation wants gpt2 or hf/…"
         )
     if not generating:
         config.num_labels = outputs
@@ -161,7 +167,7 @@ def build(
         raise SpaceError(
             f"model.name: {name}: transformers {library.__version__}: {_short_message(error)}"
         ) from None
-    model.config.use_cache = False  # of keys and values, which only waste memory in training
+    model.config.use_cache = False  # the cache of keys and values only wastes memory in training
     return stage_transformer(model, task, notes)
 
 
@@ -170,19 +176,28 @@ def _short_message(error: Exception) -> str:
 
 
 def _hub_repository(name: str) -> str:
-    """The hub's name. Raises SpaceError on hf/ without an owner."""
+    """The model's repository on the hub.
+
+    Raises:
+        SpaceError: The name is hf/… without an owner.
+    """
     repository = _hub.HUB_REPOSITORIES.get(name) or name.partition("/")[2]
     if repository.count("/") != 1 or not all(
         part and part.strip(".") for part in repository.split("/")
     ):
         raise SpaceError(
-            f"model.name: {name!r} is no model of the hub's; write hf/<owner>/<model>, or give model.folder"
+            f"model.name: {name!r} is no model of the hub's; write hf/<owner>/<model>, or give "
+            "model.folder"
         )
     return repository
 
 
 def _model_config(library: Any, name: str, root: Path | None) -> Any:
-    """The configuration in a folder, or what the library builds without one. Raises SpaceError on a type that it does not know."""
+    """The configuration in a folder, or the library's own where there is no folder.
+
+    Raises:
+        SpaceError: The library does not know this type of model.
+    """
     if root is None:
         return library.AutoConfig.for_model(name if name in _hub.HUB_REPOSITORIES else "bert")
     kind = _hub.read_config(root)["model_type"]
@@ -193,22 +208,28 @@ def _model_config(library: Any, name: str, root: Path | None) -> Any:
             )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise SpaceError(
-            f"model.name: {name}: transformers {library.__version__} builds no {kind} from {root}: {_short_message(error)}"
+            f"model.name: {name}: transformers {library.__version__} builds no {kind} from "
+            f"{root}: {_short_message(error)}"
         ) from None
 
 
 def _load_pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
-    """The model with the folder's weights, and what is new in it. Raises DataError."""
+    """The model with the folder's weights, and notes on what is new in it.
+
+    Raises:
+        DataError: The weights are missing, damaged or of another model.
+    """
     from safetensors import SafetensorError
 
     if not (root / _hub.WEIGHTS_FILE).is_file() and not (root / _hub.SHARD_INDEX_FILE).is_file():
-        others = sorted(p.name for p in root.glob("*.bin"))
-        also = f" ({', '.join(others)} may run code when loaded: convert it)" if others else ""
+        pickles = sorted(p.name for p in root.glob("*.bin"))
+        also = f" ({', '.join(pickles)} may run code when loaded: convert it)" if pickles else ""
         raise DataError(
-            f"model.folder: {root} has no {_hub.WEIGHTS_FILE}{also}; write model.weights: none to begin with fresh parameters"
+            f"model.folder: {root} has no {_hub.WEIGHTS_FILE}{also}; write model.weights: none to "
+            "begin with fresh parameters"
         )
     try:
-        model, told = auto.from_pretrained(
+        model, loading_info = auto.from_pretrained(
             root,
             config=config,
             dtype=torch.float32,
@@ -220,25 +241,29 @@ def _load_pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str
         )
     except (SafetensorError, OSError, RuntimeError) as error:
         raise DataError(
-            f"model.folder: {root / _hub.WEIGHTS_FILE} is damaged or of another model ({_short_message(error)})"
+            f"model.folder: {root / _hub.WEIGHTS_FILE} is damaged or of another model "
+            f"({_short_message(error)})"
         ) from None
-    new = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
-    body = [
+    mismatched_keys = (key for key, *_ in loading_info["mismatched_keys"])
+    new_keys = sorted({*loading_info["missing_keys"], *mismatched_keys})
+    body_keys = [
         key
-        for key in new
+        for key in new_keys
         if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
     ]
-    if body:
-        listed = ", ".join(limit_listing(body, 5))
+    if body_keys:
+        listed = ", ".join(limit_listing(body_keys, 5))
         raise DataError(
-            f"model.folder: {root / _hub.WEIGHTS_FILE} has no {listed} as {config.model_type} wants; these are another model's weights"
+            f"model.folder: {root / _hub.WEIGHTS_FILE} has no {listed} as {config.model_type} "
+            "wants; these are another model's weights"
         )
-    broken = [
+    non_finite = [
         name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())
     ]
-    if broken:
+    if non_finite:
         raise DataError(
-            f"model.folder: {root / _hub.WEIGHTS_FILE}: {broken[0]} holds NaN or infinite values"
+            f"model.folder: {root / _hub.WEIGHTS_FILE}: {non_finite[0]} holds "
+            "NaN or infinite values"
         )
-    parts = sorted({key.rpartition(".")[0] for key in new})
-    return model, tuple(f"{part}: new, the weights have none that fit" for part in parts)
+    new_modules = sorted({key.rpartition(".")[0] for key in new_keys})
+    return model, tuple(f"{name}: new, the weights have none that fit" for name in new_modules)

@@ -1,6 +1,9 @@
-"""torchvision's VGG, with and without BatchNorm; cut after each max-pool and each fully connected layer.
+"""torchvision's VGG, with and without BatchNorm.
 
-Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, ICLR 2015.
+Cut after each max-pool and each fully connected layer.
+
+Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition,
+ICLR 2015.
 """
 
 from pathlib import Path
@@ -30,18 +33,20 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: torchvision's best; none: fresh parameters; or a torchvision name, or a path to a .safetensors or .pth file"
+            description="default: torchvision's best; none: fresh parameters; or a torchvision "
+            "name, or a path to a .safetensors or .pth file"
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` with `outputs` classes; depths 1..5 freeze convolution blocks, 6 and 7 the fully connected layers."""
+    """Model `name` with `outputs` classes.
+
+    The depths 1 to 5 freeze blocks of convolutions, 6 and 7 the fully connected layers too.
+    """
     model, notes = torchvision_model(home, name, outputs, weights, head="classifier.6")
     stages: dict[str, nn.Module] = {}
     block: list[nn.Module] = []
-    features, fc = (
-        model.features,
-        model.classifier,
-    )  # fc: Linear ReLU Dropout Linear ReLU Dropout Linear
+    features = model.features
+    fc = model.classifier  # Linear ReLU Dropout Linear ReLU Dropout Linear
     assert (
         isinstance(features, nn.Sequential)
         and isinstance(fc, nn.Sequential)

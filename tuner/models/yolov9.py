@@ -1,7 +1,10 @@
-"""YOLOv9 by libreyolo (extra `yolo`), cut at the stem, each part of the backbone, and the neck; without the auxiliary branch.
+"""YOLOv9 by libreyolo (extra `yolo`), without the auxiliary branch.
 
-Wang et al., YOLOv9: Learning What You Want to Learn Using Programmable Gradient Information, ECCV 2024; the networks are those of the
-MIT-licensed release, https://github.com/MultimediaTechLab/YOLO.
+Cut at the stem, each part of the backbone, and the neck.
+
+Wang et al., YOLOv9: Learning What You Want to Learn Using Programmable Gradient Information, ECCV
+2024; the networks are those of the MIT-licensed release,
+https://github.com/MultimediaTechLab/YOLO.
 """
 
 from pathlib import Path
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from tuner.core.detectors import DetectorHead, DetectorStage, Objects, pad_objects
 from tuner.core.input_spec import ImageInputSpec, TensorTree
 from tuner.core.types import StagedModel
-from tuner.models._detector_backbone import CheckedCanvas, backbone_stages
+from tuner.models._detector_backbone import CanvasCheck, backbone_stages
 from tuner.models._yolo import (
     LEVELS,
     best_objects_per_image,
@@ -26,7 +29,8 @@ from tuner.models._yolo import (
 TASKS = ("detection",)
 NAMES = ("yolov9_t", "yolov9_s", "yolov9_m", "yolov9_c")
 EXPORTS = ("safetensors", "torch_export", "onnx")
-# the paper's appendix A: SGD, lr 0.01 for 64 images falling linearly, momentum 0.937, weight decay 0.0005, 3 epochs of warm-up
+# the paper's appendix A: SGD, lr 0.01 for 64 images falling linearly, momentum 0.937, weight decay
+# 0.0005, 3 epochs of warm-up
 RECIPES = {
     "detection": {
         "optimizer": "sgd",
@@ -58,18 +62,23 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+            description="default: the published weights; none: fresh parameters; or a path to a "
+            ".safetensors or .pth file"
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` for `outputs` classes; depth 1 freezes the stem, 2..5 a part of the backbone more each, 6 the neck too.
+    """Model `name` for `outputs` classes.
 
-    Raises SpaceError without libreyolo or on unknown weights, DataError on weights that do not fit.
+    Depth 1 freezes the stem, each of the depths 2 to 5 one part of the backbone more, and depth 6
+    the neck too.
+
+    Raises:
+        SpaceError: libreyolo is not installed, or the name of the weights is unknown.
+        DataError: The weights are missing, damaged or do not fit.
     """
     letter = name.removeprefix("yolov9_")
-    with torch.device(
-        "cpu"
-    ):  # it reads its strides while it is built, which the meta device does not have
+    # it reads values of its strides while it is built, and tensors on the meta device have none
+    with torch.device("cpu"):
         model: Any = import_network("yolo9").LibreYOLO9Model(letter, nb_classes=outputs)
     model.to(torch.get_default_device())
     model.head.export = True  # eval mode gives one decoded tensor
@@ -79,7 +88,7 @@ def build(
     )
     b = model.backbone
     parts: dict[str, nn.Module] = {
-        "stem": nn.Sequential(CheckedCanvas(name), b.conv0, b.conv1),
+        "stem": nn.Sequential(CanvasCheck(name), b.conv0, b.conv1),
         "elan1": b.elan1,
         "elan2": nn.Sequential(b.down2, b.elan2),
         "elan3": nn.Sequential(b.down3, b.elan3),
@@ -87,7 +96,7 @@ def build(
     }
     stages = {
         **backbone_stages(parts, TAPPED_PARTS),
-        "neck": PyramidNeck(model.neck),
+        "neck": Yolov9Neck(model.neck),
         "head": AlignedHead(model.head),
     }
     return StagedModel(
@@ -95,7 +104,9 @@ def build(
     )
 
 
-class PyramidNeck(DetectorStage):
+class Yolov9Neck(DetectorStage):
+    """libreyolo's neck, which takes three feature maps of the backbone."""
+
     def __init__(self, neck: nn.Module) -> None:
         super().__init__()
         self.neck = neck
@@ -113,14 +124,16 @@ class AlignedHead(DetectorHead):
 
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
         side = 8 * x[LEVELS[0]].shape[-1]
-        truth = targets_to_rows(
+        target_rows = targets_to_rows(
             [t["boxes"] for t in targets],
             [t["labels"] for t in targets],
             -1,
             lambda boxes: boxes / side,
         )
-        found = self.head([x[level] for level in LEVELS], targets=truth, img_size=(side, side))
-        return {name: found[name] for name in ("box_loss", "dfl_loss", "cls_loss")}
+        losses = self.head(
+            [x[level] for level in LEVELS], targets=target_rows, img_size=(side, side)
+        )
+        return {name: losses[name] for name in ("box_loss", "dfl_loss", "cls_loss")}
 
     def detect(self, x: dict[str, Tensor]) -> list[Objects]:
         decoded, _ = self.head([x[level] for level in LEVELS])
@@ -128,7 +141,13 @@ class AlignedHead(DetectorHead):
 
 
 def decode_objects(decoded: Tensor, side: int) -> list[Objects]:
-    """From (n, 4 + classes, anchors): corners and the probability of each class. An anchor may have several."""
+    """The objects of each image.
+
+    Args:
+        decoded: (n, 4 + classes, anchors): left, top, right, bottom in pixels, then the probability
+            of each class. An anchor may have several classes.
+        side: Of the canvas, in pixels.
+    """
     return best_objects_per_image(
         decoded[:, :4].transpose(1, 2), decoded[:, 4:].transpose(1, 2), side, MAX_OVERLAP
     )

@@ -1,4 +1,6 @@
-"""YOLOX by libreyolo (extra `yolo`), cut at the stem, each part of the backbone, and the neck.
+"""YOLOX by libreyolo (extra `yolo`).
+
+Cut at the stem, each part of the backbone, and the neck.
 
 Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv:2107.08430.
 """
@@ -14,7 +16,7 @@ from torchvision.ops import box_convert
 from tuner.core.detectors import DetectorHead, DetectorStage, Objects, pad_objects
 from tuner.core.input_spec import ImageInputSpec, TensorTree
 from tuner.core.types import StagedModel
-from tuner.models._detector_backbone import CheckedCanvas, backbone_stages
+from tuner.models._detector_backbone import CanvasCheck, backbone_stages
 from tuner.models._yolo import (
     LEVELS,
     best_objects_per_image,
@@ -26,7 +28,8 @@ from tuner.models._yolo import (
 TASKS = ("detection",)
 NAMES = ("yolox_nano", "yolox_tiny", "yolox_s", "yolox_m", "yolox_l", "yolox_x")
 EXPORTS = ("safetensors", "torch_export", "onnx")
-# the paper's section 2.1: SGD with lr 0.01 x batch / 64, Nesterov's momentum 0.9, weight decay 0.0005, cosine schedule with warm-up
+# the paper's section 2.1: SGD with lr 0.01 x batch / 64, Nesterov's momentum 0.9, weight decay
+# 0.0005, cosine schedule with warm-up
 RECIPES = {
     "detection": {
         "optimizer": "sgd",
@@ -40,9 +43,8 @@ RECIPES = {
         "epochs": 30,
     }
 }
-MAX_OVERLAP = (
-    0.65  # intersection over union above which the lower score goes: the authors' value for COCO
-)
+# the intersection over union above which the lower score is removed: the authors' value for COCO
+MAX_OVERLAP = 0.65
 TAPPED_PARTS = ("dark3", "dark4", "dark5")
 
 
@@ -61,13 +63,19 @@ def build(
     weights: Annotated[
         str,
         Field(
-            description="default: the published weights; none: fresh parameters; or a path to a .safetensors or .pth file"
+            description="default: the published weights; none: fresh parameters; or a path to a "
+            ".safetensors or .pth file"
         ),
     ] = "default",
 ) -> StagedModel:
-    """Model `name` for `outputs` classes; depth 1 freezes the stem, 2..5 a part of the backbone more each, 6 the neck too.
+    """Model `name` for `outputs` classes.
 
-    Raises SpaceError without libreyolo or on unknown weights, DataError on weights that do not fit.
+    Depth 1 freezes the stem, each of the depths 2 to 5 one part of the backbone more, and depth 6
+    the neck too.
+
+    Raises:
+        SpaceError: libreyolo is not installed, or the name of the weights is unknown.
+        DataError: The weights are missing, damaged or do not fit.
     """
     letter = name.removeprefix("yolox_")[0]
     model: Any = import_network("yolox").LibreYOLOXModel(letter, nb_classes=outputs)
@@ -78,12 +86,12 @@ def build(
     )
     pyramid = model.backbone
     parts: dict[str, nn.Module] = {
-        "stem": nn.Sequential(CheckedCanvas(name, bgr=True), pyramid.backbone.stem)
+        "stem": nn.Sequential(CanvasCheck(name, bgr=True), pyramid.backbone.stem)
     }
     parts |= {part: getattr(pyramid.backbone, part) for part in ("dark2", *TAPPED_PARTS)}
     stages = {
         **backbone_stages(parts, TAPPED_PARTS),
-        "neck": PyramidNeck(pyramid),
+        "neck": YoloxNeck(pyramid),
         "head": DecoupledHead(model.head),
     }
     return StagedModel(
@@ -91,8 +99,12 @@ def build(
     )
 
 
-class PyramidNeck(DetectorStage):
-    """The pyramid: libreyolo's own forward pass, which is given the backbone's maps for what its backbone would compute."""
+class YoloxNeck(DetectorStage):
+    """The feature pyramid: the forward pass of libreyolo's pyramid, without its backbone.
+
+    That forward pass calls `self.backbone`. Here this method gives the feature maps that the stages
+    before the neck computed.
+    """
 
     def __init__(self, pyramid: Any) -> None:
         super().__init__()
@@ -116,23 +128,30 @@ class DecoupledHead(DetectorHead):
         self.head = head
 
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
-        truth = targets_to_rows(
-            [t["boxes"] for t in targets], [t["labels"] for t in targets], 0, to_centres
+        target_rows = targets_to_rows(
+            [t["boxes"] for t in targets], [t["labels"] for t in targets], 0, convert_to_centres
         )
-        found = self.head([x[level] for level in LEVELS], labels=truth)
-        return {name: found[name] for name in ("iou_loss", "obj_loss", "cls_loss")}
+        losses = self.head([x[level] for level in LEVELS], labels=target_rows)
+        return {name: losses[name] for name in ("iou_loss", "obj_loss", "cls_loss")}
 
     def detect(self, x: dict[str, Tensor]) -> list[Objects]:
         return decode_objects(self.head([x[level] for level in LEVELS]), 8 * x[LEVELS[0]].shape[-1])
 
 
-def to_centres(boxes: Tensor) -> Tensor:
-    found: Tensor = box_convert(boxes, "xyxy", "cxcywh")
-    return found
+def convert_to_centres(boxes: Tensor) -> Tensor:
+    """Boxes as centre, width and height, from left, top, right, bottom."""
+    centred_boxes: Tensor = box_convert(boxes, "xyxy", "cxcywh")
+    return centred_boxes
 
 
 def decode_objects(decoded: Tensor, side: int) -> list[Objects]:
-    """From (n, anchors, 5 + classes): box around its centre, probability of an object, of each class. An anchor has its best class."""
+    """The objects of each image.
+
+    Args:
+        decoded: (n, anchors, 5 + classes): centre, width and height in pixels, then the probability
+            of an object, then that of each class. An anchor has only its best class.
+        side: Of the canvas, in pixels.
+    """
     scores = decoded[..., 4:5] * decoded[..., 5:]
     scores = scores.where(
         torch.arange(scores.shape[-1], device=scores.device) == scores.argmax(-1, keepdim=True), 0.0
