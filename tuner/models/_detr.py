@@ -216,7 +216,7 @@ class QueryHead(DetectorHead):
     """
 
     def __init__(self, detector: Any, map_count: int, stride: int) -> None:
-        """`stride`: how many pixels of the canvas, in width, one position of the finest map covers."""
+        """`stride`: pixels of the canvas's width for each position of the finest map."""
         super().__init__()
         self.owner = (detector,)  # in a tuple, so that the whole model does not become a child
         self.map_count, self.stride = map_count, stride
