@@ -65,7 +65,7 @@ def sizes_by_kind(folder: Path) -> dict[str, int]:
         "artifacts": "artifacts",
         "checkpoints": "checkpoints",
     }
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for path in sorted(folder.iterdir()):
         kind = (
             "leftovers"
@@ -74,8 +74,8 @@ def sizes_by_kind(folder: Path) -> dict[str, int]:
             if removal.files_of_export(path) is not None
             else kinds.get(path.name, "other" if removal.is_of_study(path) else "not tuner's")
         )
-        found[kind] = found.get(kind, 0) + disk_usage(path)
-    return found
+        sizes[kind] = sizes.get(kind, 0) + disk_usage(path)
+    return sizes
 
 
 def list_study_items(folder: Path, *, whole_study: bool) -> list[RemovableItem]:
@@ -90,7 +90,7 @@ def list_study_items(folder: Path, *, whole_study: bool) -> list[RemovableItem]:
                 "study", folder, own, lambda: _delete_from_database(folder) and remove_study(folder)
             )
         ]
-    found = [
+    paths = [
         path
         for path in sorted(folder.iterdir())
         if (path.name == "checkpoints" and not count_interrupted_trials(folder))
@@ -103,7 +103,7 @@ def list_study_items(folder: Path, *, whole_study: bool) -> list[RemovableItem]:
             disk_usage(path),
             _remover(removal.remove_of_study, path),
         )
-        for path in found
+        for path in paths
     ]
 
 

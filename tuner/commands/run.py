@@ -95,7 +95,7 @@ def search_until_done(session: Session, coordinator: Coordinator, workers: int) 
 
     It waits for the trials of the other coordinators, and takes up what they leave when they die.
     """
-    said = False
+    noted = False
     while True:
         session.run_jobs(
             coordinator.next_job,
@@ -110,8 +110,8 @@ def search_until_done(session: Session, coordinator: Coordinator, workers: int) 
             or not coordinator.waits_for_others()
         ):
             return
-        if not said:
-            said = True
+        if not noted:
+            noted = True
             session.console.note(
                 "the budget is handed out; waiting for the trials that other coordinators run"
             )
@@ -328,18 +328,18 @@ def finalize_once(
             made_elsewhere=other,
         )
     with storage.lock_study(folder):  # `tuner export` writes here too
-        found = finalize_best(session, coordinator, folder, new_trials=new_trials)
+        summary = finalize_best(session, coordinator, folder, new_trials=new_trials)
     coordinator.coordination.mark_winner_made()
-    return found
+    return summary
 
 
 def finalize_best(
     session: Session, coordinator: Coordinator, folder: Path, *, new_trials: bool
 ) -> Summary:
     winner, tied = history.best_trial(coordinator.study)
-    found = history.run_of_trial(session.space, coordinator.study, winner)
+    trial_run = history.run_of_trial(session.space, coordinator.study, winner)
     draw = history.proposal_numbers(coordinator.study)[winner.number]
-    run = run_to_best_epoch(found, winner.user_attrs[history.BEST_EPOCH])
+    run = run_to_best_epoch(trial_run, winner.user_attrs[history.BEST_EPOCH])
     write_yaml(
         folder / "best.yaml",
         best_yaml_content(run, session),
@@ -358,7 +358,7 @@ def finalize_best(
     )
     run, weights = choose_export(
         session.settings.search.retrain,
-        found,
+        trial_run,
         winner.user_attrs[history.BEST_EPOCH],
         coordinator.retention.best_weights_of(draw),
     )

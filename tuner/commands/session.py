@@ -106,16 +106,16 @@ class Session:
         `more`: what else the Job says.
         """
         begun: list[Job] = []
-        found: list[Outcome] = []
+        outcomes: list[Outcome] = []
 
         def next_job() -> Job | None:
             if (
-                len(begun) > len(found)
+                len(begun) > len(outcomes)
                 or len(begun) > self.settings.search.retries
-                or any(outcome.kind != "lost" for outcome in found)
+                or any(outcome.kind != "lost" for outcome in outcomes)
             ):
                 return None
-            killed = sum(outcome.loss_cause == "memory" for outcome in found)
+            killed = sum(outcome.loss_cause == "memory" for outcome in outcomes)
             count = micro_batch_count(len(begun) + 1, killed, self.settings.search.retries)
             begun.append(Job(-1, function, _in_micro_batches(argument, count), **more))
             return begun[-1]
@@ -127,10 +127,10 @@ class Session:
         def go_on() -> bool:
             return self.go_on() if finish_epoch else not self.stop_signal
 
-        self.run_jobs(next_job, heard, lambda job, outcome: found.append(outcome), go_on, 1)
+        self.run_jobs(next_job, heard, lambda job, outcome: outcomes.append(outcome), go_on, 1)
         if self.stop_signal:
             raise interrupted_error(self.stop_signal)
-        return outcome_value(found[-1])
+        return outcome_value(outcomes[-1])
 
     def stopping(self) -> bool:
         """Whether the command was asked to stop; the first call that notices it says so."""
@@ -147,19 +147,19 @@ class Session:
         """Checks against the models what the file alone cannot show."""
         corners = [self.make_assignment(run) for run in self.space.plugin_combinations()]
         try:
-            found: ModelSurvey = self.run_job(
+            survey: ModelSurvey = self.run_job(
                 "tuner.training.worker_jobs:survey_models", tuple(corners)
             )
         except SpaceError as error:
             raise SpaceError(*with_line_numbers(self.space.document, error.problems)) from None
         problems = [
             p
-            for name, depth in found.max_depths.items()
+            for name, depth in survey.max_depths.items()
             for p in find_depth_problems(self.space, name, depth)
         ]
         if problems:
             raise SpaceError(*dict.fromkeys(problems))
-        return found
+        return survey
 
     def inspect_data(self, *, allow_downloads: bool = True) -> DatasetReport:
         """Reads data and weights on every node before the study is made."""
@@ -347,12 +347,12 @@ def find_depth_problems(space: Space, model: str, depth: int) -> Iterator[str]:
 
 def with_line_numbers(document: Document, problems: Any) -> list[str]:
     """Problems that begin with a key, such as `model.weights: …`, with the key's line."""
-    found = []
+    located = []
     for problem in problems:
         key = tuple(problem.partition(":")[0].split("."))
         known = key in document.lines or key[:1] in document.lines
-        found.append(f"{document.location(key)}: {problem}" if known else problem)
-    return found
+        located.append(f"{document.location(key)}: {problem}" if known else problem)
+    return located
 
 
 def write_yaml(path: Path, tree: dict[str, Any], comment: str) -> None:

@@ -127,8 +127,8 @@ def is_number(field: FieldInfo) -> bool:
 
 
 def is_integer(field: FieldInfo) -> bool:
-    found = plain_types(field.annotation)
-    return int in found and float not in found
+    types = plain_types(field.annotation)
+    return int in types and float not in types
 
 
 def describe_expected(field: FieldInfo) -> str:

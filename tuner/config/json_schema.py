@@ -106,12 +106,16 @@ def plugin_schema(kind: str) -> dict[str, Any]:
 
 
 def section_schema(fields_by_key: Mapping[str, FieldInfo], *, searched: bool) -> dict[str, Any]:
-    found = {
+    properties = {
         name: key_schema(field) if searched else value_schema(field)
         for name, field in fields_by_key.items()
     }
     required = [name for name, field in fields_by_key.items() if field.is_required()]
-    tree: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": found}
+    tree: dict[str, Any] = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }
     return tree | ({"required": required} if required else {})
 
 
@@ -120,9 +124,9 @@ def value_schema(field: FieldInfo) -> dict[str, Any]:
     annotation: Any = (
         Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     )
-    found = TypeAdapter(annotation).json_schema()
+    schema = TypeAdapter(annotation).json_schema()
     extra = {} if field.is_required() else {"default": field.get_default(call_default_factory=True)}
-    return {**found, **extra, **({"description": field.description} if field.description else {})}
+    return {**schema, **extra, **({"description": field.description} if field.description else {})}
 
 
 def key_schema(field: FieldInfo) -> dict[str, Any]:

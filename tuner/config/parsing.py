@@ -114,12 +114,12 @@ def parse_space(doc: Document) -> Space:
     if doc.content.get("seed") is not None:
         draft.set_fixed(("seed",), TopLevelKeys.model_fields["seed"], doc.content["seed"])
     searched = conditions.order_dimensions(draft)
-    found = read_settings(draft)
-    if found is not None:
-        check_grid(draft, found.search, searched)
-    if draft.problems or found is None:
+    settings = read_settings(draft)
+    if settings is not None:
+        check_grid(draft, settings.search, searched)
+    if draft.problems or settings is None:
         raise SpaceError(*dict.fromkeys(draft.problems))
-    return Space(draft.values, searched, found, doc, draft.defaults())
+    return Space(draft.values, searched, settings, doc, draft.defaults())
 
 
 def read_plugin_section(draft: Draft, section: str) -> None:
@@ -222,15 +222,15 @@ def model_recipe_fields(draft: Draft) -> dict[str, FieldInfo]:
     Their defaults are what the people of the (first) model fine-tune it with, where its file says
     so.
     """
-    found = dict(Recipe.model_fields)
+    recipe_fields = dict(Recipe.model_fields)
     for name in chosen_plugins(draft, "model")[:1]:
         for key, value in (
             plugins.read_model_constant(name, "RECIPES", {})
             .get(draft.values.get(("task", "name")), {})
             .items()
         ):
-            found[key] = FieldInfo.merge_field_infos(found[key], default=value)
-    return found
+            recipe_fields[key] = FieldInfo.merge_field_infos(recipe_fields[key], default=value)
+    return recipe_fields
 
 
 def check_grid(draft: Draft, search: SearchSettings, dimensions: Sequence[Dimension]) -> None:

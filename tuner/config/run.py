@@ -332,13 +332,13 @@ class Run:
         options = self.model.options
         if "weights" not in options:
             return self
-        gone = {"weights": "none"}
+        no_weights = {"weights": "none"}
         if "backbone" in options:
-            gone = {
+            no_weights = {
                 key: "none" if options[key] == "none" else LOADED_LATER
                 for key in ("weights", "backbone")
             }
-        return replace(self, model=PluginConfig(self.model.name, {**options, **gone}))
+        return replace(self, model=PluginConfig(self.model.name, {**options, **no_weights}))
 
     def digest(self) -> str:
         """SHA-256 of the run as JSON."""

@@ -190,11 +190,11 @@ def read_bound(
         draft.add_problem((*path, key), f"expected a number, got {describe_value(value)}")
         return None
     try:
-        found: float = fields.convert_value(field, value)
+        bound: float = fields.convert_value(field, value)
     except fields.InvalidValue as error:
         draft.add_invalid_value((*path, key), error)
         return None
-    return found
+    return bound
 
 
 def check_step(draft: Draft, path: KeyPath, step: Any, *, log: bool, whole: bool) -> None:

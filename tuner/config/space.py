@@ -223,17 +223,17 @@ class Space:
 
         Only for spaces without a continuum.
         """
-        found: list[dict[KeyPath, Any]] = [{}]
+        combinations: list[dict[KeyPath, Any]] = [{}]
         for d in self.dimensions:
             members = d.domain.values() or ()
-            found = [
+            combinations = [
                 more
-                for c in found
+                for c in combinations
                 for more in ([{**c, d.path: v} for v in members] if self._is_active(d, c) else [c])
             ]
         return [
             {d.name: chosen[d.path] for d in self.dimensions if d.path in chosen}
-            for chosen in found
+            for chosen in combinations
         ]
 
     def plugin_combinations(self) -> Iterator[Run]:

@@ -164,15 +164,15 @@ def strangers(folder: Path) -> list[str]:
     if names is None:
         return sorted(path.name for path in folder.iterdir())
     parents = {str(parent) for name in names for parent in Path(name).parents}
-    found = []
+    unknown = []
     for place, below, files in os.walk(folder):
         inside = os.path.relpath(place, folder)
         for name in (*below, *files):
             relative = os.path.normpath(os.path.join(inside, name))
             is_folder = name in below and not os.path.islink(os.path.join(place, name))
             if relative not in (parents if is_folder else names):
-                found.append(relative)
-    return sorted(found)
+                unknown.append(relative)
+    return sorted(unknown)
 
 
 def remove_export(folder: Path) -> None:
