@@ -157,7 +157,7 @@ def test_objects_are_those_of_the_librarys_own_postprocessing(name: str) -> None
             from libreyolo.postprocess.yolo9 import postprocess
 
             one = {"predictions": outputs["predictions"][i : i + 1]}
-        overlap = EVERY[name].OVERLAP
+        overlap = EVERY[name].MAX_OVERLAP
         native = postprocess(
             one,
             conf_thres=0.001,
@@ -205,7 +205,7 @@ def test_yolox_takes_0_to_255_and_yolov9_0_to_1() -> None:
     for name, size in sizes.items():
         wanted = EVERY[name].input_spec(name)
         assert (wanted.size, wanted.fit) == (size, "letterbox")
-        x = wanted.ready(white, torch.device("cpu"))
+        x = wanted.to_model_input(white, torch.device("cpu"))
         assert torch.allclose(x, torch.full_like(x, 255.0 if "yolox" in name else 1.0))
 
 

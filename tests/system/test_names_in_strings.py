@@ -41,6 +41,8 @@ def imported(tree: ast.Module, missing: list[str]) -> dict[str, Any]:
         if not isinstance(node, ast.ImportFrom) or str(node.module).split(".")[0] != "tuner":
             continue
         for alias in node.names:
+            if alias.name == "*":
+                continue
             try:
                 module = importlib.import_module(str(node.module))
                 if not hasattr(module, alias.name):

@@ -60,7 +60,7 @@ def _is_partial(name: str) -> bool:
 
 
 def read_chunks(folder: Path, file_names: Iterable[str]) -> Iterator[list[FilePiece]]:
-    """Yield the named files in chunks of CHUNK_BYTES: small files share one, large ones get many."""
+    """Yield files in chunks of CHUNK_BYTES: small files share one, a large file gets several."""
     chunk: list[FilePiece] = []
     size = 0
     for name in file_names:

@@ -20,7 +20,10 @@ from tuner.config.requirements import pip_install
 from tuner.config.run import EngineSettings
 from tuner.errors import StorageError
 
-PING = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
+PING = (
+    "import sys; from ray._raylet import GcsClient; "
+    "GcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
+)
 PING_SECONDS = 20.0  # seconds in which a cluster answers; ray.init itself tries for many minutes
 TOKEN_HINT = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
 
@@ -34,15 +37,15 @@ class Node:
 
     def capacity(self, cpus: int, gpus: float) -> int:
         """How many trials the whole node holds. A trial's part of a GPU is of one GPU."""
-        found = math.floor(self.cpus / cpus)
+        trials = math.floor(self.cpus / cpus)
         if gpus > 0:
-            found = min(found, math.floor(self.gpus) * math.floor(1 / gpus + 1e-9))
-        return found
+            trials = min(trials, math.floor(self.gpus) * math.floor(1 / gpus + 1e-9))
+        return trials
 
 
 @contextlib.contextmanager
 def connect_ray(engine: EngineSettings, warn: Callable[[str], None]) -> Iterator[Any]:
-    """The module `ray`, connected to the cluster for the length of the block. Raises StorageError."""
+    """Connect the module `ray` to the cluster for the length of the block. Raises StorageError."""
     ray = import_ray(local=engine.address == "local")
     with silence_ray(ray):
         try:
@@ -58,18 +61,20 @@ def connect_ray(engine: EngineSettings, warn: Callable[[str], None]) -> Iterator
 
 
 def import_ray(*, local: bool) -> Any:
-    """Ray, told before it is loaded to report nothing home, and to stay on loopback where nobody else shall join."""
+    """Import Ray with usage reports switched off.
+
+    `local`: the cluster is started here and stays on loopback, so that no other machine can join.
+    Ray reads these settings from the environment when it is loaded.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if local:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # whatever the system: 127.0.0.1
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
-                32
-            )  # for this command only; other users of the machine do not know it
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # the default to come; unset, it warns
+            # for this command only; other users of the machine do not know it
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # the default of a later version of Ray; where it is not set, Ray warns
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError:
@@ -77,21 +82,18 @@ def import_ray(*, local: bool) -> Any:
             f"engine.name: ray needs the package ray: {pip_install('ray')}"
         ) from None
     core: Any = ray._raylet
-    core.Config.initialize(
-        ""
-    )  # as Ray's own start does: where it was loaded before, it has read the environment already
+    # as Ray's own start does: a Ray that was loaded earlier has read the environment already
+    core.Config.initialize("")
     core.AuthenticationTokenLoader.instance().reset_cache()
     return ray
 
 
 @contextlib.contextmanager
 def silence_ray(ray: Any) -> Iterator[None]:
-    """Keeps what Ray would print about dead workers and nodes off stdout: the engine says it in its own words."""
+    """Keep Ray from printing about dead workers and nodes: the engine reports them itself."""
     worker = ray._private.worker
-    before, worker.print_to_stdstream = (
-        worker.print_to_stdstream,
-        lambda *_, **__: None,
-    )  # no setting of Ray's reaches it
+    before = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *_, **__: None  # no setting of Ray's reaches it
     try:
         yield
     finally:
@@ -100,7 +102,7 @@ def silence_ray(ray: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserve_signals() -> Iterator[None]:
-    """Ray takes SIGTERM for itself when it starts."""
+    """Restore the signal handlers after the block: Ray replaces SIGTERM's when it starts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,18 +124,20 @@ def start_ray(ray: Any, address: str, **options: Any) -> None:
             **options,
         )
     except (ray.exceptions.RayError, RuntimeError, ConnectionError, ValueError) as error:
-        said = " ".join(str(error).split())
-        if "ersion mismatch" in said:
+        reason = " ".join(str(error).split())
+        if "ersion mismatch" in reason:
             raise StorageError(
-                f"engine.address: {address}: {said}; install the same versions of Ray and Python on every machine"
+                f"engine.address: {address}: {reason}; "
+                "install the same versions of Ray and Python on every machine"
             ) from None
-        raise StorageError(f"engine.address: {address}: {said}") from None
+        raise StorageError(f"engine.address: {address}: {reason}") from None
 
 
 def job_config(ray: Any) -> Any:
-    """Keeps Ray from putting the current folder, where anything may lie, first on its workers' path.
+    """Ray's job settings, with which its workers do not import from the current folder.
 
-    A slot gets this process's path instead, after its own.
+    By default Ray puts the current folder, which may hold any file, first on its workers' path.
+    A worker gets this process's path instead, after its own.
     """
     config = ray.job_config.JobConfig()
     config._runtime_env_has_working_dir = lambda: True  # no public setting does it
@@ -141,7 +145,7 @@ def job_config(ray: Any) -> Any:
 
 
 def disconnect(ray: Any) -> None:
-    """Disconnects, and sees a cluster that was started here to its end: no process of it is left."""
+    """Disconnect, and wait until every process of a cluster that was started here has ended."""
     node = ray._private.worker._global_node
     started = (
         [info.process for infos in node.all_processes.values() for info in infos]
@@ -158,69 +162,76 @@ def disconnect(ray: Any) -> None:
 
 
 def find_address(ray: Any, address_setting: str) -> str:
-    """HOST:PORT of a cluster that answers and lets this machine in."""
+    """Return HOST:PORT of a cluster that answers and accepts this machine. Raises StorageError."""
     address = address_setting
     if address_setting == "auto":
         named = os.environ.get("RAY_ADDRESS", "auto")
         if "://" in named:
             raise StorageError(
-                f"engine.address: auto, but RAY_ADDRESS is {named}; write HOST:PORT of the cluster's head"
+                f"engine.address: auto, but RAY_ADDRESS is {named}; "
+                "write HOST:PORT of the cluster's head"
             )
         try:
             address = str(ray._private.services.canonicalize_bootstrap_address_or_die(named))
         except (ConnectionError, ValueError):
             raise StorageError(
-                "engine.address: auto, but no Ray cluster runs on this machine; start one with `ray start --head`, write HOST:PORT of "
-                "a cluster's head, or local"
+                "engine.address: auto, but no Ray cluster runs on this machine; start one with "
+                "`ray start --head`, write HOST:PORT of a cluster's head, or local"
             ) from None
-    said = ping(address, ray_environment(os.environ))
-    if said is None:
+    error = ping(address, ray_environment(os.environ))
+    if error is None:
         raise StorageError(
-            f"engine.address: no Ray cluster answers at {address} within {PING_SECONDS:.0f} s; is it HOST:PORT of the head (`ray start --head "
-            "--port=6379`), running, and not behind a firewall?"
+            f"engine.address: no Ray cluster answers at {address} within {PING_SECONDS:.0f} s; "
+            "is it HOST:PORT of the head (`ray start --head --port=6379`), running, "
+            "and not behind a firewall?"
         )
-    if said == "AuthenticationError":
+    if error == "AuthenticationError":
         raise StorageError(
-            f"engine.address: the Ray cluster at {address} does not take this machine's token; {TOKEN_HINT} as on its nodes"
+            f"engine.address: the Ray cluster at {address} does not take this machine's token; "
+            f"{TOKEN_HINT} as on its nodes"
         )
     return address
 
 
 def require_authentication(address: str, warn: Callable[[str], None]) -> None:
-    """What is done about a cluster that asks nobody for a token: whoever reaches it can run code on every node.
+    """Refuse a cluster that asks for no token: whoever reaches it can run code on its nodes.
 
-    Raises StorageError where other machines reach it, and warns of the other users of this machine.
+    Raises StorageError where other machines can reach the cluster. On loopback it only warns, of
+    the other users of this machine.
     """
-    anonymous = (
-        ray_environment(os.environ)["RAY_AUTH_MODE"] == "disabled"
-    )  # then it has just let us in
+    # without a token of ours the cluster has just accepted this machine
+    anonymous = ray_environment(os.environ)["RAY_AUTH_MODE"] == "disabled"
     if not anonymous and ping(address, {**os.environ, "RAY_AUTH_MODE": "disabled"}) != "":
         return
     remedy = f"{TOKEN_HINT} on every node before `ray start`, and here"
     if is_loopback(address):
         warn(
-            f"engine.address: the Ray cluster at {address} asks nobody for a token, so every user of "
-            f"this machine can run code on it as you; {remedy}"
+            f"engine.address: the Ray cluster at {address} asks nobody for a token, so every user "
+            f"of this machine can run code on it as you; {remedy}"
         )
         return
     raise StorageError(
-        f"engine.address: the Ray cluster at {address} can be reached from other machines and asks nobody for a token, so anyone can run "
-        f"code on it; {remedy}"
+        f"engine.address: the Ray cluster at {address} can be reached from other machines and asks "
+        f"nobody for a token, so anyone can run code on it; {remedy}"
     )
 
 
 def ray_environment(environment: Any) -> dict[str, str]:
-    """The environment as Ray's own programs see it: a token that is there is used."""
+    """The environment as Ray's own programs see it: they use a token where there is one."""
     file = Path.home() / ".ray" / "auth_token"
-    has = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & environment.keys() or file.is_file()
-    return {"RAY_AUTH_MODE": "token" if has else "disabled", **environment}
+    has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & environment.keys() or file.is_file()
+    return {"RAY_AUTH_MODE": "token" if has_token else "disabled", **environment}
 
 
 def ping(address: str, environment: dict[str, str]) -> str | None:
-    """Asks a cluster, from a process of its own, whether it is alive: empty when it is, the error's name, None when nobody answers."""
+    """Ask a cluster in a separate process whether it is alive.
+
+    Returns an empty string when it is, the error's name when it refuses this machine, and None when
+    nothing answers within PING_SECONDS.
+    """
     command = [sys.executable, "-P", "-c", PING, address]
     try:
-        found = subprocess.run(
+        process = subprocess.run(
             command,
             env=environment,
             capture_output=True,
@@ -230,11 +241,11 @@ def ping(address: str, environment: dict[str, str]) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return None
-    if found.returncode == 0:
+    if process.returncode == 0:
         return ""
     return (
         "AuthenticationError"
-        if "AuthenticationError" in found.stderr or "Unauthenticated" in found.stderr
+        if "AuthenticationError" in process.stderr or "Unauthenticated" in process.stderr
         else None
     )
 
@@ -250,24 +261,25 @@ def is_loopback(address: str) -> bool:
 def live_nodes(ray: Any) -> dict[str, Node]:
     """The living nodes by their id."""
     try:
-        found = [n for n in ray.nodes() if n["Alive"]]
+        alive = [n for n in ray.nodes() if n["Alive"]]
     except (ray.exceptions.RayError, ConnectionError, TimeoutError) as error:
         raise StorageError(
-            f"the Ray cluster is gone ({type(error).__name__}); the same command continues when it is there again"
+            f"the Ray cluster is gone ({type(error).__name__}); "
+            "the same command continues when it is there again"
         ) from None
     names = [
         n["NodeName"] if n["NodeName"] != n["NodeManagerAddress"] else n["NodeManagerHostname"]
-        for n in found
+        for n in alive
     ]
-    often = Counter(names)
+    counts = Counter(names)
     return {
         n["NodeID"]: Node(
             n["NodeID"],
-            name if often[name] == 1 else f"{name}/{n['NodeID'][:6]}",
+            name if counts[name] == 1 else f"{name}/{n['NodeID'][:6]}",
             n["Resources"].get("CPU", 0.0),
             n["Resources"].get("GPU", 0.0),
         )
-        for n, name in zip(found, names, strict=True)
+        for n, name in zip(alive, names, strict=True)
     }
 
 
@@ -278,7 +290,10 @@ def gpus_per_trial(engine: EngineSettings, there: Sequence[Node]) -> float:
 
 
 def check_capacity(engine: EngineSettings, there: Sequence[Node]) -> None:
-    """Raises StorageError, naming the nodes, when they have no room for even one trial. Nodes without cores are heads: more may come."""
+    """Raise StorageError, naming the nodes, when none of them has room for one trial.
+
+    A node without cores is a head: other nodes may still join, so it alone is no reason.
+    """
     able = [node for node in there if node.cpus > 0]
     cpus, gpus = engine.cpus_per_trial, gpus_per_trial(engine, there)
     if not able or any(node.capacity(cpus, gpus) for node in able):

@@ -35,7 +35,7 @@ Message = tuple[str, str, Any]
 
 
 class RayWorker:
-    """Created by Ray where there is room for one trial. It is one process, and ends with the driver.
+    """An actor: a process that Ray creates where one trial has room, and that ends with the driver.
 
     `folder` and `path` are the driver's working directory and sys.path, so that relative names mean
     the same here.
@@ -68,7 +68,7 @@ class RayWorker:
         write_chunk(Path(folder), parcel)
 
     def clear_folder(self, folder: str) -> list[str]:
-        """Remove what an earlier attempt left in a kept folder. Return what else is there and stays."""
+        """Remove what an earlier attempt left in a kept folder. Return what else stays in it."""
         with disk_errors(Path(folder)):
             return removal.clear(Path(folder))
 
@@ -127,7 +127,7 @@ class RayWorker:
             # This loads torch. Meanwhile no other thread of this process may run for minutes.
             self.limit_resources()
             messages.put(("alive", token, None))
-            outcome = run_job(job, report, 0)  # Ray shows a slot only its own GPU
+            outcome = run_job(job, report, 0)  # Ray shows a worker only its own GPU
             for folder in watched_folders:
                 folder.send_changes()
         except Exception as error:
@@ -137,7 +137,7 @@ class RayWorker:
         messages.put(("ended", token, outcome))
 
     def limit_resources(self) -> None:
-        """A slot's part of the cores and of its GPU."""
+        """Give this worker its part of the cores and of its GPU."""
         import torch  # here: the coordinator imports this module too, and stays without torch
 
         torch.set_num_threads(self.cpus)

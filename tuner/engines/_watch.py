@@ -36,8 +36,8 @@ class Watch:
 
     With `stall: auto` a job is given up only between two of its reports. How long its first report
     may take is not known (downloads, a cache that is filled, a long epoch). A report may say by
-    `seconds` how long its work took. A report that repeats an earlier attempt comes at once, and its
-    `seconds` say how long the next report may take.
+    `seconds` how long its work took. A report that repeats an earlier attempt comes at once, and
+    its `seconds` say how long the next report may take.
     """
 
     worker_name: str  # the worker, in the reason

@@ -81,7 +81,7 @@ class WorkerPool:
         self.excluded_nodes: set[str] = set()  # ids of nodes that failed a check
         self.failing_nodes: dict[
             str, tuple[float, float]
-        ] = {}  # by node: since when slots do not start there, and the latest
+        ] = {}  # by node: since when workers do not start there, and the latest
         self.last_refresh, self.warned_no_room = time.monotonic(), False
         # Once a worker has started, a node that fails is left out and does not end the command.
         self.any_started = False
@@ -100,7 +100,7 @@ class WorkerPool:
         ]
 
     def start_workers(self, wanted: int, nodes_due: set[str]) -> None:
-        """Start a worker on each node of `nodes_due`, and more until there are `wanted` or no room."""
+        """Start a worker on each node of `nodes_due`, and up to `wanted` in all as room allows."""
         usable = self.usable_nodes()
         if not usable and not self.warned_no_room:
             self.warn(
@@ -153,7 +153,7 @@ class WorkerPool:
             self.failing_nodes.pop(worker.node.id, None)
 
     def start_failed(self, worker: PoolWorker, error: Exception) -> None:
-        """A slot that did not start: tuner is not there, or the node fails in another way."""
+        """Handle a worker that did not start: tuner is missing, or the node fails otherwise."""
         now = time.monotonic()
         since, _ = self.failing_nodes.get(worker.node.id, (now, now))
         self.failing_nodes[worker.node.id] = since, now
@@ -164,7 +164,7 @@ class WorkerPool:
                 f"tuner is not installed there; install tuner {tuner.__version__} on every node",
             )
         elif now - since > START_GRACE_SECONDS and worker.node.id in self.nodes:
-            self.exclude_node(worker.node, f"slots do not start there: {last[:300]}")
+            self.exclude_node(worker.node, f"workers do not start there: {last[:300]}")
 
     def exclude_node(self, node: Node, reason: str) -> None:
         """Raises StorageError where nothing has worked yet."""
@@ -206,7 +206,7 @@ class WorkerPool:
         self.stop_workers(idle[: max(0, len(self.workers) - wanted)])
 
     def stop_workers(self, workers: list[PoolWorker]) -> None:
-        """Ends slots: a busy one after a moment in which its job can remove its temporary files."""
+        """End workers; a busy one gets a moment in which its job removes its temporary files."""
         self.workers = [w for w in self.workers if w not in workers]
         farewells = [w.actor.stop.remote() for w in workers if w.stream is not None]
         if farewells:

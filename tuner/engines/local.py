@@ -38,7 +38,7 @@ class Worker:
 
 
 Message = tuple[Worker, str, Any]
-"""The worker; the kind (begun, alive, report, ended, unreadable, or closed: it is dead); the value."""
+"""The worker; the kind (begun, alive, report, ended, unreadable, or closed: dead); the value."""
 
 
 @contextlib.contextmanager
@@ -62,8 +62,8 @@ def run(
 class WorkerPool:
     """The workers of one engine.
 
-    A thread per worker reads its pipe, so that half a message of a stopped worker does not block the
-    coordinator.
+    A thread per worker reads its pipe, so that half a message of a stopped worker does not block
+    the coordinator.
     """
 
     def __init__(self, silence: float) -> None:
@@ -331,7 +331,10 @@ def _exit_with_parent(parent: BaseProcess) -> None:
 
 
 def limit_threads(share: float) -> None:
-    """Gives torch `share` cores, rounded down. Where torch is not loaded yet, the environment says it."""
+    """Give torch `share` cores, rounded down, and at least one.
+
+    The environment variables are for a torch that is not loaded yet.
+    """
     threads = max(1, int(share))
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:

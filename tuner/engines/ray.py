@@ -2,8 +2,9 @@
 
 The coordinator stays here. A worker is an actor that keeps torch, data and caches between jobs.
 
-Nodes that join are used once they have passed the checks (jobs that are carried out everywhere); a node that goes, or a worker
-that dies, costs its job an attempt. Nothing is restarted by Ray: the coordinator decides what is tried again.
+A node that joins is used once it has passed the checks: jobs that run on every node. When a node
+is lost or a worker dies, its job loses an attempt. Ray restarts nothing: the coordinator decides
+what is tried again.
 """
 
 import contextlib
@@ -31,9 +32,10 @@ def run(
     *,
     silence: float = SILENCE,
 ) -> Iterator[RunJobs]:
-    """Slots live as long as the `with` block, and so does a cluster that was started for it. Raises StorageError.
+    """Carry out jobs on a Ray cluster. Raises StorageError.
 
-    A slot without a sign of life for `silence` seconds is given up.
+    Workers live as long as the `with` block, and so does a cluster that was started for it. A
+    worker without a sign of life for `silence` seconds is given up.
     """
     with _ray_cluster.connect_ray(engine, warn) as ray:
         cluster = RayEngine(ray, engine, warn, silence)
@@ -55,8 +57,12 @@ class Client:
 
 
 class RayEngine:
-    """A job goes through these states: it waits for an idle worker (at most one does, so that no trial is proposed too
-    early); files are synced to the worker's node; its messages are streamed; it has ended, or its worker is lost.
+    """Takes each job through its states.
+
+    1. It waits for an idle worker. At most one job waits, so that no trial is proposed too early.
+    2. Its files are synced to the worker's node.
+    3. Its messages are streamed.
+    4. It has ended, or its worker is lost.
 
     A job for every node becomes a check. A node that has not passed all checks gets checks only.
     """
@@ -130,7 +136,7 @@ class RayEngine:
             self.waiting = work
 
     def adjust_pool(self, workers: int) -> None:
-        """Starts workers for the job that waits and for checks; stops idle ones that are too many."""
+        """Start workers for the waiting job and for checks. Stop surplus idle workers."""
         self.pool.start_workers(workers if self.waiting else 0, self.checks.due_nodes())
         if not self.checks.unconcluded():
             self.pool.stop_idle(workers)
@@ -183,7 +189,7 @@ class RayEngine:
             self.lose(worker, node_lost_outcome(worker.node))
 
     def give_up_unresponsive(self, passed: float) -> None:
-        """Gives up workers that are silent or whose job hangs. `passed`: seconds since the last call."""
+        """Give up silent workers and hung jobs. `passed`: seconds since the last call."""
         for worker in [w for w in self.pool.workers if w.stream is not None]:
             outcome = worker.watch.passed(passed)
             if outcome is not None:

@@ -1,10 +1,9 @@
 """Every inner name of Optuna that tuner uses, and what happens in a version without that name.
 
 Optuna promises nothing about these names. So each is tried before tuner relies on it (`missing`).
-Where one does not do what is expected, tuner uses the public and slower way, and `warn_of_missing`
-says so when a study is opened. Some names are needed by several coordinators on a PostgreSQL
-server. Without them such a study is refused (`require_for_server`).
-
+Where one does not do what is expected, tuner uses the public, slower way, and `warn_of_missing`
+says so when a study is opened. Several coordinators on a PostgreSQL server need some of these
+names: without them such a study is refused (`require_for_server`).
 Only this module and database_proxy.py use inner names: see tests/search/test_optuna_internals.py.
 """
 
