@@ -412,7 +412,7 @@ def slots(cluster: Any) -> list[str]:
     found = subprocess.run(
         ["ps", "--ppid", raylets, "-o", "args="], capture_output=True, text=True, check=False
     ).stdout
-    return [line for line in found.splitlines() if line.startswith("ray::Slot")]
+    return [line for line in found.splitlines() if line.startswith("ray::RayWorker")]
 
 
 @pytest.mark.timeout(480)
