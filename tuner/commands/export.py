@@ -10,7 +10,7 @@ from tuner import manifest
 from tuner.commands.console import Console
 from tuner.commands.run import choose_export
 from tuner.commands.session import INSTEAD, Folders, home_folder, open_session
-from tuner.config import parsing, plugins
+from tuner.config import parsing, plugins, yaml_document
 from tuner.config.space import Space
 from tuner.dashboard.server import find_study
 from tuner.errors import DataError, SpaceError, suggest_names
@@ -88,7 +88,8 @@ def load_study_space(folder: Path) -> Space:
     Its space.yaml has the study's name; one that an earlier version wrote may have none, and then
     the folder has it.
     """
-    space = parsing.load_space(folder / "space.yaml")
+    document = yaml_document.read_document(folder / "space.yaml")
+    space = parsing.parse_space(document, of_study=True)
     if space.settings.search.name is not None:
         return space
     return parsing.with_values(space.document, {("search", "name"): folder.resolve().name})

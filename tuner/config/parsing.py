@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from tuner.config import conditions, fields, plugins, section_keys, yaml_document
 from tuner.config.draft import Draft
-from tuner.config.run import Recipe, SearchSettings, Section
+from tuner.config.run import FLIP_VERSIONS, ImageOptions, Recipe, SearchSettings, Section
 from tuner.config.settings import read_settings
 from tuner.config.space import MAX_VALUES, Dimension, KeyPath, Space
 from tuner.config.yaml_document import COMMAND_LINE, Document, describe_value, format_key_path
@@ -89,11 +89,20 @@ def with_values(doc: Document, values: Mapping[KeyPath, Any]) -> Space:
     changed = copy.deepcopy(doc)
     for path, value in values.items():
         _set_key(changed, path, value)
-    return parse_space(changed)
+    return parse_space(changed, of_study=True)
 
 
-def parse_space(doc: Document) -> Space:
-    """Raises SpaceError with every problem of the document."""
+def parse_space(doc: Document, *, of_study: bool = False) -> Space:
+    """The space that a document describes.
+
+    Args:
+        doc: The document.
+        of_study: The document describes a study that exists. Then it may say what an earlier
+            version of tuner allowed.
+
+    Raises:
+        SpaceError: With every problem of the document.
+    """
     draft = Draft(doc, list(doc.problems))
     for key in doc.content:
         if key not in SECTIONS:
@@ -105,6 +114,8 @@ def parse_space(doc: Document) -> Space:
     for section in PLUGIN_SECTIONS:
         read_plugin_section(draft, section)
     check_task_compatibility(draft)
+    if not of_study:
+        check_views(draft)
     recipe = doc.content.get("recipe")
     if recipe is not None and not isinstance(recipe, dict):
         draft.add_problem(("recipe",), f"expected a mapping of keys, got {describe_value(recipe)}")
@@ -214,6 +225,36 @@ def chosen_plugins(draft: Draft, section: str) -> list[str]:
     leaf = draft.domains.get((section, "name"))
     written = leaf.values() if leaf else [draft.values.get((section, "name"))]
     return [name for name in written or () if isinstance(name, str) and ":" not in name]
+
+
+def check_views(draft: Draft) -> None:
+    """Whether a flip shows each image in both of its versions, and none twice as if it were new."""
+    views, augment = ("data", "views"), ("data", "augment")
+    is_image_options = draft.fields.get(views) is ImageOptions.model_fields["views"]
+    if not is_image_options or "flip" not in possible_values(draft, augment):
+        return
+    counts = [count for count in possible_values(draft, views) if isinstance(count, int)]
+    if 1 in counts:
+        draft.add_problem(
+            views,
+            "1 with augment: flip mirrors half of the images for good and shows the same pixels "
+            "in every epoch; write 2 (both versions in turn, which can be cached), null (drawn "
+            "anew in each epoch), or leave it out",
+        )
+    if max(counts, default=0) > FLIP_VERSIONS:
+        draft.add_problem(
+            views,
+            f"{max(counts)}, but a flip makes only {FLIP_VERSIONS} versions of an image, and "
+            f"further ones would be copies; write {FLIP_VERSIONS}, or null",
+        )
+
+
+def possible_values(draft: Draft, path: KeyPath) -> tuple[Any, ...]:
+    """The values that a key can have; of a continuum its two ends."""
+    domain = draft.domains.get(path)
+    if domain is None:
+        return (draft.values.get(path),)
+    return domain.values() or (domain.lowest, domain.highest)
 
 
 def model_recipe_fields(draft: Draft) -> dict[str, FieldInfo]:

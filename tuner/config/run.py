@@ -17,6 +17,7 @@ from tuner.config import database_url
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 RgbTriple = tuple[float, float, float]
+FLIP_VERSIONS = 2  # an image and its mirror image
 LOADED_LATER = "later"  # stands for weights that are filled in after the model is built
 
 
@@ -115,8 +116,10 @@ class ImageOptions(SplitOptions):
     augment: Literal["none", "flip"] = Field(
         "none", description="flip mirrors images left to right"
     )
-    views: int | None = Field(
-        1, ge=1, le=64, description="augmented versions of each image; null: endless, not cached"
+    views: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] | None = Field(
+        "auto",
+        description="augmented versions of each image, seen in turn; auto: 2 with flip, otherwise "
+        "1; null: drawn anew in each epoch, not cached",
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="skip leaves out unreadable images, up to 1 %"

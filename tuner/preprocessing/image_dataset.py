@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuner.config.run import ImageOptions
+from tuner.config.run import FLIP_VERSIONS, ImageOptions
 from tuner.core.input_spec import ImageInputSpec, InputSpec
 from tuner.core.targets import Labels, Targets
 from tuner.core.types import Batch, Dataset
@@ -54,12 +54,39 @@ class ImageSource:
         rows = self.rows[index]
         x, y = self.pixels[rows], self.targets.take(rows)
         if self.flip:
-            # half of the images are mirrored, and the other half in the next view:
-            # a function of (index, view) alone
-            mirrored = ((rows * 2654435761 >> 7) + view) % 2 == 1
+            mirrored = _is_mirrored(rows, view, endless=self.views is None)
             x[mirrored] = x[mirrored].flip(3)
             y = self.targets.mirror(y, mirrored)
         return Batch(x, y)
+
+
+def _is_mirrored(rows: Tensor, view: int, *, endless: bool) -> Tensor:
+    """Which rows `augment: flip` mirrors in a view: bool (n,), a function of (row, view) alone.
+
+    Of a few views, each mirrors the half of the rows that the view before it does not. Of endless
+    ones, each mirrors a half that a hash draws.
+    """
+    if endless:
+        return _hash_32_bits(_hash_32_bits(rows) + view) % 2 == 1
+    return ((rows * 2654435761 >> 7) + view) % 2 == 1
+
+
+def _hash_32_bits(values: Tensor) -> Tensor:
+    """A hash of the lowest 32 bits of each value; int64 in 0..2^32-1.
+
+    It is `lowbias32` of Wellons, Prospecting for Hash Functions, 2018.
+    """
+    values = values & 0xFFFFFFFF
+    values = (values ^ values >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    values = (values ^ values >> 15) * 0x846CA68B & 0xFFFFFFFF
+    return values ^ values >> 16
+
+
+def _view_count(options: ImageOptions) -> int | None:
+    """The number of views of an augmented source; None: endless."""
+    if options.augment == "none":
+        return 1
+    return FLIP_VERSIONS if options.views == "auto" else options.views
 
 
 MakeTargets = Callable[[ImageStore, Items, ImageInputSpec], tuple[Targets, list[str]]]
@@ -131,7 +158,7 @@ def assemble_dataset(
             targets,
             torch.from_numpy(rows),
             flip,
-            options.views if flip else 1,
+            _view_count(options) if flip else 1,
             content_digest(content, rows.tobytes(), str(flip)),
         )
 
