@@ -11,6 +11,7 @@ objects. k is MAX_OBJECTS.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +43,24 @@ class DetectorStage(nn.Module, ABC):
 
 
 class DetectorHead(nn.Module, ABC):
-    """The last stage: it gives losses for a batch with targets, and objects for a batch without."""
+    """The last stage: it gives losses for a batch with targets, and objects for a batch without.
+
+    A head computes in float32, also under bfloat16 autocast. A bfloat16 number has 8 significant
+    bits, so coordinates above 256 pixels would be multiples of 2, those above 512 multiples of 4.
+    Libraries compute anchors, boxes and non-maximum suppression in the type of the feature maps:
+    boxes of small objects would miss them, and duplicates would not be suppressed. The layers
+    inside a head run in float32 too. They are cheap beside the backbone, which stays in bfloat16,
+    and on GPUs cuDNN computes float32 convolutions by TF32 unless told otherwise.
+    """
 
     def forward(self, x: TensorTree) -> TensorTree:
         inputs, targets = split_targets(name_tensors(x))
-        if targets:
-            boxes, labels = targets[f"{TARGET_PREFIX}boxes"], targets[f"{TARGET_PREFIX}labels"]
-            return self.losses(inputs, unpad_objects(boxes, labels))
-        return pad_objects(self.detect(inputs))
+        with _disable_autocast(next(iter(inputs.values())).device.type):
+            inputs = {name: _to_float32(tensor) for name, tensor in inputs.items()}
+            if targets:
+                boxes, labels = targets[f"{TARGET_PREFIX}boxes"], targets[f"{TARGET_PREFIX}labels"]
+                return self.losses(inputs, unpad_objects(boxes, labels))
+            return pad_objects(self.detect(inputs))
 
     @abstractmethod
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
@@ -63,6 +74,22 @@ class DetectorHead(nn.Module, ABC):
     @abstractmethod
     def detect(self, x: dict[str, Tensor]) -> list[Objects]:
         """The objects of each image after non-maximum suppression, the highest score first."""
+
+
+def _disable_autocast(device_type: str) -> AbstractContextManager[None]:
+    """A context without autocast.
+
+    Where there is none, as in an export, nothing is changed: a graph would record the context. The
+    meta device, on which models are only measured, has no autocast.
+    """
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _to_float32(tensor: Tensor) -> Tensor:
+    """A tensor of a smaller floating-point type as float32; any other as it is."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def name_tensors(x: TensorTree) -> dict[str, Tensor]:
