@@ -172,6 +172,31 @@ def test_the_same_picture_in_two_parts_and_under_two_classes_is_named(tmp_path: 
     assert classes.startswith("data: 2 images lie") and parts.startswith("data: 2 images lie")
 
 
+def test_a_test_part_that_is_the_training_part_is_told(tmp_path: Path) -> None:
+    root = paint(tmp_path / "photos", {"train/cat": 8, "train/dog": 8})
+    shutil.copytree(root / "train", root / "test")
+    (warning,) = load(root).warnings
+    assert warning.startswith("data: 16 images lie in two parts with the same content")
+
+
+def test_copies_that_the_drawn_split_parts_are_told_without_reading_the_files_again(
+    tmp_path: Path,
+) -> None:
+    root = paint(tmp_path / "photos", {"cat": 20, "dog": 20})
+    for name in ("cat", "dog"):
+        for path in list((root / name).iterdir()):
+            shutil.copy(path, root / name / f"copy {path.name}")
+    (warning,) = load(root).warnings
+    assert (
+        " images lie in two parts with the same content, so that scores may be too good" in warning
+    )
+    for path in root.rglob("*.png"):  # equal to the eye of the store, and worthless to a reader
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load(root).warnings == (warning,)
+
+
 def test_a_broken_link_is_an_unreadable_image(tmp_path: Path) -> None:
     root = paint(tmp_path / "photos", {"cat": 3, "dog": 3})
     (root / "cat" / "gone.png").symlink_to("nowhere.png")
@@ -306,6 +331,16 @@ def cifar(tmp_path: Path) -> Callable[..., Dataset]:
         path=path,
         image=ImageOptions(),
     )
+
+
+def test_cifar10_whose_test_part_is_a_training_part_is_told(
+    archive: Path, cifar: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/none")
+    monkeypatch.setattr(CIFAR10, "test_list", CIFAR10.train_list[:1])
+    (warning,) = cifar(str(archive.parent)).warnings
+    assert warning.startswith("data: 20 images lie in two parts with the same content")
+    assert "number 0 (" in warning and "number 100 (test)" in warning
 
 
 def test_cifar10_is_downloaded_once(

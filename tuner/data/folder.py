@@ -19,6 +19,7 @@ from tuner.errors import DataError, limit_listing
 from tuner.preprocessing.data_paths import resolve_folder
 from tuner.preprocessing.image_dataset import classification_dataset
 from tuner.preprocessing.image_decoding import SUFFIXES
+from tuner.preprocessing.image_files import warn_about_unread_files
 from tuner.preprocessing.splits import (
     TRAIN,
     UNSPLIT,
@@ -74,6 +75,8 @@ def load(
         f"data.path: {loop} links to itself, or to a folder that is read anyway; left out"
         for loop in loops
     ]
+    class_folders = {folder / name for split, folder in folders.items() for name in images[split]}
+    warnings += warn_about_unread_files(class_folders)
     return classification_dataset(home, _make_items(images), image, input_spec, warnings)
 
 
@@ -163,8 +166,9 @@ def _images_by_class(folder: Path, loops: list[str]) -> ImagesByClass:
     if empty:
         kinds = ", ".join(sorted(SUFFIXES))
         raise DataError(
+            *warn_about_unread_files(folder / name for name in empty),
             f"data.path: {folder}: classes with 0 images: {', '.join(map(repr, empty))}; "
-            f"add images ({kinds}) or remove the folders"
+            f"add images ({kinds}) or remove the folders",
         )
     return images
 

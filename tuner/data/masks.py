@@ -10,6 +10,7 @@ A mask is a PNG (or another lossless file) of its image's size. Its palette indi
 are class ids; 255 is ignored. Two values such as 0 and 255 are background and foreground.
 """
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError
 from tuner.preprocessing.data_paths import resolve_folder
+from tuner.preprocessing.image_files import warn_about_unread_files
 from tuner.preprocessing.segmentation_dataset import (
     ImageMaskPair,
     MaskLegend,
@@ -87,14 +89,18 @@ def load(
     root = resolve_folder(path)
     pairs: list[ImageMaskPair] = []
     split: list[int] = []
-    for number, (image_folder, mask_folder) in find_split_folders(root, images, masks).items():
+    split_folders = find_split_folders(root, images, masks)
+    for number, (image_folder, mask_folder) in split_folders.items():
         split_pairs = match_images_and_masks(image_folder, mask_folder)
         pairs += split_pairs
         split += [number] * len(split_pairs)
     legend = MaskLegend(
         tuple(classes) if classes else None, ignore, tuple(colours) if colours else None
     )
-    return segmentation_dataset(home, pairs, np.array(split, np.int64), image, input_spec, legend)
+    warnings = warn_about_unread_files(itertools.chain(*split_folders.values()))
+    return segmentation_dataset(
+        home, pairs, np.array(split, np.int64), image, input_spec, legend, warnings
+    )
 
 
 def find_split_folders(root: Path, images: str, masks: str) -> dict[int, ImageAndMaskFolders]:

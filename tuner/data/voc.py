@@ -22,6 +22,7 @@ from tuner.preprocessing.detection_dataset import (
     detection_dataset,
 )
 from tuner.preprocessing.image_decoding import SUFFIXES
+from tuner.preprocessing.image_files import warn_about_unread_files
 from tuner.preprocessing.segmentation_dataset import voc_segmentation_dataset
 from tuner.preprocessing.splits import TEST, TRAIN, read_split_lists
 
@@ -74,7 +75,8 @@ def load(
     root = resolve_folder(path)
     if task == "segmentation":
         return voc_segmentation_dataset(home, root, input_spec, image, classes)
-    images = images_by_stem(_find_inner_folder(root, IMAGE_FOLDERS))
+    default_folder = _find_inner_folder(root, IMAGE_FOLDERS)
+    images = images_by_stem(default_folder)
     files = _list_annotation_files(root)
     splits = _read_splits(root, files)
     annotations = {
@@ -85,7 +87,6 @@ def load(
     objects_by_stem = {stem: objects for stem, (objects, _) in annotations.items()}
     names = classes or _list_class_names(objects_by_stem)
     _check_class_names(objects_by_stem, names)
-    default_folder = _find_inner_folder(root, IMAGE_FOLDERS)
     annotated = [
         AnnotatedImage(
             images.get(stem, default_folder / f"{stem}.jpg"),
@@ -98,6 +99,7 @@ def load(
         for stem, (objects, size) in annotations.items()
     ]
     warnings = _warn_not_annotated([path for stem, path in images.items() if stem not in files])
+    warnings += warn_about_unread_files([default_folder])
     return detection_dataset(home, annotated, names, image, input_spec, warnings)
 
 

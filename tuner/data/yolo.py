@@ -26,6 +26,7 @@ from tuner.preprocessing.detection_dataset import (
     detection_dataset,
 )
 from tuner.preprocessing.image_decoding import SUFFIXES
+from tuner.preprocessing.image_files import warn_about_unread_files
 from tuner.preprocessing.splits import SPLIT_BY_NAME, TRAIN, UNSPLIT
 
 TASKS = ("detection",)
@@ -75,7 +76,8 @@ def load(
         raise DataError(
             *limit_listing(problems), f"data: {len(problems)} lines are wrong; mend or remove them"
         )
-    return detection_dataset(home, annotated, classes, image, input_spec)
+    warnings = warn_about_unread_files({image_path.parent for image_path, _ in images})
+    return detection_dataset(home, annotated, classes, image, input_spec, warnings)
 
 
 def _first_file(root: Path, names: tuple[str, ...]) -> Path | None:

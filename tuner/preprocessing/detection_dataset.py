@@ -16,6 +16,7 @@ from tuner.core.targets import NO_OBJECT, Boxes
 from tuner.core.types import Dataset
 from tuner.errors import DataError, limit_listing
 from tuner.preprocessing.image_dataset import assemble_dataset
+from tuner.preprocessing.image_files import warn_about_unread_files
 from tuner.preprocessing.image_store import ImageStore
 from tuner.preprocessing.splits import SPLIT_NAMES, UNSPLIT, Items
 
@@ -92,10 +93,11 @@ def detection_dataset(
 
 
 def _check_images_exist(annotated: Sequence[AnnotatedImage]) -> None:
-    missing = [str(image.path) for image in annotated if not image.path.is_file()]
+    missing = [image.path for image in annotated if not image.path.is_file()]
     if missing:
         raise DataError(
-            *limit_listing([f"{name}: there is no such image" for name in missing]),
+            *limit_listing([f"{path}: there is no such image" for path in missing]),
+            *warn_about_unread_files({path.parent for path in missing}),
             f"data: {len(missing)} images are missing",
         )
     counts: dict[Path, int] = defaultdict(int)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec
@@ -21,10 +21,12 @@ MAX_PIXELS = 50_000_000
 LETTERBOX_GREY = 114  # grey of the borders of a letterboxed image, as in YOLO
 # Pillow chooses a decoder by content, not by the file's name, and other formats may start
 # programs, as EPS does
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 SUFFIXES = {
     ".jpg",
     ".jpeg",
+    ".jfif",
+    ".jpe",
     ".png",
     ".bmp",
     ".gif",
@@ -35,6 +37,8 @@ SUFFIXES = {
     ".pgm",
     ".pbm",
 }
+if "avif" in features.modules and features.check("avif"):  # Pillow 11.3 and later, mostly
+    FORMATS, SUFFIXES = (*FORMATS, "AVIF"), SUFFIXES | {".avif"}
 RESAMPLING_FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,

@@ -14,6 +14,7 @@ from tuner.core.types import Dataset
 from tuner.errors import DataError, limit_listing, nearest_path_hint
 from tuner.preprocessing.image_dataset import assemble_dataset
 from tuner.preprocessing.image_decoding import SUFFIXES
+from tuner.preprocessing.image_files import warn_about_unread_files
 from tuner.preprocessing.image_store import ImageStore, open_image_store
 from tuner.preprocessing.mask_decoding import (
     MaskArray,
@@ -27,6 +28,7 @@ from tuner.preprocessing.splits import TRAIN, Items, read_split_lists
 # a store of 16 x 16 = 256 flags: which values a mask has
 FLAGS_SPEC = ImageInputSpec(16, 16, "nearest", (0.0,) * 3, (1.0,) * 3)
 
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe")
 MAX_ASPECT_DIFFERENCE = 0.01  # of a mask's aspect ratio from its image's, by rounding
 
 ImageMaskPair = tuple[Path, Path]
@@ -231,7 +233,7 @@ def _format_size(size: tuple[int, int]) -> str:
 
 
 def _warn_jpeg(masks: Sequence[Path]) -> list[str]:
-    count = sum(mask.suffix.lower() in (".jpg", ".jpeg") for mask in masks)
+    count = sum(mask.suffix.lower() in JPEG_SUFFIXES for mask in masks)
     if not count:
         return []
     return [
@@ -293,7 +295,8 @@ def voc_segmentation_dataset(
     pairs = [(images[stem], masks[stem]) for _, stems in lists.values() for stem in stems]
     split = np.array([split for split, (_, stems) in lists.items() for _ in stems], np.int64)
     legend = MaskLegend(tuple(classes or VOC_CLASSES.split(", ")))
-    return segmentation_dataset(home, pairs, split, options, input_spec, legend)
+    warnings = warn_about_unread_files([root / "JPEGImages", root / "SegmentationClass"])
+    return segmentation_dataset(home, pairs, split, options, input_spec, legend, warnings)
 
 
 def list_images_by_stem(folder: Path, expected: str) -> dict[str, Path]:
@@ -327,5 +330,8 @@ def list_images_by_stem(folder: Path, expected: str) -> dict[str, Path]:
                 )
             images[stem] = path
     if not images:
-        raise DataError(f"data.path: {folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+        raise DataError(
+            *warn_about_unread_files([folder]),
+            f"data.path: {folder} holds no images ({', '.join(sorted(SUFFIXES))})",
+        )
     return images
