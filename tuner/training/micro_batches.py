@@ -4,12 +4,21 @@ gradients are added up.
 
 import gc
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+OUT_OF_MEMORY = re.compile(
+    "can't allocate memory"  # the CPU's allocator
+    "|(CUDA|HIP|XPU) error: out of memory"  # a runtime's own allocation, as AcceleratorError
+    "|MPS backend out of memory"
+    # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED, …
+    "|CU[A-Z]+_STATUS_[A-Z_]*ALLOC(ATION)?_FAILED"
+)
 
 
 @dataclass
@@ -82,8 +91,14 @@ def retry_on_oom(
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the memory of the GPU or of the CPU ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether the memory of the GPU or of the CPU ran out.
+
+    Only PyTorch's own allocators raise OutOfMemoryError. Whatever else asks for memory (CUDA's
+    runtime, cuBLAS, cuDNN, MPS) raises a RuntimeError that says so. None of these errors stays: by
+    CUDA's documentation cudaErrorMemoryAllocation leaves the process as it was, unlike an illegal
+    access or a failed assertion, after which each call fails until the process ends.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def release_memory() -> None:
@@ -91,3 +106,5 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
