@@ -1,11 +1,12 @@
 """What a frozen backbone saves on texts, and what tuner's loop costs beside a bare one of PyTorch and transformers.
 
-    python benchmarks/bert.py FILE FOLDER [--limit 2000] [--length 64] [--batch 16] [--repeats 3]
+    python benchmarks/bert.py FILE FOLDER [--limit 2000] [--length 64] [--batch 16] [--repeats 3] [--depths 2 4]
 
 FILE holds texts with labels, such as SMSSpamCollection; FOLDER a BERT with its tokenizer, such as all-MiniLM-L6-v2. In one process,
 in turn, after one epoch of each that is not counted; an epoch trains and looks at the validation texts; medians, least to most.
 
-(a) An epoch with all but the head frozen and remembered, against an epoch with nothing frozen.
+(a) An epoch with some stages frozen (`--depths`; by default all but the head), once from the cache and once computed on the fly,
+    against an epoch with nothing frozen.
 (b) The same epoch with nothing frozen, against the library's own model, tokenizer and loss in a bare loop over the same batches,
     padded alike: to the longest text of the batch, rounded up to 8.
 """
@@ -15,7 +16,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.engines import _process_settings
+from tuner.files.cache_entries import disk_usage
 from tuner.preprocessing import tokenization
 from tuner.training import epoch as learning
 from tuner.training import training_loop
@@ -116,6 +119,24 @@ def bare(args: argparse.Namespace, made: training_loop.TrainingContext, r: Run) 
         yield time.monotonic() - start
 
 
+def fill(cached: training_loop.TrainingContext) -> str:
+    """Fills the cache at the first read; the seconds and the bytes of a text, in words."""
+    start = time.monotonic()
+    for source in (cached.train, cached.valid):
+        source.take(torch.tensor([0]), 0)
+    seconds = time.monotonic() - start
+    folder = cached.device_context.cache_limits.home / "activations"
+    return f"{seconds:.1f} s, {disk_usage(folder) / 1e6:.1f} MB on the disk so far"
+
+
+@dataclass
+class Arm:
+    """An iterator that trains an epoch and gives its seconds; and what it gave."""
+
+    epochs: Iterator[float]
+    seconds: list[float] = field(default_factory=list)
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
@@ -130,6 +151,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--depths", type=int, nargs="+")
     args = parser.parse_args()
     print(
         f"{args.folder.name}, {args.length} tokens, up to {args.limit} training texts, batches of {args.batch}, "
@@ -137,31 +159,25 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as home:
         whole = bench(args, 0, "never", Path(home))
-        depth = whole.staged_model.max_depth
-        frozen = bench(args, depth, "always", Path(home))
-        start = time.monotonic()
-        for source in (frozen.train, frozen.valid):
-            source.take(torch.tensor([0]), 0)  # fills what is to be remembered
-        filling = time.monotonic() - start
-        turns: dict[str, tuple[list[float], Callable[[], float]]] = {
-            "frozen": ([], ours(frozen, run(args, depth)).__next__),
-            "whole": ([], ours(whole, run(args, 0)).__next__),
-            "bare": ([], bare(args, whole, run(args, 0)).__next__),
-        }
+        arms: dict[str, Arm] = {}
+        fillings = []
+        for depth in args.depths or [whole.staged_model.max_depth]:
+            cached = bench(args, depth, "always", Path(home))
+            fillings.append(f"depth {depth}: {fill(cached)}")
+            arms[f"(a) depth {depth}, cached"] = Arm(ours(cached, run(args, depth)))
+            on_the_fly = bench(args, depth, "never", Path(home))
+            arms[f"(a) depth {depth}, on the fly"] = Arm(ours(on_the_fly, run(args, depth)))
+        arms["nothing frozen"] = Arm(ours(whole, run(args, 0)))
+        arms["(b) the library's own, bare loop"] = Arm(bare(args, whole, run(args, 0)))
         for number in range(args.repeats + 1):
-            for found, turn in list(turns.values())[:: 1 if number % 2 else -1]:
-                found.append(turn())
-    seconds = {name: found[1:] for name, (found, _) in turns.items()}
-    middle = {name: statistics.median(found) for name, found in seconds.items()}
-    print("| epoch | seconds | ratio |\n|---|---|---|")
-    print(
-        f"| (a) frozen up to the head (depth {depth}), remembered | {spread(seconds['frozen'])} | {middle['frozen'] / middle['whole']:.4f} |"
-    )
-    print(f"| nothing frozen | {spread(seconds['whole'])} | 1 |")
-    print(
-        f"| (b) the library's own, bare loop | {spread(seconds['bare'])} | tuner / bare {middle['whole'] / middle['bare']:.3f} |"
-    )
-    print(f"\nfilling what is remembered took {filling:.1f} s, once")
+            for arm in list(arms.values())[:: 1 if number % 2 else -1]:
+                arm.seconds.append(next(arm.epochs))
+    base = statistics.median(arms["nothing frozen"].seconds[1:])
+    print("| epoch | seconds | ÷ nothing frozen |\n|---|---|---|")
+    for name, arm in arms.items():
+        median = statistics.median(arm.seconds[1:])
+        print(f"| {name} | {spread(arm.seconds[1:])} | {median / base:.4f} |")
+    print(f"\nfilling the cache, once: {'; '.join(fillings)}")
 
 
 if __name__ == "__main__":

@@ -280,7 +280,8 @@ def timing(folder: str) -> list[str]:
     import torch
 
     from tests.helpers.frozen_prefixes import CountingSource, make_frozen_prefix, make_linear_chain
-    from tuner.training.activation_cache import UncachedSource, measure_costs
+    from tuner.training.cache_costs import measure_costs
+    from tuner.training.frozen_prefix import UncachedSource
 
     place = Path(folder) / "activations"
     place.mkdir(exist_ok=True)

@@ -26,7 +26,8 @@ from tuner.files.cache_entries import (
     write_checksums,
 )
 from tuner.preprocessing.image_store import open_image_store
-from tuner.training.activation_cache import CachedSource, UncachedSource
+from tuner.training.activation_cache import CachedSource
+from tuner.training.frozen_prefix import UncachedSource
 from tuner.training.linear_probe import load_or_train_probe
 
 ROOT = Path(__file__).parents[2]

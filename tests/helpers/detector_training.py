@@ -12,7 +12,7 @@ from tuner.config.run import EngineSettings, Recipe
 from tuner.core.detectors import NO_OBJECT, join_targets
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
 from tuner.core.types import Batch, Dataset, Prediction, Source, StagedModel, Task
-from tuner.training import activation_cache
+from tuner.training import activation_cache, frozen_prefix
 from tuner.training.building import DeviceSource
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.training_loop import TrainingContext, fit
@@ -110,8 +110,8 @@ def make_context(
         EngineSettings.model_validate({"device": "cpu", "cache": mode}), home
     )
     prefix, net = staged.split(depth)
-    names = activation_cache.stage_digests(list(staged.stages.values()), "test")
-    frozen = activation_cache.FrozenPrefix(list(prefix.children()), names[:depth], where.device)
+    names = frozen_prefix.stage_digests(list(staged.stages.values()), "test")
+    frozen = frozen_prefix.FrozenPrefix(list(prefix.children()), names[:depth], where.device)
     source: Source = activation_cache.source_behind(
         frozen, DeviceSource(PictureSource(side), wanted, where), where.cache_limits
     )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.core.types import Batch
-from tuner.training.activation_cache import FrozenPrefix, stage_digests
+from tuner.training.frozen_prefix import FrozenPrefix, stage_digests
 
 
 class CountingSource:

@@ -196,21 +196,21 @@ def remember(argument: tuple[str, int], report: Callable[[Any], bool], slot: int
 
 def filling(argument: tuple[Any, str], report: Callable[[Any], bool], slot: int) -> int:
     """A trial that notes each folder of remembered activations that it builds."""
-    from tuner.training import activation_cache, worker_jobs
+    from tuner.training import cache_filling, worker_jobs
 
     assignment, path = argument
-    real = activation_cache.atomic_folder
+    real = cache_filling.atomic_folder
 
     def build(folder: Path, *more: Any, **named: Any) -> Any:
         with open(path, "a") as file:
             file.write(f"{folder.name}\n")
         return real(folder, *more, **named)
 
-    activation_cache.atomic_folder = build
+    cache_filling.atomic_folder = build
     try:
         return len(worker_jobs.run_trial(assignment, report, slot).epochs)
     finally:
-        activation_cache.atomic_folder = real
+        cache_filling.atomic_folder = real
 
 
 class Unreadable:

@@ -1,9 +1,14 @@
-"""Stores tensors in a cache entry: one folder per entry, one memory-mapped file per tensor."""
+"""Stores tensors in a cache entry: one folder per entry, one memory-mapped file per tensor.
+
+A tensor is dense, (examples, ...), or ragged, (tokens of all examples, ...): a text then takes the
+bytes of its own tokens, whatever the longest text has.
+"""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,13 @@ from torch import Tensor
 from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.types import Batch
 from tuner.files.cache_entries import PinnedEntry, write_checksums
+from tuner.preprocessing.ragged_tensors import find_tokens, make_offsets, restore_padding
 
 ReadBatch = Callable[[Tensor], Batch]
-TensorMeta = dict[str, Any]  # name, shape of one example, dtype
 META_FILE = "meta.json"  # the tensors of an entry, in the order of its files 0.bin, 1.bin, …
+ORDER = "entry.order"  # int64 (n,): the place of each example among the stored ones
+OFFSETS = "entry.offsets"  # int64 (n + 1,): where the tokens of each stored example begin
+TARGET_PREFIX = "y."  # the names of the tensors of a batch's y begin with it
 
 
 # Activations of images are stored channels-last, as they are computed and as the suffix needs them.
@@ -30,38 +38,83 @@ def to_channels_first(value: Tensor) -> Tensor:
     return value.permute(0, 3, 1, 2) if value.dim() == 4 else value
 
 
+class TensorFile:
+    """One tensor that is written chunk by chunk. Its chunks differ in nothing but their rows."""
+
+    def __init__(self, path: Path, name: str, first: Tensor) -> None:
+        self.path, self.name = path, name
+        self.shape, self.dtype = list(first.shape[1:]), str(first.dtype).removeprefix("torch.")
+        self.rows = 0
+        self.width: int | None = None  # the most columns of a batch, where the tensor is ragged
+        self.digest = hashlib.sha256()
+
+    def append(self, value: Tensor, width: int | None) -> None:
+        """Writes a chunk. Raises ValueError where it has another shape."""
+        if list(value.shape[1:]) != self.shape:
+            raise ValueError(
+                f"tensor {self.name!r} has the shape {self.shape} for some examples and "
+                f"{list(value.shape[1:])} for others; only the length of a text may differ"
+            )
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        with open(self.path, "ab") as file:
+            file.write(data)
+        self.digest.update(data)
+        self.rows += len(value)
+        if width is not None:
+            self.width = max(width, self.width or 0)
+
+    def describe(self) -> dict[str, Any]:
+        """The tensor's line in META_FILE."""
+        ragged = {} if self.width is None else {"width": self.width}
+        facts = {"name": self.name, "shape": self.shape, "dtype": self.dtype, "rows": self.rows}
+        return {**facts, **ragged}
+
+
 class TensorWriter:
     """Writes the tensors of one entry, chunk by chunk. The entry is complete after `close`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.meta: list[TensorMeta] = []
-        self.hashes: list[Any] = []  # the SHA-256 of each file so far
-        self.bytes_written = 0
+        self.files: dict[str, TensorFile] = {}
+        self.counts: list[Tensor] = []
 
-    def append(self, chunk: dict[str, Tensor]) -> None:
-        if not self.meta:
-            self.hashes = [hashlib.sha256() for _ in chunk]
-            self.meta = [
-                {
-                    "name": name,
-                    "shape": list(tensor.shape[1:]),
-                    "dtype": str(tensor.dtype).removeprefix("torch."),
-                }
-                for name, tensor in chunk.items()
-            ]
-        for i, value in enumerate(chunk.values()):
-            data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            self.hashes[i].update(data)
-            self.bytes_written += len(data)
-            with open(self.folder / f"{i}.bin", "ab") as file:
-                file.write(data)
+    def append(
+        self,
+        chunk: Mapping[str, Tensor],
+        widths: Mapping[str, int] | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
+        """Writes the tensors of some examples.
 
-    def close(self) -> None:
-        (self.folder / META_FILE).write_text(json.dumps(self.meta))
-        write_checksums(
-            self.folder, {f"{i}.bin": digest.hexdigest() for i, digest in enumerate(self.hashes)}
-        )
+        Args:
+            chunk: dense tensors (examples, ...) and ragged ones (tokens of all examples, ...).
+            widths: the columns that each ragged tensor had when it was padded, by its name.
+            counts: int64 (examples,), the tokens of each; None where nothing is ragged.
+
+        Raises:
+            ValueError: a tensor has another shape than in the chunk before.
+        """
+        for name, value in chunk.items():
+            self._file(name, value).append(value, widths.get(name) if widths else None)
+        if counts is not None:
+            self.counts.append(counts)
+
+    def close(self, order: Tensor | None = None) -> None:
+        """Completes the entry; `order` has the indices of the examples as they were appended."""
+        if order is not None:
+            self._file(ORDER, order).append(order.argsort(), None)
+        if self.counts:
+            offsets = make_offsets(self.counts)
+            self._file(OFFSETS, offsets).append(offsets, None)
+        files = self.files.values()
+        (self.folder / META_FILE).write_text(json.dumps([file.describe() for file in files]))
+        write_checksums(self.folder, {file.path.name: file.digest.hexdigest() for file in files})
+
+    def _file(self, name: str, first: Tensor) -> TensorFile:
+        if name not in self.files:
+            path = self.folder / f"{len(self.files)}.bin"
+            self.files[name] = TensorFile(path, name, first)
+        return self.files[name]
 
 
 def map_tensors(entry: PinnedEntry, length: int) -> dict[str, Tensor]:
@@ -69,30 +122,31 @@ def map_tensors(entry: PinnedEntry, length: int) -> dict[str, Tensor]:
 
     Args:
         entry: the entry. Keep it as long as the tensors are used, so that it is not evicted.
-        length: the number of examples, the first dimension of each tensor.
+        length: the number of examples; of use for an older entry, which does not state its rows.
     """
-    metas: list[TensorMeta] = json.loads((entry.folder / META_FILE).read_text())
     return {
         meta["name"]: _map_tensor(entry.folder / f"{i}.bin", meta, length)
-        for i, meta in enumerate(metas)
+        for i, meta in enumerate(_read_meta(entry))
     }
 
 
-def _map_tensor(path: Path, meta: TensorMeta, length: int) -> Tensor:
-    shape = (length, *meta["shape"])
+def _map_tensor(path: Path, meta: dict[str, Any], length: int) -> Tensor:
+    shape = (meta.get("rows", length), *meta["shape"])
     dtype = getattr(torch, meta["dtype"])
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
 
 
-def fits_on_gpu(tensors: dict[str, Tensor], device: torch.device) -> bool:
+def _read_meta(entry: PinnedEntry) -> list[dict[str, Any]]:
+    metas: list[dict[str, Any]] = json.loads((entry.folder / META_FILE).read_text())
+    return metas
+
+
+def fits_on_gpu(tensors: Iterable[Tensor], device: torch.device) -> bool:
     """Whether the tensors need less than a quarter of the GPU's free memory."""
     free, total = torch.cuda.mem_get_info(device)
     # of a GPU that several workers share, this worker's fraction
     own_limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    return sum(tensor.nbytes for tensor in tensors.values()) < 0.25 * min(free, own_limit)
-
-
-TARGET_PREFIX = "y."  # the names of the tensors of a batch's y begin with it
+    return sum(tensor.nbytes for tensor in tensors) < 0.25 * min(free, own_limit)
 
 
 def prefix_targets(y: TensorTree) -> dict[str, Tensor]:
@@ -104,6 +158,55 @@ def _dict_to_tree(tensors: dict[str, Tensor]) -> TensorTree:
     return tensors[""] if set(tensors) == {""} else tensors
 
 
+@dataclass(frozen=True)
+class StoredExamples:
+    """Examples in the form in which an entry has them.
+
+    Args:
+        tensors: dense ones as (examples, ...), ragged ones as (tokens of all examples, ...).
+        widths: the most columns that a batch of a ragged tensor may have, by its name.
+        order: int64 (n,), the place of each example; None: they are in their order.
+        offsets: int64 (n + 1,), where the tokens at each place begin; None: nothing is ragged.
+    """
+
+    tensors: Mapping[str, Tensor]
+    widths: Mapping[str, int] = field(default_factory=dict)
+    order: Tensor | None = None
+    offsets: Tensor | None = None
+
+    def token_counts(self, index: Tensor) -> Tensor | None:
+        """The number of tokens of each example, int64 (n,); None where nothing is ragged."""
+        if self.offsets is None:
+            return None
+        places = self._find_places(index)
+        return self.offsets[places + 1] - self.offsets[places]
+
+    def take(self, index: Tensor, device: torch.device) -> Batch:
+        """The examples at `index` (int64, (n,)) on `device`.
+
+        Texts are padded with zeros, to the longest of the batch.
+        """
+        places = self._find_places(index)
+        tokens = None
+        if self.offsets is not None:
+            tokens = find_tokens(self.offsets, places, max(self.widths.values()))
+        x: dict[str, Tensor] = {}
+        y: dict[str, Tensor] = {}
+        for name, value in self.tensors.items():
+            if tokens is not None and name in self.widths:
+                x[name] = restore_padding(value, tokens, device)
+                continue
+            batch = value[places.to(value.device)].to(device)
+            if name.startswith(TARGET_PREFIX):
+                y[name.removeprefix(TARGET_PREFIX)] = batch
+            else:
+                x[name] = to_channels_first(batch)
+        return Batch(_dict_to_tree(x), _dict_to_tree(y))
+
+    def _find_places(self, index: Tensor) -> Tensor:
+        return index if self.order is None else self.order[index]
+
+
 class EntryReader:
     """Reads batches from an entry, onto `device`. It pins the entry as long as it lives."""
 
@@ -112,25 +215,12 @@ class EntryReader:
     ) -> None:
         """`into_memory`: copy the whole entry into the memory of the GPU, if it fits."""
         self.entry, self.device = entry, device
-        values = map_tensors(entry, length)
-        if into_memory and device.type == "cuda" and fits_on_gpu(values, device):
-            values = {name: value.to(device) for name, value in values.items()}
-        self.inputs = {
-            name: value for name, value in values.items() if not name.startswith(TARGET_PREFIX)
-        }
-        self.targets = {
-            name.removeprefix(TARGET_PREFIX): value
-            for name, value in values.items()
-            if name.startswith(TARGET_PREFIX)
-        }
+        tensors = map_tensors(entry, length)
+        order, offsets = tensors.pop(ORDER, None), tensors.pop(OFFSETS, None)
+        widths = {meta["name"]: meta["width"] for meta in _read_meta(entry) if "width" in meta}
+        if into_memory and device.type == "cuda" and fits_on_gpu(tensors.values(), device):
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self.examples = StoredExamples(tensors, widths, order, offsets)
 
     def __call__(self, index: Tensor) -> Batch:
-        x = {
-            name: to_channels_first(value[index.to(value.device)].to(self.device))
-            for name, value in self.inputs.items()
-        }
-        y = {
-            name: value[index.to(value.device)].to(self.device)
-            for name, value in self.targets.items()
-        }
-        return Batch(_dict_to_tree(x), _dict_to_tree(y))
+        return self.examples.take(index, self.device)

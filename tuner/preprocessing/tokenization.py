@@ -22,11 +22,11 @@ from tuner.core.types import Batch
 from tuner.errors import DataError, SpaceError
 from tuner.files.atomic import atomic_folder, disk_errors, file_sha256
 from tuner.files.cache_entries import PinnedEntry, make_space, open_or_create
+from tuner.preprocessing.ragged_tensors import padded_width
 from tuner.preprocessing.tensor_files import TensorWriter, map_tensors
 
 FORMAT_VERSION = 1  # of the stored files; another number is another store
 TEXTS_PER_CHUNK = 1024  # texts encoded at once
-LENGTH_MULTIPLE = 8  # batches are cut to a multiple of 8 tokens, so that few shapes occur
 
 
 def without_transformers() -> SpaceError:
@@ -186,8 +186,7 @@ def trim_padding(x: TensorTree) -> TensorTree:
     if not isinstance(x, dict) or "attention_mask" not in x:
         return x
     mask = x["attention_mask"]
-    longest = max(1, int(token_counts(mask).max()))
-    keep = min(mask.shape[1], -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    keep = padded_width(int(token_counts(mask).max()), mask.shape[1])
     if keep == mask.shape[1]:
         return x
     return {

@@ -23,8 +23,8 @@ from tuner.core.input_spec import (
 )
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task, split_sequential
 from tuner.errors import SpaceError, TunerError
-from tuner.training import activation_cache
 from tuner.training.devices import DeviceContext
+from tuner.training.frozen_prefix import stage_digests
 
 FRESH_SEED = 0  # of parameters for which there are no weights
 MAX_CACHED_MODELS = 4  # in a process
@@ -104,8 +104,7 @@ def _call_with_known(function: Callable[..., Any], options: Mapping[str, Any], *
 def copy_cached_model(
     run: Run, device_context: DeviceContext, output_count: int
 ) -> tuple[StagedModel, tuple[str, ...]]:
-    """The run's model, and the digest of each stage, as `activation_cache.stage_digests` gives
-    them.
+    """The run's model, and the digest of each stage, as `stage_digests` gives them.
 
     A model is built and its digests are computed once per process; each run gets a copy. A trial
     begins with this, and workers wait for it.
@@ -119,7 +118,7 @@ def copy_cached_model(
             _cached_models.clear()
         staged_model = build_model(run, device_context.home, output_count)
         stages = list(staged_model.stages.values())
-        digests = activation_cache.stage_digests(stages, f"3 {computed_by}")
+        digests = stage_digests(stages, f"3 {computed_by}")
         _cached_models[key] = staged_model, digests
     staged_model, digests = _cached_models[key]
     return copy.deepcopy(staged_model), digests
