@@ -8,14 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conftest import SMALL
 from tests.helpers.frozen_prefixes import (
     CountingSource,
     Step,
     make_frozen_prefix,
     make_linear_chain,
 )
+from tuner.config import parsing, yaml_document
+from tuner.config.run import EngineSettings
 from tuner.files.cache_entries import evict_until_fits
-from tuner.training.activation_cache import CachedSource, CacheLimits, UncachedSource, source_behind
+from tuner.training.activation_cache import CachedSource, CacheLimits, source_behind
+from tuner.training.devices import select_device
+from tuner.training.frozen_prefix import UncachedSource
+from tuner.training.training_loop import prepare_training
 
 
 class Taps(nn.Module):
@@ -192,3 +198,83 @@ def test_what_is_sooner_computed_than_read_is_not_kept(
     source = CountingSource()
     assert isinstance(source_behind(stages, source, auto), CachedSource) == kept
     assert source.take_count <= 1  # the time was not taken again
+
+
+# -- memory
+
+
+class Hungry(nn.Module):
+    """A stage for which the memory runs out above some number of examples."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.sizes = most, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return 2 * x
+
+
+def test_filling_goes_on_in_smaller_chunks_where_the_memory_runs_out(tmp_path: Path) -> None:
+    stage, source = Hungry(3), CountingSource()
+    source_behind(make_frozen_prefix(nn.Sequential(stage)), source, CacheLimits(tmp_path))
+    assert stage.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]  # each of four chunks thrice
+    stage.sizes.clear()
+    behind = remembered_behind(tmp_path, stage, source)
+    got = behind.take(torch.arange(8), 0).x
+    assert isinstance(got, Tensor) and got.flatten().tolist() == [2.0 * i for i in range(8)]
+    assert stage.sizes == [8, 4, 2, 2, 2, 2]
+
+
+def remembered_behind(home: Path, stage: nn.Module, source: CountingSource) -> CachedSource:
+    frozen = make_frozen_prefix(nn.Sequential(stage))
+    behind = source_behind(frozen, source, CacheLimits(home, mode="always"))
+    assert isinstance(behind, CachedSource)
+    return behind
+
+
+def test_an_example_that_alone_is_too_much_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    behind = remembered_behind(tmp_path, Hungry(0), CountingSource())
+    with pytest.raises(torch.OutOfMemoryError):
+        behind.take(torch.arange(2), 0)
+    assert [path.suffix for path in (tmp_path / "activations").iterdir()] == [".lock"]
+
+
+def test_other_errors_of_a_stage_are_not_tried_again(tmp_path: Path) -> None:
+    class Broken(Hungry):
+        def forward(self, x: Tensor) -> Tensor:
+            self.sizes.append(len(x))
+            raise RuntimeError("shapes cannot be multiplied")
+
+    stage = Broken(8)
+    with pytest.raises(RuntimeError, match="shapes"):
+        remembered_behind(tmp_path, stage, CountingSource()).take(torch.arange(2), 0)
+    assert stage.sizes == [8]
+
+
+@pytest.mark.parametrize("mode", ["auto", "always"])
+def test_no_more_than_four_training_batches_are_computed_at_once(mode: str, tmp_path: Path) -> None:
+    """The memory is sized for training batches; large images would not fit 64 at once."""
+    recipe = {
+        "freeze_depth": 2,
+        "batch_size": 2,
+        "head": "fresh",
+        "epochs": 1,
+        "lr": 0.01,
+        "momentum": 0.9,
+    }
+    words = [f"recipe.{key}={value}" for key, value in {**recipe, "optimizer": "sgd"}.items()]
+    document = yaml_document.parse_document(SMALL, "small.yaml")
+    run = parsing.parse_space(parsing.apply_overrides(document, words)).sample(None, seed=5)
+    device = select_device(
+        EngineSettings.model_validate({"device": "cpu", "cache": mode}), tmp_path
+    )
+    sizes: list[int] = []
+    hook = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: sizes.append(len(inputs[0]))
+    )
+    with hook:
+        prepare_training(run, device, "accuracy").train.take(torch.arange(2), 0)
+    assert max(sizes) == 8

@@ -30,6 +30,7 @@ from tuner.training.epoch import (
     shuffle_into_batches,
     train_one_epoch,
 )
+from tuner.training.frozen_prefix import MAX_EXAMPLES_AT_ONCE, FrozenPrefix
 from tuner.training.linear_probe import PROBE_RECIPE, load_or_train_probe
 from tuner.training.micro_batches import initial_micro_batch_size
 from tuner.training.optimizers import lr_factor, make_optimizer
@@ -98,11 +99,12 @@ class LoadedRun:
     def make_context(self, depth: int, recipe: Recipe) -> TrainingContext:
         """The context for a training of the stages behind `depth` by `recipe`."""
         prefix, suffix = self.staged_model.split(depth)
-        frozen = activation_cache.FrozenPrefix(
+        frozen = FrozenPrefix(
             list(prefix.children()),
             self.stage_digests[:depth],
             self.device_context.device,
             self.device_context.autocast,
+            max_batch=min(MAX_EXAMPLES_AT_ONCE, 4 * recipe.batch_size),
         )
 
         def through_prefix(source: Source) -> Source:
