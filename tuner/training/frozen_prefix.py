@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tuner.core.input_spec import TensorTree
 from tuner.core.types import Batch, Source, module_digest
 from tuner.preprocessing.tokenization import trim_padding
+from tuner.training.code_digest import code_digest
 
 MAX_EXAMPLES_AT_ONCE = 64
 
@@ -42,10 +43,10 @@ class FrozenPrefix:
 
 
 def stage_digests(stages: Sequence[nn.Module], start: str) -> tuple[str, ...]:
-    """A digest for each stage's output, which depends on `start` and on every stage up to it."""
+    """A digest for each stage's output: of `start`, and of weights and code up to the stage."""
     digests = [start]
     for stage in stages:
-        content = f"{digests[-1]} {module_digest(stage)}"
+        content = f"{digests[-1]} {module_digest(stage)} {code_digest(stage)}"
         digests.append(hashlib.sha256(content.encode()).hexdigest()[:32])
     return tuple(digests[1:])
 

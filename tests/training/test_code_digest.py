@@ -1,0 +1,98 @@
+"""The name of a stage knows the code that computes it: a library's version, the source of anything else."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from tuner.models._feature_maps import FeatureMapStage
+from tuner.training.code_digest import code_digest, name_code
+from tuner.training.frozen_prefix import stage_digests
+
+SOURCE = """
+from torch import nn
+
+def scale(x):
+    return 2 * x
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(scale(x))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield tmp_path
+    sys.modules.pop("scaled_linear", None)
+
+
+def made(folder: Path, source: str) -> nn.Module:
+    """A linear layer of equal weights whose class is in a file of its own."""
+    (folder / "scaled_linear.py").write_text(source)
+    sys.modules.pop("scaled_linear", None)
+    importlib.invalidate_caches()
+    torch.manual_seed(0)
+    layer: nn.Module = importlib.import_module("scaled_linear").Scaled(2, 2)
+    return nn.Sequential(layer)
+
+
+def test_other_code_of_ones_own_is_another_stage(folder: Path) -> None:
+    first, same, other = (
+        stage_digests([made(folder, source)], "start")
+        for source in (SOURCE, SOURCE, SOURCE.replace("2 * x", "3 * x"))
+    )
+    assert first == same != other
+
+
+def install(folder: Path, version: str) -> None:
+    """The metadata that an installer leaves beside a package."""
+    for old in folder.glob("scaled_linear-*.dist-info/*"):
+        old.unlink()
+        old.parent.rmdir()
+    metadata = folder / f"scaled_linear-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: scaled-linear\nVersion: {version}\n"
+    )
+
+
+def test_another_version_of_a_library_is_another_stage(folder: Path) -> None:
+    digests = []
+    for version, source in (("1.0", SOURCE), ("1.0", SOURCE + "# as is"), ("1.1", SOURCE)):
+        install(folder, version)
+        digests.append(code_digest(made(folder, source)))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_file_that_has_the_name_of_a_library_is_ones_own(folder: Path) -> None:
+    """A distribution `pluggy` is installed; this file is not from it."""
+    (folder / "pluggy.py").write_text(SOURCE)
+    before = sys.modules.pop("pluggy")
+    try:
+        name = name_code(importlib.import_module("pluggy").Scaled)
+    finally:
+        sys.modules["pluggy"] = before
+    assert name.startswith("Scaled ")
+
+
+def test_libraries_are_known_by_their_versions_and_tuner_by_its_files() -> None:
+    resnet = torchvision.models.resnet18()
+    names = {name_code(cls) for part in resnet.modules() for cls in type(part).__mro__}
+    assert names == {"", f"torch torch {torch.__version__.partition('+')[0]}"} | {
+        f"torchvision torchvision {torchvision.__version__.partition('+')[0]}"
+    }
+    assert name_code(FeatureMapStage).startswith("FeatureMapStage ")
+
+
+def test_a_class_without_any_source_still_has_a_name() -> None:
+    members: dict[str, type] = {}
+    exec("class Made: pass", {"__name__": "nowhere"}, members)
+    assert name_code(members["Made"]).startswith("Made ")
