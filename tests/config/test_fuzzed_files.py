@@ -43,7 +43,7 @@ def answer(text: str, overrides: Sequence[str] = ()) -> Space | None:
 
 
 PIECES = st.sampled_from(
-    ["task", "data", "model", "recipe", "search", "lr", "when", "choices", "low", "high", "log", "step", "name", ": ", ":", "\n", "\n  ", " ", "- ", "[", "]", "{", "}", ", ", "&a", "*a", "!!", "!x ", "<<", "? ", "|", ">", "'", '"', "\\", "%YAML 1.1", "---", "...", "#", "\t", "1e-4", "-1", ".nan", ".inf", "true", "null", "~", "@", "`", "é", "\x00", "\x85", "\ufeff", "resnet18", "sgd"]
+    ["task", "data", "model", "recipe", "search", "lr", "when", "choices", "by_model", "low", "high", "log", "step", "name", ": ", ":", "\n", "\n  ", " ", "- ", "[", "]", "{", "}", ", ", "&a", "*a", "!!", "!x ", "<<", "? ", "|", ">", "'", '"', "\\", "%YAML 1.1", "---", "...", "#", "\t", "1e-4", "-1", ".nan", ".inf", "true", "null", "~", "@", "`", "é", "\x00", "\x85", "\ufeff", "resnet18", "sgd"]
 )  # fmt: skip
 
 
@@ -98,6 +98,7 @@ KEYS = st.sampled_from(
         "step",
         "choices",
         "when",
+        "by_model",
         "name",
     ]
 )

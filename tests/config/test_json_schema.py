@@ -34,6 +34,10 @@ def test_shipped_files_and_their_resolved_forms_are_valid(
     [
         {"model": ["resnet18", "vgg11"]},
         {
+            "model": ["resnet18", "vgg11"],
+            "recipe": {"lr": {"by_model": {"resnet18": 0.1, "vgg11": 0.01}}},
+        },
+        {
             "model": {
                 "name": {"choices": ["resnet18", "vgg11"], "when": {"recipe.optimizer": "sgd"}}
             },

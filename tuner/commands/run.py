@@ -239,9 +239,7 @@ def keep_earlier_defaults(s: Session, earlier: dict[str, Any], data_digest: str)
 
 def max_epochs(space: Space) -> int:
     """The most epochs that a trial of this space can have."""
-    path = ("recipe", "epochs")
-    domain = next((d.domain for d in space.dimensions if d.path == path), None)
-    return int(space.values[path] if domain is None else domain.highest)
+    return int(space.highest(("recipe", "epochs")))
 
 
 def progress_of(coordinator: Coordinator) -> Progress:

@@ -339,7 +339,7 @@ def find_depth_problems(space: Space, model: str, depth: int) -> Iterator[str]:
     """The freeze depths of the file that the model does not have."""
     path = ("recipe", "freeze_depth")
     searched = next((d.domain for d in space.dimensions if d.path == path), None)
-    deepest = int(space.values[path] if searched is None else searched.highest)
+    deepest = int(space.highest(path, model))
     if deepest > depth:
         key = (*path, "high") if isinstance(searched, Range) else path
         yield space.document.format_problem(key, f"{deepest}, but {model} allows 0..{depth}")

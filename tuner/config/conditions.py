@@ -3,7 +3,7 @@
 The order in which dimensions are sampled follows from the conditions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tuner.config import fields
@@ -18,14 +18,13 @@ Condition = Mapping[KeyPath, tuple[Any, ...]]
 def order_dimensions(draft: Draft) -> tuple[Dimension, ...]:
     """The searched keys in the order of the schema, but each after the keys on which it depends."""
     whens = {path: resolve_condition(draft, path, when) for path, when in draft.conditions.items()}
+    needed = {path: needed_keys(draft, when) for path, when in whens.items()}
     done: list[KeyPath] = []
     waiting = list(draft.domains)
     while waiting:
-        ready = next(
-            (path for path in waiting if not set(whens.get(path, ())) & set(waiting)), None
-        )
+        ready = next((path for path in waiting if not needed.get(path, set()) & set(waiting)), None)
         if ready is None:
-            circle = find_cycle(waiting, whens)
+            circle = find_cycle(waiting, needed)
             draft.add_problem(
                 (*circle[0], "when"),
                 "these conditions depend on each other: "
@@ -37,7 +36,15 @@ def order_dimensions(draft: Draft) -> tuple[Dimension, ...]:
     return tuple(Dimension(path, draft.domains[path], whens.get(path, {})) for path in done)
 
 
-def find_cycle(unordered: list[KeyPath], conditions: Mapping[KeyPath, Condition]) -> list[KeyPath]:
+def needed_keys(draft: Draft, condition: Condition) -> set[KeyPath]:
+    """The keys that must be sampled before it is known whether a condition is met."""
+    differs_by_model = any(path in draft.by_model for path in condition)
+    return set(condition) | ({("model", "name")} if differs_by_model else set())
+
+
+def find_cycle(
+    unordered: list[KeyPath], conditions: Mapping[KeyPath, Collection[KeyPath]]
+) -> list[KeyPath]:
     """Keys that depend on each other in a circle; each unordered key depends on another one."""
     trail = [unordered[0]]
     while True:
@@ -97,7 +104,7 @@ def check_condition_value(draft: Draft, path: KeyPath, target: KeyPath, value: A
     name, leaf = ".".join(target), draft.domains.get(target)
     if target not in draft.values:
         return fitted  # what is wrong there is said there
-    possible = (draft.values[target],) if leaf is None else leaf.values()
+    possible = draft.possible_values(target)
     if possible is None:
         draft.add_problem(
             path,

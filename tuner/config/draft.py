@@ -25,7 +25,8 @@ class Draft:
 
     `fields`: every key that the file may have, as far as the plug-ins are known. `values`: the
     value of each key that has no problem; a searched key has its default. `domains`: the range or
-    choice of each searched key. `conditions`: each `when` as it is written.
+    choice of each searched key. `conditions`: each `when` as it is written. `by_model`: the values
+    of each key that has another one, or another default, with another model.
     """
 
     document: Document
@@ -34,6 +35,7 @@ class Draft:
     values: dict[KeyPath, Any] = field(default_factory=dict)
     domains: dict[KeyPath, Range | Choice] = field(default_factory=dict)
     conditions: dict[KeyPath, Mapping[str, Any]] = field(default_factory=dict)
+    by_model: dict[KeyPath, Mapping[str, Any]] = field(default_factory=dict)
 
     def add_problem(self, path: Sequence[str | int], what: str) -> None:
         self.problems.append(self.document.format_problem(path, what))
@@ -74,3 +76,10 @@ class Draft:
         self.values[path] = domain.nearest_value(
             None if field.is_required() else field.get_default(call_default_factory=True)
         )
+
+    def possible_values(self, path: KeyPath) -> tuple[Any, ...] | None:
+        """The values that a key can have; None for a continuum."""
+        if path in self.domains:
+            return self.domains[path].values()
+        values = [self.values.get(path), *self.by_model.get(path, {}).values()]
+        return tuple(value for i, value in enumerate(values) if value not in values[:i])

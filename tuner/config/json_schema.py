@@ -32,7 +32,7 @@ def space_schema() -> dict[str, Any]:
             "task": plugin_schema("task"),
             "data": plugin_schema("data"),
             "model": plugin_schema("model"),
-            "recipe": section_schema(Recipe.model_fields, searched=True),
+            "recipe": section_schema(Recipe.model_fields, searched=True, by_model=True),
             "seed": value_schema(TopLevelKeys.model_fields["seed"]),
             "search": section_schema(SearchSettings.model_fields, searched=False),
             "engine": {
@@ -105,9 +105,11 @@ def plugin_schema(kind: str) -> dict[str, Any]:
     return {"anyOf": forms}
 
 
-def section_schema(fields_by_key: Mapping[str, FieldInfo], *, searched: bool) -> dict[str, Any]:
+def section_schema(
+    fields_by_key: Mapping[str, FieldInfo], *, searched: bool, by_model: bool = False
+) -> dict[str, Any]:
     properties = {
-        name: key_schema(field) if searched else value_schema(field)
+        name: key_schema(field, by_model=by_model) if searched else value_schema(field)
         for name, field in fields_by_key.items()
     }
     required = [name for name, field in fields_by_key.items() if field.is_required()]
@@ -129,8 +131,8 @@ def value_schema(field: FieldInfo) -> dict[str, Any]:
     return {**schema, **extra, **({"description": field.description} if field.description else {})}
 
 
-def key_schema(field: FieldInfo) -> dict[str, Any]:
-    """One value, a list of choices, or a range."""
+def key_schema(field: FieldInfo, *, by_model: bool = False) -> dict[str, Any]:
+    """One value, a list of choices, a range, or a value for each model."""
     one = value_schema(field)
     bare = {k: v for k, v in one.items() if k not in ("description", "default")}
     forms: list[dict[str, Any]] = [bare]
@@ -159,6 +161,16 @@ def key_schema(field: FieldInfo) -> dict[str, Any]:
                 "required": ["low", "high"],
                 "additionalProperties": False,
                 "properties": properties,
+            }
+        )
+    if by_model:
+        values = {"type": "object", "minProperties": 1, "additionalProperties": bare}
+        forms.append(
+            {
+                "type": "object",
+                "required": ["by_model"],
+                "additionalProperties": False,
+                "properties": {"by_model": values},
             }
         )
     return {"anyOf": forms, **{k: one[k] for k in ("description", "default") if k in one}}

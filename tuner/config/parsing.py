@@ -119,9 +119,10 @@ def parse_space(doc: Document, *, of_study: bool = False) -> Space:
     recipe = doc.content.get("recipe")
     if recipe is not None and not isinstance(recipe, dict):
         draft.add_problem(("recipe",), f"expected a mapping of keys, got {describe_value(recipe)}")
-    section_keys.read_section(
-        draft, ("recipe",), recipe if isinstance(recipe, dict) else {}, model_recipe_fields(draft)
-    )
+    recipe = recipe if isinstance(recipe, dict) else {}
+    recipe_fields = model_recipe_fields(draft, draft.values.get(("model", "name")))
+    section_keys.read_section(draft, ("recipe",), recipe, recipe_fields)
+    add_recipes_of_models(draft, recipe)
     if doc.content.get("seed") is not None:
         draft.set_fixed(("seed",), TopLevelKeys.model_fields["seed"], doc.content["seed"])
     searched = conditions.order_dimensions(draft)
@@ -130,7 +131,7 @@ def parse_space(doc: Document, *, of_study: bool = False) -> Space:
         check_grid(draft, settings.search, searched)
     if draft.problems or settings is None:
         raise SpaceError(*dict.fromkeys(draft.problems))
-    return Space(draft.values, searched, settings, doc, draft.defaults())
+    return Space(draft.values, searched, settings, doc, draft.defaults(), draft.by_model)
 
 
 def read_plugin_section(draft: Draft, section: str) -> None:
@@ -231,9 +232,9 @@ def check_views(draft: Draft) -> None:
     """Whether a flip shows each image in both of its versions, and none twice as if it were new."""
     views, augment = ("data", "views"), ("data", "augment")
     is_image_options = draft.fields.get(views) is ImageOptions.model_fields["views"]
-    if not is_image_options or "flip" not in possible_values(draft, augment):
+    if not is_image_options or "flip" not in (draft.possible_values(augment) or ()):
         return
-    counts = [count for count in possible_values(draft, views) if isinstance(count, int)]
+    counts = [count for count in draft.possible_values(views) or () if isinstance(count, int)]
     if 1 in counts:
         draft.add_problem(
             views,
@@ -249,29 +250,39 @@ def check_views(draft: Draft) -> None:
         )
 
 
-def possible_values(draft: Draft, path: KeyPath) -> tuple[Any, ...]:
-    """The values that a key can have; of a continuum its two ends."""
-    domain = draft.domains.get(path)
-    if domain is None:
-        return (draft.values.get(path),)
-    return domain.values() or (domain.lowest, domain.highest)
-
-
-def model_recipe_fields(draft: Draft) -> dict[str, FieldInfo]:
+def model_recipe_fields(draft: Draft, name: Any) -> dict[str, FieldInfo]:
     """The recipe's keys.
 
-    Their defaults are what the people of the (first) model fine-tune it with, where its file says
-    so.
+    Their defaults are what the people of model `name` fine-tune it with, where its file says so.
     """
     recipe_fields = dict(Recipe.model_fields)
-    for name in chosen_plugins(draft, "model")[:1]:
-        for key, value in (
-            plugins.read_model_constant(name, "RECIPES", {})
-            .get(draft.values.get(("task", "name")), {})
-            .items()
-        ):
-            recipe_fields[key] = FieldInfo.merge_field_infos(recipe_fields[key], default=value)
+    if not isinstance(name, str) or ":" in name:
+        return recipe_fields
+    recipes = plugins.read_model_constant(name, "RECIPES", {})
+    for key, value in recipes.get(draft.values.get(("task", "name")), {}).items():
+        recipe_fields[key] = FieldInfo.merge_field_infos(recipe_fields[key], default=value)
     return recipe_fields
+
+
+def add_recipes_of_models(draft: Draft, written: Mapping[str, Any]) -> None:
+    """Keeps each model's own defaults of the keys that the file leaves open, where they differ.
+
+    A searched key has a default too: its value where its condition is not met.
+    """
+    names = draft.possible_values(("model", "name")) or ()
+    recipes = {name: model_recipe_fields(draft, name) for name in names if isinstance(name, str)}
+    for key in Recipe.model_fields:
+        path = ("recipe", key)
+        defaults = {
+            name: recipe[key].get_default(call_default_factory=True)
+            for name, recipe in recipes.items()
+        }
+        if path in draft.by_model:
+            draft.by_model[path] = defaults | dict(draft.by_model[path])
+        elif key not in written or path in draft.domains:
+            draft.by_model[path] = defaults
+        if path in draft.by_model and len(set(draft.by_model[path].values())) == 1:
+            del draft.by_model[path]
 
 
 def check_grid(draft: Draft, search: SearchSettings, dimensions: Sequence[Dimension]) -> None:

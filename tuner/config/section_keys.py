@@ -18,6 +18,7 @@ from tuner.errors import nearest_hint, suggest_names
 
 RANGE_KEYS = ("low", "high", "log", "step", "when")
 CHOICE_KEYS = ("choices", "when")
+BY_MODEL_KEYS = ("by_model",)
 OTHER_TOOLS_KEYS = {
     "min": "low",
     "max": "high",
@@ -91,6 +92,8 @@ def read_key(draft: Draft, path: KeyPath, field: FieldInfo, written: Any) -> Non
         leaf = read_choice(
             draft, (*path, "choices"), field, inner if isinstance(inner, list) else [inner]
         )
+    elif isinstance(written, dict) and "by_model" in written:
+        read_by_model(draft, path, field, written)
     elif isinstance(written, dict):
         leaf = read_range(draft, path, field, written)
     else:
@@ -116,6 +119,39 @@ def report_unknown_keys(
                 f"unknown key{close} (a range has {', '.join(RANGE_KEYS)}; a choice has "
                 f"{', '.join(CHOICE_KEYS)})",
             )
+
+
+def read_by_model(
+    draft: Draft, path: KeyPath, field: FieldInfo, written: Mapping[str, Any]
+) -> None:
+    """The value of a key of the recipe for each model of the file.
+
+    A model that is not named has the default.
+    """
+    report_unknown_keys(draft, path, written, BY_MODEL_KEYS)
+    values, place = written["by_model"], (*path, "by_model")
+    models = draft.possible_values(("model", "name")) or ()
+    if path[0] != "recipe":
+        draft.add_problem(place, "only the keys of the recipe can differ by model")
+        return
+    if not isinstance(values, dict) or not values:
+        example = next(iter(models), "MODEL")
+        draft.add_problem(
+            place, f"expected a mapping such as {{{example}: …}}, got {describe_value(values)}"
+        )
+        return
+    fitted = {}
+    for name, value in values.items():
+        if name not in models:
+            known = suggest_names(name, map(str, models))
+            draft.add_problem((*place, name), f"is no model of this file{known}")
+        try:
+            fitted[name] = fields.convert_value(field, value)
+        except fields.InvalidValue as error:
+            draft.add_invalid_value((*place, name), error)
+    draft.by_model[path] = fitted
+    default = field.get_default(call_default_factory=True)
+    draft.values[path] = fitted.get(draft.values.get(("model", "name")), default)
 
 
 def read_choice(

@@ -106,6 +106,7 @@ class Choice:
 
 
 KeyPath = tuple[str, ...]
+MODEL_NAME: KeyPath = ("model", "name")
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ class SuggestsValues(Protocol):
 class Space:
     """`values` holds every key, searched ones at their default, brought into their range;
     `dimensions` are in the order of sampling. `defaults` are the keys' own: what a searched key
-    has where its condition is not met.
+    has where its condition is not met. `by_model` has the keys of the recipe whose value, or
+    default if they are searched, depends on the model.
     """
 
     values: Mapping[KeyPath, Any]
@@ -162,6 +164,7 @@ class Space:
     settings: Settings
     document: Document = field(compare=False)
     defaults: Mapping[KeyPath, Any] = field(compare=False, default_factory=dict)
+    by_model: Mapping[KeyPath, Mapping[str, Any]] = field(default_factory=dict)
 
     def sample(self, trial: SuggestsValues | None, seed: int = 0) -> Run:
         """The run that `trial` chooses. Without a trial there must be nothing to choose."""
@@ -176,21 +179,41 @@ class Space:
             if self._is_active(dimension, chosen):
                 chosen[dimension.path] = _suggest_value(trial, dimension)
         unmet = {d.path for d in self.dimensions} - chosen.keys()
-        return self.make_run(
-            chosen | {path: self.defaults.get(path, self.values[path]) for path in unmet}, seed
-        )
+        model = chosen.get(MODEL_NAME, self.values[MODEL_NAME])
+        return self.make_run(chosen | {path: self._default(path, model) for path in unmet}, seed)
+
+    def _default(self, path: KeyPath, model: str) -> Any:
+        """A key's own default, as it is for a model."""
+        default = self.defaults.get(path, self.values[path])
+        return self.by_model.get(path, {}).get(model, default)
+
+    def fixed_values(self, model: str | None = None) -> dict[KeyPath, Any]:
+        """Every key with a model, searched ones at their default; None: the model at its default.
+
+        A key that is not searched may have another value with another model.
+        """
+        searched = {d.path for d in self.dimensions}
+        name = self.values[MODEL_NAME] if model is None else model
+        own = {
+            path: values[name]
+            for path, values in self.by_model.items()
+            if name in values and path not in searched
+        }
+        return dict(self.values) | own
 
     def _is_active(self, dimension: Dimension, chosen: Mapping[KeyPath, Any]) -> bool:
-        searched = {d.path for d in self.dimensions} if dimension.condition else set()
+        if not dimension.condition:
+            return True
+        searched = {d.path for d in self.dimensions}
+        fixed = self.fixed_values(chosen.get(MODEL_NAME))
         return all(
-            (path in chosen or path not in searched)
-            and chosen.get(path, self.values[path]) in allowed
+            (path in chosen or path not in searched) and chosen.get(path, fixed[path]) in allowed
             for path, allowed in dimension.condition.items()
         )
 
     def make_run(self, chosen: Mapping[KeyPath, Any], seed: int = 0) -> Run:
         """The run with these keys set; a `seed` in the file wins over the one given."""
-        values = dict(self.values) | dict(chosen)
+        values = self.fixed_values(chosen.get(MODEL_NAME)) | dict(chosen)
         given = values.get(("seed",))
         return Run(
             task=self._plugin_config("task", values),
@@ -246,6 +269,15 @@ class Space:
             chosen = {d.path: value for d, value in zip(outer, combination, strict=True)}
             yield self.make_run(chosen)
 
+    def highest(self, path: KeyPath, model: str | None = None) -> Any:
+        """The largest value of a key that a trial, or a trial with this model, can have."""
+        domain = next((d.domain for d in self.dimensions if d.path == path), None)
+        if domain is not None:
+            return domain.highest
+        if model is not None:
+            return self.fixed_values(model)[path]
+        return max([self.values[path], *self.by_model.get(path, {}).values()])
+
     def to_dict(self) -> dict[str, Any]:
         """The whole file, resolved: what `parse` reads back to an equal Space."""
         searched = {d.path: d for d in self.dimensions}
@@ -254,8 +286,11 @@ class Space:
             section = tree
             for key in path[:-1]:
                 section = section.setdefault(key, {})
-            plain = list(value) if isinstance(value, tuple) else value
-            section[path[-1]] = searched[path].to_dict() if path in searched else plain
+            section[path[-1]] = list(value) if isinstance(value, tuple) else value
+            if path in searched:
+                section[path[-1]] = searched[path].to_dict()
+            elif path in self.by_model:
+                section[path[-1]] = {"by_model": dict(self.by_model[path])}
         return tree | self.settings.to_dict()
 
 

@@ -40,8 +40,11 @@ def _is_written(space: Space, path: KeyPath) -> bool:
 
 
 def flat(content: Any, path: str = "") -> dict[str, Any]:
-    """Return the values of nested mappings by their dotted keys."""
-    if not isinstance(content, dict):
+    """Return the values of nested mappings by their dotted keys.
+
+    A value that depends on the model is one value.
+    """
+    if not isinstance(content, dict) or "by_model" in content:
         return {path: content}
     keys: dict[str, Any] = {}
     for key, value in content.items():
