@@ -91,6 +91,27 @@ def test_the_dice_loss_is_that_of_segmentation_models_pytorch() -> None:
         )
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice", "both"])
+def test_a_batch_that_is_all_border_has_loss_0_and_gradients_of_0(
+    loss: str, smoothing: float
+) -> None:
+    judged = Segmentation(("a", "b", "c"), smoothing, loss)
+    out, truth = made_up(0)
+    aux = made_up(1)[0].requires_grad_()
+    out.requires_grad_()
+    border = torch.full_like(truth, 255)
+    value = judged.loss(Says({"out": out, "aux": aux}), Batch(out, border))
+    value.backward()  # type: ignore[no-untyped-call]
+    assert value == 0
+    assert out.grad is not None and aux.grad is not None
+    assert not out.grad.any() and not aux.grad.any()
+    border[1] = truth[1]  # and an image that is all border changes nothing of the other one's
+    alone = judged.loss(Says({"out": out[1:]}), Batch(out[1:], truth[1:]))
+    both = judged.loss(Says({"out": out}), Batch(out, border))
+    assert float(both) == pytest.approx(float(alone), rel=1e-5)
+
+
 def test_scores_of_four_pixels_and_an_ignored_one() -> None:
     truth = torch.tensor([[[0, 0, 0, 1, 255]]], dtype=torch.uint8)
     predicted = torch.tensor([[[0, 0, 1, 1, 2]]], dtype=torch.uint8)

@@ -24,6 +24,7 @@ from tuner import deferred_figures
 from tuner.config.run import Recipe
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to_dict
+from tuner.core.losses import mean_cross_entropy
 from tuner.core.targets import IGNORED
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
 from tuner.tasks import _annotated_images
@@ -76,9 +77,7 @@ class Segmentation(Task):
     def _head_loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         total = logits.new_zeros(())
         if self.loss_name != "dice":
-            total = total + F.cross_entropy(
-                logits, truth, ignore_index=IGNORED, label_smoothing=self.label_smoothing
-            )
+            total = total + mean_cross_entropy(logits, truth, IGNORED, self.label_smoothing)
         return total if self.loss_name == "cross_entropy" else total + dice_loss(logits, truth)
 
     def predict(self, net: nn.Module, x: TensorTree) -> Tensor:

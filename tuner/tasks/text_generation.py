@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tuner.config.run import Recipe
 from tuner.core.input_spec import InputSpec, TensorTree, TextInputSpec
+from tuner.core.losses import mean_cross_entropy
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
 from tuner.preprocessing.tokenization import decode_texts, load_tokenizer, trim_padding
 from tuner.tasks._classification_reports import encode_csv
@@ -86,11 +87,9 @@ class TextGeneration(Task):
         """Mean over the tokens that follow another."""
         x = trim_padding(batch.x)
         logits = net(x)[:, :-1].float()
-        return F.cross_entropy(
-            logits.flatten(0, 1),
-            next_token_targets(x).flatten(),
-            ignore_index=IGNORED_TOKEN,
-            label_smoothing=self.label_smoothing,
+        targets = next_token_targets(x).flatten()
+        return mean_cross_entropy(
+            logits.flatten(0, 1), targets, IGNORED_TOKEN, self.label_smoothing
         )
 
     def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
