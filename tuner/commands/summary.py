@@ -3,8 +3,9 @@
 After these come the commands that a person may want to type next.
 """
 
+import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tuner.commands.trial_line import format_value
 from tuner.config.run import Run
 from tuner.manifest import PublishedExport
 from tuner.search.leases import CoordinatorInfo
+
+STANDARD_ERRORS = 3  # of the difference between validation and test accuracy that are worth a word
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,44 @@ def export_lines(published: PublishedExport, metric: str) -> Iterator[str]:
     score, count = m["scores"]["test"][metric], m["examples"]["test"]
     label = metric.replace("_", " ")
     yield f"test     {label} {score:.4f} on {count:,} examples used for nothing else"
+    yield from validation_gap_lines(m["scores"], m["examples"])
     yield f"export   {published.folder}"
     width = max((len(e["file"]) for e in m["exports"].values()), default=0)
     for kind, e in m["exports"].items():
         megabytes = (published.folder / e["file"]).stat().st_size / 1e6
         verified = f"{kind}, verified to {e['largest_difference']:.0e}"
         yield f"         {e['file']:<{width}}  {megabytes:>6.1f} MB  {verified}"
+
+
+def validation_gap_lines(
+    scores: Mapping[str, Mapping[str, float]], examples: Mapping[str, int]
+) -> Iterator[str]:
+    """A line if the test accuracy is far below the validation accuracy, or none.
+
+    Far is more than STANDARD_ERRORS of the difference of two proportions (the pooled z-test). This
+    holds for accuracy alone, the share of examples that are right; of other scores the standard
+    error does not follow from the number of examples.
+
+    Args:
+        scores: the scores of the splits `valid` and `test`, by metric.
+        examples: the number of examples of each split.
+    """
+    valid, test = (scores[split].get("accuracy", math.nan) for split in ("valid", "test"))
+    if not (0 <= valid <= 1 and 0 <= test <= 1):  # a task of the user's own may count in percent
+        return
+    valid_count, test_count = examples["valid"], examples["test"]
+    pooled = (valid * valid_count + test * test_count) / (valid_count + test_count)
+    error = math.sqrt(pooled * (1 - pooled) * (1 / valid_count + 1 / test_count))
+    if valid - test > STANDARD_ERRORS * error:
+        yield (
+            f"         {valid - test:.4f} below the validation accuracy, "
+            f"{(valid - test) / error:.1f} standard errors: the test examples differ from the "
+            "others, the search fitted"
+        )
+        yield (
+            f"         its {valid_count:,} validation examples, or the retraining failed; "
+            "search.retrain: false exports the trial's own weights"
+        )
 
 
 def next_steps(summary: Summary) -> Iterator[str]:

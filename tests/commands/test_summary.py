@@ -1,0 +1,40 @@
+"""The result of a study: a test accuracy far below validation's is told, and chance is not."""
+
+import numpy as np
+import pytest
+
+from tuner.commands.summary import validation_gap_lines
+
+
+def lines(valid: float, test: float, valid_count: int = 400, test_count: int = 400) -> list[str]:
+    scores = {"valid": {"accuracy": valid, "f1": 0.1}, "test": {"accuracy": test, "f1": 0.1}}
+    return list(validation_gap_lines(scores, {"valid": valid_count, "test": test_count}))
+
+
+def test_a_large_gap_is_told_in_standard_errors() -> None:
+    first, second = lines(0.95, 0.85)
+    assert first.strip() == (  # sqrt(0.9 * 0.1 * 2 / 400) = 0.0212
+        "0.1000 below the validation accuracy, 4.7 standard errors: the test examples differ from "
+        "the others, the search fitted"
+    )
+    assert "its 400 validation examples, or the retraining failed" in second
+
+
+@pytest.mark.parametrize(
+    ("valid", "test", "count"),
+    [(0.95, 0.90, 400), (0.85, 0.95, 400), (1.0, 1.0, 400), (0.0, 0.0, 9), (1.0, 0.67, 9)],
+)
+def test_what_chance_makes_is_not(valid: float, test: float, count: int) -> None:
+    assert lines(valid, test, count, count) == []
+
+
+def test_two_draws_of_one_accuracy_are_seldom_told() -> None:
+    draws = np.random.default_rng(0).binomial(300, 0.9, (2000, 2)) / 300
+    told = sum(bool(lines(valid, test, 300, 300)) for valid, test in draws.tolist())
+    assert told <= 10  # 0.13 % of 2000 is 3
+
+
+def test_other_scores_have_no_such_error() -> None:
+    scores = {"valid": {"map": 0.9}, "test": {"map": 0.1}}
+    assert list(validation_gap_lines(scores, {"valid": 10, "test": 10})) == []
+    assert lines(95.0, 10.0) == []  # a task of one's own that counts in percent
