@@ -379,3 +379,15 @@ def test_the_command_line_tells_it_without_a_traceback(
         wrong.code == 2
         and "digits is for classification, not for text_classification (allowed: text)" in wrong.err
     )
+
+
+def test_splits_are_subsets_of_one_source(wanted: TextInputSpec, tmp_path: Path) -> None:
+    """What frozen stages compute for them is then computed once, for all folds."""
+    path = small_transformers.write_csv(tmp_path / "m.csv", 40)
+    folds = [load(wanted, path, split=SplitOptions(folds=3, fold=fold)) for fold in range(3)]
+    wholes = {part.whole.digest for d in folds for part in (d.train, d.valid)}  # type: ignore[attr-defined]
+    assert wholes == {folds[0].full.digest}
+    for data in folds:
+        texts = read(data.full, wanted)
+        assert sorted(texts) == sorted(read(data.train, wanted) + read(data.valid, wanted))
+        assert not set(read(data.test, wanted)) & set(texts)

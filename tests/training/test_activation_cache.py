@@ -17,6 +17,7 @@ from tests.helpers.frozen_prefixes import (
 )
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings
+from tuner.core.subset import Subset
 from tuner.files.cache_entries import evict_until_fits
 from tuner.training.activation_cache import CachedSource, CacheLimits, source_behind
 from tuner.training.devices import select_device
@@ -218,14 +219,14 @@ class Hungry(nn.Module):
 
 
 def test_filling_goes_on_in_smaller_chunks_where_the_memory_runs_out(tmp_path: Path) -> None:
-    stage, source = Hungry(3), CountingSource()
+    stage, source = Hungry(4), CountingSource()
     source_behind(make_frozen_prefix(nn.Sequential(stage)), source, CacheLimits(tmp_path))
-    assert stage.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]  # each of four chunks thrice
+    assert stage.sizes == [8] + 6 * [4]  # each half is timed thrice
     stage.sizes.clear()
     behind = remembered_behind(tmp_path, stage, source)
     got = behind.take(torch.arange(8), 0).x
     assert isinstance(got, Tensor) and got.flatten().tolist() == [2.0 * i for i in range(8)]
-    assert stage.sizes == [8, 4, 2, 2, 2, 2]
+    assert stage.sizes == [8, 4, 4]
 
 
 def remembered_behind(home: Path, stage: nn.Module, source: CountingSource) -> CachedSource:
@@ -278,3 +279,33 @@ def test_no_more_than_four_training_batches_are_computed_at_once(mode: str, tmp_
     with hook:
         prepare_training(run, device, "accuracy").train.take(torch.arange(2), 0)
     assert max(sizes) == 8
+
+
+# -- subsets
+
+
+def odd_ones(source: CountingSource) -> Subset:
+    return Subset(source, torch.tensor([1, 3, 5, 7]), "odd")
+
+
+def test_subsets_read_the_entry_of_the_whole(tmp_path: Path) -> None:
+    source, stages = CountingSource(), make_frozen_prefix(prefix())
+    always = CacheLimits(tmp_path, mode="always")
+    whole, odd = (source_behind(stages, s, always) for s in (source, odd_ones(source)))
+    got, expected = odd.take(torch.tensor([3, 0]), 1), whole.take(torch.tensor([7, 1]), 1)
+    assert len(odd) == 4 and source.take_count == 8
+    assert isinstance(got.x, dict) and isinstance(expected.x, dict)
+    assert torch.equal(got.x["map"], expected.x["map"]) and torch.equal(got.y, expected.y)  # type: ignore[arg-type]
+    assert isinstance(odd, CachedSource) and isinstance(whole, CachedSource)
+    assert odd.readers[1] is whole.readers[1]  # a GPU has the activations once
+
+
+def test_where_the_whole_is_too_large_a_subset_is_kept_alone(tmp_path: Path) -> None:
+    stages, source = make_frozen_prefix(make_linear_chain(4)), CountingSource()
+    limits = CacheLimits(tmp_path, gigabytes=200e-9)  # 16 bytes an example and view
+    source_behind(stages, source, limits)
+    (note,) = (tmp_path / "activations").glob("*.cost.json")
+    note.write_text(json.dumps({"computing": 1.0, "reading": 1e-6, "bytes": 16.0}))
+    assert isinstance(source_behind(stages, source, limits), UncachedSource)
+    odd = source_behind(stages, odd_ones(source), limits)
+    assert isinstance(odd, CachedSource) and odd.rows is None and len(odd.uncached) == 4

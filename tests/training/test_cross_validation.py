@@ -1,16 +1,20 @@
 """Cross-validation: a trial trained once a fold, its scores their mean."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from tests.conftest import SMALL, CommandResult
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
+from tuner.files.cache_entries import list_entries
 from tuner.training import cross_validation
+from tuner.training.building import load_dataset
 from tuner.training.cross_validation import fit_folds, prepare_folds, runs_of_folds
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.training_loop import FitProgress, fit, prepare_training
@@ -92,3 +96,41 @@ def test_a_study_over_folds_ends_in_an_export(
     said = tuner("run", small, "data.folds=3", "search.trials=2", "recipe.epochs=1")
     assert said.code == 0, said.err
     assert "\ntest     accuracy" in said.out
+
+
+def computed_examples(runs: list[Run], home: Path) -> list[int]:
+    """How many examples go through the first stage in each run, all folds together."""
+    counts = []
+    context = select_device(
+        EngineSettings.model_validate({"device": "cpu", "cache": "always"}), home
+    )
+    for run_ in runs:
+        count = 0
+
+        def add(module: nn.Module, inputs: Any) -> None:
+            nonlocal count
+            count += (
+                len(inputs[0]) if isinstance(module, nn.Conv2d) and module.in_channels == 3 else 0
+            )
+
+        with nn.modules.module.register_module_forward_pre_hook(add):
+            deque(fit_folds(run_, prepare_folds(run_, context, "accuracy")), maxlen=0)
+        counts.append(count)
+    return counts
+
+
+@pytest.mark.parametrize(("augment", "views"), [("none", 1), ("flip", 2)])
+def test_folds_and_the_winner_share_what_frozen_stages_computed(
+    augment: str, views: int, tmp_path: Path
+) -> None:
+    """Validation images are as they are: with flips they are other images than those of training."""
+    words = ("recipe.head=fresh", f"data.augment={augment}", f"recipe.epochs={views}")
+    single, crossed = run(*words), run(*words, "data.folds=5")
+    winner = replace(single, recipe=single.recipe.model_copy(update={"fit": "train+valid"}))
+    data = load_dataset(single, tmp_path)
+    own_valid, own_folds = (0, 0) if views == 1 else (len(data.valid), len(data.full))
+    assert computed_examples([single], tmp_path) == [views * len(data.full) + own_valid]
+    entries = list_entries(tmp_path / "activations")
+    assert computed_examples([crossed, winner], tmp_path) == [own_folds, 0]
+    if views == 1:
+        assert len(list_entries(tmp_path / "activations")) == len(entries)

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from tuner.config.run import SplitOptions
 from tuner.core.input_spec import InputSpec, TextInputSpec
+from tuner.core.subset import subset_of
 from tuner.core.types import Dataset
 from tuner.data._rows import KIND_BY_SUFFIX, TableRows, read_rows
 from tuner.errors import DataError, SpaceError, limit_listing, nearest_hint
@@ -159,7 +160,16 @@ def _make_dataset(
     train, valid, test = make_source(TRAIN), make_source(VALID), make_source(TEST)
     full = make_source(TRAIN, VALID)
     digest = content_digest(content, train.digest, valid.digest, test.digest)
-    return Dataset(train, valid, test, full, classes, input_spec, digest, warnings)
+    return Dataset(
+        train=subset_of(full, train),
+        valid=subset_of(full, valid),
+        test=test,
+        full=full,
+        classes=classes,
+        input_spec=input_spec,
+        digest=digest,
+        warnings=warnings,
+    )
 
 
 def _find_split_files(path: str) -> dict[int, Path]:

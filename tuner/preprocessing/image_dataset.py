@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tuner.config.run import FLIP_VERSIONS, ImageOptions
 from tuner.core.input_spec import ImageInputSpec, InputSpec
+from tuner.core.subset import subset_of
 from tuner.core.targets import Labels, Targets
 from tuner.core.types import Batch, Dataset
 from tuner.errors import DataError, SpaceError
@@ -170,7 +171,16 @@ def assemble_dataset(
     )
     shared = find_images_in_two_splits(items.examples, items.split, store.equal_rows)
     all_warnings = (*warnings, *target_warnings, *shared, *store.warnings)
-    return Dataset(train, valid, test, full, classes, image_spec, digest, all_warnings)
+    return Dataset(
+        train=subset_of(full, train),
+        valid=valid if flip else subset_of(full, valid),  # a mirrored image is another one
+        test=test,
+        full=full,
+        classes=classes,
+        input_spec=image_spec,
+        digest=digest,
+        warnings=all_warnings,
+    )
 
 
 def _digest_text(spec: ImageInputSpec) -> str:

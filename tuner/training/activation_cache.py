@@ -8,14 +8,18 @@ computed once.
 import hashlib
 import math
 import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from tuner.core.subset import Subset
 from tuner.core.types import Batch, Source
 from tuner.files.atomic import disk_errors
-from tuner.files.cache_entries import open_or_create
+from tuner.files.cache_entries import PinnedEntry, open_or_create
+from tuner.files.removal import SUMS
 from tuner.preprocessing.tensor_files import EntryReader, ReadBatch
 from tuner.training.cache_costs import measure_costs
 from tuner.training.cache_filling import CacheFill, CacheFull
@@ -51,18 +55,25 @@ def source_behind(prefix: FrozenPrefix, source: Source, limits: CacheLimits) -> 
     folder = limits.home / "activations"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    byte_limit = math.inf if limits.mode == "always" else limits.gigabytes * 1e9
+    choices = [CachedSource(uncached, folder, byte_limit)]
+    if isinstance(source, Subset):
+        whole = UncachedSource(prefix, source.whole)
+        choices.insert(0, CachedSource(whole, folder, byte_limit, source))
     if limits.mode == "always":
-        return CachedSource(uncached, folder, math.inf)
-    byte_limit = limits.gigabytes * 1e9
-    cost = measure_costs(uncached, folder)
-    bytes_needed = cost["bytes"] * len(source) * source.views
-    if bytes_needed > min(byte_limit, 0.8 * shutil.disk_usage(folder).free):
-        return uncached
+        return choices[0]
+    return next((choice for choice in choices if is_worthwhile(choice)), uncached)
+
+
+def is_worthwhile(cached: "CachedSource") -> bool:
+    """Whether activations fit the limit and the disk, and are faster to read than to compute."""
+    cost = measure_costs(cached.uncached, cached.folder)
+    bytes_needed = cost["bytes"] * len(cached.uncached) * (cached.views or 1)
+    if bytes_needed > min(cached.byte_limit, 0.8 * shutil.disk_usage(cached.folder).free):
+        return False
     is_read_from_disk = bytes_needed > 0.5 * _available_memory()
     disk_seconds = cost["bytes"] / DISK_BYTES_PER_SECOND if is_read_from_disk else 0.0
-    if cost["reading"] + disk_seconds > cost["computing"]:
-        return uncached
-    return CachedSource(uncached, folder, byte_limit)
+    return cost["reading"] + disk_seconds <= cost["computing"]
 
 
 def _available_memory() -> float:
@@ -84,20 +95,29 @@ class CachedSource:
     view, its outputs are computed at each take.
     """
 
-    def __init__(self, uncached: UncachedSource, folder: Path, byte_limit: float) -> None:
+    def __init__(
+        self,
+        uncached: UncachedSource,
+        folder: Path,
+        byte_limit: float,
+        subset: Subset | None = None,
+    ) -> None:
+        """`subset`: which examples of `uncached` these are; None: all. All of them are kept."""
         self.uncached, self.folder, self.byte_limit = uncached, folder, byte_limit
         self.device = uncached.prefix.device
-        self.views, self.digest, self.lengths = uncached.views, uncached.digest, uncached.lengths
+        examples = uncached if subset is None else subset
+        self.views, self.digest, self.lengths = examples.views, examples.digest, examples.lengths
+        self.rows = None if subset is None else subset.rows
         self.readers: dict[int, ReadBatch] = {}
 
     def __len__(self) -> int:
-        return len(self.uncached)
+        return len(self.uncached) if self.rows is None else len(self.rows)
 
     def take(self, index: Tensor, view: int) -> Batch:
         view %= self.views or 1
         if view not in self.readers:
             self.readers[view] = self._open_entry(view)
-        return self.readers[view](index)
+        return self.readers[view](index if self.rows is None else self.rows[index])
 
     def entry_folder(self, depth: int, view: int) -> Path:
         """The folder for the outputs of stage `depth`, which counts from 1."""
@@ -115,4 +135,22 @@ class CachedSource:
             pinned_entry = open_or_create(entry_folder, fill.run)
         except CacheFull:
             return lambda index: self.uncached.take(index, view)
-        return EntryReader(pinned_entry, len(self), self.device, into_memory=True)
+        return shared_reader(pinned_entry, len(self.uncached), self.device)
+
+
+_readers: weakref.WeakValueDictionary[tuple[Path, int, torch.device], EntryReader] = (
+    weakref.WeakValueDictionary()
+)
+
+
+def shared_reader(entry: PinnedEntry, length: int, device: torch.device) -> EntryReader:
+    """The reader of an entry that this process has on a device already, or a new one.
+
+    Training and validation examples, and those of all folds, are in one entry. It must not be in
+    the memory of the GPU once for each of them.
+    """
+    key = entry.folder, (entry.folder / SUMS).stat().st_ino, device
+    reader = _readers.get(key)
+    if reader is None:
+        reader = _readers[key] = EntryReader(entry, length, device, into_memory=True)
+    return reader

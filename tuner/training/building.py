@@ -21,6 +21,7 @@ from tuner.core.input_spec import (
     TensorTree,
     TextInputSpec,
 )
+from tuner.core.subset import Subset
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task, split_sequential
 from tuner.errors import SpaceError, TunerError
 from tuner.training.devices import DeviceContext
@@ -185,3 +186,12 @@ class DeviceSource:
         else:
             targets = {name: tensor.to(self.device) for name, tensor in y.items()}
         return Batch(self.input_spec.to_model_input(x, self.device), targets)
+
+
+def put_on_device(source: Source, input_spec: InputSpec, device_context: DeviceContext) -> Source:
+    """`source` as a DeviceSource. A subset stays one, of a whole that is on the device."""
+    on_device = DeviceSource(source, input_spec, device_context)
+    if not isinstance(source, Subset):
+        return on_device
+    whole = DeviceSource(source.whole, input_spec, device_context)
+    return Subset(whole, source.rows, on_device.digest)

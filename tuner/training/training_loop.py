@@ -20,7 +20,13 @@ from tuner.core.types import Dataset, Source, StagedModel
 from tuner.errors import DataError, SpaceError
 from tuner.messages import Epoch
 from tuner.training import activation_cache
-from tuner.training.building import DeviceSource, build_task, copy_cached_model, load_dataset
+from tuner.training.building import (
+    DeviceSource,
+    build_task,
+    copy_cached_model,
+    load_dataset,
+    put_on_device,
+)
 from tuner.training.checkpoints import Checkpoints, RestoredProgress, TrainingState
 from tuner.training.devices import DeviceContext
 from tuner.training.epoch import (
@@ -108,10 +114,12 @@ class LoadedRun:
         )
 
         def through_prefix(source: Source) -> Source:
+            input_spec = self.dataset.input_spec
+            if depth == 0:
+                return DeviceSource(source, input_spec, self.device_context)
+            on_device = put_on_device(source, input_spec, self.device_context)
             return activation_cache.source_behind(
-                frozen,
-                DeviceSource(source, self.dataset.input_spec, self.device_context),
-                self.device_context.cache_limits,
+                frozen, on_device, self.device_context.cache_limits
             )
 
         return TrainingContext(
