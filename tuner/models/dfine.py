@@ -18,8 +18,9 @@ from tuner.models import _detr
 TASKS = ("detection",)
 NAMES = ("dfine_n", "dfine_s", "dfine_m", "dfine_l", "dfine_x")
 EXPORTS = ("safetensors", "torch_export", "onnx")
-# the authors' configurations for COCO: AdamW, lr 0.00025 and weight decay 0.000125 for 32 images,
-# gradients clipped at 0.1, warm-up
+# the authors' configurations: AdamW, lr 0.00025 and weight decay 0.000125 for 32 images, gradients
+# clipped at 0.1, warm-up of 500 steps, then constant.
+# https://github.com/Peterande/D-FINE/tree/master/configs/dfine
 RECIPES = {
     "detection": {
         "optimizer": "adamw",

@@ -24,8 +24,10 @@ NAMES = (
     "fasterrcnn_mobilenet_v3_large_320_fpn",
 )
 # TorchVision Object Detection Finetuning Tutorial: SGD, lr 0.005, momentum 0.9, weight decay
-# 0.0005, batches of 2, 10 epochs.
+# 0.0005, batches of 2, 10 epochs, lr divided by 10 every 3 epochs, to which cosine is next.
 # https://docs.pytorch.org/tutorials/intermediate/torchvision_tutorial.html
+# Its loop is that of torchvision's references: lr rises linearly during the first epoch.
+# https://github.com/pytorch/vision/blob/main/references/detection/engine.py
 RECIPES = {
     "detection": {
         "optimizer": "sgd",
@@ -34,6 +36,8 @@ RECIPES = {
         "weight_decay": 5e-4,
         "batch_size": 2,
         "epochs": 10,
+        "schedule": "cosine",
+        "warmup": 0.1,
     }
 }
 # torch.export cannot pool regions whose number depends on the image

@@ -19,7 +19,8 @@ from tuner.models._torchvision_weights import build_pyramid_detector, letterbox_
 TASKS = ("detection",)
 NAMES = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")
 # torchvision's reference training: SGD, lr 0.01 for 16 images, here for 2; momentum 0.9, weight
-# decay 0.0001.
+# decay 0.0001; lr rises linearly during the first epoch and is divided by 10 twice, to which cosine
+# is next.
 # https://github.com/pytorch/vision/tree/main/references/detection
 RECIPES = {
     "detection": {
@@ -29,6 +30,8 @@ RECIPES = {
         "weight_decay": 1e-4,
         "batch_size": 2,
         "epochs": 10,
+        "schedule": "cosine",
+        "warmup": 0.1,
     }
 }
 # torch.export cannot follow a number of objects that depends on the image

@@ -18,7 +18,8 @@ TASKS = ("detection",)
 NAMES = ("rtdetr_r18", "rtdetr_r34", "rtdetr_r50", "rtdetr_r101")
 EXPORTS = ("safetensors", "torch_export", "onnx")
 # the paper's table A: AdamW, lr 0.0001, weight decay 0.0001, gradients clipped at 0.1, batches of
-# 16, warm-up, then constant
+# 16, warm-up of 2,000 steps, then constant; the same in configs/rtdetr/include/optimizer.yml of
+# https://github.com/lyuwenyu/RT-DETR/tree/main/rtdetrv2_pytorch
 RECIPES = {
     "detection": {
         "optimizer": "adamw",

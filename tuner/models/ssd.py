@@ -40,7 +40,8 @@ from tuner.models._torchvision_weights import (
 TASKS = ("detection",)
 NAMES = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
 # torchvision's reference training of SSD300: SGD, lr 0.002 for 32 images, here for 8; momentum 0.9,
-# weight decay 0.0005.
+# weight decay 0.0005; lr rises linearly during the first epoch and is divided by 10 twice, to which
+# cosine is next.
 # https://github.com/pytorch/vision/tree/main/references/detection
 RECIPES = {
     "detection": {
@@ -50,6 +51,8 @@ RECIPES = {
         "weight_decay": 5e-4,
         "batch_size": 8,
         "epochs": 20,
+        "schedule": "cosine",
+        "warmup": 0.05,
     }
 }
 MIN_CANVAS_SIDE = 268  # pixels; on a smaller canvas SSD300's last feature map would be empty

@@ -1,0 +1,144 @@
+"""By its default recipe every family learns from real examples: its loss falls and stays finite, at any freeze depth.
+
+Few small examples and a short schedule: how the trainings begin, not where they lead. A family of another task is one more
+row in FAMILIES, and one more source in SOURCES where it needs other data.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import SHARED
+from tests.helpers.detector_families import list_detector_families
+from tuner.config import parsing, plugins, yaml_document
+from tuner.config.run import EngineSettings, Run
+from tuner.training.devices import select_device
+from tuner.training.training_loop import fit, prepare_training
+
+LITE0 = SHARED / "tf_efficientnet_lite0.safetensors"
+# for each source its task, its data section and the archive with its files
+SOURCES = {
+    "raccoon": ("detection", "{name: voc, path: FOLDER}", "raccoon.tar"),
+    "bccd": ("detection", "{name: voc, path: FOLDER}", "bccd.tar"),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The smallest member of a family, and how little of the data shows that it learns.
+
+    `options` are those of the model section. `regions` are sampled in each image by a second stage: its cost.
+    """
+
+    model: str
+    size: int = 128  # pixels
+    examples: int = 16  # for training, and as many for validation, which are trained on too
+    epochs: int = 2
+    options: str = "weights: none"
+    packages: tuple[str, ...] = ()
+    regions: int = 32
+    sources: tuple[str, ...] = ("raccoon", "bccd")
+
+
+DETR = ("transformers",)
+YOLO = ("libreyolo", "cv2")
+FAMILIES = (
+    Family("fasterrcnn_mobilenet_v3_large_320_fpn", options="weights: none, backbone: none"),
+    Family("retinanet_resnet50_fpn", options="weights: none, backbone: none"),
+    Family("fcos_resnet50_fpn", options="weights: none, backbone: none"),
+    Family("ssdlite320_mobilenet_v3_large", 160, options="weights: none, backbone: none"),
+    Family(
+        "fasterrcnn/timm/tf_efficientnet_lite0", options=f"backbone: {LITE0}", packages=("timm",)
+    ),
+    Family(
+        "retinanet/timm/tf_efficientnet_lite0", options=f"backbone: {LITE0}", packages=("timm",)
+    ),
+    Family("fcos/timm/tf_efficientnet_lite0", options=f"backbone: {LITE0}", packages=("timm",)),
+    Family("rtdetr_r18", epochs=6, packages=DETR),
+    Family("dfine_n", 256, epochs=6, packages=DETR),
+    Family("yolox_nano", 160, epochs=6, packages=YOLO),
+    Family("yolov9_t", 160, epochs=6, packages=YOLO),
+)
+CASES = [
+    (family, family.sources[number % len(family.sources)], share)
+    for family in FAMILIES
+    for number, share in enumerate((0.0, 0.5, 1.0))
+]
+
+
+def test_every_family_of_detectors_is_in_the_table() -> None:
+    named = {plugins.find_model_family(family.model) for family in FAMILIES}
+    assert list_detector_families() <= named
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The caches, shared by all trainings here."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """The folders of the archives that were needed so far."""
+    yield {"": tmp_path_factory.mktemp("sources")}
+
+
+def extract(source: str, folders: dict[str, Path]) -> Path:
+    """The folder with a source's files; skips where its archive is absent."""
+    archive_path = SHARED / SOURCES[source][2]
+    if not archive_path.exists():
+        pytest.skip(f"no {archive_path}")
+    if source not in folders:
+        folders[source] = folders[""] / source
+        with tarfile.open(archive_path) as archive:
+            archive.extractall(folders[source], filter="data")
+        (folders[source],) = folders[source].iterdir()
+    return folders[source]
+
+
+def make_run(family: Family, source: str, share: float, folder: Path) -> Run:
+    """The family's default recipe, frozen up to a share of its depth, on few small examples."""
+    task, data, _ = SOURCES[source]
+    text = f"task: {task}\ndata: {data.replace('FOLDER', str(folder))}\nmodel: {{name: {family.model}, {family.options}}}\n"
+    words = [
+        f"data.size={family.size}",
+        f"data.limit={family.examples}",
+        f"recipe.epochs={family.epochs}",
+        "recipe.fit=train+valid",  # nothing is held out, so nothing is scored
+    ]
+    document = parsing.apply_overrides(yaml_document.parse_document(text, "descent.yaml"), words)
+    return parsing.parse_space(document).sample(None, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "source", "share"),
+    [pytest.param(*case, id=f"{case[0].model}-{case[1]}-{case[2]}") for case in CASES],
+)
+def test_the_loss_falls_and_stays_finite(
+    family: Family, source: str, share: float, home: Path, extracted: dict[str, Path]
+) -> None:
+    for package in family.packages:
+        pytest.importorskip(package, exc_type=ImportError)
+    if str(LITE0) in family.options and not LITE0.exists():
+        pytest.skip(f"no {LITE0}")
+    run = make_run(family, source, share, extract(source, extracted))
+    device_context = select_device(EngineSettings.model_validate({"device": "cpu"}), home)
+    deepest = prepare_training(run, device_context, "map").staged_model.max_depth
+    recipe = run.recipe.model_copy(update={"freeze_depth": round(share * deepest)})
+    torch.manual_seed(0)
+    context = prepare_training(replace(run, recipe=recipe), device_context, "map")
+    sample_fewer_regions(context.staged_model.model, family.regions)
+    losses = [progress.epoch.loss for progress in fit(context, recipe, seed=1)]
+    assert losses[-1] < losses[0]
+
+
+def sample_fewer_regions(model: Any, count: int) -> None:
+    """For time: torchvision's second stage learns from 512 regions of each image."""
+    if hasattr(model, "roi_heads"):
+        model.roi_heads.fg_bg_sampler.batch_size_per_image = count
