@@ -57,6 +57,10 @@ class BackboneStage(DetectorStage):
         self.body, self.input_name, self.output_name = body, input_name, output_name
         self.passed_names = tuple(passed_names)
 
+    def extra_repr(self) -> str:
+        """The names: cached activations are kept by the stage's digest, and this is part of it."""
+        return f"{self.input_name} -> {self.output_name}, passes {self.passed_names}"
+
     def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         passed = {name: x[name] for name in self.passed_names}
         return passed | {self.output_name: self.body(x[self.input_name])}

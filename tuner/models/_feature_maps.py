@@ -38,6 +38,13 @@ class FeatureMapStage(nn.Module):
         self.body, self.input_name, self.output_name = body, input_name, output_name
         self.keeps_input, self.writes_size = keeps_input, writes_size
 
+    def extra_repr(self) -> str:
+        """The names: cached activations are kept by the stage's digest, and this is part of it."""
+        return (
+            f"{self.input_name} -> {self.output_name}, "
+            f"keeps_input={self.keeps_input}, writes_size={self.writes_size}"
+        )
+
     def forward(self, x: TensorTree) -> dict[str, Tensor]:
         if isinstance(x, Tensor):
             n, _, height, width = x.shape

@@ -46,6 +46,13 @@ class BackboneBlocks(DetectorStage):
         self.input_name = input_name
         self.output_name = self.tap_names[-1] or FLOW_NAME
 
+    def extra_repr(self) -> str:
+        """The names: cached activations are kept by the stage's digest, and this is part of it.
+
+        Models over one backbone may tap it at different places.
+        """
+        return f"{self.input_name} -> {self.output_name}, taps {self.tap_names}"
+
     def compute(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         y = x[self.input_name]
         if self.input_name == IMAGE_NAME:

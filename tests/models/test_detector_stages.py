@@ -1,0 +1,51 @@
+"""What detectors share beside the laws: names in the digests of stages, and the scale of the features that a head gets."""
+
+import pytest
+import torch
+
+from tests.helpers.detector_families import adapt_statistics, build_detector
+from tuner.core.types import StagedModel
+from tuner.training.activation_cache import stage_digests
+
+BACKBONE = "timm/mobilenetv3_small_050"
+
+
+def digests(staged: StagedModel) -> dict[str, str]:
+    found = stage_digests(list(staged.stages.values()), "start")
+    return dict(zip(staged.stages, found, strict=True))
+
+
+def test_stages_that_pass_other_feature_maps_on_share_no_cached_activations() -> None:
+    """Over equal layers Faster R-CNN takes maps from stride 4 on, RetinaNet from 8 on, both by the names 0, 1, 2."""
+    pytest.importorskip("timm")
+    first, second = (
+        build_detector(f"fasterrcnn/{BACKBONE}"),
+        build_detector(f"retinanet/{BACKBONE}"),
+    )
+    a, b = digests(first), digests(second)
+    x = torch.rand(1, 3, 64, 64)
+    for depth, name in enumerate(list(first.stages)[:-2], 1):
+        outputs = [staged.split(depth)[0](x) for staged in (first, second)]
+        alike = outputs[0].keys() == outputs[1].keys() and all(
+            torch.equal(value, outputs[1][key]) for key, value in outputs[0].items()
+        )
+        assert (a[name] == b[name]) == alike, name
+    assert a["stem"] == b["stem"]
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_the_pyramid_over_a_backbone_of_timm_has_one_scale(scale: float) -> None:
+    """Rates are meant for features of a ResNet's size; those of EfficientNet-Lite0 are ten times as large."""
+    pytest.importorskip("timm")
+    staged = build_detector(f"fasterrcnn/{BACKBONE}")
+    backbone, _ = staged.split(staged.max_depth - 1)
+    x = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    adapt_statistics(backbone, x)
+    with torch.no_grad():
+        maps = {
+            name: scale * value if value.is_floating_point() else value
+            for name, value in backbone(x).items()
+        }
+        pyramid = staged.stages["fpn"].eval()(maps)
+    for name in ("0", "1", "2", "3"):
+        assert 0.5 < float(pyramid[name].std()) < 2, name
