@@ -1,5 +1,7 @@
 """What detectors share beside the laws: names in the digests of stages, and the scale of the features that a head gets."""
 
+import math
+
 import pytest
 import torch
 
@@ -49,3 +51,32 @@ def test_the_pyramid_over_a_backbone_of_timm_has_one_scale(scale: float) -> None
         pyramid = staged.stages["fpn"].eval()(maps)
     for name in ("0", "1", "2", "3"):
         assert 0.5 < float(pyramid[name].std()) < 2, name
+
+
+# the probability of an object with which each author's new class layer begins
+PRIORS = {
+    "retinanet/timm/mobilenetv3_small_050": (0.01, "cls_logits.bias"),
+    "fcos/timm/mobilenetv3_small_050": (0.01, "cls_logits.bias"),
+    "rtdetr_r18": (0.01, "class_embed"),
+    "dfine_n": (0.01, "class_embed"),
+    "yolox_nano": (0.01, "cls_preds"),
+    "yolov9_t": (1 / (1 + math.exp(10)), "2.bias"),
+}
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_new_class_layer_of_sigmoids_begins_with_its_authors_prior(
+    name: str, classes: int
+) -> None:
+    """Lin et al., Focal Loss for Dense Object Detection, section 3.3: bias -log((1 - prior) / prior)."""
+    prior, layer = PRIORS[name]
+    head = list(build_detector(name, classes).stages.values())[-1]
+    biases = [
+        value
+        for key, value in head.named_parameters()
+        if layer in key and key.endswith("bias") and "cv2" not in key
+    ]
+    assert biases
+    for bias in biases:
+        assert torch.allclose(bias.sigmoid(), torch.full_like(bias, prior), rtol=1e-3), bias

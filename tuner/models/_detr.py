@@ -37,6 +37,8 @@ CLASS_PARAMETER_PREFIXES = (
     "model.enc_score_head.",
     "model.denoising_class_embed.",
 )
+# the probability of an object with which a new class layer begins, in the authors' own code
+CLASS_PRIOR = 0.01
 CHECKS_VARIABLE = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
@@ -75,6 +77,9 @@ def build_detr(
         SpaceError: `weights` is a file of another kind.
         DataError: The weights are missing, damaged or of another model.
     """
+    # the library's own prior follows the number of classes: of a single class it expects every
+    # second query to be an object
+    config.initializer_bias_prior_prob = CLASS_PRIOR
     # anchors and positions follow the size of the canvas
     config.anchor_image_size = config.eval_size = None
     detector, notes = _build_detector(home, kind, config, hub, weights)
