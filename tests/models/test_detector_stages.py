@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers.detector_families import adapt_statistics, build_detector
 from tuner.core.types import StagedModel
-from tuner.training.activation_cache import stage_digests
+from tuner.training.frozen_prefix import stage_digests
 
 BACKBONE = "timm/mobilenetv3_small_050"
 

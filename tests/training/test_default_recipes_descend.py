@@ -52,14 +52,26 @@ FAMILIES = (
     Family("fasterrcnn_mobilenet_v3_large_320_fpn", options="weights: none, backbone: none"),
     Family("retinanet_resnet50_fpn", options="weights: none, backbone: none", shares=(1.0,)),
     Family("fcos_resnet50_fpn", options="weights: none, backbone: none", shares=(1.0,)),
-    Family("ssdlite320_mobilenet_v3_large", 160, 16, 6, "weights: none, backbone: none"),
+    Family(
+        "ssdlite320_mobilenet_v3_large",
+        160,
+        16,
+        6,
+        "weights: none, backbone: none",
+        shares=(0.0, 0.5),
+    ),
     Family(
         "fasterrcnn/timm/tf_efficientnet_lite0", options=f"backbone: {LITE0}", packages=("timm",)
     ),
     Family(
         "retinanet/timm/tf_efficientnet_lite0", options=f"backbone: {LITE0}", packages=("timm",)
     ),
-    Family("fcos/timm/tf_efficientnet_lite0", options=f"backbone: {LITE0}", packages=("timm",)),
+    Family(
+        "fcos/timm/tf_efficientnet_lite0",
+        options=f"backbone: {LITE0}",
+        packages=("timm",),
+        shares=(0.0, 0.5),
+    ),
     Family("rtdetr_r18", epochs=2, packages=DETR),
     Family("dfine_n", 256, epochs=4, packages=DETR),
     Family("yolox_nano", 160, epochs=6, packages=YOLO),
