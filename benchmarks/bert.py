@@ -29,7 +29,7 @@ from tuner.engines import _process_settings
 from tuner.files.cache_entries import disk_usage
 from tuner.preprocessing import tokenization
 from tuner.training import epoch as learning
-from tuner.training import training_loop
+from tuner.training import preparation, training_loop
 from tuner.training.devices import select_device
 from tuner.training.optimizers import lr_factor, make_optimizer
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, depth: int) -> Run:
 def bench(
     args: argparse.Namespace, depth: int, cache: str, home: Path
 ) -> training_loop.TrainingContext:
-    return training_loop.prepare_training(
+    return preparation.prepare_training(
         run(args, depth),
         select_device(EngineSettings.model_validate({"device": "cpu", "cache": cache}), home),
         "accuracy",

@@ -26,7 +26,8 @@ from tuner.engines import _process_settings
 from tuner.training import checkpoints
 from tuner.training.checkpoints import Checkpoints
 from tuner.training.devices import select_device
-from tuner.training.training_loop import fit, prepare_training
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import fit
 
 SPACE = """
 task: classification

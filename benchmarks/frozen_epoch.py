@@ -17,7 +17,8 @@ import torch
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.training.devices import select_device
-from tuner.training.training_loop import fit, prepare_training
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import fit
 
 SPACE = """
 task: classification

@@ -26,7 +26,7 @@ from tuner.config import parsing
 from tuner.core.types import Source
 from tuner.engines import _process_settings
 from tuner.training import epoch as learning
-from tuner.training import training_loop
+from tuner.training import preparation, training_loop
 from tuner.training.devices import select_device
 from tuner.training.optimizers import make_optimizer
 
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace, depth: int, home: Path) -> tuple[list[floa
     where = replace(
         where, limits=replace(where.cache_limits, mode="always")
     )  # this is about what remembering costs, not about when
-    bench, other = (training_loop.prepare_training(run, where, "accuracy") for _ in range(2))
+    bench, other = (preparation.prepare_training(run, where, "accuracy") for _ in range(2))
     for source in (bench.train, bench.valid):
         in_memory(source)  # fills what is to be remembered
     twin = bare(other.net, in_memory(bench.train), in_memory(bench.valid), run.recipe)

@@ -13,7 +13,8 @@ from pathlib import Path
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings
 from tuner.training.devices import select_device
-from tuner.training.training_loop import fit, predict_source, prepare_training
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import fit, predict_source
 
 SPACE = """
 task: classification

@@ -19,7 +19,8 @@ from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.engines import _process_settings
 from tuner.training.devices import select_device
-from tuner.training.training_loop import FitProgress, fit, prepare_training
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import FitProgress, fit
 
 _process_settings.keep_freed_memory()  # for all: it is the worker's setting
 SPACE = """

@@ -20,7 +20,8 @@ from tuner.files import checkpoint_files
 from tuner.manifest import run_from_dict
 from tuner.training import finalization
 from tuner.training.devices import select_device
-from tuner.training.training_loop import fit, prepare_training
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import fit
 
 Tuner = Callable[..., CommandResult]
 

@@ -104,7 +104,7 @@ def test_what_the_schema_refuses_tuner_refuses(
 def test_every_key_is_explained_and_has_its_default(check: jsonschema.Draft202012Validator) -> None:
     recipe = space_schema()["properties"]["recipe"]["properties"]
     assert (
-        recipe["lr"]["default"] == 0.001
+        recipe["lr"]["default"] == 0.0005
         and recipe["lr"]["description"] == "learning rate at its highest"
     )
     assert all("description" in key for key in recipe.values())

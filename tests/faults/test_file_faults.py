@@ -23,7 +23,7 @@ def model(outputs):
 
 # row, what follows PARTS, the lines on stderr after `tuner: error: space.yaml:`
 ROWS = [
-    (1, "recipe: {momentun: 0.9}", ["4: recipe.momentun: unknown key; did you mean 'momentum'? (allowed: optimizer, lr, momentum, nesterov, weight_decay, freeze_depth, epochs, batch_size, schedule, warmup, clip_norm, label_smoothing, head, patience, stop_epoch, fit)"]),
+    (1, "recipe: {momentun: 0.9}", ["4: recipe.momentun: unknown key; did you mean 'momentum'? (allowed: optimizer, lr, momentum, nesterov, weight_decay, freeze_depth, epochs, batch_size, schedule, warmup, clip_norm, batchnorm, label_smoothing, head, patience, stop_epoch, fit)"]),
     (2, "recipe:\n  lr: 0.1\n  epochs: 2\n  lr: 0.2\n", ["7: recipe.lr: duplicate key, first written in line 5; keep one"]),
     (3, 'recipe: {lr: {low: "abc", high: 1e-1}}', ["4: recipe.lr.low: expected a number, got the string 'abc'"]),
     (4, "recipe: {lr: {low: 1e-1, high: 1e-3}}", ["4: recipe.lr: low (0.1) must be below high (0.001)"]),

@@ -28,7 +28,7 @@ from tuner.files.cache_entries import (
 from tuner.preprocessing.image_store import open_image_store
 from tuner.training.activation_cache import CachedSource
 from tuner.training.frozen_prefix import UncachedSource
-from tuner.training.linear_probe import load_or_train_probe
+from tuner.training.linear_probe import load_or_solve_probe
 
 ROOT = Path(__file__).parents[2]
 SIDE = ImageInputSpec(64, 64, "bilinear", (0.0,) * 3, (1.0,) * 3)
@@ -77,7 +77,7 @@ def probe(home: Path) -> Any:
         with torch.no_grad():
             head.weight += torch.arange(2400).view(60, 40)
 
-    load_or_train_probe(head, home / "probes", "key", train)
+    load_or_solve_probe(head, home / "probes", "key", train)
     return head.weight.detach().clone()
 
 

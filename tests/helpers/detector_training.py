@@ -13,6 +13,7 @@ from tuner.core.detectors import NO_OBJECT, join_targets
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
 from tuner.core.types import Batch, Dataset, Prediction, Source, StagedModel, Task
 from tuner.training import activation_cache, frozen_prefix
+from tuner.training.batch_norm import pretrained_norms
 from tuner.training.building import DeviceSource
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.training_loop import TrainingContext, fit
@@ -116,8 +117,17 @@ def make_context(
         frozen, DeviceSource(PictureSource(side), wanted, where), where.cache_limits
     )
     return TrainingContext(
-        MinimalDetection(), staged, net, None, source, source, source, where, "mean"
-    )  # type: ignore[arg-type]
+        MinimalDetection(),
+        staged,
+        net,
+        pretrained_norms(net),
+        None,  # type: ignore[arg-type]
+        source,
+        source,
+        source,
+        where,
+        "mean",
+    )
 
 
 def train_two_epochs(context: TrainingContext, lr: float) -> list[tuple[float, float]]:

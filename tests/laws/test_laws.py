@@ -21,7 +21,8 @@ from tuner.config import parsing, plugins, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.core.types import Source
 from tuner.training.devices import DeviceContext, select_device
-from tuner.training.training_loop import fit, prepare_training
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import fit
 
 CORES = len(os.sched_getaffinity(0))  # of one local worker
 

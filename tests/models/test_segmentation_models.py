@@ -24,7 +24,8 @@ from tuner.models import smp as ours
 from tuner.models import torchvision_segmentation
 from tuner.training.building import build_model, build_task
 from tuner.training.devices import DeviceContext, select_device
-from tuner.training.training_loop import fit, prepare_training
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import fit
 
 smp = pytest.importorskip("segmentation_models_pytorch")
 SMALL = "tu-mobilenetv3_small_050"

@@ -22,7 +22,8 @@ from tuner.files.downloads import DOWNLOADS_FORBIDDEN
 from tuner.preprocessing import tokenization
 from tuner.training.building import build_model, build_task, input_spec_of
 from tuner.training.devices import DeviceContext, select_device
-from tuner.training.training_loop import fit, predict_source, prepare_training, shuffle_into_batches
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import fit, predict_source, shuffle_into_batches
 
 transformers = pytest.importorskip("transformers")
 BOTH = [

@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import CommandResult
 from tests.helpers import box_files, mask_files, small_transformers
 from tuner.config import parsing, plugins, space, yaml_document
+from tuner.config.run import Recipe
 
 FILES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 IMAGES = "data={name: synthetic, size: 32, examples: 40}"
@@ -81,9 +82,8 @@ def test_a_shipped_file_resolves_and_reads_back(path: Path) -> None:
     )
     run = found.make_run({})
     stated = plugins.read_model_constant(run.model.name, "RECIPES", {}).get(run.task.name, {})
-    assert found.default_params()["lr"] == stated.get(
-        "lr", 0.001
-    )  # the first trials are what the model's people begin with
+    # the first trials are what the model's people begin with
+    assert found.default_params()["lr"] == stated.get("lr", Recipe().lr)
 
 
 @pytest.mark.parametrize("path", files(SLOW))

@@ -272,7 +272,8 @@ def test_a_trial_of_several_folds_is_their_mean(space: Path, tmp_path: Path) -> 
     from tuner.config.run import EngineSettings
     from tuner.training.cross_validation import fit_folds, prepare_folds
     from tuner.training.devices import select_device
-    from tuner.training.training_loop import fit, prepare_training
+    from tuner.training.preparation import prepare_training
+    from tuner.training.training_loop import fit
 
     def run(*words: str) -> Any:
         return parsing.load_space(space, ["recipe.epochs=1", "data.folds=3", *words]).sample(

@@ -22,7 +22,7 @@ from tuner.files.cache_entries import evict_until_fits
 from tuner.training.activation_cache import CachedSource, CacheLimits, source_behind
 from tuner.training.devices import select_device
 from tuner.training.frozen_prefix import UncachedSource
-from tuner.training.training_loop import prepare_training
+from tuner.training.preparation import prepare_training
 
 
 class Taps(nn.Module):

@@ -25,7 +25,8 @@ from tuner.training.checkpoints import Checkpoints
 from tuner.training.cross_validation import fit_folds, prepare_folds
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.micro_batches import initial_micro_batch_size
-from tuner.training.training_loop import BestEpoch, fit, open_checkpoints, prepare_training
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import BestEpoch, fit, open_checkpoints
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True},

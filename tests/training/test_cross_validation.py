@@ -17,7 +17,8 @@ from tuner.training import cross_validation
 from tuner.training.building import load_dataset
 from tuner.training.cross_validation import fit_folds, prepare_folds, runs_of_folds
 from tuner.training.devices import DeviceContext, select_device
-from tuner.training.training_loop import FitProgress, fit, prepare_training
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import FitProgress, fit
 
 FIXED = [
     "recipe.lr=0.01",

@@ -17,7 +17,8 @@ from tests.helpers.detector_families import list_detector_families
 from tuner.config import parsing, plugins, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.training.devices import select_device
-from tuner.training.training_loop import fit, prepare_training
+from tuner.training.preparation import prepare_training
+from tuner.training.training_loop import fit
 
 LITE0 = SHARED / "tf_efficientnet_lite0.safetensors"
 # for each source its task, its data section and the archive with its files

@@ -86,7 +86,7 @@ def test_workers_that_share_a_gpu_share_its_memory(
 def test_remembered_activations_move_into_a_quarter_of_the_workers_part(
     four: dict[str, float], tmp_path: Path
 ) -> None:
-    values = {"x": torch.zeros(10_000, dtype=torch.uint8)}
+    values = [torch.zeros(10_000, dtype=torch.uint8)]
     assert tensor_files.fits_on_gpu(
         values, select_device(EngineSettings(per_gpu=1), tmp_path).device
     )

@@ -30,11 +30,12 @@ class Section(BaseModel):
 class Recipe(Section):
     """How a model is trained.
 
-    The defaults are the tutorial's: SGD, lr 0.001, momentum 0.9, nothing frozen.
+    The defaults suit pretrained weights and a head that begins as a linear probe: a small rate that
+    rises first and falls to 0, so that the first steps do not lose what the probe found.
     """
 
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
-    lr: float = Field(0.001, gt=0, le=100, description="learning rate at its highest")
+    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="SGD with momentum, or AdamW")
+    lr: float = Field(0.0005, gt=0, le=100, description="learning rate at its highest")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum; AdamW's first beta")
     nesterov: bool = Field(False, description="Nesterov's momentum (SGD)")
     weight_decay: float = Field(
@@ -46,13 +47,18 @@ class Recipe(Section):
     )
     batch_size: int = Field(32, ge=1, le=65_536, description="examples per optimizer step")
     schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="of the learning rate, per step; the others end at 0"
+        "cosine", description="of the learning rate, per step; all but constant end at 0"
     )
     warmup: float = Field(
-        0.0, ge=0, le=0.5, description="share of the steps in which lr rises linearly from 0"
+        0.1, ge=0, le=0.5, description="share of the steps in which lr rises linearly from 0"
     )
     clip_norm: float | None = Field(
         None, gt=0, description="gradients are scaled down to this norm; null: as they are"
+    )
+    batchnorm: Literal["auto", "frozen", "adapt"] = Field(
+        "auto",
+        description="statistics of pretrained BatchNorm: frozen as they are, or adapting to the "
+        "training examples; auto: adapting from batches of 16 on",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each target spread over all classes"

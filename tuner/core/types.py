@@ -86,6 +86,7 @@ class StagedModel:
         native_forward: Calls the model on the input of the first stage and gives the output of the
             last one, where that is not model(x), as with detectors that take lists. None: model(x).
         can_probe: Whether the last stage is a linear classifier of features, for a linear probe.
+        head_is_new: Whether the last layer has no trained weights. One that has them is not probed.
         exports_batched: Whether exports take any number of examples; otherwise one at a time.
     """
 
@@ -94,6 +95,7 @@ class StagedModel:
     notes: tuple[str, ...] = ()
     native_forward: Callable[[nn.Module, TensorTree], TensorTree] | None = None
     can_probe: bool = True
+    head_is_new: bool = True
     exports_batched: bool = True
 
     @property
@@ -148,6 +150,14 @@ class Task(ABC):
     @abstractmethod
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """The scalar loss of `net` on `batch`, which training minimises."""
+
+    def loss_parts(self, net: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The parts of the loss by name, scalar tensors; training minimises their sum.
+
+        A training that diverges names the part. A task whose loss is one number leaves this as it
+        is.
+        """
+        return {"loss": self.loss(net, batch)}
 
     @abstractmethod
     def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:

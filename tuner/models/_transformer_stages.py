@@ -33,13 +33,13 @@ def stage_transformer(model: Any, task: str, notes: tuple[str, ...]) -> StagedMo
     Args:
         model: One of transformers' models for the task.
         task: text_classification or text_generation.
-        notes: What the user is told about the weights.
+        notes: What the user is told about the weights: one line for each new module.
     """
     kind = model.config.model_type
     generating = task == "text_generation"
     if kind in ENCODER_ATTRIBUTES and not generating:
         stages = _encoder_stages(model, getattr(model, ENCODER_ATTRIBUTES[kind]))
-        return StagedModel(model, stages, notes, _compute_logits)
+        return StagedModel(model, stages, notes, _compute_logits, head_is_new=bool(notes))
     if kind == "gpt2":
         return StagedModel(
             model,
@@ -47,6 +47,7 @@ def stage_transformer(model: Any, task: str, notes: tuple[str, ...]) -> StagedMo
             notes,
             _compute_logits if generating else _compute_last_token_logits,
             can_probe=not generating,
+            head_is_new=bool(notes),
         )
     return StagedModel(
         model,

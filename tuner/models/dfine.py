@@ -28,6 +28,7 @@ RECIPES = {
         "weight_decay": 0.000125,
         "clip_norm": 0.1,
         "batch_size": 16,
+        "schedule": "constant",
         "warmup": 0.05,
         "epochs": 30,
     }

@@ -80,7 +80,7 @@ def build(
         "layer4": nn.Sequential(model.layer4, model.avgpool, nn.Flatten(1)),
         "head": nn.Sequential(model.fc),
     }
-    return StagedModel(model, stages, notes)
+    return StagedModel(model, stages, notes, head_is_new=weights == "none" or bool(notes))
 
 
 def build_slim_resnet(outputs: int) -> ResNet:

@@ -80,7 +80,9 @@ def build(
             head=head,
             source_name=f"weights: {weights if is_path(weights) else path.name}",
         )
-    return StagedModel(model, stages_of(model, config), notes)
+    return StagedModel(
+        model, stages_of(model, config), notes, head_is_new=weights == "none" or bool(notes)
+    )
 
 
 def stages_of(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:

@@ -61,4 +61,4 @@ def build(
     stages["fc1"] = nn.Sequential(*fc[:2])
     stages["fc2"] = nn.Sequential(*fc[2:5])
     stages["head"] = nn.Sequential(*fc[5:])
-    return StagedModel(model, stages, notes)
+    return StagedModel(model, stages, notes, head_is_new=weights == "none" or bool(notes))

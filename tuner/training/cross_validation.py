@@ -10,6 +10,7 @@ from tuner.config.run import PluginConfig, Run
 from tuner.messages import Epoch
 from tuner.training.devices import DeviceContext
 from tuner.training.epoch import TrainingContext
+from tuner.training.preparation import prepare_training
 from tuner.training.training_loop import (
     BestEpoch,
     FitProgress,
@@ -17,7 +18,6 @@ from tuner.training.training_loop import (
     is_better,
     is_out_of_patience,
     open_checkpoints,
-    prepare_training,
 )
 
 

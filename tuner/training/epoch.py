@@ -2,8 +2,10 @@
 epoch.
 """
 
+import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tuner.config.run import Recipe
 from tuner.core.types import Dataset, Source, StagedModel, Task
+from tuner.training.batch_norm import set_train_mode
 from tuner.training.checkpoints import TrainingState
 from tuner.training.devices import DeviceContext
 from tuner.training.micro_batches import retry_on_oom
@@ -22,6 +26,9 @@ MAX_EVAL_BATCH = (
     64  # examples; four training batches where that is less, since memory is sized by them
 )
 BATCHES_PER_BUCKET = 32  # batches whose examples are sorted by length together
+STEPS_BETWEEN_CHECKS = 50  # after so many steps the loss is read and must be finite
+LossParts = dict[str, Tensor]
+"""Scalar tensors by name; their sum is what training minimises."""
 PredictionPairs = list[tuple[Any, Any]]
 """(prediction, target) of each batch, in the order of the examples."""
 
@@ -30,13 +37,15 @@ PredictionPairs = list[tuple[Any, Any]]
 class TrainingContext:
     """Everything that a training uses and does not change itself, but for the weights of `net`.
 
-    `net` is the trainable suffix of `staged_model`. The sources `train`, `valid` and `test` give
+    `net` is the trainable suffix of `staged_model`; `pretrained_norms` are those of its BatchNorm
+    modules that have statistics of the pretraining. The sources `train`, `valid` and `test` give
     activations of the frozen prefix, on the device. `metric` decides which epoch is the best.
     """
 
     task: Task
     staged_model: StagedModel
     net: nn.Module
+    pretrained_norms: tuple[_BatchNorm, ...]
     dataset: Dataset
     train: Source
     valid: Source
@@ -45,33 +54,61 @@ class TrainingContext:
     metric: str
 
 
+class Diverged(Exception):
+    """The loss or a score is NaN or infinite."""
+
+
 def train_one_epoch(
     context: TrainingContext, recipe: Recipe, training: TrainingState, seed: int, epoch: int
 ) -> float:
-    """Makes one pass over the training examples.
+    """Makes one pass over the training examples and returns the mean loss.
 
-    Returns the mean loss, or one that is not finite as soon as it is.
+    Raises Diverged, with the step and the part of the loss, when the loss is not finite.
     """
     seed_everything(seed * 1_000_003 + epoch)
-    context.net.train()
     view = (epoch - 1) % context.train.views if context.train.views else epoch - 1
     total = torch.zeros((), device=context.device_context.device)
+    unchecked: list[LossParts] = []
     batches = shuffle_into_batches(
         len(context.train), recipe.batch_size, seed, epoch, context.train.lengths
     )
-    for step, index in enumerate(batches):
-        loss = retry_on_oom(
+    set_train_mode(context.net, context.pretrained_norms, recipe, len(batches))
+    for step, index in enumerate(batches, start=1):
+        parts = retry_on_oom(
             partial(backward, context, index, view, training), training.micro_batch_size, len(index)
         )
         if recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(context.net.parameters(), recipe.clip_norm)
         training.optimizer.step()
         training.schedule.step()
-        total += loss * len(index)
+        total += sum_parts(parts) * len(index)
+        unchecked.append(parts)
         # reading the total waits for the GPU, so it is not read at every step
-        if step % 50 == 49 and not math.isfinite(float(total)):
-            break
+        if step % STEPS_BETWEEN_CHECKS == 0 or step == len(batches):
+            if not math.isfinite(float(total)):
+                first_step = step - len(unchecked) + 1
+                raise Diverged(f"{describe_divergence(unchecked, first_step)} in epoch {epoch}")
+            unchecked.clear()
     return float(total) / len(context.train)
+
+
+def describe_divergence(losses: Sequence[LossParts], first_step: int) -> str:
+    """The value of the first loss that is not finite, its step, and its parts where it has many.
+
+    Args:
+        losses: The parts of the loss of some steps in a row.
+        first_step: The number of the first of these steps.
+    """
+    for step, parts in enumerate(losses, start=first_step):
+        values = {name: float(value) for name, value in parts.items()}
+        if math.isfinite(sum(values.values())):
+            continue
+        bad_parts = [
+            f"{name} {value:g}" for name, value in values.items() if not math.isfinite(value)
+        ]
+        named = f" ({', '.join(bad_parts)})" if len(values) > 1 and bad_parts else ""
+        return f"loss {sum(values.values()):g}{named} at step {step}"
+    return "the sum of the losses is not finite"
 
 
 def seed_everything(seed: int) -> None:
@@ -83,27 +120,36 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def backward(context: TrainingContext, index: Tensor, view: int, training: TrainingState) -> Tensor:
-    """Computes the gradients of a batch's mean loss, which stay in the net, and returns the loss.
+def backward(
+    context: TrainingContext, index: Tensor, view: int, training: TrainingState
+) -> LossParts:
+    """Computes the gradients of a batch's mean loss, which stay in the net.
 
     A batch that is larger than the micro-batch size is computed in micro-batches, each weighted by
     its number of examples. The result is the gradient of the whole batch where a loss is a mean
     over examples. It is an approximation where the loss is a mean over something else (the tokens
     of texts, the pixels that are not ignored, the objects), and in BatchNorm, whose statistics are
     then those of a micro-batch.
+
+    Returns the parts of the loss, detached.
     """
     training.optimizer.zero_grad(set_to_none=True)
-    micro_batches = training.micro_batch_size.split_batch(index)
-    total = torch.zeros((), device=context.device_context.device)
-    for micro_batch in micro_batches:
+    totals: LossParts = {}
+    for micro_batch in training.micro_batch_size.split_batch(index):
         batch = context.train.take(micro_batch, view)
         with context.device_context.autocast():
-            loss = context.task.loss(context.net, batch)
-        if len(micro_batches) > 1:
-            loss = loss * (len(micro_batch) / len(index))
-        loss.backward()  # type: ignore[no-untyped-call]
-        total = loss.detach() if len(micro_batches) == 1 else total + loss.detach()
-    return total
+            parts = context.task.loss_parts(context.net, batch)
+        weight = len(micro_batch) / len(index)
+        weighted = {name: part * weight if weight < 1 else part for name, part in parts.items()}
+        sum_parts(weighted).backward()  # type: ignore[no-untyped-call]
+        for name, part in weighted.items():
+            totals[name] = totals[name] + part.detach() if name in totals else part.detach()
+    return totals
+
+
+def sum_parts(parts: LossParts) -> Tensor:
+    """The sum of the parts of a loss: a scalar tensor."""
+    return functools.reduce(torch.add, parts.values())
 
 
 def shuffle_into_batches(

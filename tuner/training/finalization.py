@@ -18,16 +18,11 @@ from tuner.messages import Assignment, Epoch, FinalizeJob
 from tuner.training.building import load_dataset
 from tuner.training.checkpoints import load_best_weights
 from tuner.training.devices import select_device
-from tuner.training.epoch import TrainingContext, predict_source
+from tuner.training.epoch import Diverged, TrainingContext, predict_source
 from tuner.training.exported_models import load_exporter, model_without_weights
+from tuner.training.preparation import prepare_training
 from tuner.training.publishing import publish
-from tuner.training.training_loop import (
-    Diverged,
-    FitProgress,
-    fit,
-    open_checkpoints,
-    prepare_training,
-)
+from tuner.training.training_loop import FitProgress, fit, open_checkpoints
 
 DIVERGED_HINT = "lower recipe.lr, or export the next best with `tuner export STUDY --trial N`"
 

@@ -7,10 +7,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+Result = TypeVar("Result")
 
 OUT_OF_MEMORY = re.compile(
     "can't allocate memory"  # the CPU's allocator
@@ -58,8 +61,8 @@ def initial_micro_batch_size(
 
 
 def retry_on_oom(
-    compute: Callable[[], Tensor], micro_batch_size: MicroBatchSize, example_count: int
-) -> Tensor:
+    compute: Callable[[], Result], micro_batch_size: MicroBatchSize, example_count: int
+) -> Result:
     """Calls `compute`, and calls it again with half the micro-batch size each time that the memory
     runs out.
 

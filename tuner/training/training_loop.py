@@ -1,12 +1,8 @@
-"""One training: `prepare_training` builds what a run names, `fit` yields its epochs.
-
-No Optuna here.
-"""
+"""One training: `fit` yields the epochs of what `prepare_training` made."""
 
 import hashlib
 import math
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -16,34 +12,22 @@ import torch
 from torch import Tensor
 
 from tuner.config.run import Recipe, Run
-from tuner.core.types import Dataset, Source, StagedModel
-from tuner.errors import DataError, SpaceError
+from tuner.core.types import Dataset
+from tuner.errors import DataError
 from tuner.messages import Epoch
-from tuner.training import activation_cache
-from tuner.training.building import (
-    DeviceSource,
-    build_task,
-    copy_cached_model,
-    load_dataset,
-    put_on_device,
-)
+from tuner.training import batch_norm
 from tuner.training.checkpoints import Checkpoints, RestoredProgress, TrainingState
-from tuner.training.devices import DeviceContext
 from tuner.training.epoch import (
+    MAX_EVAL_BATCH,
+    Diverged,
     PredictionPairs,
     TrainingContext,
     predict_source,
     shuffle_into_batches,
     train_one_epoch,
 )
-from tuner.training.frozen_prefix import MAX_EXAMPLES_AT_ONCE, FrozenPrefix
-from tuner.training.linear_probe import PROBE_RECIPE, load_or_train_probe
 from tuner.training.micro_batches import initial_micro_batch_size
 from tuner.training.optimizers import lr_factor, make_optimizer
-
-
-class Diverged(Exception):
-    """The loss or a score is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -85,115 +69,6 @@ class EpochOutcome:
     weights: dict[str, Tensor] | None
 
 
-@dataclass(frozen=True)
-class LoadedRun:
-    """What a run names, loaded: its dataset, and its model with a digest for each stage."""
-
-    run: Run
-    dataset: Dataset
-    staged_model: StagedModel
-    stage_digests: tuple[str, ...]
-    device_context: DeviceContext
-    metric: str
-
-    @property
-    def train_source(self) -> Source:
-        """The examples that the run is trained on."""
-        is_full = self.run.recipe.fit == "train+valid"
-        return self.dataset.full if is_full else self.dataset.train
-
-    def make_context(self, depth: int, recipe: Recipe) -> TrainingContext:
-        """The context for a training of the stages behind `depth` by `recipe`."""
-        prefix, suffix = self.staged_model.split(depth)
-        frozen = FrozenPrefix(
-            list(prefix.children()),
-            self.stage_digests[:depth],
-            self.device_context.device,
-            self.device_context.autocast,
-            max_batch=min(MAX_EXAMPLES_AT_ONCE, 4 * recipe.batch_size),
-        )
-
-        def through_prefix(source: Source) -> Source:
-            input_spec = self.dataset.input_spec
-            if depth == 0:
-                return DeviceSource(source, input_spec, self.device_context)
-            on_device = put_on_device(source, input_spec, self.device_context)
-            return activation_cache.source_behind(
-                frozen, on_device, self.device_context.cache_limits
-            )
-
-        return TrainingContext(
-            task=build_task(replace(self.run, recipe=recipe), self.dataset.classes),
-            staged_model=self.staged_model,
-            net=suffix,
-            dataset=self.dataset,
-            train=through_prefix(self.train_source),
-            valid=through_prefix(self.dataset.valid),
-            test=through_prefix(self.dataset.test),
-            device_context=self.device_context,
-            metric=self.metric,
-        )
-
-
-def prepare_training(run: Run, device_context: DeviceContext, metric: str) -> TrainingContext:
-    """Builds the data and the model of a run and splits the model at the recipe's freeze depth.
-
-    Args:
-        run: The run to train.
-        device_context: The device and its precision, and the home of the caches.
-        metric: The name of the score that decides which epoch is the best.
-
-    Returns:
-        What `fit` trains. Its head begins as the linear probe where the recipe says so.
-
-    Raises:
-        DataError: The data or the weights cannot be used.
-        SpaceError: The run does not fit the model.
-        Diverged: The linear probe diverged.
-    """
-    dataset = load_dataset(run, device_context.home)
-    staged_model, digests = copy_cached_model(run, device_context, len(dataset.classes))
-    depth = run.recipe.freeze_depth
-    if depth > staged_model.max_depth:
-        raise SpaceError(
-            f"recipe.freeze_depth: {depth}, but {run.model.name} allows 0..{staged_model.max_depth}"
-        )
-    staged_model.model.to(  # type: ignore[call-overload]
-        device_context.device, memory_format=torch.channels_last
-    )
-    loaded = LoadedRun(run, dataset, staged_model, digests, device_context, metric)
-    if starts_from_probe(run, staged_model):
-        probe_head(loaded)
-    return loaded.make_context(depth, run.recipe)
-
-
-def starts_from_probe(run: Run, staged_model: StagedModel) -> bool:
-    """Whether the head begins as the linear probe: the features must be pretrained."""
-    return (
-        run.recipe.head == "probe"
-        and staged_model.can_probe
-        and staged_model.max_depth > 0
-        and run.model.options.get("weights") != "none"
-    )
-
-
-def probe_head(loaded: LoadedRun) -> None:
-    """Gives the head its probed weights. Raises Diverged."""
-    staged_model = loaded.staged_model
-    recipe = PROBE_RECIPE.model_copy(update={"fit": loaded.run.recipe.fit})
-
-    def train() -> None:
-        context = loaded.make_context(staged_model.max_depth, recipe)
-        deque(fit(context, recipe, seed=0), maxlen=0)
-
-    run_key = (
-        f"{loaded.stage_digests[-2:]} {loaded.train_source.digest} {loaded.dataset.valid.digest} "
-        f"{loaded.dataset.input_spec} {loaded.run.task.to_dict()} {loaded.metric} {recipe}"
-    )
-    head = list(staged_model.stages.values())[-1]
-    load_or_train_probe(head, loaded.device_context.home / "probes", run_key, train)
-
-
 def open_checkpoints(
     run: Run, context: TrainingContext, folder: Path | None, *, keep_best_weights: bool = False
 ) -> Checkpoints | None:
@@ -233,6 +108,8 @@ def fit(
     """
     training = start_training(context, recipe, seed)
     restored = checkpoints.restore_newest(training) if checkpoints is not None else None
+    if restored is None and batch_norm.statistics_adapt(recipe):
+        adopt_training_statistics(context, recipe.batch_size)
     epochs: list[Epoch] = []
     best: BestEpoch | None = None
     for outcome in chain(
@@ -274,6 +151,21 @@ def start_training(context: TrainingContext, recipe: Recipe, seed: int) -> Train
         context.net, recipe.batch_size, context.device_context.micro_batches
     )
     return TrainingState(context.net, optimizer, schedule, micro_batch_size)
+
+
+def adopt_training_statistics(context: TrainingContext, batch_size: int) -> None:
+    """Gives pretrained BatchNorm the statistics of training examples; see `batch_norm`."""
+    if not context.pretrained_norms:
+        return
+    count = min(len(context.train), batch_norm.CALIBRATION_EXAMPLES)
+    order = torch.randperm(len(context.train), generator=torch.Generator().manual_seed(0))
+
+    def run_examples() -> None:
+        for index in torch.split(order[:count], min(MAX_EVAL_BATCH, 4 * batch_size)):
+            with context.device_context.autocast():
+                context.task.predict(context.net, context.train.take(index, 0).x)
+
+    batch_norm.adopt_statistics(context.net, context.pretrained_norms, run_examples)
 
 
 def replay_epochs(
@@ -321,8 +213,11 @@ def run_epoch(
         size = min(recipe.batch_size, training.micro_batch_size.value)
         predictions = predict_source(context, context.valid, size)
         scores = context.task.score(predictions)
-    if not math.isfinite(loss) or not all(map(math.isfinite, scores.values())):
-        raise Diverged(f"loss {loss:g} in epoch {number}")
+    bad_scores = [
+        f", {name} {value:g}" for name, value in scores.items() if not math.isfinite(value)
+    ]
+    if bad_scores or not math.isfinite(loss):
+        raise Diverged(f"loss {loss:g}{''.join(bad_scores)} in epoch {number}")
     return EpochOutcome(Epoch(number, loss, scores, time.monotonic() - start), predictions, None)
 
 

@@ -18,9 +18,9 @@ from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialR
 from tuner.training.building import build_model, load_dataset
 from tuner.training.cross_validation import fit_folds, prepare_folds, runs_of_folds
 from tuner.training.devices import select_device, select_gpus
-from tuner.training.epoch import TrainingContext
+from tuner.training.epoch import Diverged, TrainingContext
 from tuner.training.micro_batches import is_out_of_memory, release_memory
-from tuner.training.training_loop import BestEpoch, Diverged, check_batch_size
+from tuner.training.training_loop import BestEpoch, check_batch_size
 
 
 def survey_models(

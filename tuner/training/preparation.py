@@ -1,0 +1,216 @@
+"""Before the first epoch: builds what a run names, freezes its prefix and probes its head."""
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tuner.config.run import Recipe, Run
+from tuner.core.input_spec import TensorTree, tree_to_dict
+from tuner.core.types import Batch, Dataset, Source, StagedModel
+from tuner.errors import SpaceError
+from tuner.training import activation_cache, linear_probe
+from tuner.training.batch_norm import pretrained_norms
+from tuner.training.building import (
+    DeviceSource,
+    build_task,
+    copy_cached_model,
+    load_dataset,
+    put_on_device,
+)
+from tuner.training.devices import DeviceContext
+from tuner.training.epoch import MAX_EVAL_BATCH, Diverged, TrainingContext
+from tuner.training.frozen_prefix import MAX_EXAMPLES_AT_ONCE, FrozenPrefix
+from tuner.training.training_loop import fit
+
+# of the layers before the head's last one, where a head has some: on features in memory
+HIDDEN_LAYERS_RECIPE = Recipe(
+    optimizer="adamw", lr=1e-3, epochs=20, batch_size=64, schedule="cosine", head="fresh"
+)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run names, loaded: its dataset, and its model with a digest for each stage."""
+
+    run: Run
+    dataset: Dataset
+    staged_model: StagedModel
+    stage_digests: tuple[str, ...]
+    device_context: DeviceContext
+    metric: str
+
+    @property
+    def train_source(self) -> Source:
+        """The examples that the run is trained on."""
+        is_full = self.run.recipe.fit == "train+valid"
+        return self.dataset.full if is_full else self.dataset.train
+
+    def behind_prefix(self, depth: int, source: Source) -> Source:
+        """The outputs of the stages up to `depth` for a source of the dataset, on the device."""
+        if depth == 0:
+            return DeviceSource(source, self.dataset.input_spec, self.device_context)
+        prefix, _ = self.staged_model.split(depth)
+        frozen = FrozenPrefix(
+            list(prefix.children()),
+            self.stage_digests[:depth],
+            self.device_context.device,
+            self.device_context.autocast,
+            max_batch=min(MAX_EXAMPLES_AT_ONCE, 4 * self.run.recipe.batch_size),
+        )
+        on_device = put_on_device(source, self.dataset.input_spec, self.device_context)
+        return activation_cache.source_behind(frozen, on_device, self.device_context.cache_limits)
+
+    def make_context(self, depth: int, recipe: Recipe) -> TrainingContext:
+        """The context for a training of the stages behind `depth` by `recipe`."""
+        _, suffix = self.staged_model.split(depth)
+        return TrainingContext(
+            task=build_task(replace(self.run, recipe=recipe), self.dataset.classes),
+            staged_model=self.staged_model,
+            net=suffix,
+            pretrained_norms=pretrained_norms(suffix),
+            dataset=self.dataset,
+            train=self.behind_prefix(depth, self.train_source),
+            valid=self.behind_prefix(depth, self.dataset.valid),
+            test=self.behind_prefix(depth, self.dataset.test),
+            device_context=self.device_context,
+            metric=self.metric,
+        )
+
+
+def prepare_training(run: Run, device_context: DeviceContext, metric: str) -> TrainingContext:
+    """Builds the data and the model of a run and splits the model at the recipe's freeze depth.
+
+    Args:
+        run: The run to train.
+        device_context: The device and its precision, and the home of the caches.
+        metric: The name of the score that decides which epoch is the best.
+
+    Returns:
+        What `fit` trains. Its head begins as the linear probe where the recipe says so.
+
+    Raises:
+        DataError: The data or the weights cannot be used.
+        SpaceError: The run does not fit the model.
+        Diverged: The linear probe diverged.
+    """
+    dataset = load_dataset(run, device_context.home)
+    staged_model, digests = copy_cached_model(run, device_context, len(dataset.classes))
+    depth = run.recipe.freeze_depth
+    if depth > staged_model.max_depth:
+        raise SpaceError(
+            f"recipe.freeze_depth: {depth}, but {run.model.name} allows 0..{staged_model.max_depth}"
+        )
+    staged_model.model.to(  # type: ignore[call-overload]
+        device_context.device, memory_format=torch.channels_last
+    )
+    loaded = LoadedRun(run, dataset, staged_model, digests, device_context, metric)
+    if starts_from_probe(run, staged_model):
+        probe_head(loaded)
+    return loaded.make_context(depth, run.recipe)
+
+
+def starts_from_probe(run: Run, staged_model: StagedModel) -> bool:
+    """Whether the head begins as the linear probe.
+
+    The features must be pretrained, and the head new: a head that the user has trained stays.
+    """
+    return (
+        run.recipe.head == "probe"
+        and staged_model.can_probe
+        and staged_model.head_is_new
+        and staged_model.max_depth > 0
+        and run.model.options.get("weights") != "none"
+    )
+
+
+def probe_head(loaded: LoadedRun) -> None:
+    """Gives the head its probed weights. Raises Diverged."""
+    run_key = (
+        f"{loaded.stage_digests[-2:]} {loaded.dataset.train.digest} {loaded.dataset.valid.digest} "
+        f"{loaded.dataset.input_spec} {loaded.run.task.to_dict()} {loaded.metric} "
+        f"{loaded.run.recipe.fit}"
+    )
+    head = list(loaded.staged_model.stages.values())[-1]
+    folder = loaded.device_context.home / "probes"
+    linear_probe.load_or_solve_probe(head, folder, run_key, lambda: solve_head(loaded, head))
+
+
+def solve_head(loaded: LoadedRun, head: nn.Module) -> None:
+    """Solves the head's last layer, after its other layers were trained where it has some.
+
+    A head that does not end with a linear layer stays as it is. Raises Diverged.
+    """
+    depth = loaded.staged_model.max_depth
+    train, valid = (
+        loaded.behind_prefix(depth, source)
+        for source in (loaded.dataset.train, loaded.dataset.valid)
+    )
+    loaded.staged_model.split(depth)  # the head is trained, and only the head
+    layer = linear_probe.find_output_layer(head, train.take(torch.arange(min(2, len(train))), 0).x)
+    if layer is None:
+        return
+    if linear_probe.has_hidden_layers(head, layer):
+        train_hidden_layers(loaded, train, valid)
+    context = loaded.device_context
+    train_examples, valid_examples = (
+        linear_probe.collect_layer_examples(head, layer, source, MAX_EVAL_BATCH, context.autocast)
+        for source in (train, valid)
+    )
+    task = build_task(replace(loaded.run, recipe=HIDDEN_LAYERS_RECIPE), loaded.dataset.classes)
+    linear_probe.solve_output_layer(
+        layer,
+        task.loss,
+        train_examples,
+        valid_examples,
+        join_valid=loaded.run.recipe.fit == "train+valid",
+    )
+    if not all(bool(torch.isfinite(value).all()) for value in layer.parameters()):
+        raise Diverged("the linear probe is not finite")
+
+
+def train_hidden_layers(loaded: LoadedRun, train: Source, valid: Source) -> None:
+    """Trains the whole head on features in memory. Raises Diverged."""
+    context = loaded.make_context(loaded.staged_model.max_depth, HIDDEN_LAYERS_RECIPE)
+    in_memory = replace(context, train=MemorySource.of(train), valid=MemorySource.of(valid))
+    deque(fit(in_memory, HIDDEN_LAYERS_RECIPE, seed=0), maxlen=0)
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """The first view of a source in memory."""
+
+    x: TensorTree
+    y: TensorTree
+    digest: str
+    views: int = 1
+    lengths: Tensor | None = None
+
+    @staticmethod
+    def of(source: Source) -> "MemorySource":
+        """Reads the whole source."""
+        chunks = [
+            source.take(index, 0)
+            for index in torch.split(torch.arange(len(source)), MAX_EVAL_BATCH)
+        ]
+        x, y = (_join([batch[part] for batch in chunks]) for part in (0, 1))
+        return MemorySource(x, y, source.digest)
+
+    def __len__(self) -> int:
+        return len(next(iter(tree_to_dict(self.y).values())))
+
+    def take(self, index: Tensor, view: int) -> Batch:
+        return Batch(_select(self.x, index), _select(self.y, index))
+
+
+def _join(trees: list[TensorTree]) -> TensorTree:
+    if isinstance(trees[0], Tensor):
+        return torch.cat([tree for tree in trees if isinstance(tree, Tensor)])
+    return {name: torch.cat([tree_to_dict(tree)[name] for tree in trees]) for name in trees[0]}
+
+
+def _select(tree: TensorTree, index: Tensor) -> TensorTree:
+    if isinstance(tree, Tensor):
+        return tree[index.to(tree.device)]
+    return {name: tensor[index.to(tensor.device)] for name, tensor in tree.items()}
