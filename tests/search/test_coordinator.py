@@ -46,9 +46,8 @@ def test_trial_0_is_the_default_recipe_as_far_as_the_space_allows() -> None:
     c = make_coordinator(make_space(trials=1))
     run_all_jobs(c)
     assert c.study.trials[0].params == {
-        "optimizer": "sgd",
-        "lr": 0.001,
-        "momentum": 0.9,
+        "optimizer": "adamw",
+        "lr": 0.0005,
         "freeze_depth": 0,
         "epochs": 3,
     }
@@ -61,9 +60,8 @@ def test_the_first_trial_is_the_cheap_truth_and_the_second_the_default_recipe_wh
     run_all_jobs(c)
     cheap, default = c.study.trials[:2]
     assert cheap.params == {
-        "optimizer": "sgd",
-        "lr": 0.001,
-        "momentum": 0.9,
+        "optimizer": "adamw",
+        "lr": 0.0005,
         "freeze_depth": 5,
         "epochs": 1,
     }

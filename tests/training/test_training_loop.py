@@ -98,7 +98,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(here: DeviceContext) -> Non
         run(lr=100.0, epochs=9, optimizer="sgd"),
         model=PluginConfig("tests.helpers.jobs:linear", {}),
     )
-    with pytest.raises(Diverged, match=r"loss .*(nan|inf) (at step [0-9]+ )?in epoch 1"):
+    with pytest.raises(Diverged, match=r"loss .*(nan|inf) (at step [0-9]+ )?in epoch [0-9]"):
         epochs(r, here)
 
 
@@ -135,9 +135,9 @@ def test_a_last_batch_of_one_trains_with_batch_norm(here: DeviceContext) -> None
 @pytest.mark.parametrize(
     ("recipe", "step", "expected"),
     [
-        (Recipe(), 0, 1.0),
-        (Recipe(schedule="cosine"), 0, 1.0),
-        (Recipe(schedule="cosine"), 50, 0.5),
+        (Recipe(schedule="constant", warmup=0.0), 0, 1.0),
+        (Recipe(schedule="cosine", warmup=0.0), 0, 1.0),
+        (Recipe(schedule="cosine", warmup=0.0), 50, 0.5),
         (Recipe(schedule="cosine"), 100, 0.0),
         (Recipe(warmup=0.1), 0, 1 / 11),
         (Recipe(warmup=0.1), 9, 10 / 11),
@@ -152,7 +152,7 @@ def test_the_schedule(recipe: Recipe, step: int, expected: float) -> None:
 def test_optimizers_get_what_the_recipe_says() -> None:
     weight = [torch.nn.Parameter(torch.zeros(1))]
     sgd = make_optimizer(
-        weight, Recipe(lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01)
+        weight, Recipe(optimizer="sgd", lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01)
     ).defaults
     assert (sgd["lr"], sgd["momentum"], sgd["nesterov"], sgd["weight_decay"]) == (
         0.1,

@@ -21,9 +21,9 @@ from tuner.config.run import Recipe
 
 CALIBRATION_EXAMPLES = 512  # training examples from which the statistics are computed
 MIN_ADAPT_BATCH = 16  # examples; `auto` trusts the statistics of batches from this size on
-# The share of a batch in the running statistics: they average over about half an epoch of batches,
-# so that they are little noisy and yet follow the weights. 0.1 is torch's own default.
-MIN_MOMENTUM, MAX_MOMENTUM = 0.02, 0.1
+MAX_MOMENTUM = 0.1  # torch's own default; less for batches below QUIET_BATCH, which are noisier
+QUIET_BATCH = 64  # examples
+MIN_MOMENTUM = 0.02
 
 
 def pretrained_norms(net: nn.Module) -> tuple[_BatchNorm, ...]:
@@ -56,10 +56,12 @@ def statistics_adapt(recipe: Recipe) -> bool:
 def set_train_mode(net: nn.Module, norms: Iterable[_BatchNorm], recipe: Recipe, steps: int) -> None:
     """Sets a network to train mode, its pretrained BatchNorm only where the statistics adapt.
 
-    `steps` is the number of batches of an epoch.
+    `steps` is the number of batches of an epoch. The running statistics average over about half an
+    epoch, so that they follow the weights, and over more where single batches are noisy.
     """
     net.train()
-    momentum = min(MAX_MOMENTUM, max(MIN_MOMENTUM, 2 / steps))
+    loudest = MAX_MOMENTUM * min(1.0, recipe.batch_size / QUIET_BATCH)
+    momentum = min(loudest, max(MIN_MOMENTUM, 2 / steps))
     for module in norms:
         module.train(statistics_adapt(recipe) and _can_adapt(module))
         module.momentum = momentum
