@@ -71,7 +71,12 @@ class Detection(Task):
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """The sum of the model's own losses."""
-        return torch.stack(list(net(join_targets(batch.x, batch.y)).values())).sum()
+        return torch.stack(list(self.loss_parts(net, batch).values())).sum()
+
+    def loss_parts(self, net: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The model's own losses, by its names for them."""
+        losses: dict[str, Tensor] = net(join_targets(batch.x, batch.y))
+        return losses
 
     def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
         return {
