@@ -121,3 +121,63 @@ def test_without_weights_or_where_the_file_says_fresh_the_head_is_as_built(
     bench = prepare_training(r, here, "accuracy")
     built = list(build_model(r, here.home, 3).stages.values())[-1].state_dict()
     assert solutions == [] and all(torch.equal(v, built[k]) for k, v in head(bench).items())
+
+
+def test_the_solved_layer_is_as_good_as_scikit_learns_logistic_regression() -> None:
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import LogisticRegression
+
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(pixels).float() / 64 + 5, torch.from_numpy(labels)  # small and far off
+    train = linear_probe.LayerExamples(x[:1000], y[:1000])
+    valid = linear_probe.LayerExamples(x[1000:1400], y[1000:1400])
+    layer = torch.nn.Linear(64, 10)
+    linear_probe.solve_output_layer(
+        layer,
+        lambda net, batch: torch.nn.functional.cross_entropy(net(batch.x), batch.y),
+        train,
+        valid,
+    )
+    with torch.no_grad():
+        accuracy = float((layer(x[1400:]).argmax(1) == y[1400:]).float().mean())
+    theirs = LogisticRegression(max_iter=5000).fit(pixels[:1000], labels[:1000])
+    assert accuracy > theirs.score(pixels[1400:], labels[1400:]) - 0.02
+
+
+def test_a_head_that_the_user_has_trained_is_left_alone(
+    here: DeviceContext, tmp_path: Path, solutions: list[int]
+) -> None:
+    from safetensors.torch import save_file
+
+    staged = build_model(run(), here.home, 3)
+    state = {k: v.contiguous() for k, v in staged.model.state_dict().items()}
+    save_file(state, tmp_path / "own.safetensors")
+    weights = {"weights": str(tmp_path / "own.safetensors")}
+    own = replace(run(), model=PluginConfig("resnet18_slim", weights))
+    kept = head(prepare_training(own, here, "accuracy"))
+    assert solutions == []
+    assert torch.equal(kept["0.weight"], state["fc.weight"])
+
+
+@pytest.mark.parametrize("change", ["data.views=null", "engine"])
+def test_the_probe_costs_one_pass_over_the_images_whatever_the_mode(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["data.augment=flip", "data.views=null"] if change == "data.views=null" else []
+    cache = "never" if change == "engine" else "auto"
+    here = select_device(EngineSettings.model_validate({"device": "cpu", "cache": cache}), tmp_path)
+    document = parsing.apply_overrides(yaml_document.parse_document(SMALL, "small.yaml"), words)
+    chosen = {("recipe", "epochs"): 2, ("recipe", "lr"): 1e-3, ("recipe", "freeze_depth"): 0}
+    small = parsing.parse_space(document).make_run(chosen, seed=3)
+    counted: list[int] = []
+    real = torch.nn.Conv2d.forward
+
+    def count(self: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        if self.in_channels == 3:
+            counted.append(len(x))
+        return real(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", count)
+    context = prepare_training(small, here, "accuracy")
+    examples = len(context.dataset.train) + len(context.dataset.valid)
+    assert sum(counted) <= examples + 40  # and a few to look at shapes and costs
