@@ -65,7 +65,7 @@ def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(
 def test_running_again_says_that_nothing_is_left_and_a_larger_budget_continues(
     tuner: Tuner, small: Path
 ) -> None:
-    hard = "data.noise=4"  # a score below 1, so that the default recipe is not the best
+    hard = "data.noise=3"  # a score below 1, so that the default recipe is not the best
     first = tuner("run", small, hard, "search.trials=2")
     best, default, below = (
         float(number)

@@ -155,7 +155,7 @@ def odd(run: Run) -> bool:
 def test_a_trial_that_is_refused_for_its_own_parameters_is_pruned_and_the_search_goes_on() -> None:
     problem = refused(SpaceError, "recipe.optimizer: sgd does not go with this loss", 2)
     c = make_coordinator(
-        make_space(trials=12, sampler="random"), listener=(listener := RecordingListener())
+        make_space(trials=12, sampler="random", seed=1), listener=(listener := RecordingListener())
     )
     jobs = run_all_jobs(
         c, lambda c, job: problem if odd(job.argument.run) else carry_out_without_training(c, job)

@@ -25,6 +25,13 @@ LITE0 = SHARED / "tf_efficientnet_lite0.safetensors"
 SOURCES = {
     "raccoon": ("detection", "{name: voc, path: FOLDER}", "raccoon.tar"),
     "bccd": ("detection", "{name: voc, path: FOLDER}", "bccd.tar"),
+    "clothing": ("classification", "{name: folder, path: FOLDER}", "clothing.tar"),
+    "signdigits": ("classification", "{name: folder, path: FOLDER}", "signdigits.tar"),
+    "humans": (
+        "segmentation",
+        "{name: masks, path: FOLDER, images: Training_Images, masks: Ground_Truth}",
+        "humans.tar",
+    ),
 }
 
 
@@ -49,7 +56,22 @@ class Family:
 
 DETR = ("transformers",)
 YOLO = ("libreyolo", "cv2")
+PHOTOGRAPHS = ("clothing", "signdigits")
+SMP = ("segmentation_models_pytorch",)
 FAMILIES = (
+    Family("resnet18_slim", 64, 64, 4, "weights: bundled", sources=PHOTOGRAPHS),
+    Family("vgg11_bn", 64, 64, 4, "weights: none", sources=PHOTOGRAPHS, shares=(0.5,)),
+    Family(
+        "timm/tf_efficientnet_lite0",
+        96,
+        64,
+        4,
+        f"weights: {LITE0}",
+        packages=("timm",),
+        sources=PHOTOGRAPHS,
+    ),
+    Family("unet/tu-mobilenetv3_small_050", 64, 16, 4, packages=SMP, sources=("humans",)),
+    Family("lraspp_mobilenet_v3_large", 64, 16, 4, sources=("humans",)),
     Family("fasterrcnn_mobilenet_v3_large_320_fpn", options="weights: none, backbone: none"),
     Family("retinanet_resnet50_fpn", options="weights: none, backbone: none", shares=(1.0,)),
     Family("fcos_resnet50_fpn", options="weights: none, backbone: none", shares=(1.0,)),
