@@ -81,7 +81,9 @@ class Pictures:
 
 
 class AnyTask(Task):
-    """The loss that suits the outputs; predictions are the outputs themselves."""
+    """The loss that suits the outputs; predictions are the outputs, of a detector its scores: objects
+    of equal scores, as random weights give them, may change their places by rounding.
+    """
 
     metrics = ("mean",)
     output_description = "outputs"
@@ -95,7 +97,7 @@ class AnyTask(Task):
 
     def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
         outputs: TensorTree = net(x)
-        return outputs
+        return outputs["scores"] if isinstance(outputs, dict) and "scores" in outputs else outputs
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         return {"mean": 0.0}
