@@ -8,6 +8,7 @@ trials in a file, a list such as [{"lr": 0.01, "momentum": 0.9, "freeze_depth": 
 """
 
 import argparse
+import copy
 import json
 import tempfile
 import time
@@ -16,10 +17,23 @@ from pathlib import Path
 import optuna
 import torch
 import twins
+from torch import nn
+
+
+class BestModel:
+    """A copy of the model with the best validation accuracy so far."""
+
+    def __init__(self) -> None:
+        self.score = -1.0
+
+    def keep(self, model: nn.Module, score: float) -> None:
+        if score > self.score:
+            self.model, self.score = copy.deepcopy(model), score
 
 
 def search(args: argparse.Namespace, storage: str) -> None:
-    train_loader, valid_loader = twins.loaders(args.folder, args.workers)
+    train_loader, valid_loader = twins.loaders(args.folder, args.workers, args.size)
+    kept = BestModel()
 
     def objective(trial: optuna.Trial) -> float:
         params = twins.Params(
@@ -30,7 +44,7 @@ def search(args: argparse.Namespace, storage: str) -> None:
         )
         best = 0.0
         for epoch, score in enumerate(
-            twins.train(params, args.weights, train_loader, valid_loader), 1
+            twins.train(params, args.weights, train_loader, valid_loader, kept.keep), 1
         ):
             best = max(best, score)
             twins.tell("epoch", trial.number, params, epoch=epoch, score=score)
@@ -46,10 +60,12 @@ def search(args: argparse.Namespace, storage: str) -> None:
         direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner(), storage=storage
     )
     study.optimize(objective, n_trials=args.trials)
+    if args.probabilities:
+        twins.save_test_probabilities(kept.model, args.folder, args.size, args.probabilities)
 
 
 def replay(args: argparse.Namespace) -> None:
-    train_loader, valid_loader = twins.loaders(args.folder, args.workers)
+    train_loader, valid_loader = twins.loaders(args.folder, args.workers, args.size)
     for number, listed in enumerate(json.loads(args.replay.read_text())):
         params, start = twins.Params(**listed), time.monotonic()
         scores = list(twins.train(params, args.weights, train_loader, valid_loader))
@@ -64,6 +80,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--storage", help="Optuna storage URL; default: SQLite in a temporary folder"
+    )
+    parser.add_argument(
+        "--probabilities", type=Path, help="where to write the best model's on FOLDER/test, as JSON"
     )
     args = parser.parse_args()
     torch.manual_seed(args.seed)

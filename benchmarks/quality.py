@@ -1,118 +1,263 @@
-"""What a search buys on the test examples: the winner's score minus the linear probe's.
+"""The benchmark that decides: test scores and wall seconds of `tuner run` beside what a person would write or pick instead.
 
-    python benchmarks/quality.py DATA --weights tf_efficientnet_lite0.safetensors [--sets clothing]
+    python benchmarks/quality.py DATA --weights tf_efficientnet_lite0.safetensors [--sets clothing-500 …] [--arms …]
     python benchmarks/quality.py --table-only
 
-Per set and seed: `tuner run` with 12 trials of 1 to 4 epochs at 96 pixels, the winner retrained on
-train and validation, tested once; and `tuner train` of the probe alone, on the same examples.
-Both are whole commands. Results are written as they come; a second start goes on.
+DATA holds the unpacked sets that quality_sets.py names. Every arm is a whole command, timed from its start, over the same
+images, weights, pixels and range of epochs:
+
+    tuner     `tuner run` with search_spaces/timm.yaml, 12 trials; retrained, tested, exported
+    default   `tuner train` of that file's default recipe, the longest allowed, without a search
+    plain     plain_optuna.py: TPE, MedianPruner, 12 trials; the best trial's weights
+    fastai    plain_fastai.py: `fine_tune` at its defaults (pip install fastai)
+    timm      plain_timm.py: AdamW, cosine, warm-up, RandAugment, mixup, EMA, without a search
+
+The arms of a set and seed run one after another, and the first one rotates from seed to seed. A seed splits each set anew.
+What is measured is written at once to plots/quality.json; started again, the command goes on. Test scores are computed here,
+for all arms alike, from the probabilities that each arm leaves for the test images.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import arms
+import numpy as np
+import quality_sets
 import yaml
 
-RESULTS = Path(__file__).parent / "plots" / "quality.json"
-SETS = {"clothing": "clothing", "signdigits": "signdigits", "cifar10": "cifar10/train"}
-MAX_DEPTH = 9
+RAW = arms.PLOTS / "quality.json"
+SIZE, RESIZE = 96, 110  # pixels: of the square, and of the shorter side before it is cut out
+EPOCHS = 4  # the longest training
+TRIALS = 12
+BINS = 15  # of the expected calibration error
+SPACE = arms.HERE.parent / "search_spaces" / "timm.yaml"
+ARMS = ("tuner", "default", "plain", "fastai", "timm")
+OTHERS = ("plain", "fastai", "timm")
 
 
-def write_space(args: argparse.Namespace, name: str, seed: int, file: Path) -> None:
-    """The space file of one search."""
-    tree = {
-        "task": "classification",
-        "data": {
-            "name": "folder",
-            "path": str(args.data.resolve() / SETS[name]),
-            "size": 96,
-            "resize": 110,
-            "limit": args.limit,
-        },
-        "model": {"name": "timm/tf_efficientnet_lite0", "weights": str(args.weights.resolve())},
-        "recipe": {
-            "lr": {"low": 1e-4, "high": 3e-3, "log": True},
-            "freeze_depth": {"low": 0, "high": MAX_DEPTH},
-            "epochs": {"low": 1, "high": 4},
-            "batch_size": 32,
-        },
-        "search": {"trials": args.trials, "seed": seed, "pruner": args.pruner},
-        "export": ["safetensors"],
-    }
-    file.write_text(yaml.safe_dump(tree))
+# -- the arms: each leaves the probabilities of the test images in a file, and says what it chose
 
 
-def run_tuner(home: Path, *words: object) -> float:
-    """The seconds of a command, whose folder of caches is `home`."""
+def timed(command: Sequence[str | Path], home: Path) -> float:
+    """The wall seconds of a command. Exits where it fails."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "tuner", *map(str, words), "--quiet"]
-    subprocess.run(command, check=True, env=os.environ | {"TUNER_HOME": str(home)})
+    done = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, "TUNER_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr[-3000:]}")
     return time.monotonic() - start
 
 
-def measure(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    """Test scores of the winner and of the probe, and what the search cost."""
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        folder = Path(scratch)
-        write_space(args, name, seed, folder / "quality.yaml")
-        studies = ("--studies", folder / "studies")
-        search_seconds = run_tuner(folder / "home", "run", folder / "quality.yaml", *studies)
-        study = folder / "studies" / "quality"
-        winner = json.loads((study / "export" / "manifest.json").read_text())
-        recipe = yaml.safe_load((study / "best.yaml").read_text())["recipe"]
-        alone_seconds = run_tuner(
-            folder / "home2", "train", study / "best.yaml", "--out", folder / "alone", *studies
-        )
-        probe_words = [f"recipe.freeze_depth={MAX_DEPTH}", "recipe.lr=1e-9", "recipe.epochs=1"]
-        run_tuner(
-            folder / "home",
-            "train",
-            study / "best.yaml",
-            *probe_words,
-            "recipe.stop_epoch=null",
-            "--out",
-            folder / "probe",
-            *studies,
-        )
-        probe = json.loads((folder / "probe" / "manifest.json").read_text())
+def space_tree(args: argparse.Namespace, images: Path, seed: int) -> dict[str, Any]:
+    """The shipped space file over these images, weights and epochs."""
+    tree: dict[str, Any] = yaml.safe_load(SPACE.read_text())
+    tree["data"] |= {"path": str(images), "size": SIZE, "resize": RESIZE}
+    tree["model"]["weights"] = str(args.weights.resolve())
+    tree["recipe"]["epochs"] = {"low": 1, "high": EPOCHS}
+    tree["search"] |= {"trials": TRIALS, "seed": seed, "name": "quality"}
+    tree["export"] = ["safetensors"]
+    return tree
+
+
+def tuner(args: argparse.Namespace, images: Path, scratch: Path, seed: int) -> dict[str, Any]:
+    """A whole search."""
+    file, studies = scratch / "space.yaml", scratch / "studies"
+    file.write_text(yaml.safe_dump(space_tree(args, images, seed), sort_keys=False))
+    words = [sys.executable, "-m", "tuner", "run", file, "--studies", studies, "--quiet"]
+    seconds = timed(words, scratch / "home")
+    study = studies / "quality"
+    write_tuner_probabilities(study / "export", images, scratch)
+    return {"seconds": seconds, "recipe": chosen_recipe(study / "best.yaml", file)}
+
+
+def chosen_recipe(best: Path, space: Path) -> dict[str, Any]:
+    """The winner's values of the keys that were searched, and its best epoch."""
+    recipe = yaml.safe_load(best.read_text())["recipe"]
+    searched = yaml.safe_load(space.read_text())["recipe"]
+    names = [key for key, value in searched.items() if isinstance(value, (dict, list))]
+    return {key: recipe.get(key) for key in [*names, "stop_epoch"]}
+
+
+def default(args: argparse.Namespace, images: Path, scratch: Path, seed: int) -> dict[str, Any]:
+    """The default recipe alone: what the file leaves open has its default."""
+    tree = space_tree(args, images, seed)
+    tree["recipe"] = {"epochs": EPOCHS}
+    tree |= {"seed": seed}
+    file, out = scratch / "default.yaml", scratch / "out"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    words = [sys.executable, "-m", "tuner", "train", file, "--out", out, "--quiet"]
+    seconds = timed([*words, "--studies", scratch / "studies"], scratch / "home")
+    write_tuner_probabilities(out, images, scratch)
+    return {"seconds": seconds}
+
+
+def write_tuner_probabilities(export: Path, images: Path, scratch: Path) -> None:
+    """The probabilities that `tuner predict` tells of the test images, in the other arms' form."""
+    files = sorted((images / "test").rglob("*.jpg"))
+    told = subprocess.run(
+        [sys.executable, "-m", "tuner", "predict", export, *files, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
+    classes = sorted(lines[0]["probabilities"])
+    rows = [
+        [classes.index(file.parent.name), [line["probabilities"][name] for name in classes]]
+        for file, line in zip(files, lines, strict=True)
+    ]
+    (scratch / "probabilities.json").write_text(json.dumps({"classes": classes, "rows": rows}))
+
+
+def script(name: str, *more: str) -> Callable[..., dict[str, Any]]:
+    """The arm of a script beside this file."""
+
+    def run(args: argparse.Namespace, images: Path, scratch: Path, seed: int) -> dict[str, Any]:
+        words: list[str | Path] = [sys.executable, arms.HERE / name, images]
+        words += ["--weights", args.weights.resolve(), "--size", str(SIZE), "--seed", str(seed)]
+        words += ["--probabilities", scratch / "probabilities.json", *more]
+        return {"seconds": timed(words, scratch / "home")}
+
+    return run
+
+
+RUN: dict[str, Callable[..., dict[str, Any]]] = {
+    "tuner": tuner,
+    "default": default,
+    "plain": script("plain_optuna.py", "--trials", str(TRIALS), "--workers", "0"),
+    "fastai": script("plain_fastai.py", "--epochs", str(EPOCHS)),
+    "timm": script("plain_timm.py", "--epochs", str(EPOCHS)),
+}
+
+
+# -- scores
+
+
+def scores(file: Path) -> dict[str, float]:
+    """Accuracy, expected calibration error (Guo et al., ICML 2017) and log loss of an arm's file."""
+    rows = json.loads(file.read_text())["rows"]
+    truth = np.array([row[0] for row in rows])
+    probabilities = np.array([row[1] for row in rows])
+    confidence, predicted = probabilities.max(1), probabilities.argmax(1)
+    hits = predicted == truth
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = [
+        abs(hits[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean()
+        for b in np.unique(bins)
+    ]
+    right = probabilities[np.arange(len(truth)), truth]
     return {
-        "set": name,
-        "seed": seed,
-        "winner": winner["scores"]["test"]["accuracy"],
-        "probe": probe["scores"]["test"]["accuracy"],
-        "recipe": {key: recipe[key] for key in ("lr", "freeze_depth", "epochs", "stop_epoch")},
-        "search_seconds": search_seconds,
-        "winner_seconds": alone_seconds,
+        "accuracy": float(hits.mean()),
+        "calibration_error": float(sum(gaps)),
+        "log_loss": float(-np.log(np.maximum(right, 1e-12)).mean()),
     }
 
 
-def print_table(results: dict[str, Any]) -> None:
-    print(f"{results['settings']}; {platform.machine()}, {os.cpu_count()} cores\n")
-    print(
-        "| set | seed | winner | test, winner | test, probe | gain, points | search, s | ÷ winner |"
-    )
-    print(f"|{'---|' * 8}")
-    gains = []
-    for row in results["rows"]:
-        gain = 100 * (row["winner"] - row["probe"])
-        gains.append(gain)
-        recipe = row["recipe"]
-        winner = f"depth {recipe['freeze_depth']}, {recipe['epochs']} epochs, lr {recipe['lr']:.2g}"
-        ratio = row["search_seconds"] / row["winner_seconds"]
+def measure(args: argparse.Namespace, name: str, seed: int, arm: str) -> dict[str, Any]:
+    """One arm on one set and seed."""
+    with tempfile.TemporaryDirectory(dir=args.scratch) as place:
+        scratch = Path(place)
+        sizes = quality_sets.make_set(name, args.data, scratch / "images", seed)
+        said = RUN[arm](args, scratch / "images", scratch, seed)
+        return {
+            "set": name,
+            "seed": seed,
+            "arm": arm,
+            "sizes": sizes,
+            **said,
+            **scores(scratch / "probabilities.json"),
+        }
+
+
+# -- what is told
+
+
+def cells(rows: list[dict[str, Any]], name: str, arm: str, key: str) -> list[float]:
+    """An arm's values of a set, in the order of the seeds."""
+    chosen = [row for row in rows if row["set"] == name and row["arm"] == arm]
+    return [row[key] for row in sorted(chosen, key=lambda row: int(row["seed"]))]
+
+
+def print_table(found: dict[str, Any]) -> None:
+    rows = found["rows"]
+    names = [name for name in quality_sets.SETS if any(row["set"] == name for row in rows)]
+    there = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
+    print(f"{found['hardware']}; {TRIALS} trials of 1 to {EPOCHS} epochs, {SIZE} pixels\n")
+    for key, digits in (("accuracy", 3), ("seconds", 0), ("calibration_error", 3)):
         print(
-            f"| {row['set']} | {row['seed']} | {winner} | {row['winner']:.3f} | "
-            f"{row['probe']:.3f} | {gain:+.1f} | {row['search_seconds']:.0f} | {ratio:.1f} |"
+            f"| {key.replace('_', ' ')} | n | {' | '.join(there)} |\n|{'---|' * (len(there) + 2)}"
         )
-    print(f"\nmedian gain {statistics.median(gains):+.1f} points, n = {len(gains)}")
+        for name in names:
+            values = [cells(rows, name, arm, key) for arm in there]
+            means = [f"{statistics.mean(v):.{digits}f}" if v else "" for v in values]
+            print(f"| {name} | {max(map(len, values))} | {' | '.join(means)} |")
+        print()
+    print_goals(rows, names)
+
+
+def print_goals(rows: list[dict[str, Any]], names: list[str]) -> None:
+    """The figures that the goals speak of, of the sets for which all arms were measured."""
+    gains, ratios = {}, []
+    for name in names:
+        ours = cells(rows, name, "tuner", "accuracy")
+        others = {arm: cells(rows, name, arm, "accuracy") for arm in OTHERS}
+        if not ours or not all(len(values) == len(ours) for values in others.values()):
+            continue
+        best = max(statistics.mean(values) for values in others.values())
+        gains[name] = 100 * (statistics.mean(ours) - best)
+        whole, plain = (cells(rows, name, arm, "seconds") for arm in ("tuner", "plain"))
+        ratios += [ours / theirs for ours, theirs in zip(whole, plain, strict=True)]
+    if gains:
+        listed = ", ".join(f"{name} {gain:+.1f}" for name, gain in gains.items())
+        print(
+            f"tuner - best other arm, points: mean {statistics.mean(gains.values()):+.1f} ({listed})"
+        )
+        print(f"tuner run / plain script, seconds: {arms.spread(ratios, 2)}")
+    pairs = [
+        (won, fixed)
+        for name in names
+        for won, fixed in zip(
+            cells(rows, name, "tuner", "accuracy"),
+            cells(rows, name, "default", "accuracy"),
+            strict=False,
+        )
+    ]
+    worse = sum(won < fixed for won, fixed in pairs)
+    print(
+        f"winner worse than the default recipe on the test images: {worse} of {len(pairs)} studies"
+    )
+
+
+def plot(found: dict[str, Any]) -> None:
+    """Test accuracy over wall seconds, a panel for each set, a dot for each arm and seed."""
+    rows = found["rows"]
+    names = [name for name in quality_sets.SETS if any(row["set"] == name for row in rows)]
+    figure, panels = arms.figure(len(names))
+    colours = {**arms.COLOURS, "default": "#7aa6d6", "fastai": "#c98a2b", "timm": "#5d8f4e"}
+    for axis, name in zip(panels, names, strict=True):
+        for arm in ARMS:
+            seconds, accuracy = (cells(rows, name, arm, key) for key in ("seconds", "accuracy"))
+            axis.scatter(seconds, accuracy, s=28, color=colours[arm], label=arm)
+        axis.set_xscale("log")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("wall seconds", fontsize=9)
+    panels[0].set_ylabel("test accuracy", fontsize=9)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(arms.PLOTS / "quality.png")
 
 
 def main() -> None:
@@ -121,27 +266,30 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
+    parser.add_argument(
+        "--sets", nargs="+", default=list(quality_sets.SETS), choices=list(quality_sets.SETS)
+    )
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--limit", type=int, default=1000, help="images of each part")
-    parser.add_argument("--pruner", default="median")
-    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--scratch", type=Path, help="where sets, caches and studies lie meanwhile")
     parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
-    settings = f"{args.trials} trials of 1 to 4 epochs, at most {args.limit} images of each part"
-    results: dict[str, Any] = {"settings": settings, "rows": []}
-    if RESULTS.exists():
-        results = json.loads(RESULTS.read_text())
-    known = {(row["set"], row["seed"]) for row in results["rows"]}
+    if not args.table_only and (args.data is None or args.weights is None):
+        parser.error("DATA and --weights are needed, unless --table-only")
+    found: dict[str, Any] = {"hardware": arms.hardware(), "rows": []}
+    if RAW.exists():
+        found = json.loads(RAW.read_text())
+    known = {(row["set"], row["seed"], row["arm"]) for row in found["rows"]}
     for seed in range(0 if args.table_only else args.seeds):
+        turn = seed % len(args.arms)
         for name in args.sets:
-            if (name, seed) not in known:
-                results["rows"].append(measure(args, name, seed))
-                RESULTS.write_text(json.dumps(results, indent=1))
-                print_table(results)
-    if args.table_only:
-        print_table(results)
+            for arm in args.arms[turn:] + args.arms[:turn]:
+                if (name, seed, arm) not in known:
+                    found["rows"].append(measure(args, name, seed, arm))
+                    arms.save(found, RAW)
+                    print(json.dumps(found["rows"][-1]), flush=True)
+    print_table(found)
+    plot(found)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,19 +35,24 @@ class Params:
     epochs: int
 
 
-def loaders(folder: Path, workers: int) -> tuple[DataLoader, DataLoader]:
-    """Training and validation images of <folder>/{train,valid}/<class>, at 128 pixels, as the ImageNet weights want them."""
+def plain_transform(size: int) -> transforms.Compose:
+    """The centre of an image, `size` pixels a side, as the ImageNet weights want it."""
     wanted = timm.get_pretrained_cfg(MODEL)
-    transform = transforms.Compose(
+    return transforms.Compose(
         [
             transforms.Resize(
-                round(SIZE / wanted.crop_pct), transforms.InterpolationMode(wanted.interpolation)
+                round(size / wanted.crop_pct), transforms.InterpolationMode(wanted.interpolation)
             ),
-            transforms.CenterCrop(SIZE),
+            transforms.CenterCrop(size),
             transforms.ToTensor(),
             transforms.Normalize(wanted.mean, wanted.std),
         ]
     )
+
+
+def loaders(folder: Path, workers: int, size: int = SIZE) -> tuple[DataLoader, DataLoader]:
+    """Training and validation images of <folder>/{train,valid}/<class>."""
+    transform = plain_transform(size)
     train, valid = (ImageFolder(str(folder / part), transform) for part in ("train", "valid"))
     return (
         DataLoader(train, batch_size=BATCH, shuffle=True, num_workers=workers),
@@ -77,9 +82,13 @@ def freeze(model: nn.Module, depth: int) -> list[nn.Module]:
 
 
 def train(
-    params: Params, weights: Path, train_loader: DataLoader, valid_loader: DataLoader
+    params: Params,
+    weights: Path,
+    train_loader: DataLoader,
+    valid_loader: DataLoader,
+    keep: Callable[[nn.Module, float], object] = lambda model, score: None,
 ) -> Iterator[float]:
-    """One training; yields the validation accuracy after each epoch."""
+    """One training; yields the validation accuracy after each epoch, after `keep` got the model with it."""
     model = build(weights, len(train_loader.dataset.classes))
     frozen = freeze(model, params.freeze_depth)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -94,7 +103,9 @@ def train(
             loss = criterion(model(images.to(DEVICE)), labels.to(DEVICE))
             loss.backward()
             optimizer.step()
-        yield accuracy(model, valid_loader)
+        score = accuracy(model, valid_loader)
+        keep(model, score)
+        yield score
 
 
 @torch.inference_mode()
@@ -105,6 +116,18 @@ def accuracy(model: nn.Module, loader: DataLoader) -> float:
         for images, labels in loader
     )
     return hits / len(loader.dataset)
+
+
+@torch.inference_mode()
+def save_test_probabilities(model: nn.Module, folder: Path, size: int, out: Path) -> None:
+    """Writes the class probabilities of <folder>/test as JSON: {"classes": [names], "rows": [[class, probabilities]]}."""
+    model.eval()
+    test = ImageFolder(str(folder / "test"), plain_transform(size))
+    rows = []
+    for images, labels in DataLoader(test, batch_size=BATCH):
+        probabilities = model(images.to(DEVICE)).softmax(1).cpu()
+        rows += [[int(y), p.tolist()] for y, p in zip(labels, probabilities, strict=True)]
+    out.write_text(json.dumps({"classes": test.classes, "rows": rows}))
 
 
 # -- what both scripts need around the loop
@@ -126,6 +149,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
         required=True,
         help=f"ImageNet weights of {MODEL}, a .safetensors file with timm's names",
     )
+    parser.add_argument("--size", type=int, default=SIZE, help="side of the images in pixels")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the sampler and of the training")
     parser.add_argument(
