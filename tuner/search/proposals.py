@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import Trial
 
-from tuner.config.space import Space
+from tuner.config.space import Dimension, Space, key_of_parameter
 from tuner.search import history
 from tuner.search.history import IS_DEFAULT_RECIPE, PROPOSAL, params_key
 from tuner.search.samplers import SAMPLERS, derive_seed
@@ -72,22 +72,24 @@ class TrialProposer:
         """
         default = self.space.default_params()
         run = self.space.make_run({})
-        extremes = {
-            d.name: int(d.domain.highest if d.path == FREEZE_DEPTH_PATH else d.domain.lowest)
-            for d in self.space.dimensions
-            if d.path in (FREEZE_DEPTH_PATH, EPOCHS_PATH) and d.name in default
-        }
-        params = default | extremes
+        params = self.space.choose_params(self._linear_probe_value)
         begins_as_probe = run.recipe.head == "probe" and run.model.options.get("weights") != "none"
         if (
             begins_as_probe
-            and "freeze_depth" in extremes
+            and any(key_of_parameter(name) == "freeze_depth" for name in params)
             and params != default
             and self.trial_budget() > 1
             and self.search_settings.sampler != "grid"
         ):
             return params
         return None
+
+    def _linear_probe_value(self, dimension: Dimension) -> Any:
+        if dimension.path == FREEZE_DEPTH_PATH:
+            return int(dimension.domain.highest)
+        if dimension.path == EPOCHS_PATH:
+            return int(dimension.domain.lowest)
+        return self.space.default_value(dimension)
 
     def enqueue_first_trials(self) -> None:
         """Enqueue what a new study tries first."""
