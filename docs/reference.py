@@ -28,10 +28,11 @@ A space file has the sections `task`, `data`, `model` (these three are required)
 |---|---|---|
 | range | a mapping with `low` and `high`, and if wanted `log: true` or `step` | `lr: {low: 1e-4, high: 1e-1, log: true}` |
 | choice | a list, or a mapping with `choices` | `optimizer: [sgd, adamw]` |
+| several ranges or choices of one key | a list of such mappings, each with a condition, so that each case has exactly one | `lr: [{low: 1e-3, high: 1e-1, log: true, when: {optimizer: sgd}}, {low: 1e-5, high: 1e-3, log: true, when: {optimizer: adamw}}]` |
 | no | one value | `trials: 20` |
 | no, but another value with another model | a mapping with `by_model`, in the recipe alone | `lr: {by_model: {yolox_s: 0.0025, rtdetr_r18: 0.0001}}` |
 
-A range or a mapping with `choices` may have a condition, `when`: the key is searched only while other keys have the named values, as in `momentum: {low: 0.8, high: 0.99, when: {optimizer: sgd}}`. Where `model.name` is searched, a key of the recipe that the file leaves open has the default of each trial's own model. In a key whose value is itself a list, a list is one value and not a choice. Wherever a plug-in is named (`task`, `data`, `model`, an export format, an engine), your own goes as `package.module:attribute`.
+A range or a mapping with `choices` may have a condition, `when`: the key is searched only while other keys have the named values, as in `momentum: {low: 0.8, high: 0.99, when: {optimizer: sgd}}`. Of a key with several ranges the study knows each under a name of its own, such as `lr[sgd]`. Where `model.name` is searched, a key of the recipe that the file leaves open has the default of each trial's own model. In a key whose value is itself a list, a list is one value and not a choice. Wherever a plug-in is named (`task`, `data`, `model`, an export format, an engine), your own goes as `package.module:attribute`.
 """
 
 

@@ -111,7 +111,8 @@ def check(
         f"{name} freeze depth 0..{depth}" for name, depth in survey.max_depths.items()
     )
     examples = f"{sizes} examples of {len(facts.classes)} classes"
-    typer.echo(f"ok: {len(space.dimensions)} searched keys; {examples}; {depths}")
+    searched = len({d.path for d in space.dimensions})
+    typer.echo(f"ok: {searched} searched keys; {examples}; {depths}")
 
 
 @app.command(cls=Command)
@@ -135,10 +136,10 @@ def train(
 
     space, folders, console = open_space(file, overrides, studies, quiet, json_)
     if space.dimensions:
-        names = ", ".join(d.name for d in space.dimensions)
+        names = ", ".join(dict.fromkeys(d.key for d in space.dimensions))
         raise SpaceError(
             f"{file}: {names} still to be chosen; search with `tuner run {file}`, or set them: "
-            f"{space.dimensions[0].name}=…"
+            f"{'.'.join(space.dimensions[0].path)}=…"
         )
     folder = out or studies / study_name(space) / "train"
     require_target(folder, INSTEAD)

@@ -74,6 +74,18 @@ def test_lines_stand_in_columns() -> None:
     ]
 
 
+def test_a_key_with_several_ranges_has_one_column() -> None:
+    ranges = "[{low: 1e-3, high: 0.1, when: {optimizer: sgd}}, {low: 1e-5, high: 1e-3, when: {optimizer: adamw}}]"
+    text = SMALL.replace("{low: 1e-4, high: 1e-1, log: true}", ranges)
+    columns = TrialLineFormatter(
+        parsing.parse_space(yaml_document.parse_document(text, "x")), "accuracy", 12, 5, None
+    )
+    assert [
+        columns.format_params({"optimizer": "sgd", "lr[sgd]": 0.034, "momentum": 0.925}),
+        columns.format_params({"optimizer": "adamw", "lr[adamw]": 0.0001}),
+    ] == ["sgd   lr 0.034  mom 0.93  ", "adamw lr 1.0e-4           "]
+
+
 @pytest.mark.parametrize(("room", "told"), [(140, "(best"), (100, "(best"), (80, "pruned")])
 def test_a_line_fits_the_terminal(room: int, told: str) -> None:
     text = line(

@@ -142,15 +142,32 @@ def numbers(low: float, high: float, *, whole: bool = False) -> st.SearchStrateg
     )
 
 
+def several(key: str, values: list[Any]) -> st.SearchStrategy[Any]:
+    """A range or choice for each value of another key."""
+    one = numbers(1, 20, whole=True)
+    domains = st.lists(one, min_size=len(values), max_size=len(values))
+    return domains.map(
+        lambda written: [
+            (w if isinstance(w, dict) else {"choices": w if isinstance(w, list) else [w]})
+            | {"when": {key: value}}
+            for w, value in zip(written, values, strict=True)
+        ]
+    )
+
+
 SPACES = st.fixed_dictionaries(
     {
         "task": st.just("classification"),
         "data": st.fixed_dictionaries({"name": st.just("digits")}, optional={"size": numbers(8, 64, whole=True), "valid": st.floats(0.1, 0.4)}),
         "model": st.sampled_from(["resnet18_slim", ["vgg11", "resnet18"], {"name": "resnet18", "weights": {"choices": ["none", "1e-3", "true"], "when": {"recipe.optimizer": "sgd"}}}]),
         "recipe": st.fixed_dictionaries(
-            {"optimizer": st.just(["adamw", "sgd"])},
+            {
+                "optimizer": st.just(["adamw", "sgd"]),
+                "nesterov": st.sampled_from([[True, False], {"choices": [False, True], "when": {"optimizer": ["sgd"]}}]),
+            },
             optional={
-                "lr": numbers(1e-6, 10),
+                "lr": numbers(1e-6, 10) | several("optimizer", ["adamw", "sgd"]),
+                "batch_size": several("nesterov", [True, False]),
                 "momentum": numbers(0, 0.99),
                 "weight_decay": numbers(0, 1).map(
                     lambda n: n | {"when": {"optimizer": "adamw"}} if isinstance(n, dict) and n.get("low") != 0 else 0.5
@@ -158,7 +175,6 @@ SPACES = st.fixed_dictionaries(
                 "epochs": numbers(1, 20, whole=True),
                 "warmup": st.sampled_from([0.1, {"choices": [0.1, 0.2], "when": {"data.name": "digits", "optimizer": "sgd"}}]),
                 "patience": st.sampled_from([None, [None, 3], {"low": 1, "high": 9}]),
-                "nesterov": st.sampled_from([True, [True, False], {"choices": [False, True], "when": {"optimizer": ["sgd"]}}]),
             },
         ),
     },
@@ -205,7 +221,7 @@ def test_a_space_survives_its_dump_and_so_does_each_of_its_runs(
     assert best.dimensions == () and best.sample(None) == run
     assert set(space.default_params()) <= {d.name for d in space.dimensions}
     for dimension in space.dimensions:
-        members, default = dimension.domain.values(), space.values[dimension.path]
+        members, default = dimension.domain.values(), space.default_value(dimension)
         assert (
             default in members
             if members is not None

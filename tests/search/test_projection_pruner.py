@@ -51,6 +51,27 @@ def test_a_long_trial_is_compared_at_the_same_share_of_its_length() -> None:
     assert not pruned(long, short) and pruned(long, short, "median")
 
 
+def test_a_key_with_several_ranges_is_one_key() -> None:
+    """Trials of 3 and of 10 epochs are compared at equal shares, whichever range their epochs are from."""
+
+    def renamed(t: FrozenTrial) -> FrozenTrial:
+        name = "epochs[sgd]" if t.params["epochs"] == 3 else "epochs[adamw]"
+        params = {name: t.params["epochs"], "freeze_depth[sgd]": t.params["freeze_depth"]}
+        kinds = {name: KINDS["epochs"], "freeze_depth[sgd]": KINDS["freeze_depth"]}
+        return create_trial(
+            params=params,
+            distributions=kinds,
+            intermediate_values=t.intermediate_values,
+            value=None if t.state == TrialState.RUNNING else t.value,
+            state=t.state,
+        )
+
+    short = [renamed(trial(0, 3, [0.5, 0.6, 0.8])) for _ in range(6)]
+    assert not pruned(renamed(trial(0, 10, [0.3, 0.4, 0.5], TrialState.RUNNING)), short)
+    heads = [renamed(t) for t in DEEP + WHOLE]
+    assert not pruned(renamed(trial(0, 8, [0.2, 0.3, 0.4], TrialState.RUNNING)), heads)
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_none_is_judged_by_its_first_epochs_nor_before_five_have_completed(epochs: int) -> None:
     assert not pruned(trial(5, 4, [0.0] * epochs, TrialState.RUNNING), DEEP)

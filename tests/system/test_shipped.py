@@ -83,7 +83,10 @@ def test_a_shipped_file_resolves_and_reads_back(path: Path) -> None:
     run = found.make_run({})
     stated = plugins.read_model_constant(run.model.name, "RECIPES", {}).get(run.task.name, {})
     # the first trials are what the model's people begin with
-    assert found.default_params()["lr"] == stated.get("lr", Recipe().lr)
+    rates = [
+        v for name, v in found.default_params().items() if space.key_of_parameter(name) == "lr"
+    ]
+    assert rates == [stated.get("lr", Recipe().lr)]
 
 
 @pytest.mark.parametrize("path", files(SLOW))
@@ -105,3 +108,11 @@ def test_a_shipped_file_runs(path: Path, tuner: Callable[..., CommandResult], da
         f"\ntest     {str(parsing.load_space(path).settings.search.metric).replace('_', ' ')}"
         in said.out
     )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_where_the_optimizer_is_searched_each_has_a_learning_rate_of_its_own(path: Path) -> None:
+    dimensions = parsing.load_space(path).dimensions
+    if any(d.key == "optimizer" for d in dimensions):
+        rates = {d.label: d.domain.highest for d in dimensions if d.key == "lr"}
+        assert rates.keys() == {"sgd", "adamw"} and rates["sgd"] > rates["adamw"]

@@ -3,7 +3,7 @@
 #12 acc 0.9430 ★ (best 0.9430 #12) lr 3.1e-3 freeze 3/5 ep 10/10 41s | 12/50, 3 pruned, eta 18m
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -33,12 +33,14 @@ class TrialLineFormatter:
         self, space: Space, metric: str, budget: int, max_depth: int, terminal_width: int | None
     ) -> None:
         self.metric = METRIC_LABELS.get(metric, metric)
-        self.dimensions = [d for d in space.dimensions if d.name not in KEYS_WITH_OWN_COLUMN]
+        # by key; a trial has a value for at most one of a key's dimensions
+        self.dimensions: dict[str, list[Dimension]] = {}
+        for d in space.dimensions:
+            if d.key not in KEYS_WITH_OWN_COLUMN:
+                self.dimensions.setdefault(d.key, []).append(d)
         self.number_width, self.max_depth = len(str(budget)) + 1, max_depth
-        epochs = next((d.domain for d in space.dimensions if d.name == "epochs"), None)
-        max_epochs = epochs.highest if epochs else space.make_run({}).recipe.epochs
-        self.epoch_width = len(str(max_epochs))
-        widest = {d.name: 0.5 for d in self.dimensions}
+        self.epoch_width = len(str(space.highest(("recipe", "epochs"))))
+        widest = {of_key[0].name: 0.5 for of_key in self.dimensions.values()}
         bare = (
             self.number_width
             + len(self.format_score(0.5))
@@ -91,19 +93,23 @@ class TrialLineFormatter:
     def format_params(self, params: Mapping[str, Any]) -> str:
         """A cell for each searched key, blank where the trial has none."""
         cells = []
-        for d in self.dimensions:
-            label = (
-                ""
-                if isinstance(d.domain, Choice) and isinstance(d.domain.options[0], str)
-                else f"{KEY_LABELS.get(d.name, d.name)} "
-            )
-            text = f"{label}{format_value(params[d.name], 2)}" if d.name in params else ""
-            cells.append(f"{text:<{len(label) + max_value_width(d)}}")
+        for key, dimensions in self.dimensions.items():
+            label = "" if has_words(dimensions) else f"{KEY_LABELS.get(key, key)} "
+            value = next((params[d.name] for d in dimensions if d.name in params), None)
+            has_value = any(d.name in params for d in dimensions)
+            text = f"{label}{format_value(value, 2)}" if has_value else ""
+            cells.append(f"{text:<{len(label) + max(map(max_value_width, dimensions))}}")
         return " ".join(cells)
 
 
+def has_words(dimensions: Sequence[Dimension]) -> bool:
+    """Whether the values of a key are words, which say by themselves what they are."""
+    domains = [d.domain for d in dimensions]
+    return all(isinstance(d, Choice) and isinstance(d.options[0], str) for d in domains)
+
+
 def max_value_width(dimension: Dimension) -> int:
-    """How long a value of this key can become."""
+    """How long a value of this dimension can become."""
     domain = dimension.domain
     if isinstance(domain, Choice):
         return max(len(format_value(option, 2)) for option in domain.options)

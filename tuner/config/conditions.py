@@ -3,26 +3,32 @@
 The order in which dimensions are sampled follows from the conditions.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from tuner.config import fields
-from tuner.config.draft import Draft
-from tuner.config.space import Choice, Dimension, KeyPath
+from tuner.config.cases import Condition, check_cases, name_cases
+from tuner.config.draft import DomainLocation, Draft, path_of
+from tuner.config.space import Choice, Dimension, KeyPath, Range
 from tuner.config.yaml_document import describe_value
 from tuner.errors import nearest_hint
-
-Condition = Mapping[KeyPath, tuple[Any, ...]]
 
 
 def order_dimensions(draft: Draft) -> tuple[Dimension, ...]:
     """The searched keys in the order of the schema, but each after the keys on which it depends."""
-    whens = {path: resolve_condition(draft, path, when) for path, when in draft.conditions.items()}
-    needed = {path: needed_keys(draft, when) for path, when in whens.items()}
-    done: list[KeyPath] = []
+    problem_count = len(draft.problems)
+    whens = {
+        location: resolve_condition(draft, location, when)
+        for location, when in draft.conditions.items()
+    }
+    if len(draft.problems) == problem_count:
+        check_cases(draft, whens)
+    needed = {location: needed_keys(draft, when) for location, when in whens.items()}
+    done: list[DomainLocation] = []
     waiting = list(draft.domains)
     while waiting:
-        ready = next((path for path in waiting if not needed.get(path, set()) & set(waiting)), None)
+        unknown = {path_of(location) for location in waiting}
+        ready = next((place for place in waiting if not needed.get(place, set()) & unknown), None)
         if ready is None:
             circle = find_cycle(waiting, needed)
             draft.add_problem(
@@ -33,7 +39,16 @@ def order_dimensions(draft: Draft) -> tuple[Dimension, ...]:
             break
         done.append(ready)
         waiting.remove(ready)
-    return tuple(Dimension(path, draft.domains[path], whens.get(path, {})) for path in done)
+    labels = name_cases(whens)
+    return tuple(
+        Dimension(
+            path_of(location),
+            draft.domains[location],
+            whens.get(location, {}),
+            labels.get(location, ""),
+        )
+        for location in done
+    )
 
 
 def needed_keys(draft: Draft, condition: Condition) -> set[KeyPath]:
@@ -43,18 +58,28 @@ def needed_keys(draft: Draft, condition: Condition) -> set[KeyPath]:
 
 
 def find_cycle(
-    unordered: list[KeyPath], conditions: Mapping[KeyPath, Collection[KeyPath]]
+    unordered: list[DomainLocation], needed: Mapping[DomainLocation, Collection[KeyPath]]
 ) -> list[KeyPath]:
     """Keys that depend on each other in a circle; each unordered key depends on another one."""
-    trail = [unordered[0]]
+    paths = list(dict.fromkeys(map(path_of, unordered)))
+    needed_by_path = {
+        path: [
+            key
+            for location in unordered
+            if path_of(location) == path
+            for key in needed.get(location, ())
+        ]
+        for path in paths
+    }
+    trail = [paths[0]]
     while True:
-        following = next(path for path in conditions[trail[-1]] if path in unordered)
+        following = next(path for path in needed_by_path[trail[-1]] if path in paths)
         if following in trail:
-            return sorted(trail[trail.index(following) :], key=unordered.index)
+            return sorted(trail[trail.index(following) :], key=paths.index)
         trail.append(following)
 
 
-def resolve_condition(draft: Draft, path: KeyPath, when: Any) -> Condition:
+def resolve_condition(draft: Draft, path: DomainLocation, when: Any) -> Condition:
     """The condition with key paths as keys, and with values as their fields take them."""
     if not isinstance(when, dict) or not when:
         draft.add_problem(
@@ -78,30 +103,31 @@ def resolve_condition(draft: Draft, path: KeyPath, when: Any) -> Condition:
     return resolved
 
 
-def find_condition_key(draft: Draft, path: KeyPath, key: str) -> KeyPath | None:
+def find_condition_key(draft: Draft, path: DomainLocation, key: str) -> KeyPath | None:
     """The key that a condition names: one of the same section, or section.key."""
-    target = next((p for p in ((path[0], key), tuple(key.split("."))) if p in draft.fields), None)
+    own = path_of(path)
+    target = next((p for p in ((own[0], key), tuple(key.split("."))) if p in draft.fields), None)
     if target is None:
-        near = [p[1] for p in draft.fields if p[0] == path[0] and p != path]
+        near = [p[1] for p in draft.fields if p[0] == own[0] and p != own]
         draft.add_problem(
             (*path, "when", key),
-            f"no such key to depend on{nearest_hint(key, near)} (write a key of {path[0]}, or "
+            f"no such key to depend on{nearest_hint(key, near)} (write a key of {own[0]}, or "
             "section.key)",
         )
-    elif target == path:
+    elif target == own:
         draft.add_problem((*path, "when", key), "a key cannot depend on itself")
         target = None
     return target
 
 
-def check_condition_value(draft: Draft, path: KeyPath, target: KeyPath, value: Any) -> Any:
+def check_condition_value(draft: Draft, path: DomainLocation, target: KeyPath, value: Any) -> Any:
     """The converted value; adds a problem where `target` never has this value."""
     try:
         fitted = fields.convert_value(draft.fields[target], value)
     except fields.InvalidValue as error:
         draft.add_invalid_value(path, error)
         return value
-    name, leaf = ".".join(target), draft.domains.get(target)
+    name = ".".join(target)
     if target not in draft.values:
         return fitted  # what is wrong there is said there
     possible = draft.possible_values(target)
@@ -112,10 +138,19 @@ def check_condition_value(draft: Draft, path: KeyPath, target: KeyPath, value: A
             "give it a step or a list of choices",
         )
     elif fitted not in possible:
-        says = (
-            f"{possible[0]} to {possible[-1]}"
-            if leaf is not None and not isinstance(leaf, Choice)
-            else fields.join_alternatives(map(fields.format_value, possible))
+        says = " or ".join(map(describe_domain, draft.domains_of(target))) or describe_values(
+            possible
         )
         draft.add_problem(path, f"{fields.format_value(value)} is never chosen; {name} is {says}")
     return fitted
+
+
+def describe_domain(domain: Range | Choice) -> str:
+    """The values of a domain, as a message names them."""
+    if isinstance(domain, Choice):
+        return describe_values(domain.options)
+    return f"{fields.format_value(domain.lowest)} to {fields.format_value(domain.highest)}"
+
+
+def describe_values(values: Iterable[Any]) -> str:
+    return fields.join_alternatives(map(fields.format_value, values))

@@ -11,6 +11,14 @@ from tuner.config.fields import InvalidValue
 from tuner.config.space import Choice, KeyPath, Range
 from tuner.config.yaml_document import COMMAND_LINE, Document, format_key_path
 
+# where a domain is written: a key's path, and an index if the key has several domains
+DomainLocation = tuple[str | int, ...]
+
+
+def path_of(location: DomainLocation) -> KeyPath:
+    """The path of the key whose domain is written at a location."""
+    return (str(location[0]), str(location[1]))
+
 
 @dataclass
 class Draft:
@@ -24,17 +32,18 @@ class Draft:
     builds the Space at the end if there was no problem.
 
     `fields`: every key that the file may have, as far as the plug-ins are known. `values`: the
-    value of each key that has no problem; a searched key has its default. `domains`: the range or
-    choice of each searched key. `conditions`: each `when` as it is written. `by_model`: the values
-    of each key that has another one, or another default, with another model.
+    value of each key that has no problem; a searched key has its default. `domains`: the ranges and
+    choices of the searched keys, by their locations. `conditions`: each `when` as it is written, by
+    the location of its domain. `by_model`: the values of each key that has another one, or another
+    default, with another model.
     """
 
     document: Document
     problems: list[str] = field(default_factory=list)
     fields: dict[KeyPath, FieldInfo] = field(default_factory=dict)
     values: dict[KeyPath, Any] = field(default_factory=dict)
-    domains: dict[KeyPath, Range | Choice] = field(default_factory=dict)
-    conditions: dict[KeyPath, Mapping[str, Any]] = field(default_factory=dict)
+    domains: dict[DomainLocation, Range | Choice] = field(default_factory=dict)
+    conditions: dict[DomainLocation, Mapping[str, Any]] = field(default_factory=dict)
     by_model: dict[KeyPath, Mapping[str, Any]] = field(default_factory=dict)
 
     def add_problem(self, path: Sequence[str | int], what: str) -> None:
@@ -70,16 +79,32 @@ class Draft:
             if not field.is_required()
         }
 
-    def set_searched(self, path: KeyPath, field: FieldInfo, domain: Range | Choice) -> None:
-        """Makes the key a searched one; its default is the nearest value in its domain."""
-        self.domains[path] = domain
-        self.values[path] = domain.nearest_value(
-            None if field.is_required() else field.get_default(call_default_factory=True)
+    def set_searched(
+        self, location: DomainLocation, field: FieldInfo, domain: Range | Choice
+    ) -> None:
+        """Makes the key a searched one; its default is the nearest value in its first domain."""
+        self.domains[location] = domain
+        self.values.setdefault(
+            path_of(location),
+            domain.nearest_value(
+                None if field.is_required() else field.get_default(call_default_factory=True)
+            ),
         )
+
+    def domains_of(self, path: KeyPath) -> list[Range | Choice]:
+        """The domains of a key; none if it is not searched."""
+        return [domain for location, domain in self.domains.items() if path_of(location) == path]
 
     def possible_values(self, path: KeyPath) -> tuple[Any, ...] | None:
         """The values that a key can have; None for a continuum."""
-        if path in self.domains:
-            return self.domains[path].values()
-        values = [self.values.get(path), *self.by_model.get(path, {}).values()]
-        return tuple(value for i, value in enumerate(values) if value not in values[:i])
+        domains = self.domains_of(path)
+        if not domains:
+            values = [self.values.get(path), *self.by_model.get(path, {}).values()]
+            return tuple(value for i, value in enumerate(values) if value not in values[:i])
+        members: dict[Any, None] = {}  # a dict keeps the order
+        for domain in domains:
+            of_domain = domain.values()
+            if of_domain is None:
+                return None
+            members |= dict.fromkeys(of_domain)
+        return tuple(members)

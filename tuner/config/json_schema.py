@@ -131,22 +131,19 @@ def value_schema(field: FieldInfo) -> dict[str, Any]:
     return {**schema, **extra, **({"description": field.description} if field.description else {})}
 
 
-def key_schema(field: FieldInfo, *, by_model: bool = False) -> dict[str, Any]:
-    """One value, a list of choices, a range, or a value for each model."""
-    one = value_schema(field)
-    bare = {k: v for k, v in one.items() if k not in ("description", "default")}
-    forms: list[dict[str, Any]] = [bare]
+def domain_schemas(field: FieldInfo, one: dict[str, Any]) -> list[dict[str, Any]]:
+    """The mappings that search a key: a choice of values of the schema `one`, and a range."""
+    domains: list[dict[str, Any]] = []
     if not fields.is_sequence(field):
-        listed = {"type": "array", "items": bare, "minItems": 1, "uniqueItems": True}
-        forms += [
-            listed,
+        listed = {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}
+        domains.append(
             {
                 "type": "object",
                 "required": ["choices"],
                 "additionalProperties": False,
                 "properties": {"choices": listed, "when": CONDITION_SCHEMA},
-            },
-        ]
+            }
+        )
     if fields.is_number(field):
         properties = {
             "low": NUMBER_SCHEMA,
@@ -155,12 +152,33 @@ def key_schema(field: FieldInfo, *, by_model: bool = False) -> dict[str, Any]:
             "step": NUMBER_SCHEMA,
             "when": CONDITION_SCHEMA,
         }
-        forms.append(
+        domains.append(
             {
                 "type": "object",
                 "required": ["low", "high"],
                 "additionalProperties": False,
                 "properties": properties,
+            }
+        )
+    return domains
+
+
+def key_schema(field: FieldInfo, *, by_model: bool = False) -> dict[str, Any]:
+    """One value, a list of choices, a range, several of these, or a value for each model."""
+    one = value_schema(field)
+    bare = {k: v for k, v in one.items() if k not in ("description", "default")}
+    forms: list[dict[str, Any]] = [bare]
+    domains = domain_schemas(field, bare)
+    if not fields.is_sequence(field):
+        forms.append({"type": "array", "items": bare, "minItems": 1, "uniqueItems": True})
+    forms += domains
+    if not fields.is_sequence(field):
+        forms.append(
+            {
+                "type": "array",
+                "items": {"anyOf": domains},
+                "minItems": 1,
+                "description": "ranges or choices, each with its condition",
             }
         )
     if by_model:

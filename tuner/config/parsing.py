@@ -6,6 +6,7 @@ Every problem is found before any is reported, each with its line and the way ou
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ def parse_space(doc: Document, *, of_study: bool = False) -> Space:
         check_grid(draft, settings.search, searched)
     if draft.problems or settings is None:
         raise SpaceError(*dict.fromkeys(draft.problems))
-    return Space(draft.values, searched, settings, doc, draft.defaults(), draft.by_model)
+    space = Space(draft.values, searched, settings, doc, draft.defaults(), draft.by_model)
+    return replace(space, values={**space.values, **space.default_choices()})
 
 
 def read_plugin_section(draft: Draft, section: str) -> None:
@@ -279,7 +281,7 @@ def add_recipes_of_models(draft: Draft, written: Mapping[str, Any]) -> None:
         }
         if path in draft.by_model:
             draft.by_model[path] = defaults | dict(draft.by_model[path])
-        elif key not in written or path in draft.domains:
+        elif key not in written or draft.domains_of(path):
             draft.by_model[path] = defaults
         if path in draft.by_model and len(set(draft.by_model[path].values())) == 1:
             del draft.by_model[path]
@@ -289,15 +291,17 @@ def check_grid(draft: Draft, search: SearchSettings, dimensions: Sequence[Dimens
     """Whether sampler grid can try every value there is."""
     if search.sampler != "grid":
         return
-    members = {d.path: d.domain.values() for d in dimensions}
-    for path, values in members.items():
+    counts: dict[KeyPath, int] = {}
+    for d in dimensions:
+        values = d.domain.values()
+        counts[d.path] = counts.get(d.path, 0) + len(values or ())
         if values is None:
             draft.add_problem(
-                path,
+                d.path,
                 "sampler grid tries every value, and these are endless or too many; add a step, "
                 "list choices, or use sampler tpe or random",
             )
-    count = math.prod(len(values or ()) for values in members.values())
+    count = math.prod(counts.values())
     if count > MAX_VALUES:
         draft.add_problem(
             ("search", "sampler"),

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tuner.config import fields
-from tuner.config.draft import Draft
+from tuner.config.draft import DomainLocation, Draft
 from tuner.config.run import EngineSettings, Recipe, SearchSettings
 from tuner.config.space import Choice, KeyPath, Range
 from tuner.config.yaml_document import describe_value
@@ -83,29 +83,49 @@ def read_section(
 def read_key(draft: Draft, path: KeyPath, field: FieldInfo, written: Any) -> None:
     """One key of the file."""
     draft.fields[path] = field
-    leaf: Range | Choice | None = None
-    if isinstance(written, list) and not fields.is_sequence(field):
-        leaf = read_choice(draft, path, field, written)
-    elif isinstance(written, dict) and "choices" in written:
-        report_unknown_keys(draft, path, written, CHOICE_KEYS)
-        inner = written["choices"]
-        leaf = read_choice(
-            draft, (*path, "choices"), field, inner if isinstance(inner, list) else [inner]
-        )
+    is_list = isinstance(written, list) and not fields.is_sequence(field)
+    if is_list and path[1] != "name" and written and all(isinstance(w, dict) for w in written):
+        for i, domain in enumerate(written):
+            read_domain(draft, (*path, i), field, domain)
+            if "when" not in domain and len(written) > 1:
+                draft.add_problem(
+                    (*path, i),
+                    "needs a condition, since the key has several ranges: add one such as "
+                    "when: {optimizer: sgd}",
+                )
+    elif is_list:
+        choice = read_choice(draft, path, field, written)
+        if choice is not None:
+            draft.set_searched(path, field, choice)
     elif isinstance(written, dict) and "by_model" in written:
         read_by_model(draft, path, field, written)
     elif isinstance(written, dict):
-        leaf = read_range(draft, path, field, written)
+        read_domain(draft, path, field, written)
     else:
         draft.set_fixed(path, field, written)
-    if leaf is not None:
-        draft.set_searched(path, field, leaf)
-    if isinstance(written, dict) and "when" in written:
-        draft.conditions[path] = written["when"]
+
+
+def read_domain(
+    draft: Draft, location: DomainLocation, field: FieldInfo, written: Mapping[str, Any]
+) -> None:
+    """A range or a choice that is written as a mapping, with its condition."""
+    domain: Range | Choice | None
+    if "choices" in written:
+        report_unknown_keys(draft, location, written, CHOICE_KEYS)
+        inner = written["choices"]
+        domain = read_choice(
+            draft, (*location, "choices"), field, inner if isinstance(inner, list) else [inner]
+        )
+    else:
+        domain = read_range(draft, location, field, written)
+    if domain is not None:
+        draft.set_searched(location, field, domain)
+    if "when" in written:
+        draft.conditions[location] = written["when"]
 
 
 def report_unknown_keys(
-    draft: Draft, path: KeyPath, written: Mapping[str, Any], allowed: Sequence[str]
+    draft: Draft, path: DomainLocation, written: Mapping[str, Any], allowed: Sequence[str]
 ) -> None:
     for key in written:
         if key not in allowed:
@@ -184,7 +204,7 @@ def read_choice(
 
 
 def read_range(
-    draft: Draft, path: KeyPath, field: FieldInfo, written: Mapping[str, Any]
+    draft: Draft, path: DomainLocation, field: FieldInfo, written: Mapping[str, Any]
 ) -> Range | None:
     """None when something is wrong with it."""
     before = len(draft.problems)
@@ -215,7 +235,7 @@ def read_range(
 
 
 def read_bound(
-    draft: Draft, path: KeyPath, field: FieldInfo, key: str, written: Mapping[str, Any]
+    draft: Draft, path: DomainLocation, field: FieldInfo, key: str, written: Mapping[str, Any]
 ) -> float | None:
     """One end of a range; None when something is wrong with it."""
     if key not in written:
@@ -233,12 +253,12 @@ def read_bound(
     return bound
 
 
-def check_step(draft: Draft, path: KeyPath, step: Any, *, log: bool, whole: bool) -> None:
+def check_step(draft: Draft, path: DomainLocation, step: Any, *, log: bool, whole: bool) -> None:
     if not fields.is_finite_number(step) or step <= 0:
         draft.add_problem((*path, "step"), f"expected a number above 0, got {describe_value(step)}")
     elif log:
         draft.add_problem((*path, "step"), "log and step exclude each other; drop one")
     elif whole and not isinstance(step, int):
         draft.add_problem(
-            (*path, "step"), f"expected a whole number, since {path[-1]} is one, got {step}"
+            (*path, "step"), f"expected a whole number, since {path[1]} is one, got {step}"
         )

@@ -4,7 +4,7 @@ A Run is a Space with nothing left to choose.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
@@ -111,19 +111,29 @@ MODEL_NAME: KeyPath = ("model", "name")
 
 @dataclass(frozen=True)
 class Dimension:
-    """One searched key.
+    """One searched key, or one of the ranges of a key that has several.
 
-    `when` maps keys (by path) to the values under which this one is searched.
+    `condition` maps keys (by path) to the values under which this one is searched. `label` tells
+    the ranges of one key apart; a key with one range has none.
     """
 
     path: KeyPath
     domain: Range | Choice
     condition: Mapping[KeyPath, tuple[Any, ...]] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def key(self) -> str:
+        """The key; outside `recipe` with its section."""
+        return ".".join(self.path[1:] if self.path[0] == "recipe" else self.path)
 
     @property
     def name(self) -> str:
-        """The parameter's name in the study: the key; outside `recipe` with its section."""
-        return ".".join(self.path[1:] if self.path[0] == "recipe" else self.path)
+        """The parameter's name in the study: `lr`, or `lr[sgd]` where lr has several ranges.
+
+        A study can have only one domain for each name.
+        """
+        return f"{self.key}[{self.label}]" if self.label else self.key
 
     def to_dict(self) -> Any:
         if not self.condition:
@@ -137,6 +147,11 @@ class Dimension:
             for path, values in self.condition.items()
         }
         return self.domain.to_dict() | {"when": when}
+
+
+def key_of_parameter(name: str) -> str:
+    """The key of a parameter of a trial: `lr` for `lr` and for `lr[sgd]`."""
+    return name.partition("[")[0]
 
 
 class SuggestsValues(Protocol):
@@ -235,52 +250,79 @@ class Space:
 
     def default_params(self) -> dict[str, Any]:
         """The default recipe as far as the space allows, as parameter name -> value."""
+        return self.choose_params(self.default_value)
+
+    def default_choices(self) -> dict[KeyPath, Any]:
+        """The default recipe as far as the space allows, as key -> value."""
+        return {d.path: value for d, value in self._choose(self.default_value)}
+
+    def default_value(self, dimension: Dimension) -> Any:
+        """The value of a dimension that is nearest to the key's default."""
+        return dimension.domain.nearest_value(self.defaults.get(dimension.path))
+
+    def choose_params(self, value_of: Callable[[Dimension], Any]) -> dict[str, Any]:
+        """The parameters of one trial, as parameter name -> value.
+
+        Args:
+            value_of: Chooses the value of a dimension whose condition is met.
+        """
+        return {d.name: value for d, value in self._choose(value_of)}
+
+    def _choose(self, value_of: Callable[[Dimension], Any]) -> list[tuple[Dimension, Any]]:
         chosen: dict[KeyPath, Any] = {}
+        values: list[tuple[Dimension, Any]] = []
         for d in self.dimensions:
             if self._is_active(d, chosen):
-                chosen[d.path] = self.values[d.path]
-        return {d.name: chosen[d.path] for d in self.dimensions if d.path in chosen}
+                chosen[d.path] = value_of(d)
+                values.append((d, chosen[d.path]))
+        return values
 
     def grid_params(self) -> list[dict[str, Any]]:
         """Every combination, each once although conditions switch keys off.
 
         Only for spaces without a continuum.
         """
-        combinations: list[dict[KeyPath, Any]] = [{}]
+        # what is chosen so far, as key -> value and as parameter name -> value
+        combinations: list[tuple[dict[KeyPath, Any], dict[str, Any]]] = [({}, {})]
         for d in self.dimensions:
-            members = d.domain.values() or ()
-            combinations = [
-                more
-                for c in combinations
-                for more in ([{**c, d.path: v} for v in members] if self._is_active(d, c) else [c])
-            ]
-        return [
-            {d.name: chosen[d.path] for d in self.dimensions if d.path in chosen}
-            for chosen in combinations
-        ]
+            extended = []
+            for chosen, params in combinations:
+                if self._is_active(d, chosen):
+                    extended += [
+                        ({**chosen, d.path: value}, {**params, d.name: value})
+                        for value in d.domain.values() or ()
+                    ]
+                else:
+                    extended.append((chosen, params))
+            combinations = extended
+        return [params for _, params in combinations]
 
     def plugin_combinations(self) -> Iterator[Run]:
         """A run for each combination of task, data and model that the space can reach, at its
         defaults otherwise.
         """
-        outer = [d for d in self.dimensions if d.path[0] != "recipe"]
-        members = [d.domain.values() or (d.domain.lowest, d.domain.highest) for d in outer]
-        for combination in itertools.islice(itertools.product(*members), 64):
-            chosen = {d.path: value for d, value in zip(outer, combination, strict=True)}
-            yield self.make_run(chosen)
+        outer: dict[KeyPath, list[Any]] = {}
+        for d in self.dimensions:
+            if d.path[0] != "recipe":
+                ends = (d.domain.lowest, d.domain.highest)
+                outer.setdefault(d.path, []).extend(d.domain.values() or ends)
+        for combination in itertools.islice(itertools.product(*outer.values()), 64):
+            yield self.make_run(dict(zip(outer, combination, strict=True)))
 
     def highest(self, path: KeyPath, model: str | None = None) -> Any:
         """The largest value of a key that a trial, or a trial with this model, can have."""
-        domain = next((d.domain for d in self.dimensions if d.path == path), None)
-        if domain is not None:
-            return domain.highest
+        domains = [d.domain for d in self.dimensions if d.path == path]
+        if domains:
+            return max(domain.highest for domain in domains)
         if model is not None:
             return self.fixed_values(model)[path]
         return max([self.values[path], *self.by_model.get(path, {}).values()])
 
     def to_dict(self) -> dict[str, Any]:
         """The whole file, resolved: what `parse` reads back to an equal Space."""
-        searched = {d.path: d for d in self.dimensions}
+        searched: dict[KeyPath, list[Dimension]] = {}
+        for d in self.dimensions:
+            searched.setdefault(d.path, []).append(d)
         tree: dict[str, Any] = {}
         for path, value in self.values.items():
             section = tree
@@ -288,7 +330,8 @@ class Space:
                 section = section.setdefault(key, {})
             section[path[-1]] = list(value) if isinstance(value, tuple) else value
             if path in searched:
-                section[path[-1]] = searched[path].to_dict()
+                written = [d.to_dict() for d in searched[path]]
+                section[path[-1]] = written if len(written) > 1 else written[0]
             elif path in self.by_model:
                 section[path[-1]] = {"by_model": dict(self.by_model[path])}
         return tree | self.settings.to_dict()

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.config.space import key_of_parameter
+
 STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 2, 5
 
 
@@ -54,7 +56,7 @@ class ProjectionPruner(optuna.pruners.BasePruner):
         return projection < statistics.median(float(peer.value or 0.0) for peer in completed)
 
     def _length(self, trial: FrozenTrial) -> int:
-        return int(trial.params.get("epochs", self.epochs))
+        return _value_of_key(trial, "epochs", self.epochs)
 
     def _values_until(self, trial: FrozenTrial, share: float) -> dict[int, float]:
         """Return the values of a trial up to a share of its length, at least of one epoch."""
@@ -64,8 +66,14 @@ class ProjectionPruner(optuna.pruners.BasePruner):
 
     def _distance(self, a: FrozenTrial, b: FrozenTrial) -> float:
         """Return the difference in stages plus the difference in doublings of the length."""
-        depth = abs(int(a.params.get("freeze_depth", 0)) - int(b.params.get("freeze_depth", 0)))
+        depth = abs(_value_of_key(a, "freeze_depth", 0) - _value_of_key(b, "freeze_depth", 0))
         return depth + abs(math.log2(self._length(a) / self._length(b)))
+
+
+def _value_of_key(trial: FrozenTrial, key: str, default: int) -> int:
+    """Return what a trial has for a key, which may have several ranges."""
+    values = (value for name, value in trial.params.items() if key_of_parameter(name) == key)
+    return int(next(values, default))
 
 
 def _best_value(values: Mapping[int, float]) -> float:

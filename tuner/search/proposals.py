@@ -6,10 +6,10 @@ from typing import Any
 
 from optuna.trial import Trial
 
-from tuner.config.space import Space
+from tuner.config.space import Dimension, Space, key_of_parameter
 from tuner.search import history
 from tuner.search.history import IS_DEFAULT_RECIPE, PROPOSAL, params_key
-from tuner.search.samplers import SAMPLERS, derive_seed
+from tuner.search.samplers import SAMPLERS, Start, derive_seed, make_start
 from tuner.search.windowed_study import WindowedStudy
 
 EPOCHS_PATH, FREEZE_DEPTH_PATH = ("recipe", "epochs"), ("recipe", "freeze_depth")
@@ -72,22 +72,24 @@ class TrialProposer:
         """
         default = self.space.default_params()
         run = self.space.make_run({})
-        extremes = {
-            d.name: int(d.domain.highest if d.path == FREEZE_DEPTH_PATH else d.domain.lowest)
-            for d in self.space.dimensions
-            if d.path in (FREEZE_DEPTH_PATH, EPOCHS_PATH) and d.name in default
-        }
-        params = default | extremes
+        params = self.space.choose_params(self._linear_probe_value)
         begins_as_probe = run.recipe.head == "probe" and run.model.options.get("weights") != "none"
         if (
             begins_as_probe
-            and "freeze_depth" in extremes
+            and any(key_of_parameter(name) == "freeze_depth" for name in params)
             and params != default
             and self.trial_budget() > 1
             and self.search_settings.sampler != "grid"
         ):
             return params
         return None
+
+    def _linear_probe_value(self, dimension: Dimension) -> Any:
+        if dimension.path == FREEZE_DEPTH_PATH:
+            return int(dimension.domain.highest)
+        if dimension.path == EPOCHS_PATH:
+            return int(dimension.domain.lowest)
+        return self.space.default_value(dimension)
 
     def enqueue_first_trials(self) -> None:
         """Enqueue what a new study tries first."""
@@ -130,10 +132,17 @@ class TrialProposer:
         elif self.linear_probe_params and proposal == 1 and not self._default_was_enqueued():
             self._enqueue_default()
         self.study.sampler = SAMPLERS[self.search_settings.sampler](
-            derive_seed(self.search_settings.seed, proposal)
+            derive_seed(self.search_settings.seed, proposal), self._start(proposal)
         )
         with self.study.window():
             return self.study.ask()
+
+    def _start(self, proposal: int) -> Start:
+        """Return what a proposal takes while there are too few trials to learn from."""
+        enqueued = 1 if self.linear_probe_params is None else 2
+        names = [d.name for d in self.space.dimensions]
+        seed = derive_seed(self.search_settings.seed)
+        return make_start(self.search_settings.trials, names, seed, max(0, proposal - enqueued))
 
     def _next_grid_point(self) -> dict[str, Any] | None:
         trials = self.study.get_trials(deepcopy=False)

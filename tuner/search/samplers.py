@@ -5,17 +5,151 @@ and not on the process that asks for it.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
 
-# name -> a function from the seed to a sampler
-SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+from tuner.search.quasi_random import sobol_point
+
+MIN_STARTUP, MAX_STARTUP = 4, 10  # trials
+
+
+@dataclass(frozen=True)
+class Start:
+    """How TPE begins, before there are trials to learn from.
+
+    Attributes:
+        trials: How many trials must have ended before TPE learns from them.
+        point: What a proposal takes until then: for each parameter, where in its domain its value
+            lies, in [0, 1).
+    """
+
+    trials: int = 0
+    point: Mapping[str, float] = field(default_factory=dict)
+
+
+def make_start(budget: int, names: Sequence[str], seed: int, index: int) -> Start:
+    """Return how TPE begins in a search.
+
+    Args:
+        budget: The number of trials of the search. A fifth of them, but at least 4 and at most 10,
+            end before TPE learns from them.
+        names: The names of the parameters of the space.
+        seed: The seed of the search.
+        index: The number of the proposal, from 0 for the first one that the sampler makes.
+    """
+    trials = min(max(budget // 5, MIN_STARTUP), MAX_STARTUP)
+    return Start(trials, dict(zip(names, sobol_point(index, len(names), seed), strict=True)))
+
+
+def _make_tpe(seed: int, start: Start) -> BaseSampler:
+    tpe = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0)
+    return QuasiRandomStart(tpe, start)
+
+
+# name -> a function from the seed of a proposal and the start of the search to a sampler
+SAMPLERS: Mapping[str, Callable[[int, Start], BaseSampler]] = {
+    "tpe": _make_tpe,
+    "random": lambda seed, start: optuna.samplers.RandomSampler(seed=seed),
     # the coordinator enqueues the points of the grid, so this sampler has nothing to choose
-    "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "grid": lambda seed, start: optuna.samplers.RandomSampler(seed=seed),
 }
+
+
+class QuasiRandomStart(BaseSampler):
+    """A sampler of one proposal that takes a given point while few trials have ended.
+
+    Optuna's QMCSampler is not used, because it counts its points in the study (a killed search
+    would go on with others) and needs all trials to have the same parameters.
+    """
+
+    def __init__(self, sampler: BaseSampler, start: Start) -> None:
+        self.sampler, self.start = sampler, start
+        # decided once for a trial, since others may end while its parameters are asked for
+        self.starting: bool | None = None
+
+    def is_starting(self, study: optuna.Study) -> bool:
+        if self.starting is None:
+            states = (TrialState.COMPLETE, TrialState.PRUNED)
+            ended = len(study.get_trials(deepcopy=False, states=states))
+            self.starting = ended < self.start.trials
+        return self.starting
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        if self.is_starting(study):
+            return {}
+        return self.sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        if self.is_starting(study):
+            return {}
+        return self.sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        coordinate = self.start.point.get(param_name)
+        if coordinate is None or not self.is_starting(study):
+            return self.sampler.sample_independent(study, trial, param_name, param_distribution)
+        return value_at(coordinate, param_distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self.sampler.before_trial(study, trial)
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        self.sampler.after_trial(study, trial, state, values)
+
+
+def value_at(coordinate: float, distribution: BaseDistribution) -> Any:
+    """Return the value at a coordinate in [0, 1) of a distribution.
+
+    Equally long parts of [0, 1) have equal shares of the values, on a logarithmic scale where the
+    distribution has one.
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(coordinate * len(distribution.choices))]
+    if not isinstance(distribution, (FloatDistribution, IntDistribution)):
+        raise TypeError(f"{distribution} has no coordinates")
+    low, high = distribution.low, distribution.high
+    if distribution.log:
+        # whole numbers have half of their distance to the next ones on either side
+        half = 0.5 if isinstance(distribution, IntDistribution) else 0.0
+        ends = math.log(low - half), math.log(high + half)
+        value = math.exp(ends[0] + coordinate * (ends[1] - ends[0]))
+        value = round(value) if isinstance(distribution, IntDistribution) else value
+        return min(max(value, low), high)
+    if distribution.step is not None:
+        steps = round((high - low) / distribution.step)
+        return min(low + int(coordinate * (steps + 1)) * distribution.step, high)
+    return low + coordinate * (high - low)
 
 
 def derive_seed(*parts: int) -> int:
