@@ -499,7 +499,7 @@ def by_hand(r: Run, here: DeviceContext, most: int) -> list[Any]:
     from tuner.training.optimizers import lr_factor, make_optimizer
 
     bench = prepare_training(r, here, "accuracy")
-    opt = make_optimizer(bench.net.parameters(), r.recipe)
+    opt = make_optimizer(bench.net, r.recipe)
     steps = r.recipe.epochs * len(
         shuffle_into_batches(len(bench.train), r.recipe.batch_size, r.seed, 1)
     )

@@ -150,7 +150,7 @@ def test_the_schedule(recipe: Recipe, step: int, expected: float) -> None:
 
 
 def test_optimizers_get_what_the_recipe_says() -> None:
-    weight = [torch.nn.Parameter(torch.zeros(1))]
+    weight = torch.nn.Linear(1, 1)
     sgd = make_optimizer(
         weight, Recipe(optimizer="sgd", lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01)
     ).defaults

@@ -36,10 +36,30 @@ class Recipe(Section):
 
     optimizer: Literal["sgd", "adamw"] = Field("adamw", description="SGD with momentum, or AdamW")
     lr: float = Field(0.0005, gt=0, le=100, description="learning rate at its highest")
+    head_lr: float = Field(1.0, gt=0, le=1000, description="factor of lr for the last stage")
+    backbone_lr: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="factor of lr for the backbone: the stages before the neck of a detector, "
+        "otherwise all stages but the last",
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of lr from each stage to the one before it, so that the first stages "
+        "change least; 1: one rate",
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum; AdamW's first beta")
     nesterov: bool = Field(False, description="Nesterov's momentum (SGD)")
     weight_decay: float = Field(
         0.0, ge=0, le=10, description="L2 penalty (SGD) or decoupled decay (AdamW)"
+    )
+    decay_norms: bool = Field(
+        False,
+        description="whether weight_decay also holds for biases, for the scales of normalisations, "
+        "and for embeddings of positions and class tokens",
     )
     freeze_depth: int = Field(0, ge=0, description="stages frozen, counted from the input")
     epochs: int = Field(

@@ -27,7 +27,7 @@ from tuner.training.epoch import (
     train_one_epoch,
 )
 from tuner.training.micro_batches import initial_micro_batch_size
-from tuner.training.optimizers import lr_factor, make_optimizer
+from tuner.training.optimizers import lr_factor, make_optimizer, stage_rates
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def fit(
 
 def start_training(context: TrainingContext, recipe: Recipe, seed: int) -> TrainingState:
     """The state of a training before its first epoch."""
-    optimizer = make_optimizer(context.net.parameters(), recipe)
+    rates = stage_rates(context.staged_model, recipe)
+    optimizer = make_optimizer(context.net, recipe, rates)
     batches = shuffle_into_batches(
         len(context.train), recipe.batch_size, seed, 1, context.train.lengths
     )
