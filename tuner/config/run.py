@@ -75,6 +75,13 @@ class Recipe(Section):
     clip_norm: float | None = Field(
         None, gt=0, description="gradients are scaled down to this norm; null: as they are"
     )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the moving average of the weights, which is then what is validated, "
+        "kept and exported; 0: the weights themselves",
+    )
     batchnorm: Literal["auto", "frozen", "adapt"] = Field(
         "auto",
         description="statistics of pretrained BatchNorm: frozen as they are, or adapting to the "

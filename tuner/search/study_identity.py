@@ -18,6 +18,7 @@ BEFORE_THE_KEY: dict[str, Any] = {
     "recipe.backbone_lr": 1.0,
     "recipe.layer_decay": 1.0,
     "recipe.decay_norms": True,
+    "recipe.ema": 0.0,
 }
 
 

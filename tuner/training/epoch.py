@@ -81,6 +81,8 @@ def train_one_epoch(
             torch.nn.utils.clip_grad_norm_(context.net.parameters(), recipe.clip_norm)
         training.optimizer.step()
         training.schedule.step()
+        if training.average is not None:
+            training.average.update(training.schedule.last_epoch)
         total += sum_parts(parts) * len(index)
         unchecked.append(parts)
         # reading the total waits for the GPU, so it is not read at every step

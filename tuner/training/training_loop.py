@@ -28,6 +28,7 @@ from tuner.training.epoch import (
 )
 from tuner.training.micro_batches import initial_micro_batch_size
 from tuner.training.optimizers import lr_factor, make_optimizer, stage_rates
+from tuner.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class FitProgress:
 class EpochOutcome:
     """An epoch that was trained now or replayed from a checkpoint.
 
-    `weights` is None after a trained epoch: the net still has them. Of the replayed epochs only
-    the best one has weights and predictions, since a checkpoint keeps no others.
+    `weights` is None after a trained epoch: the training state still has them. Of the replayed
+    epochs only the best one has weights and predictions, since a checkpoint keeps no others.
     """
 
     epoch: Epoch
@@ -108,8 +109,8 @@ def fit(
     """
     training = start_training(context, recipe, seed)
     restored = checkpoints.restore_newest(training) if checkpoints is not None else None
-    if restored is None and batch_norm.statistics_adapt(recipe):
-        adopt_training_statistics(context, recipe.batch_size)
+    if restored is None:
+        adopt_training_statistics(context, recipe, training)
     epochs: list[Epoch] = []
     best: BestEpoch | None = None
     for outcome in chain(
@@ -118,7 +119,9 @@ def fit(
     ):
         epochs.append(outcome.epoch)
         if is_better(outcome.epoch, best, context.metric):
-            weights = copy_state(context) if outcome.weights is None else outcome.weights
+            weights = outcome.weights
+            if weights is None:
+                weights = training.copy_validated_weights()
             best = BestEpoch(outcome.epoch, outcome.predictions, weights)
         if checkpoints is not None and outcome.weights is None:
             checkpoints.save_if_due(
@@ -131,6 +134,8 @@ def fit(
         yield FitProgress(replace(outcome.epoch, notes=notes), outcome.predictions, best)
         if is_out_of_patience(recipe, outcome.epoch, best):
             break
+    if best is None and training.average is not None:
+        training.average.swap()
     if best is not None:
         context.net.load_state_dict(best.weights)
         if checkpoints is not None:
@@ -151,22 +156,31 @@ def start_training(context: TrainingContext, recipe: Recipe, seed: int) -> Train
     micro_batch_size = initial_micro_batch_size(
         context.net, recipe.batch_size, context.device_context.micro_batches
     )
-    return TrainingState(context.net, optimizer, schedule, micro_batch_size)
+    average = WeightAverage(context.net, recipe.ema) if recipe.ema else None
+    return TrainingState(context.net, optimizer, schedule, micro_batch_size, average)
 
 
-def adopt_training_statistics(context: TrainingContext, batch_size: int) -> None:
-    """Gives pretrained BatchNorm the statistics of training examples; see `batch_norm`."""
-    if not context.pretrained_norms:
+def adopt_training_statistics(
+    context: TrainingContext, recipe: Recipe, training: TrainingState
+) -> None:
+    """Gives pretrained BatchNorm the statistics of training examples, where the recipe adapts them;
+    see `batch_norm`.
+
+    The average of the weights begins after that.
+    """
+    if not context.pretrained_norms or not batch_norm.statistics_adapt(recipe):
         return
     count = min(len(context.train), batch_norm.CALIBRATION_EXAMPLES)
     order = torch.randperm(len(context.train), generator=torch.Generator().manual_seed(0))
 
     def run_examples() -> None:
-        for index in torch.split(order[:count], min(MAX_EVAL_BATCH, 4 * batch_size)):
+        for index in torch.split(order[:count], min(MAX_EVAL_BATCH, 4 * recipe.batch_size)):
             with context.device_context.autocast():
                 context.task.predict(context.net, context.train.take(index, 0).x)
 
     batch_norm.adopt_statistics(context.net, context.pretrained_norms, run_examples)
+    if training.average is not None:
+        training.average.restart()
 
 
 def replay_epochs(
@@ -212,7 +226,8 @@ def run_epoch(
     scores: dict[str, float] = {}
     if recipe.fit == "train":
         size = min(recipe.batch_size, training.micro_batch_size.value)
-        predictions = predict_source(context, context.valid, size)
+        with training.validated_weights():
+            predictions = predict_source(context, context.valid, size)
         scores = context.task.score(predictions)
     bad_scores = [
         f", {name} {value:g}" for name, value in scores.items() if not math.isfinite(value)
