@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"freeze_depth": 1, "clip_norm": 1.0},
     "both": {"fit": "train+valid", "schedule": "linear"},
     "groups": {"optimizer": "adamw", "weight_decay": 0.01, "layer_decay": 0.7, "head_lr": 2.0},
+    "onecycle": {"optimizer": "adamw", "schedule": "onecycle", "warmup": 2, "accumulate": 2},
+    "unfreezing": {"optimizer": "adamw", "unfreeze_every": 1, "weight_decay": 0.1},
     "ema": {"ema": 0.9},
     "ema both": {"ema": 0.9, "fit": "train+valid"},
 }

@@ -19,6 +19,11 @@ BEFORE_THE_KEY: dict[str, Any] = {
     "recipe.layer_decay": 1.0,
     "recipe.decay_norms": True,
     "recipe.ema": 0.0,
+    "recipe.beta2": None,
+    "recipe.epsilon": None,
+    "recipe.unfreeze_every": 0,
+    "recipe.accumulate": 1,
+    "recipe.min_lr": 0.0,
 }
 
 

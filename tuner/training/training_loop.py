@@ -22,12 +22,13 @@ from tuner.training.epoch import (
     Diverged,
     PredictionPairs,
     TrainingContext,
+    group_batches,
     predict_source,
     shuffle_into_batches,
     train_one_epoch,
 )
 from tuner.training.micro_batches import initial_micro_batch_size
-from tuner.training.optimizers import lr_factor, make_optimizer, stage_rates
+from tuner.training.optimizers import make_optimizer, make_schedule, stage_rates
 from tuner.training.weight_average import WeightAverage
 
 
@@ -149,10 +150,8 @@ def start_training(context: TrainingContext, recipe: Recipe, seed: int) -> Train
     batches = shuffle_into_batches(
         len(context.train), recipe.batch_size, seed, 1, context.train.lengths
     )
-    steps = recipe.epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(recipe, step, steps)
-    )
+    steps = recipe.epochs * len(group_batches(batches, recipe.accumulate))
+    schedule = make_schedule(optimizer, recipe, steps)
     micro_batch_size = initial_micro_batch_size(
         context.net, recipe.batch_size, context.device_context.micro_batches
     )
@@ -277,9 +276,15 @@ def check_batch_size(dataset: Dataset, run: Run) -> list[str]:
     count = len(dataset.train)
     if count < 2:
         raise DataError(f"data: {count} training examples; at least 2 are needed")
-    if run.recipe.batch_size > count:
+    recipe = run.recipe
+    if count >= recipe.batch_size and count < recipe.batch_size * (recipe.accumulate - 1):
         return [
-            f"recipe.batch_size: {run.recipe.batch_size}, but there are {count} training examples; "
+            f"recipe.accumulate: {recipe.accumulate} batches of {recipe.batch_size}, but there are "
+            f"{count} training examples; each epoch is one step"
+        ]
+    if recipe.batch_size > count:
+        return [
+            f"recipe.batch_size: {recipe.batch_size}, but there are {count} training examples; "
             f"each epoch is one batch of {count}"
         ]
     return []
