@@ -88,7 +88,7 @@ def bare(args: argparse.Namespace, made: training_loop.TrainingContext, r: Run) 
         for source in (made.dataset.train, made.dataset.valid)
     )
     lengths = made.dataset.train.lengths
-    opt = make_optimizer(model.parameters(), r.recipe)
+    opt = make_optimizer(model, r.recipe)
     steps = r.recipe.epochs * len(
         training_loop.shuffle_into_batches(len(train.y), args.batch, r.seed, 1, lengths)
     )

@@ -43,7 +43,7 @@ def bare(
     net: nn.Module, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor], recipe: Any
 ) -> Iterator[float]:
     """Seconds of each epoch by hand."""
-    opt = make_optimizer(net.parameters(), recipe)
+    opt = make_optimizer(net, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda _: 1.0)
     (x, y), (vx, vy) = train, valid
     for _ in range(recipe.epochs):

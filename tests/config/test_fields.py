@@ -48,8 +48,16 @@ def test_only_lossless_conversions() -> None:
             "x",
             "expected a whole number or null, got the string 'x'",
         ),
-        (OPTIMIZER, "adam", "expected sgd or adamw, got the string 'adam'; did you mean 'adamw'?"),
-        (OPTIMIZER, 3, "expected sgd or adamw, got 3"),
+        (
+            OPTIMIZER,
+            "admaw",
+            "expected sgd, adam, adamw, nadam, radam, adamax, adagrad, rmsprop or adafactor, got the string 'admaw'; did you mean 'adamw'?",
+        ),
+        (
+            OPTIMIZER,
+            3,
+            "expected sgd, adam, adamw, nadam, radam, adamax, adagrad, rmsprop or adafactor, got 3",
+        ),
         (MEAN, [0.1, 0.2], "expected a list of 3 numbers or null, got a list"),
         (NAME, 2024, "expected text or null, got 2024"),
         (TIMEOUT, "0s", "a duration must be above 0 and at most 10,000d, got the string '0s'"),

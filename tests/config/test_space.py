@@ -45,6 +45,30 @@ def test_a_scalar_is_fixed_a_list_a_choice_a_mapping_a_range() -> None:
     assert leaf("momentum: {low: 0, high: 0.9, step: 0.3}") == Range(0.0, 0.9, step=0.3)
 
 
+def test_warmup_is_a_share_or_a_number_of_steps() -> None:
+    for written, value in (("0.5", 0.5), ("0", 0), ("1", 1), ("500", 500)):
+        warmup = space(f"recipe: {{warmup: {written}}}").sample(None).recipe.warmup
+        assert warmup == value and type(warmup) is type(value)
+    assert leaf("warmup: {low: 100, high: 500}") == Range(100, 500, integer=True)
+    assert leaf("warmup: {low: 0, high: 0.3}") == Range(0, 0.3)
+    assert leaf("warmup: [0.1, 500]") == Choice((0.1, 500))
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("0.7", "must be at most 0.5 or a whole number, got 0.7"),
+        ("-1", "must be at least 0, got -1"),
+        ("{low: 0.1, high: 500}", "low (0.1) and high (500) are of two kinds; write two of one "),
+    ],
+)
+def test_a_share_above_a_half_and_a_range_from_a_share_to_steps_are_refused(
+    written: str, says: str
+) -> None:
+    (problem,) = problems(f"recipe: {{warmup: {written}}}")
+    assert problem.startswith(f"space.yaml:4: recipe.warmup: {says}")
+
+
 def test_short_forms_equal_long_ones() -> None:
     long = "task: {name: classification}\ndata: {name: digits}\nmodel: {name: resnet18_slim}\nengine: {name: inline}\nexport: [onnx]\n"
     short = (
@@ -93,7 +117,7 @@ def test_the_metric_is_the_tasks_first_unless_written() -> None:
         ("recipe: {lr: {low: 1e-3, high: 1, step: 0}}", "4: recipe.lr.step: expected a number above 0, got 0"),
         ("recipe: {lr: {low: 1e-3, high: 1, log: 1}}", "4: recipe.lr.log: expected true or false, got 1"),
         ("recipe: {epochs: {low: 1.5, high: 4}}", "4: recipe.epochs.low: expected a whole number, got 1.5"),
-        ("recipe: {optimizer: {low: 1, high: 2}}", "4: recipe.optimizer: a range is for numbers; expected sgd or adamw, or a list of them"),
+        ("recipe: {optimizer: {low: 1, high: 2}}", "4: recipe.optimizer: a range is for numbers; expected sgd, adam, adamw, nadam, radam, adamax, adagrad, rmsprop or adafactor, or a list of them"),
         ("recipe: {optimizer: {choices: [sgd], log: true}}", "4: recipe.optimizer.log: unknown key (a range has low, high, log, step, when; a choice has choices, when)"),
         ("seed: -1", "4: seed: must be at least 0, got -1"),
         ("seed: {low: 0, high: 3}", "4: seed: expected a whole number or null, got a mapping"),
@@ -324,7 +348,7 @@ def test_a_condition_reaches_into_another_section_and_onto_fixed_keys() -> None:
         ("when: {optimiser: sgd}", "when.optimiser: no such key to depend on; did you mean 'optimizer'? (write a key of recipe, or section.key)"),
         ("when: {lr: 0.1}", "when.lr: a key cannot depend on itself"),
         ("when: {optimizer: sgd}", "when.optimizer: sgd is never chosen; recipe.optimizer is adamw"),
-        ("when: {optimizer: adam}", "when.optimizer: expected sgd or adamw, got the string 'adam'; did you mean 'adamw'?"),
+        ("when: {optimizer: admaw}", "when.optimizer: expected sgd, adam, adamw, nadam, radam, adamax, adagrad, rmsprop or adafactor, got the string 'admaw'; did you mean 'adamw'?"),
         ("when: {epochs: 9}", "when.epochs: 9 is never chosen; recipe.epochs is 2 to 8"),
         ("when: {warmup: 0.1}", "when.warmup: recipe.warmup is searched without steps and is never exactly 0.1; give it a step or a list of choices"),
         ("when: {schedule: constant}", "when.schedule: constant is never chosen; recipe.schedule is cosine"),

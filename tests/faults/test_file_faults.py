@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CommandResult
+from tuner.config.run import Recipe
 
 PARTS = "task: classification\ndata: digits\nmodel: {name: resnet18_slim}\n"
 INLINE = "engine: {name: inline, device: cpu}\n"
@@ -23,7 +24,7 @@ def model(outputs):
 
 # row, what follows PARTS, the lines on stderr after `tuner: error: space.yaml:`
 ROWS = [
-    (1, "recipe: {momentun: 0.9}", ["4: recipe.momentun: unknown key; did you mean 'momentum'? (allowed: optimizer, lr, momentum, nesterov, weight_decay, freeze_depth, epochs, batch_size, schedule, warmup, clip_norm, batchnorm, label_smoothing, head, patience, stop_epoch, fit)"]),
+    (1, "recipe: {momentun: 0.9}", ["4: recipe.momentun: unknown key; did you mean 'momentum'? (allowed: " + ", ".join(Recipe.model_fields) + ")"]),
     (2, "recipe:\n  lr: 0.1\n  epochs: 2\n  lr: 0.2\n", ["7: recipe.lr: duplicate key, first written in line 5; keep one"]),
     (3, 'recipe: {lr: {low: "abc", high: 1e-1}}', ["4: recipe.lr.low: expected a number, got the string 'abc'"]),
     (4, "recipe: {lr: {low: 1e-1, high: 1e-3}}", ["4: recipe.lr: low (0.1) must be below high (0.001)"]),

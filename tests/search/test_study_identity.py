@@ -50,6 +50,24 @@ def test_a_key_that_a_later_version_added_is_no_difference_at_its_default() -> N
     ]
 
 
+def test_a_study_that_is_older_than_a_key_goes_on_as_it_did() -> None:
+    """It decayed all parameters, and had one rate; a default or a family's recipe may say otherwise now."""
+
+    def older(study: dict[str, Any], defaulted: set[str]) -> None:
+        for key in ("decay_norms", "head_lr"):
+            del study["recipe"][key]
+            defaulted.discard(f"recipe.{key}")
+
+    same = compared(older)
+    assert (same.problems, same.earlier) == ([], {"recipe.decay_norms": True})
+    assert compared(older, "recipe.decay_norms=true").earlier == {}
+    other = compared(older, "recipe.decay_norms=false", "recipe.head_lr=2")
+    assert other.problems == [
+        "without recipe.decay_norms, this file has false",
+        "without recipe.head_lr, this file has 2.0",
+    ]
+
+
 def test_a_key_that_a_later_version_dropped_is_no_difference_if_it_was_at_its_default() -> None:
     def older(study: dict[str, Any], defaulted: set[str]) -> None:
         study["recipe"] |= {"old": 1, "own": 2}

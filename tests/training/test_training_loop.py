@@ -15,10 +15,15 @@ from tuner.errors import SpaceError, StorageError
 from tuner.messages import Epoch
 from tuner.training import training_loop
 from tuner.training.devices import DeviceContext, select_device
-from tuner.training.epoch import Diverged
-from tuner.training.optimizers import lr_factor, make_optimizer
+from tuner.training.epoch import Diverged, group_batches
+from tuner.training.optimizers import OPTIMIZERS, lr_factor, make_optimizer, make_schedule
 from tuner.training.preparation import prepare_training
-from tuner.training.training_loop import fit, predict_source, shuffle_into_batches
+from tuner.training.training_loop import (
+    check_batch_size,
+    fit,
+    predict_source,
+    shuffle_into_batches,
+)
 
 
 def run(**recipe: Any) -> Run:
@@ -143,25 +148,134 @@ def test_a_last_batch_of_one_trains_with_batch_norm(here: DeviceContext) -> None
         (Recipe(warmup=0.1), 9, 10 / 11),
         (Recipe(warmup=0.1), 10, 1.0),
         (Recipe(warmup=0.1, schedule="cosine"), 55, 0.5),
+        (Recipe(schedule="linear", warmup=0.2), 60, 0.5),
+        (Recipe(schedule="polynomial", warmup=0.0), 25, 0.75**0.9),
+        (Recipe(schedule="polynomial", warmup=0.0), 100, 0.0),
+        (Recipe(schedule="onecycle", warmup=0.3), 0, 0.04),
+        (Recipe(schedule="onecycle", warmup=0.3), 15, 0.52),
+        (Recipe(schedule="onecycle", warmup=0.3), 30, 1.0),
+        (Recipe(schedule="onecycle", warmup=0.3), 65, 0.5),
+        (Recipe(schedule="linear", warmup=0.0, min_lr=0.1), 50, 0.55),
+        (Recipe(schedule="cosine", warmup=0.0, min_lr=0.1), 100, 0.1),
+        (Recipe(schedule="polynomial", warmup=0.0, min_lr=0.1), 100, 0.1),
+        (Recipe(schedule="onecycle", min_lr=0.1), 100, 0.1),
+        (Recipe(schedule="constant", warmup=0.0, min_lr=0.1), 100, 1.0),
+        (Recipe(warmup=10, schedule="cosine"), 9, 10 / 11),
+        (Recipe(warmup=10, schedule="cosine"), 55, 0.5),
+        (Recipe(warmup=1, schedule="cosine"), 0, 1 / 2),
+        (Recipe(warmup=0, schedule="cosine"), 0, 1.0),
+        (Recipe(warmup=5000, schedule="linear"), 50, 1.0),  # cut at half of the steps
+        (Recipe(warmup=5000, schedule="linear"), 49, 50 / 51),
     ],
 )
 def test_the_schedule(recipe: Recipe, step: int, expected: float) -> None:
     assert lr_factor(recipe, step, 100) == pytest.approx(expected)
 
 
-def test_optimizers_get_what_the_recipe_says() -> None:
-    weight = [torch.nn.Parameter(torch.zeros(1))]
-    sgd = make_optimizer(
-        weight, Recipe(optimizer="sgd", lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01)
-    ).defaults
-    assert (sgd["lr"], sgd["momentum"], sgd["nesterov"], sgd["weight_decay"]) == (
-        0.1,
-        0.8,
-        True,
-        0.01,
+@pytest.mark.parametrize(
+    ("recipe", "kind", "expected"),
+    [
+        (
+            {"optimizer": "sgd", "momentum": 0.8, "nesterov": True},
+            torch.optim.SGD,
+            {"momentum": 0.8, "nesterov": True},
+        ),
+        (
+            {"optimizer": "sgd", "momentum": 0.0, "nesterov": True},
+            torch.optim.SGD,
+            {"momentum": 0.0, "nesterov": False},
+        ),
+        ({"optimizer": "adamw"}, torch.optim.AdamW, {"betas": (0.9, 0.999), "eps": 1e-8}),
+        (
+            {"optimizer": "adam", "momentum": 0.8, "beta2": 0.99, "epsilon": 1e-6},
+            torch.optim.Adam,
+            {"betas": (0.8, 0.99), "eps": 1e-6},
+        ),
+        ({"optimizer": "nadam"}, torch.optim.NAdam, {"decoupled_weight_decay": True}),
+        ({"optimizer": "radam"}, torch.optim.RAdam, {"decoupled_weight_decay": True}),
+        ({"optimizer": "adamax", "beta2": 0.9}, torch.optim.Adamax, {"betas": (0.9, 0.9)}),
+        ({"optimizer": "adagrad", "epsilon": 1e-6}, torch.optim.Adagrad, {"eps": 1e-6}),
+        (
+            {"optimizer": "rmsprop", "momentum": 0.5, "beta2": 0.95},
+            torch.optim.RMSprop,
+            {"momentum": 0.5, "alpha": 0.95, "eps": 1e-8},
+        ),
+        ({"optimizer": "rmsprop"}, torch.optim.RMSprop, {"alpha": 0.99}),
+        ({"optimizer": "adafactor"}, torch.optim.Adafactor, {}),
+    ],
+)
+def test_optimizers_get_what_the_recipe_says(
+    recipe: dict[str, Any], kind: type, expected: dict[str, Any]
+) -> None:
+    optimizer = make_optimizer(
+        torch.nn.Linear(1, 1, bias=False), Recipe(lr=0.1, weight_decay=0.01, **recipe)
     )
-    adamw = make_optimizer(weight, Recipe(optimizer="adamw", momentum=0.8)).defaults
-    assert adamw["betas"] == (0.8, 0.999)
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is kind and (group["lr"], group["weight_decay"]) == (0.1, 0.01)
+    assert {key: group[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_the_loss(name: str, here: DeviceContext) -> None:
+    lr = {"sgd": 0.01, "adagrad": 0.005}.get(name, 0.001)
+    recipe = {"lr": lr, "epochs": 3, "freeze_depth": 4, "head": "fresh", "fit": "train+valid"}
+    found, _ = epochs(run(optimizer=name, **recipe), here)
+    assert found[-1].loss < found[0].loss
+
+
+def test_the_momentum_of_onecycle_falls_while_the_rate_rises(here: DeviceContext) -> None:
+    for name, key in (("sgd", "momentum"), ("adamw", "betas"), ("rmsprop", "momentum")):
+        recipe = Recipe(optimizer=name, schedule="onecycle", momentum=0.95, warmup=0.5)
+        optimizer = make_optimizer(torch.nn.Linear(1, 1), recipe)
+        schedule = make_schedule(optimizer, recipe, 4)
+        seen = []
+        for _ in range(4):
+            optimizer.step()
+            value = optimizer.param_groups[0][key]
+            seen.append(value[0] if key == "betas" else value)
+            schedule.step()
+        assert seen == pytest.approx([0.95, 0.9, 0.85, 0.9])
+    plain, cycled = (epochs(run(schedule=s), here)[0][-1].loss for s in ("cosine", "onecycle"))
+    assert plain != cycled
+
+
+@pytest.mark.parametrize(
+    "recipe", [{"batch_size": 4, "accumulate": 3}, {"batch_size": 3, "accumulate": 4}]
+)
+def test_accumulated_batches_are_one_batch(recipe: dict[str, Any], here: DeviceContext) -> None:
+    """Without BatchNorm, up to rounding; the schedule counts the steps of the optimizer."""
+    model = PluginConfig("tests.helpers.jobs:linear", {})
+    whole = replace(run(batch_size=12, optimizer="sgd", momentum=0.9), model=model)
+    accumulated = replace(run(optimizer="sgd", momentum=0.9, **recipe), model=model)
+    (expected, net), (found, same) = (epochs(r, here) for r in (whole, accumulated))
+    assert [e.loss for e in found] == pytest.approx([e.loss for e in expected], rel=1e-5)
+    for name, value in net.net.state_dict().items():
+        assert torch.allclose(same.net.state_dict()[name], value, atol=1e-6)
+    batches = list(torch.arange(7))
+    assert group_batches(batches, 3) == [batches[:3], batches[3:6], batches[6:]]
+
+
+def test_steps_are_counted_as_the_optimizer_takes_them(
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch of 10 batches by 4 is 3 steps; at the end of the schedule the rate is 0."""
+    r = run(batch_size=4, accumulate=4, epochs=2, schedule="linear", warmup=0.0)
+    context = prepare_training(r, here, "accuracy")
+    training = training_loop.start_training(context, r.recipe, r.seed)
+    steps = -(-len(shuffle_into_batches(len(context.train), 4, 3, 1)) // 4)
+    for number in (1, 2):
+        training_loop.train_one_epoch(context, r.recipe, training, r.seed, number)
+        assert training.schedule.last_epoch == steps * number
+    assert training.optimizer.param_groups[0]["lr"] == 0
+
+
+def test_more_accumulated_batches_than_there_are_is_a_warning(here: DeviceContext) -> None:
+    dataset = prepare_training(run(), here, "accuracy").dataset
+    assert check_batch_size(dataset, run(batch_size=4, accumulate=2)) == []
+    assert check_batch_size(dataset, run(batch_size=4, accumulate=50)) == [
+        f"recipe.accumulate: 50 batches of 4, but there are {len(dataset.train)} training "
+        "examples; each epoch is one step"
+    ]
 
 
 def test_label_smoothing_reaches_the_loss(here: DeviceContext) -> None:

@@ -77,7 +77,8 @@ def _format_error(field: FieldInfo, value: Any, error: ValidationError) -> str:
     for problem in error.errors():
         if problem["type"] in _BOUND_WORDS and not isinstance(value, (bool, str)):
             bound, key = _BOUND_WORDS[problem["type"]]
-            return f"must be {bound} {_format_bound(problem['ctx'][key])}, got {given}"
+            limit = _format_bound(problem["ctx"][key])
+            return f"must be {bound} {limit}{_or_whole(field, value)}, got {given}"
         if problem["type"] == "value_error":
             return f"{problem['ctx']['error']}, got {given}"
         if problem["type"] == "finite_number":
@@ -87,6 +88,12 @@ def _format_error(field: FieldInfo, value: Any, error: ValidationError) -> str:
     words = [option for option in literal_choices(field) if isinstance(option, str)]
     hint = nearest_hint(value, words) if isinstance(value, str) else ""
     return f"expected {describe_expected(field)}, got {given}{hint}"
+
+
+def _or_whole(field: FieldInfo, value: Any) -> str:
+    """What else a field takes that is a share or a count, where the value is no count."""
+    is_either = {int, float} <= set(plain_types(field.annotation))
+    return " or a whole number" if is_either and isinstance(value, float) else ""
 
 
 def _format_bound(bound: float) -> str:

@@ -34,26 +34,87 @@ class Recipe(Section):
     rises first and falls to 0, so that the first steps do not lose what the probe found.
     """
 
-    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="SGD with momentum, or AdamW")
+    optimizer: Literal[
+        "sgd", "adam", "adamw", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adafactor"
+    ] = Field("adamw", description="one of torch.optim; sgd is SGD with momentum")
     lr: float = Field(0.0005, gt=0, le=100, description="learning rate at its highest")
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum; AdamW's first beta")
+    head_lr: float = Field(1.0, gt=0, le=1000, description="factor of lr for the last stage")
+    backbone_lr: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="factor of lr for the backbone: the stages before the neck of a detector, "
+        "otherwise all stages but the last",
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of lr from each stage to the one before it, so that the first stages "
+        "change least; 1: one rate",
+    )
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="of SGD and RMSprop; the first beta of Adam and its relatives"
+    )
+    beta2: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="the second beta of Adam and its relatives, RMSprop's alpha; null: torch's own",
+    )
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="what all but SGD and Adafactor add to the divisor; null: torch's own",
+    )
     nesterov: bool = Field(False, description="Nesterov's momentum (SGD)")
     weight_decay: float = Field(
-        0.0, ge=0, le=10, description="L2 penalty (SGD) or decoupled decay (AdamW)"
+        0.0,
+        ge=0,
+        le=10,
+        description="decoupled decay (AdamW, NAdam, RAdam, Adafactor), otherwise an L2 penalty",
+    )
+    decay_norms: bool = Field(
+        False,
+        description="whether weight_decay also holds for biases, for the scales of normalisations, "
+        "and for embeddings of positions and class tokens",
     )
     freeze_depth: int = Field(0, ge=0, description="stages frozen, counted from the input")
+    unfreeze_every: int = Field(
+        0,
+        ge=0,
+        description="gradual unfreezing: after so many epochs one more stage from the head down is "
+        "trained, until freeze_depth; 0: all from the first epoch",
+    )
     epochs: int = Field(
         10, ge=1, le=100_000, description="passes over the training examples; the schedule's length"
     )
-    batch_size: int = Field(32, ge=1, le=65_536, description="examples per optimizer step")
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        "cosine", description="of the learning rate, per step; all but constant end at 0"
+    batch_size: int = Field(32, ge=1, le=65_536, description="examples per batch")
+    accumulate: int = Field(
+        1, ge=1, le=4096, description="batches per optimizer step: their gradients are averaged"
     )
-    warmup: float = Field(
-        0.1, ge=0, le=0.5, description="share of the steps in which lr rises linearly from 0"
+    schedule: Literal["constant", "cosine", "linear", "polynomial", "onecycle"] = Field(
+        "cosine",
+        description="of the learning rate, per step; all but constant end at min_lr; polynomial: "
+        "the power 0.9 of what is left; onecycle: cosines up from lr / 25 and down, the momentum "
+        "opposite",
+    )
+    min_lr: float = Field(0.0, ge=0, le=1, description="share of lr with which the schedule ends")
+    warmup: Annotated[float, Field(ge=0, le=0.5)] | Annotated[int, Field(ge=0)] = Field(
+        0.1,
+        description="in which lr rises linearly from 0: a share of the steps, up to 0.5; or, as a "
+        "whole number, so many steps, but no more than half of the run's",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="gradients are scaled down to this norm; null: as they are"
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the moving average of the weights, which is then what is validated, "
+        "kept and exported; 0: the weights themselves",
     )
     batchnorm: Literal["auto", "frozen", "adapt"] = Field(
         "auto",

@@ -231,7 +231,26 @@ def read_range(
         check_step(draft, path, step, log=log is True, whole=fields.is_integer(field))
     if len(draft.problems) > before or low is None or high is None:
         return None
+    if not whole and not is_between(field, low, high):
+        draft.add_problem(
+            path,
+            f"low ({low}) and high ({high}) are of two kinds; write two of one kind: "
+            f"{field.description}",
+        )
+        return None
     return Range(low, high, log, step, whole)
+
+
+def is_between(field: FieldInfo, low: float, high: float) -> bool:
+    """Whether a field that takes both ends of a range takes the numbers between them too.
+
+    Where a key is a share or a count, one end may be the one and the other end the other.
+    """
+    try:
+        fields.convert_value(field, (low + high) / 2)
+    except fields.InvalidValue:
+        return False
+    return True
 
 
 def read_bound(

@@ -9,13 +9,15 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
+
+NECK_NAMES = ("neck", "fpn", "extra", "decoder")  # of a stage between backbone and head
 
 
 class Batch(NamedTuple):
@@ -81,7 +83,8 @@ class StagedModel:
 
     Args:
         model: The model.
-        stages: The stages by name, from input to output. The last one is the head.
+        stages: The stages by name, from input to output. The last one is the head. The first
+            stage between backbone and head, where there is one, has one of NECK_NAMES.
         notes: Lines for the user, such as that the head is new.
         native_forward: Calls the model on the input of the first stage and gives the output of the
             last one, where that is not model(x), as with detectors that take lists. None: model(x).
@@ -102,6 +105,12 @@ class StagedModel:
     def max_depth(self) -> int:
         """The greatest freeze depth: all stages but the last are frozen."""
         return len(self.stages) - 1
+
+    @property
+    def backbone_stages(self) -> tuple[str, ...]:
+        """The names of the stages before the neck; without a neck, of all stages but the head."""
+        names = list(self.stages)[:-1]
+        return tuple(takewhile(lambda name: name not in NECK_NAMES, names))
 
     def reference_output(self, x: TensorTree) -> TensorTree:
         """The output of the native model, with which others are compared."""

@@ -11,6 +11,20 @@ from tuner.config.space import KeyPath, Space
 
 # The data may lie elsewhere: their digest says whether they are the same.
 LOCATIONS = ("data.path", "data.images")
+# What a study did before there were these keys. Their defaults, or those of a model family's
+# recipe, may be others.
+BEFORE_THE_KEY: dict[str, Any] = {
+    "recipe.head_lr": 1.0,
+    "recipe.backbone_lr": 1.0,
+    "recipe.layer_decay": 1.0,
+    "recipe.decay_norms": True,
+    "recipe.ema": 0.0,
+    "recipe.beta2": None,
+    "recipe.epsilon": None,
+    "recipe.unfreeze_every": 0,
+    "recipe.accumulate": 1,
+    "recipe.min_lr": 0.0,
+}
 
 
 def identity(space: Space) -> dict[str, Any]:
@@ -57,7 +71,8 @@ class Comparison:
 
     A study may be older than this version of tuner. A key that only one of the two versions knows
     is no difference while it has its default. Where a default has changed, the study continues with
-    the earlier default. Every other difference is a problem.
+    the earlier default; so it does where a new key has another default than what was done before.
+    Every other difference is a problem.
 
     Attributes:
         earlier: The earlier values of defaults that have changed, by dotted key.
@@ -77,16 +92,17 @@ class Comparison:
         file: Mapping[str, Any],
         file_defaulted: Collection[str],
     ) -> None:
-        before, now = flat(study), flat(json.loads(json.dumps(file)))
+        known, now = flat(study), flat(json.loads(json.dumps(file)))
+        before = BEFORE_THE_KEY | known
         self.earlier: dict[str, Any] = {}
         self.problems: list[str] = []
         for key in sorted((before.keys() | now.keys()) - set(LOCATIONS)):
             if before.get(key) == now.get(key):
                 continue
-            before_defaulted = key not in before or key in study_defaulted
+            before_defaulted = key not in known or key in study_defaulted
             now_defaulted = key not in now or key in file_defaulted
             if not (before_defaulted and now_defaulted):
-                self.problems.append(_difference(key, before, now))
+                self.problems.append(_difference(key, known, now))
             elif key in before and key in now:
                 self.earlier[key] = before[key]
 

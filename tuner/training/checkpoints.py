@@ -11,11 +11,12 @@ What is not in a checkpoint needs no saving. Random states (Python's, numpy's, t
 follow from the seed and the epoch: `epoch.train_one_epoch` sets them, so that a trial draws the
 same numbers whatever its process did before. Order and views of the examples are functions of the
 epoch. Early stopping follows from the epochs. There is no gradient scaler, since bfloat16 needs
-none, and no average of weights over time.
+none. Which stages wait until they are unfrozen follows from the epoch.
 """
 
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,36 @@ from tuner.files.checkpoint_files import (
 )
 from tuner.messages import Epoch
 from tuner.training.micro_batches import MicroBatchSize
+from tuner.training.weight_average import WeightAverage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no average of the weights
+# keys of a parameter group that are not saved: where the training goes on they may be others
+GROUP_KEYS_OF_A_DEVICE = ("params", "fused", "foreach")
 MIN_WRITE_SECONDS = 0.25  # of training that may be lost; a longer epoch is written when it ends
 SYNC_SECONDS = 1.0  # between syncs; a power cut loses no more, and the epoch that was running
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What changes while `net` is trained, and goes into a checkpoint."""
+    """What changes while `net` is trained, and goes into a checkpoint.
+
+    `average` is what is validated in place of the net's weights; None: these themselves.
+    """
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     micro_batch_size: MicroBatchSize
+    average: WeightAverage | None = None
+
+    def validated_weights(self) -> AbstractContextManager[None]:
+        """The net has the weights that are validated and kept inside the block."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def copy_validated_weights(self) -> dict[str, Tensor]:
+        """A copy of the state dict of the net with these weights."""
+        with self.validated_weights():
+            return {name: v.detach().clone() for name, v in self.net.state_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -95,7 +112,7 @@ class Checkpoints:
         if now - self.last_write < MIN_WRITE_SECONDS:
             return
         tensors, values = collect_state(training)
-        # without a best epoch there are none; those of the last epoch are the net's own
+        # without a best epoch there are none; those of the last epoch are in the state already
         if best not in (0, len(epochs)):
             tensors |= {f"best.{name}": value for name, value in weights.items()}
         values |= {
@@ -179,10 +196,11 @@ class Checkpoints:
             return "of another model"
         restore_state(training, tensors, values)
         epochs = [Epoch(*entry) for entry in values["epochs"]]
-        best = select_prefix(tensors, "net." if values["best"] == len(epochs) else "best.")
-        return RestoredProgress(
-            epochs, values["best"], {name: value.clone() for name, value in best.items()}
-        )
+        if values["best"] == len(epochs):
+            best = training.copy_validated_weights()
+        else:
+            best = {name: v.clone() for name, v in select_prefix(tensors, "best.").items()}
+        return RestoredProgress(epochs, values["best"], best)
 
     def save_best_weights(self, model: nn.Module, net: nn.Module) -> None:
         """Writes the weights of `net` under the names that `model` has for them, where they are to
@@ -208,6 +226,8 @@ def read_header(content: bytes) -> dict[str, Any]:
 def collect_state(training: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A training's state, split into tensors and values for JSON."""
     tensors = {f"net.{name}": value for name, value in training.net.state_dict().items()}
+    if training.average is not None:
+        tensors |= {f"average.{name}": v for name, v in training.average.tensors.items()}
     optimizer = training.optimizer.state_dict()
     values: dict[str, dict[str, Any]] = {}
     for number, parameter_state in optimizer["state"].items():
@@ -217,7 +237,7 @@ def collect_state(training: TrainingState) -> tuple[dict[str, Tensor], dict[str,
             else:
                 values.setdefault(str(number), {})[name] = value
     groups = [
-        {name: value for name, value in group.items() if name != "params"}
+        {name: value for name, value in group.items() if name not in GROUP_KEYS_OF_A_DEVICE}
         for group in optimizer["param_groups"]
     ]
     schedule = {
@@ -238,6 +258,8 @@ def restore_state(
 ) -> None:
     """Loads what `collect_state` gave into `training`."""
     training.net.load_state_dict(select_prefix(tensors, "net."))
+    if training.average is not None:
+        training.average.load(select_prefix(tensors, "average."))
     optimizer = training.optimizer.state_dict()
     parameters = dict(
         enumerate(p for group in training.optimizer.param_groups for p in group["params"])

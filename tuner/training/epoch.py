@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -73,23 +74,47 @@ def train_one_epoch(
         len(context.train), recipe.batch_size, seed, epoch, context.train.lengths
     )
     set_train_mode(context.net, context.pretrained_norms, recipe, len(batches))
-    for step, index in enumerate(batches, start=1):
+    freeze_waiting_stages(context.net, recipe.unfreeze_every, epoch)
+    groups = group_batches(batches, recipe.accumulate)
+    for step, group in enumerate(groups, start=1):
         parts = retry_on_oom(
-            partial(backward, context, index, view, training), training.micro_batch_size, len(index)
+            partial(backward, context, group, view, training),
+            training.micro_batch_size,
+            max(map(len, group)),
         )
         if recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(context.net.parameters(), recipe.clip_norm)
         training.optimizer.step()
         training.schedule.step()
-        total += sum_parts(parts) * len(index)
+        if training.average is not None:
+            training.average.update(training.schedule.last_epoch)
+        total += sum_parts(parts) * sum(map(len, group))
         unchecked.append(parts)
         # reading the total waits for the GPU, so it is not read at every step
-        if step % STEPS_BETWEEN_CHECKS == 0 or step == len(batches):
+        if step % STEPS_BETWEEN_CHECKS == 0 or step == len(groups):
             if not math.isfinite(float(total)):
                 first_step = step - len(unchecked) + 1
                 raise Diverged(f"{describe_divergence(unchecked, first_step)} in epoch {epoch}")
             unchecked.clear()
     return float(total) / len(context.train)
+
+
+def freeze_waiting_stages(net: nn.Module, unfreeze_every: int, epoch: int) -> None:
+    """Freezes the stages of `net` that are not trained yet in `epoch`, and unfreezes the others.
+
+    The head is trained from the first epoch, and one more stage after each `unfreeze_every` epochs
+    (gradual unfreezing: Howard and Ruder, ULMFiT, ACL 2018). A stage that waits has no gradients
+    and is in eval mode, so its BatchNorm does not change. The optimizer leaves parameters without a
+    gradient alone, their weight decay included.
+    """
+    if not unfreeze_every:
+        return
+    stages = list(net.children())
+    waiting = max(0, len(stages) - 1 - (epoch - 1) // unfreeze_every)
+    for number, stage in enumerate(stages):
+        stage.requires_grad_(number >= waiting)
+        if number < waiting:
+            stage.eval()
 
 
 def describe_divergence(losses: Sequence[LossParts], first_step: int) -> str:
@@ -121,30 +146,36 @@ def seed_everything(seed: int) -> None:
 
 
 def backward(
-    context: TrainingContext, index: Tensor, view: int, training: TrainingState
+    context: TrainingContext, batches: Sequence[Tensor], view: int, training: TrainingState
 ) -> LossParts:
-    """Computes the gradients of a batch's mean loss, which stay in the net.
+    """Computes the gradients of the mean loss of some batches, which stay in the net.
 
-    A batch that is larger than the micro-batch size is computed in micro-batches, each weighted by
-    its number of examples. The result is the gradient of the whole batch where a loss is a mean
-    over examples. It is an approximation where the loss is a mean over something else (the tokens
-    of texts, the pixels that are not ignored, the objects), and in BatchNorm, whose statistics are
-    then those of a micro-batch.
+    The batches of an optimizer step are computed one after another, and one that is larger than the
+    micro-batch size in micro-batches, each weighted by its number of examples. The result is the
+    gradient of all of them as one batch where a loss is a mean over examples. It is an
+    approximation where the loss is a mean over something else (the tokens of texts, the pixels that
+    are not ignored, the objects), and in BatchNorm, whose statistics are those of a micro-batch.
 
     Returns the parts of the loss, detached.
     """
     training.optimizer.zero_grad(set_to_none=True)
     totals: LossParts = {}
-    for micro_batch in training.micro_batch_size.split_batch(index):
+    count = sum(map(len, batches))
+    for micro_batch in chain(*map(training.micro_batch_size.split_batch, batches)):
         batch = context.train.take(micro_batch, view)
         with context.device_context.autocast():
             parts = context.task.loss_parts(context.net, batch)
-        weight = len(micro_batch) / len(index)
+        weight = len(micro_batch) / count
         weighted = {name: part * weight if weight < 1 else part for name, part in parts.items()}
         sum_parts(weighted).backward()  # type: ignore[no-untyped-call]
         for name, part in weighted.items():
             totals[name] = totals[name] + part.detach() if name in totals else part.detach()
     return totals
+
+
+def group_batches(batches: Sequence[Tensor], accumulate: int) -> list[Sequence[Tensor]]:
+    """The batches of each optimizer step: `accumulate` in a row, and what is left at the end."""
+    return [batches[first : first + accumulate] for first in range(0, len(batches), accumulate)]
 
 
 def sum_parts(parts: LossParts) -> Tensor:

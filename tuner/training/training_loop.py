@@ -22,12 +22,14 @@ from tuner.training.epoch import (
     Diverged,
     PredictionPairs,
     TrainingContext,
+    group_batches,
     predict_source,
     shuffle_into_batches,
     train_one_epoch,
 )
 from tuner.training.micro_batches import initial_micro_batch_size
-from tuner.training.optimizers import lr_factor, make_optimizer
+from tuner.training.optimizers import make_optimizer, make_schedule, stage_rates
+from tuner.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class FitProgress:
 class EpochOutcome:
     """An epoch that was trained now or replayed from a checkpoint.
 
-    `weights` is None after a trained epoch: the net still has them. Of the replayed epochs only
-    the best one has weights and predictions, since a checkpoint keeps no others.
+    `weights` is None after a trained epoch: the training state still has them. Of the replayed
+    epochs only the best one has weights and predictions, since a checkpoint keeps no others.
     """
 
     epoch: Epoch
@@ -108,8 +110,8 @@ def fit(
     """
     training = start_training(context, recipe, seed)
     restored = checkpoints.restore_newest(training) if checkpoints is not None else None
-    if restored is None and batch_norm.statistics_adapt(recipe):
-        adopt_training_statistics(context, recipe.batch_size)
+    if restored is None:
+        adopt_training_statistics(context, recipe, training)
     epochs: list[Epoch] = []
     best: BestEpoch | None = None
     for outcome in chain(
@@ -118,7 +120,9 @@ def fit(
     ):
         epochs.append(outcome.epoch)
         if is_better(outcome.epoch, best, context.metric):
-            weights = copy_state(context) if outcome.weights is None else outcome.weights
+            weights = outcome.weights
+            if weights is None:
+                weights = training.copy_validated_weights()
             best = BestEpoch(outcome.epoch, outcome.predictions, weights)
         if checkpoints is not None and outcome.weights is None:
             checkpoints.save_if_due(
@@ -131,6 +135,8 @@ def fit(
         yield FitProgress(replace(outcome.epoch, notes=notes), outcome.predictions, best)
         if is_out_of_patience(recipe, outcome.epoch, best):
             break
+    if best is None and training.average is not None:
+        training.average.swap()
     if best is not None:
         context.net.load_state_dict(best.weights)
         if checkpoints is not None:
@@ -139,33 +145,41 @@ def fit(
 
 def start_training(context: TrainingContext, recipe: Recipe, seed: int) -> TrainingState:
     """The state of a training before its first epoch."""
-    optimizer = make_optimizer(context.net.parameters(), recipe)
+    rates = stage_rates(context.staged_model, recipe)
+    optimizer = make_optimizer(context.net, recipe, rates)
     batches = shuffle_into_batches(
         len(context.train), recipe.batch_size, seed, 1, context.train.lengths
     )
-    steps = recipe.epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(recipe, step, steps)
-    )
+    steps = recipe.epochs * len(group_batches(batches, recipe.accumulate))
+    schedule = make_schedule(optimizer, recipe, steps)
     micro_batch_size = initial_micro_batch_size(
         context.net, recipe.batch_size, context.device_context.micro_batches
     )
-    return TrainingState(context.net, optimizer, schedule, micro_batch_size)
+    average = WeightAverage(context.net, recipe.ema) if recipe.ema else None
+    return TrainingState(context.net, optimizer, schedule, micro_batch_size, average)
 
 
-def adopt_training_statistics(context: TrainingContext, batch_size: int) -> None:
-    """Gives pretrained BatchNorm the statistics of training examples; see `batch_norm`."""
-    if not context.pretrained_norms:
+def adopt_training_statistics(
+    context: TrainingContext, recipe: Recipe, training: TrainingState
+) -> None:
+    """Gives pretrained BatchNorm the statistics of training examples, where the recipe adapts them;
+    see `batch_norm`.
+
+    The average of the weights begins after that.
+    """
+    if not context.pretrained_norms or not batch_norm.statistics_adapt(recipe):
         return
     count = min(len(context.train), batch_norm.CALIBRATION_EXAMPLES)
     order = torch.randperm(len(context.train), generator=torch.Generator().manual_seed(0))
 
     def run_examples() -> None:
-        for index in torch.split(order[:count], min(MAX_EVAL_BATCH, 4 * batch_size)):
+        for index in torch.split(order[:count], min(MAX_EVAL_BATCH, 4 * recipe.batch_size)):
             with context.device_context.autocast():
                 context.task.predict(context.net, context.train.take(index, 0).x)
 
     batch_norm.adopt_statistics(context.net, context.pretrained_norms, run_examples)
+    if training.average is not None:
+        training.average.restart()
 
 
 def replay_epochs(
@@ -211,7 +225,8 @@ def run_epoch(
     scores: dict[str, float] = {}
     if recipe.fit == "train":
         size = min(recipe.batch_size, training.micro_batch_size.value)
-        predictions = predict_source(context, context.valid, size)
+        with training.validated_weights():
+            predictions = predict_source(context, context.valid, size)
         scores = context.task.score(predictions)
     bad_scores = [
         f", {name} {value:g}" for name, value in scores.items() if not math.isfinite(value)
@@ -261,9 +276,15 @@ def check_batch_size(dataset: Dataset, run: Run) -> list[str]:
     count = len(dataset.train)
     if count < 2:
         raise DataError(f"data: {count} training examples; at least 2 are needed")
-    if run.recipe.batch_size > count:
+    recipe = run.recipe
+    if count >= recipe.batch_size and count < recipe.batch_size * (recipe.accumulate - 1):
         return [
-            f"recipe.batch_size: {run.recipe.batch_size}, but there are {count} training examples; "
+            f"recipe.accumulate: {recipe.accumulate} batches of {recipe.batch_size}, but there are "
+            f"{count} training examples; each epoch is one step"
+        ]
+    if recipe.batch_size > count:
+        return [
+            f"recipe.batch_size: {recipe.batch_size}, but there are {count} training examples; "
             f"each epoch is one batch of {count}"
         ]
     return []
