@@ -79,8 +79,10 @@ def resolve_condition(draft: Draft, path: KeyPath, when: Any) -> Condition:
 
 
 def find_condition_key(draft: Draft, path: KeyPath, key: str) -> KeyPath | None:
-    """The key that a condition names: one of the same section, or section.key."""
-    target = next((p for p in ((path[0], key), tuple(key.split("."))) if p in draft.fields), None)
+    """The key that a condition names: one of the same mapping or section, or section.key."""
+    parts = tuple(key.split("."))
+    candidates = ((*path[:-1], *parts), (path[0], *parts), parts)
+    target = next((candidate for candidate in candidates if candidate in draft.fields), None)
     if target is None:
         near = [p[1] for p in draft.fields if p[0] == path[0] and p != path]
         draft.add_problem(

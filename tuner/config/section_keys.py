@@ -84,6 +84,10 @@ def read_key(draft: Draft, path: KeyPath, field: FieldInfo, written: Any) -> Non
     """One key of the file."""
     draft.fields[path] = field
     leaf: Range | Choice | None = None
+    nested = fields.nested_section(field)
+    if nested is not None and isinstance(written, dict) and "choices" not in written:
+        read_nested(draft, path, nested, written)
+        return
     if isinstance(written, list) and not fields.is_sequence(field):
         leaf = read_choice(draft, path, field, written)
     elif isinstance(written, dict) and "choices" in written:
@@ -102,6 +106,23 @@ def read_key(draft: Draft, path: KeyPath, field: FieldInfo, written: Any) -> Non
         draft.set_searched(path, field, leaf)
     if isinstance(written, dict) and "when" in written:
         draft.conditions[path] = written["when"]
+
+
+def read_nested(
+    draft: Draft, path: KeyPath, schema: type[BaseModel], written: Mapping[str, Any]
+) -> None:
+    """A key whose value is a mapping of keys, of which each may be searched.
+
+    Only the keys that are written become values: what is left out is off.
+    """
+    allowed = schema.model_fields
+    if not written:
+        draft.add_problem(path, f"an empty mapping; name at least one of {', '.join(allowed)}")
+    for key, value in written.items():
+        if key in allowed:
+            read_key(draft, (*path, key), allowed[key], value)
+        else:
+            draft.add_problem((*path, key), f"unknown key{suggest_names(key, allowed)}")
 
 
 def report_unknown_keys(
