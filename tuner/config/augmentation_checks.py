@@ -1,4 +1,6 @@
-"""Checks of `data.augment` and `data.views` that concern more than one key."""
+"""Checks of `data.augment`, `data.views`, `recipe.mixup` and `recipe.cutmix` that concern more than
+one key.
+"""
 
 from typing import Any
 
@@ -15,6 +17,12 @@ from tuner.config.space import KeyPath
 
 AUGMENT: KeyPath = ("data", "augment")
 VIEWS: KeyPath = ("data", "views")
+UNMIXABLE_TASKS = {
+    "detection": "two mixed images have no common boxes",
+    "segmentation": "a pixel of two mixed images has two classes",
+    "text_generation": "the next token of two mixed texts is not defined",
+}
+"""Why a task has no mixup and cutmix."""
 
 
 def check_policies(draft: Draft) -> None:
@@ -53,6 +61,36 @@ def check_views(draft: Draft) -> None:
             f"{max(counts)}, but a flip makes only {FLIP_VERSIONS} versions of an image, and "
             f"further ones would be copies; write {FLIP_VERSIONS}, or null",
         )
+
+
+def check_mixing(draft: Draft) -> None:
+    """Whether the task can mix examples, and whether texts are mixed behind their embeddings."""
+    task = draft.values.get(("task", "name"))
+    for key in ("mixup", "cutmix"):
+        path = ("recipe", key)
+        if draft.possible_values(path) in {(0.0,), (None,)} or not isinstance(task, str):
+            continue
+        if task in UNMIXABLE_TASKS:
+            draft.add_problem(path, f"{task} cannot use it: {UNMIXABLE_TASKS[task]}")
+        elif task == "text_classification" and key == "cutmix":
+            draft.add_problem(path, f"{task} cannot use it: texts have no rectangles; use mixup")
+        elif task == "text_classification" and _may_freeze_nothing(draft, path):
+            draft.add_problem(
+                path,
+                "token ids cannot be mixed, only what frozen stages make of them; write "
+                "recipe.freeze_depth: 1 or more, or a condition such as when: "
+                "{freeze_depth: [1, 2]}",
+            )
+
+
+def _may_freeze_nothing(draft: Draft, path: KeyPath) -> bool:
+    """Whether a trial can have the searched key `path` and a freeze depth of 0."""
+    condition = draft.conditions.get(path, {})
+    written = condition.get("freeze_depth") if isinstance(condition, dict) else None
+    depths = written if isinstance(written, list) else [written]
+    if written is None:
+        depths = list(draft.possible_values(("recipe", "freeze_depth")) or ())
+    return 0 in depths
 
 
 def _has_image_options(draft: Draft) -> bool:

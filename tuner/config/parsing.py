@@ -132,6 +132,7 @@ def parse_space(doc: Document, *, of_study: bool = False) -> Space:
     recipe_fields = model_recipe_fields(draft, draft.values.get(("model", "name")))
     section_keys.read_section(draft, ("recipe",), recipe, recipe_fields)
     add_recipes_of_models(draft, recipe)
+    augmentation_checks.check_mixing(draft)
     if doc.content.get("seed") is not None:
         draft.set_fixed(("seed",), TopLevelKeys.model_fields["seed"], doc.content["seed"])
     searched = conditions.order_dimensions(draft)

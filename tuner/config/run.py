@@ -58,6 +58,21 @@ class Recipe(Section):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each target spread over all classes"
     )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="examples are mixed with others by shares drawn from Beta(mixup, mixup); 0: "
+        "none; classification alone",
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="a rectangle of another example is pasted into each, of a share drawn from "
+        "Beta(cutmix, cutmix); 0: none; with mixup, one of both for each batch; classification of "
+        "images alone",
+    )
     head: Literal["fresh", "probe"] = Field(
         "probe", description="probe: the last stage is first trained alone, once for all trials"
     )

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tuner.config.run import Recipe
 from tuner.core.types import Dataset, Source, StagedModel, Task
+from tuner.training.batch_mixing import BatchMixing, draw_mixing
 from tuner.training.batch_norm import set_train_mode
 from tuner.training.checkpoints import TrainingState
 from tuner.training.devices import DeviceContext
@@ -75,7 +76,11 @@ def train_one_epoch(
     set_train_mode(context.net, context.pretrained_norms, recipe, len(batches))
     for step, index in enumerate(batches, start=1):
         parts = retry_on_oom(
-            partial(backward, context, index, view, training), training.micro_batch_size, len(index)
+            partial(
+                backward, context, index, view, training, draw_mixing(recipe, seed, epoch, step)
+            ),
+            training.micro_batch_size,
+            len(index),
         )
         if recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(context.net.parameters(), recipe.clip_norm)
@@ -121,7 +126,11 @@ def seed_everything(seed: int) -> None:
 
 
 def backward(
-    context: TrainingContext, index: Tensor, view: int, training: TrainingState
+    context: TrainingContext,
+    index: Tensor,
+    view: int,
+    training: TrainingState,
+    mixing: BatchMixing | None = None,
 ) -> LossParts:
     """Computes the gradients of a batch's mean loss, which stay in the net.
 
@@ -129,7 +138,7 @@ def backward(
     its number of examples. The result is the gradient of the whole batch where a loss is a mean
     over examples. It is an approximation where the loss is a mean over something else (the tokens
     of texts, the pixels that are not ignored, the objects), and in BatchNorm, whose statistics are
-    then those of a micro-batch.
+    then those of a micro-batch. Examples are mixed with others of their micro-batch.
 
     Returns the parts of the loss, detached.
     """
@@ -138,7 +147,12 @@ def backward(
     for micro_batch in training.micro_batch_size.split_batch(index):
         batch = context.train.take(micro_batch, view)
         with context.device_context.autocast():
-            parts = context.task.loss_parts(context.net, batch)
+            loss_parts = context.task.loss_parts
+            parts = (
+                loss_parts(context.net, batch)
+                if mixing is None
+                else mixing.loss_parts(loss_parts, context.net, batch)
+            )
         weight = len(micro_batch) / len(index)
         weighted = {name: part * weight if weight < 1 else part for name, part in parts.items()}
         sum_parts(weighted).backward()  # type: ignore[no-untyped-call]
