@@ -251,6 +251,8 @@ def _keys_from_signature(name: str, function: Callable[..., Any]) -> PluginKeys:
 def _is_writable(annotation: Any) -> bool:
     """Whether a file can say every value of this type."""
     parts = typing.get_args(annotation)
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return True  # a mapping of keys that are writable themselves
     if typing.get_origin(annotation) is Annotated:
         return _is_writable(parts[0])
     if typing.get_origin(annotation) is Literal:

@@ -11,20 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from tuner.config import database_url
+from tuner.config.augmentation import Augment
+from tuner.config.section import Section
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 RgbTriple = tuple[float, float, float]
-FLIP_VERSIONS = 2  # an image and its mirror image
 LOADED_LATER = "later"  # stands for weights that are filled in after the model is built
-
-
-class Section(BaseModel):
-    """A frozen mapping of the file; unknown keys and silent conversions are errors."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class Recipe(Section):
@@ -124,6 +119,21 @@ class Recipe(Section):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each target spread over all classes"
     )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="examples are mixed with others by shares drawn from Beta(mixup, mixup); 0: "
+        "none; classification alone",
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="a rectangle of another example is pasted into each, of a share drawn from "
+        "Beta(cutmix, cutmix); 0: none; with mixup, one of both for each batch; classification of "
+        "images alone",
+    )
     head: Literal["fresh", "probe"] = Field(
         "probe", description="probe: the last stage is first trained alone, once for all trials"
     )
@@ -180,13 +190,16 @@ class ImageOptions(SplitOptions):
     std: RgbTriple | None = Field(
         None, description="divides RGB in 0..1 after the mean is subtracted"
     )
-    augment: Literal["none", "flip"] = Field(
-        "none", description="flip mirrors images left to right"
+    augment: Augment = Field(
+        "none",
+        description="how training images are changed: the name of a policy, or a mapping of its "
+        "keys",
     )
     views: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] | None = Field(
         "auto",
-        description="augmented versions of each image, seen in turn; auto: 2 with flip, otherwise "
-        "1; null: drawn anew in each epoch, not cached",
+        description="augmented versions of each image, seen in turn; auto: 1 without augmentation, "
+        "2 with flip, otherwise 4 behind frozen stages and endless where nothing is frozen; null: "
+        "drawn anew in each epoch, not cached",
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="skip leaves out unreadable images, up to 1 %"

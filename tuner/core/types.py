@@ -61,6 +61,8 @@ class Dataset:
 
     `full` has the train and validation examples together, augmented like `train`: the winner is
     retrained on it. Equal digests mean equal datasets. `warnings` are lines for the user.
+    `views_are_for_cache`: the views of `train` and `full` are limited only so that they can be
+    cached; where nothing is, they may be endless.
     """
 
     train: Source
@@ -71,6 +73,7 @@ class Dataset:
     input_spec: InputSpec
     digest: str
     warnings: tuple[str, ...] = ()
+    views_are_for_cache: bool = False
 
 
 @dataclass(frozen=True)

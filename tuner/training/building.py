@@ -24,6 +24,7 @@ from tuner.core.input_spec import (
 from tuner.core.subset import Subset
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task, split_sequential
 from tuner.errors import SpaceError, TunerError
+from tuner.preprocessing.image_dataset import augment_on
 from tuner.training.devices import DeviceContext
 from tuner.training.frozen_prefix import stage_digests
 
@@ -165,13 +166,24 @@ def build_model(run: Run, home: Path, output_count: int) -> StagedModel:
 
 
 class DeviceSource:
-    """A source whose examples are on the device and have the form that the model takes."""
+    """A source whose examples are on the device and have the form that the model takes.
+
+    Images are augmented there too. `endless`: where the source has several views, this one takes
+    another one in each epoch.
+    """
 
     def __init__(
-        self, source: Source, input_spec: InputSpec, device_context: DeviceContext
+        self,
+        source: Source,
+        input_spec: InputSpec,
+        device_context: DeviceContext,
+        *,
+        endless: bool = False,
     ) -> None:
-        self.source, self.input_spec, self.device = source, input_spec, device_context.device
-        self.views, self.lengths = source.views, source.lengths
+        self.input_spec, self.device = input_spec, device_context.device
+        self.source = augment_on(source, device_context.device)
+        self.views = None if endless and source.views != 1 else source.views
+        self.lengths = source.lengths
         self.digest = hashlib.sha256(
             f"{source.digest} {input_spec.normalisation()}".encode()
         ).hexdigest()

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tuner.config.run import Recipe
 from tuner.core.types import Dataset, Source, StagedModel, Task
+from tuner.training.batch_mixing import BatchMixing, draw_mixing
 from tuner.training.batch_norm import set_train_mode
 from tuner.training.checkpoints import TrainingState
 from tuner.training.devices import DeviceContext
@@ -78,7 +79,9 @@ def train_one_epoch(
     groups = group_batches(batches, recipe.accumulate)
     for step, group in enumerate(groups, start=1):
         parts = retry_on_oom(
-            partial(backward, context, group, view, training),
+            partial(
+                backward, context, group, view, training, draw_mixing(recipe, seed, epoch, step)
+            ),
             training.micro_batch_size,
             max(map(len, group)),
         )
@@ -146,7 +149,11 @@ def seed_everything(seed: int) -> None:
 
 
 def backward(
-    context: TrainingContext, batches: Sequence[Tensor], view: int, training: TrainingState
+    context: TrainingContext,
+    batches: Sequence[Tensor],
+    view: int,
+    training: TrainingState,
+    mixing: BatchMixing | None = None,
 ) -> LossParts:
     """Computes the gradients of the mean loss of some batches, which stay in the net.
 
@@ -155,6 +162,7 @@ def backward(
     gradient of all of them as one batch where a loss is a mean over examples. It is an
     approximation where the loss is a mean over something else (the tokens of texts, the pixels that
     are not ignored, the objects), and in BatchNorm, whose statistics are those of a micro-batch.
+    Examples are mixed with others of their micro-batch.
 
     Returns the parts of the loss, detached.
     """
@@ -164,7 +172,12 @@ def backward(
     for micro_batch in chain(*map(training.micro_batch_size.split_batch, batches)):
         batch = context.train.take(micro_batch, view)
         with context.device_context.autocast():
-            parts = context.task.loss_parts(context.net, batch)
+            loss_parts = context.task.loss_parts
+            parts = (
+                loss_parts(context.net, batch)
+                if mixing is None
+                else mixing.loss_parts(loss_parts, context.net, batch)
+            )
         weight = len(micro_batch) / count
         weighted = {name: part * weight if weight < 1 else part for name, part in parts.items()}
         sum_parts(weighted).backward()  # type: ignore[no-untyped-call]

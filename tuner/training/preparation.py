@@ -50,7 +50,12 @@ class LoadedRun:
     def behind_prefix(self, depth: int, source: Source) -> Source:
         """The outputs of the stages up to `depth` for a source of the dataset, on the device."""
         if depth == 0:
-            return DeviceSource(source, self.dataset.input_spec, self.device_context)
+            return DeviceSource(
+                source,
+                self.dataset.input_spec,
+                self.device_context,
+                endless=self.dataset.views_are_for_cache,
+            )
         prefix, _ = self.staged_model.split(depth)
         frozen = FrozenPrefix(
             list(prefix.children()),
