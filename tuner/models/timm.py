@@ -21,6 +21,29 @@ from tuner.models._timm import convert_state, download_timm_weights, import_timm
 
 TASKS = ("classification",)
 NAMES = ("timm/*",)
+# Convolutional networks have tuner's own default recipe. Transformers and ConvNeXts need smaller
+# rates, smaller still in the first stages:
+# ViT: MAE's FINETUNE.md: AdamW, lr 5e-4 for 256 images, here for 32; weight decay 0.05, decay by
+# layer 0.65 for ViT-B and 0.75 for larger ones, cosine after 5 of 100 epochs of warm-up; BEiT's and
+# DeiT III's fine-tuning is alike. https://github.com/facebookresearch/mae/blob/main/FINETUNE.md
+# ConvNeXt: TRAINING.md: AdamW, lr 5e-5 for 512 images, weight decay 1e-8, decay by layer 0.8,
+# cosine. https://github.com/facebookresearch/ConvNeXt/blob/main/TRAINING.md
+# Swin: configs/swin/*_22kto1k_finetune.yaml: AdamW, lr 2e-5 for 512 images, weight decay 1e-8,
+# cosine after 5 of 30 epochs of warm-up, at the end 1 % of lr, gradients clipped at 5
+# https://github.com/microsoft/Swin-Transformer/tree/main/configs/swin
+# The last two fine-tune for 30 epochs of a million images: for small data their rate is not scaled
+# down to a batch of 32, and Swin has ConvNeXt's.
+NAMED_RECIPES = {
+    "timm/vit*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
+    "timm/deit*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
+    "timm/beit*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
+    "timm/eva*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
+    "timm/flexivit*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
+    "timm/convnext*": {"classification": {"lr": 5e-5, "layer_decay": 0.8}},
+    "timm/swin*": {
+        "classification": {"lr": 5e-5, "warmup": 0.15, "min_lr": 0.01, "clip_norm": 5.0}
+    },
+}
 
 
 def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
