@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tests.helpers import small_transformers
+from tests.helpers import segmenters, small_transformers
 from tuner.config import parsing, plugins, yaml_document
 from tuner.config.run import EngineSettings, PluginConfig, Recipe, Run
 from tuner.core.detectors import join_targets
@@ -210,7 +210,8 @@ def start_and_end(run: Run, here: DeviceContext) -> tuple[dict[str, float], dict
 
 
 def run_metric(run: Run) -> str:
-    return "perplexity" if run.task.name == "text_generation" else "accuracy"
+    metrics = {"text_generation": "perplexity", "segmentation": "mean_iou"}
+    return metrics.get(run.task.name, "accuracy")
 
 
 DIGITS = """
@@ -256,3 +257,18 @@ def test_texts_keep_the_probes_score_at_every_depth(
         run = parsing.parse_space(parsing.apply_overrides(document, words)).sample(None, seed=1)
         probe, after = start_and_end(run, here)
         assert after == pytest.approx(probe, abs=5e-3), depth
+
+
+@pytest.mark.parametrize("policy", ["frozen", "adapt"])
+def test_pixels_keep_the_probes_score_at_every_depth(
+    policy: str, tmp_path: Path, here: DeviceContext
+) -> None:
+    weights = segmenters.write_weights(
+        tmp_path / "five.safetensors", "lraspp_mobilenet_v3_large", classes=5
+    )
+    for depth in (0, 3, 6):
+        words = (f"recipe.freeze_depth={depth}", f"recipe.batchnorm={policy}", "recipe.lr=1e-9")
+        probe, after = start_and_end(segmenters.make_run(tmp_path, weights, *words), here)
+        assert probe["pixel_accuracy"] > 0.7
+        tolerance = 1e-3 if policy == "frozen" else 0.02
+        assert after == pytest.approx(probe, abs=tolerance), depth

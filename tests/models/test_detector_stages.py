@@ -1,11 +1,14 @@
 """What detectors share beside the laws: names in the digests of stages, and the scale of the features that a head gets."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from tests.helpers.detector_families import adapt_statistics, build_detector
+from tests.helpers.detector_families import SMALL_DETECTORS, adapt_statistics, build_detector
 from tuner.core.types import StagedModel
 from tuner.training.frozen_prefix import stage_digests
 
@@ -53,30 +56,58 @@ def test_the_pyramid_over_a_backbone_of_timm_has_one_scale(scale: float) -> None
         assert 0.5 < float(pyramid[name].std()) < 2, name
 
 
-# the probability of an object with which each author's new class layer begins
+# the probability of an object with which each author's new class layer begins, and the layer
 PRIORS = {
-    "retinanet/timm/mobilenetv3_small_050": (0.01, "cls_logits.bias"),
-    "fcos/timm/mobilenetv3_small_050": (0.01, "cls_logits.bias"),
+    "retinanet_resnet50_fpn": (0.01, "cls_logits"),
+    "fcos_resnet50_fpn": (0.01, "cls_logits"),
+    "retinanet/timm/mobilenetv3_small_050": (0.01, "cls_logits"),
+    "fcos/timm/mobilenetv3_small_050": (0.01, "cls_logits"),
     "rtdetr_r18": (0.01, "class_embed"),
     "dfine_n": (0.01, "class_embed"),
     "yolox_nano": (0.01, "cls_preds"),
-    "yolov9_t": (1 / (1 + math.exp(10)), "2.bias"),
+    "yolov9_t": (1 / (1 + math.exp(10)), "head.cv3"),
 }
+# their class layer is a softmax with a class for the background, for which the authors have no prior
+SOFTMAX_DETECTORS = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fasterrcnn/timm/mobilenetv3_small_050",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+}
+LARGE_DETECTORS = {"retinanet_resnet50_fpn", "fcos_resnet50_fpn", "rtdetr_r18"}
 
 
-@pytest.mark.parametrize("classes", [1, 3])
-@pytest.mark.parametrize("name", PRIORS)
-def test_a_new_class_layer_of_sigmoids_begins_with_its_authors_prior(
-    name: str, classes: int
+def class_biases(model: nn.Module, name: str, classes: int) -> list[Tensor]:
+    """The biases of the layers whose outputs are the classes, for RetinaNet those of 9 anchors."""
+    _, layer = PRIORS[name]
+    return [
+        value
+        for key, value in model.named_parameters()
+        if layer in key and key.endswith("bias") and len(value) in (classes, 9 * classes)
+    ]
+
+
+def test_every_detector_has_a_prior_or_a_softmax() -> None:
+    assert set(PRIORS) | SOFTMAX_DETECTORS == set(SMALL_DETECTORS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in LARGE_DETECTORS else ()) for n in PRIORS],
+)
+def test_a_new_class_layer_begins_with_its_authors_prior_whatever_is_loaded(
+    name: str, tmp_path: Path
 ) -> None:
     """Lin et al., Focal Loss for Dense Object Detection, section 3.3: bias -log((1 - prior) / prior)."""
-    prior, layer = PRIORS[name]
-    head = list(build_detector(name, classes).stages.values())[-1]
-    biases = [
-        value
-        for key, value in head.named_parameters()
-        if layer in key and key.endswith("bias") and "cv2" not in key
-    ]
-    assert biases
-    for bias in biases:
-        assert torch.allclose(bias.sigmoid(), torch.full_like(bias, prior), rtol=1e-3), bias
+    trained = build_detector(name, 5)
+    for value in class_biases(trained.model, name, 5):
+        value.data.fill_(3.0)
+    file = tmp_path / "five.safetensors"
+    save_file({k: v.clone().contiguous() for k, v in trained.model.state_dict().items()}, file)
+    prior, _ = PRIORS[name]
+    for classes, weights in ((1, "none"), (3, "none"), (3, str(file))):
+        biases = class_biases(build_detector(name, classes, weights=weights).model, name, classes)
+        assert biases
+        for bias in biases:
+            expected = torch.full_like(bias, prior)
+            assert torch.allclose(bias.sigmoid(), expected, rtol=1e-3), (classes, weights)

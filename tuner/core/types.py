@@ -93,9 +93,13 @@ class StagedModel:
         notes: Lines for the user, such as that the head is new.
         native_forward: Calls the model on the input of the first stage and gives the output of the
             last one, where that is not model(x), as with detectors that take lists. None: model(x).
-        can_probe: Whether the last stage is a linear classifier of features, for a linear probe.
+        can_probe: Whether the last stage ends with a linear classifier of features, for a linear
+            probe.
         head_is_new: Whether the last layer has no trained weights. One that has them is not probed.
         exports_batched: Whether exports take any number of examples; otherwise one at a time.
+        pixel_classifiers: New 1x1 convolutions of the last stage over pretrained features, for a
+            linear probe: for each output of the stage those that add up to its logits, before
+            these are enlarged bilinearly to the size of the image.
     """
 
     model: nn.Module
@@ -105,6 +109,7 @@ class StagedModel:
     can_probe: bool = True
     head_is_new: bool = True
     exports_batched: bool = True
+    pixel_classifiers: tuple[tuple[nn.Conv2d, ...], ...] = ()
 
     @property
     def max_depth(self) -> int:

@@ -3,6 +3,9 @@
 A name is architecture/encoder, such as unet/resnet18 or fpn/tu-<a name of timm's>. Cut at the
 encoder's stages, the decoder and the head. Needs the extra `segmentation`.
 
+Published weights are those of the encoder, so the decoder is new. Then the last convolution has no
+pretrained features to be probed on, and begins as smp draws it.
+
 Ronneberger et al., U-Net, MICCAI 2015; Zhou et al., UNet++, DLMIA 2018; Kirillov et al., Panoptic
 Feature Pyramid Networks, CVPR 2019; Iakubovskii, Segmentation Models Pytorch, 2019,
 https://github.com/qubvel-org/segmentation_models.pytorch.

@@ -22,7 +22,12 @@ from tuner.core.weights import is_path, load_matching_state, read_state_dict
 from tuner.errors import SpaceError
 from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
 from tuner.models._torchvision_detectors import pyramid_stages, stage_detector
-from tuner.models._torchvision_weights import NOT_LOADED, freeze_batch_norm, letterbox_spec
+from tuner.models._torchvision_weights import (
+    NOT_LOADED,
+    freeze_batch_norm,
+    letterbox_spec,
+    load_detector_weights,
+)
 
 TASKS = ("detection",)
 NAMES = ("fasterrcnn/timm/*", "retinanet/timm/*", "fcos/timm/*")
@@ -116,16 +121,10 @@ def build(
     if weights != "none" or backbone != "none":
         freeze_all_batch_norm(timm, body)
     model = build_detector(kind, body, outputs, regions, proposals)
-    notes: tuple[str, ...] = ()
-    if weights not in NOT_LOADED:
-        head = (
-            "roi_heads.box_predictor"
-            if kind == "fasterrcnn"
-            else "head.classification_head.cls_logits"
-        )
-        notes = load_matching_state(
-            model, read_state_dict(Path(weights)), head=head, source_name=f"weights: {weights}"
-        )
+    head = (
+        "roi_heads.box_predictor" if kind == "fasterrcnn" else "head.classification_head.cls_logits"
+    )
+    notes = load_detector_weights(home, model, name, weights, head)
     return stage_detector(
         model, pyramid_stages(model.backbone), 1 if kind == "fasterrcnn" else 0, notes
     )

@@ -50,13 +50,13 @@ RECIPES = {
     }
 }
 BACKBONES = ("resnet50", "resnet101", "mobilenet_v3_large")
-# the convolutions whose outputs are the classes
-CLASS_CONVOLUTIONS = (
-    "classifier.4",
-    "aux_classifier.4",
-    "classifier.low_classifier",
-    "classifier.high_classifier",
+# the convolutions whose outputs are the classes: those of a group add up to one output
+CLASS_CONVOLUTION_GROUPS = (
+    ("classifier.4",),
+    ("aux_classifier.4",),
+    ("classifier.low_classifier", "classifier.high_classifier"),
 )
+CLASS_CONVOLUTIONS = tuple(name for group in CLASS_CONVOLUTION_GROUPS for name in group)
 
 
 def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
@@ -90,7 +90,9 @@ def build(
 
     `weights`: default or a name of torchvision's; backbone or the name of a classifier's weights,
     for the backbone alone; none; or a path to weights of either kind. Where weights of a whole
-    model have other classes, only the last convolutions are new.
+    model have other classes, only the last convolutions are new. These are 1x1 convolutions over
+    pretrained features, and begin as their linear probe. With the weights of a backbone alone the
+    layers before them are new too, so there is nothing to probe.
 
     Raises:
         SpaceError: The name is unknown.
@@ -98,9 +100,20 @@ def build(
     """
     extra = {} if name.startswith("lraspp") else {"aux_loss": True}
     model = get_model(name, weights=None, weights_backbone=None, num_classes=outputs, **extra)
-    notes = () if weights == "none" else _load_state(model, *_read_state(home, name, weights))
+    new: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    if weights != "none":
+        new, notes = _load_state(model, *_read_state(home, name, weights))
+    groups = [group for group in CLASS_CONVOLUTION_GROUPS if set(group) <= set(new)]
     return StagedModel(
-        model, _make_stages(model), notes, native_forward=_native_forward, can_probe=False
+        model,
+        _make_stages(model),
+        notes,
+        native_forward=_native_forward,
+        can_probe=bool(groups),
+        pixel_classifiers=tuple(
+            tuple(model.get_submodule(name) for name in group) for group in groups
+        ),
     )
 
 
@@ -217,8 +230,14 @@ def _read_state(home: Path, name: str, weights: str) -> tuple[StateDict, str]:
     return read_state_dict(fetch_weights(home, known[weights].url)), f"weights: {known[weights]}"
 
 
-def _load_state(model: Any, state: StateDict, source_name: str) -> tuple[str, ...]:
-    """Load the weights of a whole segmenter, or those of a classifier into the backbone."""
+def _load_state(
+    model: Any, state: StateDict, source_name: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Load the weights of a whole segmenter, or those of a classifier into the backbone.
+
+    Returns:
+        The class convolutions that are new over loaded features; and what the user is told.
+    """
     if not any(name.startswith("backbone.") for name in state):
         own = model.backbone.state_dict()
         renamed = {name.removeprefix("features."): value for name, value in state.items()}
@@ -232,7 +251,7 @@ def _load_state(model: Any, state: StateDict, source_name: str) -> tuple[str, ..
             head="-",
             source_name=source_name,
         )
-        return ("heads: new, the weights are the backbone's",)
+        return (), ("heads: new, the weights are the backbone's",)
     own = model.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith("aux_classifier.")}
     new = [
@@ -246,4 +265,6 @@ def _load_state(model: Any, state: StateDict, source_name: str) -> tuple[str, ..
     kept = {k: v for k, v in state.items() if not k.startswith(tuple(f"{head}." for head in new))}
     fresh = {k: v for k, v in own.items() if k.startswith(tuple(f"{head}." for head in new))}
     load_matching_state(model, kept | fresh, head="-", source_name=source_name)
-    return (f"{' and '.join(new)}: new, the weights have none for these classes",) if new else ()
+    if not new:
+        return (), ()
+    return tuple(new), (f"{' and '.join(new)}: new, the weights have none for these classes",)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from tuner.config.run import Recipe, Run
 from tuner.core.input_spec import TensorTree, tree_to_dict
-from tuner.core.types import Batch, Dataset, Source, StagedModel
+from tuner.core.types import Batch, Dataset, Source, StagedModel, Task
 from tuner.errors import SpaceError
-from tuner.training import activation_cache, linear_probe
+from tuner.training import activation_cache, linear_probe, pixel_probe
 from tuner.training.batch_norm import pretrained_norms
 from tuner.training.building import (
     DeviceSource,
@@ -140,7 +140,8 @@ def probe_head(loaded: LoadedRun) -> None:
 def solve_head(loaded: LoadedRun, head: nn.Module) -> None:
     """Solves the head's last layer, after its other layers were trained where it has some.
 
-    A head that does not end with a linear layer stays as it is. Raises Diverged.
+    Of a segmenter the convolutions that it names are solved. A head that does not end with a linear
+    layer stays as it is. Raises Diverged.
     """
     depth = loaded.staged_model.max_depth
     train, valid = (
@@ -148,6 +149,9 @@ def solve_head(loaded: LoadedRun, head: nn.Module) -> None:
         for source in (loaded.dataset.train, loaded.dataset.valid)
     )
     loaded.staged_model.split(depth)  # the head is trained, and only the head
+    if loaded.staged_model.pixel_classifiers:
+        solve_pixel_classifiers(loaded, head, train, valid)
+        return
     layer = linear_probe.find_output_layer(head, train.take(torch.arange(min(2, len(train))), 0).x)
     if layer is None:
         return
@@ -158,14 +162,44 @@ def solve_head(loaded: LoadedRun, head: nn.Module) -> None:
         linear_probe.collect_layer_examples(head, layer, source, MAX_EVAL_BATCH, context.autocast)
         for source in (train, valid)
     )
-    task = build_task(replace(loaded.run, recipe=HIDDEN_LAYERS_RECIPE), loaded.dataset.classes)
     linear_probe.solve_output_layer(
         layer,
-        task.loss,
+        probe_task(loaded).loss,
         train_examples,
         valid_examples,
         join_valid=loaded.run.recipe.fit == "train+valid",
     )
+    check_finite(layer)
+
+
+def solve_pixel_classifiers(
+    loaded: LoadedRun, head: nn.Module, train: Source, valid: Source
+) -> None:
+    """Solves a segmenter's new convolutions on features of pixels. Raises Diverged."""
+    groups = loaded.staged_model.pixel_classifiers
+    examples = [
+        pixel_probe.collect_pixel_examples(head, groups, source, loaded.device_context.autocast)
+        for source in (train, valid)
+    ]
+    for group, train_examples, valid_examples in zip(groups, *examples, strict=True):
+        pixel_probe.solve_convolutions(
+            group,
+            probe_task(loaded).loss,
+            train_examples,
+            valid_examples,
+            join_valid=loaded.run.recipe.fit == "train+valid",
+        )
+        for layer in group:
+            check_finite(layer)
+
+
+def probe_task(loaded: LoadedRun) -> Task:
+    """The task whose loss a probe minimises: the recipe of a trial does not change it."""
+    return build_task(replace(loaded.run, recipe=HIDDEN_LAYERS_RECIPE), loaded.dataset.classes)
+
+
+def check_finite(layer: nn.Module) -> None:
+    """Raises Diverged where a weight of a solved layer is not a number."""
     if not all(bool(torch.isfinite(value).all()) for value in layer.parameters()):
         raise Diverged("the linear probe is not finite")
 
