@@ -186,6 +186,16 @@ def recipe_table() -> Iterator[str]:
             values = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in recipe.items())
             yield f"| {names} | `{task}` | {values} |"
     yield ""
+    yield "What differs for some models of a family, which then takes the place of these; of several patterns the first counts:"
+    yield ""
+    yield "| models | task | keys |"
+    yield "|---|---|---|"
+    for patterns in constants("models", "NAMED_RECIPES").values():
+        for pattern, recipes in patterns.items():
+            for task, recipe in recipes.items():
+                values = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in recipe.items())
+                yield f"| `{pattern}` | `{task}` | {values} |"
+    yield ""
 
 
 def commands() -> Iterator[str]:

@@ -37,7 +37,7 @@ def test_each_model_has_its_own_familys_recipe(models: tuple[str, ...]) -> None:
     for name in models:
         alone = space(name, "{freeze_depth: 1}").sample(None)
         assert sample(searched, name, freeze_depth=1) == alone
-        stated = plugins.read_model_constant(name, "RECIPES", {})["detection"]
+        stated = plugins.read_recipe(name, "detection")
         assert alone.recipe == Recipe(**stated, freeze_depth=1)
     assert {run.model.name: run.recipe.optimizer for run in searched.plugin_combinations()} == {
         name: "adamw" if name == "rtdetr_r18" else "sgd" for name in models

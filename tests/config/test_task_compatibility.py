@@ -40,6 +40,12 @@ def test_recipes_and_exports_that_a_model_states_exist(name: str) -> None:
     assert set(recipes) <= set(plugins.list_tasks("model", name))
     for recipe in recipes.values():
         assert Recipe(**recipe)  # every key is a recipe's, every value one it takes
+    named = plugins.read_model_constant(name, "NAMED_RECIPES", {})
+    for pattern, changes in named.items():
+        assert set(changes) <= set(plugins.list_tasks("model", name))
+        assert all(Recipe(**recipes.get(task, {}) | keys) for task, keys in changes.items())
+        example = pattern.replace("*", "x")
+        assert plugins.find_model_family(example) == plugins.find_model_family(name)
     holds = plugins.read_model_constant(name, "EXPORTS", ("safetensors",))
     assert "safetensors" in holds and set(holds) <= set(plugins.list_names("export"))
 
@@ -85,6 +91,22 @@ def test_the_default_recipe_is_what_the_models_people_begin_with(
         )
     )
     assert searched.default_params() == {"lr": 2e-5}
+
+
+def test_a_recipe_may_follow_the_models_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    stating(
+        monkeypatch,
+        RECIPES={"classification": {"lr": 2e-5, "epochs": 4}},
+        NAMED_RECIPES={
+            "vgg*": {"classification": {"lr": 3.0}},
+            "resnet1*": {"classification": {"lr": 1.0}},
+        },
+    )
+    assert plugins.read_recipe("resnet18", "classification") == {"lr": 1.0, "epochs": 4}
+    assert plugins.read_recipe("resnet50", "classification") == {"lr": 2e-5, "epochs": 4}
+    assert plugins.read_recipe("resnet18", "detection") == {}
+    found = parsing.parse_space(yaml_document.parse_document(TEXT, "f")).make_run({}).recipe
+    assert found.lr == 1.0
 
 
 def test_a_format_that_cannot_hold_the_model_is_refused_before_training(

@@ -149,7 +149,7 @@ def test_every_fault_of_a_file_and_of_the_command_line_is_reported_at_once(
 ) -> None:
     text = "recipe:\n  lr: {low: 1, high: 0}\n  lr: 0.1\n  epocs: 3\nsearch: {trials: 0}\n"
     Path("space.yaml").write_text(PARTS + text)
-    said = tuner("run", "space.yaml", "recipe.lr=abc", "recipe.warmup=2")
+    said = tuner("run", "space.yaml", "recipe.lr=abc", "recipe.warmup=0.9")
     assert said.code == 2
     assert [line.split(": ")[2:4] for line in said.err.splitlines()] == [
         ["space.yaml:6", "recipe.lr"],

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from tests.conftest import CommandResult
 from tests.helpers.http_server import serve_folder
-from tuner.errors import DataError
+from tests.helpers.split_laws import check_split
+from tuner.core.types import StagedModel
+from tuner.errors import DataError, SpaceError
 from tuner.models import timm as ours
+from tuner.training.frozen_prefix import stage_digests
 
 timm = pytest.importorskip("timm")
 NAME, HUB = "timm/mobilenetv3_small_050", "timm/mobilenetv3_small_050.lamb_in1k"
@@ -108,3 +112,34 @@ def test_real_weights_on_real_photographs(
     assert said.code == 0, said.err
     scores = json.loads(Path("studies/timm/export/manifest.json").read_text())["scores"]
     assert scores["test"]["accuracy"] > 0.5  # 10 classes, 420 images of 32 pixels, enlarged
+
+
+def build_efficientnet(tmp_path: Path, **keys: float) -> StagedModel:
+    return ours.build(
+        tmp_path, "timm/tf_efficientnet_lite0", "classification", 3, weights="none", **keys
+    )
+
+
+def test_dropout_and_drop_path_reach_the_model(tmp_path: Path) -> None:
+    staged = build_efficientnet(tmp_path, dropout=0.4, drop_path=0.3)
+    rates = [m.p for m in staged.stages["head"].modules() if isinstance(m, nn.Dropout)]
+    paths = [m.drop_prob for m in staged.model.modules() if type(m).__name__ == "DropPath"]
+    assert rates == [0.4] and max(paths) == pytest.approx(0.3, abs=0.05)
+    plain = build_efficientnet(tmp_path)
+    assert not [m for m in plain.model.modules() if type(m).__name__ == "DropPath"]
+    check_split(staged, torch.randn(2, 3, 64, 64))
+
+
+def test_a_model_without_stochastic_depth_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match=r"model\.drop_path: 0\.2, but timm/vgg11 has none; leave"):
+        ours.build(tmp_path, "timm/vgg11", "classification", 3, weights="none", drop_path=0.2)
+
+
+def test_trials_with_other_rates_share_what_frozen_stages_compute(tmp_path: Path) -> None:
+    digests = []
+    for rates in ({"dropout": 0.1, "drop_path": 0.1}, {"dropout": 0.4, "drop_path": 0.3}):
+        torch.manual_seed(0)
+        stages = list(build_efficientnet(tmp_path, **rates).stages.values())
+        digests.append(stage_digests(stages, "start"))
+    assert digests[0][:-1] == digests[1][:-1]
+    assert digests[0][-1] != digests[1][-1]  # the head is trained, and its probe may see them

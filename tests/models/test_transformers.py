@@ -19,6 +19,7 @@ from tuner.core.input_spec import TensorTree, TextInputSpec
 from tuner.core.types import Batch, StagedModel
 from tuner.errors import DataError, SpaceError
 from tuner.files.downloads import DOWNLOADS_FORBIDDEN
+from tuner.models import transformers as transformer_family
 from tuner.preprocessing import tokenization
 from tuner.training.building import build_model, build_task, input_spec_of
 from tuner.training.devices import DeviceContext, select_device
@@ -653,3 +654,16 @@ def test_another_tokenizer_in_the_same_place_is_read_anew(
         shutil.copytree(folders / kind, "tokenizer")
         said.append(tokenization.load_tokenizer("tokenizer")("a dull grey film").input_ids)
     assert said[0] != said[1]
+
+
+@pytest.mark.parametrize(("kind", "task"), BOTH)
+def test_dropout_reaches_the_blocks(folders: Path, kind: str, task: str) -> None:
+    rates = []
+    for keys in ({}, {"dropout": 0.37}):
+        options = {"folder": str(folders / kind), "weights": "default", "length": LENGTH} | keys
+        name = "gpt2" if kind == "gpt2" else "hf/own/model"
+        staged = transformer_family.build(folders, name, task, 2, **options)
+        dropouts = [m for m in staged.model.modules() if isinstance(m, torch.nn.Dropout)]
+        rates.append([module.p for module in dropouts])
+    assert 0.37 not in rates[0] and rates[1].count(0.37) >= 3
+    assert len(rates[0]) == len(rates[1])

@@ -81,7 +81,7 @@ def test_a_shipped_file_resolves_and_reads_back(path: Path) -> None:
         == found
     )
     run = found.make_run({})
-    stated = plugins.read_model_constant(run.model.name, "RECIPES", {}).get(run.task.name, {})
+    stated = plugins.read_recipe(run.model.name, run.task.name)
     # the first trials are what the model's people begin with
     rates = [
         v for name, v in found.default_params().items() if space.key_of_parameter(name) == "lr"

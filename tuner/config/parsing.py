@@ -248,8 +248,8 @@ def model_recipe_fields(draft: Draft, name: Any) -> dict[str, FieldInfo]:
     recipe_fields = dict(Recipe.model_fields)
     if not isinstance(name, str) or ":" in name:
         return recipe_fields
-    recipes = plugins.read_model_constant(name, "RECIPES", {})
-    for key, value in recipes.get(draft.values.get(("task", "name")), {}).items():
+    task = draft.values.get(("task", "name"))
+    for key, value in plugins.read_recipe(name, str(task)).items():
         recipe_fields[key] = FieldInfo.merge_field_infos(recipe_fields[key], default=value)
     return recipe_fields
 

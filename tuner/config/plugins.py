@@ -8,8 +8,10 @@ annotations are the schema.
     data/<name>.py      TASKS; load(home, input_spec, task, *, ...) -> Dataset
     models/<family>.py  TASKS; NAMES; input_spec(name, *, ...) -> InputSpec;
                         build(home, name, task, outputs, *, ...) -> StagedModel;
-                        RECIPES (task -> the recipe with which its authors fine-tune it) and
-                        EXPORTS (the formats that can hold it), where they are not the usual ones
+                        RECIPES (task -> the recipe with which its authors fine-tune it),
+                        NAMED_RECIPES (pattern of names -> task -> what differs in the recipe of
+                        these models) and EXPORTS (the formats that can hold it), where they are
+                        not the usual ones
     export/<name>.py    FILE; save(model, example, path); load(path, blank)
     engines/<name>.py   run(engine, warn), a context manager that gives a RunJobs
 
@@ -21,8 +23,8 @@ Every kind also accepts the user's own, as `package.module:attribute`. Then tune
     model   attribute(outputs, *, ...) -> StagedModel or nn.Module. An nn.Sequential is cut at its
             children, another module is one stage. `input_spec(*, ...)` is called where the module
             has it, with those keys of the model that it names, and with `home` where it names
-            that; else IMAGENET_SPEC. TASKS, NAMES, RECIPES and EXPORTS are not read: the default
-            recipe is tuner's, and every export format is tried.
+            that; else IMAGENET_SPEC. TASKS, NAMES, the recipes and EXPORTS are not read: the
+            default recipe is tuner's, and every export format is tried.
     export  an object with FILE, save and load, such as a class with static methods. It has no keys.
     engine  attribute(engine, warn), as above. Its keys are those of EngineSettings and no others.
 
@@ -157,6 +159,18 @@ def read_model_constant(name: str, constant_name: str, default: Any) -> Any:
         return read_constant("model", file, constant_name) if file else default
     except LookupError:
         return default
+
+
+def read_recipe(name: str, task: str) -> dict[str, Any]:
+    """The keys of the recipe with which the authors of a built-in model fine-tune it for a task.
+
+    They are those of its family, with the keys of the first pattern that its name matches.
+    """
+    recipe: dict[str, Any] = dict(read_model_constant(name, "RECIPES", {}).get(task, {}))
+    for pattern, recipes in read_model_constant(name, "NAMED_RECIPES", {}).items():
+        if fnmatch.fnmatchcase(name, pattern):
+            return recipe | recipes.get(task, {})
+    return recipe
 
 
 def find_model_family(name: str) -> str | None:

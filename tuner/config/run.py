@@ -15,7 +15,11 @@ from pydantic import AfterValidator, Field
 
 from tuner.config import database_url
 from tuner.config.augmentation import Augment
+from tuner.config.durations import check_duration, parse_duration
+from tuner.config.engine_settings import EngineSettings
 from tuner.config.section import Section
+
+__all__ = ["EngineSettings", "Section", "parse_duration"]  # besides what is defined here
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 RgbTriple = tuple[float, float, float]
@@ -206,33 +210,6 @@ class ImageOptions(SplitOptions):
     )
 
 
-SECONDS_PER_UNIT = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}  # in seconds
-DURATION_PATTERN = re.compile(
-    "".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in SECONDS_PER_UNIT)
-)
-MAX_DURATION_DAYS = 10_000  # days
-
-
-def parse_duration(text: str) -> float:
-    """'90s', '10m', '1h30m', '1.5h', '2d' in seconds; ValueError on anything else."""
-    match = DURATION_PATTERN.fullmatch(text)
-    if not text or match is None:
-        raise ValueError("write a duration such as 90s, 10m, 1h30m, 1.5h or 2d")
-    total = sum(
-        float(part or 0) * size
-        for part, size in zip(match.groups(), SECONDS_PER_UNIT.values(), strict=True)
-    )
-    if not 0 < total <= MAX_DURATION_DAYS * SECONDS_PER_UNIT["d"]:
-        raise ValueError(f"a duration must be above 0 and at most {MAX_DURATION_DAYS:,}d")
-    return total
-
-
-def _check_duration(text: str | None) -> str | None:
-    if text is not None:
-        parse_duration(text)
-    return text
-
-
 STUDY_NAME_PATTERN = re.compile(r"[^/\x00-\x1f]{1,200}")
 
 
@@ -248,7 +225,7 @@ class SearchSettings(Section):
     """How the space is searched."""
 
     trials: int = Field(20, ge=1, le=1_000_000, description="the budget: trials that ended")
-    timeout: Annotated[str | None, AfterValidator(_check_duration)] = Field(
+    timeout: Annotated[str | None, AfterValidator(check_duration)] = Field(
         None, description="ask no more this long after the command began: 90s, 10m, 1h30m, 1.5h, 2d"
     )
     sampler: Literal["tpe", "random", "grid"] = Field(
@@ -277,7 +254,7 @@ class SearchSettings(Section):
         description="retrain the best on train and validation before it is tested and exported; "
         "false: as its trial left it",
     )
-    grace: Annotated[str, AfterValidator(_check_duration)] = Field(
+    grace: Annotated[str, AfterValidator(check_duration)] = Field(
         "8s",
         description="what SIGTERM leaves to the running epoch: a little less than the time until "
         "SIGKILL, which Kubernetes calls terminationGracePeriodSeconds",
@@ -287,89 +264,6 @@ class SearchSettings(Section):
         ge=0,
         le=1000,
         description="trials whose best epoch's weights stay on the disk: the best so many",
-    )
-
-
-def _check_gpus(value: int | list[int] | None) -> int | list[int] | None:
-    if isinstance(value, int) and value < 1:
-        raise ValueError(
-            "write how many GPUs, at least 1, or their numbers, such as [0, 2]; for none, device: "
-            "cpu"
-        )
-    if isinstance(value, list) and (not value or min(value) < 0 or len(set(value)) < len(value)):
-        raise ValueError("write the GPUs' numbers, each once and from 0, such as [0, 2]")
-    return value
-
-
-ADDRESS_PATTERN = re.compile(r"auto|local|[^\s:/]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}")
-
-
-def _check_address(text: str) -> str:
-    if "://" in text:
-        raise ValueError(
-            "Ray's client protocol hides which node fails, and its port runs anyone's code; start "
-            "the command on a machine of the "
-            "cluster and write auto, or HOST:PORT of its head"
-        )
-    if not ADDRESS_PATTERN.fullmatch(text):
-        raise ValueError(
-            "write auto, local, or HOST:PORT of the cluster's head, such as 10.0.0.1:6379"
-        )
-    return text
-
-
-def _stall(text: str) -> str:
-    if text not in ("auto", "never"):
-        try:
-            parse_duration(text)
-        except ValueError as error:
-            raise ValueError(f"{error}; or auto, or never") from None
-    return text
-
-
-class EngineSettings(Section):
-    """Where trials are carried out."""
-
-    name: str = Field("local", description="inline, local, ray")
-    workers: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = Field(
-        "auto",
-        description="auto: per_gpu for each GPU, or one on the CPU; "
-        "ray: as many as the cluster has room for",
-    )
-    gpus: Annotated[int | list[int] | None, AfterValidator(_check_gpus)] = Field(
-        None, description="how many of a machine's GPUs, or a list of their numbers; null: all"
-    )
-    per_gpu: int = Field(
-        1, ge=1, le=64, description="workers that share a GPU, each with its part of the memory"
-    )
-    address: Annotated[str, AfterValidator(_check_address)] = Field(
-        "auto", description="ray: auto finds a running cluster; local; or HOST:PORT"
-    )
-    gpus_per_trial: float | None = Field(
-        None, ge=0, le=1, description="ray: 1, or a fraction; null: 1 where the cluster has GPUs"
-    )
-    cpus_per_trial: int = Field(1, ge=1, le=1024, description="ray: cores of a trial")
-    stall: Annotated[str, AfterValidator(_stall)] = Field(
-        "auto",
-        description="a training that reports no epoch for so long is given up: 30m, 2h; never; "
-        "auto: 10 times the longest epoch of its own, and an hour at least, after its first epoch",
-    )
-    ship: bool = Field(
-        False, description="ray: send data and weights to nodes that do not have them"
-    )
-    device: str = Field(
-        "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$",
-        description="auto, cpu, cuda, cuda:N or mps",
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast on GPUs that have it"
-    )
-    cache: Literal["auto", "always", "never"] = Field(
-        "auto", description="remember what frozen stages compute"
-    )
-    cache_gb: float = Field(
-        4.0, ge=0, le=100_000, description="disk for remembered activations, gigabytes"
     )
 
 

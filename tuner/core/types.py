@@ -5,6 +5,7 @@ trained, and a `Task` is what it is trained for.
 """
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 
 from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
 
+# the rate in the representation of torch's dropout, torchvision's and timm's stochastic depth
+DROPOUT_RATE = re.compile(
+    r"(\b(?:\w*Dropout\w*|DropPath|StochasticDepth)\()(?:p|drop_prob)=[0-9.e-]+"
+)
 NECK_NAMES = ("neck", "fpn", "extra", "decoder")  # of a stage between backbone and head
 
 
@@ -252,9 +257,16 @@ def split_sequential(model: nn.Module) -> StagedModel:
     return StagedModel(model, children or {"model": model})
 
 
-def module_digest(module: nn.Module) -> str:
-    """SHA-256 over a module's structure, parameters and buffers."""
-    digest = hashlib.sha256(repr(module).encode())
+def module_digest(module: nn.Module, *, ignore_dropout: bool = False) -> str:
+    """SHA-256 over a module's structure, parameters and buffers.
+
+    With `ignore_dropout` modules that differ in the rates of dropout alone have equal digests, as
+    in eval mode they have equal outputs.
+    """
+    structure = repr(module)
+    if ignore_dropout:
+        structure = DROPOUT_RATE.sub(r"\1", structure)
+    digest = hashlib.sha256(structure.encode())
     for name, value in module.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -19,19 +19,28 @@ TASKS = ("detection",)
 NAMES = ("dfine_n", "dfine_s", "dfine_m", "dfine_l", "dfine_x")
 EXPORTS = ("safetensors", "torch_export", "onnx")
 # the authors' configurations: AdamW, lr 0.00025 and weight decay 0.000125 for 32 images, gradients
-# clipped at 0.1, warm-up of 500 steps, then constant.
+# clipped at 0.1, warm-up of 500 steps, then constant, average of the weights with the decay 0.9999;
+# the smaller the model, the nearer the rate of its backbone is to lr.
 # https://github.com/Peterande/D-FINE/tree/master/configs/dfine
 RECIPES = {
     "detection": {
         "optimizer": "adamw",
         "lr": 0.000125,
+        "backbone_lr": 0.05,
         "weight_decay": 0.000125,
         "clip_norm": 0.1,
         "batch_size": 16,
         "schedule": "constant",
+        "ema": 0.9999,
         "warmup": 0.05,
         "epochs": 30,
     }
+}
+NAMED_RECIPES = {
+    "dfine_n": {"detection": {"backbone_lr": 0.5}},
+    "dfine_s": {"detection": {"backbone_lr": 0.5}},
+    "dfine_m": {"detection": {"backbone_lr": 0.1}},
+    "dfine_x": {"detection": {"backbone_lr": 0.01}},
 }
 HUB_NAMES = {"n": "nano", "s": "small", "m": "medium", "l": "large", "x": "xlarge"}
 # HGNetV2 B0, B2, B4 and B5: channels of the stem; channels into, inside and out of each stage;

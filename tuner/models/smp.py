@@ -40,7 +40,7 @@ NAMES = ("unet/*", "unetplusplus/*", "fpn/*")
 # lr 2e-4, cosine, batches of 16 and 32, 10 and 50 epochs, Dice loss (task.loss)
 RECIPES = {
     "segmentation": {
-        "optimizer": "adamw",
+        "optimizer": "adam",
         "lr": 2e-4,
         "schedule": "cosine",
         "batch_size": 16,

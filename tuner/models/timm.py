@@ -17,10 +17,34 @@ from torch import Tensor, nn
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import StagedModel, split_sequential
 from tuner.core.weights import is_path, load_matching_state, read_state_dict
+from tuner.errors import SpaceError
 from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
 
 TASKS = ("classification",)
 NAMES = ("timm/*",)
+# Convolutional networks have tuner's own default recipe. Transformers and ConvNeXts need smaller
+# rates, smaller still in the first stages:
+# ViT: MAE's FINETUNE.md: AdamW, lr 5e-4 for 256 images, here for 32; weight decay 0.05, decay by
+# layer 0.65 for ViT-B and 0.75 for larger ones, cosine after 5 of 100 epochs of warm-up; BEiT's and
+# DeiT III's fine-tuning is alike. https://github.com/facebookresearch/mae/blob/main/FINETUNE.md
+# ConvNeXt: TRAINING.md: AdamW, lr 5e-5 for 512 images, weight decay 1e-8, decay by layer 0.8,
+# cosine. https://github.com/facebookresearch/ConvNeXt/blob/main/TRAINING.md
+# Swin: configs/swin/*_22kto1k_finetune.yaml: AdamW, lr 2e-5 for 512 images, weight decay 1e-8,
+# cosine after 5 of 30 epochs of warm-up, at the end 1 % of lr, gradients clipped at 5
+# https://github.com/microsoft/Swin-Transformer/tree/main/configs/swin
+# The last two fine-tune for 30 epochs of a million images: for small data their rate is not scaled
+# down to a batch of 32, and Swin has ConvNeXt's.
+NAMED_RECIPES = {
+    "timm/vit*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
+    "timm/deit*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
+    "timm/beit*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
+    "timm/eva*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
+    "timm/flexivit*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
+    "timm/convnext*": {"classification": {"lr": 5e-5, "layer_decay": 0.8}},
+    "timm/swin*": {
+        "classification": {"lr": 5e-5, "warmup": 0.15, "min_lr": 0.01, "clip_norm": 5.0}
+    },
+}
 
 
 def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
@@ -46,6 +70,24 @@ def build(
             ".safetensors or .pth file"
         ),
     ] = "default",
+    dropout: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of the features before the head that training sets to 0; null: the "
+            "model's own",
+        ),
+    ] = None,
+    drop_path: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="stochastic depth: how often training leaves out the last residual block, "
+            "and the others less; null: the model's own",
+        ),
+    ] = None,
 ) -> StagedModel:
     """Model `name` with `outputs` classes.
 
@@ -53,14 +95,14 @@ def build(
     structure has one cut.
 
     Raises:
-        SpaceError: timm does not have a model or weights of that name.
+        SpaceError: timm does not have a model or weights of that name, or the model has no such
+            dropout.
         DataError: The weights are missing or do not fit.
     """
     timm = import_timm()
     config = timm_config(timm, name)
-    model: nn.Module = timm.create_model(
-        name.partition("/")[2], pretrained=False, num_classes=outputs
-    )
+    rates = {"drop_rate": dropout, "drop_path_rate": drop_path}
+    model = _create_model(timm, name, outputs, {k: v for k, v in rates.items() if v is not None})
     notes: tuple[str, ...] = ()
     if weights != "none":
         path = (
@@ -83,6 +125,23 @@ def build(
     return StagedModel(
         model, stages_of(model, config), notes, head_is_new=weights == "none" or bool(notes)
     )
+
+
+def _create_model(timm: Any, name: str, outputs: int, rates: dict[str, float]) -> nn.Module:
+    """timm's model with fresh parameters. Raises SpaceError where it does not take the `rates`."""
+    try:
+        model: nn.Module = timm.create_model(
+            name.partition("/")[2], pretrained=False, num_classes=outputs, **rates
+        )
+    except TypeError as error:
+        key = next((key for key in rates if f"'{key}'" in str(error)), None)
+        if key is None:
+            raise
+        written = {"drop_rate": "dropout", "drop_path_rate": "drop_path"}[key]
+        raise SpaceError(
+            f"model.{written}: {rates[key]:g}, but {name} has none; leave the key out"
+        ) from None
+    return model
 
 
 def stages_of(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
@@ -128,7 +187,8 @@ def _stages_agree(model: nn.Module, stages: dict[str, nn.Module], config: dict[s
 
     Some models do more in `forward` than to call their modules in a row.
     """
-    with _EvalMode(model):
+    # the stages have a module that the model has not: the dropout before the head
+    with _EvalMode(nn.ModuleList([model, *stages.values()])):
         x = y = _random_image(model, config)
         try:
             for stage in stages.values():

@@ -37,7 +37,7 @@ NAMES = (
     "lraspp_mobilenet_v3_large",
 )
 # torchvision's references/segmentation/train.py: SGD, lr 0.01, momentum 0.9, weight decay 1e-4,
-# batch 8, 30 epochs, lr falling to 0 as (1 - step / steps) ** 0.9, to which linear is next
+# batch 8, 30 epochs, lr falling to 0 as (1 - step / steps) ** 0.9
 RECIPES = {
     "segmentation": {
         "optimizer": "sgd",
@@ -46,7 +46,7 @@ RECIPES = {
         "weight_decay": 1e-4,
         "batch_size": 8,
         "epochs": 30,
-        "schedule": "linear",
+        "schedule": "polynomial",
     }
 }
 BACKBONES = ("resnet50", "resnet101", "mobilenet_v3_large")

@@ -49,6 +49,15 @@ RECIPES = {
 }
 # positions that no token gets: in these models the positions begin after that of the padding
 RESERVED_POSITIONS = {"roberta": 2, "camembert": 2, "xlm-roberta": 2}
+# rates of dropout in the configurations: BERT's and RoBERTa's, DistilBERT's, GPT-2's
+DROPOUT_NAMES = (
+    "hidden_dropout_prob",
+    "classifier_dropout",
+    "dropout",
+    "seq_classif_dropout",
+    "embd_pdrop",
+    "resid_pdrop",
+)
 ENCODER_TYPES = ("bert", "distilbert", "roberta", "camembert", "xlm-roberta")
 
 
@@ -117,6 +126,15 @@ def build(
             description="tokens that the model sees of a text; longer texts are truncated",
         ),
     ] = 128,
+    dropout: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of the hidden values that training sets to 0, in the blocks and "
+            "before the head; null: as the model's configuration says",
+        ),
+    ] = None,
 ) -> StagedModel:
     """The model with a head of `outputs` classes, or one that predicts the next token.
 
@@ -150,6 +168,7 @@ def build(
         )
     if not generating:
         config.num_labels = outputs
+    _set_dropout(config, dropout)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = getattr(config, "eos_token_id", None)
     auto = (
@@ -169,6 +188,15 @@ def build(
         ) from None
     model.config.use_cache = False  # the cache of keys and values only wastes memory in training
     return stage_transformer(model, task, notes)
+
+
+def _set_dropout(config: Any, dropout: float | None) -> None:
+    """Sets the rates under the names that the configurations of the library have for them, where
+    the user states one; those of attention weights stay.
+    """
+    for name in DROPOUT_NAMES if dropout is not None else ():
+        if hasattr(config, name):
+            setattr(config, name, dropout)
 
 
 def _short_message(error: Exception) -> str:

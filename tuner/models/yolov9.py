@@ -30,7 +30,9 @@ TASKS = ("detection",)
 NAMES = ("yolov9_t", "yolov9_s", "yolov9_m", "yolov9_c")
 EXPORTS = ("safetensors", "torch_export", "onnx")
 # the paper's appendix A: SGD, lr 0.01 for 64 images falling linearly, momentum 0.937, weight decay
-# 0.0005, 3 epochs of warm-up
+# 0.0005, 3 epochs of warm-up; of the authors' code the average of the weights with the decay 0.9999
+# and, at the end, 1 % of lr
+# https://github.com/WongKinYiu/yolov9/blob/main/data/hyps/hyp.scratch-high.yaml
 RECIPES = {
     "detection": {
         "optimizer": "sgd",
@@ -40,6 +42,8 @@ RECIPES = {
         "nesterov": True,
         "weight_decay": 0.0005,
         "schedule": "linear",
+        "min_lr": 0.01,
+        "ema": 0.9999,
         "warmup": 0.1,
         "epochs": 30,
     }

@@ -29,7 +29,8 @@ TASKS = ("detection",)
 NAMES = ("yolox_nano", "yolox_tiny", "yolox_s", "yolox_m", "yolox_l", "yolox_x")
 EXPORTS = ("safetensors", "torch_export", "onnx")
 # the paper's section 2.1: SGD with lr 0.01 x batch / 64, Nesterov's momentum 0.9, weight decay
-# 0.0005, cosine schedule after 5 epochs of warm-up; the same in
+# 0.0005, cosine schedule after 5 epochs of warm-up, at the end 5 % of lr; average of the weights
+# with the decay 0.9998; the same in
 # https://github.com/Megvii-BaseDetection/YOLOX/blob/main/yolox/exp/yolox_base.py
 RECIPES = {
     "detection": {
@@ -40,6 +41,8 @@ RECIPES = {
         "nesterov": True,
         "weight_decay": 0.0005,
         "schedule": "cosine",
+        "min_lr": 0.05,
+        "ema": 0.9998,
         "warmup": 0.05,
         "epochs": 30,
     }

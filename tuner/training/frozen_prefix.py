@@ -43,10 +43,15 @@ class FrozenPrefix:
 
 
 def stage_digests(stages: Sequence[nn.Module], start: str) -> tuple[str, ...]:
-    """A digest for each stage's output: of `start`, and of weights and code up to the stage."""
+    """A digest for each stage's output: of `start`, and of weights and code up to the stage.
+
+    A frozen stage is in eval mode, so its rates of dropout do not matter, and trials with other
+    rates share what it computes. The last stage is never frozen.
+    """
     digests = [start]
-    for stage in stages:
-        content = f"{digests[-1]} {module_digest(stage)} {code_digest(stage)}"
+    for number, stage in enumerate(stages, start=1):
+        own_digest = module_digest(stage, ignore_dropout=number < len(stages))
+        content = f"{digests[-1]} {own_digest} {code_digest(stage)}"
         digests.append(hashlib.sha256(content.encode()).hexdigest()[:32])
     return tuple(digests[1:])
 

@@ -62,7 +62,9 @@ def make_optimizer(
     kind = OPTIMIZERS[recipe.optimizer]
     on_cuda = all(p.is_cuda for group in groups for p in group["params"])
     fused = {"fused": True} if on_cuda and recipe.optimizer in FUSED else {}
-    return kind(groups, lr=recipe.lr, **optimizer_arguments(recipe), **fused)
+    arguments = optimizer_arguments(recipe) | fused
+    optimizer: torch.optim.Optimizer = kind(groups, lr=recipe.lr, **arguments)
+    return optimizer
 
 
 def optimizer_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def lr_factor(recipe: Recipe, step: int, steps: int) -> float:
     progress = (step - warmup_steps) / max(1.0, steps - warmup_steps)
     factors = {
         "linear": left,
-        "polynomial": left**POLYNOMIAL_POWER,
+        "polynomial": math.pow(left, POLYNOMIAL_POWER),
         "cosine": _half_cosine(progress),
         "onecycle": _half_cosine(progress),
     }

@@ -59,7 +59,8 @@ class WeightAverage:
             else:
                 self.tensors[name].copy_(value)
         if averages:
-            get_ema_multi_avg_fn(decay)(averages, values, step)
+            average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+            average(averages, values, step)
 
     @torch.no_grad()
     def swap(self) -> None:
