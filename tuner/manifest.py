@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.config.objective import metric_label
 from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.errors import DataError
 from tuner.files import removal
@@ -133,7 +134,7 @@ def format_model_card(m: Mapping[str, Any]) -> str:
     recipe = run["recipe"]
     valid, test = m["scores"]["valid"], m["scores"]["test"]
     scores = "\n".join(
-        f"| {name.replace('_', ' ')} | {_format_score(valid.get(name))} "
+        f"| {metric_label(name)} | {_format_score(valid.get(name))} "
         f"| {_format_score(test.get(name))} |"
         for name in test
     )
@@ -156,9 +157,10 @@ def format_model_card(m: Mapping[str, Any]) -> str:
         f"{examples['train']} training, {examples['valid']} validation, {examples['test']} test"
     )
     study = f"study `{m['study']}` (trial {m['trial']})"
+    which = "lowest" if m.get("direction") == "minimise" else "highest"
     return f"""# {model["name"]} fine-tuned on {data_name}
 
-Found by `tuner` {m["tuner"]} in {study}, searched for {metric.replace("_", " ")}.
+Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label(metric)}.
 
 | | |
 |---|---|

@@ -12,7 +12,13 @@ from tuner.config.run import Run
 from tuner.config.space import Choice, Dimension, Space
 from tuner.search.history import DUPLICATE_OF, REASON
 
-METRIC_LABELS = {"accuracy": "acc", "balanced_accuracy": "bacc", "log_likelihood": "ll"}
+METRIC_LABELS = {
+    "accuracy": "acc",
+    "balanced_accuracy": "bacc",
+    "log_likelihood": "ll",
+    "average_precision": "ap",
+    "expected_calibration_error": "ece",
+}
 KEY_LABELS = {
     "momentum": "mom",
     "weight_decay": "wd",
@@ -32,7 +38,7 @@ class TrialLineFormatter:
     def __init__(
         self, space: Space, metric: str, budget: int, max_depth: int, terminal_width: int | None
     ) -> None:
-        self.metric = METRIC_LABELS.get(metric, metric)
+        self.metric = short_label(metric)
         self.dimensions = [d for d in space.dimensions if d.name not in KEYS_WITH_OWN_COLUMN]
         self.number_width, self.max_depth = len(str(budget)) + 1, max_depth
         epochs = next((d.domain for d in space.dimensions if d.name == "epochs"), None)
@@ -100,6 +106,11 @@ class TrialLineFormatter:
             text = f"{label}{format_value(params[d.name], 2)}" if d.name in params else ""
             cells.append(f"{text:<{len(label) + max_value_width(d)}}")
         return " ".join(cells)
+
+
+def short_label(metric: str) -> str:
+    """The name of a metric in a line that has little space."""
+    return METRIC_LABELS.get(metric, metric.rpartition(":")[2])
 
 
 def max_value_width(dimension: Dimension) -> int:

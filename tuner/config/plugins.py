@@ -4,7 +4,8 @@ Built-in plug-ins are listed, and read for their keys, without an import.
 Positional arguments are what tuner passes. Keyword-only arguments are the YAML keys, and their
 annotations are the schema.
 
-    tasks/<name>.py     METRICS; build(classes, recipe, *, ...) -> Task
+    tasks/<name>.py     METRICS; build(classes, recipe, *, ...) -> Task; MINIMISED (those of its
+                        metrics of which a lower value is better), where it has some
     data/<name>.py      TASKS; load(home, input_spec, task, *, ...) -> Dataset
     models/<family>.py  TASKS; NAMES; input_spec(name, *, ...) -> InputSpec;
                         build(home, name, task, outputs, *, ...) -> StagedModel;
@@ -15,8 +16,8 @@ annotations are the schema.
 
 Every kind also accepts the user's own, as `package.module:attribute`. Then tuner calls it:
 
-    task    attribute(classes, recipe, *, ...) -> Task. METRICS is read in the module that the name
-            states. Without it, search.metric must be written and is not checked.
+    task    attribute(classes, recipe, *, ...) -> Task. METRICS and MINIMISED are read in the module
+            that the name states. Without METRICS, search.metric must be written and is not checked.
     data    attribute(home, input_spec, task, *, ...) -> Dataset. TASKS is not read.
     model   attribute(outputs, *, ...) -> StagedModel or nn.Module. An nn.Sequential is cut at its
             children, another module is one stage. `input_spec(*, ...)` is called where the module
@@ -121,10 +122,26 @@ def list_metrics(task: str) -> tuple[str, ...]:
 
     Raises SpaceError.
     """
-    if ":" not in task:
-        read_keys("task", task)
-        return tuple(read_constant("task", task, "METRICS"))
-    return tuple(read_own_attribute("task", task, "METRICS", ()))
+    return _read_task_names(task, "METRICS")
+
+
+def list_minimised(task: str) -> tuple[str, ...]:
+    """Those of a task's metrics of which a lower value is better: MINIMISED beside METRICS.
+
+    Raises SpaceError.
+    """
+    return _read_task_names(task, "MINIMISED")
+
+
+def _read_task_names(task: str, constant_name: str) -> tuple[str, ...]:
+    """A tuple of names at the top of a task's module; empty where there is none."""
+    if ":" in task:
+        return tuple(read_own_attribute("task", task, constant_name, ()))
+    read_keys("task", task)
+    try:
+        return tuple(read_constant("task", task, constant_name))
+    except LookupError:
+        return ()
 
 
 def read_own_attribute(kind: str, name: str, attribute: str, default: Any) -> Any:

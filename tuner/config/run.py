@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from tuner.config import database_url
+from tuner.config.objective import Direction
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 RgbTriple = tuple[float, float, float]
@@ -184,7 +185,14 @@ class SearchSettings(Section):
         "median", description="what ends bad trials"
     )
     metric: str | None = Field(
-        None, description="what is maximised on the validation examples; null: the task's first"
+        None,
+        description="what is improved on the validation examples: a metric of the task, or a "
+        "function of your own as package.module:function; null: the task's first",
+    )
+    direction: Direction | None = Field(
+        None,
+        description="whether higher or lower values of the metric are better; null: as the task or "
+        "the function says",
     )
     seed: int = Field(
         0,

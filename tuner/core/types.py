@@ -142,9 +142,13 @@ class Prediction:
 
 
 class Task(ABC):
-    """What a model learns. Higher scores are better. A task does not know the freeze depth."""
+    """What a model learns. A task does not know the freeze depth.
 
-    metrics: ClassVar[tuple[str, ...]]
+    `metrics` are the names of its scores. Higher scores are better, but for those that MINIMISED
+    beside METRICS in its module names.
+    """
+
+    metrics: tuple[str, ...]
     output_description: ClassVar[str]  # an export's output, in words
 
     @abstractmethod

@@ -1,11 +1,10 @@
-"""Image classification: one class per image, cross-entropy, and scores by torchmetrics."""
+"""Image classification: one class per image, and cross-entropy."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from tuner.config.run import Recipe
 from tuner.core.input_spec import InputSpec, TensorTree
@@ -15,8 +14,23 @@ from tuner.tasks._classification_reports import (
     concatenate_pairs,
     describe_probabilities,
 )
+from tuner.tasks._classification_scores import classification_scores, defined_metrics
 
-METRICS = ("accuracy", "balanced_accuracy", "f1", "log_likelihood")
+METRICS = (
+    "accuracy",
+    "balanced_accuracy",
+    "f1",
+    "log_likelihood",
+    "auroc",
+    "average_precision",
+    "kappa",
+    "quadratic_kappa",
+    "top_3",
+    "top_5",
+    "log_loss",
+    "expected_calibration_error",
+)
+MINIMISED = ("log_loss", "expected_calibration_error")
 
 
 def build(classes: tuple[str, ...], recipe: Recipe) -> Task:
@@ -26,12 +40,11 @@ def build(classes: tuple[str, ...], recipe: Recipe) -> Task:
 class Classification(Task):
     """Gives each example a class: y is int64 (n,); predictions are logits, float32 (n, classes)."""
 
-    metrics = METRICS
-
     output_description = "logits in the order of the classes; softmax gives probabilities"
 
     def __init__(self, classes: tuple[str, ...], label_smoothing: float) -> None:
         self.classes, self.label_smoothing = classes, label_smoothing
+        self.metrics = defined_metrics(METRICS, len(classes))
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(batch.y, Tensor)
@@ -41,15 +54,8 @@ class Classification(Task):
         return net(x).float()  # type: ignore[no-any-return]
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        """Accuracy, balanced accuracy, macro F1, and the true class's mean log-likelihood."""
-        logits, truth = concatenate_pairs(pairs)
-        n = len(self.classes)
-        return {
-            "accuracy": float(multiclass_accuracy(logits, truth, n, average="micro")),
-            "balanced_accuracy": float(multiclass_accuracy(logits, truth, n, average="macro")),
-            "f1": float(multiclass_f1_score(logits, truth, n, average="macro")),
-            "log_likelihood": -float(F.cross_entropy(logits, truth)),
-        }
+        scores = classification_scores(*concatenate_pairs(pairs))
+        return {name: scores[name] for name in self.metrics}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         return classification_artifacts(*concatenate_pairs(pairs), self.classes)

@@ -1,15 +1,11 @@
-"""One class per text: cross-entropy, and scores by torchmetrics."""
+"""One class per text, and cross-entropy."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_f1_score,
-    multiclass_matthews_corrcoef,
-)
+from torchmetrics.functional.classification import multiclass_matthews_corrcoef
 
 from tuner.config.run import Recipe
 from tuner.core.input_spec import InputSpec, TensorTree
@@ -21,8 +17,24 @@ from tuner.tasks._classification_reports import (
     describe_probabilities,
     encode_csv,
 )
+from tuner.tasks._classification_scores import classification_scores, defined_metrics
 
-METRICS = ("accuracy", "f1", "matthews", "balanced_accuracy", "log_likelihood")
+METRICS = (
+    "accuracy",
+    "f1",
+    "matthews",
+    "balanced_accuracy",
+    "log_likelihood",
+    "auroc",
+    "average_precision",
+    "kappa",
+    "quadratic_kappa",
+    "top_3",
+    "top_5",
+    "log_loss",
+    "expected_calibration_error",
+)
+MINIMISED = ("log_loss", "expected_calibration_error")
 MAX_MISTAKES = 50  # listed, the most confident first
 
 
@@ -37,12 +49,11 @@ class TextClassification(Task):
     text before the net sees them.
     """
 
-    metrics = METRICS
-
     output_description = "logits in the order of the classes; softmax gives probabilities"
 
     def __init__(self, classes: tuple[str, ...], label_smoothing: float) -> None:
         self.classes, self.label_smoothing = classes, label_smoothing
+        self.metrics = defined_metrics(METRICS, len(classes))
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(batch.y, Tensor)
@@ -54,16 +65,11 @@ class TextClassification(Task):
         return net(trim_padding(x)).float()  # type: ignore[no-any-return]
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        """Accuracy, macro F1, Matthews' correlation, balanced accuracy, mean log-likelihood."""
+        """Those of images, and Matthews' correlation."""
         logits, truth = concatenate_pairs(pairs)
-        n = len(self.classes)
-        return {
-            "accuracy": float(multiclass_accuracy(logits, truth, n, average="micro")),
-            "f1": float(multiclass_f1_score(logits, truth, n, average="macro")),
-            "matthews": float(multiclass_matthews_corrcoef(logits, truth, n)),
-            "balanced_accuracy": float(multiclass_accuracy(logits, truth, n, average="macro")),
-            "log_likelihood": -float(F.cross_entropy(logits, truth)),
-        }
+        matthews = float(multiclass_matthews_corrcoef(logits, truth, len(self.classes)))
+        scores = {**classification_scores(logits, truth), "matthews": matthews}
+        return {name: scores[name] for name in self.metrics}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         """The confusion matrix, the scores of each class, and the most confident mistakes.

@@ -37,6 +37,16 @@ def build_task(run: Run, classes: tuple[str, ...]) -> Task:
     return task
 
 
+def check_metric(run: Run, classes: tuple[str, ...], metric: str) -> None:
+    """Raises SpaceError where a built-in task does not define its metric for these classes."""
+    defined = build_task(run, classes).metrics
+    if metric in plugins.list_metrics(run.task.name) and metric not in defined:
+        raise SpaceError(
+            f"search.metric: {metric} says nothing with {len(classes)} classes; choose one of "
+            f"{', '.join(defined)}"
+        )
+
+
 _loaded_datasets: dict[str, Dataset] = {}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tuner.config.objective import Direction
 from tuner.config.run import Recipe
 from tuner.core.types import Dataset, Source, StagedModel, Task
 from tuner.training.batch_norm import set_train_mode
@@ -39,7 +40,8 @@ class TrainingContext:
 
     `net` is the trainable suffix of `staged_model`; `pretrained_norms` are those of its BatchNorm
     modules that have statistics of the pretraining. The sources `train`, `valid` and `test` give
-    activations of the frozen prefix, on the device. `metric` decides which epoch is the best.
+    activations of the frozen prefix, on the device. `metric` and its `direction` decide which
+    epoch is the best.
     """
 
     task: Task
@@ -52,6 +54,7 @@ class TrainingContext:
     test: Source
     device_context: DeviceContext
     metric: str
+    direction: Direction = "maximise"
 
 
 class Diverged(Exception):

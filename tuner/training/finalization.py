@@ -20,6 +20,7 @@ from tuner.training.checkpoints import load_best_weights
 from tuner.training.devices import select_device
 from tuner.training.epoch import Diverged, TrainingContext, predict_source
 from tuner.training.exported_models import load_exporter, model_without_weights
+from tuner.training.own_metric import score_own_metric
 from tuner.training.preparation import prepare_training
 from tuner.training.publishing import publish
 from tuner.training.training_loop import FitProgress, fit, open_checkpoints
@@ -82,7 +83,9 @@ def train_model(
     valid_scores = dict(job.valid_scores)
     try:
         # its linear probe may diverge too
-        context = prepare_training(assignment.run, device_context, assignment.metric)
+        context = prepare_training(
+            assignment.run, device_context, assignment.metric, assignment.direction
+        )
         for progress in [] if job.weights_file else retrain(assignment, context):
             if progress.best is not None:
                 valid_scores = progress.best.epoch.scores
@@ -111,10 +114,11 @@ def retrain(assignment: Assignment, context: TrainingContext) -> Iterator[FitPro
 
 def score_test_split(context: TrainingContext, batch_size: int) -> dict[str, float]:
     """The scores on the test examples; called once per winner. Raises Diverged."""
-    scores = context.task.score(predict_source(context, context.test, batch_size))
+    predictions = predict_source(context, context.test, batch_size)
+    scores = context.task.score(predictions)
     if not all(map(math.isfinite, scores.values())):
         raise Diverged("the test scores are not finite")
-    return scores
+    return scores | score_own_metric(context.metric, predictions)
 
 
 def load_earlier_export(folder: Path, assignment: Assignment) -> TrainedModel | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from tuner.config.objective import Direction
 from tuner.config.run import Recipe, Run
 from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.types import Batch, Dataset, Source, StagedModel
@@ -40,6 +41,7 @@ class LoadedRun:
     stage_digests: tuple[str, ...]
     device_context: DeviceContext
     metric: str
+    direction: Direction = "maximise"
 
     @property
     def train_source(self) -> Source:
@@ -76,16 +78,20 @@ class LoadedRun:
             test=self.behind_prefix(depth, self.dataset.test),
             device_context=self.device_context,
             metric=self.metric,
+            direction=self.direction,
         )
 
 
-def prepare_training(run: Run, device_context: DeviceContext, metric: str) -> TrainingContext:
+def prepare_training(
+    run: Run, device_context: DeviceContext, metric: str, direction: Direction = "maximise"
+) -> TrainingContext:
     """Builds the data and the model of a run and splits the model at the recipe's freeze depth.
 
     Args:
         run: The run to train.
         device_context: The device and its precision, and the home of the caches.
         metric: The name of the score that decides which epoch is the best.
+        direction: Whether its higher or its lower values are better.
 
     Returns:
         What `fit` trains. Its head begins as the linear probe where the recipe says so.
@@ -105,7 +111,7 @@ def prepare_training(run: Run, device_context: DeviceContext, metric: str) -> Tr
     staged_model.model.to(  # type: ignore[call-overload]
         device_context.device, memory_format=torch.channels_last
     )
-    loaded = LoadedRun(run, dataset, staged_model, digests, device_context, metric)
+    loaded = LoadedRun(run, dataset, staged_model, digests, device_context, metric, direction)
     if starts_from_probe(run, staged_model):
         probe_head(loaded)
     return loaded.make_context(depth, run.recipe)

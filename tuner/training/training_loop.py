@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tuner.config.objective import is_improvement, is_own_metric
 from tuner.config.run import Recipe, Run
 from tuner.core.types import Dataset
 from tuner.errors import DataError
@@ -28,11 +29,12 @@ from tuner.training.epoch import (
 )
 from tuner.training.micro_batches import initial_micro_batch_size
 from tuner.training.optimizers import lr_factor, make_optimizer
+from tuner.training.own_metric import own_metric_digest, score_own_metric
 
 
 @dataclass(frozen=True)
 class BestEpoch:
-    """The epoch with the highest score so far.
+    """The epoch with the best score so far.
 
     `predictions` are its (prediction, truth) pairs on the validation examples. `weights` is the
     state dict of the suffix after it; it is empty where `epoch` is a mean over folds.
@@ -76,6 +78,8 @@ def open_checkpoints(
     if folder is None:
         return None
     key = f"{run.digest()} {context.dataset.digest} {context.metric}"
+    if is_own_metric(context.metric):
+        key += f" {context.direction} {own_metric_digest(context.metric)}"
     run_key = hashlib.sha256(key.encode()).hexdigest()
     return Checkpoints(folder, run_key, keep_best_weights=keep_best_weights)
 
@@ -117,7 +121,7 @@ def fit(
         train_epochs(context, recipe, training, seed, len(restored.epochs) if restored else 0),
     ):
         epochs.append(outcome.epoch)
-        if is_better(outcome.epoch, best, context.metric):
+        if is_better(outcome.epoch, best, context):
             weights = copy_state(context) if outcome.weights is None else outcome.weights
             best = BestEpoch(outcome.epoch, outcome.predictions, weights)
         if checkpoints is not None and outcome.weights is None:
@@ -218,17 +222,22 @@ def run_epoch(
     ]
     if bad_scores or not math.isfinite(loss):
         raise Diverged(f"loss {loss:g}{''.join(bad_scores)} in epoch {number}")
+    if predictions:
+        scores |= score_own_metric(context.metric, predictions)
     return EpochOutcome(Epoch(number, loss, scores, time.monotonic() - start), predictions, None)
 
 
-def is_better(epoch: Epoch, best: BestEpoch | None, metric: str) -> bool:
-    """Whether `epoch` has a higher score than the best epoch so far.
+def is_better(epoch: Epoch, best: BestEpoch | None, context: TrainingContext) -> bool:
+    """Whether `epoch` has a better score than the best epoch so far.
 
     An equal score is not better.
     """
     if not epoch.scores:
         return False
-    return best is None or epoch.scores[metric] > best.epoch.scores[metric]
+    metric = context.metric
+    return best is None or is_improvement(
+        epoch.scores[metric], best.epoch.scores[metric], context.direction
+    )
 
 
 def is_out_of_patience(recipe: Recipe, epoch: Epoch, best: BestEpoch | None) -> bool:
