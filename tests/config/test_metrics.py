@@ -123,3 +123,31 @@ def test_a_module_that_cannot_be_imported_is_named() -> None:
 )
 def test_a_metric_as_people_read_it(metric: Any, label: str) -> None:
     assert metric_label(metric) == label
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("detection", ["recipe.class_weights=balanced", "recipe.focal_gamma=2"]),
+        ("text_generation", ["recipe.sampling=[natural, balanced]"]),
+        ("segmentation", ["recipe.sampling=balanced", "recipe.focal_gamma={low: 0, high: 2}"]),
+    ],
+)
+def test_keys_for_rare_classes_are_refused_where_examples_have_no_class(
+    task: str, words: list[str]
+) -> None:
+    document = yaml_document.parse_document(f"task: {task}", "space.yaml")
+    with pytest.raises(SpaceError) as refused:
+        parsing.parse_space(parsing.apply_overrides(document, words))
+    of_recipe = [text for text in refused.value.problems if "recipe." in text]
+    assert len(of_recipe) == len(words)
+    assert all(f"{task} has no such key, only classification" in text for text in of_recipe)
+
+
+def test_a_task_of_ones_own_names_the_keys_of_the_recipe_that_it_has(
+    own: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"{own}_keys.py").write_text(f'{OWN}\nRECIPE_KEYS = ("focal_gamma",)\n')
+    focal = "recipe.focal_gamma=2"
+    read(f"task='{own}_keys:build'", focal)
+    assert "name it in RECIPE_KEYS beside METRICS" in problem(f"task='{own}:build'", focal)

@@ -5,7 +5,8 @@ Positional arguments are what tuner passes. Keyword-only arguments are the YAML 
 annotations are the schema.
 
     tasks/<name>.py     METRICS; build(classes, recipe, *, ...) -> Task; MINIMISED (those of its
-                        metrics of which a lower value is better), where it has some
+                        metrics of which a lower value is better) and RECIPE_KEYS (those
+                        keys of the recipe that not every task has, and it has), where there are
     data/<name>.py      TASKS; load(home, input_spec, task, *, ...) -> Dataset
     models/<family>.py  TASKS; NAMES; input_spec(name, *, ...) -> InputSpec;
                         build(home, name, task, outputs, *, ...) -> StagedModel;
@@ -16,8 +17,9 @@ annotations are the schema.
 
 Every kind also accepts the user's own, as `package.module:attribute`. Then tuner calls it:
 
-    task    attribute(classes, recipe, *, ...) -> Task. METRICS and MINIMISED are read in the module
-            that the name states. Without METRICS, search.metric must be written and is not checked.
+    task    attribute(classes, recipe, *, ...) -> Task. METRICS, MINIMISED and RECIPE_KEYS are read
+            in the module that the name states. Without METRICS, search.metric must be written and
+            is not checked.
     data    attribute(home, input_spec, task, *, ...) -> Dataset. TASKS is not read.
     model   attribute(outputs, *, ...) -> StagedModel or nn.Module. An nn.Sequential is cut at its
             children, another module is one stage. `input_spec(*, ...)` is called where the module
@@ -131,6 +133,14 @@ def list_minimised(task: str) -> tuple[str, ...]:
     Raises SpaceError.
     """
     return _read_task_names(task, "MINIMISED")
+
+
+def list_recipe_keys(task: str) -> tuple[str, ...]:
+    """The keys of the recipe that not every task has, and this one has: RECIPE_KEYS in its file.
+
+    Raises SpaceError.
+    """
+    return _read_task_names(task, "RECIPE_KEYS")
 
 
 def _read_task_names(task: str, constant_name: str) -> tuple[str, ...]:

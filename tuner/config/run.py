@@ -64,6 +64,22 @@ class Recipe(Section):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each target spread over all classes"
     )
+    class_weights: Literal["none", "balanced", "effective_number"] = Field(
+        "none",
+        description="of the loss, by how many training examples (segmentation: pixels) each class "
+        "has: balanced, the inverse; effective_number, that of Cui et al., which is milder",
+    )
+    sampling: Literal["natural", "balanced"] = Field(
+        "natural",
+        description="balanced: an epoch has as many examples of each class, so that rare ones "
+        "repeat and common ones are left out in turn; class_weights then change nothing",
+    )
+    focal_gamma: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="focal loss: hard examples count more; 0: cross-entropy, 2: as published",
+    )
     head: Literal["fresh", "probe"] = Field(
         "probe", description="probe: the last stage is first trained alone, once for all trials"
     )

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,14 @@ class Source(Protocol):
 
     def take(self, index: Tensor, view: int) -> Batch:
         """The examples at `index` (int64, (n,)) in `view`, which counts from 0."""
+
+
+@runtime_checkable
+class TargetSource(Protocol):
+    """A source that can give targets without their inputs, which may be far larger."""
+
+    def take_targets(self, index: Tensor) -> TensorTree:
+        """The targets of the examples at `index` (int64, (n,)), without augmentation."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tuner.config.run import FLIP_VERSIONS, ImageOptions
-from tuner.core.input_spec import ImageInputSpec, InputSpec
+from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
 from tuner.core.subset import subset_of
 from tuner.core.targets import Labels, Targets
 from tuner.core.types import Batch, Dataset
@@ -59,6 +59,10 @@ class ImageSource:
             x[mirrored] = x[mirrored].flip(3)
             y = self.targets.mirror(y, mirrored)
         return Batch(x, y)
+
+    def take_targets(self, index: Tensor) -> TensorTree:
+        """The targets of these examples, not mirrored."""
+        return self.targets.take(self.rows[index])
 
 
 def _is_mirrored(rows: Tensor, view: int, *, endless: bool) -> Tensor:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_matthews_corrcoef
 
 from tuner.config.run import Recipe
 from tuner.core.input_spec import InputSpec, TensorTree
+from tuner.core.losses import class_cross_entropy, weights_of_classes
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
 from tuner.preprocessing.tokenization import decode_texts, trim_padding
 from tuner.tasks._classification_reports import (
@@ -35,11 +35,23 @@ METRICS = (
     "expected_calibration_error",
 )
 MINIMISED = ("log_loss", "expected_calibration_error")
+RECIPE_KEYS = ("class_weights", "sampling", "focal_gamma")
 MAX_MISTAKES = 50  # listed, the most confident first
 
 
-def build(classes: tuple[str, ...], recipe: Recipe) -> Task:
-    return TextClassification(classes, recipe.label_smoothing)
+def build(classes: tuple[str, ...], recipe: Recipe, class_counts: Tensor | None = None) -> Task:
+    """The task for these classes.
+
+    Args:
+        classes: the names of the classes.
+        recipe: how the model is trained; the loss follows it.
+        class_counts: int64 (classes,), how many training examples each class has, on the device of
+            the training; None: classes are not weighted.
+    """
+    weights = (
+        None if class_counts is None else weights_of_classes(class_counts, recipe.class_weights)
+    )
+    return TextClassification(classes, recipe.label_smoothing, weights, recipe.focal_gamma)
 
 
 class TextClassification(Task):
@@ -51,14 +63,22 @@ class TextClassification(Task):
 
     output_description = "logits in the order of the classes; softmax gives probabilities"
 
-    def __init__(self, classes: tuple[str, ...], label_smoothing: float) -> None:
+    def __init__(
+        self,
+        classes: tuple[str, ...],
+        label_smoothing: float,
+        class_weights: Tensor | None = None,
+        focal_gamma: float = 0.0,
+    ) -> None:
         self.classes, self.label_smoothing = classes, label_smoothing
+        self.class_weights, self.focal_gamma = class_weights, focal_gamma
         self.metrics = defined_metrics(METRICS, len(classes))
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(batch.y, Tensor)
-        return F.cross_entropy(
-            net(trim_padding(batch.x)), batch.y, label_smoothing=self.label_smoothing
+        logits = net(trim_padding(batch.x))
+        return class_cross_entropy(
+            logits, batch.y, self.label_smoothing, self.class_weights, self.focal_gamma
         )
 
     def predict(self, net: nn.Module, x: TensorTree) -> Tensor:

@@ -31,9 +31,17 @@ FRESH_SEED = 0  # of parameters for which there are no weights
 MAX_CACHED_MODELS = 4  # in a process
 
 
-def build_task(run: Run, classes: tuple[str, ...]) -> Task:
-    """The run's task for these classes."""
-    task: Task = plugins.load_plugin("task", run.task.name)(classes, run.recipe, **run.task.options)
+def build_task(run: Run, classes: tuple[str, ...], class_counts: Tensor | None = None) -> Task:
+    """The run's task for these classes.
+
+    `class_counts` (int64, (classes,)) says how many training examples each class has. A task gets
+    it where its `build` has such an argument.
+    """
+    build = plugins.load_plugin("task", run.task.name)
+    options = dict(run.task.options)
+    if class_counts is not None and "class_counts" in inspect.signature(build).parameters:
+        options["class_counts"] = class_counts
+    task: Task = build(classes, run.recipe, **options)
     return task
 
 
