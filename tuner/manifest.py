@@ -14,6 +14,8 @@ from tuner.files import removal
 from tuner.files.atomic import file_sha256, lock_of_export, remove_unused_lock, sweep_exports
 from tuner.files.removal import MANIFEST
 
+MAX_CLASSES_LISTED = 100  # on a model card
+
 
 @dataclass(frozen=True)
 class PublishedExport:
@@ -174,7 +176,7 @@ Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label
 | | validation (during the search) | test (once, at the end) |
 |---|---|---|
 {scores}
-
+{_format_classes(m["scores"].get("per_class", {}))}
 ## Use
 
 {_format_usage(m)}
@@ -182,6 +184,28 @@ Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label
 | file | format | largest difference from the trained model | ms for one example, CPU |
 |---|---|---|---|
 {exports}
+"""
+
+
+def _format_classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of the classes' test scores, the worst class first; empty where there are none."""
+    if not per_class:
+        return ""
+    worst_first = sorted(per_class.items(), key=lambda pair: pair[1]["f1"])
+    rows = [
+        f"| {name.replace('|', chr(92) + '|')} | {c['precision']:.4f} | {c['recall']:.4f} "
+        f"| {c['f1']:.4f} | {c['examples']} |"
+        for name, c in worst_first[:MAX_CLASSES_LISTED]
+    ]
+    more = len(per_class) - MAX_CLASSES_LISTED
+    note = f"\n\n{more} further classes, all with a higher F1, are in `manifest.json`."
+    table = "\n".join(rows)
+    return f"""
+Of each class on the test examples, by rising F1:
+
+| class | precision | recall | F1 | examples |
+|---|---|---|---|---|
+{table}{note if more > 0 else ""}
 """
 
 

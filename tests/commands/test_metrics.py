@@ -67,6 +67,15 @@ def test_a_study_that_minimises_from_its_file_to_its_model_card(
     card = (folder / "export" / "MODEL_CARD.md").read_text()
     assert f"searched for the lowest {label}." in card and f"| {label} | " in card
 
+    per_class = manifest["scores"]["per_class"]
+    assert list(per_class) == manifest["classes"] and len(per_class) == 3
+    assert sum(c["examples"] for c in per_class.values()) == manifest["examples"]["test"]
+    recalls = [c["recall"] for c in per_class.values()]
+    mean = manifest["scores"]["test"]["balanced_accuracy"]
+    assert sum(recalls) / 3 == pytest.approx(mean, abs=1e-6)
+    for name, c in per_class.items():
+        assert f"| {name} | {c['precision']:.4f} | {c['recall']:.4f} | {c['f1']:.4f} |" in card
+
     app = server.make_app(storage.open_storage(None, folder), folder / "artifacts", 1)
     shown = json.loads(browse(app, "/api/studies/1?after=0").body)
     assert shown["directions"] == ["minimize"]

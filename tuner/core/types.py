@@ -183,6 +183,18 @@ class Task(ABC):
             pairs: (prediction, target) of each batch, as `predict` and `Source.take` gave them.
         """
 
+    def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
+        """Scores of each class by its name, for the manifest of an export.
+
+        Args:
+            pairs: (prediction, target) of each batch of the test split.
+
+        Returns:
+            For each class the values by name; empty for a task without classes, and for one that
+            leaves this as it is.
+        """
+        return {}
+
     @abstractmethod
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         """Files that show a person where the predictions are right and wrong.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner.config.run import Recipe
 from tuner.core.input_spec import InputSpec, TensorTree
@@ -13,6 +14,7 @@ from tuner.tasks._classification_reports import (
     classification_artifacts,
     concatenate_pairs,
     describe_probabilities,
+    per_class_scores,
 )
 from tuner.tasks._classification_scores import classification_scores, defined_metrics
 
@@ -77,6 +79,11 @@ class Classification(Task):
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         scores = classification_scores(*concatenate_pairs(pairs))
         return {name: scores[name] for name in self.metrics}
+
+    def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
+        """Precision, recall, F1 and number of examples of each class."""
+        matrix = multiclass_confusion_matrix(*concatenate_pairs(pairs), len(self.classes))
+        return per_class_scores(matrix, self.classes)
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         return classification_artifacts(*concatenate_pairs(pairs), self.classes)

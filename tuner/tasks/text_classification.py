@@ -4,7 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_matthews_corrcoef
+from torchmetrics.functional.classification import (
+    multiclass_confusion_matrix,
+    multiclass_matthews_corrcoef,
+)
 
 from tuner.config.run import Recipe
 from tuner.core.input_spec import InputSpec, TensorTree
@@ -16,6 +19,7 @@ from tuner.tasks._classification_reports import (
     concatenate_pairs,
     describe_probabilities,
     encode_csv,
+    per_class_scores,
 )
 from tuner.tasks._classification_scores import classification_scores, defined_metrics
 
@@ -90,6 +94,11 @@ class TextClassification(Task):
         matthews = float(multiclass_matthews_corrcoef(logits, truth, len(self.classes)))
         scores = {**classification_scores(logits, truth), "matthews": matthews}
         return {name: scores[name] for name in self.metrics}
+
+    def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
+        """Precision, recall, F1 and number of examples of each class."""
+        matrix = multiclass_confusion_matrix(*concatenate_pairs(pairs), len(self.classes))
+        return per_class_scores(matrix, self.classes)
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         """The confusion matrix, the scores of each class, and the most confident mistakes.

@@ -28,11 +28,18 @@ from tuner.training.training_loop import FitProgress, fit, open_checkpoints
 DIVERGED_HINT = "lower recipe.lr, or export the next best with `tuner export STUDY --trial N`"
 
 
+class TestScores(NamedTuple):
+    """The scores on the test examples: of all of them, and of each class by its name."""
+
+    scores: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+
+
 class TrainedModel(NamedTuple):
     """A model that is ready for its export."""
 
     staged_model: StagedModel
-    scores: dict[str, Any]  # "valid" and "test"
+    scores: dict[str, Any]  # "valid", "test", and of the test split "per_class"
     seconds: float  # of its training
 
 
@@ -98,10 +105,10 @@ def train_model(
                 f"{job.weights_file}: damaged or of another model; with search.retrain: true the "
                 "run is trained again"
             )
-        test_scores = score_test_split(context, assignment.run.recipe.batch_size)
+        test = score_test_split(context, assignment.run.recipe.batch_size)
     except Diverged as error:
         raise NoUsableTrial(f"training diverged ({error}); {DIVERGED_HINT}") from None
-    scores = {"valid": valid_scores, "test": test_scores}
+    scores = {"valid": valid_scores, "test": test.scores, "per_class": test.per_class}
     return TrainedModel(context.staged_model, scores, time.monotonic() - start)
 
 
@@ -112,13 +119,14 @@ def retrain(assignment: Assignment, context: TrainingContext) -> Iterator[FitPro
     return fit(context, assignment.run.recipe, assignment.run.seed, checkpoints)
 
 
-def score_test_split(context: TrainingContext, batch_size: int) -> dict[str, float]:
+def score_test_split(context: TrainingContext, batch_size: int) -> TestScores:
     """The scores on the test examples; called once per winner. Raises Diverged."""
     predictions = predict_source(context, context.test, batch_size)
     scores = context.task.score(predictions)
     if not all(map(math.isfinite, scores.values())):
         raise Diverged("the test scores are not finite")
-    return scores | score_own_metric(context.metric, predictions)
+    scores |= score_own_metric(context.metric, predictions)
+    return TestScores(scores, context.task.class_scores(predictions))
 
 
 def load_earlier_export(folder: Path, assignment: Assignment) -> TrainedModel | None:
