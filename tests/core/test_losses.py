@@ -97,3 +97,13 @@ def test_the_weighted_loss_of_pixels_is_a_mean_over_those_that_count() -> None:
     assert torch.allclose(loss, (each * weights[targets[counted]]).mean())
     alike = mean_cross_entropy(logits, targets, 255, class_weights=torch.ones(3))
     assert torch.allclose(alike, mean_cross_entropy(logits, targets, 255))
+
+
+def test_the_weighted_loss_of_a_batch_in_parts_is_that_of_the_whole_batch() -> None:
+    logits, targets = some_examples()
+    keys = {"class_weights": torch.tensor([0.2, 1.0, 4.0]), "focal_gamma": 1.5}
+    whole = class_cross_entropy(logits, targets, 0.1, **keys)  # type: ignore[arg-type]
+    parts = [
+        class_cross_entropy(logits[i : i + 4], targets[i : i + 4], 0.1, **keys) for i in (0, 4, 8)
+    ]  # type: ignore[arg-type]
+    assert torch.allclose(whole, torch.stack(parts).mean())

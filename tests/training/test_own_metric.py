@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tuner.errors import SpaceError
-from tuner.training.own_metric import join_batches, own_metric_digest, score_own_metric
+from tuner.training.own_metric import join_batches, metric_key, score_own_metric
 
 PAIRS = [
     (torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])),
@@ -52,9 +52,12 @@ def test_what_it_does_wrong_is_said(own: Callable[[str], str], body: str, says: 
         score_own_metric(metric, PAIRS)
 
 
-def test_its_digest_follows_its_file(own: Callable[[str], str]) -> None:
-    first = own_metric_digest(own("return 0.0"))
-    assert first != own_metric_digest(own("return 1.0")) and own_metric_digest("accuracy") == ""
+def test_its_key_follows_its_file_and_its_direction(own: Callable[[str], str]) -> None:
+    metric = own("return 0.0")
+    first, downwards = metric_key(metric, "maximise"), metric_key(metric, "minimise")
+    changed = metric_key(own("return 1.0"), "maximise")
+    assert len({first, downwards, changed}) == 3
+    assert metric_key("accuracy", "maximise") == "accuracy"
 
 
 @pytest.mark.parametrize(

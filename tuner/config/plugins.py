@@ -17,9 +17,10 @@ annotations are the schema.
 
 Every kind also accepts the user's own, as `package.module:attribute`. Then tuner calls it:
 
-    task    attribute(classes, recipe, *, ...) -> Task. METRICS, MINIMISED and RECIPE_KEYS are read
-            in the module that the name states. Without METRICS, search.metric must be written and
-            is not checked.
+    task    attribute(classes, recipe, *, ...) -> Task. An argument `class_counts` before the * gets
+            how many training examples each class has, where the recipe weighs classes. METRICS,
+            MINIMISED and RECIPE_KEYS are read in the module that the name states. Without METRICS,
+            search.metric must be written and is not checked.
     data    attribute(home, input_spec, task, *, ...) -> Dataset. TASKS is not read.
     model   attribute(outputs, *, ...) -> StagedModel or nn.Module. An nn.Sequential is cut at its
             children, another module is one stage. `input_spec(*, ...)` is called where the module
@@ -27,6 +28,7 @@ Every kind also accepts the user's own, as `package.module:attribute`. Then tune
             that; else IMAGENET_SPEC. TASKS, NAMES, RECIPES and EXPORTS are not read: the default
             recipe is tuner's, and every export format is tried.
     export  an object with FILE, save and load, such as a class with static methods. It has no keys.
+    metric  attribute(predictions, targets) -> float, in search.metric. It has no keys.
     engine  attribute(engine, warn), as above. Its keys are those of EngineSettings and no others.
 
 The module is imported wherever the name is checked or used: in the coordinator and in every worker,

@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import sqlalchemy
@@ -26,7 +26,10 @@ from tuner.search.optuna_internals import warn_of_missing
 from tuner.search.retry_policy import ConnectionLost, one_line_reason
 from tuner.search.study_identity import Comparison
 
-OPTUNA_DIRECTIONS: Mapping[Direction, str] = {"maximise": "maximize", "minimise": "minimize"}
+OPTUNA_DIRECTIONS: Mapping[Direction, Literal["maximize", "minimize"]] = {
+    "maximise": "maximize",
+    "minimise": "minimize",
+}
 SPACE_ATTRIBUTE, DATA_ATTRIBUTE, DEFAULTED = "tuner:space", "tuner:data", "tuner:defaulted"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tuner.config import plugins
-from tuner.config.objective import is_own_metric
+from tuner.config.objective import Direction, is_own_metric
 from tuner.errors import SpaceError
 
 
@@ -70,15 +70,20 @@ def join_batches(batches: Sequence[Any]) -> Any:
     return joined
 
 
-def own_metric_digest(metric: str) -> str:
-    """SHA-256 of the file that defines the user's own metric; empty for a metric of the task.
+def metric_key(metric: str, direction: Direction) -> str:
+    """What a metric is called in the keys of things that are kept, such as checkpoints.
 
-    Scores that a checkpoint holds are of use only while the function is the same.
+    Scores are of use only while the function is the same. So the user's own metric also stands for
+    the SHA-256 of the file that defines it, and for its direction, which its file may leave open.
     """
     if not is_own_metric(metric):
-        return ""
-    file = inspect.getsourcefile(inspect.unwrap(plugins.load_plugin("metric", metric)))
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+        return metric
+    function: Any = plugins.load_plugin("metric", metric)
+    try:
+        content = Path(str(inspect.getsourcefile(inspect.unwrap(function)))).read_bytes()
+    except (OSError, TypeError):  # an object that is called, or a function without a file
+        content = b""
+    return f"{metric} {direction} {hashlib.sha256(content).hexdigest()}"
 
 
 def _describe(tree: Any) -> str:

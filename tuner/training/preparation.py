@@ -24,6 +24,7 @@ from tuner.training.class_balance import count_classes, read_labels
 from tuner.training.devices import DeviceContext
 from tuner.training.epoch import MAX_EVAL_BATCH, Diverged, TrainingContext
 from tuner.training.frozen_prefix import MAX_EXAMPLES_AT_ONCE, FrozenPrefix
+from tuner.training.own_metric import metric_key
 from tuner.training.training_loop import fit
 
 # of the linear probe: the loss, and, on features in memory, the training of the layers before the
@@ -160,9 +161,10 @@ def starts_from_probe(run: Run, staged_model: StagedModel) -> bool:
 
 def probe_head(loaded: LoadedRun) -> None:
     """Gives the head its probed weights. Raises Diverged."""
+    metric = metric_key(loaded.metric, loaded.direction)
     run_key = (
         f"{loaded.stage_digests[-2:]} {loaded.dataset.train.digest} {loaded.dataset.valid.digest} "
-        f"{loaded.dataset.input_spec} {loaded.run.task.to_dict()} {loaded.metric} "
+        f"{loaded.dataset.input_spec} {loaded.run.task.to_dict()} {metric} "
         f"{loaded.run.recipe.fit}"
     )
     if loaded.probe_recipe != PROBE_RECIPE:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tuner.config.objective import is_improvement, is_own_metric
+from tuner.config.objective import is_improvement
 from tuner.config.run import Recipe, Run
 from tuner.core.types import Dataset
 from tuner.errors import DataError
@@ -29,7 +29,7 @@ from tuner.training.epoch import (
 )
 from tuner.training.micro_batches import initial_micro_batch_size
 from tuner.training.optimizers import lr_factor, make_optimizer
-from tuner.training.own_metric import own_metric_digest, score_own_metric
+from tuner.training.own_metric import metric_key, score_own_metric
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,8 @@ def open_checkpoints(
     """The checkpoints in `folder` of this run, dataset and metric; None without a folder."""
     if folder is None:
         return None
-    key = f"{run.digest()} {context.dataset.digest} {context.metric}"
-    if is_own_metric(context.metric):
-        key += f" {context.direction} {own_metric_digest(context.metric)}"
+    metric = metric_key(context.metric, context.direction)
+    key = f"{run.digest()} {context.dataset.digest} {metric}"
     run_key = hashlib.sha256(key.encode()).hexdigest()
     return Checkpoints(folder, run_key, keep_best_weights=keep_best_weights)
 
