@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.config.objective import metric_label
 from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.errors import DataError
 from tuner.files import removal
 from tuner.files.atomic import file_sha256, lock_of_export, remove_unused_lock, sweep_exports
 from tuner.files.removal import MANIFEST
+
+MAX_CLASSES_LISTED = 100  # on a model card
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def format_model_card(m: Mapping[str, Any]) -> str:
     recipe = run["recipe"]
     valid, test = m["scores"]["valid"], m["scores"]["test"]
     scores = "\n".join(
-        f"| {name.replace('_', ' ')} | {_format_score(valid.get(name))} "
+        f"| {metric_label(name)} | {_format_score(valid.get(name))} "
         f"| {_format_score(test.get(name))} |"
         for name in test
     )
@@ -156,9 +159,10 @@ def format_model_card(m: Mapping[str, Any]) -> str:
         f"{examples['train']} training, {examples['valid']} validation, {examples['test']} test"
     )
     study = f"study `{m['study']}` (trial {m['trial']})"
+    which = "lowest" if m.get("direction") == "minimise" else "highest"
     return f"""# {model["name"]} fine-tuned on {data_name}
 
-Found by `tuner` {m["tuner"]} in {study}, searched for {metric.replace("_", " ")}.
+Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label(metric)}.
 
 | | |
 |---|---|
@@ -172,7 +176,7 @@ Found by `tuner` {m["tuner"]} in {study}, searched for {metric.replace("_", " ")
 | | validation (during the search) | test (once, at the end) |
 |---|---|---|
 {scores}
-
+{_format_classes(m["scores"].get("per_class", {}))}
 ## Use
 
 {_format_usage(m)}
@@ -180,6 +184,28 @@ Found by `tuner` {m["tuner"]} in {study}, searched for {metric.replace("_", " ")
 | file | format | largest difference from the trained model | ms for one example, CPU |
 |---|---|---|---|
 {exports}
+"""
+
+
+def _format_classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of the classes' test scores, the worst class first; empty where there are none."""
+    if not per_class:
+        return ""
+    worst_first = sorted(per_class.items(), key=lambda pair: pair[1]["f1"])
+    rows = [
+        f"| {name.replace('|', chr(92) + '|')} | {c['precision']:.4f} | {c['recall']:.4f} "
+        f"| {c['f1']:.4f} | {c['examples']} |"
+        for name, c in worst_first[:MAX_CLASSES_LISTED]
+    ]
+    more = len(per_class) - MAX_CLASSES_LISTED
+    note = f"\n\n{more} further classes, all with a higher F1, are in `manifest.json`."
+    table = "\n".join(rows)
+    return f"""
+Of each class on the test examples, by rising F1:
+
+| class | precision | recall | F1 | examples |
+|---|---|---|---|---|
+{table}{note if more > 0 else ""}
 """
 
 

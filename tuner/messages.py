@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tuner.config.objective import Direction
 from tuner.config.run import EngineSettings, Run
 
 LAST_ATTEMPT_MICRO_BATCHES = 4
@@ -20,6 +21,9 @@ def micro_batch_count(attempt: int, killed: int, retries: int) -> int:
 class Assignment:
     """A run, and where and how to carry it out. `allow_downloads`: weights may be downloaded.
 
+    `metric` decides which epoch is the best, and `direction` whether its higher or its lower values
+    are better.
+
     `checkpoint_folder` is where the run continues from and leaves its state; `keep_best_weights`:
     at its end also the weights of the best epoch. `micro_batches`: into how many parts a batch is
     divided, whose gradients are added up, because whole batches did not fit the machine's memory.
@@ -33,6 +37,7 @@ class Assignment:
     checkpoint_folder: str | None = None
     keep_best_weights: bool = False
     micro_batches: int = 1
+    direction: Direction = "maximise"
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class DatasetReport:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The result of one epoch: `number` counts from 1, and a larger score is better.
+    """The result of one epoch: `number` counts from 1.
 
     `scores` are of the validation examples. `notes`: what the user must read before it.
     """

@@ -29,9 +29,26 @@ WHOLE = [trial(0, 8, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8]) for _ in range(5
 
 
 def pruned(now: FrozenTrial, before: list[FrozenTrial], pruner: str = "projection") -> bool:
+    """Whether a trial ends, which is the same in a study that minimises the negative values."""
     study = optuna.create_study(direction="maximize", pruner=PRUNERS[pruner](8))
     study.add_trials(before)
-    return study.pruner.prune(study, now)
+    mirrored = optuna.create_study(direction="minimize", pruner=PRUNERS[pruner](8))
+    mirrored.add_trials([negative(peer) for peer in before])
+    ends = study.pruner.prune(study, now)
+    assert mirrored.pruner.prune(mirrored, negative(now)) == ends
+    return ends
+
+
+def negative(trial: FrozenTrial) -> FrozenTrial:
+    values = {step: -value for step, value in trial.intermediate_values.items()}
+    value = None if trial.value is None else -trial.value
+    return create_trial(
+        state=trial.state,
+        params=trial.params,
+        distributions=trial.distributions,
+        intermediate_values=values,
+        value=value,
+    )
 
 
 @pytest.mark.parametrize(("pruner", "ended"), [("projection", False), ("median", True)])

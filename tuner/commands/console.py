@@ -19,11 +19,12 @@ from tuner.commands import summary
 from tuner.commands.progress import Progress
 from tuner.commands.summary import Summary
 from tuner.commands.trial_line import (
-    METRIC_LABELS,
     TrialLineFormatter,
     format_duration,
     reached_score,
+    short_label,
 )
+from tuner.config.objective import is_improvement
 from tuner.config.run import Run, SearchSettings, parse_duration
 from tuner.config.space import Space
 from tuner.jobs import AS_MANY_AS_POSSIBLE
@@ -161,7 +162,7 @@ class Console:
         if number not in self.bar_of_trial:
             self.bar_of_trial[number] = self.bar.add_task(f"#{number}", total=total, state="")
         metric = str(self.search.metric)
-        score = f"{METRIC_LABELS.get(metric, metric)} {epoch.scores[metric]:.4f}"
+        score = f"{short_label(metric)} {epoch.scores[metric]:.4f}"
         self.bar.update(
             self.bar_of_trial[number],
             completed=epoch.number,
@@ -202,7 +203,8 @@ class Console:
         self.pruned += trial.state == TrialState.PRUNED
         if trial.state == TrialState.COMPLETE and DUPLICATE_OF not in trial.user_attrs:
             value = float(trial.value or 0)
-            if self.best is None or value > self.best[0]:
+            direction = (self.search and self.search.direction) or "maximise"
+            if self.best is None or is_improvement(value, self.best[0], direction):
                 self.best = (value, trial.number)
         return self.best is not None and self.best[1] == trial.number
 

@@ -11,6 +11,7 @@ from tuner.commands.console import Console
 from tuner.commands.run import choose_export
 from tuner.commands.session import INSTEAD, Folders, home_folder, open_session
 from tuner.config import parsing, plugins, yaml_document
+from tuner.config.objective import metric_label
 from tuner.config.space import Space
 from tuner.dashboard.server import find_study
 from tuner.errors import DataError, SpaceError, suggest_names
@@ -19,6 +20,8 @@ from tuner.manifest import PublishedExport
 from tuner.search import history, storage
 from tuner.search.history import DUPLICATE_OF, REASON
 from tuner.search.pruners import PRUNERS
+
+MAX_SCORES_SHOWN = 4  # of the test examples; the model card has all
 
 
 def export_trial(
@@ -121,8 +124,10 @@ def _choose_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
 def show_published(console: Console, published: PublishedExport) -> None:
     scores = published.manifest["scores"]["test"]
     console.emit_event("published", folder=str(published.folder), test=scores)
+    metric = published.manifest["metric"]
+    shown = [metric, *(name for name in scores if name != metric)][:MAX_SCORES_SHOWN]
     console.print_line(
-        "test    " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        "test    " + "  ".join(f"{metric_label(name)} {scores[name]:.4f}" for name in shown)
     )
     for kind, e in published.manifest["exports"].items():
         console.print_line(

@@ -183,6 +183,7 @@ def open_coordinator(
             identity(space),
             data_digest,
             defaulted_keys(space),
+            search.direction or "maximise",
         )
         artifacts = ArtifactWriter(study, folder, str(search.metric))
         artifacts.write_study_note(space)
@@ -280,7 +281,12 @@ def choose_export(
 
 def best_yaml_content(run: Run, session: Session) -> dict[str, Any]:
     """best.yaml: the same form as a space file, with nothing left to choose."""
-    search = {"name": study_name(session.space), "metric": session.settings.search.metric}
+    settings = session.settings.search
+    search = {
+        "name": study_name(session.space),
+        "metric": settings.metric,
+        "direction": settings.direction,
+    }
     return run.to_dict() | {
         "search": search,
         "engine": session.settings.engine.model_dump(),
@@ -316,6 +322,7 @@ def finalize_once(
         return Summary(
             folder=folder,
             metric=str(session.settings.search.metric),
+            direction=session.settings.search.direction or "maximise",
             progress=progress_of(coordinator),
             winner=winner,
             tied_numbers=tied,
@@ -346,6 +353,7 @@ def finalize_best(
     summary = Summary(
         folder=folder,
         metric=str(session.settings.search.metric),
+        direction=session.settings.search.direction or "maximise",
         progress=progress_of(coordinator),
         winner=winner,
         tied_numbers=tied,

@@ -85,6 +85,7 @@ class Session:
             self.settings.engine,
             str(self.folders.home),
             allow_downloads,
+            direction=self.settings.search.direction or "maximise",
         )
 
     def run_job(

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 
 from tuner.commands.progress import Progress
 from tuner.commands.trial_line import format_value
+from tuner.config.objective import Direction, metric_label
 from tuner.config.run import Run
 from tuner.manifest import PublishedExport
 from tuner.search.leases import CoordinatorInfo
@@ -40,10 +41,7 @@ class Summary:
     anything_new: bool
     default_trial: FrozenTrial | None = None
     made_elsewhere: CoordinatorInfo | None = None
-
-    @property
-    def metric_label(self) -> str:
-        return self.metric.replace("_", " ")
+    direction: Direction = "maximise"
 
 
 def summary_values(summary: Summary) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
 
 def summary_lines(summary: Summary) -> Iterator[str]:
     """The summary as a person reads it."""
-    winner, progress, metric = summary.winner, summary.progress, summary.metric_label
+    winner, progress, metric = summary.winner, summary.progress, metric_label(summary.metric)
     if not summary.anything_new:
         yield (
             f"nothing left to do: {progress.budget_used} of {progress.budget} trials are done; "
@@ -79,8 +77,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         yield f"         tied with {tied}; chosen for fewer epochs, then the lower number"
     default = summary.default_trial
     if default is not None and default.value is not None:
-        below = float(winner.value or 0) - default.value
-        compared = f"{below:.4f} below the best, on the examples that chose it"
+        compared = compare_with_best(default.value, float(winner.value or 0), summary.direction)
         if default.number == winner.number:
             compared = "the best itself"
         yield f"default  #{default.number}, validation {metric} {default.value:.4f}, {compared}"
@@ -96,11 +93,18 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     yield from next_steps(summary)
 
 
+def compare_with_best(value: float, best: float, direction: Direction) -> str:
+    """How far a value is from the best one. The better ones are above it, or below it."""
+    difference, side = best - value, "below"
+    if direction == "minimise":
+        difference, side = value - best, "above"
+    return f"{difference:.4f} {side} the best, on the examples that chose it"
+
+
 def export_lines(published: PublishedExport, metric: str) -> Iterator[str]:
     m = published.manifest
     score, count = m["scores"]["test"][metric], m["examples"]["test"]
-    label = metric.replace("_", " ")
-    yield f"test     {label} {score:.4f} on {count:,} examples used for nothing else"
+    yield f"test     {metric_label(metric)} {score:.4f} on {count:,} examples used for nothing else"
     yield from validation_gap_lines(m["scores"], m["examples"])
     yield f"export   {published.folder}"
     width = max((len(e["file"]) for e in m["exports"].values()), default=0)

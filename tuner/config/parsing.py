@@ -134,6 +134,7 @@ def parse_space(doc: Document, *, of_study: bool = False) -> Space:
     section_keys.read_section(draft, ("recipe",), recipe, recipe_fields)
     add_recipes_of_models(draft, recipe)
     augmentation_checks.check_mixing(draft)
+    check_recipe_of_task(draft)
     if doc.content.get("seed") is not None:
         draft.set_fixed(("seed",), TopLevelKeys.model_fields["seed"], doc.content["seed"])
     searched = conditions.order_dimensions(draft)
@@ -252,6 +253,30 @@ def model_recipe_fields(draft: Draft, name: Any) -> dict[str, FieldInfo]:
     for key, value in plugins.read_recipe(name, str(task)).items():
         recipe_fields[key] = FieldInfo.merge_field_infos(recipe_fields[key], default=value)
     return recipe_fields
+
+
+def check_recipe_of_task(draft: Draft) -> None:
+    """Refuses keys of the recipe that the task does not have. A key at its default is allowed."""
+    task, tasks = draft.values.get(("task", "name")), plugins.list_names("task")
+    if not isinstance(task, str) or (":" not in task and task not in tasks):
+        return
+    tasks_by_key: dict[str, list[str]] = {}
+    for name in tasks:
+        for key in plugins.list_recipe_keys(name):
+            tasks_by_key.setdefault(key, []).append(name)
+    try:
+        known = plugins.list_recipe_keys(task)
+    except SpaceError:
+        return  # said where the name is read
+    for key in sorted(tasks_by_key.keys() - set(known)):
+        path = ("recipe", key)
+        if draft.possible_values(path) != (Recipe.model_fields[key].default,):
+            hint = "; name it in RECIPE_KEYS beside METRICS if yours has it" if ":" in task else ""
+            draft.add_problem(
+                path,
+                f"{task} has no such key, only {fields.join_alternatives(tasks_by_key[key])}: its "
+                f"examples do not have one class each; drop the key{hint}",
+            )
 
 
 def add_recipes_of_models(draft: Draft, written: Mapping[str, Any]) -> None:

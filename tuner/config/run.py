@@ -17,6 +17,7 @@ from tuner.config import database_url
 from tuner.config.augmentation import Augment
 from tuner.config.durations import check_duration, parse_duration
 from tuner.config.engine_settings import EngineSettings
+from tuner.config.objective import Direction
 from tuner.config.section import Section
 
 __all__ = ["EngineSettings", "Section", "parse_duration"]  # besides what is defined here
@@ -138,6 +139,22 @@ class Recipe(Section):
         "Beta(cutmix, cutmix); 0: none; with mixup, one of both for each batch; classification of "
         "images alone",
     )
+    class_weights: Literal["none", "balanced", "effective_number"] = Field(
+        "none",
+        description="of the loss, by how many training examples (segmentation: pixels) each class "
+        "has: balanced, the inverse; effective_number, that of Cui et al., which is milder",
+    )
+    sampling: Literal["natural", "balanced"] = Field(
+        "natural",
+        description="balanced: an epoch has as many examples of each class, so that rare ones "
+        "repeat and common ones are left out in turn; class_weights then change nothing",
+    )
+    focal_gamma: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="focal loss: hard examples count more; 0: cross-entropy, 2: as published",
+    )
     head: Literal["fresh", "probe"] = Field(
         "probe", description="probe: the last stage is first trained alone, once for all trials"
     )
@@ -235,7 +252,14 @@ class SearchSettings(Section):
         "median", description="what ends bad trials"
     )
     metric: str | None = Field(
-        None, description="what is maximised on the validation examples; null: the task's first"
+        None,
+        description="what is improved on the validation examples: a metric of the task, or a "
+        "function of your own as package.module:function; null: the task's first",
+    )
+    direction: Direction | None = Field(
+        None,
+        description="whether higher or lower values of the metric are better; null: as the task or "
+        "the function says",
     )
     seed: int = Field(
         0,

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,14 @@ class Source(Protocol):
 
     def take(self, index: Tensor, view: int) -> Batch:
         """The examples at `index` (int64, (n,)) in `view`, which counts from 0."""
+
+
+@runtime_checkable
+class TargetSource(Protocol):
+    """A source that can give targets without their inputs, which may be far larger."""
+
+    def take_targets(self, index: Tensor) -> TensorTree:
+        """The targets of the examples at `index` (int64, (n,)), without augmentation."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +172,13 @@ class Prediction:
 
 
 class Task(ABC):
-    """What a model learns. Higher scores are better. A task does not know the freeze depth."""
+    """What a model learns. A task does not know the freeze depth.
 
-    metrics: ClassVar[tuple[str, ...]]
+    `metrics` are the names of its scores. Higher scores are better, but for those that MINIMISED
+    beside METRICS in its module names.
+    """
+
+    metrics: tuple[str, ...]
     output_description: ClassVar[str]  # an export's output, in words
 
     @abstractmethod
@@ -192,6 +204,18 @@ class Task(ABC):
         Args:
             pairs: (prediction, target) of each batch, as `predict` and `Source.take` gave them.
         """
+
+    def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
+        """Scores of each class by its name, for the manifest of an export.
+
+        Args:
+            pairs: (prediction, target) of each batch of the test split.
+
+        Returns:
+            For each class the values by name; empty for a task without classes, and for one that
+            leaves this as it is.
+        """
+        return {}
 
     @abstractmethod
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ import yaml
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import Trial
 
+from tuner.config.objective import metric_label
 from tuner.config.run import Run
 from tuner.config.space import Space, dump_yaml
 from tuner.dashboard.dashboard_internals import note_attributes
@@ -98,7 +99,8 @@ def format_study_note(space: Space, name: str, metric: str) -> str:
         if section in ("task", "data", "model", "recipe")
     }
     searched = ", ".join(f"`{d.name}`" for d in space.dimensions)
-    return f"""Searches {searched or "nothing"} for the best **{metric_label(metric)}** \
+    which = "lowest" if space.settings.search.direction == "minimise" else "best"
+    return f"""Searches {searched or "nothing"} for the {which} **{metric_label(metric)}** \
 on the validation examples.
 
 - One trial is the default recipe, so that the best can be compared with it.
@@ -157,7 +159,3 @@ def format_epoch_row(epoch: Epoch, names: list[str], *, best: bool) -> str:
         f"{epoch.seconds:.2f}",
     ]
     return f"| {' | '.join(f'**{cell}**' for cell in cells) if best else ' | '.join(cells)} |"
-
-
-def metric_label(metric: str) -> str:
-    return metric.replace("_", " ")

@@ -19,7 +19,7 @@ from tuner.config.augmentation import (
     view_count,
 )
 from tuner.config.run import ImageOptions
-from tuner.core.input_spec import ImageInputSpec, InputSpec
+from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
 from tuner.core.subset import Subset, subset_of
 from tuner.core.targets import Labels, Targets
 from tuner.core.types import Batch, Dataset, Source
@@ -103,6 +103,10 @@ class ImageSource:
         mirrored = _is_mirrored(rows, view, endless=self.views is None).to(self.device)
         x[mirrored] = x[mirrored].flip(3)
         return Batch(x, self.targets.mirror(y, mirrored))
+
+    def take_targets(self, index: Tensor) -> TensorTree:
+        """The targets of these examples, not augmented."""
+        return self.targets.take(self.rows[index])
 
 
 def augment_on(source: Source, device: torch.device) -> Source:

@@ -24,12 +24,13 @@ from tuner import deferred_figures
 from tuner.config.run import Recipe
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to_dict
-from tuner.core.losses import mean_cross_entropy
+from tuner.core.losses import mean_cross_entropy, weights_of_classes
 from tuner.core.targets import IGNORED
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
 from tuner.tasks import _annotated_images
 
 METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")
+RECIPE_KEYS = ("class_weights",)
 AUXILIARY_WEIGHT = 0.5  # weight of the loss of an output `aux`, as in torchvision
 EXAMPLES_SHOWN = 8  # validation examples on a contact sheet
 MAX_ANNOTATED_SIDE = 1024  # longer side of an annotated image in pixels
@@ -38,13 +39,26 @@ MAX_ANNOTATED_SIDE = 1024  # longer side of an annotated image in pixels
 def build(
     classes: tuple[str, ...],
     recipe: Recipe,
+    class_counts: Tensor | None = None,
     *,
     loss: Annotated[
         Literal["cross_entropy", "dice", "both"],
         Field(description="cross_entropy per pixel, dice (overlap per class), or the sum of both"),
     ] = "cross_entropy",
 ) -> Task:
-    return Segmentation(classes, recipe.label_smoothing, loss)
+    """The task for these classes.
+
+    Args:
+        classes: the names of the classes.
+        recipe: how the model is trained; the cross-entropy follows it.
+        class_counts: int64 (classes,), how many training pixels each class has, on the device of
+            the training; None: classes are not weighted.
+        loss: what is minimised.
+    """
+    weights = (
+        None if class_counts is None else weights_of_classes(class_counts, recipe.class_weights)
+    )
+    return Segmentation(classes, recipe.label_smoothing, loss, weights)
 
 
 class Segmentation(Task):
@@ -62,9 +76,15 @@ class Segmentation(Task):
         "the class of a pixel is the argmax over them"
     )
 
-    def __init__(self, classes: tuple[str, ...], label_smoothing: float, loss_name: str) -> None:
+    def __init__(
+        self,
+        classes: tuple[str, ...],
+        label_smoothing: float,
+        loss_name: str,
+        class_weights: Tensor | None = None,
+    ) -> None:
         self.classes, self.label_smoothing = classes, label_smoothing
-        self.loss_name = loss_name
+        self.loss_name, self.class_weights = loss_name, class_weights
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(batch.y, Tensor)
@@ -77,7 +97,9 @@ class Segmentation(Task):
     def _head_loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         total = logits.new_zeros(())
         if self.loss_name != "dice":
-            total = total + mean_cross_entropy(logits, truth, IGNORED, self.label_smoothing)
+            total = total + mean_cross_entropy(
+                logits, truth, IGNORED, self.label_smoothing, self.class_weights
+            )
         return total if self.loss_name == "cross_entropy" else total + dice_loss(logits, truth)
 
     def predict(self, net: nn.Module, x: TensorTree) -> Tensor:

@@ -32,10 +32,28 @@ FRESH_SEED = 0  # of parameters for which there are no weights
 MAX_CACHED_MODELS = 4  # in a process
 
 
-def build_task(run: Run, classes: tuple[str, ...]) -> Task:
-    """The run's task for these classes."""
-    task: Task = plugins.load_plugin("task", run.task.name)(classes, run.recipe, **run.task.options)
+def build_task(run: Run, classes: tuple[str, ...], class_counts: Tensor | None = None) -> Task:
+    """The run's task for these classes.
+
+    `class_counts` (int64, (classes,)) says how many training examples each class has. A task gets
+    it where its `build` has such an argument.
+    """
+    build = plugins.load_plugin("task", run.task.name)
+    options = dict(run.task.options)
+    if class_counts is not None and "class_counts" in inspect.signature(build).parameters:
+        options["class_counts"] = class_counts
+    task: Task = build(classes, run.recipe, **options)
     return task
+
+
+def check_metric(run: Run, classes: tuple[str, ...], metric: str) -> None:
+    """Raises SpaceError where a built-in task does not define its metric for these classes."""
+    defined = build_task(run, classes).metrics
+    if metric in plugins.list_metrics(run.task.name) and metric not in defined:
+        raise SpaceError(
+            f"search.metric: {metric} says nothing with {len(classes)} classes; choose one of "
+            f"{', '.join(defined)}"
+        )
 
 
 _loaded_datasets: dict[str, Dataset] = {}

@@ -20,6 +20,7 @@ from tuner.training.checkpoints import load_best_weights
 from tuner.training.devices import select_device
 from tuner.training.epoch import Diverged, TrainingContext, predict_source
 from tuner.training.exported_models import load_exporter, model_without_weights
+from tuner.training.own_metric import score_own_metric
 from tuner.training.preparation import prepare_training
 from tuner.training.publishing import publish
 from tuner.training.training_loop import FitProgress, fit, open_checkpoints
@@ -27,11 +28,18 @@ from tuner.training.training_loop import FitProgress, fit, open_checkpoints
 DIVERGED_HINT = "lower recipe.lr, or export the next best with `tuner export STUDY --trial N`"
 
 
+class TestScores(NamedTuple):
+    """The scores on the test examples: of all of them, and of each class by its name."""
+
+    scores: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+
+
 class TrainedModel(NamedTuple):
     """A model that is ready for its export."""
 
     staged_model: StagedModel
-    scores: dict[str, Any]  # "valid" and "test"
+    scores: dict[str, Any]  # "valid", "test", and of the test split "per_class"
     seconds: float  # of its training
 
 
@@ -82,7 +90,9 @@ def train_model(
     valid_scores = dict(job.valid_scores)
     try:
         # its linear probe may diverge too
-        context = prepare_training(assignment.run, device_context, assignment.metric)
+        context = prepare_training(
+            assignment.run, device_context, assignment.metric, assignment.direction
+        )
         for progress in [] if job.weights_file else retrain(assignment, context):
             if progress.best is not None:
                 valid_scores = progress.best.epoch.scores
@@ -95,10 +105,10 @@ def train_model(
                 f"{job.weights_file}: damaged or of another model; with search.retrain: true the "
                 "run is trained again"
             )
-        test_scores = score_test_split(context, assignment.run.recipe.batch_size)
+        test = score_test_split(context, assignment.run.recipe.batch_size)
     except Diverged as error:
         raise NoUsableTrial(f"training diverged ({error}); {DIVERGED_HINT}") from None
-    scores = {"valid": valid_scores, "test": test_scores}
+    scores = {"valid": valid_scores, "test": test.scores, "per_class": test.per_class}
     return TrainedModel(context.staged_model, scores, time.monotonic() - start)
 
 
@@ -109,12 +119,14 @@ def retrain(assignment: Assignment, context: TrainingContext) -> Iterator[FitPro
     return fit(context, assignment.run.recipe, assignment.run.seed, checkpoints)
 
 
-def score_test_split(context: TrainingContext, batch_size: int) -> dict[str, float]:
+def score_test_split(context: TrainingContext, batch_size: int) -> TestScores:
     """The scores on the test examples; called once per winner. Raises Diverged."""
-    scores = context.task.score(predict_source(context, context.test, batch_size))
+    predictions = predict_source(context, context.test, batch_size)
+    scores = context.task.score(predictions)
     if not all(map(math.isfinite, scores.values())):
         raise Diverged("the test scores are not finite")
-    return scores
+    scores |= score_own_metric(context.metric, predictions)
+    return TestScores(scores, context.task.class_scores(predictions))
 
 
 def load_earlier_export(folder: Path, assignment: Assignment) -> TrainedModel | None:

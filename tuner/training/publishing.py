@@ -189,6 +189,7 @@ def make_manifest(
         "output": {"meaning": build_task(run, dataset.classes).output_description},
         "preprocess": dataset.input_spec.to_dict(),
         "metric": job.assignment.metric,
+        "direction": job.assignment.direction,
         "scores": dict(scores),
         "parameters": sum(value.numel() for value in model.staged[0].model.parameters()),
         "training_seconds": round(seconds, 3),
