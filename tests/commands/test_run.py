@@ -115,6 +115,25 @@ def test_train_refuses_what_is_still_to_be_chosen(tuner: Tuner, small: Path) -> 
     assert said.code == 2 and "still to be chosen" in said.err and "tuner run" in said.err
 
 
+def test_a_key_with_several_ranges_is_searched_and_best_yaml_has_one_value(
+    tuner: Tuner, small: Path
+) -> None:
+    ranges = "[{low: 0.01, high: 0.02, when: {optimizer: sgd}}, {low: 1e-4, high: 2e-4, when: {optimizer: adamw}}]"
+    words = [f"recipe.lr={ranges}", "recipe.epochs=1", "recipe.momentum=0.9"]
+    checked = tuner("check", small, *words)
+    assert checked.out.startswith("ok: 3 searched keys; "), checked.err
+    refused = tuner("train", small, *words)
+    assert (
+        "optimizer, lr, freeze_depth still to be chosen" in refused.err
+        and "recipe.optimizer=…" in refused.err
+    )
+    said = tuner("run", small, *words, "search.trials=4")
+    assert said.code == 0, said.err
+    recipe = yaml.safe_load((Path("studies") / "small" / "best.yaml").read_text())["recipe"]
+    low, high = {"sgd": (0.01, 0.02), "adamw": (1e-4, 2e-4)}[recipe["optimizer"]]
+    assert low <= recipe["lr"] <= high
+
+
 def test_export_adds_a_format_without_training_again_and_exports_other_trials(
     tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
