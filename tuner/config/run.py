@@ -180,8 +180,10 @@ class SearchSettings(Section):
     sampler: Literal["tpe", "random", "grid"] = Field(
         "tpe", description="how parameters are proposed"
     )
-    pruner: Literal["median", "projection", "successive-halving", "hyperband", "none"] = Field(
-        "median", description="what ends bad trials"
+    pruner: Literal["projection", "median", "successive-halving", "hyperband", "none"] = Field(
+        "projection",
+        description="what ends bad trials; projection: those that trials of a similar length and "
+        "freeze depth show to stay below the median",
     )
     metric: str | None = Field(
         None, description="what is maximised on the validation examples; null: the task's first"

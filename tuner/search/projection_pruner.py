@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 2, 5
+STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 1, 5
 
 
 class ProjectionPruner(optuna.pruners.BasePruner):
@@ -25,8 +25,8 @@ class ProjectionPruner(optuna.pruners.BasePruner):
     schedule of ten epochs is not finished where a schedule of two epochs has ended. The median of
     all trials at equal epochs would judge each kind by the others.
 
-    Higher values are better. Trials are judged after their second epoch, and only when five trials
-    have completed.
+    Higher values are better. Trials are judged from their second epoch on, and only when five
+    trials have completed.
     """
 
     def __init__(self, epochs: int) -> None:
@@ -42,12 +42,12 @@ class ProjectionPruner(optuna.pruners.BasePruner):
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if epochs_done is None or epochs_done <= WARMUP_EPOCHS or len(completed) < STARTUP_TRIALS:
             return False
-        share = epochs_done / self._length(trial)
         by_distance = sorted(
             completed, key=lambda peer: (self._distance(trial, peer), -peer.number)
         )
         rise = max(
-            _best_value(peer.intermediate_values) - _best_value(self._values_until(peer, share))
+            _best_value(peer.intermediate_values)
+            - _best_value(self._values_until(peer, epochs_done, self._length(trial)))
             for peer in by_distance[:PEER_COUNT]
         )
         projection = _best_value(trial.intermediate_values) + rise
@@ -56,9 +56,12 @@ class ProjectionPruner(optuna.pruners.BasePruner):
     def _length(self, trial: FrozenTrial) -> int:
         return int(trial.params.get("epochs", self.epochs))
 
-    def _values_until(self, trial: FrozenTrial, share: float) -> dict[int, float]:
-        """Return the values of a trial up to a share of its length, at least of one epoch."""
-        last = max(1, math.floor(share * self._length(trial)))
+    def _values_until(self, trial: FrozenTrial, epochs_done: int, length: int) -> dict[int, float]:
+        """Return the values of a trial up to the share `epochs_done / length` of its own length.
+
+        They are those of at least one epoch.
+        """
+        last = max(1, epochs_done * self._length(trial) // length)
         values = trial.intermediate_values
         return {step: value for step, value in values.items() if step <= last} or values
 
