@@ -248,8 +248,10 @@ class SearchSettings(Section):
     sampler: Literal["tpe", "random", "grid"] = Field(
         "tpe", description="how parameters are proposed"
     )
-    pruner: Literal["median", "projection", "successive-halving", "hyperband", "none"] = Field(
-        "median", description="what ends bad trials"
+    pruner: Literal["projection", "median", "successive-halving", "hyperband", "none"] = Field(
+        "projection",
+        description="what ends bad trials; projection: those that trials of a similar length and "
+        "freeze depth show to stay below the median",
     )
     metric: str | None = Field(
         None,

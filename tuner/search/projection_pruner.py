@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.config.space import key_of_parameter
 from tuner.search.history import sign_of
 
-STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 2, 5
+STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 1, 5
 
 
 class ProjectionPruner(optuna.pruners.BasePruner):
@@ -28,8 +28,8 @@ class ProjectionPruner(optuna.pruners.BasePruner):
     schedule of ten epochs is not finished where a schedule of two epochs has ended. The median of
     all trials at equal epochs would judge each kind by the others.
 
-    Where a study minimises, the same holds of the negative values. Trials are judged after their
-    second epoch, and only when five trials have completed.
+    Where a study minimises, the same holds of the negative values. Trials are judged from their
+    second epoch on, and only when five trials have completed.
     """
 
     def __init__(self, epochs: int) -> None:
@@ -45,13 +45,13 @@ class ProjectionPruner(optuna.pruners.BasePruner):
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if epochs_done is None or epochs_done <= WARMUP_EPOCHS or len(completed) < STARTUP_TRIALS:
             return False
-        share, sign = epochs_done / self._length(trial), sign_of(study.direction)
+        length, sign = self._length(trial), sign_of(study.direction)
         by_distance = sorted(
             completed, key=lambda peer: (self._distance(trial, peer), -peer.number)
         )
         rise = max(
             _best_value(peer.intermediate_values, sign)
-            - _best_value(self._values_until(peer, share), sign)
+            - _best_value(self._values_until(peer, epochs_done, length), sign)
             for peer in by_distance[:PEER_COUNT]
         )
         projection = _best_value(trial.intermediate_values, sign) + rise
@@ -60,9 +60,12 @@ class ProjectionPruner(optuna.pruners.BasePruner):
     def _length(self, trial: FrozenTrial) -> int:
         return _value_of_key(trial, "epochs", self.epochs)
 
-    def _values_until(self, trial: FrozenTrial, share: float) -> dict[int, float]:
-        """Return the values of a trial up to a share of its length, at least of one epoch."""
-        last = max(1, math.floor(share * self._length(trial)))
+    def _values_until(self, trial: FrozenTrial, epochs_done: int, length: int) -> dict[int, float]:
+        """Return the values of a trial up to the share `epochs_done / length` of its own length.
+
+        They are those of at least one epoch.
+        """
+        last = max(1, epochs_done * self._length(trial) // length)
         values = trial.intermediate_values
         return {step: value for step, value in values.items() if step <= last} or values
 
