@@ -84,6 +84,7 @@ def test_the_keys_of_a_mapping_are_searched_each_by_itself() -> None:
         "data.augment.randaugment.operations",
         "data.augment.randaugment.magnitude",
     ]
+    assert len(list(searched.plugin_combinations())) == 1  # the data are not read for each
     run = searched.sample(Middle(), 0)
     assert run.data.options["augment"] == {
         "flip": True,

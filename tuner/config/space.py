@@ -266,8 +266,11 @@ class Space:
     def plugin_combinations(self) -> Iterator[Run]:
         """A run for each combination of task, data and model that the space can reach, at its
         defaults otherwise.
+
+        Keys of a mapping, such as those of `data.augment`, are at their defaults too: they decide
+        nothing about whether data can be read.
         """
-        outer = [d for d in self.dimensions if d.path[0] != "recipe"]
+        outer = [d for d in self.dimensions if d.path[0] != "recipe" and len(d.path) <= 2]
         members = [d.domain.values() or (d.domain.lowest, d.domain.highest) for d in outer]
         for combination in itertools.islice(itertools.product(*members), 64):
             chosen = {d.path: value for d, value in zip(outer, combination, strict=True)}
