@@ -1,7 +1,7 @@
 """Augments batches of images and their targets, as a function of (row, view) alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -88,14 +88,8 @@ class Augmenter:
         return draw_transform(self.policy, draws, self.old_side, self.side, boxes)
 
     def _move(self, batch: ImageBatch, transform: AffineTransform) -> ImageBatch:
-        """The transformed images with their targets; `transform` is on the CPU."""
-        on_device = _to_device(transform, batch.pixels.device)
-        pixels = on_device.sample(batch.pixels, "bilinear", LETTERBOX_GREY)
-        return ImageBatch(pixels, self._move_targets(batch.y, transform))
-
-    def _move_targets(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
-        device = next(iter(tree_to_dict(y).values())).device
-        return self.targets.move(y, _to_device(transform, device))
+        pixels = transform.sample(batch.pixels, "bilinear", LETTERBOX_GREY)
+        return ImageBatch(pixels, self.targets.move(batch.y, transform))
 
     def _change_pixels(self, draws: RandomDraws, pixels: Tensor) -> Tensor:
         options = self.policy.randaugment_options
@@ -140,7 +134,7 @@ class Augmenter:
         device = stored[0].pixels.device
         places = [self._quadrant_transform(draws, quadrant) for quadrant in range(QUADRANTS)]
         moved = [
-            self._move_targets(batch.y, place) for batch, place in zip(stored, places, strict=True)
+            self.targets.move(batch.y, place) for batch, place in zip(stored, places, strict=True)
         ]
         y: TensorTree = {
             name: torch.cat([tree_to_dict(part)[name] for part in moved], 1)
@@ -151,12 +145,10 @@ class Augmenter:
             (len(rows), 3, self.side, self.side), float(LETTERBOX_GREY), device=device
         )
         for batch, place in zip(stored, places, strict=True):
-            shown = _to_device(place.after(transform), device).sample(
-                batch.pixels, "bilinear", LETTERBOX_GREY
-            )
-            inside = _to_device(place, device).is_in_window(_to_device(transform, device))
+            shown = place.after(transform).sample(batch.pixels, "bilinear", LETTERBOX_GREY)
+            inside = place.is_in_window(transform, device)
             pixels = shown.where(inside[:, None], pixels)
-        return ImageBatch(pixels, self._move_targets(y, transform))
+        return ImageBatch(pixels, self.targets.move(y, transform))
 
     def _quadrant_transform(self, draws: RandomDraws, quadrant: int) -> AffineTransform:
         """How an image lies in one quadrant of mosaics that have the stored images' side."""
@@ -175,8 +167,3 @@ class Augmenter:
 def _to_image_batch(batch: Batch) -> ImageBatch:
     assert isinstance(batch.x, Tensor)
     return ImageBatch(batch.x, batch.y)
-
-
-def _to_device(transform: AffineTransform, device: torch.device) -> AffineTransform:
-    window = None if transform.window is None else transform.window.to(device)
-    return replace(transform, matrix=transform.matrix.to(device), window=window)
