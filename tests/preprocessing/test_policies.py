@@ -299,6 +299,20 @@ def test_masks_are_moved_exactly_by_whole_pixels() -> None:
     assert torch.equal(targets.move(mask, transform), mask[:, 3:9, 2:8])
 
 
+@pytest.mark.parametrize(
+    ("shrinking", "allowed"), [(1.0, 128.0), (2.0, 1.0), (3.7, 1.0), (8.0, 1.0)]
+)
+def test_no_pixel_is_left_out_where_an_image_is_shrunk(shrinking: float, allowed: float) -> None:
+    """The mean of a chessboard of single pixels is grey, whatever is sampled of it."""
+    board = 255 * (torch.arange(96)[:, None] + torch.arange(96)) % 510
+    matrix = torch.tensor([[[shrinking, 0, 0], [0, shrinking, 0]]])
+    side = int(96 / shrinking)
+    shown = AffineTransform(matrix, 96, side).sample(board[None, None].byte(), "bilinear", 114)
+    inner = shown[0, 0, 1 : side - 1, 1 : side - 1]
+    assert ((inner - 127.5).abs() <= allowed).all()
+    assert shrinking > 1 or (inner - 127.5).abs().min() > 100  # as it was
+
+
 def test_one_transform_after_another_is_their_product() -> None:
     first = AffineTransform(torch.tensor([[[0.5, 0.1, 3], [0, 0.5, 2]]]), 20, 20)
     later = AffineTransform(torch.tensor([[[2.0, 0, -4], [0.3, 1, 1]]]), 20, 16)

@@ -304,10 +304,13 @@ class Space:
     def plugin_combinations(self) -> Iterator[Run]:
         """A run for each combination of task, data and model that the space can reach, at its
         defaults otherwise.
+
+        Keys of a mapping, such as those of `data.augment`, are at their defaults too: they decide
+        nothing about whether data can be read.
         """
         outer: dict[KeyPath, list[Any]] = {}
         for d in self.dimensions:
-            if d.path[0] != "recipe":
+            if d.path[0] != "recipe" and len(d.path) <= 2:
                 ends = (d.domain.lowest, d.domain.highest)
                 outer.setdefault(d.path, []).extend(d.domain.values() or ends)
         for combination in itertools.islice(itertools.product(*outer.values()), 64):

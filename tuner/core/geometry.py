@@ -11,6 +11,9 @@ from torch import Tensor
 
 from tuner.core.input_spec import ImageInputSpec
 
+MAX_SHRINKING = 1.5  # old pixels per new one that bilinear interpolation bears
+MAX_LEVEL = 4  # of an image pyramid: squares of 16 pixels
+
 
 class Placement(NamedTuple):
     """Where an image lies on the canvas, in pixels.
@@ -42,7 +45,7 @@ def place_on_canvas(width: int, height: int, image_spec: ImageInputSpec) -> Plac
 
 @dataclass(frozen=True)
 class AffineTransform:
-    """An affine transform of each image of a batch.
+    """An affine transform of each image of a batch. Its tensors are on the CPU.
 
     Positions are (x, y) in pixels from the top left corner, so a pixel's centre is at a half.
 
@@ -61,7 +64,10 @@ class AffineTransform:
     window: Tensor | None = None
 
     def sample(self, images: Tensor, mode: str, fill: float) -> Tensor:
-        """The new images.
+        """The new images, on the device of the old ones.
+
+        Where a new image is smaller than what it shows, `bilinear` takes means over squares of old
+        pixels first, as an image pyramid does, so that no pixel is left out.
 
         Args:
             images: uint8 or float32 (n, channels, old_side, old_side).
@@ -71,11 +77,26 @@ class AffineTransform:
         Returns:
             float32 (n, channels, side, side).
         """
-        size = [len(images), 1, self.side, self.side]
-        grid = F.affine_grid(self._normalised_matrix(), size, align_corners=False)
         shifted = torch.sub(images, float(fill))  # float32 also where the images are uint8
-        new = F.grid_sample(shifted, grid, mode, padding_mode="zeros", align_corners=False)
+        new = self._sample_level(shifted, mode)
+        if mode == "bilinear":
+            a, b, c, d = self.matrix[:, :, :2].flatten(1).unbind(1)
+            shrinking = (a * d - b * c).abs().sqrt()  # old pixels per new one
+            levels = (shrinking / MAX_SHRINKING).log2().ceil().clamp(0, MAX_LEVEL).long()
+            for level in sorted(set(levels.tolist()) - {0}):
+                chosen = (levels == level).nonzero()[:, 0]
+                on_device = chosen.to(images.device)
+                means = F.avg_pool2d(shifted[on_device], 2**level, ceil_mode=True)
+                matrix = self.matrix[chosen] / 2**level
+                smaller = AffineTransform(matrix, means.shape[-1], self.side)
+                new[on_device] = smaller._sample_level(means, mode)
         return new.add_(fill)
+
+    def _sample_level(self, images: Tensor, mode: str) -> Tensor:
+        """The new images, and 0 where they show nothing of the old ones."""
+        matrix = self._normalised_matrix().to(images.device)
+        grid = F.affine_grid(matrix, [len(images), 1, self.side, self.side], align_corners=False)
+        return F.grid_sample(images, grid, mode, padding_mode="zeros", align_corners=False)
 
     def after(self, later: "AffineTransform") -> "AffineTransform":
         """This transform and then `later` as one, without a window."""
@@ -83,20 +104,21 @@ class AffineTransform:
         matrix = linear @ later.matrix + F.pad(shift, (2, 0))
         return AffineTransform(matrix, self.old_side, later.side)
 
-    def is_in_window(self, later: "AffineTransform") -> Tensor:
+    def is_in_window(self, later: "AffineTransform", device: torch.device) -> Tensor:
         """Which pixels show something from inside of the window, after `later` as well.
 
         Returns:
-            bool (n, side, side), with the side of `later`.
+            bool (n, side, side) on the device, with the side of `later`.
         """
         assert self.window is not None
-        axis = torch.arange(later.side, device=self.matrix.device) + 0.5
+        window, matrix = self.window.to(device), later.matrix.to(device)
+        axis = torch.arange(later.side, device=device) + 0.5
         columns, rows = axis[None, None, :], axis[None, :, None]
-        inside = torch.ones((), dtype=torch.bool, device=self.matrix.device)
+        inside = torch.ones((), dtype=torch.bool, device=device)
         for i in range(2):
-            a, b, c = later.matrix[:, i, :, None, None].unbind(1)
+            a, b, c = matrix[:, i, :, None, None].unbind(1)
             position = a * columns + b * rows + c
-            low, high = self.window[:, i, None, None], self.window[:, i + 2, None, None]
+            low, high = window[:, i, None, None], window[:, i + 2, None, None]
             inside = inside & (position >= low) & (position < high)
         return inside
 
@@ -112,7 +134,7 @@ class AffineTransform:
         A box that is no longer upright becomes the smallest upright box around it.
 
         Args:
-            boxes: float32 (n, k, 4), left, top, right, bottom.
+            boxes: float32 (n, k, 4), left, top, right, bottom, on the CPU.
 
         Returns:
             The boxes, float32 (n, k, 4), and the share of each box's area that is left after

@@ -1,7 +1,7 @@
 """Augments batches of images and their targets, as a function of (row, view) alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,10 @@ MOSAIC_ZOOM = (0.5, 1.0)  # of each of them
 QUADRANTS = 4
 
 TakeStored = Callable[[Tensor], Batch]
-"""Gives the stored pixels, uint8 (n, 3, old_side, old_side), and targets of rows, int64 (n,)."""
+"""Gives the stored pixels, uint8 (n, 3, old_side, old_side), and targets of rows, int64 (n,).
+
+Boxes are on the CPU, where crops are chosen by them.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,12 @@ class Augmenter:
         return ImageBatch(pixels, self.targets.crop(batch.y, margin))
 
     def _draw_transform(self, draws: RandomDraws, y: TensorTree) -> AffineTransform:
-        boxes = y["boxes"].cpu() if isinstance(y, dict) and self.policy.iou_crop else None
+        boxes = y["boxes"] if isinstance(y, dict) else None
         return draw_transform(self.policy, draws, self.old_side, self.side, boxes)
 
     def _move(self, batch: ImageBatch, transform: AffineTransform) -> ImageBatch:
-        """The transformed images with their targets; `transform` is on the CPU."""
-        on_device = _to_device(transform, batch.pixels.device)
-        pixels = on_device.sample(batch.pixels, "bilinear", LETTERBOX_GREY)
-        return ImageBatch(pixels, self.targets.move(batch.y, on_device))
+        pixels = transform.sample(batch.pixels, "bilinear", LETTERBOX_GREY)
+        return ImageBatch(pixels, self.targets.move(batch.y, transform))
 
     def _change_pixels(self, draws: RandomDraws, pixels: Tensor) -> Tensor:
         options = self.policy.randaugment_options
@@ -116,12 +117,11 @@ class Augmenter:
             return ImageBatch(batch.pixels, {**batch.y, "boxes": boxes, "labels": labels})
         mosaics = self._make_mosaics(take_stored, RandomDraws(draws.rows[chosen], draws.view))
         assert isinstance(mosaics.y, dict)
-        index = chosen.to(batch.pixels.device)
         return ImageBatch(
-            batch.pixels.index_copy(0, index, mosaics.pixels),
+            batch.pixels.index_copy(0, chosen.to(batch.pixels.device), mosaics.pixels),
             {
-                "boxes": boxes.index_copy(0, index, mosaics.y["boxes"]),
-                "labels": labels.index_copy(0, index, mosaics.y["labels"]),
+                "boxes": boxes.index_copy(0, chosen, mosaics.y["boxes"]),
+                "labels": labels.index_copy(0, chosen, mosaics.y["labels"]),
             },
         )
 
@@ -134,8 +134,7 @@ class Augmenter:
         device = stored[0].pixels.device
         places = [self._quadrant_transform(draws, quadrant) for quadrant in range(QUADRANTS)]
         moved = [
-            self.targets.move(batch.y, _to_device(place, device))
-            for batch, place in zip(stored, places, strict=True)
+            self.targets.move(batch.y, place) for batch, place in zip(stored, places, strict=True)
         ]
         y: TensorTree = {
             name: torch.cat([tree_to_dict(part)[name] for part in moved], 1)
@@ -146,12 +145,10 @@ class Augmenter:
             (len(rows), 3, self.side, self.side), float(LETTERBOX_GREY), device=device
         )
         for batch, place in zip(stored, places, strict=True):
-            shown = _to_device(place.after(transform), device).sample(
-                batch.pixels, "bilinear", LETTERBOX_GREY
-            )
-            inside = _to_device(place, device).is_in_window(_to_device(transform, device))
+            shown = place.after(transform).sample(batch.pixels, "bilinear", LETTERBOX_GREY)
+            inside = place.is_in_window(transform, device)
             pixels = shown.where(inside[:, None], pixels)
-        return ImageBatch(pixels, self.targets.move(y, _to_device(transform, device)))
+        return ImageBatch(pixels, self.targets.move(y, transform))
 
     def _quadrant_transform(self, draws: RandomDraws, quadrant: int) -> AffineTransform:
         """How an image lies in one quadrant of mosaics that have the stored images' side."""
@@ -170,8 +167,3 @@ class Augmenter:
 def _to_image_batch(batch: Batch) -> ImageBatch:
     assert isinstance(batch.x, Tensor)
     return ImageBatch(batch.x, batch.y)
-
-
-def _to_device(transform: AffineTransform, device: torch.device) -> AffineTransform:
-    window = None if transform.window is None else transform.window.to(device)
-    return replace(transform, matrix=transform.matrix.to(device), window=window)

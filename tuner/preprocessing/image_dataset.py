@@ -50,7 +50,7 @@ CPU = torch.device("cpu")
 class ImageSource:
     """Some rows of an image store as a `Source`.
 
-    `take` gives x as uint8 (n, 3, side, side) and y as the targets define it, both on `device`. The
+    `take` gives x as uint8 (n, 3, side, side), on `device`, and y as the targets define it. The
     first view of a policy other than the flip is the image as it is, so that a linear probe is
     solved on what validation sees.
     """
@@ -80,12 +80,9 @@ class ImageSource:
         return self.augmenter.take(self._take_stored, rows, view)
 
     def _take_stored(self, rows: Tensor) -> Batch:
+        """Pixels and targets as they are stored. Boxes stay on the CPU, where they are computed."""
         y = self.targets.take(rows)
-        on_device = (
-            y.to(self.device)
-            if isinstance(y, Tensor)
-            else {name: tensor.to(self.device) for name, tensor in y.items()}
-        )
+        on_device = y.to(self.device) if isinstance(y, Tensor) else y
         return Batch(self.pixels[rows].to(self.device), on_device)
 
     def _crop_centre(self, batch: Batch) -> Batch:
@@ -100,9 +97,11 @@ class ImageSource:
     def _mirror(self, batch: Batch, rows: Tensor, view: int) -> Batch:
         x, y = batch
         assert isinstance(x, Tensor)
-        mirrored = _is_mirrored(rows, view, endless=self.views is None).to(self.device)
-        x[mirrored] = x[mirrored].flip(3)
-        return Batch(x, self.targets.mirror(y, mirrored))
+        mirrored = _is_mirrored(rows, view, endless=self.views is None)
+        on_device = mirrored.to(self.device)
+        x[on_device] = x[on_device].flip(3)
+        of_targets = on_device if isinstance(y, Tensor) else mirrored
+        return Batch(x, self.targets.mirror(y, of_targets))
 
     def take_targets(self, index: Tensor) -> TensorTree:
         """The targets of these examples, not augmented."""

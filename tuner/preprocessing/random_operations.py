@@ -111,7 +111,7 @@ def apply_operation(
     """
     if operation in GEOMETRIC:
         side = pixels.shape[-1]
-        matrix = _geometric_matrix(operation, strength, side, strengths)[:, :2].to(pixels.device)
+        matrix = _geometric_matrix(operation, strength, side, strengths)[:, :2]
         return AffineTransform(matrix, side, side).sample(pixels, "bilinear", ERASED_GREY)
     if operation in ("brightness", "saturation", "contrast"):
         one = torch.ones_like(strength)
