@@ -142,7 +142,8 @@ class Recipe(Section):
     class_weights: Literal["none", "balanced", "effective_number"] = Field(
         "none",
         description="of the loss, by how many training examples (segmentation: pixels) each class "
-        "has: balanced, the inverse; effective_number, that of Cui et al., which is milder",
+        "has: balanced, the inverse; effective_number, that of Cui et al., which is milder, and "
+        "does nothing where each class has thousands",
     )
     sampling: Literal["natural", "balanced"] = Field(
         "natural",
