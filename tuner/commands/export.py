@@ -8,8 +8,8 @@ from optuna.trial import FrozenTrial
 
 from tuner import manifest
 from tuner.commands.console import Console
-from tuner.commands.run import choose_export
 from tuner.commands.session import INSTEAD, Folders, home_folder, open_session
+from tuner.commands.winner import choose_export
 from tuner.config import parsing, plugins, yaml_document
 from tuner.config.space import Space
 from tuner.dashboard.server import find_study
