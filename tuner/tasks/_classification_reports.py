@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner import deferred_figures
+from tuner.core.example_results import ExampleResults
 from tuner.core.types import Prediction
 
 MAX_CLASSES_NAMED = 3  # classes that a line names
@@ -28,6 +30,46 @@ def concatenate_pairs(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]
     """Logits, float32 (n, classes), and true classes, int64 (n,), of all batches, on the CPU."""
     logits, truth = zip(*pairs, strict=True)
     return torch.cat(logits).cpu(), torch.cat(truth).cpu()
+
+
+def classification_results(pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+    """`truth` and `predicted`, classes as int64 (n,), and the true class's `log_likelihood`,
+    float32 (n,).
+    """
+    logits, truth = concatenate_pairs(pairs)
+    return {
+        "truth": truth,
+        "predicted": logits.argmax(1),
+        "log_likelihood": -F.cross_entropy(logits, truth, reduction="none"),
+    }
+
+
+def score_classes(results: ExampleResults, counts: Tensor, class_count: int) -> dict[str, float]:
+    """The scores of classification tasks, as torchmetrics defines them, of counted examples.
+
+    Means over classes leave out a class that is neither true nor predicted. Matthews' correlation
+    is 0 where all examples have, or get, one class.
+
+    Args:
+        results: What `classification_results` gave for n examples.
+        counts: int64 (n,), how often each example is there.
+        class_count: The number of classes.
+    """
+    weights = counts.double()
+    cells = results["truth"] * class_count + results["predicted"]
+    matrix = torch.bincount(cells, weights, class_count**2).view(class_count, class_count)
+    hits, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    seen, total = (true + predicted) > 0, matrix.sum()
+    covariance = hits.sum() * total - (true * predicted).sum()
+    deviations = (total**2 - (predicted**2).sum()) * (total**2 - (true**2).sum())
+    scores = {
+        "accuracy": hits.sum() / total,
+        "balanced_accuracy": (hits / true.clamp(min=1))[seen].mean(),
+        "f1": (2 * hits / (true + predicted).clamp(min=1))[seen].mean(),
+        "matthews": covariance / deviations.sqrt() if deviations > 0 else deviations,
+        "log_likelihood": (results["log_likelihood"] * weights).sum() / total,
+    }
+    return {name: float(value) for name, value in scores.items()}
 
 
 def classification_artifacts(

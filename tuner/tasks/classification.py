@@ -8,12 +8,15 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from tuner.config.run import Recipe
+from tuner.core.example_results import ExampleResults
 from tuner.core.input_spec import InputSpec, TensorTree
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
 from tuner.tasks._classification_reports import (
     classification_artifacts,
+    classification_results,
     concatenate_pairs,
     describe_probabilities,
+    score_classes,
 )
 
 METRICS = ("accuracy", "balanced_accuracy", "f1", "log_likelihood")
@@ -50,6 +53,13 @@ class Classification(Task):
             "f1": float(multiclass_f1_score(logits, truth, n, average="macro")),
             "log_likelihood": -float(F.cross_entropy(logits, truth)),
         }
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        return classification_results(pairs)
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        scores = score_classes(results, counts, len(self.classes))
+        return {name: scores[name] for name in METRICS}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         return classification_artifacts(*concatenate_pairs(pairs), self.classes)

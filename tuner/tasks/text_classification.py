@@ -12,14 +12,17 @@ from torchmetrics.functional.classification import (
 )
 
 from tuner.config.run import Recipe
+from tuner.core.example_results import ExampleResults
 from tuner.core.input_spec import InputSpec, TensorTree
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
 from tuner.preprocessing.tokenization import decode_texts, trim_padding
 from tuner.tasks._classification_reports import (
     classification_artifacts,
+    classification_results,
     concatenate_pairs,
     describe_probabilities,
     encode_csv,
+    score_classes,
 )
 
 METRICS = ("accuracy", "f1", "matthews", "balanced_accuracy", "log_likelihood")
@@ -64,6 +67,13 @@ class TextClassification(Task):
             "balanced_accuracy": float(multiclass_accuracy(logits, truth, n, average="macro")),
             "log_likelihood": -float(F.cross_entropy(logits, truth)),
         }
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        return classification_results(pairs)
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        scores = score_classes(results, counts, len(self.classes))
+        return {name: scores[name] for name in METRICS}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         """The confusion matrix, the scores of each class, and the most confident mistakes.
