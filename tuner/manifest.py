@@ -13,6 +13,8 @@ from tuner.files import removal
 from tuner.files.atomic import file_sha256, lock_of_export, remove_unused_lock, sweep_exports
 from tuner.files.removal import MANIFEST
 
+TEST_RESULTS = "test_results.safetensors"  # in an export: what each test example adds to its scores
+
 
 @dataclass(frozen=True)
 class PublishedExport:
@@ -127,6 +129,35 @@ def recover_export(folder: Path) -> None:
         remove_unused_lock(lock)
 
 
+def describe_comparison(m: Mapping[str, Any]) -> str | None:
+    """How far the model is above the default recipe on the test examples, in one sentence.
+
+    None where they were not compared. Scores from 0 to 1 are told in points, which are hundredths.
+    """
+    comparison = m.get("comparison")
+    if comparison is None:
+        return None
+    if "difference" not in comparison:
+        return "the default recipe won: no other was better on the validation examples"
+    score, metric = m["scores"]["test"][comparison["metric"]], comparison["metric"]
+    in_points = all(0 <= value <= 1 for value in (score, comparison["default_scores"][metric]))
+    unit = "points" if in_points else metric.replace("_", " ")
+
+    def signed(value: float) -> str:
+        return f"{100 * value:+.1f}" if in_points else f"{value:+.4f}"
+
+    told = f"{signed(comparison['difference'])} {unit} over the default recipe on the test examples"
+    if comparison["interval"] is None:
+        return f"{told}, without an interval: the task keeps no results of single examples"
+    low, high = comparison["interval"]
+    told += f" ({100 * comparison['confidence']:g} %: {signed(low)} to {signed(high)})"
+    if low > 0:
+        return told
+    if high < 0:
+        return f"{told}: the default recipe is better"
+    return f"{told}: within the noise of {m['examples']['test']:,} test examples"
+
+
 def format_model_card(m: Mapping[str, Any]) -> str:
     """MODEL_CARD.md: what the model is, how it was found, how well it does, how to call it."""
     run, metric = m["run"], m["metric"]
@@ -156,6 +187,8 @@ def format_model_card(m: Mapping[str, Any]) -> str:
         f"{examples['train']} training, {examples['valid']} validation, {examples['test']} test"
     )
     study = f"study `{m['study']}` (trial {m['trial']})"
+    sentence = describe_comparison(m)
+    compared = f"\n{sentence[0].upper()}{sentence[1:]}.\n" if sentence else ""
     return f"""# {model["name"]} fine-tuned on {data_name}
 
 Found by `tuner` {m["tuner"]} in {study}, searched for {metric.replace("_", " ")}.
@@ -172,7 +205,7 @@ Found by `tuner` {m["tuner"]} in {study}, searched for {metric.replace("_", " ")
 | | validation (during the search) | test (once, at the end) |
 |---|---|---|
 {scores}
-
+{compared}
 ## Use
 
 {_format_usage(m)}

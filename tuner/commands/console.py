@@ -236,24 +236,34 @@ class Console:
 
     # -- the winner
 
-    def show_retraining(self, run: Run) -> Callable[[Epoch], None]:
-        """Shows the epochs of a training that is not a trial."""
+    def show_retraining(self, run: Run, *, is_default: bool = False) -> Callable[[Epoch], None]:
+        """Shows the epochs of a training that is not a trial: of the winner, or of the default
+        recipe, which is not exported.
+        """
         total = run.recipe.stop_epoch or run.recipe.epochs
         examples = run.recipe.fit.replace("+", " and ")
-        self.note(f"training on {examples}: up to {total} epochs, then test and export")
+        name, what, then, state_then = ("winner", "", "test and export", "testing and exporting")
+        if is_default:
+            name, what, then, state_then = ("default", " the default recipe", "test", "testing")
+        self.note(f"training{what} on {examples}: up to {total} epochs, then {then}")
         self.open_bars()
-        row = self.bar.add_task("winner", total=total, state="") if self.bar is not None else None
+        row = self.bar.add_task(name, total=total, state="") if self.bar is not None else None
 
         def show(epoch: Epoch) -> None:
             for note in epoch.notes:
                 self.warn(note)
             self.emit_event(
-                "retrain", epoch=epoch.number, of=total, loss=epoch.loss, scores=epoch.scores
+                "retrain",
+                what=name,
+                epoch=epoch.number,
+                of=total,
+                loss=epoch.loss,
+                scores=epoch.scores,
             )
             if self.bar is not None and row is not None:
                 state = f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}"
                 if epoch.number == total:
-                    state = "testing and exporting"
+                    state = state_then
                 self.bar.update(row, completed=epoch.number, state=state)
 
         return show

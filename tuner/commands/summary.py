@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from tuner.commands.progress import Progress
 from tuner.commands.trial_line import format_value
 from tuner.config.run import Run
-from tuner.manifest import PublishedExport
+from tuner.manifest import PublishedExport, describe_comparison
 from tuner.search.leases import CoordinatorInfo
 
 STANDARD_ERRORS = 3  # of the difference between validation and test accuracy that are worth a word
@@ -57,6 +57,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         "default": default.value if default else None,
         "params": summary.winner.params,
         "test": summary.published.manifest["scores"]["test"] if summary.published else None,
+        "comparison": summary.published.manifest.get("comparison") if summary.published else None,
         "export": str(summary.published.folder) if summary.published else None,
     }
 
@@ -101,6 +102,8 @@ def export_lines(published: PublishedExport, metric: str) -> Iterator[str]:
     score, count = m["scores"]["test"][metric], m["examples"]["test"]
     label = metric.replace("_", " ")
     yield f"test     {label} {score:.4f} on {count:,} examples used for nothing else"
+    if compared := describe_comparison(m):
+        yield f"         {compared}"
     yield from validation_gap_lines(m["scores"], m["examples"])
     yield f"export   {published.folder}"
     width = max((len(e["file"]) for e in m["exports"].values()), default=0)

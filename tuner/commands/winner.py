@@ -4,14 +4,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
 from tuner import manifest
 from tuner.commands.progress import Progress
 from tuner.commands.session import Session, study_name, write_yaml
 from tuner.commands.summary import Summary
 from tuner.config.run import Run
+from tuner.dashboard.artifacts import write_result_note
+from tuner.errors import NoUsableTrial
+from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER
+from tuner.files.tested_run_files import find_tested_run, keep_tested_run
 from tuner.manifest import PublishedExport
+from tuner.messages import DefaultComparison
 from tuner.search import history, storage
 from tuner.search.coordinator import Coordinator
+from tuner.search.samplers import derive_seed
+
+BOOTSTRAP = -1  # in a seed where a training has the number of its proposal
 
 
 def progress_of(coordinator: Coordinator) -> Progress:
@@ -148,9 +158,45 @@ def finalize_best(
             winner.number,
             winner.user_attrs[history.SCORES],
             weights,
+            compare_with_default(session, coordinator, folder, winner),
         )
+        if compared := manifest.describe_comparison(published.manifest):
+            write_result_note(coordinator.study, f"trial {winner.number}: {compared}")
         summary = replace(summary, anything_new=True)
     return replace(summary, published=published)
+
+
+def compare_with_default(
+    session: Session, coordinator: Coordinator, folder: Path, winner: FrozenTrial
+) -> DefaultComparison | None:
+    """The default recipe's test, with which the winner's is compared; None: there is none.
+
+    It is made once and kept in the study's folder.
+    """
+    default = history.default_trial(coordinator.study)
+    if session.settings.search.compare == "none" or default is None:
+        return None
+    seed = derive_seed(session.settings.search.seed, BOOTSTRAP)
+    if default.number == winner.number:
+        return DefaultComparison(default.number, None, seed)
+    run, weights = choose_export(
+        session.settings.search.retrain,
+        history.run_of_trial(session.space, coordinator.study, default),
+        default.user_attrs[history.BEST_EPOCH],
+        coordinator.retention.best_weights_of(
+            history.proposal_numbers(coordinator.study)[default.number]
+        ),
+    )
+    tested = find_tested_run(folder, run.digest(), folder / "export" / manifest.TEST_RESULTS)
+    if tested is None:
+        kept = (folder / CHECKPOINTS_FOLDER / "default").absolute()
+        try:
+            tested = session.run_default_test(run, kept, weights)
+        except NoUsableTrial as error:
+            session.console.warn(f"not compared with the default recipe, since its {error}")
+            return None
+    keep_tested_run(folder, tested)
+    return DefaultComparison(default.number, tested, seed)
 
 
 def is_stale(published: PublishedExport, run: Run, formats: tuple[str, ...]) -> bool:

@@ -203,6 +203,11 @@ class SearchSettings(Section):
         description="retrain the best on train and validation before it is tested and exported; "
         "false: as its trial left it",
     )
+    compare: Literal["default", "none"] = Field(
+        "default",
+        description="default: the default recipe is retrained and tested as the winner is, so that "
+        "the difference on the test examples is known; none: the winner alone",
+    )
     grace: Annotated[str, AfterValidator(_check_duration)] = Field(
         "8s",
         description="what SIGTERM leaves to the running epoch: a little less than the time until "

@@ -37,7 +37,7 @@ def match_images(images: Iterable[tuple[Objects, Objects]], class_count: int) ->
     objects = []
     for number, (predicted, truth) in enumerate(images):
         objects.append(torch.bincount(truth["labels"], minlength=class_count))
-        for label in predicted["labels"].unique():
+        for label in torch.unique(predicted["labels"]):
             of_class = predicted["labels"] == label
             order = predicted["scores"][of_class].argsort(descending=True, stable=True)
             order = order[:MAX_DETECTIONS]
@@ -105,7 +105,7 @@ def score_images(results: ExampleResults, counts: Tensor) -> dict[str, float]:
     weights = counts.double()[results["image"]][:, None]
     per_label = torch.bincount(results["label"], minlength=len(object_counts)).tolist()
     precisions, recalls = [], []
-    chunks = (results["hit"].split(per_label), weights.split(per_label))
+    chunks = (torch.split(results["hit"], per_label), torch.split(weights, per_label))
     for count, hit, weight in zip(object_counts.tolist(), *chunks, strict=True):
         if count:
             precision, recall = average_precision(hit, weight, count)

@@ -1,0 +1,209 @@
+"""The winner beside the default recipe on the test examples: tested once, compared, and told."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna_dashboard import get_note, save_note
+
+from tests.conftest import CommandResult
+from tuner.config.run import Recipe
+from tuner.errors import NoUsableTrial
+from tuner.files import removal
+from tuner.manifest import describe_comparison, read_export
+from tuner.search import storage
+from tuner.tasks.classification import Classification
+from tuner.training import finalization
+from tuner.training.tested_runs import TestedRun, compare_tested_runs
+
+Tuner = Callable[..., CommandResult]
+# a score below 1: the linear-probe trial is better than the default recipe
+HARD = ("data.noise=3", "search.trials=2")
+
+
+def manifest(study: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((study / "export/manifest.json").read_text())
+    return found
+
+
+def kept_tests(study: Path) -> list[Path]:
+    return sorted(study.glob("default-test-*.safetensors"))
+
+
+@pytest.fixture
+def study(small: Path) -> Path:
+    return small.parent / "studies" / "small"
+
+
+def open_study(folder: Path) -> optuna.Study:
+    return optuna.load_study(study_name="small", storage=storage.open_storage(None, folder))
+
+
+def test_the_default_recipe_is_tested_on_the_same_examples_and_the_difference_told(
+    tuner: Tuner, small: Path, study: Path
+) -> None:
+    said = tuner("run", small, *HARD)
+    assert said.code == 0, said.err
+    m, (kept,) = manifest(study), kept_tests(study)
+    winner = TestedRun.from_bytes((study / "export/test_results.safetensors").read_bytes())
+    default = TestedRun.from_bytes(kept.read_bytes())
+    assert winner.run_digest == m["run_digest"] != default.run_digest
+    assert winner.scores == m["scores"]["test"] and winner.count == m["examples"]["test"]
+    comparison = m["comparison"]
+    assert comparison["default_trial"] == 1 and comparison["default_scores"] == default.scores
+    assert comparison["difference"] == winner.scores["accuracy"] - default.scores["accuracy"]
+    task = Classification(tuple(m["classes"]), 0.0)
+    again = compare_tested_runs(task, "accuracy", winner, default, seed=0)
+    assert again["interval"] == pytest.approx(comparison["interval"], abs=0.2)  # another seed
+    assert "test_results.safetensors" in m["files"] and read_export(study / "export") is not None
+    sentence = describe_comparison(m)
+    assert sentence is not None and f"\n         {sentence}\n" in said.out
+    assert f"\n\n{sentence}.\n" in (study / "export/MODEL_CARD.md").read_text()
+    assert get_note(open_study(study)).startswith(f"**Result:** trial {m['trial']}: {sentence}.")
+    assert removal.is_of_study(kept)
+    # it is retrained as the winner is
+    assert "training the default recipe on train and valid: up to" in said.out
+
+
+def test_the_default_is_tested_once_whatever_wins_later(
+    tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuner("run", small, *HARD)
+    before, first_note = manifest(study), get_note(open_study(study))
+    (study / "export/manifest.json").unlink()  # as if another trial had won
+    for path in (study / "export").iterdir():
+        path.unlink()
+    save_note(open_study(study), first_note + "\n\nmine")
+    monkeypatch.setattr(finalization, "run_default_test", lambda *_: pytest.fail("tested again"))
+    assert tuner("run", small, *HARD).code == 0
+    assert manifest(study)["comparison"] == before["comparison"]
+    assert get_note(open_study(study)) == first_note + "\n\nmine"
+
+
+def test_a_search_killed_between_the_two_tests_goes_on_with_the_second(
+    tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise NoUsableTrial("as if killed here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finalization, "train_winner", refuse)
+        assert tuner("run", small, *HARD).code != 0
+    (kept,) = kept_tests(study)
+    assert not (study / "export").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(finalization, "run_default_test", lambda *_: pytest.fail("tested again"))
+        assert tuner("run", small, *HARD).code == 0
+    continued = manifest(study)
+    undisturbed = study.with_name("undisturbed")
+    assert tuner("run", small, *HARD, "search.name=undisturbed").code == 0
+    assert kept_tests(undisturbed)[0].read_bytes() == kept.read_bytes()
+    assert manifest(undisturbed)["comparison"] == continued["comparison"]
+
+
+def test_a_damaged_test_is_made_again(tuner: Tuner, small: Path, study: Path) -> None:
+    tuner("run", small, *HARD)
+    (kept,) = kept_tests(study)
+    content, comparison = kept.read_bytes(), manifest(study)["comparison"]
+    kept.unlink()
+    kept.write_bytes(content[:-1] + b"?")
+    for path in [study / "export/manifest.json", *(study / "export").iterdir()]:
+        path.unlink(missing_ok=True)
+    assert tuner("run", small, *HARD).code == 0
+    assert manifest(study)["comparison"] == comparison
+
+
+def test_where_the_default_recipe_wins_nothing_is_trained_twice(
+    tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finalization, "run_default_test", lambda *_: pytest.fail("trained twice"))
+    said = tuner("run", small, "search.trials=1")
+    assert manifest(study)["comparison"] == {"default_trial": 0}
+    assert "the default recipe won: no other was better on the validation examples\n" in said.out
+    # its test is in the export: a later winner is compared with it, and it is not tested again
+    more = tuner("run", small, "search.trials=3", "data.noise=0")
+    assert more.code == 0, more.err
+
+
+def test_the_comparison_can_be_left_out(
+    tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finalization, "run_default_test", lambda *_: pytest.fail("it is trained"))
+    said = tuner("run", small, *HARD, "search.compare=none")
+    assert said.code == 0 and "over the default recipe" not in said.out
+    assert manifest(study)["comparison"] is None
+    assert "test_results.safetensors" not in manifest(study)["files"]
+    wrong = tuner("run", small, "search.compare=defualt")
+    assert wrong.code == 2 and "expected default or none, got 'defualt'" in wrong.err
+
+
+def test_a_default_recipe_that_diverges_does_not_take_the_winner_with_it(
+    tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: object) -> None:
+        raise NoUsableTrial("training diverged (loss nan)")
+
+    monkeypatch.setattr(finalization, "run_default_test", diverge)
+    said = tuner("run", small, *HARD)
+    assert said.code == 0 and manifest(study)["comparison"] is None
+    assert "not compared with the default recipe, since its training diverged" in said.err
+
+
+def test_a_further_format_keeps_the_comparison(tuner: Tuner, small: Path, study: Path) -> None:
+    tuner("run", small, *HARD)
+    before = manifest(study)
+    assert tuner("export", "small", "--format", "torch_export").code == 0
+    after = manifest(study)
+    assert set(after["exports"]) > set(before["exports"])
+    assert after["comparison"] == before["comparison"]
+    name = "test_results.safetensors"
+    assert after["files"][name] == before["files"][name]
+
+
+def test_without_retraining_the_default_is_as_its_trial_left_it(
+    tuner: Tuner, small: Path, study: Path
+) -> None:
+    said = tuner("run", small, *HARD, "search.retrain=false")
+    assert "training the default recipe" not in said.out  # its weights are kept
+    tested = TestedRun.from_bytes(kept_tests(study)[0].read_bytes())
+    again = tuner("run", small, *HARD, "search.retrain=false", "search.name=again", "search.keep=1")
+    assert "training the default recipe on train: up to" in again.out
+    other = TestedRun.from_bytes(kept_tests(study.with_name("again"))[0].read_bytes())
+    assert (other.run_digest, other.scores) == (tested.run_digest, tested.scores)
+
+
+@pytest.mark.parametrize(
+    ("scores", "interval", "expected"),
+    [
+        ((0.93, 0.909), [0.004, 0.037], "+2.1 points over the default recipe on the test examples (95 %: +0.4 to +3.7)"),
+        ((0.93, 0.924), [-0.009, 0.021], "+0.6 points over the default recipe on the test examples (95 %: -0.9 to +2.1): within the noise of 300 test examples"),
+        ((0.90, 0.92), [-0.03, -0.01], "-2.0 points over the default recipe on the test examples (95 %: -3.0 to -1.0): the default recipe is better"),
+        ((-3.1, -3.3), [0.15, 0.25], "+0.2000 accuracy over the default recipe on the test examples (95 %: +0.1500 to +0.2500)"),
+        ((0.93, 0.909), None, "+2.1 points over the default recipe on the test examples, without an interval: the task keeps no results of single examples"),
+    ],
+)  # fmt: skip
+def test_the_sentence(
+    scores: tuple[float, float], interval: list[float] | None, expected: str
+) -> None:
+    comparison = {
+        "default_trial": 1,
+        "metric": "accuracy",
+        "default_scores": {"accuracy": scores[1]},
+        "difference": scores[0] - scores[1],
+        "interval": interval,
+        "confidence": 0.95,
+        "draws": 1000,
+    }
+    m = {
+        "comparison": comparison,
+        "scores": {"test": {"accuracy": scores[0]}},
+        "examples": {"test": 300},
+    }
+    assert describe_comparison(m) == expected
+
+
+def test_an_export_of_an_earlier_version_has_no_sentence() -> None:
+    assert describe_comparison({"scores": {}, "recipe": Recipe().model_dump()}) is None
