@@ -150,7 +150,9 @@ def describe_comparison(m: Mapping[str, Any]) -> str | None:
     if comparison["interval"] is None:
         return f"{told}, without an interval: the task keeps no results of single examples"
     low, high = comparison["interval"]
-    told += f" ({100 * comparison['confidence']:g} %: {signed(low)} to {signed(high)})"
+    noise = (m.get("confirmation") or {}).get("deviation")
+    of_noise = "" if noise is None else f"; seed noise {signed(noise)[1:]}"
+    told += f" ({100 * comparison['confidence']:g} %: {signed(low)} to {signed(high)}{of_noise})"
     if low > 0:
         return told
     if high < 0:

@@ -117,7 +117,8 @@ class FinalizeJob:
 
     `weights_file`: it is not retrained, but gets the weights that its trial left there.
     `comparison`: the default recipe, where the winner is compared with it; then the export keeps
-    the results of single test examples.
+    the results of single test examples. `confirmation` is what the manifest says of the winner's
+    repeats.
     """
 
     assignment: Assignment
@@ -128,3 +129,4 @@ class FinalizeJob:
     valid_scores: tuple[tuple[str, float], ...] = ()
     weights_file: str | None = None
     comparison: DefaultComparison | None = None
+    confirmation: dict[str, Any] | None = None

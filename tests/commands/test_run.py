@@ -54,7 +54,12 @@ def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(
         == set(m["scores"]["valid"])
         == {"accuracy", "balanced_accuracy", "f1", "log_likelihood"}
     )
-    assert set(m["files"]) == {"MODEL_CARD.md", "model.json", "model.safetensors"}
+    assert set(m["files"]) == {
+        "MODEL_CARD.md",
+        "model.json",
+        "model.safetensors",
+        "test_results.safetensors",
+    }
     for words in ("test", "tuner predict small", "tuner dashboard small", "tuner train", "default"):
         assert words in said.out
     assert sum(line.startswith("#") for line in said.out.splitlines()) == 4

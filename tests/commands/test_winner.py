@@ -1,6 +1,7 @@
 """The winner beside the default recipe on the test examples: tested once, compared, and told."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,37 @@ def study(small: Path) -> Path:
     return small.parent / "studies" / "small"
 
 
+@pytest.fixture
+def compared(
+    tuner: Tuner, small: Path, study: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A finished study whose winner is not the default recipe: run once, a copy for each test.
+
+    What the command printed.
+    """
+    original = tmp_path_factory.getbasetemp() / "compared"
+    if not original.exists():
+        said = tuner("run", small, *HARD)
+        assert said.code == 0, said.err
+        shutil.copytree(study, original)
+        (original.with_name("compared.out")).write_text(said.out)
+    else:
+        shutil.copytree(original, study)
+    return (original.with_name("compared.out")).read_text()
+
+
+def remove_export(study: Path) -> None:
+    """As if another trial had won."""
+    shutil.rmtree(study / "export")
+
+
 def open_study(folder: Path) -> optuna.Study:
     return optuna.load_study(study_name="small", storage=storage.open_storage(None, folder))
 
 
 def test_the_default_recipe_is_tested_on_the_same_examples_and_the_difference_told(
-    tuner: Tuner, small: Path, study: Path
+    compared: str, study: Path
 ) -> None:
-    said = tuner("run", small, *HARD)
-    assert said.code == 0, said.err
     m, (kept,) = manifest(study), kept_tests(study)
     winner = TestedRun.from_bytes((study / "export/test_results.safetensors").read_bytes())
     default = TestedRun.from_bytes(kept.read_bytes())
@@ -60,22 +83,19 @@ def test_the_default_recipe_is_tested_on_the_same_examples_and_the_difference_to
     assert again["interval"] == pytest.approx(comparison["interval"], abs=0.2)  # another seed
     assert "test_results.safetensors" in m["files"] and read_export(study / "export") is not None
     sentence = describe_comparison(m)
-    assert sentence is not None and f"\n         {sentence}\n" in said.out
+    assert sentence is not None and f"\n         {sentence}\n" in compared
     assert f"\n\n{sentence}.\n" in (study / "export/MODEL_CARD.md").read_text()
     assert get_note(open_study(study)).startswith(f"**Result:** trial {m['trial']}: {sentence}.")
     assert removal.is_of_study(kept)
     # it is retrained as the winner is
-    assert "training the default recipe on train and valid: up to" in said.out
+    assert "training the default recipe on train and valid: up to" in compared
 
 
 def test_the_default_is_tested_once_whatever_wins_later(
-    tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+    tuner: Tuner, compared: str, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuner("run", small, *HARD)
     before, first_note = manifest(study), get_note(open_study(study))
-    (study / "export/manifest.json").unlink()  # as if another trial had won
-    for path in (study / "export").iterdir():
-        path.unlink()
+    remove_export(study)
     save_note(open_study(study), first_note + "\n\nmine")
     monkeypatch.setattr(finalization, "run_default_test", lambda *_: pytest.fail("tested again"))
     assert tuner("run", small, *HARD).code == 0
@@ -84,8 +104,13 @@ def test_the_default_is_tested_once_whatever_wins_later(
 
 
 def test_a_search_killed_between_the_two_tests_goes_on_with_the_second(
-    tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+    tuner: Tuner, compared: str, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    undisturbed = manifest(study)
+    (before,) = kept_tests(study)
+    content = before.read_bytes()
+    shutil.rmtree(study)
+
     def refuse(*_: object) -> None:
         raise NoUsableTrial("as if killed here")
 
@@ -97,21 +122,18 @@ def test_a_search_killed_between_the_two_tests_goes_on_with_the_second(
     with monkeypatch.context() as patched:
         patched.setattr(finalization, "run_default_test", lambda *_: pytest.fail("tested again"))
         assert tuner("run", small, *HARD).code == 0
-    continued = manifest(study)
-    undisturbed = study.with_name("undisturbed")
-    assert tuner("run", small, *HARD, "search.name=undisturbed").code == 0
-    assert kept_tests(undisturbed)[0].read_bytes() == kept.read_bytes()
-    assert manifest(undisturbed)["comparison"] == continued["comparison"]
+    assert manifest(study)["comparison"] == undisturbed["comparison"]
+    assert kept.name == before.name and kept.read_bytes() == content
 
 
-def test_a_damaged_test_is_made_again(tuner: Tuner, small: Path, study: Path) -> None:
-    tuner("run", small, *HARD)
+def test_a_damaged_test_is_made_again(
+    tuner: Tuner, compared: str, small: Path, study: Path
+) -> None:
     (kept,) = kept_tests(study)
     content, comparison = kept.read_bytes(), manifest(study)["comparison"]
     kept.unlink()
     kept.write_bytes(content[:-1] + b"?")
-    for path in [study / "export/manifest.json", *(study / "export").iterdir()]:
-        path.unlink(missing_ok=True)
+    remove_export(study)
     assert tuner("run", small, *HARD).code == 0
     assert manifest(study)["comparison"] == comparison
 
@@ -120,12 +142,15 @@ def test_where_the_default_recipe_wins_nothing_is_trained_twice(
     tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finalization, "run_default_test", lambda *_: pytest.fail("trained twice"))
-    said = tuner("run", small, "search.trials=1")
+    said = tuner("run", small, "data.noise=3", "search.trials=1")
     assert manifest(study)["comparison"] == {"default_trial": 0}
     assert "the default recipe won: no other was better on the validation examples\n" in said.out
     # its test is in the export: a later winner is compared with it, and it is not tested again
-    more = tuner("run", small, "search.trials=3", "data.noise=0")
+    default_scores = manifest(study)["scores"]["test"]
+    more = tuner("run", small, "data.noise=3", "search.trials=4")
     assert more.code == 0, more.err
+    assert manifest(study)["trial"] != 0
+    assert manifest(study)["comparison"]["default_scores"] == default_scores
 
 
 def test_the_comparison_can_be_left_out(
@@ -137,7 +162,7 @@ def test_the_comparison_can_be_left_out(
     assert manifest(study)["comparison"] is None
     assert "test_results.safetensors" not in manifest(study)["files"]
     wrong = tuner("run", small, "search.compare=defualt")
-    assert wrong.code == 2 and "expected default or none, got 'defualt'" in wrong.err
+    assert wrong.code == 2 and "did you mean 'default'?" in wrong.err
 
 
 def test_a_default_recipe_that_diverges_does_not_take_the_winner_with_it(
@@ -152,8 +177,7 @@ def test_a_default_recipe_that_diverges_does_not_take_the_winner_with_it(
     assert "not compared with the default recipe, since its training diverged" in said.err
 
 
-def test_a_further_format_keeps_the_comparison(tuner: Tuner, small: Path, study: Path) -> None:
-    tuner("run", small, *HARD)
+def test_a_further_format_keeps_the_comparison(tuner: Tuner, compared: str, study: Path) -> None:
     before = manifest(study)
     assert tuner("export", "small", "--format", "torch_export").code == 0
     after = manifest(study)

@@ -20,7 +20,7 @@ from tuner.commands.session import (
     write_yaml,
 )
 from tuner.commands.summary import Summary
-from tuner.commands.winner import finalize_once, progress_of
+from tuner.commands.winner import EndedSearch, finalize_once, progress_of
 from tuner.config import database_url
 from tuner.config.parsing import with_values
 from tuner.config.space import Space
@@ -82,9 +82,9 @@ def run_study(space: Space, folders: Folders, console: Console) -> Summary:
                 raise interrupted_error(s.stop_signal)
             if coordinator.fatal_error is not None:
                 raise coordinator.fatal_error
-            return finalize_once(
-                s, coordinator, folder, new_trials=coordinator.budget_used > before
-            )
+            sizes = facts.split_sizes["train"], facts.split_sizes["valid"]
+            is_new = coordinator.budget_used > before
+            return finalize_once(EndedSearch(s, coordinator, folder, sizes, workers, is_new))
 
 
 def search_until_done(session: Session, coordinator: Coordinator, workers: int) -> None:

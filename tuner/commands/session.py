@@ -199,12 +199,12 @@ class Session:
         valid: dict[str, float],
         weights: Path | None = None,
         comparison: DefaultComparison | None = None,
+        confirmation: dict[str, Any] | None = None,
     ) -> Any:
         """Retrains, tests and exports in a worker; returns what was published.
 
         With `weights` it takes these, of the run's trial. With `comparison` the winner is compared
-        with the default recipe.
-
+        with the default recipe. `confirmation` is what the manifest says of its repeats.
         A training that is killed is continued by the next crowning for the same folder. Raises
         StorageError where an export cannot be put there, or another process is making one.
         """
@@ -219,6 +219,7 @@ class Session:
             tuple(valid.items()),
             str(weights.absolute()) if weights else None,
             comparison,
+            confirmation,
         )
         with publishing(folder):
             return self.retrain(job, kept, weights, str(folder.absolute()))
@@ -240,11 +241,7 @@ class Session:
         return replace(self.make_assignment(run), engine=alone, checkpoint_folder=str(kept))
 
     def retrain(
-        self,
-        job: FinalizeJob | DefaultTestJob,
-        kept: Path,
-        weights: Path | None,
-        whole: str = "",
+        self, job: FinalizeJob | DefaultTestJob, kept: Path, weights: Path | None, whole: str = ""
     ) -> Any:
         """Has a worker carry out a job of `training/finalization.py`, and shows its epochs.
 

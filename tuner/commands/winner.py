@@ -1,6 +1,6 @@
 """The winner of a study: chosen, written to best.yaml, retrained, tested and exported."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,9 @@ from optuna.trial import FrozenTrial
 
 from tuner import manifest
 from tuner.commands.progress import Progress
-from tuner.commands.session import Session, study_name, write_yaml
+from tuner.commands.session import Session, interrupted_error, study_name, write_yaml
 from tuner.commands.summary import Summary
+from tuner.commands.trial_line import format_duration
 from tuner.config.run import Run
 from tuner.dashboard.artifacts import write_result_note
 from tuner.errors import NoUsableTrial
@@ -18,6 +19,7 @@ from tuner.files.tested_run_files import find_tested_run, keep_tested_run
 from tuner.manifest import PublishedExport
 from tuner.messages import DefaultComparison
 from tuner.search import history, storage
+from tuner.search.confirmation import Confirmation, Confirmed, read_confirmed, settings_for
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import derive_seed
 
@@ -70,15 +72,30 @@ def best_yaml_content(run: Run, session: Session) -> dict[str, Any]:
     }
 
 
-def finalize_once(
-    session: Session, coordinator: Coordinator, folder: Path, *, new_trials: bool
-) -> Summary:
-    """Lets one of several coordinators make the export of the winner.
+@dataclass(frozen=True)
+class EndedSearch:
+    """A search whose budget is spent: what the winner is made of.
+
+    `split_sizes` are the numbers of training and validation examples. `workers`: how many carry
+    out trials. `new_trials`: whether this command added any.
+    """
+
+    session: Session
+    coordinator: Coordinator
+    folder: Path
+    split_sizes: tuple[int, int]
+    workers: int
+    new_trials: bool
+
+
+def finalize_once(ended: EndedSearch) -> Summary:
+    """Lets one of several coordinators confirm the best trials and make the export of the winner.
 
     The others report which coordinator does it, once it has claimed the winner.
     """
+    session, coordinator, folder = ended.session, ended.coordinator, ended.folder
     if not coordinator.coordination.is_shared:
-        return finalize_best(session, coordinator, folder, new_trials=new_trials)
+        return finalize_best(ended)
     winner, tied = history.best_trial(coordinator.study)
     busy = (
         [
@@ -108,22 +125,26 @@ def finalize_once(
             made_elsewhere=other,
         )
     with storage.lock_study(folder):  # `tuner export` writes here too
-        summary = finalize_best(session, coordinator, folder, new_trials=new_trials)
+        summary = finalize_best(ended)
     coordinator.coordination.mark_winner_made()
     return summary
 
 
-def finalize_best(
-    session: Session, coordinator: Coordinator, folder: Path, *, new_trials: bool
-) -> Summary:
+def finalize_best(ended: EndedSearch) -> Summary:
+    """Confirms the best trials, and makes the export of the winner. Raises TunerError."""
+    session, coordinator, folder = ended.session, ended.coordinator, ended.folder
     winner, tied = history.best_trial(coordinator.study)
+    confirmed = confirm_best(ended)
+    if confirmed is not None:
+        winner, tied = confirmed.winner.trial, []
     trial_run = history.run_of_trial(session.space, coordinator.study, winner)
     draw = history.proposal_numbers(coordinator.study)[winner.number]
     run = run_to_best_epoch(trial_run, winner.user_attrs[history.BEST_EPOCH])
     write_yaml(
         folder / "best.yaml",
         best_yaml_content(run, session),
-        f"trial {winner.number} of study {study_name(session.space)!r}; `tuner train` repeats it",
+        f"trial {winner.number} of study {study_name(session.space)!r}; "
+        f"{describe_confirmed(confirmed)}`tuner train` repeats it",
     )
     summary = Summary(
         folder=folder,
@@ -133,8 +154,9 @@ def finalize_best(
         tied_numbers=tied,
         run=run,
         published=None,
-        anything_new=new_trials,
+        anything_new=ended.new_trials,
         default_trial=history.default_trial(coordinator.study),
+        confirmed=confirmed,
     )
     run, weights = choose_export(
         session.settings.search.retrain,
@@ -159,11 +181,74 @@ def finalize_best(
             winner.user_attrs[history.SCORES],
             weights,
             compare_with_default(session, coordinator, folder, winner),
+            confirmed.to_dict(summary.metric) if confirmed is not None else None,
         )
         if compared := manifest.describe_comparison(published.manifest):
             write_result_note(coordinator.study, f"trial {winner.number}: {compared}")
         summary = replace(summary, anything_new=True)
     return replace(summary, published=published)
+
+
+def confirm_best(ended: EndedSearch) -> Confirmed | None:
+    """Trains the best trials again, as search.confirm says; None: it says that none is.
+
+    Repeats that an earlier command made are not made again. Raises Interrupted, and what a worker
+    refuses.
+    """
+    session, study = ended.session, ended.coordinator.study
+    search, console = session.settings.search, session.console
+    settings = settings_for(search, len(history.ended_proposals(study)))
+    if settings is None:
+        return None
+
+    def tell(number: int, repeat: int, score: float | None, reason: str) -> None:
+        which = f"#{number} again, {repeat + 1} of {settings.repeats}"
+        if score is None:
+            console.warn(f"{which}: no score ({reason}); it cannot win")
+        else:
+            console.note(f"{which}: {str(search.metric).replace('_', ' ')} {score:.4f}")
+
+    confirmation = Confirmation(
+        study,
+        session.space,
+        settings,
+        ended.split_sizes,
+        session.make_assignment,
+        (ended.folder / CHECKPOINTS_FOLDER).absolute(),
+        tell,
+        session.stopping,
+    )
+    if confirmation.count:
+        seconds = confirmation.estimate_seconds(ended.workers)
+        console.note(
+            f"confirming {', '.join(f'#{n}' for n in confirmation.trial_numbers)}: "
+            f"{confirmation.count} trainings with other seeds and other validation examples, "
+            f"about {format_duration(seconds)}"
+        )
+        session.run_jobs(
+            confirmation.next_job,
+            confirmation.report,
+            confirmation.on_job_end,
+            session.go_on,
+            ended.workers,
+        )
+        if session.stop_signal:
+            raise interrupted_error(session.stop_signal)
+        if confirmation.error is not None:
+            raise confirmation.error
+    confirmed = read_confirmed(study, session.space)
+    if confirmed is None:
+        console.warn("no trial could be repeated, so the best one wins unconfirmed")
+    return confirmed
+
+
+def describe_confirmed(confirmed: Confirmed | None) -> str:
+    """The part of best.yaml's first line about the repeats."""
+    if confirmed is None:
+        return ""
+    winner = confirmed.winner
+    spread = "" if winner.deviation is None else f" +- {winner.deviation:.4f}"
+    return f"confirmed at {winner.mean:.4f}{spread} in {len(winner.scores)} repeats; "
 
 
 def compare_with_default(

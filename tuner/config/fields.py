@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from tuner.config.yaml_document import describe_value
@@ -114,6 +114,12 @@ def literal_choices(field: FieldInfo) -> list[Any]:
     ]
 
 
+def mapping_schema(field: FieldInfo) -> type[BaseModel] | None:
+    """The keys of a field whose value can be a mapping in the file; None where it cannot."""
+    kinds = (k for k in plain_types(field.annotation) if isinstance(k, type))
+    return next((k for k in kinds if issubclass(k, BaseModel)), None)
+
+
 def is_sequence(field: FieldInfo) -> bool:
     """Whether a list in the file is one value of this field and not a choice."""
     return any(
@@ -143,6 +149,8 @@ def describe_expected(field: FieldInfo) -> str:
             words.append(f"a list of {len(members)} numbers")
         elif k in (tuple, list) or members:
             words.append("a list")
+        elif isinstance(k, type) and issubclass(k, BaseModel):
+            words.append(f"a mapping of {' and '.join(k.model_fields)}")
         else:
             words.append(_TYPE_NAMES.get(k, str(k)) if isinstance(k, type) else repr(k).strip("'"))
     return join_alternatives(words)

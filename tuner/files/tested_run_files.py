@@ -7,18 +7,21 @@ recipe's in the study's folder, under a name that vouches for the content.
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from tuner.files.atomic import atomic_path
 from tuner.files.crash_points import crash_point
 from tuner.files.removal import TESTED_RUN
 
+FIELDS_KEY = "tested_run"  # of the metadata
 
-def read_metadata(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file. Raises ValueError where the content is none."""
+
+def read_fields(content: bytes) -> dict[str, Any]:
+    """What a file with a test says beside its tensors: the header of a safetensors file has it."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
-    metadata: dict[str, str] = header["__metadata__"]
-    return metadata
+    fields: dict[str, Any] = json.loads(header["__metadata__"][FIELDS_KEY])
+    return fields
 
 
 def keep_tested_run(folder: Path, content: bytes) -> None:
@@ -37,7 +40,7 @@ def find_tested_run(folder: Path, run_digest: str, *others: Path) -> bytes | Non
     """
     kept = [path.read_bytes() for path in sorted(folder.glob("default-test-*")) if is_intact(path)]
     contents = [*kept, *(path.read_bytes() for path in others if path.is_file())]
-    return next((c for c in contents if read_metadata(c)["run_digest"] == run_digest), None)
+    return next((c for c in contents if read_fields(c)["run_digest"] == run_digest), None)
 
 
 def is_intact(path: Path) -> bool:

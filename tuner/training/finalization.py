@@ -32,15 +32,15 @@ DIVERGED_HINT = "lower recipe.lr, or export the next best with `tuner export STU
 class TrainedModel(NamedTuple):
     """A model that is ready for its export.
 
-    `scores` are those of the splits `valid` and `test`; `seconds` its training took. `comparison`
-    is what the manifest says of the default recipe, `tested_run` the file with its test; None
-    where it is not compared.
+    `scores` are those of the splits `valid` and `test`; `seconds` its training took. `findings` are
+    what the manifest says of the default recipe and of the trial's repeats. `tested_run` is the
+    file with its test, None where it is not compared.
     """
 
     staged_model: StagedModel
     scores: dict[str, Any]
     seconds: float
-    comparison: dict[str, Any] | None = None
+    findings: dict[str, Any]
     tested_run: bytes | None = None
 
 
@@ -78,7 +78,7 @@ def finalize(
         dataset,
         trained.scores,
         trained.seconds,
-        trained.comparison,
+        trained.findings,
         trained.tested_run,
     )
 
@@ -112,15 +112,17 @@ def train_winner(
         "test": tested_run.scores,
     }
     seconds = time.monotonic() - start
+    findings: dict[str, Any] = {"comparison": None, "confirmation": job.confirmation}
     if job.comparison is None:
-        return TrainedModel(context.staged_model, scores, seconds)
+        return TrainedModel(context.staged_model, scores, seconds, findings)
     comparison: dict[str, Any] = {"default_trial": job.comparison.trial_number}
     if job.comparison.tested_run is not None:
         default = TestedRun.from_bytes(job.comparison.tested_run)
         comparison |= compare_tested_runs(
             context.task, context.metric, tested_run, default, job.comparison.seed
         )
-    return TrainedModel(context.staged_model, scores, seconds, comparison, tested_run.to_bytes())
+    findings["comparison"] = comparison
+    return TrainedModel(context.staged_model, scores, seconds, findings, tested_run.to_bytes())
 
 
 class TestedModel(NamedTuple):
@@ -203,6 +205,6 @@ def load_earlier_export(folder: Path, assignment: Assignment) -> TrainedModel | 
         model.staged[0],
         published.manifest["scores"],
         published.manifest["training_seconds"],
-        published.manifest.get("comparison"),
+        {name: published.manifest.get(name) for name in ("comparison", "confirmation")},
         test_file.read_bytes() if TEST_RESULTS in published.manifest["files"] else None,
     )

@@ -38,11 +38,11 @@ def publish(
     dataset: Dataset,
     scores: Mapping[str, Any],
     seconds: float,
-    comparison: Mapping[str, Any] | None = None,
+    findings: Mapping[str, Any],
     tested_run: bytes | None = None,
 ) -> PublishedExport:
     """Writes every format beside the export folder, verifies each, and only then puts the folder in
-    place. What the model is compared with, and the file with its test, go into it as they are.
+    place. The findings go into the manifest, and the file with the model's test into the folder.
 
     Raises:
         ExportMismatch: A format differs from the model. Nothing is published.
@@ -60,7 +60,7 @@ def publish(
             if tested_run is not None:
                 (temporary / TEST_RESULTS).write_bytes(tested_run)
             manifest = make_manifest(job, model, dataset, scores, seconds)
-            manifest["comparison"] = comparison
+            manifest |= findings
             manifest["exports"] = save_and_verify_all(
                 job, model, dataset, PublishedExport(temporary, manifest)
             )

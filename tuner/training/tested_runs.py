@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tuner.core.example_results import ExampleResults
 from tuner.core.types import Task
-from tuner.files.tested_run_files import read_metadata
+from tuner.files.tested_run_files import FIELDS_KEY, read_fields
 
 DRAWS = 1000
 PLAIN_DRAWS = 200  # where each draw is scored by the task's whole `score`, which may take long
@@ -40,26 +40,24 @@ class TestedRun:
     results: ExampleResults
 
     def to_bytes(self) -> bytes:
-        """A safetensors file: the results, and the other fields as its metadata."""
-        metadata = {
+        """A safetensors file: the results, and the other fields as its metadata.
+
+        Equal runs give equal bytes. The metadata are one text, because safetensors writes several
+        in any order.
+        """
+        fields = {
             "run_digest": self.run_digest,
             "data_digest": self.data_digest,
-            "scores": json.dumps(self.scores),
-            "count": str(self.count),
+            "scores": self.scores,
+            "count": self.count,
         }
-        return save({name: value.contiguous() for name, value in self.results.items()}, metadata)
+        tensors = {name: value.contiguous() for name, value in self.results.items()}
+        return save(tensors, {FIELDS_KEY: json.dumps(fields)})
 
     @staticmethod
     def from_bytes(content: bytes) -> "TestedRun":
         """What `to_bytes` wrote."""
-        metadata = read_metadata(content)
-        return TestedRun(
-            metadata["run_digest"],
-            metadata["data_digest"],
-            json.loads(metadata["scores"]),
-            int(metadata["count"]),
-            load(content),
-        )
+        return TestedRun(**read_fields(content), results=load(content))
 
 
 def compare_tested_runs(
