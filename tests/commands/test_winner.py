@@ -1,23 +1,29 @@
-"""The winner beside the default recipe on the test examples: tested once, compared, and told."""
+"""The winner: confirmed by repeats, tested once, and compared with the default recipe."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import torch
+import yaml
 from optuna_dashboard import get_note, save_note
 
-from tests.conftest import CommandResult
-from tuner.config.run import Recipe
+from tests.conftest import SMALL, CommandResult
+from tuner.config import parsing, yaml_document
+from tuner.config.run import ConfirmSettings, Recipe
 from tuner.errors import NoUsableTrial
 from tuner.files import removal
 from tuner.manifest import describe_comparison, read_export
-from tuner.search import storage
+from tuner.search import confirmation, storage
 from tuner.tasks.classification import Classification
-from tuner.training import finalization
+from tuner.training import finalization, worker_jobs
+from tuner.training.building import load_dataset
 from tuner.training.tested_runs import TestedRun, compare_tested_runs
 
 Tuner = Callable[..., CommandResult]
@@ -231,3 +237,113 @@ def test_the_sentence(
 
 def test_an_export_of_an_earlier_version_has_no_sentence() -> None:
     assert describe_comparison({"scores": {}, "recipe": Recipe().model_dump()}) is None
+
+
+# -- confirmation
+
+CONFIRM = ("data.noise=3", "search.trials=3", "search.pruner=none", "recipe.epochs=2")
+CONFIRMED = (*CONFIRM, "search.confirm={top: 2, repeats: 2}")
+
+
+def test_the_best_trials_are_confirmed_and_killed_and_continued_equals_undisturbed(
+    tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tuner("run", small, *CONFIRMED, "search.name=whole")
+    assert whole.code == 0, whole.err
+    assert len(re.findall(r"^#\d again, [12] of 2: accuracy 0\.\d{4}$", whole.out, re.M)) == 4
+    expected = manifest(study.with_name("whole"))
+    repeats, real = [], worker_jobs.run_repeat
+
+    def counted(*arguments: Any) -> Any:
+        repeats.append(arguments[0].run.seed)
+        return real(*arguments)
+
+    def killed(point: str) -> None:
+        if point == "confirm.kept" and len(repeats) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker_jobs, "run_repeat", counted)
+    with monkeypatch.context() as patched:
+        patched.setattr("tuner.search.confirmation.crash_point", killed)
+        assert tuner("run", small, *CONFIRMED).code == 130
+    assert len(repeats) == 3 and not (study / "export").exists()
+    said = tuner("run", small, *CONFIRMED)
+    assert said.code == 0 and len(repeats) == 4
+    found = manifest(study)
+    for key in ("confirmation", "comparison", "trial", "run_digest", "scores"):
+        assert found[key] == expected[key]
+    c = found["confirmation"]
+    means = {candidate["trial"]: sum(candidate["scores"]) / 2 for candidate in c["candidates"]}
+    assert len(means) == 2 and c["mean"] == pytest.approx(means[found["trial"]])
+    assert c["is_cheaper"] or c["mean"] == pytest.approx(max(means.values()))
+    header = (study / "best.yaml").read_text().splitlines()[0]
+    assert f"; confirmed at {c['mean']:.4f} +- {c['deviation']:.4f} in 2 repeats; " in header
+    shown = f"confirmed {c['mean']:.4f} in 2 repeats with other seeds and splits, seed noise "
+    assert shown in said.out
+    assert not list((study / "checkpoints").glob("confirm-*"))
+    # nothing is repeated for a further format, and the same trial is exported
+    assert tuner("export", "small", "--format", "torch_export").code == 0
+    assert manifest(study)["confirmation"] == c and manifest(study)["trial"] == found["trial"]
+    assert len(repeats) == 4
+
+
+def test_the_confirmed_trial_is_exported_although_another_has_the_highest_score(
+    tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = worker_jobs.run_repeat
+    favourite: list[float] = []
+
+    def favouring(assignment: Any, *more: Any) -> Any:
+        """The second candidate has the better repeats."""
+        lr = assignment.run.recipe.lr
+        favourite.append(lr)
+        result = real(assignment, *more)
+        scores = {"accuracy": 0.9 if lr == favourite[1] else 0.1}
+        epochs = (*result.epochs[:-1], replace(result.epochs[-1], scores=scores))
+        return replace(result, epochs=epochs)
+
+    monkeypatch.setattr(worker_jobs, "run_repeat", favouring)
+    said = tuner("run", small, *CONFIRMED, "search.compare=none")
+    assert said.code == 0, said.err
+    m = manifest(study)
+    assert m["confirmation"]["candidates"][1]["trial"] == m["trial"]
+    best = open_study(study).best_trial
+    assert best.number != m["trial"] and m["run"]["recipe"]["lr"] == favourite[1] != favourite[0]
+    assert yaml.safe_load((study / "best.yaml").read_text())["recipe"]["lr"] == favourite[1]
+    shutil.rmtree(study / "export")
+    assert tuner("export", "small").code == 0
+    assert manifest(study)["trial"] == m["trial"]  # chosen from what the study has
+
+
+def test_search_confirm_none_repeats_nothing(
+    tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_jobs, "run_repeat", lambda *_: pytest.fail("it is repeated"))
+    monkeypatch.setattr(confirmation, "AUTO_SETTINGS", ((1, ConfirmSettings(top=1, repeats=1)),))
+    said = tuner("run", small, *HARD, "search.confirm=none", "search.compare=none")
+    assert said.code == 0 and manifest(study)["confirmation"] is None
+    assert "confirmed" not in said.out
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_repeats_validate_on_other_examples_and_never_touch_the_test_part(
+    augment: str, tmp_path: Path
+) -> None:
+    words = ("recipe.lr=0.01", "recipe.optimizer=sgd", "recipe.momentum=0.9")
+    more = ("recipe.freeze_depth=5", "recipe.epochs=1", f"data.augment={augment}")
+    document = parsing.apply_overrides(
+        yaml_document.parse_document(SMALL, "small.yaml"), [*words, *more]
+    )
+    run = parsing.parse_space(document).sample(None, seed=1)
+    data = load_dataset(run, tmp_path)
+    folds = confirmation.fold_count(run, 3, len(data.train), len(data.valid))
+    valid_rows = []
+    for repeat in range(3):
+        repeated = load_dataset(confirmation.run_of_repeat(run, 1, repeat, folds, 0), tmp_path)
+        # equal digests: what frozen stages computed for the whole is shared
+        assert (repeated.test.digest, repeated.full.digest) == (data.test.digest, data.full.digest)
+        assert abs(len(repeated.valid) - len(data.valid)) <= 2
+        index = torch.arange(len(repeated.valid))
+        pixels = repeated.valid.take(index, 0).x
+        valid_rows += [row.numpy().tobytes() for row in pixels]  # type: ignore[union-attr]
+    assert len(set(valid_rows)) == len(valid_rows)  # no example validates twice
