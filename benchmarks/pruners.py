@@ -49,7 +49,7 @@ def write(folder: Path, data: str, search: dict[str, Any], args: argparse.Namesp
             "epochs": {"low": 1, "high": 8},
             "batch_size": 32,
         },
-        "search": {"retrain": False, "keep": 0, **search},
+        "search": {"retrain": False, "keep": 0, "confirm": "none", **search},
         "export": ["safetensors"],
     }
     file = folder / "race.yaml"

@@ -325,6 +325,20 @@ def test_search_confirm_none_repeats_nothing(
     assert "confirmed" not in said.out
 
 
+def test_a_study_that_an_earlier_version_finished_stays_finished(
+    tuner: Tuner, compared: str, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confirmation, "AUTO_SETTINGS", ((1, ConfirmSettings(top=1, repeats=1)),))
+    before = {k: v for k, v in manifest(study).items() if k not in ("confirmation", "comparison")}
+    (study / "export/manifest.json").write_text(json.dumps(before))
+    with monkeypatch.context() as patched:
+        patched.setattr(worker_jobs, "run_repeat", lambda *_: pytest.fail("it is repeated"))
+        said = tuner("run", small, *HARD)
+    assert said.code == 0 and "nothing left to do" in said.out and manifest(study) == before
+    more = tuner("run", small, "data.noise=3", "search.trials=3")  # new trials open it again
+    assert "again, 1 of 1: accuracy" in more.out, more.err
+
+
 @pytest.mark.parametrize("augment", ["none", "flip"])
 def test_repeats_validate_on_other_examples_and_never_touch_the_test_part(
     augment: str, tmp_path: Path

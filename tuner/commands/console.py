@@ -28,6 +28,7 @@ from tuner.config.run import Run, SearchSettings, parse_duration
 from tuner.config.space import Space
 from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.messages import DatasetReport, Epoch, ModelSurvey, TrialResult
+from tuner.search.confirmation import settings_for
 from tuner.search.history import DUPLICATE_OF, REASON
 
 OutputMode = Literal["normal", "quiet", "json"]
@@ -296,6 +297,26 @@ def opening_lines(
         f"search {trials}, {search.sampler} sampler, {search.pruner} pruner, "
         f"{describe_workers(workers, survey.gpu_count)}"
     )
+    if after := describe_trainings_after(search, progress.budget):
+        yield f"then   {after}"
+
+
+def describe_trainings_after(search: SearchSettings, trial_count: int) -> str:
+    """The trainings that follow a search of so many trials; empty where there is none."""
+    confirm = settings_for(search, trial_count)
+    parts = [
+        f"the best {confirm.top} again with {confirm.repeats} other seeds each"
+        if confirm and confirm.top > 1
+        else f"the best again with {confirm.repeats} other seeds"
+        if confirm
+        else "",
+        "the winner on train and valid" if search.retrain else "",
+        "the default recipe, to compare it with" if search.compare == "default" else "",
+    ]
+    confirming = confirm.top * confirm.repeats if confirm else 0
+    count = confirming + search.retrain + (search.compare == "default")
+    trainings = "training" if count == 1 else "trainings"
+    return f"up to {count} {trainings}: {', '.join(filter(None, parts))}" if count else ""
 
 
 def describe_workers(workers: int, gpu_count: int) -> str:

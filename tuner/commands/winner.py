@@ -19,7 +19,13 @@ from tuner.files.tested_run_files import find_tested_run, keep_tested_run
 from tuner.manifest import PublishedExport
 from tuner.messages import DefaultComparison
 from tuner.search import history, storage
-from tuner.search.confirmation import Confirmation, Confirmed, read_confirmed, settings_for
+from tuner.search.confirmation import (
+    Confirmation,
+    Confirmed,
+    any_repeat_kept,
+    read_confirmed,
+    settings_for,
+)
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import derive_seed
 
@@ -198,7 +204,7 @@ def confirm_best(ended: EndedSearch) -> Confirmed | None:
     session, study = ended.session, ended.coordinator.study
     search, console = session.settings.search, session.console
     settings = settings_for(search, len(history.ended_proposals(study)))
-    if settings is None:
+    if settings is None or is_of_earlier_version(ended):
         return None
 
     def tell(number: int, repeat: int, score: float | None, reason: str) -> None:
@@ -240,6 +246,21 @@ def confirm_best(ended: EndedSearch) -> Confirmed | None:
     if confirmed is None:
         console.warn("no trial could be repeated, so the best one wins unconfirmed")
     return confirmed
+
+
+def is_of_earlier_version(ended: EndedSearch) -> bool:
+    """Whether the study was finished by a version that confirmed nothing, and stays finished.
+
+    A file that says `search.confirm` itself, or new trials, open it again.
+    """
+    published = manifest.read_export(ended.folder / "export")
+    return (
+        published is not None
+        and "confirmation" not in published.manifest
+        and not ended.new_trials
+        and ended.session.settings.search.confirm == "auto"
+        and not any_repeat_kept(ended.coordinator.study)
+    )
 
 
 def describe_confirmed(confirmed: Confirmed | None) -> str:

@@ -150,6 +150,11 @@ def read_candidates(
     return found
 
 
+def any_repeat_kept(study: optuna.Study) -> bool:
+    """Whether the study has the result of a repeat."""
+    return any(key.startswith(REPEAT_ATTRIBUTE.partition("{")[0]) for key in study.user_attrs)
+
+
 def read_confirmed(study: optuna.Study, space: Space) -> Confirmed | None:
     """The confirmed winner, where the study has every repeat of every candidate; else None."""
     settings = settings_for(space.settings.search, len(history.ended_proposals(study)))
