@@ -76,6 +76,7 @@ def write_space(args: argparse.Namespace, data: str, sampler: str, seed: int, fi
         "search": {
             "retrain": False,
             "keep": 0,
+            "confirm": "none",
             "sampler": sampler,
             "pruner": "none",
             "seed": seed,

@@ -62,6 +62,9 @@ def value_type(form: Schema) -> str:
         size = form.get("minItems") if form.get("minItems") == form.get("maxItems") else None
         item = form.get("items") or (form.get("prefixItems") or [{}])[0]
         return f"list of {f'{size} ' if size else ''}{value_type(item) if item else 'values'}"
+    if "properties" in form:
+        keys = (f"`{name}` ({value_type(key)})" for name, key in form["properties"].items())
+        return f"mapping of {', '.join(keys)}"
     names = {
         "number": "number",
         "integer": "whole number",

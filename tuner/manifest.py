@@ -15,6 +15,7 @@ from tuner.files.atomic import file_sha256, lock_of_export, remove_unused_lock, 
 from tuner.files.removal import MANIFEST
 
 MAX_CLASSES_LISTED = 100  # on a model card
+TEST_RESULTS = "test_results.safetensors"  # in an export: what each test example adds to its scores
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,40 @@ def recover_export(folder: Path) -> None:
         remove_unused_lock(lock)
 
 
+def describe_comparison(m: Mapping[str, Any]) -> str | None:
+    """How far the model's score is from the default recipe's on the test examples, in one sentence.
+
+    None where they were not compared. Scores from 0 to 1 are told in points, which are hundredths.
+    """
+    comparison = m.get("comparison")
+    if comparison is None:
+        return None
+    if "difference" not in comparison:
+        return "the default recipe won: no other was better on the validation examples"
+    score, metric = m["scores"]["test"][comparison["metric"]], comparison["metric"]
+    in_points = all(0 <= value <= 1 for value in (score, comparison["default_scores"][metric]))
+    unit = "points" if in_points else metric_label(metric)
+    sign = -1 if m.get("direction") == "minimise" else 1
+
+    def signed(value: float) -> str:
+        return f"{100 * value:+.1f}" if in_points else f"{value:+.4f}"
+
+    told = f"{signed(comparison['difference'])} {unit} over the default recipe on the test examples"
+    if comparison["interval"] is None:
+        return f"{told}, without an interval: the task keeps no results of single examples"
+    low, high = comparison["interval"]
+    noise = (m.get("confirmation") or {}).get("deviation")
+    of_noise = "" if noise is None else f"; seed noise {signed(noise)[1:]}"
+    told += f" ({100 * comparison['confidence']:g} %: {signed(low)} to {signed(high)}{of_noise})"
+    if sign == -1:
+        told += ", where less is better"
+    if min(sign * low, sign * high) > 0:
+        return told
+    if max(sign * low, sign * high) < 0:
+        return f"{told}: the default recipe is better"
+    return f"{told}: within the noise of {m['examples']['test']:,} test examples"
+
+
 def format_model_card(m: Mapping[str, Any]) -> str:
     """MODEL_CARD.md: what the model is, how it was found, how well it does, how to call it."""
     run, metric = m["run"], m["metric"]
@@ -160,6 +195,8 @@ def format_model_card(m: Mapping[str, Any]) -> str:
     )
     study = f"study `{m['study']}` (trial {m['trial']})"
     which = "lowest" if m.get("direction") == "minimise" else "highest"
+    sentence = describe_comparison(m)
+    compared = f"\n{sentence[0].upper()}{sentence[1:]}.\n" if sentence else ""
     return f"""# {model["name"]} fine-tuned on {data_name}
 
 Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label(metric)}.
@@ -176,6 +213,7 @@ Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label
 | | validation (during the search) | test (once, at the end) |
 |---|---|---|
 {scores}
+{compared}
 {_format_classes(m["scores"].get("per_class", {}))}
 ## Use
 

@@ -93,10 +93,37 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
+class DefaultTestJob:
+    """Retrain and test the default recipe, without an export: its assignment.
+
+    `weights_file`: it is not retrained, but gets the weights that its trial left there.
+    """
+
+    assignment: Assignment
+    weights_file: str | None = None
+
+
+@dataclass(frozen=True)
+class DefaultComparison:
+    """The default recipe, with which the winner is compared on the test examples.
+
+    `tested_run`: the content of the file with its test; None where the winner is the default
+    recipe. `seed`: of the bootstrap.
+    """
+
+    trial_number: int
+    tested_run: bytes | None
+    seed: int
+
+
+@dataclass(frozen=True)
 class FinalizeJob:
     """Retrain, test and export the winner: its assignment, where to publish, and its scores.
 
     `weights_file`: it is not retrained, but gets the weights that its trial left there.
+    `comparison`: the default recipe, where the winner is compared with it; then the export keeps
+    the results of single test examples. `confirmation` is what the manifest says of the winner's
+    repeats.
     """
 
     assignment: Assignment
@@ -106,3 +133,5 @@ class FinalizeJob:
     trial_number: int
     valid_scores: tuple[tuple[str, float], ...] = ()
     weights_file: str | None = None
+    comparison: DefaultComparison | None = None
+    confirmation: dict[str, Any] | None = None

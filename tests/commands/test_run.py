@@ -55,7 +55,12 @@ def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(
         == set(m["scores"]["valid"])
         == set(METRICS) - {"top_3", "top_5"}  # of 3 classes these say nothing
     )
-    assert set(m["files"]) == {"MODEL_CARD.md", "model.json", "model.safetensors"}
+    assert set(m["files"]) == {
+        "MODEL_CARD.md",
+        "model.json",
+        "model.safetensors",
+        "test_results.safetensors",
+    }
     for words in ("test", "tuner predict small", "tuner dashboard small", "tuner train", "default"):
         assert words in said.out
     assert sum(line.startswith("#") for line in said.out.splitlines()) == 4

@@ -140,6 +140,12 @@ def literal_choices(field: FieldInfo) -> list[Any]:
     ]
 
 
+def mapping_schema(field: FieldInfo) -> type[BaseModel] | None:
+    """The keys of a field whose value can be a mapping in the file; None where it cannot."""
+    kinds = (k for k in plain_types(field.annotation) if isinstance(k, type))
+    return next((k for k in kinds if issubclass(k, BaseModel)), None)
+
+
 def is_sequence(field: FieldInfo) -> bool:
     """Whether a list in the file is one value of this field and not a choice."""
     return any(

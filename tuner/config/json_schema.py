@@ -126,9 +126,19 @@ def value_schema(field: FieldInfo) -> dict[str, Any]:
     annotation: Any = (
         Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     )
-    schema = TypeAdapter(annotation).json_schema()
+    schema = _inlined(TypeAdapter(annotation).json_schema())
     extra = {} if field.is_required() else {"default": field.get_default(call_default_factory=True)}
     return {**schema, **extra, **({"description": field.description} if field.description else {})}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with its definitions in the places that refer to them."""
+    definitions = schema.pop("$defs", {})
+    forms = [
+        definitions[form["$ref"].rpartition("/")[2]] if "$ref" in form else form
+        for form in schema.get("anyOf", ())
+    ]
+    return {**schema, "anyOf": forms} if forms else schema
 
 
 def domain_schemas(field: FieldInfo, one: dict[str, Any]) -> list[dict[str, Any]]:

@@ -239,6 +239,13 @@ def _check_study_name(text: str | None) -> str | None:
     return text
 
 
+class ConfirmSettings(Section):
+    """How the best trials of a search are confirmed."""
+
+    top: int = Field(3, ge=1, le=100, description="how many trials, the best ones")
+    repeats: int = Field(3, ge=1, le=20, description="how often each is trained again")
+
+
 class SearchSettings(Section):
     """How the space is searched."""
 
@@ -280,6 +287,17 @@ class SearchSettings(Section):
         True,
         description="retrain the best on train and validation before it is tested and exported; "
         "false: as its trial left it",
+    )
+    confirm: ConfirmSettings | Literal["auto", "none"] = Field(
+        "auto",
+        description="before the winner is made, the best `top` trials are trained `repeats` times "
+        "more, each with another seed and another part of train and valid held out, and the best "
+        "mean wins; auto: none under 10 trials, 2 x 2 up to 30, 3 x 3 above",
+    )
+    compare: Literal["default", "none"] = Field(
+        "default",
+        description="default: the default recipe is retrained and tested as the winner is, so that "
+        "the difference on the test examples is known; none: the winner alone",
     )
     grace: Annotated[str, AfterValidator(check_duration)] = Field(
         "8s",

@@ -1,14 +1,17 @@
 """The sections without ranges: search, engine, storage, export."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from tuner.config import database_url, fields, plugins, section_keys
 from tuner.config.draft import Draft
 from tuner.config.objective import is_own_metric
 from tuner.config.run import EngineSettings, SearchSettings, Settings
+from tuner.config.space import KeyPath
 from tuner.config.yaml_document import describe_value
 from tuner.errors import SpaceError, suggest_names
 
@@ -51,26 +54,46 @@ def read_plain_section(
         written = {"name": written}
     if written is not None and not isinstance(written, dict):
         draft.add_problem((section,), f"expected a mapping of keys, got {describe_value(written)}")
-    given = written if isinstance(written, dict) else {}
-    known_keys = schema.model_fields
-    several = [
-        key
-        for key, value in given.items()
-        if key in known_keys
-        and (
+    read_values(draft, (section,), written if isinstance(written, dict) else {}, schema)
+
+
+def read_values(
+    draft: Draft, path: KeyPath, given: Mapping[str, Any], schema: type[BaseModel]
+) -> None:
+    """A mapping of keys with one value each. A key whose value is a mapping is read in the same
+    way.
+    """
+    known_keys, plain = dict(schema.model_fields), {}
+    for key, value in given.items():
+        inner = fields.mapping_schema(known_keys[key]) if key in known_keys else None
+        if inner is not None and isinstance(value, dict):
+            read_mapping(draft, (*path, key), value, inner)
+            del known_keys[key]
+        elif key in known_keys and (
             isinstance(value, dict)
             or (isinstance(value, list) and not fields.is_sequence(known_keys[key]))
-        )
-    ]
-    for key in several:
-        draft.add_problem(
-            (section, key),
-            f"{section} holds no ranges or choices; expected one value, got "
-            f"{describe_value(given[key])}",
-        )
-    section_keys.read_section(
-        draft, (section,), {k: v for k, v in given.items() if k not in several}, schema.model_fields
-    )
+        ):
+            draft.add_problem(
+                (*path, key),
+                f"{path[0]} holds no ranges or choices; expected one value, got "
+                f"{describe_value(value)}",
+            )
+        else:
+            plain[key] = value
+    section_keys.read_section(draft, path, plain, known_keys)
+
+
+def read_mapping(
+    draft: Draft, path: KeyPath, given: Mapping[str, Any], schema: type[BaseModel]
+) -> None:
+    """A key whose value is a mapping; the keys in it that are left out have their defaults."""
+    before = len(draft.problems)
+    read_values(draft, path, given, schema)
+    values = {key: draft.values.pop((*path, key), None) for key in schema.model_fields}
+    for key in schema.model_fields:
+        draft.fields.pop((*path, key), None)
+    if len(draft.problems) == before:
+        draft.values[path] = schema(**values)
 
 
 def check_gpu_sharing(draft: Draft) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from tuner.core.example_results import ExampleResults, join_pairs, repeat_pair
 from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
 
 # the rate in the representation of torch's dropout, torchvision's and timm's stochastic depth
@@ -216,6 +217,32 @@ class Task(ABC):
             leaves this as it is.
         """
         return {}
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        """What each example adds to the scores: all that `score_results` needs.
+
+        A task whose predictions are large, or whose score takes long, gives less here, such as a
+        class and not the logits.
+
+        Args:
+            pairs: (prediction, target) of each batch, as for `score`.
+
+        Returns:
+            Tensors by name. Empty where nothing can be kept; then models are compared by their
+            scores alone.
+        """
+        return join_pairs(pairs)
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        """The scores of examples of which each is there `counts` times.
+
+        With counts of 1 these are the scores that `score` gives.
+
+        Args:
+            results: What `example_results` gave, not empty.
+            counts: int64 (n,), one for each example, with a sum above 0.
+        """
+        return self.score([repeat_pair(results, counts)])
 
     @abstractmethod
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:

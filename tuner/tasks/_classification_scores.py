@@ -1,6 +1,7 @@
 """The scores of predictions that give each example one class."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
     multiclass_f1_score,
 )
+
+from tuner.core.example_results import PREDICTION, TARGET, ExampleResults
+from tuner.tasks._classification_reports import concatenate_pairs
 
 CALIBRATION_BINS = 15  # of confidence, equally wide, as Guo et al. take them
 MAX_RANKED_CLASSES = 100  # with more, sorting the examples by each class would slow every epoch
@@ -147,3 +151,66 @@ def rank_examples(values: Tensor, is_true: Tensor) -> tuple[Tensor, Tensor]:
 def _mean_of_defined(values: Tensor, otherwise: float) -> float:
     defined = values[~values.isnan()]
     return float(defined.mean()) if len(defined) else otherwise
+
+
+def classification_results(pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+    """What each of n examples adds to the scores.
+
+    Returns:
+        The true class as `target` and the most likely one as `predicted`, int64 (n,); the
+        `confidence` in the latter and the `log_likelihood` of the former, float32 (n,); how many
+        classes are likelier than the true one, `rank`, int64 (n,). With at most
+        MAX_RANKED_CLASSES classes also the logits, as `prediction`: the ranking metrics need them.
+    """
+    logits, truth = concatenate_pairs(pairs)
+    results = {
+        TARGET: truth,
+        "predicted": logits.argmax(1),
+        "confidence": logits.softmax(1).max(1).values,
+        "log_likelihood": -F.cross_entropy(logits, truth, reduction="none"),
+        "rank": (logits > logits.gather(1, truth[:, None])).sum(1),
+    }
+    return results | ({PREDICTION: logits} if logits.shape[1] <= MAX_RANKED_CLASSES else {})
+
+
+def score_classes(results: ExampleResults, counts: Tensor, class_count: int) -> dict[str, float]:
+    """The scores of `classification_scores`, and Matthews' correlation, of counted examples.
+
+    The ranking metrics are not among them: they take too long for many draws. Matthews' correlation
+    is 0 where all examples have, or get, one class.
+
+    Args:
+        results: What `classification_results` gave for n examples.
+        counts: int64 (n,), how often each example is there.
+        class_count: The number of classes.
+    """
+    weights = counts.double()
+    cells = results[TARGET] * class_count + results["predicted"]
+    matrix = torch.bincount(cells, weights, class_count**2).view(class_count, class_count)
+    hits, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    seen, total = (true + predicted) > 0, matrix.sum()
+    covariance = hits.sum() * total - (true * predicted).sum()
+    deviations = (total**2 - (predicted**2).sum()) * (total**2 - (true**2).sum())
+    log_likelihood = (results["log_likelihood"] * weights).sum() / total
+    scores: dict[str, Tensor | float] = {
+        "accuracy": hits.sum() / total,
+        "balanced_accuracy": (hits / true.clamp(min=1))[seen].mean(),
+        "f1": (2 * hits / (true + predicted).clamp(min=1))[seen].mean(),
+        "matthews": covariance / deviations.sqrt() if deviations > 0 else deviations,
+        "log_likelihood": log_likelihood,
+        "log_loss": -log_likelihood,
+        "kappa": cohens_kappa(matrix),
+        "quadratic_kappa": cohens_kappa(matrix, quadratic=True),
+        "expected_calibration_error": _calibration_error(results, weights) / total,
+    }
+    for name in defined_metrics(tuple(TOP_METRICS), class_count):
+        scores[name] = (weights * (results["rank"] < TOP_METRICS[name])).sum() / total
+    return {name: float(value) for name, value in scores.items()}
+
+
+def _calibration_error(results: ExampleResults, weights: Tensor) -> Tensor:
+    """The sum over the bins of confidence of the difference of hits and confidence, weighted."""
+    edges = torch.linspace(0, 1, CALIBRATION_BINS + 1)
+    bins = torch.bucketize(results["confidence"], edges, right=True) - 1
+    gaps = (results["predicted"] == results[TARGET]).double() - results["confidence"].double()
+    return torch.bincount(bins, weights * gaps, CALIBRATION_BINS).abs().sum()

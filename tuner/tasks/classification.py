@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner.config.run import Recipe
+from tuner.core.example_results import ExampleResults
 from tuner.core.input_spec import InputSpec, TensorTree
 from tuner.core.losses import class_cross_entropy, weights_of_classes
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
@@ -16,7 +17,12 @@ from tuner.tasks._classification_reports import (
     describe_probabilities,
     per_class_scores,
 )
-from tuner.tasks._classification_scores import classification_scores, defined_metrics
+from tuner.tasks._classification_scores import (
+    classification_results,
+    classification_scores,
+    defined_metrics,
+    score_classes,
+)
 
 METRICS = (
     "accuracy",
@@ -84,6 +90,13 @@ class Classification(Task):
         """Precision, recall, F1 and number of examples of each class."""
         matrix = multiclass_confusion_matrix(*concatenate_pairs(pairs), len(self.classes))
         return per_class_scores(matrix, self.classes)
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        return classification_results(pairs)
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        scores = score_classes(results, counts, len(self.classes))
+        return {name: scores[name] for name in self.metrics if name in scores}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         return classification_artifacts(*concatenate_pairs(pairs), self.classes)

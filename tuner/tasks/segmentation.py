@@ -22,6 +22,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner import deferred_figures
 from tuner.config.run import Recipe
+from tuner.core.example_results import ExampleResults
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to_dict
 from tuner.core.losses import mean_cross_entropy, weights_of_classes
@@ -110,18 +111,24 @@ class Segmentation(Task):
 
         A class that is neither true nor predicted anywhere is not part of the means.
         """
-        matrix = self._confusion_matrix(pairs)
-        means = {
-            name: values[~values.isnan()].mean()
-            for name, values in per_class_scores(matrix).items()
-        }
-        scores = {
-            "mean_iou": means["iou"],
-            "dice": means["dice"],
-            "pixel_accuracy": matrix.diag().sum() / matrix.sum(),
-            "mean_accuracy": means["recall"],
-        }
-        return {name: float(value) for name, value in scores.items()}
+        return mean_scores(*pixel_counts(self._confusion_matrix(pairs)))
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        """Pixels of each class in each image that are `hits`, `true` and `predicted`: int64
+        (n, classes) each.
+        """
+        counts = [
+            torch.stack(pixel_counts(self._confusion_matrix([(image[None], truth[None])])))
+            for batch in pairs
+            for image, truth in zip(*batch, strict=True)
+        ]
+        return dict(zip(("hits", "true", "predicted"), torch.stack(counts, 1), strict=True))
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        hits, true, predicted = (
+            (results[name] * counts[:, None]).sum(0) for name in ("hits", "true", "predicted")
+        )
+        return mean_scores(hits, true, predicted)
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         matrix = self._confusion_matrix(pairs)
@@ -209,9 +216,29 @@ def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
     return ((1 - dice) * (true_sum > 0)).mean()
 
 
-def per_class_scores(matrix: Tensor) -> dict[str, Tensor]:
+def pixel_counts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels of each class that are hits, true and predicted, int64 (classes,) each."""
+    return matrix.diag(), matrix.sum(1), matrix.sum(0)
+
+
+def mean_scores(hits: Tensor, true: Tensor, predicted: Tensor) -> dict[str, float]:
+    """The task's metrics, of the pixels of each class; see `Segmentation.score`."""
+    means = {
+        name: values[~values.isnan()].mean()
+        for name, values in per_class_scores(hits, true, predicted).items()
+    }
+    scores = {
+        "mean_iou": means["iou"],
+        "dice": means["dice"],
+        "pixel_accuracy": hits.sum() / true.sum(),
+        "mean_accuracy": means["recall"],
+    }
+    return {name: float(value) for name, value in scores.items()}
+
+
+def per_class_scores(hits: Tensor, true: Tensor, predicted: Tensor) -> dict[str, Tensor]:
     """IoU, Dice, recall and precision of each class, float64 (classes,); NaN for 0 of 0 pixels."""
-    hits, true, predicted = (v.double() for v in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
+    hits, true, predicted = (v.double() for v in (hits, true, predicted))
     return {
         "iou": hits / (true + predicted - hits),
         "dice": 2 * hits / (true + predicted),
@@ -286,7 +313,7 @@ def _contact_sheet(pairs: Sequence[tuple[Any, Any]], data: Dataset) -> bytes:
 
 def _per_class_csv(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
     """IoU, Dice, recall, precision and true pixels of each class, as CSV; empty for 0 of 0."""
-    columns = per_class_scores(matrix)
+    columns = per_class_scores(*pixel_counts(matrix))
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["class", *columns, "pixels"])

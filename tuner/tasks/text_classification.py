@@ -10,6 +10,7 @@ from torchmetrics.functional.classification import (
 )
 
 from tuner.config.run import Recipe
+from tuner.core.example_results import ExampleResults
 from tuner.core.input_spec import InputSpec, TensorTree
 from tuner.core.losses import class_cross_entropy, weights_of_classes
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
@@ -21,7 +22,12 @@ from tuner.tasks._classification_reports import (
     encode_csv,
     per_class_scores,
 )
-from tuner.tasks._classification_scores import classification_scores, defined_metrics
+from tuner.tasks._classification_scores import (
+    classification_results,
+    classification_scores,
+    defined_metrics,
+    score_classes,
+)
 
 METRICS = (
     "accuracy",
@@ -99,6 +105,13 @@ class TextClassification(Task):
         """Precision, recall, F1 and number of examples of each class."""
         matrix = multiclass_confusion_matrix(*concatenate_pairs(pairs), len(self.classes))
         return per_class_scores(matrix, self.classes)
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        return classification_results(pairs)
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        scores = score_classes(results, counts, len(self.classes))
+        return {name: scores[name] for name in self.metrics if name in scores}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         """The confusion matrix, the scores of each class, and the most confident mistakes.

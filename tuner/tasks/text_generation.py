@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tuner.config.run import Recipe
+from tuner.core.example_results import ExampleResults
 from tuner.core.input_spec import InputSpec, TensorTree, TextInputSpec
 from tuner.core.losses import mean_cross_entropy
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
@@ -112,8 +113,17 @@ class TextGeneration(Task):
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """The perplexity, and its negative logarithm: the mean log-likelihood of a token."""
+        results = self.example_results(pairs)
+        return self.score_results(results, torch.ones_like(results["tokens"]))
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        """Each text's `log_likelihood` and number of `tokens`, as `predict` gives them."""
         likelihood, tokens = _concatenate_pairs(pairs)
-        mean = likelihood.double().sum() / tokens.sum().clamp(min=1)
+        return {"log_likelihood": likelihood, "tokens": tokens}
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        likelihood = (results["log_likelihood"].double() * counts).sum()
+        mean = likelihood / (results["tokens"] * counts).sum().clamp(min=1)
         return {"negative_log_perplexity": float(mean), "perplexity": float((-mean).exp())}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
