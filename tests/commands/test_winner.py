@@ -153,7 +153,7 @@ def test_where_the_default_recipe_wins_nothing_is_trained_twice(
     assert "the default recipe won: no other was better on the validation examples\n" in said.out
     # its test is in the export: a later winner is compared with it, and it is not tested again
     default_scores = manifest(study)["scores"]["test"]
-    more = tuner("run", small, "data.noise=3", "search.trials=4")
+    more = tuner("run", small, "data.noise=3", "search.trials=8")
     assert more.code == 0, more.err
     assert manifest(study)["trial"] != 0
     assert manifest(study)["comparison"]["default_scores"] == default_scores
