@@ -169,7 +169,8 @@ def read_recipe(name: str, task: str) -> dict[str, Any]:
     recipe: dict[str, Any] = dict(read_model_constant(name, "RECIPES", {}).get(task, {}))
     for pattern, recipes in read_model_constant(name, "NAMED_RECIPES", {}).items():
         if fnmatch.fnmatchcase(name, pattern):
-            return recipe | recipes.get(task, {})
+            recipe.update(recipes.get(task, {}))
+            break
     return recipe
 
 
