@@ -143,7 +143,7 @@ def write_space(
         "data": {"name": "folder", "path": str(args.folder.resolve()), **pixels},
         "model": {"name": args.model, "weights": str(args.weights.resolve())},
         "recipe": {"optimizer": "sgd", "batch_size": 32, "schedule": "constant", **recipe},
-        "search": {"retrain": False, "keep": 0, **search},
+        "search": {"retrain": False, "keep": 0, "confirm": "none", **search},
         "export": ["safetensors"],
     }
     path.write_text(yaml.safe_dump(tree, sort_keys=False))

@@ -70,9 +70,9 @@ def measure(args: argparse.Namespace, cell: Cell, context: DeviceContext) -> dic
     training = prepare_training(run, context, "accuracy")
     batch = run.recipe.batch_size
     probe = training.task.score(predict_source(training, training.valid, batch))
-    probe_test = score_test_split(training, batch)
+    probe_test = score_test_split(training, run).scores
     epochs = [progress.epoch.scores for progress in fit(training, run.recipe, run.seed)]
-    test = score_test_split(training, batch)
+    test = score_test_split(training, run).scores
     return {
         "cell": list(cell),
         "probe": [probe["accuracy"], probe_test["accuracy"]],

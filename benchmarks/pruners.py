@@ -8,7 +8,7 @@ Each pruner then judges these trials one after the other, as the search would. A
 trials with the same probability, so its trials are replayed in ORDERS orders; the linear-probe trial and the default
 recipe stay first. A TPE search is replayed in its own order.
 
-- winner ended: in how many percent of the replays the pruner ends the trial that won without pruning
+- winner ended: in how many percent of the replays the pruner ends the trial that won without pruning, and each that equals it
 - saved: the share of the seconds of all epochs, in percent
 - lost: how far the best completed trial stays below the winner, in points of validation accuracy
 
@@ -16,6 +16,7 @@ Results are written as they come; a second start goes on.
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -75,23 +76,27 @@ def write_space(args: argparse.Namespace, data: str, sampler: str, seed: int, fi
         "search": {
             "retrain": False,
             "keep": 0,
+            "confirm": "none",
             "sampler": sampler,
             "pruner": "none",
             "seed": seed,
             "trials": args.trials,
         },
+        "engine": {"name": "inline", "device": "cpu"},
         "export": ["safetensors"],
     }
     file.write_text(yaml.safe_dump(tree))
 
 
-def measure(args: argparse.Namespace, data: str, sampler: str, seed: int) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, data: str, sampler: str, seed: int, home: Path
+) -> dict[str, Any]:
     """Parameters, scores and seconds of every trial of a search without pruning."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folder = Path(scratch)
         write_space(args, data, sampler, seed, folder / "pruners.yaml")
         command = arms.tuner("run", folder / "pruners.yaml", folder / "studies")
-        lines = arms.stamped(command, home=folder / "home")
+        lines = arms.stamped(command, home=home)
     trials: Trials = []
     epochs: arms.Lines = []
     for line in lines:
@@ -117,12 +122,12 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     if RESULTS.exists():
         results = json.loads(RESULTS.read_text())
     known = {(study["set"], study["sampler"], study["seed"]) for study in results["studies"]}
-    for seed in range(args.seeds):
-        for sampler in args.samplers:
-            for data in args.data:
-                if (Path(data).name, sampler, seed) not in known:
-                    results["studies"].append(measure(args, data, sampler, seed))
-                    arms.save(results, RESULTS)
+    cells = itertools.product(range(args.seeds), args.samplers, args.data)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as home:  # its caches serve all studies
+        for seed, sampler, data in cells:
+            if (Path(data).name, sampler, seed) not in known:
+                results["studies"].append(measure(args, data, sampler, seed, Path(home)))
+                arms.save(results, RESULTS)
     return results
 
 
@@ -139,8 +144,7 @@ def orders(study: dict[str, Any]) -> Iterator[Trials]:
 def replay(trials: Trials, pruner: optuna.pruners.BasePruner) -> Replay:
     """Show the trials to a pruner as the search does."""
     study = optuna.create_study(direction="maximize", pruner=pruner)
-    winner = max(trials, key=lambda trial: (max(trial["scores"]), -len(trial["scores"])))
-    best, spent, winner_ended = 0.0, 0.0, False
+    best, spent = 0.0, 0.0
     for number, known in enumerate(trials):
         study.enqueue_trial(known["params"])
         trial = study.ask(DISTRIBUTIONS)
@@ -150,10 +154,10 @@ def replay(trials: Trials, pruner: optuna.pruners.BasePruner) -> Replay:
             best = max(best, *known["scores"])
             study.tell(trial, max(known["scores"]))
         else:
-            winner_ended |= known is winner
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     whole = sum(sum(trial["seconds"]) for trial in trials)
-    return Replay(winner_ended, 1 - spent / whole, 100 * (max(winner["scores"]) - best))
+    winner = max(max(trial["scores"]) for trial in trials)
+    return Replay(best < winner, 1 - spent / whole, 100 * (winner - best))
 
 
 def train(trial: optuna.trial.Trial, known: dict[str, Any], *, judged: bool) -> int:

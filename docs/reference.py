@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from tuner.cli import app
+from tuner.config.augmentation import POLICIES
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "docs" / "reference.md"
@@ -61,6 +62,9 @@ def value_type(form: Schema) -> str:
         size = form.get("minItems") if form.get("minItems") == form.get("maxItems") else None
         item = form.get("items") or (form.get("prefixItems") or [{}])[0]
         return f"list of {f'{size} ' if size else ''}{value_type(item) if item else 'values'}"
+    if "properties" in form:
+        keys = (f"`{name}` ({value_type(key)})" for name, key in form["properties"].items())
+        return f"mapping of {', '.join(keys)}"
     names = {
         "number": "number",
         "integer": "whole number",
@@ -88,13 +92,42 @@ def one_value(key: Schema) -> Schema:
     return key["anyOf"][0] if searched(key) != "no" or len(key.get("anyOf", ())) == 1 else key
 
 
-def table(section: str, keys: Mapping[str, Schema], required: list[str]) -> Iterator[str]:
-    yield "| key | value | default | searched | meaning |"
-    yield "|---|---|---|---|---|"
+def nested_keys(key: Schema) -> Mapping[str, Schema]:
+    """The keys of the mapping that can be the value of a key, such as `data.augment`."""
+    forms = [form for form in key.get("anyOf", []) if form.get("minProperties")]
+    mappings = [form["properties"] for form in forms if "properties" in form]
+    return next((keys for keys in mappings if not keys.keys() & {"choices", "low"}), {})
+
+
+def rows(section: str, keys: Mapping[str, Schema], required: list[str]) -> Iterator[str]:
     for name, key in keys.items():
         default = "required" if name in required else code(key.get("default"))
         value = value_type(one_value(key)).replace("|", "\\|")
+        inner = nested_keys(key)
+        if inner:
+            value += ", or a mapping of the keys below"
         yield f"| `{section}.{name}` | {value} | {default} | {searched(key)} | {key.get('description', '')} |"
+        yield from rows(f"{section}.{name}", inner, [])
+
+
+def table(section: str, keys: Mapping[str, Schema], required: list[str]) -> Iterator[str]:
+    yield "| key | value | default | searched | meaning |"
+    yield "|---|---|---|---|---|"
+    yield from rows(section, keys, required)
+    yield ""
+
+
+def policy_table() -> Iterator[str]:
+    """What the names of augmentation policies stand for."""
+    yield "What the names of `data.augment` stand for:"
+    yield ""
+    yield "| task | name | keys |"
+    yield "|---|---|---|"
+    for task, policies in POLICIES.items():
+        for name, policy in policies.items():
+            written = policy.model_dump(exclude_defaults=True)
+            keys = ", ".join(f"{key}: {json.dumps(value)}" for key, value in written.items())
+            yield f"| `{task}` | `{name}` | {f'`{{{keys}}}`' if keys else 'none'} |"
     yield ""
 
 
@@ -147,6 +180,7 @@ def plugins(section: str, schema: Schema) -> Iterator[str]:
         yield "**Every data source of images**. `null` takes what the weights were trained with."
         yield ""
         yield from table(section, {n: keys[n] for n in shared if n not in both}, [])
+        yield from policy_table()
 
 
 def constants(folder: str, name: str) -> dict[str, Any]:

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.config.objective import metric_label
 from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.errors import DataError
 from tuner.files import removal
 from tuner.files.atomic import file_sha256, lock_of_export, remove_unused_lock, sweep_exports
 from tuner.files.removal import MANIFEST
+
+MAX_CLASSES_LISTED = 100  # on a model card
+TEST_RESULTS = "test_results.safetensors"  # in an export: what each test example adds to its scores
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,47 @@ def recover_export(folder: Path) -> None:
         remove_unused_lock(lock)
 
 
+def describe_comparison(m: Mapping[str, Any]) -> str | None:
+    """How far the model's score is from the default recipe's on the test examples, in one sentence.
+
+    None where they were not compared. Scores from 0 to 1 are told in points, which are hundredths.
+    """
+    comparison = m.get("comparison")
+    if comparison is None:
+        return None
+    if "difference" not in comparison:
+        return "the default recipe won: no other was better on the validation examples"
+    score, metric = m["scores"]["test"][comparison["metric"]], comparison["metric"]
+    in_points = all(0 <= value <= 1 for value in (score, comparison["default_scores"][metric]))
+    unit = "points" if in_points else metric_label(metric)
+    sign = -1 if m.get("direction") == "minimise" else 1
+
+    def signed(value: float) -> str:
+        return f"{100 * value:+.1f}" if in_points else f"{value:+.4f}"
+
+    told = f"{signed(comparison['difference'])} {unit} over the default recipe on the test examples"
+    if comparison["interval"] is None:
+        return f"{told}, without an interval: the task keeps no results of single examples"
+    low, high = comparison["interval"]
+    noise = (m.get("confirmation") or {}).get("deviation")
+    of_noise = "" if noise is None else f"; seed noise {signed(noise)[1:]}"
+    told += f" ({100 * comparison['confidence']:g} %: {signed(low)} to {signed(high)}{of_noise})"
+    if sign == -1:
+        told += ", where less is better"
+    if min(sign * low, sign * high) > 0:
+        return told
+    if max(sign * low, sign * high) < 0:
+        return f"{told}: the default recipe is better"
+    return f"{told}: within the noise of {m['examples']['test']:,} test examples"
+
+
 def format_model_card(m: Mapping[str, Any]) -> str:
     """MODEL_CARD.md: what the model is, how it was found, how well it does, how to call it."""
     run, metric = m["run"], m["metric"]
     recipe = run["recipe"]
     valid, test = m["scores"]["valid"], m["scores"]["test"]
     scores = "\n".join(
-        f"| {name.replace('_', ' ')} | {_format_score(valid.get(name))} "
+        f"| {metric_label(name)} | {_format_score(valid.get(name))} "
         f"| {_format_score(test.get(name))} |"
         for name in test
     )
@@ -156,9 +194,12 @@ def format_model_card(m: Mapping[str, Any]) -> str:
         f"{examples['train']} training, {examples['valid']} validation, {examples['test']} test"
     )
     study = f"study `{m['study']}` (trial {m['trial']})"
+    which = "lowest" if m.get("direction") == "minimise" else "highest"
+    sentence = describe_comparison(m)
+    compared = f"\n{sentence[0].upper()}{sentence[1:]}.\n" if sentence else ""
     return f"""# {model["name"]} fine-tuned on {data_name}
 
-Found by `tuner` {m["tuner"]} in {study}, searched for {metric.replace("_", " ")}.
+Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label(metric)}.
 
 | | |
 |---|---|
@@ -172,7 +213,8 @@ Found by `tuner` {m["tuner"]} in {study}, searched for {metric.replace("_", " ")
 | | validation (during the search) | test (once, at the end) |
 |---|---|---|
 {scores}
-
+{compared}
+{_format_classes(m["scores"].get("per_class", {}))}
 ## Use
 
 {_format_usage(m)}
@@ -180,6 +222,28 @@ Found by `tuner` {m["tuner"]} in {study}, searched for {metric.replace("_", " ")
 | file | format | largest difference from the trained model | ms for one example, CPU |
 |---|---|---|---|
 {exports}
+"""
+
+
+def _format_classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of the classes' test scores, the worst class first; empty where there are none."""
+    if not per_class:
+        return ""
+    worst_first = sorted(per_class.items(), key=lambda pair: pair[1]["f1"])
+    rows = [
+        f"| {name.replace('|', chr(92) + '|')} | {c['precision']:.4f} | {c['recall']:.4f} "
+        f"| {c['f1']:.4f} | {c['examples']} |"
+        for name, c in worst_first[:MAX_CLASSES_LISTED]
+    ]
+    more = len(per_class) - MAX_CLASSES_LISTED
+    note = f"\n\n{more} further classes, all with a higher F1, are in `manifest.json`."
+    table = "\n".join(rows)
+    return f"""
+Of each class on the test examples, by rising F1:
+
+| class | precision | recall | F1 | examples |
+|---|---|---|---|---|
+{table}{note if more > 0 else ""}
 """
 
 

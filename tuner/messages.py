@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tuner.config.objective import Direction
 from tuner.config.run import EngineSettings, Run
 
 LAST_ATTEMPT_MICRO_BATCHES = 4
@@ -20,6 +21,9 @@ def micro_batch_count(attempt: int, killed: int, retries: int) -> int:
 class Assignment:
     """A run, and where and how to carry it out. `allow_downloads`: weights may be downloaded.
 
+    `metric` decides which epoch is the best, and `direction` whether its higher or its lower values
+    are better.
+
     `checkpoint_folder` is where the run continues from and leaves its state; `keep_best_weights`:
     at its end also the weights of the best epoch. `micro_batches`: into how many parts a batch is
     divided, whose gradients are added up, because whole batches did not fit the machine's memory.
@@ -33,6 +37,7 @@ class Assignment:
     checkpoint_folder: str | None = None
     keep_best_weights: bool = False
     micro_batches: int = 1
+    direction: Direction = "maximise"
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class DatasetReport:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The result of one epoch: `number` counts from 1, and a larger score is better.
+    """The result of one epoch: `number` counts from 1.
 
     `scores` are of the validation examples. `notes`: what the user must read before it.
     """
@@ -88,10 +93,37 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
+class DefaultTestJob:
+    """Retrain and test the default recipe, without an export: its assignment.
+
+    `weights_file`: it is not retrained, but gets the weights that its trial left there.
+    """
+
+    assignment: Assignment
+    weights_file: str | None = None
+
+
+@dataclass(frozen=True)
+class DefaultComparison:
+    """The default recipe, with which the winner is compared on the test examples.
+
+    `tested_run`: the content of the file with its test; None where the winner is the default
+    recipe. `seed`: of the bootstrap.
+    """
+
+    trial_number: int
+    tested_run: bytes | None
+    seed: int
+
+
+@dataclass(frozen=True)
 class FinalizeJob:
     """Retrain, test and export the winner: its assignment, where to publish, and its scores.
 
     `weights_file`: it is not retrained, but gets the weights that its trial left there.
+    `comparison`: the default recipe, where the winner is compared with it; then the export keeps
+    the results of single test examples. `confirmation` is what the manifest says of the winner's
+    repeats.
     """
 
     assignment: Assignment
@@ -101,3 +133,5 @@ class FinalizeJob:
     trial_number: int
     valid_scores: tuple[tuple[str, float], ...] = ()
     weights_file: str | None = None
+    comparison: DefaultComparison | None = None
+    confirmation: dict[str, Any] | None = None

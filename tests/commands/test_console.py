@@ -14,10 +14,11 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from tests.conftest import SMALL
-from tuner.commands.console import Console
+from tuner.commands.console import Console, describe_trainings_after
 from tuner.commands.progress import Progress
 from tuner.commands.trial_line import TrialLineFormatter, format_duration, format_value
 from tuner.config import parsing, yaml_document
+from tuner.config.run import ConfirmSettings, SearchSettings
 from tuner.messages import DatasetReport, ModelSurvey
 from tuner.search.history import DUPLICATE_OF, REASON
 
@@ -174,7 +175,7 @@ def test_an_ascii_terminal_gets_ascii() -> None:
 def test_in_a_terminal_a_bar_and_whole_lines_and_warnings_above_it() -> None:
     """A pseudo-terminal: the bar is redrawn, and what is said meanwhile stands on lines of its own."""
     code = """
-from tuner.commands.console import Console
+from tuner.commands.console import Console, describe_trainings_after
 from tuner.commands.progress import Progress
 from tuner.messages import Epoch
 from tuner.config import parsing, yaml_document as document
@@ -237,5 +238,22 @@ def test_the_console_tells_how_far_the_search_is(capsys: pytest.CaptureFixture[s
     data, model, search, trial = capsys.readouterr().out.splitlines()
     assert data == "data   7 train examples, 2 classes, 3 x 8 x 8"
     assert model == "model  resnet18, 2.00 M parameters, freeze depth 0..5"
-    assert search == "search 4 trials, tpe sampler, median pruner, 1 worker on CPU"
+    assert search == "search 4 trials, tpe sampler, projection pruner, 1 worker on CPU"
     assert "★ (best 0.5000 #0)" in trial and trial.endswith("| 1/4, eta 0s")
+
+
+@pytest.mark.parametrize(
+    ("trials", "keys", "expected"),
+    [
+        (9, {}, "up to 2 trainings: the winner on train and valid, the default recipe, to compare it with"),
+        (12, {}, "up to 6 trainings: the best 2 again with 2 other seeds each, the winner on train and valid, the default recipe, to compare it with"),
+        (40, {"compare": "none"}, "up to 10 trainings: the best 3 again with 3 other seeds each, the winner on train and valid"),
+        (9, {"compare": "none", "confirm": ConfirmSettings(top=1, repeats=5)}, "up to 6 trainings: the best again with 5 other seeds, the winner on train and valid"),
+        (9, {"compare": "none"}, "up to 1 training: the winner on train and valid"),
+        (40, {"compare": "none", "confirm": "none", "retrain": False}, ""),
+    ],
+)  # fmt: skip
+def test_what_follows_the_search_is_said_before_it(
+    trials: int, keys: dict[str, Any], expected: str
+) -> None:
+    assert describe_trainings_after(SearchSettings(**keys), trials) == expected

@@ -18,6 +18,7 @@ from tests.helpers import damaged_files
 from tuner.config.run import EngineSettings
 from tuner.files import checkpoint_files
 from tuner.manifest import run_from_dict
+from tuner.tasks.classification import METRICS
 from tuner.training import finalization
 from tuner.training.devices import select_device
 from tuner.training.preparation import prepare_training
@@ -52,9 +53,14 @@ def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(
     assert (
         set(m["scores"]["test"])
         == set(m["scores"]["valid"])
-        == {"accuracy", "balanced_accuracy", "f1", "log_likelihood"}
+        == set(METRICS) - {"top_3", "top_5"}  # of 3 classes these say nothing
     )
-    assert set(m["files"]) == {"MODEL_CARD.md", "model.json", "model.safetensors"}
+    assert set(m["files"]) == {
+        "MODEL_CARD.md",
+        "model.json",
+        "model.safetensors",
+        "test_results.safetensors",
+    }
     for words in ("test", "tuner predict small", "tuner dashboard small", "tuner train", "default"):
         assert words in said.out
     assert sum(line.startswith("#") for line in said.out.splitlines()) == 4
@@ -112,6 +118,25 @@ def test_best_yaml_is_a_space_file_with_nothing_left_to_choose(tuner: Tuner, stu
 def test_train_refuses_what_is_still_to_be_chosen(tuner: Tuner, small: Path) -> None:
     said = tuner("train", small)
     assert said.code == 2 and "still to be chosen" in said.err and "tuner run" in said.err
+
+
+def test_a_key_with_several_ranges_is_searched_and_best_yaml_has_one_value(
+    tuner: Tuner, small: Path
+) -> None:
+    ranges = "[{low: 0.01, high: 0.02, when: {optimizer: sgd}}, {low: 1e-4, high: 2e-4, when: {optimizer: adamw}}]"
+    words = [f"recipe.lr={ranges}", "recipe.epochs=1", "recipe.momentum=0.9"]
+    checked = tuner("check", small, *words)
+    assert checked.out.startswith("ok: 3 searched keys; "), checked.err
+    refused = tuner("train", small, *words)
+    assert (
+        "optimizer, lr, freeze_depth still to be chosen" in refused.err
+        and "recipe.optimizer=…" in refused.err
+    )
+    said = tuner("run", small, *words, "search.trials=4")
+    assert said.code == 0, said.err
+    recipe = yaml.safe_load((Path("studies") / "small" / "best.yaml").read_text())["recipe"]
+    low, high = {"sgd": (0.01, 0.02), "adamw": (1e-4, 2e-4)}[recipe["optimizer"]]
+    assert low <= recipe["lr"] <= high
 
 
 def test_export_adds_a_format_without_training_again_and_exports_other_trials(

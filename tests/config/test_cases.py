@@ -233,7 +233,7 @@ RANGE = "low: 0.1, high: 0.2"
         ),
         (
             f"{{{RANGE}, when: {{optimizer: sgd}}}}, {{{RANGE}, when: {{optimizer: adam}}}}",
-            "recipe.lr.1.when.optimizer: expected sgd or adamw, got the string 'adam'; did you mean 'adamw'?",
+            "recipe.lr.1.when.optimizer: adam is never chosen; recipe.optimizer is sgd or adamw",
         ),
     ],
 )  # fmt: skip

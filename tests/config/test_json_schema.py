@@ -45,6 +45,8 @@ def test_shipped_files_and_their_resolved_forms_are_valid(
         },
         {"engine": "inline", "export": "onnx", "storage": "postgresql://h/d", "seed": 3},
         {"export": None, "storage": None, "seed": None},
+        {"search": {"confirm": "none", "compare": "none"}},
+        {"search": {"confirm": {"top": 2}}},
         {
             "recipe": {
                 "patience": [None, 3],
@@ -88,6 +90,9 @@ def test_what_tuner_takes_the_schema_takes(
         {"recipe": {"epochs": 1_000_000_000}},
         {"search": {"trials": 0}},
         {"search": {"trials": [1, 2]}},
+        {"search": {"confirm": {"top": 0}}},
+        {"search": {"confirm": {"tops": 2}}},
+        {"search": {"confirm": "never"}},
         {"engine": "locl"},
         {"export": ["onix"]},
         {"seed": -1},

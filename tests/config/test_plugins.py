@@ -179,7 +179,7 @@ def test_own_engines_and_exports_are_imported_before_anything_else() -> None:
 def test_an_own_task_says_its_metrics_beside_itself() -> None:
     assert space("vgg11", task="ownpkg.parts:Net").settings.search.metric == "dice"
     assert problems("vgg11", "search: {metric: accuracy}", task="ownpkg.parts:Net") == [
-        "f:4: search.metric: 'accuracy' is not a metric of ownpkg.parts:Net (allowed: dice, iou)"
+        "f:4: search.metric: 'accuracy' is not a metric of ownpkg.parts:Net (allowed: dice, iou); your own goes as package.module:function"
     ]
     Path("ownpkg/bare.py").write_text("def task(outputs, recipe): pass")
     assert problems("vgg11", task="ownpkg.bare:task") == [

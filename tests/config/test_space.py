@@ -122,7 +122,7 @@ def test_the_metric_is_the_tasks_first_unless_written() -> None:
         ("seed: -1", "4: seed: must be at least 0, got -1"),
         ("seed: {low: 0, high: 3}", "4: seed: expected a whole number or null, got a mapping"),
         ("search: 5", "4: search: expected a mapping of keys, got 5"),
-        ("search: {metric: acuracy}", "4: search.metric: 'acuracy' is not a metric of classification; did you mean 'accuracy'? (allowed: accuracy, balanced_accuracy, f1, log_likelihood)"),
+        ("search: {metric: acuracy}", "4: search.metric: 'acuracy' is not a metric of classification; did you mean 'accuracy'? (allowed: accuracy, balanced_accuracy, f1, log_likelihood, auroc, average_precision, kappa, quadratic_kappa, top_3, top_5, log_loss, expected_calibration_error); your own goes as package.module:function"),
         ("engine: locl", "4: engine.name: 'locl' is not known; did you mean 'local'? (allowed: inline, local, ray); your own goes as package.module:attribute"),
         ("engine: {address: local}", "4: engine.address: 'local', but only the engine ray has this key; drop it, or write engine: {name: ray, …}"),
         ("engine: {name: inline, ship: true}", "4: engine.ship: True, but only the engine ray has this key; drop it, or write engine: {name: ray, …}"),

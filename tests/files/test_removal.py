@@ -368,7 +368,7 @@ def test_after_ctrl_c_the_command_is_named_as_it_was_typed(
 
     assert tuner("run", run, "search.retrain=false", "-q").code == 0
 
-    def retraining(*_: Any) -> Callable[[Any], None]:
+    def retraining(*_: Any, **more: Any) -> Callable[[Any], None]:
         return lambda epoch: os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Console, "show_retraining", retraining)

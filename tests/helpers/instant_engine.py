@@ -15,6 +15,7 @@ from tuner.messages import Assignment, Epoch, TrialResult
 from tuner.search.coordinator import Coordinator
 from tuner.search.pruners import PRUNERS
 from tuner.search.running_trial import RunningTrial
+from tuner.search.storage import OPTUNA_DIRECTIONS
 
 
 class RecordingListener:
@@ -39,7 +40,7 @@ def make_coordinator(s: Space, storage: Any = None, listener: Any = None) -> Coo
     study = optuna.create_study(
         storage=storage,
         study_name="t",
-        direction="maximize",
+        direction=OPTUNA_DIRECTIONS[search.direction or "maximise"],
         sampler=optuna.samplers.RandomSampler(),
         pruner=PRUNERS[search.pruner](3),
         load_if_exists=True,

@@ -66,10 +66,18 @@ def test_stillness_after_fit_the_prefix_is_bit_identical(
     assert any(not torch.equal(v, moving[k]) for k, v in bench.net.state_dict().items())
 
 
-@pytest.mark.parametrize("data", [{}, {"augment": "flip", "views": 2}])
 @pytest.mark.parametrize(
-    ("model", "depth"),
-    [("resnet18_slim", 1), ("resnet18_slim", 2), ("resnet18_slim", 5), ("vgg11_bn", 6)],
+    ("model", "depth", "data"),
+    [
+        ("resnet18_slim", 1, {}),
+        ("resnet18_slim", 2, {}),
+        ("resnet18_slim", 5, {}),
+        ("vgg11_bn", 6, {}),
+        ("resnet18_slim", 1, {"augment": "flip", "views": 2}),
+        ("resnet18_slim", 2, {"augment": "strong", "views": 2}),
+        ("resnet18_slim", 5, {"augment": "standard"}),
+        ("vgg11_bn", 6, {"augment": "flip", "views": 2}),
+    ],
 )
 def test_memory_fit_over_the_cache_equals_fit_without(
     model: str, depth: int, data: dict[str, Any], tmp_path: Path
@@ -89,14 +97,16 @@ def test_memory_fit_over_the_cache_equals_fit_without(
         assert a.scores["log_likelihood"] == pytest.approx(b.scores["log_likelihood"], rel=1e-2)
 
 
-def test_memory_equal_batches_from_the_cache_and_without(tmp_path: Path) -> None:
-    r = run("resnet18_slim", 3, augment="flip", views=2)
+@pytest.mark.parametrize("augment", ["flip", "strong"])
+def test_memory_equal_batches_from_the_cache_and_without(augment: str, tmp_path: Path) -> None:
+    r = run("resnet18_slim", 3, augment=augment)
     cached, live = (
         prepare_training(r, here(tmp_path, cache), "accuracy").train
         for cache in ("always", "never")
     )
     index = torch.tensor([5, 0, 17, 3])
-    for view in (0, 1, 2):
+    assert cached.views == live.views == (2 if augment == "flip" else 4)
+    for view in range(4):
         a, b = cached.take(index, view), live.take(index, view)
         assert torch.allclose(_tensor(a.x), _tensor(b.x), atol=1e-5) and torch.equal(a.y, b.y)
     assert not torch.equal(_tensor(cached.take(index, 0).x), _tensor(cached.take(index, 1).x))
@@ -142,6 +152,21 @@ def test_what_does_not_fit_is_computed_on_the_fly(change: dict[str, Any], tmp_pa
         if (tmp_path / "activations").exists()
         else True
     )
+
+
+@pytest.mark.parametrize(("views", "expected"), [("auto", None), (3, 3), ("null", None)])
+def test_views_that_are_limited_for_the_cache_are_endless_where_nothing_is_cached(
+    views: Any, expected: int | None, tmp_path: Path
+) -> None:
+    r = run("resnet18_slim", 0, augment="light", views=views)
+    context = prepare_training(r, here(tmp_path, "auto"), "accuracy")
+    assert context.train.views == expected and context.valid.views == 1
+    index = torch.arange(4)
+    shown = {_tensor(context.train.take(index, view).x).numpy().tobytes() for view in range(9)}
+    assert len(shown) == 9
+    deeper = run("resnet18_slim", 2, augment="light", views=views)
+    limited = prepare_training(deeper, here(tmp_path, "auto"), "accuracy").train.views
+    assert limited == {"auto": 4, 3: 3, "null": None}[views]
 
 
 def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(

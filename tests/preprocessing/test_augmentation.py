@@ -1,6 +1,5 @@
 """The law of augmentation: what is called so shows the net other pixels in other epochs, with targets that follow."""
 
-import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from tests.helpers.box_files import write_coco, write_voc, write_yolo
 from tests.helpers.mask_files import write_images_and_masks
 from tuner.config import parsing, yaml_document
+from tuner.config.augmentation import POLICIES
 from tuner.config.run import ImageOptions
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import Dataset, Source
@@ -20,11 +20,7 @@ from tuner.errors import SpaceError
 
 CANVAS = ImageInputSpec(32, 32, "nearest", (0.0,) * 3, (1.0,) * 3, "letterbox", 32)
 EPOCHS = 16
-AUGMENTATIONS = [
-    name
-    for name in typing.get_args(ImageOptions.model_fields["augment"].annotation)
-    if name != "none"
-]
+TASKS = {"voc": "detection", "coco": "detection", "yolo": "detection", "masks": "segmentation"}
 VIEWS: list[int | str | None] = ["auto", 2, None]
 Load = Callable[[Path, ImageOptions], Dataset]
 LOADERS: dict[str, Load] = {
@@ -53,16 +49,27 @@ def leaves(tree: Tensor | dict[str, Tensor]) -> list[Tensor]:
     return [tree] if isinstance(tree, Tensor) else list(tree.values())
 
 
-def epochs_of(source: Source) -> list[list[Tensor]]:
+def epochs_of(source: Source, count: int = EPOCHS) -> list[list[Tensor]]:
     """Pixels and targets of all examples, as each epoch's view shows them."""
-    views = [epoch % source.views if source.views else epoch for epoch in range(EPOCHS)]
+    views = [epoch % source.views if source.views else epoch for epoch in range(count)]
     batches = [source.take(torch.arange(len(source)), view) for view in views]
     return [[*leaves(batch.x), *leaves(batch.y)] for batch in batches]
 
 
-@pytest.mark.parametrize("views", VIEWS)
-@pytest.mark.parametrize("augment", AUGMENTATIONS)
-@pytest.mark.parametrize("name", LOADERS)
+def augmentations(views: int | str | None) -> list[tuple[str, str]]:
+    """Each source with each policy of its task; of endless views and 2 the flip alone, to be quick."""
+    return [
+        (source, policy)
+        for source in LOADERS
+        for policy in POLICIES[TASKS.get(source, "classification")]
+        if policy == "flip" or (policy != "none" and views == "auto")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "augment", "views"),
+    [(*pair, views) for views in VIEWS for pair in augmentations(views)],
+)
 def test_other_epochs_show_other_pixels(
     name: str, augment: str, views: int | str | None, tmp_path: Path
 ) -> None:
@@ -71,14 +78,16 @@ def test_other_epochs_show_other_pixels(
     )
     data = LOADERS[name](tmp_path, options)
     for source in (data.train, data.full):
-        epochs = epochs_of(source)
+        epochs = epochs_of(source, EPOCHS if augment == "flip" else 4)
         assert not torch.equal(epochs[0][0], epochs[1][0])
         versions = [
             len({epoch[0][row].numpy().tobytes() for epoch in epochs}) for row in range(len(source))
         ]
         assert np.mean(np.array(versions) > 1) > 0.9  # a few images are their own mirror image
-        if name not in ("digits", "synthetic"):  # a class stays the same, boxes and masks do not
+        if name in TASKS:  # a class stays the same, boxes and masks do not
             assert any(not torch.equal(a, b) for a, b in zip(*epochs[:2], strict=True))
+        if augment != "flip":
+            assert source.views == 4 and max(versions) == 4
     assert data.valid.views == data.test.views == 1
 
 

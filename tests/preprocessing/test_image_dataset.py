@@ -105,6 +105,14 @@ def test_the_digest_of_given_images_never_changes(tmp_path: Path) -> None:
     data = made(tmp_path, listed=Items(images, np.arange(12) % 2, ("a", "b"), split))
     assert data.digest == "e7e4bd89fdaa7378ffa52efdd4962ef554f465e294c653f30d8f59605f49b47c"
     assert data.train.digest == "8f9365e8a9026b43e424f188412911c260478ffe019b317c1ff34bf723d065c5"
+    listed = Items(images, np.arange(12) % 2, ("a", "b"), split)
+    for augment in ("flip", {"flip": True}):
+        flipped = made(tmp_path, {"augment": augment}, listed=listed)
+        assert flipped.digest == "3ec378b805b4752702b2f245ed894a5c64c01f9ae1dbc2a44fdb327cc28845fe"
+        assert (
+            flipped.train.digest
+            == "360cd10405fa3e218b4c61fe1de01001c62bbaf9712da34d92121488914aade4"
+        )
 
 
 def test_the_digest_follows_content_labels_and_split(tmp_path: Path) -> None:
@@ -114,6 +122,8 @@ def test_the_digest_follows_content_labels_and_split(tmp_path: Path) -> None:
     others = [
         made(tmp_path, {"seed": 1}),
         made(tmp_path, {"augment": "flip"}),
+        made(tmp_path, {"augment": "light"}),
+        made(tmp_path, {"augment": {"crop": 0.6}}),
         made(tmp_path, {"mean": (0.1, 0.1, 0.1)}),
         made(tmp_path, {"limit": 10}),
         made(tmp_path, listed=items(seed=1)),
@@ -125,7 +135,7 @@ def test_the_digest_follows_content_labels_and_split(tmp_path: Path) -> None:
             ),
         ),
     ]
-    assert len({same, *(d.digest for d in others)}) == 8
+    assert len({same, *(d.digest for d in others)}) == 10
 
 
 @pytest.mark.parametrize(

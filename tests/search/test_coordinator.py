@@ -316,7 +316,7 @@ def test_a_retry_whose_first_attempt_lives_after_all_is_withdrawn(ended: bool) -
     assert c.budget_used == 3 and states(c).count("COMPLETE") == 3
 
 
-def test_the_median_pruner_stops_a_bad_trial_which_ends_pruned() -> None:
+def test_the_pruner_stops_a_bad_trial_which_ends_pruned() -> None:
     c = make_coordinator(make_space(trials=25))
     run_all_jobs(c)
     pruned = [t for t in c.study.trials if t.state == TrialState.PRUNED]

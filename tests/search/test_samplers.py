@@ -21,7 +21,7 @@ from tuner.jobs import Job, Outcome
 from tuner.search import quasi_random, samplers
 from tuner.search.coordinator import Coordinator
 from tuner.search.quasi_random import MAX_COORDINATES, sobol_point
-from tuner.search.samplers import make_start, value_at
+from tuner.search.samplers import make_startup, value_at
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -84,7 +84,7 @@ def test_equal_parts_of_a_coordinate_are_equal_parts_of_a_domain(
     ("budget", "trials"), [(1, 4), (12, 4), (20, 4), (24, 4), (30, 6), (50, 10), (1000, 10)]
 )
 def test_a_fifth_of_the_budget_ends_before_tpe_learns(budget: int, trials: int) -> None:
-    assert make_start(budget, ["lr"], 0, 0).trials == trials
+    assert make_startup(budget, ["lr"], 0, 0).trials == trials
 
 
 def first_params(budget: int, seed: int = 0, sampler: str = "tpe") -> list[dict[str, Any]]:
@@ -191,5 +191,5 @@ def test_a_killed_search_over_several_ranges_continues_as_an_undisturbed_one() -
 
 def test_many_dimensions_need_no_more_than_a_seed() -> None:
     names = [f"key{i}" for i in range(40)]
-    start = make_start(100, names, 0, 5)
-    assert list(start.point) == names and start.trials == samplers.MAX_STARTUP
+    startup = make_startup(100, names, 0, 5)
+    assert list(startup.point) == names and startup.trials == samplers.MAX_STARTUP

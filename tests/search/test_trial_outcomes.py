@@ -83,7 +83,7 @@ def test_the_pruner_is_not_asked_after_the_last_epoch(epochs: int, state: str) -
         written(f"recipe.epochs={epochs}", "search.trials=8", "search.sampler=random")
     )
     run_all_jobs(c, lambda c, job: scored(c, job, 0.1 if job.number == 7 else 0.9))
-    assert ends(c)[7] == (state, "")  # the median pruner judges from the second epoch on
+    assert ends(c)[7] == (state, "")  # the pruner judges from the second epoch on
 
 
 # -- workers that a memory limit ends

@@ -13,17 +13,17 @@ from optuna.trial import TrialState
 from tuner.dashboard.artifacts import write_note
 from tuner.search import storage, windowed_study
 from tuner.search.pruners import PRUNERS
-from tuner.search.samplers import SAMPLERS, Start
+from tuner.search.samplers import SAMPLERS, Startup
 from tuner.search.windowed_study import WindowedStudy
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 EPOCHS = 6
-START = Start(5)  # without a point: the first trials are TPE's own prior
+STARTUP = Startup(5)  # without a point: the first trials are TPE's own prior
 
 
 def step(study: optuna.Study, number: int, sampler: str) -> tuple[dict[str, Any], int]:
     """One trial, told epoch by epoch: its parameters, and after how many epochs it was pruned (or all of them)."""
-    study.sampler = SAMPLERS[sampler](number, START)
+    study.sampler = SAMPLERS[sampler](number, STARTUP)
     windowed = study if isinstance(study, WindowedStudy) else None
     if windowed:
         with windowed.window():
@@ -154,7 +154,7 @@ def test_a_proposal_reads_no_trial_from_the_database_but_those_that_wait(
 
 def test_parameters_that_not_all_trials_have_are_proposed_as_by_optuna() -> None:
     def trial(study: optuna.Study, number: int) -> dict[str, Any]:
-        study.sampler = SAMPLERS["tpe"](number, START)
+        study.sampler = SAMPLERS["tpe"](number, STARTUP)
         found = study.ask()
         if found.suggest_categorical("optimizer", ["sgd", "adamw"]) == "sgd":
             found.suggest_float("momentum", 0.0, 1.0)

@@ -91,6 +91,23 @@ def test_the_dice_loss_is_that_of_segmentation_models_pytorch() -> None:
         )
 
 
+def test_rare_classes_weigh_more_in_the_cross_entropy_of_both_heads() -> None:
+    counts = torch.tensor([80, 15, 5])
+    recipe = Recipe(class_weights="balanced")
+    weighted = build(("a", "b", "c"), recipe, counts)
+    (out, truth), (aux, _) = made_up(0), made_up(1)
+    weights = 100 / 3 / counts
+    each = [
+        F.cross_entropy(logits, truth.long(), ignore_index=255, reduction="none")
+        for logits in (out, aux)
+    ]
+    pixel_weights = weights[truth.long().where(truth != 255, 0)]
+    expected = ((each[0] + 0.5 * each[1]) * pixel_weights).sum() / (truth != 255).sum()
+    loss = weighted.loss(Says({"out": out, "aux": aux}), Batch(out, truth))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert build(("a", "b", "c"), Recipe(), counts).class_weights is None  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("loss", ["cross_entropy", "dice", "both"])
 def test_a_batch_that_is_all_border_has_loss_0_and_gradients_of_0(
@@ -313,3 +330,21 @@ def test_the_scenes_are_what_they_seem() -> None:
     assert image.size == mask.size and np.array_equal(
         np.asarray(paint_mask(mask)), np.asarray(image)
     )
+
+
+def test_weights_follow_the_pixels_of_the_training_masks(space: Path, tmp_path: Path) -> None:
+    from tuner.config import parsing
+    from tuner.config.run import EngineSettings
+    from tuner.training.devices import select_device
+    from tuner.training.preparation import prepare_training
+
+    words = ["recipe.class_weights=balanced", "data.augment=flip"]
+    run = parsing.load_space(space, words).make_run({}, seed=0)
+    here = select_device(EngineSettings(device="cpu"), tmp_path)
+    context = prepare_training(run, here, "mean_iou")
+    masks = context.dataset.train.take(torch.arange(len(context.dataset.train)), 0).y
+    assert isinstance(masks, Tensor)
+    counts = torch.bincount(masks[masks != 255].long(), minlength=len(context.dataset.classes))
+    expected = counts.sum() / len(counts) / counts
+    weights = context.task.class_weights  # type: ignore[attr-defined]
+    assert torch.allclose(weights.double(), expected.double())

@@ -220,6 +220,13 @@ def goes_on(text: str, metric: str, here: DeviceContext, kept: Path) -> None:
     assert again[0] == straight[0] and again[1][1:] == straight[1][1:] and again[3] == []
 
 
+def test_augmented_and_mixed_images_go_on(here: DeviceContext, tmp_path: Path) -> None:
+    text = "task: classification\nmodel: {name: resnet18_slim, weights: none}\n"
+    text += "data: {name: synthetic, examples: 60, size: 32, augment: strong}\n"
+    text += "recipe: {freeze_depth: 0, epochs: 3, batch_size: 16, mixup: 0.4, cutmix: 1.0}\n"
+    goes_on(text, "accuracy", here, tmp_path / "kept")
+
+
 @pytest.mark.slow
 def test_a_detector_goes_on(here: DeviceContext, tmp_path: Path) -> None:
     root = box_files.write_voc(tmp_path / "voc")

@@ -19,15 +19,17 @@ from tuner.commands import summary
 from tuner.commands.progress import Progress
 from tuner.commands.summary import Summary
 from tuner.commands.trial_line import (
-    METRIC_LABELS,
     TrialLineFormatter,
     format_duration,
     reached_score,
+    short_label,
 )
+from tuner.config.objective import is_improvement
 from tuner.config.run import Run, SearchSettings, parse_duration
 from tuner.config.space import Space
 from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.messages import DatasetReport, Epoch, ModelSurvey, TrialResult
+from tuner.search.confirmation import settings_for
 from tuner.search.history import DUPLICATE_OF, REASON
 
 OutputMode = Literal["normal", "quiet", "json"]
@@ -161,7 +163,7 @@ class Console:
         if number not in self.bar_of_trial:
             self.bar_of_trial[number] = self.bar.add_task(f"#{number}", total=total, state="")
         metric = str(self.search.metric)
-        score = f"{METRIC_LABELS.get(metric, metric)} {epoch.scores[metric]:.4f}"
+        score = f"{short_label(metric)} {epoch.scores[metric]:.4f}"
         self.bar.update(
             self.bar_of_trial[number],
             completed=epoch.number,
@@ -202,7 +204,8 @@ class Console:
         self.pruned += trial.state == TrialState.PRUNED
         if trial.state == TrialState.COMPLETE and DUPLICATE_OF not in trial.user_attrs:
             value = float(trial.value or 0)
-            if self.best is None or value > self.best[0]:
+            direction = (self.search and self.search.direction) or "maximise"
+            if self.best is None or is_improvement(value, self.best[0], direction):
                 self.best = (value, trial.number)
         return self.best is not None and self.best[1] == trial.number
 
@@ -236,24 +239,34 @@ class Console:
 
     # -- the winner
 
-    def show_retraining(self, run: Run) -> Callable[[Epoch], None]:
-        """Shows the epochs of a training that is not a trial."""
+    def show_retraining(self, run: Run, *, is_default: bool = False) -> Callable[[Epoch], None]:
+        """Shows the epochs of a training that is not a trial: of the winner, or of the default
+        recipe, which is not exported.
+        """
         total = run.recipe.stop_epoch or run.recipe.epochs
         examples = run.recipe.fit.replace("+", " and ")
-        self.note(f"training on {examples}: up to {total} epochs, then test and export")
+        name, what, then, state_then = ("winner", "", "test and export", "testing and exporting")
+        if is_default:
+            name, what, then, state_then = ("default", " the default recipe", "test", "testing")
+        self.note(f"training{what} on {examples}: up to {total} epochs, then {then}")
         self.open_bars()
-        row = self.bar.add_task("winner", total=total, state="") if self.bar is not None else None
+        row = self.bar.add_task(name, total=total, state="") if self.bar is not None else None
 
         def show(epoch: Epoch) -> None:
             for note in epoch.notes:
                 self.warn(note)
             self.emit_event(
-                "retrain", epoch=epoch.number, of=total, loss=epoch.loss, scores=epoch.scores
+                "retrain",
+                what=name,
+                epoch=epoch.number,
+                of=total,
+                loss=epoch.loss,
+                scores=epoch.scores,
             )
             if self.bar is not None and row is not None:
                 state = f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}"
                 if epoch.number == total:
-                    state = "testing and exporting"
+                    state = state_then
                 self.bar.update(row, completed=epoch.number, state=state)
 
         return show
@@ -286,6 +299,26 @@ def opening_lines(
         f"search {trials}, {search.sampler} sampler, {search.pruner} pruner, "
         f"{describe_workers(workers, survey.gpu_count)}"
     )
+    if after := describe_trainings_after(search, progress.budget):
+        yield f"then   {after}"
+
+
+def describe_trainings_after(search: SearchSettings, trial_count: int) -> str:
+    """The trainings that follow a search of so many trials; empty where there is none."""
+    confirm = settings_for(search, trial_count)
+    parts = [
+        f"the best {confirm.top} again with {confirm.repeats} other seeds each"
+        if confirm and confirm.top > 1
+        else f"the best again with {confirm.repeats} other seeds"
+        if confirm
+        else "",
+        "the winner on train and valid" if search.retrain else "",
+        "the default recipe, to compare it with" if search.compare == "default" else "",
+    ]
+    confirming = confirm.top * confirm.repeats if confirm else 0
+    count = confirming + search.retrain + (search.compare == "default")
+    trainings = "training" if count == 1 else "trainings"
+    return f"up to {count} {trainings}: {', '.join(filter(None, parts))}" if count else ""
 
 
 def describe_workers(workers: int, gpu_count: int) -> str:

@@ -8,17 +8,21 @@ from optuna.trial import FrozenTrial
 
 from tuner import manifest
 from tuner.commands.console import Console
-from tuner.commands.run import choose_export
 from tuner.commands.session import INSTEAD, Folders, home_folder, open_session
+from tuner.commands.winner import choose_export
 from tuner.config import parsing, plugins, yaml_document
+from tuner.config.objective import metric_label
 from tuner.config.space import Space
 from tuner.dashboard.server import find_study
 from tuner.errors import DataError, SpaceError, suggest_names
 from tuner.files import checkpoint_files, removal
 from tuner.manifest import PublishedExport
 from tuner.search import history, storage
+from tuner.search.confirmation import read_confirmed
 from tuner.search.history import DUPLICATE_OF, REASON
 from tuner.search.pruners import PRUNERS
+
+MAX_SCORES_SHOWN = 4  # of the test examples; the model card has all
 
 
 def export_trial(
@@ -49,7 +53,7 @@ def export_trial(
             sampler=optuna.samplers.RandomSampler(),
             pruner=PRUNERS["none"](1),
         )
-        chosen = _choose_trial(study, trial)
+        chosen = _choose_trial(study, space, trial)
         found, epoch = (
             history.run_of_trial(space, study, chosen),
             chosen.user_attrs[history.BEST_EPOCH],
@@ -95,13 +99,14 @@ def load_study_space(folder: Path) -> Space:
     return parsing.with_values(space.document, {("search", "name"): folder.resolve().name})
 
 
-def _choose_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
+def _choose_trial(study: optuna.Study, space: Space, number: int | None) -> FrozenTrial:
     """The winner, or the trial of this number.
 
     Raises DataError where that trial has no epoch that could be exported.
     """
     if number is None:
-        return history.best_trial(study)[0]
+        confirmed = read_confirmed(study, space)
+        return confirmed.winner.trial if confirmed else history.best_trial(study)[0]
     trials = study.get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
         raise DataError(
@@ -121,8 +126,10 @@ def _choose_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
 def show_published(console: Console, published: PublishedExport) -> None:
     scores = published.manifest["scores"]["test"]
     console.emit_event("published", folder=str(published.folder), test=scores)
+    metric = published.manifest["metric"]
+    shown = [metric, *(name for name in scores if name != metric)][:MAX_SCORES_SHOWN]
     console.print_line(
-        "test    " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        "test    " + "  ".join(f"{metric_label(name)} {scores[name]:.4f}" for name in shown)
     )
     for kind, e in published.manifest["exports"].items():
         console.print_line(

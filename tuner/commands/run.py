@@ -8,10 +8,8 @@ from typing import Any
 
 import optuna
 
-from tuner import manifest
 from tuner.commands.combined_listener import CombinedListener
 from tuner.commands.console import Console
-from tuner.commands.progress import Progress
 from tuner.commands.session import (
     INSTEAD,
     Folders,
@@ -22,9 +20,9 @@ from tuner.commands.session import (
     write_yaml,
 )
 from tuner.commands.summary import Summary
+from tuner.commands.winner import EndedSearch, finalize_once, progress_of
 from tuner.config import database_url
 from tuner.config.parsing import with_values
-from tuner.config.run import Run
 from tuner.config.space import Space
 from tuner.config.yaml_document import COMMAND_LINE
 from tuner.dashboard.artifacts import ArtifactWriter
@@ -33,9 +31,8 @@ from tuner.files import removal
 from tuner.files.atomic import remove_leftovers, require_free_space
 from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER, CheckpointRetention
 from tuner.jobs import AS_MANY_AS_POSSIBLE
-from tuner.manifest import PublishedExport
 from tuner.messages import DatasetReport
-from tuner.search import history, leases, postgresql, storage
+from tuner.search import leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.optuna_internals import study_id_of
 from tuner.search.pruners import PRUNERS
@@ -85,9 +82,9 @@ def run_study(space: Space, folders: Folders, console: Console) -> Summary:
                 raise interrupted_error(s.stop_signal)
             if coordinator.fatal_error is not None:
                 raise coordinator.fatal_error
-            return finalize_once(
-                s, coordinator, folder, new_trials=coordinator.budget_used > before
-            )
+            sizes = facts.split_sizes["train"], facts.split_sizes["valid"]
+            is_new = coordinator.budget_used > before
+            return finalize_once(EndedSearch(s, coordinator, folder, sizes, workers, is_new))
 
 
 def search_until_done(session: Session, coordinator: Coordinator, workers: int) -> None:
@@ -183,6 +180,7 @@ def open_coordinator(
             identity(space),
             data_digest,
             defaulted_keys(space),
+            search.direction or "maximise",
         )
         artifacts = ArtifactWriter(study, folder, str(search.metric))
         artifacts.write_study_note(space)
@@ -240,149 +238,3 @@ def keep_earlier_defaults(s: Session, earlier: dict[str, Any], data_digest: str)
 def max_epochs(space: Space) -> int:
     """The most epochs that a trial of this space can have."""
     return int(space.highest(("recipe", "epochs")))
-
-
-def progress_of(coordinator: Coordinator) -> Progress:
-    """The coordinator's counts at this moment."""
-    return Progress(
-        coordinator.budget_used,
-        coordinator.proposer.trial_budget(),
-        frozenset(coordinator.running),
-    )
-
-
-def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
-    """The winner's run up to its best epoch.
-
-    It is retrained on train and validation examples, or, with `fit="train"`, stays as its trial
-    was.
-    """
-    return replace(
-        run,
-        recipe=run.recipe.model_copy(update={"fit": fit, "stop_epoch": epoch, "patience": None}),
-    )
-
-
-def choose_export(
-    retrain: bool, run: Run, epoch: int, weights: Path | None
-) -> tuple[Run, Path | None]:
-    """What is exported of a trial: a run, and the weights if it is not retrained.
-
-    With `retrain` the run is trained again on train and validation examples. Without it, the run is
-    as its trial was, and `weights` are those that the trial left.
-    """
-    return (
-        (run_to_best_epoch(run, epoch), None)
-        if retrain
-        else (run_to_best_epoch(run, epoch, fit="train"), weights)
-    )
-
-
-def best_yaml_content(run: Run, session: Session) -> dict[str, Any]:
-    """best.yaml: the same form as a space file, with nothing left to choose."""
-    search = {"name": study_name(session.space), "metric": session.settings.search.metric}
-    return run.to_dict() | {
-        "search": search,
-        "engine": session.settings.engine.model_dump(),
-        "export": list(session.settings.export),
-    }
-
-
-def finalize_once(
-    session: Session, coordinator: Coordinator, folder: Path, *, new_trials: bool
-) -> Summary:
-    """Lets one of several coordinators make the export of the winner.
-
-    The others report which coordinator does it, once it has claimed the winner.
-    """
-    if not coordinator.coordination.is_shared:
-        return finalize_best(session, coordinator, folder, new_trials=new_trials)
-    winner, tied = history.best_trial(coordinator.study)
-    busy = (
-        [
-            other
-            for other in coordinator.coordination.other_coordinators()
-            if other.winner_state is None
-        ]
-        if coordinator.is_past_timeout()
-        else []
-    )
-    other = busy[0] if busy else coordinator.coordination.claim_winner(winner.number)
-    if other is not None:
-        run = run_to_best_epoch(
-            history.run_of_trial(session.space, coordinator.study, winner),
-            winner.user_attrs[history.BEST_EPOCH],
-        )
-        return Summary(
-            folder=folder,
-            metric=str(session.settings.search.metric),
-            progress=progress_of(coordinator),
-            winner=winner,
-            tied_numbers=tied,
-            run=run,
-            published=None,
-            anything_new=True,
-            default_trial=history.default_trial(coordinator.study),
-            made_elsewhere=other,
-        )
-    with storage.lock_study(folder):  # `tuner export` writes here too
-        summary = finalize_best(session, coordinator, folder, new_trials=new_trials)
-    coordinator.coordination.mark_winner_made()
-    return summary
-
-
-def finalize_best(
-    session: Session, coordinator: Coordinator, folder: Path, *, new_trials: bool
-) -> Summary:
-    winner, tied = history.best_trial(coordinator.study)
-    trial_run = history.run_of_trial(session.space, coordinator.study, winner)
-    draw = history.proposal_numbers(coordinator.study)[winner.number]
-    run = run_to_best_epoch(trial_run, winner.user_attrs[history.BEST_EPOCH])
-    write_yaml(
-        folder / "best.yaml",
-        best_yaml_content(run, session),
-        f"trial {winner.number} of study {study_name(session.space)!r}; `tuner train` repeats it",
-    )
-    summary = Summary(
-        folder=folder,
-        metric=str(session.settings.search.metric),
-        progress=progress_of(coordinator),
-        winner=winner,
-        tied_numbers=tied,
-        run=run,
-        published=None,
-        anything_new=new_trials,
-        default_trial=history.default_trial(coordinator.study),
-    )
-    run, weights = choose_export(
-        session.settings.search.retrain,
-        trial_run,
-        winner.user_attrs[history.BEST_EPOCH],
-        coordinator.retention.best_weights_of(draw),
-    )
-    manifest.recover_export(folder / "export")
-    published = manifest.read_export(folder / "export")
-    if published is None or is_stale(published, run, session.settings.export):
-        if weights is None and not session.settings.search.retrain:
-            session.console.note(
-                "nothing is exported: search.retrain is false, and no weights of trial "
-                f"{winner.number} are kept (search.keep)"
-            )
-            return summary
-        published = session.finalize(
-            run,
-            folder / "export",
-            session.settings.export,
-            winner.number,
-            winner.user_attrs[history.SCORES],
-            weights,
-        )
-        summary = replace(summary, anything_new=True)
-    return replace(summary, published=published)
-
-
-def is_stale(published: PublishedExport, run: Run, formats: tuple[str, ...]) -> bool:
-    """Whether an export is of another run, or lacks a format."""
-    return published.manifest["run_digest"] != run.digest() or not set(formats) <= set(
-        published.manifest["exports"]
-    )

@@ -19,7 +19,15 @@ from tuner.errors import DataError, Interrupted, SpaceError, TunerError
 from tuner.files import checkpoint_files, removal
 from tuner.files.atomic import atomic_path, claimed, disk_errors, lock_of_export
 from tuner.jobs import Job, Outcome, RunJobs, stall_of, to_tuner_error
-from tuner.messages import Assignment, DatasetReport, FinalizeJob, ModelSurvey, micro_batch_count
+from tuner.messages import (
+    Assignment,
+    DatasetReport,
+    DefaultComparison,
+    DefaultTestJob,
+    FinalizeJob,
+    ModelSurvey,
+    micro_batch_count,
+)
 
 INSTEAD = "move it away, or choose another folder (--out, --studies, search.name)"
 
@@ -85,6 +93,7 @@ class Session:
             self.settings.engine,
             str(self.folders.home),
             allow_downloads,
+            direction=self.settings.search.direction or "maximise",
         )
 
     def run_job(
@@ -190,53 +199,82 @@ class Session:
         trial: int,
         valid: dict[str, float],
         weights: Path | None = None,
+        comparison: DefaultComparison | None = None,
+        confirmation: dict[str, Any] | None = None,
     ) -> Any:
         """Retrains, tests and exports in a worker; returns what was published.
 
-        With `weights` it takes these, of the run's trial.
-
+        With `weights` it takes these, of the run's trial. With `comparison` the winner is compared
+        with the default recipe. `confirmation` is what the manifest says of its repeats.
         A training that is killed is continued by the next crowning for the same folder. Raises
         StorageError where an export cannot be put there, or another process is making one.
         """
         folder = folder.resolve() if folder.is_symlink() else folder
-        kept = str(checkpoint_files.place_of(folder).absolute())
-        alone = self.settings.engine.model_copy(update={"per_gpu": 1, "workers": 1})
-        assignment = replace(self.make_assignment(run), engine=alone, checkpoint_folder=kept)
-        given = str(weights.absolute()) if weights else None
-        needed = (
-            kept if weights is None else str(weights.parent.absolute()),
-            str(folder.absolute()),
-        )
-        order = FinalizeJob(
-            assignment,
+        kept = checkpoint_files.place_of(folder).absolute()
+        job = FinalizeJob(
+            self.retraining_assignment(run, kept),
             formats,
             str(folder),
             study_name(self.space),
             trial,
             tuple(valid.items()),
-            given,
+            str(weights.absolute()) if weights else None,
+            comparison,
+            confirmation,
         )
         with publishing(folder):
-            try:
-                heard = self.console.show_retraining(run) if weights is None else lambda _: None
-                published = self.run_job(
-                    "tuner.training.finalization:finalize",
-                    order,
-                    heard,
-                    finish_epoch=True,
-                    folders_to_keep=needed,
-                    whole=needed[1],
-                    stall=stall_of(self.settings.engine, paced=False),
-                )
-            finally:
-                self.console.close_bars()
-            checkpoint_files.remove_training_checkpoints(Path(kept))
-        return published
+            return self.retrain(job, kept, weights, str(folder.absolute()))
+
+    def run_default_test(self, run: Run, kept: Path, weights: Path | None) -> bytes:
+        """Retrains the default recipe in a worker and scores it on the test examples.
+
+        With `weights` it takes these, of the run's trial. A training that is killed is continued
+        from its checkpoints in `kept`. Returns the content of the file with its test.
+        """
+        given = str(weights.absolute()) if weights else None
+        job = DefaultTestJob(self.retraining_assignment(run, kept), given)
+        content: bytes = self.retrain(job, kept, weights)
+        return content
+
+    def retraining_assignment(self, run: Run, kept: Path) -> Assignment:
+        """A retraining has the machine for itself."""
+        alone = self.settings.engine.model_copy(update={"per_gpu": 1, "workers": 1})
+        return replace(self.make_assignment(run), engine=alone, checkpoint_folder=str(kept))
+
+    def retrain(
+        self, job: FinalizeJob | DefaultTestJob, kept: Path, weights: Path | None, whole: str = ""
+    ) -> Any:
+        """Has a worker carry out a job of `training/finalization.py`, and shows its epochs.
+
+        `kept` has its checkpoints, `whole` is the export's folder where there is one.
+        """
+        is_default = isinstance(job, DefaultTestJob)
+        function = "run_default_test" if is_default else "finalize"
+        needed = str(kept) if weights is None else str(weights.parent.absolute())
+        try:
+            heard = (
+                self.console.show_retraining(job.assignment.run, is_default=is_default)
+                if weights is None
+                else lambda _: None
+            )
+            value = self.run_job(
+                f"tuner.training.finalization:{function}",
+                job,
+                heard,
+                finish_epoch=True,
+                folders_to_keep=(needed, whole) if whole else (needed,),
+                whole=whole,
+                stall=stall_of(self.settings.engine, paced=False),
+            )
+        finally:
+            self.console.close_bars()
+        checkpoint_files.remove_training_checkpoints(kept)
+        return value
 
 
 def _in_micro_batches(argument: Any, count: int) -> Any:
     """A job's argument, whose training takes a batch in so many micro-batches."""
-    if count == 1 or not isinstance(argument, FinalizeJob):
+    if count == 1 or not isinstance(argument, FinalizeJob | DefaultTestJob):
         return argument
     return replace(argument, assignment=replace(argument.assignment, micro_batches=count))
 

@@ -14,8 +14,10 @@ from optuna.trial import FrozenTrial
 
 from tuner.commands.progress import Progress
 from tuner.commands.trial_line import format_value
+from tuner.config.objective import Direction, metric_label
 from tuner.config.run import Run
-from tuner.manifest import PublishedExport
+from tuner.manifest import PublishedExport, describe_comparison
+from tuner.search.confirmation import Confirmed
 from tuner.search.leases import CoordinatorInfo
 
 STANDARD_ERRORS = 3  # of the difference between validation and test accuracy that are worth a word
@@ -27,7 +29,8 @@ class Summary:
 
     `tied_numbers`: the trials with the winner's score. `anything_new`: this command added
     something to the study. `default_trial`: the trial of the default recipe. `made_elsewhere`: the
-    coordinator that makes the winner's export, where that is another one.
+    coordinator that makes the winner's export, where that is another one. `confirmed`: the repeats
+    of the best trials.
     """
 
     folder: Path
@@ -40,10 +43,8 @@ class Summary:
     anything_new: bool
     default_trial: FrozenTrial | None = None
     made_elsewhere: CoordinatorInfo | None = None
-
-    @property
-    def metric_label(self) -> str:
-        return self.metric.replace("_", " ")
+    direction: Direction = "maximise"
+    confirmed: Confirmed | None = None
 
 
 def summary_values(summary: Summary) -> dict[str, Any]:
@@ -57,13 +58,15 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         "default": default.value if default else None,
         "params": summary.winner.params,
         "test": summary.published.manifest["scores"]["test"] if summary.published else None,
+        "confirmed": summary.confirmed.to_dict(summary.metric) if summary.confirmed else None,
+        "comparison": summary.published.manifest.get("comparison") if summary.published else None,
         "export": str(summary.published.folder) if summary.published else None,
     }
 
 
 def summary_lines(summary: Summary) -> Iterator[str]:
     """The summary as a person reads it."""
-    winner, progress, metric = summary.winner, summary.progress, summary.metric_label
+    winner, progress, metric = summary.winner, summary.progress, metric_label(summary.metric)
     if not summary.anything_new:
         yield (
             f"nothing left to do: {progress.budget_used} of {progress.budget} trials are done; "
@@ -77,10 +80,11 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     if summary.tied_numbers:
         tied = ", ".join(f"#{number}" for number in summary.tied_numbers)
         yield f"         tied with {tied}; chosen for fewer epochs, then the lower number"
+    if summary.confirmed is not None:
+        yield from confirmed_lines(summary.confirmed)
     default = summary.default_trial
     if default is not None and default.value is not None:
-        below = float(winner.value or 0) - default.value
-        compared = f"{below:.4f} below the best, on the examples that chose it"
+        compared = compare_with_best(default.value, float(winner.value or 0), summary.direction)
         if default.number == winner.number:
             compared = "the best itself"
         yield f"default  #{default.number}, validation {metric} {default.value:.4f}, {compared}"
@@ -96,11 +100,36 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     yield from next_steps(summary)
 
 
+def compare_with_best(value: float, best: float, direction: Direction) -> str:
+    """How far a value is from the best one. The better ones are above it, or below it."""
+    difference, side = best - value, "below"
+    if direction == "minimise":
+        difference, side = value - best, "above"
+    return f"{difference:.4f} {side} the best, on the examples that chose it"
+
+
+def confirmed_lines(confirmed: Confirmed) -> Iterator[str]:
+    """What the repeats of the best trials gave."""
+    winner, count = confirmed.winner, len(confirmed.winner.scores)
+    noise = "" if winner.deviation is None else f", seed noise {winner.deviation:.4f}"
+    times = f"{count} repeats" if count > 1 else "1 repeat"
+    yield f"         confirmed {winner.mean:.4f} in {times} with other seeds and splits{noise}"
+    others = [
+        f"#{c.trial.number} {c.mean:.4f}" if c.is_usable else f"#{c.trial.number} failed"
+        for c in confirmed.candidates
+        if c is not winner
+    ]
+    if others:
+        why = "; the best within noise, and cheaper" if confirmed.is_cheaper else ""
+        yield f"         beside {', '.join(others)}{why}"
+
+
 def export_lines(published: PublishedExport, metric: str) -> Iterator[str]:
     m = published.manifest
     score, count = m["scores"]["test"][metric], m["examples"]["test"]
-    label = metric.replace("_", " ")
-    yield f"test     {label} {score:.4f} on {count:,} examples used for nothing else"
+    yield f"test     {metric_label(metric)} {score:.4f} on {count:,} examples used for nothing else"
+    if compared := describe_comparison(m):
+        yield f"         {compared}"
     yield from validation_gap_lines(m["scores"], m["examples"])
     yield f"export   {published.folder}"
     width = max((len(e["file"]) for e in m["exports"].values()), default=0)

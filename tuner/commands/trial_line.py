@@ -12,7 +12,13 @@ from tuner.config.run import Run
 from tuner.config.space import Choice, Dimension, Space
 from tuner.search.history import DUPLICATE_OF, REASON
 
-METRIC_LABELS = {"accuracy": "acc", "balanced_accuracy": "bacc", "log_likelihood": "ll"}
+METRIC_LABELS = {
+    "accuracy": "acc",
+    "balanced_accuracy": "bacc",
+    "log_likelihood": "ll",
+    "average_precision": "ap",
+    "expected_calibration_error": "ece",
+}
 KEY_LABELS = {
     "momentum": "mom",
     "weight_decay": "wd",
@@ -32,7 +38,7 @@ class TrialLineFormatter:
     def __init__(
         self, space: Space, metric: str, budget: int, max_depth: int, terminal_width: int | None
     ) -> None:
-        self.metric = METRIC_LABELS.get(metric, metric)
+        self.metric = short_label(metric)
         # by key; a trial has a value for at most one of a key's dimensions
         self.dimensions: dict[str, list[Dimension]] = {}
         for d in space.dimensions:
@@ -106,6 +112,11 @@ def has_words(dimensions: Sequence[Dimension]) -> bool:
     """Whether the values of a key are words, which say by themselves what they are."""
     domains = [d.domain for d in dimensions]
     return all(isinstance(d, Choice) and isinstance(d.options[0], str) for d in domains)
+
+
+def short_label(metric: str) -> str:
+    """The name of a metric in a line that has little space."""
+    return METRIC_LABELS.get(metric, metric.rpartition(":")[2])
 
 
 def max_value_width(dimension: Dimension) -> int:

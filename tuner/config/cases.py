@@ -20,7 +20,7 @@ def several_conditions(
     """The conditions of each key that has several ranges, by the key."""
     by_key: dict[KeyPath, dict[DomainLocation, Condition]] = {}
     for location, condition in conditions.items():
-        if len(location) > 2:
+        if isinstance(location[-1], int):
             by_key.setdefault(path_of(location), {})[location] = condition
     return {path: of_key for path, of_key in by_key.items() if len(of_key) > 1}
 

@@ -17,7 +17,7 @@ DomainLocation = tuple[str | int, ...]
 
 def path_of(location: DomainLocation) -> KeyPath:
     """The path of the key whose domain is written at a location."""
-    return (str(location[0]), str(location[1]))
+    return tuple(part for part in location if isinstance(part, str))
 
 
 @dataclass

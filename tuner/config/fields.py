@@ -1,12 +1,14 @@
 """Checks one value against one field: the value as it is meant, or a message that teaches."""
 
+import functools
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from tuner.config.yaml_document import describe_value
@@ -112,6 +114,23 @@ def plain_types(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def nested_section(field: FieldInfo) -> type[BaseModel] | None:
+    """The keys of the mapping that one value of this field can be; None where it cannot."""
+    sections = (k for k in plain_types(field.annotation) if _is_section(k))
+    return next(sections, None)
+
+
+def without_section(field: FieldInfo) -> FieldInfo:
+    """The field without the mapping that one value of it can be."""
+    parts = [part for part in typing.get_args(field.annotation) if not _is_section(part)]
+    plain = FieldInfo.from_annotation(functools.reduce(operator.or_, parts))
+    return FieldInfo.merge_field_infos(plain, default=field.default, description=field.description)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def literal_choices(field: FieldInfo) -> list[Any]:
     """The literal values a field names, if any."""
     return [
@@ -119,6 +138,12 @@ def literal_choices(field: FieldInfo) -> list[Any]:
         for k in plain_types(field.annotation)
         if not isinstance(k, type) and typing.get_origin(k) is None and k is not Any
     ]
+
+
+def mapping_schema(field: FieldInfo) -> type[BaseModel] | None:
+    """The keys of a field whose value can be a mapping in the file; None where it cannot."""
+    kinds = (k for k in plain_types(field.annotation) if isinstance(k, type))
+    return next((k for k in kinds if issubclass(k, BaseModel)), None)
 
 
 def is_sequence(field: FieldInfo) -> bool:
@@ -150,6 +175,8 @@ def describe_expected(field: FieldInfo) -> str:
             words.append(f"a list of {len(members)} numbers")
         elif k in (tuple, list) or members:
             words.append("a list")
+        elif _is_section(k):
+            words.append(f"a mapping of {', '.join(k.model_fields)}")
         else:
             words.append(_TYPE_NAMES.get(k, str(k)) if isinstance(k, type) else repr(k).strip("'"))
     return join_alternatives(words)

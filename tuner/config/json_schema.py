@@ -122,13 +122,23 @@ def section_schema(
 
 
 def value_schema(field: FieldInfo) -> dict[str, Any]:
-    """One value of a field."""
+    """One value of a field that is no mapping."""
     annotation: Any = (
         Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     )
-    schema = TypeAdapter(annotation).json_schema()
+    schema = _inlined(TypeAdapter(annotation).json_schema())
     extra = {} if field.is_required() else {"default": field.get_default(call_default_factory=True)}
     return {**schema, **extra, **({"description": field.description} if field.description else {})}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with its definitions in the places that refer to them."""
+    definitions = schema.pop("$defs", {})
+    forms = [
+        definitions[form["$ref"].rpartition("/")[2]] if "$ref" in form else form
+        for form in schema.get("anyOf", ())
+    ]
+    return {**schema, "anyOf": forms} if forms else schema
 
 
 def domain_schemas(field: FieldInfo, one: dict[str, Any]) -> list[dict[str, Any]]:
@@ -164,8 +174,11 @@ def domain_schemas(field: FieldInfo, one: dict[str, Any]) -> list[dict[str, Any]
 
 
 def key_schema(field: FieldInfo, *, by_model: bool = False) -> dict[str, Any]:
-    """One value, a list of choices, a range, several of these, or a value for each model."""
-    one = value_schema(field)
+    """One value, a list of choices, a range, several of these, a mapping of keys, or a value for
+    each model.
+    """
+    nested = fields.nested_section(field)
+    one = value_schema(field if nested is None else fields.without_section(field))
     bare = {k: v for k, v in one.items() if k not in ("description", "default")}
     forms: list[dict[str, Any]] = [bare]
     domains = domain_schemas(field, bare)
@@ -181,6 +194,9 @@ def key_schema(field: FieldInfo, *, by_model: bool = False) -> dict[str, Any]:
                 "description": "ranges or choices, each with its condition",
             }
         )
+    if nested is not None:
+        keys = section_schema(nested.model_fields, searched=True)
+        forms.append({**keys, "minProperties": 1})
     if by_model:
         values = {"type": "object", "minProperties": 1, "additionalProperties": bare}
         forms.append(

@@ -13,9 +13,17 @@ from typing import Any
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from tuner.config import conditions, fields, plugins, section_keys, yaml_document
+from tuner.config import (
+    augmentation_checks,
+    conditions,
+    fields,
+    plugins,
+    section_keys,
+    yaml_document,
+)
 from tuner.config.draft import Draft
-from tuner.config.run import FLIP_VERSIONS, ImageOptions, Recipe, SearchSettings, Section
+from tuner.config.run import Recipe, SearchSettings
+from tuner.config.section import Section
 from tuner.config.settings import read_settings
 from tuner.config.space import MAX_VALUES, Dimension, KeyPath, Space
 from tuner.config.yaml_document import COMMAND_LINE, Document, describe_value, format_key_path
@@ -115,8 +123,9 @@ def parse_space(doc: Document, *, of_study: bool = False) -> Space:
     for section in PLUGIN_SECTIONS:
         read_plugin_section(draft, section)
     check_task_compatibility(draft)
+    augmentation_checks.check_policies(draft)
     if not of_study:
-        check_views(draft)
+        augmentation_checks.check_views(draft)
     recipe = doc.content.get("recipe")
     if recipe is not None and not isinstance(recipe, dict):
         draft.add_problem(("recipe",), f"expected a mapping of keys, got {describe_value(recipe)}")
@@ -124,6 +133,8 @@ def parse_space(doc: Document, *, of_study: bool = False) -> Space:
     recipe_fields = model_recipe_fields(draft, draft.values.get(("model", "name")))
     section_keys.read_section(draft, ("recipe",), recipe, recipe_fields)
     add_recipes_of_models(draft, recipe)
+    augmentation_checks.check_mixing(draft)
+    check_recipe_of_task(draft)
     if doc.content.get("seed") is not None:
         draft.set_fixed(("seed",), TopLevelKeys.model_fields["seed"], doc.content["seed"])
     searched = conditions.order_dimensions(draft)
@@ -230,28 +241,6 @@ def chosen_plugins(draft: Draft, section: str) -> list[str]:
     return [name for name in written or () if isinstance(name, str) and ":" not in name]
 
 
-def check_views(draft: Draft) -> None:
-    """Whether a flip shows each image in both of its versions, and none twice as if it were new."""
-    views, augment = ("data", "views"), ("data", "augment")
-    is_image_options = draft.fields.get(views) is ImageOptions.model_fields["views"]
-    if not is_image_options or "flip" not in (draft.possible_values(augment) or ()):
-        return
-    counts = [count for count in draft.possible_values(views) or () if isinstance(count, int)]
-    if 1 in counts:
-        draft.add_problem(
-            views,
-            "1 with augment: flip mirrors half of the images for good and shows the same pixels "
-            "in every epoch; write 2 (both versions in turn, which can be cached), null (drawn "
-            "anew in each epoch), or leave it out",
-        )
-    if max(counts, default=0) > FLIP_VERSIONS:
-        draft.add_problem(
-            views,
-            f"{max(counts)}, but a flip makes only {FLIP_VERSIONS} versions of an image, and "
-            f"further ones would be copies; write {FLIP_VERSIONS}, or null",
-        )
-
-
 def model_recipe_fields(draft: Draft, name: Any) -> dict[str, FieldInfo]:
     """The recipe's keys.
 
@@ -264,6 +253,30 @@ def model_recipe_fields(draft: Draft, name: Any) -> dict[str, FieldInfo]:
     for key, value in plugins.read_recipe(name, str(task)).items():
         recipe_fields[key] = FieldInfo.merge_field_infos(recipe_fields[key], default=value)
     return recipe_fields
+
+
+def check_recipe_of_task(draft: Draft) -> None:
+    """Refuses keys of the recipe that the task does not have. A key at its default is allowed."""
+    task, tasks = draft.values.get(("task", "name")), plugins.list_names("task")
+    if not isinstance(task, str) or (":" not in task and task not in tasks):
+        return
+    tasks_by_key: dict[str, list[str]] = {}
+    for name in tasks:
+        for key in plugins.list_recipe_keys(name):
+            tasks_by_key.setdefault(key, []).append(name)
+    try:
+        known = plugins.list_recipe_keys(task)
+    except SpaceError:
+        return  # said where the name is read
+    for key in sorted(tasks_by_key.keys() - set(known)):
+        path = ("recipe", key)
+        if draft.possible_values(path) != (Recipe.model_fields[key].default,):
+            hint = "; name it in RECIPE_KEYS beside METRICS if yours has it" if ":" in task else ""
+            draft.add_problem(
+                path,
+                f"{task} has no such key, only {fields.join_alternatives(tasks_by_key[key])}: its "
+                f"examples do not have one class each; drop the key{hint}",
+            )
 
 
 def add_recipes_of_models(draft: Draft, written: Mapping[str, Any]) -> None:

@@ -4,7 +4,9 @@ Built-in plug-ins are listed, and read for their keys, without an import.
 Positional arguments are what tuner passes. Keyword-only arguments are the YAML keys, and their
 annotations are the schema.
 
-    tasks/<name>.py     METRICS; build(classes, recipe, *, ...) -> Task
+    tasks/<name>.py     METRICS; build(classes, recipe, *, ...) -> Task; MINIMISED (those of its
+                        metrics of which a lower value is better) and RECIPE_KEYS (those
+                        keys of the recipe that not every task has, and it has), where there are
     data/<name>.py      TASKS; load(home, input_spec, task, *, ...) -> Dataset
     models/<family>.py  TASKS; NAMES; input_spec(name, *, ...) -> InputSpec;
                         build(home, name, task, outputs, *, ...) -> StagedModel;
@@ -17,8 +19,10 @@ annotations are the schema.
 
 Every kind also accepts the user's own, as `package.module:attribute`. Then tuner calls it:
 
-    task    attribute(classes, recipe, *, ...) -> Task. METRICS is read in the module that the name
-            states. Without it, search.metric must be written and is not checked.
+    task    attribute(classes, recipe, *, ...) -> Task. An argument `class_counts` before the * gets
+            how many training examples each class has, where the recipe weighs classes. METRICS,
+            MINIMISED and RECIPE_KEYS are read in the module that the name states. Without METRICS,
+            search.metric must be written and is not checked.
     data    attribute(home, input_spec, task, *, ...) -> Dataset. TASKS is not read.
     model   attribute(outputs, *, ...) -> StagedModel or nn.Module. An nn.Sequential is cut at its
             children, another module is one stage. `input_spec(*, ...)` is called where the module
@@ -26,6 +30,7 @@ Every kind also accepts the user's own, as `package.module:attribute`. Then tune
             that; else IMAGENET_SPEC. TASKS, NAMES, the recipes and EXPORTS are not read: the
             default recipe is tuner's, and every export format is tried.
     export  an object with FILE, save and load, such as a class with static methods. It has no keys.
+    metric  attribute(predictions, targets) -> float, in search.metric. It has no keys.
     engine  attribute(engine, warn), as above. Its keys are those of EngineSettings and no others.
 
 The module is imported wherever the name is checked or used: in the coordinator and in every worker,
@@ -123,10 +128,34 @@ def list_metrics(task: str) -> tuple[str, ...]:
 
     Raises SpaceError.
     """
-    if ":" not in task:
-        read_keys("task", task)
-        return tuple(read_constant("task", task, "METRICS"))
-    return tuple(read_own_attribute("task", task, "METRICS", ()))
+    return _read_task_names(task, "METRICS")
+
+
+def list_minimised(task: str) -> tuple[str, ...]:
+    """Those of a task's metrics of which a lower value is better: MINIMISED beside METRICS.
+
+    Raises SpaceError.
+    """
+    return _read_task_names(task, "MINIMISED")
+
+
+def list_recipe_keys(task: str) -> tuple[str, ...]:
+    """The keys of the recipe that not every task has, and this one has: RECIPE_KEYS in its file.
+
+    Raises SpaceError.
+    """
+    return _read_task_names(task, "RECIPE_KEYS")
+
+
+def _read_task_names(task: str, constant_name: str) -> tuple[str, ...]:
+    """A tuple of names at the top of a task's module; empty where there is none."""
+    if ":" in task:
+        return tuple(read_own_attribute("task", task, constant_name, ()))
+    read_keys("task", task)
+    try:
+        return tuple(read_constant("task", task, constant_name))
+    except LookupError:
+        return ()
 
 
 def read_own_attribute(kind: str, name: str, attribute: str, default: Any) -> Any:
@@ -169,8 +198,7 @@ def read_recipe(name: str, task: str) -> dict[str, Any]:
     recipe: dict[str, Any] = dict(read_model_constant(name, "RECIPES", {}).get(task, {}))
     for pattern, recipes in read_model_constant(name, "NAMED_RECIPES", {}).items():
         if fnmatch.fnmatchcase(name, pattern):
-            recipe.update(recipes.get(task, {}))
-            break
+            return recipe | dict(recipes.get(task, {}))
     return recipe
 
 
@@ -266,6 +294,8 @@ def _keys_from_signature(name: str, function: Callable[..., Any]) -> PluginKeys:
 def _is_writable(annotation: Any) -> bool:
     """Whether a file can say every value of this type."""
     parts = typing.get_args(annotation)
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return True  # a mapping of keys that are writable themselves
     if typing.get_origin(annotation) is Annotated:
         return _is_writable(parts[0])
     if typing.get_origin(annotation) is Literal:

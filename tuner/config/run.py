@@ -14,15 +14,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from tuner.config import database_url
+from tuner.config.augmentation import Augment
 from tuner.config.durations import check_duration, parse_duration
 from tuner.config.engine_settings import EngineSettings
+from tuner.config.objective import Direction
 from tuner.config.section import Section
 
 __all__ = ["EngineSettings", "Section", "parse_duration"]  # besides what is defined here
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 RgbTriple = tuple[float, float, float]
-FLIP_VERSIONS = 2  # an image and its mirror image
 LOADED_LATER = "later"  # stands for weights that are filled in after the model is built
 
 
@@ -123,6 +124,38 @@ class Recipe(Section):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each target spread over all classes"
     )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="examples are mixed with others by shares drawn from Beta(mixup, mixup); 0: "
+        "none; classification alone",
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="a rectangle of another example is pasted into each, of a share drawn from "
+        "Beta(cutmix, cutmix); 0: none; with mixup, one of both for each batch; classification of "
+        "images alone",
+    )
+    class_weights: Literal["none", "balanced", "effective_number"] = Field(
+        "none",
+        description="of the loss, by how many training examples (segmentation: pixels) each class "
+        "has: balanced, the inverse; effective_number, that of Cui et al., which is milder, and "
+        "does nothing where each class has thousands",
+    )
+    sampling: Literal["natural", "balanced"] = Field(
+        "natural",
+        description="balanced: an epoch has as many examples of each class, so that rare ones "
+        "repeat and common ones are left out in turn; class_weights then change nothing",
+    )
+    focal_gamma: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="focal loss: hard examples count more; 0: cross-entropy, 2: as published",
+    )
     head: Literal["fresh", "probe"] = Field(
         "probe", description="probe: the last stage is first trained alone, once for all trials"
     )
@@ -179,13 +212,16 @@ class ImageOptions(SplitOptions):
     std: RgbTriple | None = Field(
         None, description="divides RGB in 0..1 after the mean is subtracted"
     )
-    augment: Literal["none", "flip"] = Field(
-        "none", description="flip mirrors images left to right"
+    augment: Augment = Field(
+        "none",
+        description="how training images are changed: the name of a policy, or a mapping of its "
+        "keys",
     )
     views: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] | None = Field(
         "auto",
-        description="augmented versions of each image, seen in turn; auto: 2 with flip, otherwise "
-        "1; null: drawn anew in each epoch, not cached",
+        description="augmented versions of each image, seen in turn; auto: 1 without augmentation, "
+        "2 with flip, otherwise 4 behind frozen stages and endless where nothing is frozen; null: "
+        "drawn anew in each epoch, not cached",
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="skip leaves out unreadable images, up to 1 %"
@@ -203,6 +239,13 @@ def _check_study_name(text: str | None) -> str | None:
     return text
 
 
+class ConfirmSettings(Section):
+    """How the best trials of a search are confirmed."""
+
+    top: int = Field(3, ge=1, le=100, description="how many trials, the best ones")
+    repeats: int = Field(3, ge=1, le=20, description="how often each is trained again")
+
+
 class SearchSettings(Section):
     """How the space is searched."""
 
@@ -213,11 +256,20 @@ class SearchSettings(Section):
     sampler: Literal["tpe", "random", "grid"] = Field(
         "tpe", description="how parameters are proposed"
     )
-    pruner: Literal["median", "projection", "successive-halving", "hyperband", "none"] = Field(
-        "median", description="what ends bad trials"
+    pruner: Literal["projection", "median", "successive-halving", "hyperband", "none"] = Field(
+        "projection",
+        description="what ends bad trials; projection: those that trials of a similar length and "
+        "freeze depth show to stay below the median",
     )
     metric: str | None = Field(
-        None, description="what is maximised on the validation examples; null: the task's first"
+        None,
+        description="what is improved on the validation examples: a metric of the task, or a "
+        "function of your own as package.module:function; null: the task's first",
+    )
+    direction: Direction | None = Field(
+        None,
+        description="whether higher or lower values of the metric are better; null: as the task or "
+        "the function says",
     )
     seed: int = Field(
         0,
@@ -235,6 +287,17 @@ class SearchSettings(Section):
         True,
         description="retrain the best on train and validation before it is tested and exported; "
         "false: as its trial left it",
+    )
+    confirm: ConfirmSettings | Literal["auto", "none"] = Field(
+        "auto",
+        description="before the winner is made, the best `top` trials are trained `repeats` times "
+        "more, each with another seed and another part of train and valid held out, and the best "
+        "mean wins; auto: none under 10 trials, 2 x 2 up to 30, 3 x 3 above",
+    )
+    compare: Literal["default", "none"] = Field(
+        "default",
+        description="default: the default recipe is retrained and tested as the winner is, so that "
+        "the difference on the test examples is known; none: the winner alone",
     )
     grace: Annotated[str, AfterValidator(check_duration)] = Field(
         "8s",

@@ -83,6 +83,10 @@ def read_section(
 def read_key(draft: Draft, path: KeyPath, field: FieldInfo, written: Any) -> None:
     """One key of the file."""
     draft.fields[path] = field
+    nested = fields.nested_section(field)
+    if nested is not None and isinstance(written, dict) and "choices" not in written:
+        read_nested(draft, path, nested, written)
+        return
     is_list = isinstance(written, list) and not fields.is_sequence(field)
     if is_list and path[1] != "name" and written and all(isinstance(w, dict) for w in written):
         for i, domain in enumerate(written):
@@ -122,6 +126,23 @@ def read_domain(
         draft.set_searched(location, field, domain)
     if "when" in written:
         draft.conditions[location] = written["when"]
+
+
+def read_nested(
+    draft: Draft, path: KeyPath, schema: type[BaseModel], written: Mapping[str, Any]
+) -> None:
+    """A key whose value is a mapping of keys, of which each may be searched.
+
+    Only the keys that are written become values: what is left out is off.
+    """
+    allowed = schema.model_fields
+    if not written:
+        draft.add_problem(path, f"an empty mapping; name at least one of {', '.join(allowed)}")
+    for key, value in written.items():
+        if key in allowed:
+            read_key(draft, (*path, key), allowed[key], value)
+        else:
+            draft.add_problem((*path, key), f"unknown key{suggest_names(key, allowed)}")
 
 
 def report_unknown_keys(

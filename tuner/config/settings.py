@@ -1,11 +1,17 @@
 """The sections without ranges: search, engine, storage, export."""
 
+import inspect
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from tuner.config import database_url, fields, plugins, section_keys
 from tuner.config.draft import Draft
+from tuner.config.objective import is_own_metric
 from tuner.config.run import EngineSettings, SearchSettings, Settings
+from tuner.config.space import KeyPath
 from tuner.config.yaml_document import describe_value
 from tuner.errors import SpaceError, suggest_names
 
@@ -48,26 +54,46 @@ def read_plain_section(
         written = {"name": written}
     if written is not None and not isinstance(written, dict):
         draft.add_problem((section,), f"expected a mapping of keys, got {describe_value(written)}")
-    given = written if isinstance(written, dict) else {}
-    known_keys = schema.model_fields
-    several = [
-        key
-        for key, value in given.items()
-        if key in known_keys
-        and (
+    read_values(draft, (section,), written if isinstance(written, dict) else {}, schema)
+
+
+def read_values(
+    draft: Draft, path: KeyPath, given: Mapping[str, Any], schema: type[BaseModel]
+) -> None:
+    """A mapping of keys with one value each. A key whose value is a mapping is read in the same
+    way.
+    """
+    known_keys, plain = dict(schema.model_fields), {}
+    for key, value in given.items():
+        inner = fields.mapping_schema(known_keys[key]) if key in known_keys else None
+        if inner is not None and isinstance(value, dict):
+            read_mapping(draft, (*path, key), value, inner)
+            del known_keys[key]
+        elif key in known_keys and (
             isinstance(value, dict)
             or (isinstance(value, list) and not fields.is_sequence(known_keys[key]))
-        )
-    ]
-    for key in several:
-        draft.add_problem(
-            (section, key),
-            f"{section} holds no ranges or choices; expected one value, got "
-            f"{describe_value(given[key])}",
-        )
-    section_keys.read_section(
-        draft, (section,), {k: v for k, v in given.items() if k not in several}, schema.model_fields
-    )
+        ):
+            draft.add_problem(
+                (*path, key),
+                f"{path[0]} holds no ranges or choices; expected one value, got "
+                f"{describe_value(value)}",
+            )
+        else:
+            plain[key] = value
+    section_keys.read_section(draft, path, plain, known_keys)
+
+
+def read_mapping(
+    draft: Draft, path: KeyPath, given: Mapping[str, Any], schema: type[BaseModel]
+) -> None:
+    """A key whose value is a mapping; the keys in it that are left out have their defaults."""
+    before = len(draft.problems)
+    read_values(draft, path, given, schema)
+    values = {key: draft.values.pop((*path, key), None) for key in schema.model_fields}
+    for key in schema.model_fields:
+        draft.fields.pop((*path, key), None)
+    if len(draft.problems) == before:
+        draft.values[path] = schema(**values)
 
 
 def check_gpu_sharing(draft: Draft) -> None:
@@ -108,12 +134,18 @@ def check_plugin(draft: Draft, what: str, path: tuple[str | int, ...], name: Any
             "package.module:attribute",
         )
     elif ":" in name:
-        try:
-            plugins.load_plugin(what, name)
-        except SpaceError as error:
-            draft.problems.extend(
-                draft.document.format_problem(path, problem) for problem in error.problems
-            )
+        load_own(draft, what, path, name)
+
+
+def load_own(draft: Draft, what: str, path: tuple[str | int, ...], name: str) -> Any:
+    """What the user's own name stands for; None, with the problem, where it cannot be imported."""
+    try:
+        return plugins.load_plugin(what, name)
+    except SpaceError as error:
+        draft.problems.extend(
+            draft.document.format_problem(path, problem) for problem in error.problems
+        )
+        return None
 
 
 def check_engine_keys(draft: Draft) -> None:
@@ -148,23 +180,61 @@ def check_study_name(draft: Draft) -> None:
 
 
 def resolve_metric(draft: Draft) -> None:
-    """Sets the metric: one of the task's; its first one if the file names none."""
+    """Sets the metric, the task's first one if the file names none, and its direction."""
     task, written = draft.values.get(("task", "name")), draft.values.get(("search", "metric"))
     try:
         allowed = plugins.list_metrics(task) if isinstance(task, str) else ()
+        minimised = plugins.list_minimised(task) if isinstance(task, str) else ()
     except SpaceError:
         return  # what is wrong with the task is said there
-    if written is None and allowed:
-        draft.values["search", "metric"] = allowed[0]
-    elif written is None and task is not None:
+    metric = allowed[0] if written is None and allowed else written
+    draft.values["search", "metric"] = metric
+    if isinstance(metric, str) and is_own_metric(metric):
+        is_minimised = read_own_metric(draft, metric)
+        draft.values["search", "direction"] = draft.values.get(("search", "direction")) or (
+            "minimise" if is_minimised else "maximise"
+        )
+        return
+    resolve_direction(draft, metric, allowed, minimised)
+    if metric is None and task is not None:
         draft.add_problem(
             ("search", "metric"), f"is needed: {task} has no METRICS beside it to take the first of"
         )
-    elif allowed and written not in allowed:
+    elif allowed and metric not in allowed:
         draft.add_problem(
             ("search", "metric"),
-            f"{written!r} is not a metric of {task}{suggest_names(written, allowed)}",
+            f"{metric!r} is not a metric of {task}{suggest_names(metric, allowed)}; your own "
+            "goes as package.module:function",
         )
+
+
+def read_own_metric(draft: Draft, metric: str) -> bool:
+    """Checks a metric function of the user's own; whether its attribute `minimised` is true."""
+    path = ("search", "metric")
+    function = load_own(draft, "metric", path, metric)
+    if function is None:
+        return False
+    try:
+        inspect.signature(function).bind("predictions", "targets")
+    except (TypeError, ValueError) as error:
+        draft.add_problem(
+            path,
+            f"{metric!r} is called as function(predictions, targets), and takes others: {error}",
+        )
+    return bool(getattr(function, "minimised", False))
+
+
+def resolve_direction(
+    draft: Draft, metric: Any, allowed: Collection[str], minimised: Collection[str]
+) -> None:
+    """Sets the direction of a metric of the task, which the file must not contradict."""
+    path = ("search", "direction")
+    known, written = "minimise" if metric in minimised else "maximise", draft.values.get(path)
+    if metric in allowed and written not in (None, known):
+        draft.add_problem(
+            path, f"{written}, but {metric} is {known}d; drop the key, or choose another metric"
+        )
+    draft.values[path] = written or known
 
 
 def read_storage_url(draft: Draft) -> str | None:

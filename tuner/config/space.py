@@ -243,9 +243,13 @@ class Space:
     def _plugin_config(self, section: str, values: Mapping[KeyPath, Any]) -> PluginConfig:
         name = values[section, "name"]
         wanted = plugins.read_keys(section, name).fields
-        options = {
-            p[1]: v for p, v in values.items() if p[0] == section and len(p) == 2 and p[1] in wanted
-        }
+        options: dict[str, Any] = {}
+        for path, value in values.items():
+            if path[0] == section and len(path) > 1 and path[1] in wanted:
+                mapping = options
+                for key in path[1:-1]:
+                    mapping = mapping.setdefault(key, {})
+                mapping[path[-1]] = value
         return PluginConfig(name, options)
 
     def default_params(self) -> dict[str, Any]:
@@ -300,10 +304,13 @@ class Space:
     def plugin_combinations(self) -> Iterator[Run]:
         """A run for each combination of task, data and model that the space can reach, at its
         defaults otherwise.
+
+        Keys of a mapping, such as those of `data.augment`, are at their defaults too: they decide
+        nothing about whether data can be read.
         """
         outer: dict[KeyPath, list[Any]] = {}
         for d in self.dimensions:
-            if d.path[0] != "recipe":
+            if d.path[0] != "recipe" and len(d.path) <= 2:
                 ends = (d.domain.lowest, d.domain.highest)
                 outer.setdefault(d.path, []).extend(d.domain.values() or ends)
         for combination in itertools.islice(itertools.product(*outer.values()), 64):

@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tuner.core.types import Batch, Source
+from tuner.core.input_spec import TensorTree
+from tuner.core.types import Batch, Source, TargetSource
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class Subset:
 
     def take(self, index: Tensor, view: int) -> Batch:
         return self.whole.take(self.rows[index], view)
+
+    def take_targets(self, index: Tensor) -> TensorTree:
+        rows = self.rows[index]
+        if isinstance(self.whole, TargetSource):
+            return self.whole.take_targets(rows)
+        return self.whole.take(rows, 0).y
 
 
 class StoreSource(Source, Protocol):

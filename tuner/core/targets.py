@@ -1,22 +1,32 @@
 """Targets: what is true of each image of an image store, by row.
 
-They are mirrored with the image.
+They are moved with the image.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
+from tuner.core.geometry import AffineTransform
 from tuner.core.input_spec import TensorTree
 from tuner.files.cache_entries import PinnedEntry
 
+MIN_VISIBLE_SHARE = 0.25  # of a box's area; with less of it on the canvas the object is dropped
+MIN_BOX_SIDE = 1.0  # pixels; an object with a smaller box is dropped
 NO_OBJECT = -1  # label of the rows that pad an image's boxes
 IGNORED = 255  # class of pixels that are not counted, such as the borders of a letterbox
 
 
 class Targets(Protocol):
     """The targets of all images of a store."""
+
+    @property
+    def task(self) -> str:
+        """The built-in task whose augmentation policies suit such targets: classification,
+        detection or segmentation.
+        """
 
     @property
     def content(self) -> tuple[bytes, ...]:
@@ -32,12 +42,19 @@ class Targets(Protocol):
         `y` may be changed in place.
         """
 
+    def crop(self, y: TensorTree, margin: int) -> TensorTree:
+        """The targets `y` of a batch whose images lose `margin` pixels at each side."""
+
+    def move(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
+        """The targets `y` of a batch whose images are transformed."""
+
 
 @dataclass(frozen=True)
 class Labels:
     """One class per image: int64 (n,)."""
 
     labels: Tensor
+    task: ClassVar[str] = "classification"
 
     @property
     def content(self) -> tuple[bytes, ...]:
@@ -47,6 +64,12 @@ class Labels:
         return self.labels[rows]
 
     def mirror(self, y: TensorTree, which: Tensor) -> TensorTree:
+        return y
+
+    def crop(self, y: TensorTree, margin: int) -> TensorTree:
+        return y
+
+    def move(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
         return y
 
 
@@ -60,6 +83,7 @@ class Masks:
     entry: PinnedEntry
     masks: Tensor
     digest: str
+    task: ClassVar[str] = "segmentation"
 
     @property
     def content(self) -> tuple[bytes, ...]:
@@ -73,6 +97,14 @@ class Masks:
         y[which] = y[which].flip(2)
         return y
 
+    def crop(self, y: TensorTree, margin: int) -> TensorTree:
+        assert isinstance(y, Tensor)
+        return y[:, margin : y.shape[1] - margin, margin : y.shape[2] - margin]
+
+    def move(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
+        assert isinstance(y, Tensor)
+        return transform.sample(y[:, None], "nearest", IGNORED)[:, 0].to(torch.uint8)
+
 
 @dataclass(frozen=True)
 class Boxes:
@@ -85,6 +117,7 @@ class Boxes:
     boxes: Tensor
     labels: Tensor
     canvas_side: int
+    task: ClassVar[str] = "detection"
 
     @property
     def content(self) -> tuple[bytes, ...]:
@@ -101,3 +134,28 @@ class Boxes:
         is_object = (y["labels"][which] != NO_OBJECT)[..., None]
         boxes[which] = flipped.where(is_object, boxes[which])
         return {**y, "boxes": boxes}
+
+    def crop(self, y: TensorTree, margin: int) -> TensorTree:
+        assert isinstance(y, dict)
+        is_object = (y["labels"] != NO_OBJECT)[..., None]
+        return {**y, "boxes": (y["boxes"] - margin).where(is_object, y["boxes"])}
+
+    def move(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
+        """Boxes are clipped to the canvas.
+
+        An object is dropped where less than MIN_VISIBLE_SHARE of its box is left, or its box has a
+        side below MIN_BOX_SIDE.
+        """
+        assert isinstance(y, dict)
+        boxes, share = transform.move_boxes(y["boxes"])
+        sides = boxes[..., 2:] - boxes[..., :2]
+        is_object = (
+            (y["labels"] != NO_OBJECT)
+            & (share >= MIN_VISIBLE_SHARE)
+            & (sides.amin(2) >= MIN_BOX_SIDE)
+        )
+        return {
+            **y,
+            "boxes": boxes.where(is_object[..., None], 0.0),
+            "labels": y["labels"].where(is_object, NO_OBJECT),
+        }

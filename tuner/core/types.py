@@ -11,11 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from tuner.core.example_results import ExampleResults, join_pairs, repeat_pair
 from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
 
 # the rate in the representation of torch's dropout, torchvision's and timm's stochastic depth
@@ -60,12 +61,22 @@ class Source(Protocol):
         """The examples at `index` (int64, (n,)) in `view`, which counts from 0."""
 
 
+@runtime_checkable
+class TargetSource(Protocol):
+    """A source that can give targets without their inputs, which may be far larger."""
+
+    def take_targets(self, index: Tensor) -> TensorTree:
+        """The targets of the examples at `index` (int64, (n,)), without augmentation."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The examples of a data section, split.
 
     `full` has the train and validation examples together, augmented like `train`: the winner is
     retrained on it. Equal digests mean equal datasets. `warnings` are lines for the user.
+    `views_are_for_cache`: the views of `train` and `full` are limited only so that they can be
+    cached; where nothing is, they may be endless.
     """
 
     train: Source
@@ -76,6 +87,7 @@ class Dataset:
     input_spec: InputSpec
     digest: str
     warnings: tuple[str, ...] = ()
+    views_are_for_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,9 +173,13 @@ class Prediction:
 
 
 class Task(ABC):
-    """What a model learns. Higher scores are better. A task does not know the freeze depth."""
+    """What a model learns. A task does not know the freeze depth.
 
-    metrics: ClassVar[tuple[str, ...]]
+    `metrics` are the names of its scores. Higher scores are better, but for those that MINIMISED
+    beside METRICS in its module names.
+    """
+
+    metrics: tuple[str, ...]
     output_description: ClassVar[str]  # an export's output, in words
 
     @abstractmethod
@@ -189,6 +205,44 @@ class Task(ABC):
         Args:
             pairs: (prediction, target) of each batch, as `predict` and `Source.take` gave them.
         """
+
+    def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
+        """Scores of each class by its name, for the manifest of an export.
+
+        Args:
+            pairs: (prediction, target) of each batch of the test split.
+
+        Returns:
+            For each class the values by name; empty for a task without classes, and for one that
+            leaves this as it is.
+        """
+        return {}
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        """What each example adds to the scores: all that `score_results` needs.
+
+        A task whose predictions are large, or whose score takes long, gives less here, such as a
+        class and not the logits.
+
+        Args:
+            pairs: (prediction, target) of each batch, as for `score`.
+
+        Returns:
+            Tensors by name. Empty where nothing can be kept; then models are compared by their
+            scores alone.
+        """
+        return join_pairs(pairs)
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        """The scores of examples of which each is there `counts` times.
+
+        With counts of 1 these are the scores that `score` gives.
+
+        Args:
+            results: What `example_results` gave, not empty.
+            counts: int64 (n,), one for each example, with a sum above 0.
+        """
+        return self.score([repeat_pair(results, counts)])
 
     @abstractmethod
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:

@@ -12,9 +12,10 @@ import yaml
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import Trial
 
+from tuner.config.objective import metric_label
 from tuner.config.run import Run
 from tuner.config.space import Space, dump_yaml
-from tuner.dashboard.dashboard_internals import note_attributes
+from tuner.dashboard.dashboard_internals import note_attributes, read_study_note
 from tuner.files import removal
 from tuner.files.atomic import disk_errors
 from tuner.files.crash_points import crash_point
@@ -22,6 +23,7 @@ from tuner.messages import Epoch, TrialResult
 from tuner.search.optuna_internals import storage_for, storage_of, study_id_of, trial_id_of
 from tuner.search.write_buffer import BufferedStorage
 
+RESULT_HEAD = "**Result:** "  # how the paragraph with the result begins in a study's note
 MIME_TYPES = {".png": "image/png", ".csv": "text/csv"}
 
 
@@ -84,6 +86,20 @@ def write_note(study: optuna.Study, trial: Trial | None, body: str) -> None:
         storage.set_study_system_attr(study_id_of(study), key, value)
 
 
+def write_result_note(study: optuna.Study, result: str) -> None:
+    """Puts the result of a search at the head of the study's note, in place of an earlier one.
+
+    What somebody added to the note in the browser stays.
+    """
+    storage, study_id = storage_of(study), study_id_of(study)
+    before = storage.get_study_system_attrs(study_id)
+    paragraphs = read_study_note(before).split("\n\n")
+    others = [text for text in paragraphs if not text.startswith(RESULT_HEAD)]
+    body = "\n\n".join([f"{RESULT_HEAD}{result}.", *others])
+    for key, value in note_attributes(None, body, before).items():
+        storage.set_study_system_attr(study_id, key, value)
+
+
 def _has(storage: Any, study: optuna.Study, key: str) -> bool:
     if isinstance(storage, BufferedStorage):
         return storage.has_study_system_attr(key)
@@ -98,7 +114,8 @@ def format_study_note(space: Space, name: str, metric: str) -> str:
         if section in ("task", "data", "model", "recipe")
     }
     searched = ", ".join(f"`{d.name}`" for d in space.dimensions)
-    return f"""Searches {searched or "nothing"} for the best **{metric_label(metric)}** \
+    which = "lowest" if space.settings.search.direction == "minimise" else "best"
+    return f"""Searches {searched or "nothing"} for the {which} **{metric_label(metric)}** \
 on the validation examples.
 
 - One trial is the default recipe, so that the best can be compared with it.
@@ -157,7 +174,3 @@ def format_epoch_row(epoch: Epoch, names: list[str], *, best: bool) -> str:
         f"{epoch.seconds:.2f}",
     ]
     return f"| {' | '.join(f'**{cell}**' for cell in cells) if best else ' | '.join(cells)} |"
-
-
-def metric_label(metric: str) -> str:
-    return metric.replace("_", " ")

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -33,18 +34,29 @@ TIMELINE = re.compile(
 Attributes = Mapping[str, Any]
 
 
-def note_attributes(trial: int | None, body: str) -> dict[str, Any]:
+def note_attributes(
+    trial: int | None, body: str, before: Attributes = MappingProxyType({})
+) -> dict[str, Any]:
     """A note as the attributes of its study.
 
-    `trial` is the id of the trial that it is about, if any.
+    `trial` is the id of the trial that it is about, if any. `before` are the attributes that the
+    study has: an earlier note is replaced.
     """
     begin = "dashboard:" if trial is None else f"dashboard:{trial}:"
+    piece, version = f"{begin}note_str:", f"{begin}note_ver"
     pieces = range(0, len(body), NOTE_PIECE)
+    empty = {key: "" for key in before if key.startswith(piece)}  # of a longer note
     found: dict[str, Any] = {
-        f"{begin}note_str:{number}": body[start : start + NOTE_PIECE]
-        for number, start in enumerate(pieces)
+        f"{piece}{number}": body[start : start + NOTE_PIECE] for number, start in enumerate(pieces)
     }
-    return found | {f"{begin}note_ver": 1}  # last: it says that the note is whole
+    # last: it says that the note is whole
+    return empty | found | {version: int(before.get(version, 0)) + 1}
+
+
+def read_study_note(attributes: Attributes) -> str:
+    """The body of a study's note; empty where there is none."""
+    count = sum(key.startswith("dashboard:note_str:") for key in attributes)
+    return "".join(str(attributes.get(f"dashboard:note_str:{i}", "")) for i in range(count))
 
 
 def new_cache() -> Any:

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tuner.config.objective import Direction, metric_label
 from tuner.deferred_figures import KIND_KEY, PREFIX
 
 MAX_CLASSES_WITH_COUNTS, MAX_CLASSES_WITH_NAMES = (
@@ -73,9 +74,15 @@ def plot_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> b
 
 
 def plot_learning_curve(
-    losses: Sequence[float], scores: Sequence[Mapping[str, float]], metric: str
+    losses: Sequence[float],
+    scores: Sequence[Mapping[str, float]],
+    metric: str,
+    direction: Direction = "maximise",
 ) -> bytes:
-    """Training loss and validation score by epoch; the best epoch is ringed."""
+    """Training loss and validation score by epoch; the best epoch is ringed.
+
+    `direction`: whether higher or lower scores are better. Files of earlier versions do not say it.
+    """
     epochs, values = range(1, len(losses) + 1), [s[metric] for s in scores]
     figure = Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
     left = figure.subplots()
@@ -86,9 +93,12 @@ def plot_learning_curve(
     left.grid(visible=True, axis="x", alpha=0.3)
     right = left.twinx()
     right.plot(epochs, values, "s-", color=SCORE_COLOUR, markersize=3)
-    right.set_ylabel(f"validation {metric.replace('_', ' ')}", color=SCORE_COLOUR)
+    right.set_ylabel(f"validation {metric_label(metric)}", color=SCORE_COLOUR)
     if values:
-        top = max(range(len(values)), key=values.__getitem__)
-        right.plot(top + 1, values[top], "o", color=SCORE_COLOUR, markersize=11, fillstyle="none")
-        right.set_title(f"best: {values[top]:.4f} in epoch {top + 1} of {len(values)}", fontsize=10)
+        choose = min if direction == "minimise" else max
+        best = choose(range(len(values)), key=values.__getitem__)
+        right.plot(best + 1, values[best], "o", color=SCORE_COLOUR, markersize=11, fillstyle="none")
+        right.set_title(
+            f"best: {values[best]:.4f} in epoch {best + 1} of {len(values)}", fontsize=10
+        )
     return _encode_png(figure)

@@ -27,6 +27,8 @@ CRASH_POINTS = (
     "search.requeued",  # a lost trial is asked for again, its end is not told
     "search.failing",  # why a trial failed is written, that it did is not
     "artifact.kept",  # a picture lies in the study's folder, its trial does not know
+    "confirm.kept",  # what a repeat of a trial gave is in the study, its checkpoints are there
+    "default.tested",  # the test of the default recipe is kept, the winner is not trained
     "export.filled",  # every format is written and compared, nothing vouches for them
     "export.written",  # the manifest does
     "export.moved",  # the older export is moved away, the new one not yet there

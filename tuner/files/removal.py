@@ -30,6 +30,7 @@ EXPORT_LOCK = re.compile(r"\.export-[a-z0-9_]{8}\.lock")
 ENTRY = re.compile(r"[0-9a-f]{32}(-\d+)?")
 NOTE = re.compile(r"[0-9a-f]{32}\.cost\.json")
 CHECKPOINT = re.compile(r"(\d+|best)-([0-9a-f]{64})\.safetensors")
+TESTED_RUN = re.compile(r"default-test-([0-9a-f]{64})\.safetensors")
 ARTIFACT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.\w+)?")
 DATABASE = re.compile(r"study\.db(-wal|-shm|-journal)?")
 HOLDER = re.compile(r"(pid \d+ on host .*)?")  # what a lock file holds: nothing, or who has it
@@ -353,7 +354,8 @@ def is_of_study(path: Path) -> bool:
     if path.is_dir():
         named = path.name in ("artifacts", "checkpoints") or path.name.endswith(".checkpoints")
         return named or is_left(path) or files_of_export(path) is not None
-    return path.name == "lock" or bool(DATABASE.fullmatch(path.name)) or is_left(path)
+    marked = any(mark.fullmatch(path.name) for mark in (DATABASE, TESTED_RUN))
+    return path.name == "lock" or marked or is_left(path)
 
 
 def _has_holder(path: Path) -> bool:

@@ -2,25 +2,36 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tuner.config.run import FLIP_VERSIONS, ImageOptions
-from tuner.core.input_spec import ImageInputSpec, InputSpec
-from tuner.core.subset import subset_of
+from tuner.config.augmentation import (
+    CACHED_VIEWS,
+    NO_AUGMENTATION,
+    Augment,
+    AugmentationPolicy,
+    may_need_surroundings,
+    resolve_policy,
+    view_count,
+)
+from tuner.config.run import ImageOptions
+from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
+from tuner.core.subset import Subset, subset_of
 from tuner.core.targets import Labels, Targets
-from tuner.core.types import Batch, Dataset
+from tuner.core.types import Batch, Dataset, Source
 from tuner.errors import DataError, SpaceError
 from tuner.files.cache_entries import PinnedEntry
+from tuner.preprocessing.augmentation import Augmenter
 from tuner.preprocessing.duplicate_images import (
     find_images_in_two_classes,
     find_images_in_two_splits,
 )
 from tuner.preprocessing.image_store import ImageStore, open_image_store
+from tuner.preprocessing.random_draws import hash_32_bits
 from tuner.preprocessing.splits import (
     SPLIT_NAMES,
     TEST,
@@ -31,21 +42,28 @@ from tuner.preprocessing.splits import (
     check_classes,
 )
 
+AUGMENTATION_VERSION = 1  # another number, other pixels of the same policy
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class ImageSource:
     """Some rows of an image store as a `Source`.
 
-    `take` gives x as uint8 (n, 3, size, size) and y as the targets define it.
+    `take` gives x as uint8 (n, 3, side, side), on `device`, and y as the targets define it. The
+    first view of a policy other than the flip is the image as it is, so that a linear probe is
+    solved on what validation sees.
     """
 
     entry: PinnedEntry
     pixels: Tensor
     targets: Targets
     rows: Tensor
-    flip: bool
+    side: int
+    augmenter: Augmenter | None
     views: int | None
     digest: str
+    device: torch.device = CPU
     lengths: None = None
 
     def __len__(self) -> int:
@@ -53,12 +71,48 @@ class ImageSource:
 
     def take(self, index: Tensor, view: int) -> Batch:
         rows = self.rows[index]
-        x, y = self.pixels[rows], self.targets.take(rows)
-        if self.flip:
-            mirrored = _is_mirrored(rows, view, endless=self.views is None)
-            x[mirrored] = x[mirrored].flip(3)
-            y = self.targets.mirror(y, mirrored)
-        return Batch(x, y)
+        if self.augmenter is None:
+            return self._crop_centre(self._take_stored(rows))
+        if self.augmenter.policy.is_flip_alone:
+            return self._mirror(self._take_stored(rows), rows, view)
+        if view == 0:
+            return self._crop_centre(self._take_stored(rows))
+        return self.augmenter.take(self._take_stored, rows, view)
+
+    def _take_stored(self, rows: Tensor) -> Batch:
+        """Pixels and targets as they are stored. Boxes stay on the CPU, where they are computed."""
+        y = self.targets.take(rows)
+        on_device = y.to(self.device) if isinstance(y, Tensor) else y
+        return Batch(self.pixels[rows].to(self.device), on_device)
+
+    def _crop_centre(self, batch: Batch) -> Batch:
+        x, y = batch
+        assert isinstance(x, Tensor)
+        margin = (x.shape[2] - self.side) // 2
+        if margin == 0:
+            return batch
+        stop = margin + self.side
+        return Batch(x[:, :, margin:stop, margin:stop], self.targets.crop(y, margin))
+
+    def _mirror(self, batch: Batch, rows: Tensor, view: int) -> Batch:
+        x, y = batch
+        assert isinstance(x, Tensor)
+        mirrored = _is_mirrored(rows, view, endless=self.views is None)
+        on_device = mirrored.to(self.device)
+        x[on_device] = x[on_device].flip(3)
+        of_targets = on_device if isinstance(y, Tensor) else mirrored
+        return Batch(x, self.targets.mirror(y, of_targets))
+
+    def take_targets(self, index: Tensor) -> TensorTree:
+        """The targets of these examples, not augmented."""
+        return self.targets.take(self.rows[index])
+
+
+def augment_on(source: Source, device: torch.device) -> Source:
+    """The source with its images augmented on a device, where it is an ImageSource."""
+    if isinstance(source, Subset):
+        return replace(source, whole=augment_on(source.whole, device))
+    return replace(source, device=device) if isinstance(source, ImageSource) else source
 
 
 def _is_mirrored(rows: Tensor, view: int, *, endless: bool) -> Tensor:
@@ -68,26 +122,21 @@ def _is_mirrored(rows: Tensor, view: int, *, endless: bool) -> Tensor:
     ones, each mirrors a half that a hash draws.
     """
     if endless:
-        return _hash_32_bits(_hash_32_bits(rows) + view) % 2 == 1
+        return hash_32_bits(hash_32_bits(rows) + view) % 2 == 1
     return ((rows * 2654435761 >> 7) + view) % 2 == 1
 
 
-def _hash_32_bits(values: Tensor) -> Tensor:
-    """A hash of the lowest 32 bits of each value; int64 in 0..2^32-1.
+def stored_side(image_spec: ImageInputSpec, augment: Augment) -> int:
+    """The side of the stored images in pixels.
 
-    It is `lowbias32` of Wellons, Prospecting for Hash Functions, 2018.
+    It is that of the canvas, or larger where an augmentation can use what surrounds the canvas: as
+    large as the resized image allows. The margin is the same even number of pixels on all sides,
+    so that the centre of a stored image is to the pixel what is stored without a margin: half a
+    pixel is rounded to an even number.
     """
-    values = values & 0xFFFFFFFF
-    values = (values ^ values >> 16) * 0x7FEB352D & 0xFFFFFFFF
-    values = (values ^ values >> 15) * 0x846CA68B & 0xFFFFFFFF
-    return values ^ values >> 16
-
-
-def _view_count(options: ImageOptions) -> int | None:
-    """The number of views of an augmented source; None: endless."""
-    if options.augment == "none":
-        return 1
-    return FLIP_VERSIONS if options.views == "auto" else options.views
+    if not may_need_surroundings(augment) or image_spec.fit != "crop":
+        return image_spec.size
+    return image_spec.size + (image_spec.resize - image_spec.size) // 4 * 4
 
 
 MakeTargets = Callable[[ImageStore, Items, ImageInputSpec], tuple[Targets, list[str]]]
@@ -144,43 +193,69 @@ def assemble_dataset(
     """
     image_spec = resolve_image_spec(options, input_spec)
     items = assign_and_limit_splits(items, options)
-    store = open_image_store(home, items.examples, image_spec, options.on_bad_image)
+    stored_spec = replace(image_spec, size=stored_side(image_spec, options.augment))
+    store = open_image_store(home, items.examples, stored_spec, options.on_bad_image)
     items = items.select(store.readable)
-    targets, target_warnings = make_targets(store, items, image_spec)
+    targets, target_warnings = make_targets(store, items, stored_spec)
+    policy = _policy_for(options, targets)
     content = content_digest(store.digest, *targets.content, *classes)
 
-    def make_source(*splits: int, flip: bool = False) -> ImageSource:
+    def make_source(*splits: int, policy: AugmentationPolicy = NO_AUGMENTATION) -> ImageSource:
         rows = np.flatnonzero(np.isin(items.split, splits))
         if len(rows) == 0:
             raise DataError(f"data: no {SPLIT_NAMES[splits[0]]} image can be read")
+        own_rows = torch.from_numpy(rows)
+        augmenter = Augmenter(policy, targets, own_rows, stored_spec.size, image_spec.size)
         return ImageSource(
             store.entry,
             store.pixels,
             targets,
-            torch.from_numpy(rows),
-            flip,
-            _view_count(options) if flip else 1,
-            content_digest(content, rows.tobytes(), str(flip)),
+            own_rows,
+            image_spec.size,
+            None if policy == NO_AUGMENTATION else augmenter,
+            view_count(policy, options.views),
+            content_digest(content, rows.tobytes(), _augmentation_text(policy, image_spec.size)),
         )
 
-    flip = options.augment == "flip"
-    train, valid, test = make_source(TRAIN, flip=flip), make_source(VALID), make_source(TEST)
-    full = make_source(TRAIN, VALID, flip=flip)
+    train, valid, test = make_source(TRAIN, policy=policy), make_source(VALID), make_source(TEST)
+    full = make_source(TRAIN, VALID, policy=policy)
     digest = content_digest(
         content, _digest_text(image_spec), train.digest, valid.digest, test.digest
     )
     shared = find_images_in_two_splits(items.examples, items.split, store.equal_rows)
     all_warnings = (*warnings, *target_warnings, *shared, *store.warnings)
     return Dataset(
-        train=subset_of(full, train),
-        valid=valid if flip else subset_of(full, valid),  # a mirrored image is another one
+        # a mosaic of training images must not show validation images
+        train=train if policy.mosaic else subset_of(full, train),
+        # an augmented image is another one
+        valid=subset_of(full, valid) if policy == NO_AUGMENTATION else valid,
         test=test,
         full=full,
         classes=classes,
         input_spec=image_spec,
         digest=digest,
         warnings=all_warnings,
+        views_are_for_cache=options.views == "auto" and view_count(policy, "auto") == CACHED_VIEWS,
     )
+
+
+def _policy_for(options: ImageOptions, targets: Targets) -> AugmentationPolicy:
+    """The policy of `data.augment`. Raises SpaceError where it does not suit the targets."""
+    try:
+        return resolve_policy(options.augment, targets.task)
+    except ValueError as error:
+        raise SpaceError(f"data.augment: {error}") from None
+
+
+def _augmentation_text(policy: AugmentationPolicy, side: int) -> str:
+    """The text that stands for an augmentation in the digest of a source.
+
+    That of no augmentation and of the flip is what earlier versions wrote.
+    """
+    if policy == NO_AUGMENTATION or policy.is_flip_alone:
+        return str(policy.is_flip_alone)
+    keys = policy.model_dump_json(exclude_defaults=True)
+    return f"{AUGMENTATION_VERSION} {side} {keys}"
 
 
 def _digest_text(spec: ImageInputSpec) -> str:

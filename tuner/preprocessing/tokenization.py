@@ -295,3 +295,6 @@ class TextSource:
             {name: values[rows].to(torch.int64) for name, values in self.encoded.tensors.items()},
             self.labels[rows],
         )
+
+    def take_targets(self, index: Tensor) -> TensorTree:
+        return self.labels[self.rows[index]]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config.run import Run
@@ -45,10 +46,18 @@ def completed_trials(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def trial_rank(trial: FrozenTrial) -> Rank | None:
+def sign_of(direction: StudyDirection) -> int:
+    """Return 1 where higher values are better, and -1 where lower ones are.
+
+    Of values that are multiplied by it, the higher one is the better one.
+    """
+    return -1 if direction == StudyDirection.MINIMIZE else 1
+
+
+def trial_rank(trial: FrozenTrial, direction: StudyDirection) -> Rank | None:
     """Return the key by which trials are compared: the smaller key is the better trial.
 
-    The rule is: the higher value, then fewer epochs, then the lower number. The winner is the
+    The rule is: the better value, then fewer epochs, then the lower number. The winner is the
     trial with the smallest key.
 
     Returns:
@@ -57,7 +66,8 @@ def trial_rank(trial: FrozenTrial) -> Rank | None:
     """
     if trial.state != TrialState.COMPLETE or DUPLICATE_OF in trial.user_attrs:
         return None
-    return (-float(trial.value or 0.0), int(trial.user_attrs.get(BEST_EPOCH, 0)), trial.number)
+    value = sign_of(direction) * float(trial.value or 0.0)
+    return (-value, int(trial.user_attrs.get(BEST_EPOCH, 0)), trial.number)
 
 
 def best_trial(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
@@ -69,7 +79,7 @@ def best_trial(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
     ranked = [
         (rank, trial)
         for trial in completed_trials(study)
-        if (rank := trial_rank(trial)) is not None
+        if (rank := trial_rank(trial, study.direction)) is not None
     ]
     if not ranked:
         states = Counter(t.state.name.lower() for t in study.get_trials(deepcopy=False))
@@ -86,10 +96,10 @@ def best_trial(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
 
 def ended_proposals(study: optuna.Study) -> dict[int, Rank | None]:
     """Return every proposal that has ended, with the rank of its trial where it has a rank."""
-    proposals = proposal_numbers(study)
+    proposals, direction = proposal_numbers(study), study.direction
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
     return {
-        proposals[t.number]: trial_rank(t)
+        proposals[t.number]: trial_rank(t, direction)
         for t in study.get_trials(deepcopy=False)
         if t.state in ended or t.user_attrs.get(FAILED_PERMANENTLY)
     }

@@ -11,12 +11,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config.space import key_of_parameter
+from tuner.search.history import sign_of
 
-STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 2, 5
+STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 1, 5
 
 
 class ProjectionPruner(optuna.pruners.BasePruner):
-    """Ends a trial that would stay below the median of the completed trials.
+    """Ends a trial that would stay worse than the median of the completed trials.
 
     The projection of a trial is its best score so far plus a rise. The rise is the largest that
     any of its five nearest peers made after the same share of their epochs. The trial ends when
@@ -27,8 +28,8 @@ class ProjectionPruner(optuna.pruners.BasePruner):
     schedule of ten epochs is not finished where a schedule of two epochs has ended. The median of
     all trials at equal epochs would judge each kind by the others.
 
-    Higher values are better. Trials are judged after their second epoch, and only when five trials
-    have completed.
+    Where a study minimises, the same holds of the negative values. Trials are judged from their
+    second epoch on, and only when five trials have completed.
     """
 
     def __init__(self, epochs: int) -> None:
@@ -44,23 +45,27 @@ class ProjectionPruner(optuna.pruners.BasePruner):
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if epochs_done is None or epochs_done <= WARMUP_EPOCHS or len(completed) < STARTUP_TRIALS:
             return False
-        share = epochs_done / self._length(trial)
+        length, sign = self._length(trial), sign_of(study.direction)
         by_distance = sorted(
             completed, key=lambda peer: (self._distance(trial, peer), -peer.number)
         )
         rise = max(
-            _best_value(peer.intermediate_values) - _best_value(self._values_until(peer, share))
+            _best_value(peer.intermediate_values, sign)
+            - _best_value(self._values_until(peer, epochs_done, length), sign)
             for peer in by_distance[:PEER_COUNT]
         )
-        projection = _best_value(trial.intermediate_values) + rise
-        return projection < statistics.median(float(peer.value or 0.0) for peer in completed)
+        projection = _best_value(trial.intermediate_values, sign) + rise
+        return projection < statistics.median(sign * float(peer.value or 0.0) for peer in completed)
 
     def _length(self, trial: FrozenTrial) -> int:
         return _value_of_key(trial, "epochs", self.epochs)
 
-    def _values_until(self, trial: FrozenTrial, share: float) -> dict[int, float]:
-        """Return the values of a trial up to a share of its length, at least of one epoch."""
-        last = max(1, math.floor(share * self._length(trial)))
+    def _values_until(self, trial: FrozenTrial, epochs_done: int, length: int) -> dict[int, float]:
+        """Return the values of a trial up to the share `epochs_done / length` of its own length.
+
+        They are those of at least one epoch.
+        """
+        last = max(1, epochs_done * self._length(trial) // length)
         values = trial.intermediate_values
         return {step: value for step, value in values.items() if step <= last} or values
 
@@ -76,5 +81,6 @@ def _value_of_key(trial: FrozenTrial, key: str, default: int) -> int:
     return int(next(values, default))
 
 
-def _best_value(values: Mapping[int, float]) -> float:
-    return max(values.values())
+def _best_value(values: Mapping[int, float], sign: int) -> float:
+    """Return the best of a trial's values, times `sign`."""
+    return max(sign * value for value in values.values())

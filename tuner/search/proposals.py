@@ -9,7 +9,7 @@ from optuna.trial import Trial
 from tuner.config.space import Dimension, Space, key_of_parameter
 from tuner.search import history
 from tuner.search.history import IS_DEFAULT_RECIPE, PROPOSAL, params_key
-from tuner.search.samplers import SAMPLERS, Start, derive_seed, make_start
+from tuner.search.samplers import SAMPLERS, Startup, derive_seed, make_startup
 from tuner.search.windowed_study import WindowedStudy
 
 EPOCHS_PATH, FREEZE_DEPTH_PATH = ("recipe", "epochs"), ("recipe", "freeze_depth")
@@ -132,17 +132,17 @@ class TrialProposer:
         elif self.linear_probe_params and proposal == 1 and not self._default_was_enqueued():
             self._enqueue_default()
         self.study.sampler = SAMPLERS[self.search_settings.sampler](
-            derive_seed(self.search_settings.seed, proposal), self._start(proposal)
+            derive_seed(self.search_settings.seed, proposal), self._startup(proposal)
         )
         with self.study.window():
             return self.study.ask()
 
-    def _start(self, proposal: int) -> Start:
+    def _startup(self, proposal: int) -> Startup:
         """Return what a proposal takes while there are too few trials to learn from."""
         enqueued = 1 if self.linear_probe_params is None else 2
         names = [d.name for d in self.space.dimensions]
         seed = derive_seed(self.search_settings.seed)
-        return make_start(self.search_settings.trials, names, seed, max(0, proposal - enqueued))
+        return make_startup(self.search_settings.trials, names, seed, max(0, proposal - enqueued))
 
     def _next_grid_point(self) -> dict[str, Any] | None:
         trials = self.study.get_trials(deepcopy=False)

@@ -26,8 +26,8 @@ MIN_STARTUP, MAX_STARTUP = 4, 10  # trials
 
 
 @dataclass(frozen=True)
-class Start:
-    """How TPE begins, before there are trials to learn from.
+class Startup:
+    """How TPE begins: its startup trials, before there are trials to learn from.
 
     Attributes:
         trials: How many trials must have ended before TPE learns from them.
@@ -39,8 +39,8 @@ class Start:
     point: Mapping[str, float] = field(default_factory=dict)
 
 
-def make_start(budget: int, names: Sequence[str], seed: int, index: int) -> Start:
-    """Return how TPE begins in a search.
+def make_startup(budget: int, names: Sequence[str], seed: int, index: int) -> Startup:
+    """Return how TPE begins in a search, for one of its proposals.
 
     Args:
         budget: The number of trials of the search. A fifth of them, but at least 4 and at most 10,
@@ -50,46 +50,46 @@ def make_start(budget: int, names: Sequence[str], seed: int, index: int) -> Star
         index: The number of the proposal, from 0 for the first one that the sampler makes.
     """
     trials = min(max(budget // 5, MIN_STARTUP), MAX_STARTUP)
-    return Start(trials, dict(zip(names, sobol_point(index, len(names), seed), strict=True)))
+    return Startup(trials, dict(zip(names, sobol_point(index, len(names), seed), strict=True)))
 
 
-def _make_tpe(seed: int, start: Start) -> BaseSampler:
+def _make_tpe(seed: int, startup: Startup) -> BaseSampler:
     tpe = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0)
-    return QuasiRandomStart(tpe, start)
+    return QuasiRandomStartup(tpe, startup)
 
 
-# name -> a function from the seed of a proposal and the start of the search to a sampler
-SAMPLERS: Mapping[str, Callable[[int, Start], BaseSampler]] = {
+# name -> a function from the seed of a proposal and the startup of the search to a sampler
+SAMPLERS: Mapping[str, Callable[[int, Startup], BaseSampler]] = {
     "tpe": _make_tpe,
-    "random": lambda seed, start: optuna.samplers.RandomSampler(seed=seed),
+    "random": lambda seed, startup: optuna.samplers.RandomSampler(seed=seed),
     # the coordinator enqueues the points of the grid, so this sampler has nothing to choose
-    "grid": lambda seed, start: optuna.samplers.RandomSampler(seed=seed),
+    "grid": lambda seed, startup: optuna.samplers.RandomSampler(seed=seed),
 }
 
 
-class QuasiRandomStart(BaseSampler):
+class QuasiRandomStartup(BaseSampler):
     """A sampler of one proposal that takes a given point while few trials have ended.
 
     Optuna's QMCSampler is not used, because it counts its points in the study (a killed search
     would go on with others) and needs all trials to have the same parameters.
     """
 
-    def __init__(self, sampler: BaseSampler, start: Start) -> None:
-        self.sampler, self.start = sampler, start
+    def __init__(self, sampler: BaseSampler, startup: Startup) -> None:
+        self.sampler, self.startup = sampler, startup
         # decided once for a trial, since others may end while its parameters are asked for
-        self.starting: bool | None = None
+        self.in_startup: bool | None = None
 
-    def is_starting(self, study: optuna.Study) -> bool:
-        if self.starting is None:
+    def is_in_startup(self, study: optuna.Study) -> bool:
+        if self.in_startup is None:
             states = (TrialState.COMPLETE, TrialState.PRUNED)
             ended = len(study.get_trials(deepcopy=False, states=states))
-            self.starting = ended < self.start.trials
-        return self.starting
+            self.in_startup = ended < self.startup.trials
+        return self.in_startup
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        if self.is_starting(study):
+        if self.is_in_startup(study):
             return {}
         return self.sampler.infer_relative_search_space(study, trial)
 
@@ -99,7 +99,7 @@ class QuasiRandomStart(BaseSampler):
         trial: FrozenTrial,
         search_space: dict[str, BaseDistribution],
     ) -> dict[str, Any]:
-        if self.is_starting(study):
+        if self.is_in_startup(study):
             return {}
         return self.sampler.sample_relative(study, trial, search_space)
 
@@ -110,8 +110,8 @@ class QuasiRandomStart(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        coordinate = self.start.point.get(param_name)
-        if coordinate is None or not self.is_starting(study):
+        coordinate = self.startup.point.get(param_name)
+        if coordinate is None or not self.is_in_startup(study):
             return self.sampler.sample_independent(study, trial, param_name, param_distribution)
         return value_at(coordinate, param_distribution)
 

@@ -7,12 +7,13 @@ import contextlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import sqlalchemy
 
 from tuner.config import database_url, yaml_document
+from tuner.config.objective import Direction
 from tuner.config.requirements import pip_install
 from tuner.config.yaml_document import describe_value
 from tuner.errors import SpaceError, StorageError
@@ -25,6 +26,10 @@ from tuner.search.optuna_internals import warn_of_missing
 from tuner.search.retry_policy import ConnectionLost, one_line_reason
 from tuner.search.study_identity import Comparison
 
+OPTUNA_DIRECTIONS: Mapping[Direction, Literal["maximize", "minimize"]] = {
+    "maximise": "maximize",
+    "minimise": "minimize",
+}
 SPACE_ATTRIBUTE, DATA_ATTRIBUTE, DEFAULTED = "tuner:space", "tuner:data", "tuner:defaulted"
 
 
@@ -256,6 +261,7 @@ def open_study(
     identity: Mapping[str, Any],
     data: str,
     defaulted: Collection[str] = (),
+    direction: Direction = "maximise",
 ) -> optuna.Study:
     """Open the study of this name, or make it.
 
@@ -267,6 +273,7 @@ def open_study(
         identity: The identity of the space file, see study_identity.py.
         data: The digest of the data.
         defaulted: The dotted keys that the space file leaves at their defaults.
+        direction: Whether higher or lower values of its metric are better.
 
     Raises:
         SpaceError: The study was made from another space or from other data.
@@ -275,14 +282,18 @@ def open_study(
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
     except KeyError:
         study = optuna.create_study(
-            storage=storage, study_name=name, direction="maximize", sampler=sampler, pruner=pruner
+            storage=storage,
+            study_name=name,
+            direction=OPTUNA_DIRECTIONS[direction],
+            sampler=sampler,
+            pruner=pruner,
         )
         crash_point("study.created")
         return _mark_study(study, identity, data, defaulted)
-    direction = study.direction.name.lower()
-    if direction != "maximize":
+    created = study.direction.name.lower()
+    if created != OPTUNA_DIRECTIONS[direction]:
         raise SpaceError(
-            f"study {name!r} was created with direction={direction}, this file maximises; "
+            f"study {name!r} was created with direction={created}, this file {direction}s; "
             "use another search.name"
         )
     if SPACE_ATTRIBUTE not in study.user_attrs and not study.get_trials(deepcopy=False):

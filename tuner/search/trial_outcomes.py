@@ -128,7 +128,7 @@ class TrialOutcomes:
     def _close(
         self, running: RunningTrial, ended: FrozenTrial, result: TrialResult | None = None
     ) -> None:
-        self.retention.on_trial_end(running.proposal, trial_rank(ended))
+        self.retention.on_trial_end(running.proposal, trial_rank(ended, self.study.direction))
         self.ledger.enter_ended(ended)
         self.listener.on_trial_end(ended, running.run, result)
 

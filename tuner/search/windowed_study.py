@@ -13,6 +13,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from tuner.search.history import sign_of
 from tuner.search.optuna_internals import HookedStudy, snapshot_of, trial_id_of
 from tuner.search.projection_pruner import ProjectionPruner
 from tuner.search.write_buffer import BufferedStorage, buffer_writes
@@ -71,6 +72,7 @@ class WindowedStudy(HookedStudy):
         self.waiting_queue: list[FrozenTrial] | None = None
         self.write_buffers: dict[int, BufferedStorage] = {}  # by trial number
         self.best_ended: list[tuple[float, int, FrozenTrial]] = []  # by value, the worst first
+        self.sign = sign_of(self.direction)
         self.latest_ended: list[FrozenTrial] = []
         self.running_elsewhere: list[FrozenTrial] = []  # the trials that other coordinators run
         self.seen_numbers: set[int] = set()  # of all trials that were ever in the window
@@ -188,7 +190,8 @@ class WindowedStudy(HookedStudy):
         if len(self.latest_ended) > MAX_LATEST:
             oldest = self.latest_ended.pop(0)
             if oldest.state == TrialState.COMPLETE:
-                bisect.insort(self.best_ended, (float(oldest.value or 0.0), -oldest.number, oldest))
+                value = self.sign * float(oldest.value or 0.0)
+                bisect.insort(self.best_ended, (value, -oldest.number, oldest))
                 del self.best_ended[:-MAX_BEST]
 
     def visible_trials(self, states: Container[TrialState] | None) -> list[FrozenTrial] | None:

@@ -43,15 +43,31 @@ def classification_artifacts(
     }
 
 
-def per_class_csv(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
-    """Precision, recall, F1 and count of each class, as CSV."""
+def per_class_scores(matrix: Tensor, classes: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 and number of examples of each class, by class; 0 for 0 of 0.
+
+    Args:
+        matrix: int64 (classes, classes), the confusion matrix; rows are true classes.
+        classes: the names of the classes.
+    """
     columns = (matrix.diag().tolist(), matrix.sum(1).tolist(), matrix.sum(0).tolist())
-    rows: list[list[Any]] = []
-    for name, hits, true_count, predicted_count in zip(classes, *columns, strict=True):
-        precision = hits / max(1, predicted_count)
-        recall = hits / max(1, true_count)
-        f1 = 2 * hits / max(1, predicted_count + true_count)
-        rows.append([name, f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}", true_count])
+    return {
+        name: {
+            "precision": hits / max(1, predicted_count),
+            "recall": hits / max(1, true_count),
+            "f1": 2 * hits / max(1, predicted_count + true_count),
+            "examples": true_count,
+        }
+        for name, hits, true_count, predicted_count in zip(classes, *columns, strict=True)
+    }
+
+
+def per_class_csv(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
+    """The scores of each class as CSV."""
+    rows = [
+        [name, *(f"{scores[key]:.4f}" for key in ("precision", "recall", "f1")), scores["examples"]]
+        for name, scores in per_class_scores(matrix, classes).items()
+    ]
     return encode_csv(["class", "precision", "recall", "f1", "examples"], rows)
 
 

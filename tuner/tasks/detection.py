@@ -12,12 +12,13 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from tuner.config.run import Recipe
 from tuner.core.detectors import Objects, join_targets, unpad_objects
+from tuner.core.example_results import ExampleResults
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to_dict
 from tuner.core.targets import NO_OBJECT
 from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.errors import limit_listing
-from tuner.tasks import _annotated_images
+from tuner.tasks import _annotated_images, _average_precision
 
 METRICS = ("map", "map_50", "map_75", "mar_100")
 EXAMPLES_SHOWN = 8  # validation examples on the contact sheet
@@ -88,6 +89,15 @@ class Detection(Task):
         metrics = compute_map(pairs, per_class=False)
         # torchmetrics gives -1 if there are no true objects
         return {name: max(0.0, float(metrics[name])) for name in METRICS}
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        """The detections of all images with what they match, and the true objects."""
+        images = (pair for batch in pairs for pair in _pairs_by_image(batch))
+        matches = _average_precision.match_images(images, len(self.classes))
+        return _average_precision.sort_detections(matches)
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        return _average_precision.score_images(results, counts)
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         return {

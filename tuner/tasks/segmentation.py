@@ -22,14 +22,16 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner import deferred_figures
 from tuner.config.run import Recipe
+from tuner.core.example_results import ExampleResults
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to_dict
-from tuner.core.losses import mean_cross_entropy
+from tuner.core.losses import mean_cross_entropy, weights_of_classes
 from tuner.core.targets import IGNORED
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
 from tuner.tasks import _annotated_images
 
 METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")
+RECIPE_KEYS = ("class_weights",)
 AUXILIARY_WEIGHT = 0.5  # weight of the loss of an output `aux`, as in torchvision
 EXAMPLES_SHOWN = 8  # validation examples on a contact sheet
 MAX_ANNOTATED_SIDE = 1024  # longer side of an annotated image in pixels
@@ -38,13 +40,26 @@ MAX_ANNOTATED_SIDE = 1024  # longer side of an annotated image in pixels
 def build(
     classes: tuple[str, ...],
     recipe: Recipe,
+    class_counts: Tensor | None = None,
     *,
     loss: Annotated[
         Literal["cross_entropy", "dice", "both"],
         Field(description="cross_entropy per pixel, dice (overlap per class), or the sum of both"),
     ] = "cross_entropy",
 ) -> Task:
-    return Segmentation(classes, recipe.label_smoothing, loss)
+    """The task for these classes.
+
+    Args:
+        classes: the names of the classes.
+        recipe: how the model is trained; the cross-entropy follows it.
+        class_counts: int64 (classes,), how many training pixels each class has, on the device of
+            the training; None: classes are not weighted.
+        loss: what is minimised.
+    """
+    weights = (
+        None if class_counts is None else weights_of_classes(class_counts, recipe.class_weights)
+    )
+    return Segmentation(classes, recipe.label_smoothing, loss, weights)
 
 
 class Segmentation(Task):
@@ -62,9 +77,15 @@ class Segmentation(Task):
         "the class of a pixel is the argmax over them"
     )
 
-    def __init__(self, classes: tuple[str, ...], label_smoothing: float, loss_name: str) -> None:
+    def __init__(
+        self,
+        classes: tuple[str, ...],
+        label_smoothing: float,
+        loss_name: str,
+        class_weights: Tensor | None = None,
+    ) -> None:
         self.classes, self.label_smoothing = classes, label_smoothing
-        self.loss_name = loss_name
+        self.loss_name, self.class_weights = loss_name, class_weights
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(batch.y, Tensor)
@@ -77,7 +98,9 @@ class Segmentation(Task):
     def _head_loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         total = logits.new_zeros(())
         if self.loss_name != "dice":
-            total = total + mean_cross_entropy(logits, truth, IGNORED, self.label_smoothing)
+            total = total + mean_cross_entropy(
+                logits, truth, IGNORED, self.label_smoothing, self.class_weights
+            )
         return total if self.loss_name == "cross_entropy" else total + dice_loss(logits, truth)
 
     def predict(self, net: nn.Module, x: TensorTree) -> Tensor:
@@ -88,18 +111,24 @@ class Segmentation(Task):
 
         A class that is neither true nor predicted anywhere is not part of the means.
         """
-        matrix = self._confusion_matrix(pairs)
-        means = {
-            name: values[~values.isnan()].mean()
-            for name, values in per_class_scores(matrix).items()
-        }
-        scores = {
-            "mean_iou": means["iou"],
-            "dice": means["dice"],
-            "pixel_accuracy": matrix.diag().sum() / matrix.sum(),
-            "mean_accuracy": means["recall"],
-        }
-        return {name: float(value) for name, value in scores.items()}
+        return mean_scores(*pixel_counts(self._confusion_matrix(pairs)))
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        """Pixels of each class in each image that are `hits`, `true` and `predicted`: int64
+        (n, classes) each.
+        """
+        counts = [
+            torch.stack(pixel_counts(self._confusion_matrix([(image[None], truth[None])])))
+            for batch in pairs
+            for image, truth in zip(*batch, strict=True)
+        ]
+        return dict(zip(("hits", "true", "predicted"), torch.stack(counts, 1), strict=True))
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        hits, true, predicted = (
+            (results[name] * counts[:, None]).sum(0) for name in ("hits", "true", "predicted")
+        )
+        return mean_scores(hits, true, predicted)
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         matrix = self._confusion_matrix(pairs)
@@ -187,9 +216,29 @@ def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
     return ((1 - dice) * (true_sum > 0)).mean()
 
 
-def per_class_scores(matrix: Tensor) -> dict[str, Tensor]:
+def pixel_counts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels of each class that are hits, true and predicted, int64 (classes,) each."""
+    return matrix.diag(), matrix.sum(1), matrix.sum(0)
+
+
+def mean_scores(hits: Tensor, true: Tensor, predicted: Tensor) -> dict[str, float]:
+    """The task's metrics, of the pixels of each class; see `Segmentation.score`."""
+    means = {
+        name: values[~values.isnan()].mean()
+        for name, values in per_class_scores(hits, true, predicted).items()
+    }
+    scores = {
+        "mean_iou": means["iou"],
+        "dice": means["dice"],
+        "pixel_accuracy": hits.sum() / true.sum(),
+        "mean_accuracy": means["recall"],
+    }
+    return {name: float(value) for name, value in scores.items()}
+
+
+def per_class_scores(hits: Tensor, true: Tensor, predicted: Tensor) -> dict[str, Tensor]:
     """IoU, Dice, recall and precision of each class, float64 (classes,); NaN for 0 of 0 pixels."""
-    hits, true, predicted = (v.double() for v in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
+    hits, true, predicted = (v.double() for v in (hits, true, predicted))
     return {
         "iou": hits / (true + predicted - hits),
         "dice": 2 * hits / (true + predicted),
@@ -264,7 +313,7 @@ def _contact_sheet(pairs: Sequence[tuple[Any, Any]], data: Dataset) -> bytes:
 
 def _per_class_csv(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
     """IoU, Dice, recall, precision and true pixels of each class, as CSV; empty for 0 of 0."""
-    columns = per_class_scores(matrix)
+    columns = per_class_scores(*pixel_counts(matrix))
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["class", *columns, "pixels"])

@@ -1,7 +1,7 @@
 """Text generation: predicts the next token of a text.
 
-The loss is cross-entropy, the score is the negative logarithm of the perplexity, and a prediction
-is a continuation of the text.
+The loss is cross-entropy, the scores are the perplexity and its negative logarithm, and a
+prediction is a continuation of the text.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,13 +13,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tuner.config.run import Recipe
+from tuner.core.example_results import ExampleResults
 from tuner.core.input_spec import InputSpec, TensorTree, TextInputSpec
 from tuner.core.losses import mean_cross_entropy
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
 from tuner.preprocessing.tokenization import decode_texts, load_tokenizer, trim_padding
 from tuner.tasks._classification_reports import encode_csv
 
-METRICS = ("negative_log_perplexity",)
+METRICS = ("negative_log_perplexity", "perplexity")
+MINIMISED = ("perplexity",)
 IGNORED_TOKEN = -100  # torch's and transformers' target for what is not to be predicted
 MAX_WORST = 50  # texts listed
 ROWS_PER_CHUNK = 8  # texts per forward pass when scoring; their logits (8, length, vocabulary) fit
@@ -110,11 +112,19 @@ class TextGeneration(Task):
         return {"log_likelihood": torch.cat(log_likelihoods), "tokens": torch.cat(counts)}
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        """The mean log-likelihood of a token, which is the negative logarithm of the perplexity."""
+        """The perplexity, and its negative logarithm: the mean log-likelihood of a token."""
+        results = self.example_results(pairs)
+        return self.score_results(results, torch.ones_like(results["tokens"]))
+
+    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+        """Each text's `log_likelihood` and number of `tokens`, as `predict` gives them."""
         likelihood, tokens = _concatenate_pairs(pairs)
-        return {
-            "negative_log_perplexity": float(likelihood.double().sum() / tokens.sum().clamp(min=1))
-        }
+        return {"log_likelihood": likelihood, "tokens": tokens}
+
+    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
+        likelihood = (results["log_likelihood"].double() * counts).sum()
+        mean = likelihood / (results["tokens"] * counts).sum().clamp(min=1)
+        return {"negative_log_perplexity": float(mean), "perplexity": float((-mean).exp())}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         """The texts with the lowest log-likelihood per token, as the model saw them."""

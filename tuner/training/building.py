@@ -24,6 +24,7 @@ from tuner.core.input_spec import (
 from tuner.core.subset import Subset
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task, split_sequential
 from tuner.errors import SpaceError, TunerError
+from tuner.preprocessing.image_dataset import augment_on
 from tuner.training.devices import DeviceContext
 from tuner.training.frozen_prefix import stage_digests
 
@@ -31,10 +32,28 @@ FRESH_SEED = 0  # of parameters for which there are no weights
 MAX_CACHED_MODELS = 4  # in a process
 
 
-def build_task(run: Run, classes: tuple[str, ...]) -> Task:
-    """The run's task for these classes."""
-    task: Task = plugins.load_plugin("task", run.task.name)(classes, run.recipe, **run.task.options)
+def build_task(run: Run, classes: tuple[str, ...], class_counts: Tensor | None = None) -> Task:
+    """The run's task for these classes.
+
+    `class_counts` (int64, (classes,)) says how many training examples each class has. A task gets
+    it where its `build` has such an argument.
+    """
+    build = plugins.load_plugin("task", run.task.name)
+    options = dict(run.task.options)
+    if class_counts is not None and "class_counts" in inspect.signature(build).parameters:
+        options["class_counts"] = class_counts
+    task: Task = build(classes, run.recipe, **options)
     return task
+
+
+def check_metric(run: Run, classes: tuple[str, ...], metric: str) -> None:
+    """Raises SpaceError where a built-in task does not define its metric for these classes."""
+    defined = build_task(run, classes).metrics
+    if metric in plugins.list_metrics(run.task.name) and metric not in defined:
+        raise SpaceError(
+            f"search.metric: {metric} says nothing with {len(classes)} classes; choose one of "
+            f"{', '.join(defined)}"
+        )
 
 
 _loaded_datasets: dict[str, Dataset] = {}
@@ -165,13 +184,24 @@ def build_model(run: Run, home: Path, output_count: int) -> StagedModel:
 
 
 class DeviceSource:
-    """A source whose examples are on the device and have the form that the model takes."""
+    """A source whose examples are on the device and have the form that the model takes.
+
+    Images are augmented there too. `endless`: where the source has several views, this one takes
+    another one in each epoch.
+    """
 
     def __init__(
-        self, source: Source, input_spec: InputSpec, device_context: DeviceContext
+        self,
+        source: Source,
+        input_spec: InputSpec,
+        device_context: DeviceContext,
+        *,
+        endless: bool = False,
     ) -> None:
-        self.source, self.input_spec, self.device = source, input_spec, device_context.device
-        self.views, self.lengths = source.views, source.lengths
+        self.input_spec, self.device = input_spec, device_context.device
+        self.source = augment_on(source, device_context.device)
+        self.views = None if endless and source.views != 1 else source.views
+        self.lengths = source.lengths
         self.digest = hashlib.sha256(
             f"{source.digest} {input_spec.normalisation()}".encode()
         ).hexdigest()

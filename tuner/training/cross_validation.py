@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tuner.config.objective import Direction
 from tuner.config.run import PluginConfig, Run
 from tuner.messages import Epoch
 from tuner.training.devices import DeviceContext
@@ -32,9 +33,13 @@ def runs_of_folds(run: Run) -> list[Run]:
     ]
 
 
-def prepare_folds(run: Run, device_context: DeviceContext, metric: str) -> list[TrainingContext]:
+def prepare_folds(
+    run: Run, device_context: DeviceContext, metric: str, direction: Direction = "maximise"
+) -> list[TrainingContext]:
     """The training context of each fold. Raises what `prepare_training` raises."""
-    return [prepare_training(fold, device_context, metric) for fold in runs_of_folds(run)]
+    return [
+        prepare_training(fold, device_context, metric, direction) for fold in runs_of_folds(run)
+    ]
 
 
 def fit_folds(
@@ -79,7 +84,7 @@ def fit_folds(
     for fold_progress in zip(*fold_trainings, strict=True):
         epoch = mean_epoch([progress.epoch for progress in fold_progress])
         predictions = fold_progress[0].predictions
-        if is_better(epoch, best, contexts[0].metric):
+        if is_better(epoch, best, contexts[0]):
             best = BestEpoch(epoch, predictions, weights={})
         yield FitProgress(epoch, predictions, best)
         if is_out_of_patience(run.recipe, epoch, best):

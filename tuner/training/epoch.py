@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tuner.config.objective import Direction
 from tuner.config.run import Recipe
 from tuner.core.types import Dataset, Source, StagedModel, Task
+from tuner.training.batch_mixing import BatchMixing, draw_mixing
 from tuner.training.batch_norm import set_train_mode
 from tuner.training.checkpoints import TrainingState
+from tuner.training.class_balance import balanced_order
 from tuner.training.devices import DeviceContext
 from tuner.training.micro_batches import retry_on_oom
 
@@ -40,7 +43,9 @@ class TrainingContext:
 
     `net` is the trainable suffix of `staged_model`; `pretrained_norms` are those of its BatchNorm
     modules that have statistics of the pretraining. The sources `train`, `valid` and `test` give
-    activations of the frozen prefix, on the device. `metric` decides which epoch is the best.
+    activations of the frozen prefix, on the device. `metric` and its `direction` decide which
+    epoch is the best. `labels`, int64 (n,), are the classes of the examples of `train` where an
+    epoch has as many of each class (`sampling: balanced`).
     """
 
     task: Task
@@ -53,6 +58,8 @@ class TrainingContext:
     test: Source
     device_context: DeviceContext
     metric: str
+    direction: Direction = "maximise"
+    labels: Tensor | None = None
 
 
 class Diverged(Exception):
@@ -71,14 +78,21 @@ def train_one_epoch(
     total = torch.zeros((), device=context.device_context.device)
     unchecked: list[LossParts] = []
     batches = shuffle_into_batches(
-        len(context.train), recipe.batch_size, seed, epoch, context.train.lengths
+        len(context.train),
+        recipe.batch_size,
+        seed,
+        epoch,
+        context.train.lengths,
+        context.labels,
     )
     set_train_mode(context.net, context.pretrained_norms, recipe, len(batches))
     freeze_waiting_stages(context.net, recipe.unfreeze_every, epoch)
     groups = group_batches(batches, recipe.accumulate)
     for step, group in enumerate(groups, start=1):
         parts = retry_on_oom(
-            partial(backward, context, group, view, training),
+            partial(
+                backward, context, group, view, training, draw_mixing(recipe, seed, epoch, step)
+            ),
             training.micro_batch_size,
             max(map(len, group)),
         )
@@ -146,7 +160,11 @@ def seed_everything(seed: int) -> None:
 
 
 def backward(
-    context: TrainingContext, batches: Sequence[Tensor], view: int, training: TrainingState
+    context: TrainingContext,
+    batches: Sequence[Tensor],
+    view: int,
+    training: TrainingState,
+    mixing: BatchMixing | None = None,
 ) -> LossParts:
     """Computes the gradients of the mean loss of some batches, which stay in the net.
 
@@ -155,6 +173,7 @@ def backward(
     gradient of all of them as one batch where a loss is a mean over examples. It is an
     approximation where the loss is a mean over something else (the tokens of texts, the pixels that
     are not ignored, the objects), and in BatchNorm, whose statistics are those of a micro-batch.
+    Examples are mixed with others of their micro-batch.
 
     Returns the parts of the loss, detached.
     """
@@ -164,7 +183,12 @@ def backward(
     for micro_batch in chain(*map(training.micro_batch_size.split_batch, batches)):
         batch = context.train.take(micro_batch, view)
         with context.device_context.autocast():
-            parts = context.task.loss_parts(context.net, batch)
+            loss_parts = context.task.loss_parts
+            parts = (
+                loss_parts(context.net, batch)
+                if mixing is None
+                else mixing.loss_parts(loss_parts, context.net, batch)
+            )
         weight = len(micro_batch) / count
         weighted = {name: part * weight if weight < 1 else part for name, part in parts.items()}
         sum_parts(weighted).backward()  # type: ignore[no-untyped-call]
@@ -184,7 +208,12 @@ def sum_parts(parts: LossParts) -> Tensor:
 
 
 def shuffle_into_batches(
-    length: int, batch_size: int, seed: int, epoch: int, lengths: Tensor | None = None
+    length: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    lengths: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> list[Tensor]:
     """The indices 0..length-1 in an order that follows from (seed, epoch), split into batches
     (int64).
@@ -192,9 +221,13 @@ def shuffle_into_batches(
     A last batch of one example joins the batch before it, because BatchNorm needs two. With
     `lengths`, examples of similar length share a batch, so that little is padded: each bucket of
     BATCHES_PER_BUCKET batches is sorted by length and split, and then the batches are shuffled.
+    With `labels`, the indices are those of `balanced_order`: as many, but some of them repeat.
     """
     generator = torch.Generator().manual_seed(seed * 7_368_787 + epoch)
-    order = torch.randperm(length, generator=generator)
+    if labels is None:
+        order = torch.randperm(length, generator=generator)
+    else:
+        order = balanced_order(labels, generator)
     if lengths is not None:
         order = torch.cat(
             [

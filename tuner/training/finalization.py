@@ -1,5 +1,5 @@
 """The winner: retrained on train and validation examples, scored once on the test examples,
-exported and published.
+exported and published. The default recipe beside it: retrained and scored in the same way.
 """
 
 import math
@@ -10,29 +10,40 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tuner.config.run import Run
 from tuner.core.export_module import ExportModule
 from tuner.core.types import StagedModel
 from tuner.errors import DataError, NoUsableTrial
-from tuner.manifest import PublishedExport, read_export, recover_export
-from tuner.messages import Assignment, Epoch, FinalizeJob
+from tuner.manifest import TEST_RESULTS, PublishedExport, read_export, recover_export
+from tuner.messages import Assignment, DefaultTestJob, Epoch, FinalizeJob
 from tuner.training.building import load_dataset
 from tuner.training.checkpoints import load_best_weights
 from tuner.training.devices import select_device
 from tuner.training.epoch import Diverged, TrainingContext, predict_source
 from tuner.training.exported_models import load_exporter, model_without_weights
+from tuner.training.own_metric import score_own_metric
 from tuner.training.preparation import prepare_training
 from tuner.training.publishing import publish
+from tuner.training.tested_runs import TestedRun, compare_tested_runs
 from tuner.training.training_loop import FitProgress, fit, open_checkpoints
 
 DIVERGED_HINT = "lower recipe.lr, or export the next best with `tuner export STUDY --trial N`"
 
 
 class TrainedModel(NamedTuple):
-    """A model that is ready for its export."""
+    """A model that is ready for its export.
+
+    `scores` are those of the splits `valid` and `test`, and `per_class` of the test split;
+    `seconds` is what its training took. `findings` are what the manifest says of the default recipe
+    and of the trial's repeats. `tested_run` is the file with its test, None where it is not
+    compared.
+    """
 
     staged_model: StagedModel
-    scores: dict[str, Any]  # "valid" and "test"
-    seconds: float  # of its training
+    scores: dict[str, Any]
+    seconds: float
+    findings: dict[str, Any]
+    tested_run: bytes | None = None
 
 
 def finalize(
@@ -57,64 +68,134 @@ def finalize(
     recover_export(folder)
     assignment = job.assignment
     dataset = load_dataset(assignment.run, Path(assignment.home))
-    trained = load_earlier_export(folder, assignment) or train_model(job, report, slot)
+    trained = load_earlier_export(folder, assignment) or train_winner(job, report, slot)
     if trained is None:
         return None
-    staged_model, scores, seconds = trained
+    staged_model = trained.staged_model
     staged_model.model.cpu().float().to(memory_format=torch.contiguous_format)
     model = ExportModule(staged_model, dataset.input_spec).eval()
-    return publish(job, model, dataset, scores, seconds)
+    return publish(
+        job,
+        model,
+        dataset,
+        trained.scores,
+        trained.seconds,
+        trained.findings,
+        trained.tested_run,
+    )
 
 
-def train_model(
+def run_default_test(
+    job: DefaultTestJob, report: Callable[[Epoch], bool], slot: int
+) -> bytes | None:
+    """Trains the default recipe's model as the winner's, and scores it on the test examples.
+
+    Returns the content of the file with its test; None when `report` returned False. Raises
+    NoUsableTrial, DataError.
+    """
+    trained = train_model(job.assignment, job.weights_file, report, slot)
+    return trained.tested_run.to_bytes() if trained is not None else None
+
+
+def train_winner(
     job: FinalizeJob, report: Callable[[Epoch], bool], slot: int
 ) -> TrainedModel | None:
-    """Retrains the winner, or loads the weights that its trial left, and scores it on the test
-    examples.
+    """Trains and tests the winner's model, and compares its test with the default recipe's.
 
     Returns None when `report` returned False. Raises NoUsableTrial, DataError.
     """
     start = time.monotonic()
-    assignment = job.assignment
+    trained = train_model(job.assignment, job.weights_file, report, slot)
+    if trained is None:
+        return None
+    context, tested_run = trained.context, trained.tested_run
+    scores = {
+        "valid": trained.valid_scores or dict(job.valid_scores),
+        "test": tested_run.scores,
+        "per_class": tested_run.per_class,
+    }
+    seconds = time.monotonic() - start
+    findings: dict[str, Any] = {"comparison": None, "confirmation": job.confirmation}
+    if job.comparison is None:
+        return TrainedModel(context.staged_model, scores, seconds, findings)
+    comparison: dict[str, Any] = {"default_trial": job.comparison.trial_number}
+    if job.comparison.tested_run is not None:
+        default = TestedRun.from_bytes(job.comparison.tested_run)
+        comparison |= compare_tested_runs(
+            context.task, context.metric, tested_run, default, job.comparison.seed
+        )
+    findings["comparison"] = comparison
+    return TrainedModel(context.staged_model, scores, seconds, findings, tested_run.to_bytes())
+
+
+class TestedModel(NamedTuple):
+    """A model that was trained and tested. `valid_scores` are empty where it was not scored on
+    validation examples.
+    """
+
+    context: TrainingContext
+    valid_scores: dict[str, float]
+    tested_run: TestedRun
+
+
+def train_model(
+    assignment: Assignment,
+    weights_file: str | None,
+    report: Callable[[Epoch], bool],
+    slot: int,
+) -> TestedModel | None:
+    """Retrains a run, or loads the weights that its trial left, and scores it on the test examples.
+
+    Returns None when `report` returned False. Raises NoUsableTrial, DataError.
+    """
     device_context = select_device(
         assignment.engine, Path(assignment.home), slot, assignment.micro_batches
     )
-    valid_scores = dict(job.valid_scores)
+    valid_scores: dict[str, float] = {}
     try:
         # its linear probe may diverge too
-        context = prepare_training(assignment.run, device_context, assignment.metric)
-        for progress in [] if job.weights_file else retrain(assignment, context):
+        context = prepare_training(
+            assignment.run, device_context, assignment.metric, assignment.direction
+        )
+        for progress in [] if weights_file else retrain(assignment, context):
             if progress.best is not None:
                 valid_scores = progress.best.epoch.scores
             if not report(progress.epoch):
                 return None
-        if job.weights_file and not load_best_weights(
-            Path(job.weights_file), context.staged_model.model, context.net
+        if weights_file and not load_best_weights(
+            Path(weights_file), context.staged_model.model, context.net
         ):
             raise DataError(
-                f"{job.weights_file}: damaged or of another model; with search.retrain: true the "
+                f"{weights_file}: damaged or of another model; with search.retrain: true the "
                 "run is trained again"
             )
-        test_scores = score_test_split(context, assignment.run.recipe.batch_size)
+        tested_run = score_test_split(context, assignment.run)
     except Diverged as error:
         raise NoUsableTrial(f"training diverged ({error}); {DIVERGED_HINT}") from None
-    scores = {"valid": valid_scores, "test": test_scores}
-    return TrainedModel(context.staged_model, scores, time.monotonic() - start)
+    return TestedModel(context, valid_scores, tested_run)
 
 
 def retrain(assignment: Assignment, context: TrainingContext) -> Iterator[FitProgress]:
-    """Trains the winner again. A retraining that was killed goes on from its checkpoint."""
+    """Trains a run again. A retraining that was killed goes on from its checkpoint."""
     folder = Path(assignment.checkpoint_folder) if assignment.checkpoint_folder else None
     checkpoints = open_checkpoints(assignment.run, context, folder)
     return fit(context, assignment.run.recipe, assignment.run.seed, checkpoints)
 
 
-def score_test_split(context: TrainingContext, batch_size: int) -> dict[str, float]:
-    """The scores on the test examples; called once per winner. Raises Diverged."""
-    scores = context.task.score(predict_source(context, context.test, batch_size))
+def score_test_split(context: TrainingContext, run: Run) -> TestedRun:
+    """Scores a run's model on the test examples; called once per run. Raises Diverged."""
+    pairs = predict_source(context, context.test, run.recipe.batch_size)
+    scores = context.task.score(pairs)
     if not all(map(math.isfinite, scores.values())):
         raise Diverged("the test scores are not finite")
-    return scores
+    return TestedRun(
+        run.digest(),
+        context.dataset.digest,
+        scores | score_own_metric(context.metric, pairs),
+        context.task.class_scores(pairs),
+        len(context.test),
+        context.task.example_results(pairs),
+    )
 
 
 def load_earlier_export(folder: Path, assignment: Assignment) -> TrainedModel | None:
@@ -130,6 +211,11 @@ def load_earlier_export(folder: Path, assignment: Assignment) -> TrainedModel | 
     load_exporter("safetensors").restore(
         published.folder / published.manifest["exports"]["safetensors"]["file"], model
     )
+    test_file = published.folder / TEST_RESULTS
     return TrainedModel(
-        model.staged[0], published.manifest["scores"], published.manifest["training_seconds"]
+        model.staged[0],
+        published.manifest["scores"],
+        published.manifest["training_seconds"],
+        {name: published.manifest.get(name) for name in ("comparison", "confirmation")},
+        test_file.read_bytes() if TEST_RESULTS in published.manifest["files"] else None,
     )

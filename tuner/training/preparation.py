@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from tuner.config.objective import Direction
 from tuner.config.run import Recipe, Run
 from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task
@@ -19,13 +20,16 @@ from tuner.training.building import (
     load_dataset,
     put_on_device,
 )
+from tuner.training.class_balance import count_classes, read_labels
 from tuner.training.devices import DeviceContext
 from tuner.training.epoch import MAX_EVAL_BATCH, Diverged, TrainingContext
 from tuner.training.frozen_prefix import MAX_EXAMPLES_AT_ONCE, FrozenPrefix
+from tuner.training.own_metric import metric_key
 from tuner.training.training_loop import fit
 
-# of the layers before the head's last one, where a head has some: on features in memory
-HIDDEN_LAYERS_RECIPE = Recipe(
+# of the linear probe: the loss, and, on features in memory, the training of the layers before the
+# head's last one, where a head has some
+PROBE_RECIPE = Recipe(
     optimizer="adamw", lr=1e-3, epochs=20, batch_size=64, schedule="cosine", head="fresh"
 )
 
@@ -40,6 +44,7 @@ class LoadedRun:
     stage_digests: tuple[str, ...]
     device_context: DeviceContext
     metric: str
+    direction: Direction = "maximise"
 
     @property
     def train_source(self) -> Source:
@@ -50,7 +55,12 @@ class LoadedRun:
     def behind_prefix(self, depth: int, source: Source) -> Source:
         """The outputs of the stages up to `depth` for a source of the dataset, on the device."""
         if depth == 0:
-            return DeviceSource(source, self.dataset.input_spec, self.device_context)
+            return DeviceSource(
+                source,
+                self.dataset.input_spec,
+                self.device_context,
+                endless=self.dataset.views_are_for_cache,
+            )
         prefix, _ = self.staged_model.split(depth)
         frozen = FrozenPrefix(
             list(prefix.children()),
@@ -66,7 +76,7 @@ class LoadedRun:
         """The context for a training of the stages behind `depth` by `recipe`."""
         _, suffix = self.staged_model.split(depth)
         return TrainingContext(
-            task=build_task(replace(self.run, recipe=recipe), self.dataset.classes),
+            task=self.task_of(recipe),
             staged_model=self.staged_model,
             net=suffix,
             pretrained_norms=pretrained_norms(suffix),
@@ -76,16 +86,45 @@ class LoadedRun:
             test=self.behind_prefix(depth, self.dataset.test),
             device_context=self.device_context,
             metric=self.metric,
+            direction=self.direction,
+            labels=read_labels(self.train_source) if recipe.sampling == "balanced" else None,
         )
 
+    def task_of(self, recipe: Recipe) -> Task:
+        """The run's task with the loss of `recipe`.
 
-def prepare_training(run: Run, device_context: DeviceContext, metric: str) -> TrainingContext:
+        Classes are weighted by the examples that are trained on. Where an epoch has as many
+        examples of each class, no weights are needed.
+        """
+        counts = None
+        if recipe.class_weights != "none" and recipe.sampling == "natural":
+            counts = count_classes(self.train_source, len(self.dataset.classes))
+            counts = counts.to(self.device_context.device)
+        return build_task(replace(self.run, recipe=recipe), self.dataset.classes, counts)
+
+    @property
+    def probe_recipe(self) -> Recipe:
+        """The recipe of the linear probe.
+
+        Its loss weighs the classes as the run does, or as balanced sampling does on average, since
+        training begins where the probe ends. Nothing else of the run's recipe changes the probe, so
+        that trials share it.
+        """
+        recipe = self.run.recipe
+        weights = "balanced" if recipe.sampling == "balanced" else recipe.class_weights
+        return PROBE_RECIPE.model_copy(update={"class_weights": weights})
+
+
+def prepare_training(
+    run: Run, device_context: DeviceContext, metric: str, direction: Direction = "maximise"
+) -> TrainingContext:
     """Builds the data and the model of a run and splits the model at the recipe's freeze depth.
 
     Args:
         run: The run to train.
         device_context: The device and its precision, and the home of the caches.
         metric: The name of the score that decides which epoch is the best.
+        direction: Whether its higher or its lower values are better.
 
     Returns:
         What `fit` trains. Its head begins as the linear probe where the recipe says so.
@@ -105,7 +144,7 @@ def prepare_training(run: Run, device_context: DeviceContext, metric: str) -> Tr
     staged_model.model.to(  # type: ignore[call-overload]
         device_context.device, memory_format=torch.channels_last
     )
-    loaded = LoadedRun(run, dataset, staged_model, digests, device_context, metric)
+    loaded = LoadedRun(run, dataset, staged_model, digests, device_context, metric, direction)
     if starts_from_probe(run, staged_model):
         probe_head(loaded)
     return loaded.make_context(depth, run.recipe)
@@ -127,11 +166,14 @@ def starts_from_probe(run: Run, staged_model: StagedModel) -> bool:
 
 def probe_head(loaded: LoadedRun) -> None:
     """Gives the head its probed weights. Raises Diverged."""
+    metric = metric_key(loaded.metric, loaded.direction)
     run_key = (
         f"{loaded.stage_digests[-2:]} {loaded.dataset.train.digest} {loaded.dataset.valid.digest} "
-        f"{loaded.dataset.input_spec} {loaded.run.task.to_dict()} {loaded.metric} "
+        f"{loaded.dataset.input_spec} {loaded.run.task.to_dict()} {metric} "
         f"{loaded.run.recipe.fit}"
     )
+    if loaded.probe_recipe != PROBE_RECIPE:
+        run_key += f" {loaded.probe_recipe.class_weights}"
     head = list(loaded.staged_model.stages.values())[-1]
     folder = loaded.device_context.home / "probes"
     linear_probe.load_or_solve_probe(head, folder, run_key, lambda: solve_head(loaded, head))
@@ -164,7 +206,7 @@ def solve_head(loaded: LoadedRun, head: nn.Module) -> None:
     )
     linear_probe.solve_output_layer(
         layer,
-        probe_task(loaded).loss,
+        loaded.task_of(loaded.probe_recipe).loss,
         train_examples,
         valid_examples,
         join_valid=loaded.run.recipe.fit == "train+valid",
@@ -184,18 +226,13 @@ def solve_pixel_classifiers(
     for group, train_examples, valid_examples in zip(groups, *examples, strict=True):
         pixel_probe.solve_convolutions(
             group,
-            probe_task(loaded).loss,
+            loaded.task_of(loaded.probe_recipe).loss,
             train_examples,
             valid_examples,
             join_valid=loaded.run.recipe.fit == "train+valid",
         )
         for layer in group:
             check_finite(layer)
-
-
-def probe_task(loaded: LoadedRun) -> Task:
-    """The task whose loss a probe minimises: the recipe of a trial does not change it."""
-    return build_task(replace(loaded.run, recipe=HIDDEN_LAYERS_RECIPE), loaded.dataset.classes)
 
 
 def check_finite(layer: nn.Module) -> None:
@@ -206,9 +243,9 @@ def check_finite(layer: nn.Module) -> None:
 
 def train_hidden_layers(loaded: LoadedRun, train: Source, valid: Source) -> None:
     """Trains the whole head on features in memory. Raises Diverged."""
-    context = loaded.make_context(loaded.staged_model.max_depth, HIDDEN_LAYERS_RECIPE)
+    context = loaded.make_context(loaded.staged_model.max_depth, loaded.probe_recipe)
     in_memory = replace(context, train=MemorySource.of(train), valid=MemorySource.of(valid))
-    deque(fit(in_memory, HIDDEN_LAYERS_RECIPE, seed=0), maxlen=0)
+    deque(fit(in_memory, loaded.probe_recipe, seed=0), maxlen=0)
 
 
 @dataclass(frozen=True)

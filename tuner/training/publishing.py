@@ -23,7 +23,7 @@ from tuner.files import removal
 from tuner.files.atomic import disk_errors, file_sha256, fsync, half_export
 from tuner.files.crash_points import crash_point
 from tuner.files.removal import MANIFEST
-from tuner.manifest import PublishedExport, format_model_card
+from tuner.manifest import TEST_RESULTS, PublishedExport, format_model_card
 from tuner.messages import FinalizeJob
 from tuner.training.building import build_task
 from tuner.training.exported_models import load_exporter, open_export, slice_rows
@@ -38,9 +38,11 @@ def publish(
     dataset: Dataset,
     scores: Mapping[str, Any],
     seconds: float,
+    findings: Mapping[str, Any],
+    tested_run: bytes | None = None,
 ) -> PublishedExport:
     """Writes every format beside the export folder, verifies each, and only then puts the folder in
-    place.
+    place. The findings go into the manifest, and the file with the model's test into the folder.
 
     Raises:
         ExportMismatch: A format differs from the model. Nothing is published.
@@ -55,7 +57,10 @@ def publish(
             for name, path in dataset.input_spec.export_files().items():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, temporary / name)
+            if tested_run is not None:
+                (temporary / TEST_RESULTS).write_bytes(tested_run)
             manifest = make_manifest(job, model, dataset, scores, seconds)
+            manifest |= findings
             manifest["exports"] = save_and_verify_all(
                 job, model, dataset, PublishedExport(temporary, manifest)
             )
@@ -189,6 +194,7 @@ def make_manifest(
         "output": {"meaning": build_task(run, dataset.classes).output_description},
         "preprocess": dataset.input_spec.to_dict(),
         "metric": job.assignment.metric,
+        "direction": job.assignment.direction,
         "scores": dict(scores),
         "parameters": sum(value.numel() for value in model.staged[0].model.parameters()),
         "training_seconds": round(seconds, 3),

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tuner.config.objective import is_improvement
 from tuner.config.run import Recipe, Run
 from tuner.core.types import Dataset
 from tuner.errors import DataError
@@ -29,12 +30,13 @@ from tuner.training.epoch import (
 )
 from tuner.training.micro_batches import initial_micro_batch_size
 from tuner.training.optimizers import make_optimizer, make_schedule, stage_rates
+from tuner.training.own_metric import metric_key, score_own_metric
 from tuner.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
 class BestEpoch:
-    """The epoch with the highest score so far.
+    """The epoch with the best score so far.
 
     `predictions` are its (prediction, truth) pairs on the validation examples. `weights` is the
     state dict of the suffix after it; it is empty where `epoch` is a mean over folds.
@@ -77,7 +79,8 @@ def open_checkpoints(
     """The checkpoints in `folder` of this run, dataset and metric; None without a folder."""
     if folder is None:
         return None
-    key = f"{run.digest()} {context.dataset.digest} {context.metric}"
+    metric = metric_key(context.metric, context.direction)
+    key = f"{run.digest()} {context.dataset.digest} {metric}"
     run_key = hashlib.sha256(key.encode()).hexdigest()
     return Checkpoints(folder, run_key, keep_best_weights=keep_best_weights)
 
@@ -119,7 +122,7 @@ def fit(
         train_epochs(context, recipe, training, seed, len(restored.epochs) if restored else 0),
     ):
         epochs.append(outcome.epoch)
-        if is_better(outcome.epoch, best, context.metric):
+        if is_better(outcome.epoch, best, context):
             weights = outcome.weights
             if weights is None:
                 weights = training.copy_validated_weights()
@@ -233,17 +236,22 @@ def run_epoch(
     ]
     if bad_scores or not math.isfinite(loss):
         raise Diverged(f"loss {loss:g}{''.join(bad_scores)} in epoch {number}")
+    if predictions:
+        scores |= score_own_metric(context.metric, predictions)
     return EpochOutcome(Epoch(number, loss, scores, time.monotonic() - start), predictions, None)
 
 
-def is_better(epoch: Epoch, best: BestEpoch | None, metric: str) -> bool:
-    """Whether `epoch` has a higher score than the best epoch so far.
+def is_better(epoch: Epoch, best: BestEpoch | None, context: TrainingContext) -> bool:
+    """Whether `epoch` has a better score than the best epoch so far.
 
     An equal score is not better.
     """
     if not epoch.scores:
         return False
-    return best is None or epoch.scores[metric] > best.epoch.scores[metric]
+    metric = context.metric
+    return best is None or is_improvement(
+        epoch.scores[metric], best.epoch.scores[metric], context.direction
+    )
 
 
 def is_out_of_patience(recipe: Recipe, epoch: Epoch, best: BestEpoch | None) -> bool:

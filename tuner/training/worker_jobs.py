@@ -11,15 +11,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from tuner import deferred_figures
+from tuner.config.objective import Direction
 from tuner.config.run import PluginConfig
 from tuner.core.weights import is_path
 from tuner.files.downloads import forbid_downloads
 from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
-from tuner.training.building import build_model, load_dataset
+from tuner.training.building import build_model, check_metric, load_dataset
 from tuner.training.cross_validation import fit_folds, prepare_folds, runs_of_folds
-from tuner.training.devices import select_device, select_gpus
+from tuner.training.devices import DeviceContext, select_device, select_gpus
 from tuner.training.epoch import Diverged, TrainingContext
 from tuner.training.micro_batches import is_out_of_memory, release_memory
+from tuner.training.preparation import prepare_training
 from tuner.training.training_loop import BestEpoch, check_batch_size
 
 
@@ -52,6 +54,7 @@ def inspect_data(
             for fold in runs_of_folds(run):
                 dataset = load_dataset(fold, home)
             has_weights = assignment.allow_downloads or has_local_weights(run.model)
+            check_metric(run, dataset.classes, assignment.metric)
             staged_model = build_model(
                 run if has_weights else run.without_weights(), home, len(dataset.classes)
             )
@@ -97,16 +100,42 @@ def run_trial(assignment: Assignment, report: Callable[[Epoch], bool], slot: int
         training.state,
         tuple(training.epochs),
         training.best.epoch.number if training.best else 0,
-        make_artifacts(training, assignment.metric),
+        make_artifacts(training, assignment.metric, assignment.direction),
         time.monotonic() - start,
         training.reason,
     )
 
 
+def run_repeat(assignment: Assignment, report: Callable[[Epoch], bool], slot: int) -> TrialResult:
+    """Trains a trial again, on one fold of the data, as `run_trial` does. It makes no artifacts."""
+    start = time.monotonic()
+
+    def prepare(device_context: DeviceContext) -> list[TrainingContext]:
+        return [
+            prepare_training(
+                assignment.run, device_context, assignment.metric, assignment.direction
+            )
+        ]
+
+    training = train_trial(assignment, report, slot, prepare)
+    if training.state == "oom":
+        release_memory()
+    best_epoch = training.best.epoch.number if training.best else 0
+    seconds = time.monotonic() - start
+    epochs = tuple(training.epochs)
+    return TrialResult(training.state, epochs, best_epoch, {}, seconds, training.reason)
+
+
 def train_trial(
-    assignment: Assignment, report: Callable[[Epoch], bool], slot: int
+    assignment: Assignment,
+    report: Callable[[Epoch], bool],
+    slot: int,
+    prepare: Callable[[DeviceContext], list[TrainingContext]] | None = None,
 ) -> TrialTraining:
-    """Trains a trial. Divergence and a lack of memory are ends of a trial, and no errors."""
+    """Trains a trial. Divergence and a lack of memory are ends of a trial, and no errors.
+
+    `prepare` makes the context of each training; None: one for each of the run's folds.
+    """
     epochs: list[Epoch] = []
     contexts: list[TrainingContext] = []
     best: BestEpoch | None = None
@@ -116,7 +145,13 @@ def train_trial(
         device_context = select_device(
             assignment.engine, Path(assignment.home), slot, assignment.micro_batches
         )
-        contexts = prepare_folds(assignment.run, device_context, assignment.metric)
+        contexts = (
+            prepare(device_context)
+            if prepare is not None
+            else prepare_folds(
+                assignment.run, device_context, assignment.metric, assignment.direction
+            )
+        )
         for progress in fit_folds(
             assignment.run,
             contexts,
@@ -138,7 +173,7 @@ def train_trial(
     return TrialTraining(state, reason, epochs, best, contexts[0] if contexts else None)
 
 
-def make_artifacts(training: TrialTraining, metric: str) -> dict[str, bytes]:
+def make_artifacts(training: TrialTraining, metric: str, direction: Direction) -> dict[str, bytes]:
     """The trial's learning curve, and what its task shows of the best epoch; of several folds, of
     the first.
     """
@@ -150,6 +185,7 @@ def make_artifacts(training: TrialTraining, metric: str) -> dict[str, bytes]:
         losses=[epoch.loss for epoch in training.epochs],
         scores=[epoch.scores for epoch in training.epochs],
         metric=metric,
+        direction=direction,
     )
     if not best.predictions:
         return {"curve.png": curve}

@@ -1,0 +1,320 @@
+"""The winner of a study: chosen, written to best.yaml, retrained, tested and exported."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from tuner import manifest
+from tuner.commands.progress import Progress
+from tuner.commands.session import Session, interrupted_error, study_name, write_yaml
+from tuner.commands.summary import Summary
+from tuner.commands.trial_line import format_duration
+from tuner.config.objective import metric_label
+from tuner.config.run import Run
+from tuner.dashboard.artifacts import write_result_note
+from tuner.errors import NoUsableTrial
+from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER
+from tuner.files.tested_run_files import find_tested_run, keep_tested_run
+from tuner.manifest import PublishedExport
+from tuner.messages import DefaultComparison
+from tuner.search import history, storage
+from tuner.search.confirmation import (
+    Confirmation,
+    Confirmed,
+    any_repeat_kept,
+    read_confirmed,
+    settings_for,
+)
+from tuner.search.coordinator import Coordinator
+from tuner.search.samplers import derive_seed
+
+BOOTSTRAP = -1  # in a seed where a training has the number of its proposal
+
+
+def progress_of(coordinator: Coordinator) -> Progress:
+    """The coordinator's counts at this moment."""
+    return Progress(
+        coordinator.budget_used,
+        coordinator.proposer.trial_budget(),
+        frozenset(coordinator.running),
+    )
+
+
+def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
+    """The winner's run up to its best epoch.
+
+    It is retrained on train and validation examples, or, with `fit="train"`, stays as its trial
+    was.
+    """
+    return replace(
+        run,
+        recipe=run.recipe.model_copy(update={"fit": fit, "stop_epoch": epoch, "patience": None}),
+    )
+
+
+def choose_export(
+    retrain: bool, run: Run, epoch: int, weights: Path | None
+) -> tuple[Run, Path | None]:
+    """What is exported of a trial: a run, and the weights if it is not retrained.
+
+    With `retrain` the run is trained again on train and validation examples. Without it, the run is
+    as its trial was, and `weights` are those that the trial left.
+    """
+    return (
+        (run_to_best_epoch(run, epoch), None)
+        if retrain
+        else (run_to_best_epoch(run, epoch, fit="train"), weights)
+    )
+
+
+def best_yaml_content(run: Run, session: Session) -> dict[str, Any]:
+    """best.yaml: the same form as a space file, with nothing left to choose."""
+    settings = session.settings.search
+    search = {
+        "name": study_name(session.space),
+        "metric": settings.metric,
+        "direction": settings.direction,
+    }
+    return run.to_dict() | {
+        "search": search,
+        "engine": session.settings.engine.model_dump(),
+        "export": list(session.settings.export),
+    }
+
+
+@dataclass(frozen=True)
+class EndedSearch:
+    """A search whose budget is spent: what the winner is made of.
+
+    `split_sizes` are the numbers of training and validation examples. `workers`: how many carry
+    out trials. `new_trials`: whether this command added any.
+    """
+
+    session: Session
+    coordinator: Coordinator
+    folder: Path
+    split_sizes: tuple[int, int]
+    workers: int
+    new_trials: bool
+
+
+def finalize_once(ended: EndedSearch) -> Summary:
+    """Lets one of several coordinators confirm the best trials and make the export of the winner.
+
+    The others report which coordinator does it, once it has claimed the winner.
+    """
+    session, coordinator, folder = ended.session, ended.coordinator, ended.folder
+    if not coordinator.coordination.is_shared:
+        return finalize_best(ended)
+    winner, tied = history.best_trial(coordinator.study)
+    busy = (
+        [
+            other
+            for other in coordinator.coordination.other_coordinators()
+            if other.winner_state is None
+        ]
+        if coordinator.is_past_timeout()
+        else []
+    )
+    other = busy[0] if busy else coordinator.coordination.claim_winner(winner.number)
+    if other is not None:
+        run = run_to_best_epoch(
+            history.run_of_trial(session.space, coordinator.study, winner),
+            winner.user_attrs[history.BEST_EPOCH],
+        )
+        return Summary(
+            folder=folder,
+            metric=str(session.settings.search.metric),
+            direction=session.settings.search.direction or "maximise",
+            progress=progress_of(coordinator),
+            winner=winner,
+            tied_numbers=tied,
+            run=run,
+            published=None,
+            anything_new=True,
+            default_trial=history.default_trial(coordinator.study),
+            made_elsewhere=other,
+        )
+    with storage.lock_study(folder):  # `tuner export` writes here too
+        summary = finalize_best(ended)
+    coordinator.coordination.mark_winner_made()
+    return summary
+
+
+def finalize_best(ended: EndedSearch) -> Summary:
+    """Confirms the best trials, and makes the export of the winner. Raises TunerError."""
+    session, coordinator, folder = ended.session, ended.coordinator, ended.folder
+    winner, tied = history.best_trial(coordinator.study)
+    confirmed = confirm_best(ended)
+    if confirmed is not None:
+        winner, tied = confirmed.winner.trial, []
+    trial_run = history.run_of_trial(session.space, coordinator.study, winner)
+    draw = history.proposal_numbers(coordinator.study)[winner.number]
+    run = run_to_best_epoch(trial_run, winner.user_attrs[history.BEST_EPOCH])
+    write_yaml(
+        folder / "best.yaml",
+        best_yaml_content(run, session),
+        f"trial {winner.number} of study {study_name(session.space)!r}; "
+        f"{describe_confirmed(confirmed)}`tuner train` repeats it",
+    )
+    summary = Summary(
+        folder=folder,
+        metric=str(session.settings.search.metric),
+        direction=session.settings.search.direction or "maximise",
+        progress=progress_of(coordinator),
+        winner=winner,
+        tied_numbers=tied,
+        run=run,
+        published=None,
+        anything_new=ended.new_trials,
+        default_trial=history.default_trial(coordinator.study),
+        confirmed=confirmed,
+    )
+    run, weights = choose_export(
+        session.settings.search.retrain,
+        trial_run,
+        winner.user_attrs[history.BEST_EPOCH],
+        coordinator.retention.best_weights_of(draw),
+    )
+    manifest.recover_export(folder / "export")
+    published = manifest.read_export(folder / "export")
+    if published is None or is_stale(published, run, session.settings.export):
+        if weights is None and not session.settings.search.retrain:
+            session.console.note(
+                "nothing is exported: search.retrain is false, and no weights of trial "
+                f"{winner.number} are kept (search.keep)"
+            )
+            return summary
+        published = session.finalize(
+            run,
+            folder / "export",
+            session.settings.export,
+            winner.number,
+            winner.user_attrs[history.SCORES],
+            weights,
+            compare_with_default(session, coordinator, folder, winner),
+            confirmed.to_dict(summary.metric) if confirmed is not None else None,
+        )
+        if compared := manifest.describe_comparison(published.manifest):
+            write_result_note(coordinator.study, f"trial {winner.number}: {compared}")
+        summary = replace(summary, anything_new=True)
+    return replace(summary, published=published)
+
+
+def confirm_best(ended: EndedSearch) -> Confirmed | None:
+    """Trains the best trials again, as search.confirm says; None: it says that none is.
+
+    Repeats that an earlier command made are not made again. Raises Interrupted, and what a worker
+    refuses.
+    """
+    session, study = ended.session, ended.coordinator.study
+    search, console = session.settings.search, session.console
+    settings = settings_for(search, len(history.ended_proposals(study)))
+    if settings is None or is_of_earlier_version(ended):
+        return None
+
+    def tell(number: int, repeat: int, score: float | None, reason: str) -> None:
+        which = f"#{number} again, {repeat + 1} of {settings.repeats}"
+        if score is None:
+            console.warn(f"{which}: no score ({reason}); it cannot win")
+        else:
+            console.note(f"{which}: {metric_label(str(search.metric))} {score:.4f}")
+
+    confirmation = Confirmation(
+        study,
+        session.space,
+        settings,
+        ended.split_sizes,
+        session.make_assignment,
+        (ended.folder / CHECKPOINTS_FOLDER).absolute(),
+        tell,
+        session.stopping,
+    )
+    if confirmation.count:
+        seconds = confirmation.estimate_seconds(ended.workers)
+        console.note(
+            f"confirming {', '.join(f'#{n}' for n in confirmation.trial_numbers)}: "
+            f"{confirmation.count} trainings with other seeds and other validation examples, "
+            f"about {format_duration(seconds)}"
+        )
+        session.run_jobs(
+            confirmation.next_job,
+            confirmation.report,
+            confirmation.on_job_end,
+            session.go_on,
+            ended.workers,
+        )
+        if session.stop_signal:
+            raise interrupted_error(session.stop_signal)
+        if confirmation.error is not None:
+            raise confirmation.error
+    confirmed = read_confirmed(study, session.space)
+    if confirmed is None:
+        console.warn("no trial could be repeated, so the best one wins unconfirmed")
+    return confirmed
+
+
+def is_of_earlier_version(ended: EndedSearch) -> bool:
+    """Whether the study was finished by a version that confirmed nothing, and stays finished.
+
+    A file that says `search.confirm` itself, or new trials, open it again.
+    """
+    published = manifest.read_export(ended.folder / "export")
+    return (
+        published is not None
+        and "confirmation" not in published.manifest
+        and not ended.new_trials
+        and ended.session.settings.search.confirm == "auto"
+        and not any_repeat_kept(ended.coordinator.study)
+    )
+
+
+def describe_confirmed(confirmed: Confirmed | None) -> str:
+    """The part of best.yaml's first line about the repeats."""
+    if confirmed is None:
+        return ""
+    winner = confirmed.winner
+    spread = "" if winner.deviation is None else f" +- {winner.deviation:.4f}"
+    return f"confirmed at {winner.mean:.4f}{spread} in {len(winner.scores)} repeats; "
+
+
+def compare_with_default(
+    session: Session, coordinator: Coordinator, folder: Path, winner: FrozenTrial
+) -> DefaultComparison | None:
+    """The default recipe's test, with which the winner's is compared; None: there is none.
+
+    It is made once and kept in the study's folder.
+    """
+    default = history.default_trial(coordinator.study)
+    if session.settings.search.compare == "none" or default is None:
+        return None
+    seed = derive_seed(session.settings.search.seed, BOOTSTRAP)
+    if default.number == winner.number:
+        return DefaultComparison(default.number, None, seed)
+    run, weights = choose_export(
+        session.settings.search.retrain,
+        history.run_of_trial(session.space, coordinator.study, default),
+        default.user_attrs[history.BEST_EPOCH],
+        coordinator.retention.best_weights_of(
+            history.proposal_numbers(coordinator.study)[default.number]
+        ),
+    )
+    tested = find_tested_run(folder, run.digest(), folder / "export" / manifest.TEST_RESULTS)
+    if tested is None:
+        kept = (folder / CHECKPOINTS_FOLDER / "default").absolute()
+        try:
+            tested = session.run_default_test(run, kept, weights)
+        except NoUsableTrial as error:
+            session.console.warn(f"not compared with the default recipe, since its {error}")
+            return None
+    keep_tested_run(folder, tested)
+    return DefaultComparison(default.number, tested, seed)
+
+
+def is_stale(published: PublishedExport, run: Run, formats: tuple[str, ...]) -> bool:
+    """Whether an export is of another run, or lacks a format."""
+    return published.manifest["run_digest"] != run.digest() or not set(formats) <= set(
+        published.manifest["exports"]
+    )

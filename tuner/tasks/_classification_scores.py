@@ -1,0 +1,216 @@
+"""The scores of predictions that give each example one class."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+)
+
+from tuner.core.example_results import PREDICTION, TARGET, ExampleResults
+from tuner.tasks._classification_reports import concatenate_pairs
+
+CALIBRATION_BINS = 15  # of confidence, equally wide, as Guo et al. take them
+MAX_RANKED_CLASSES = 100  # with more, sorting the examples by each class would slow every epoch
+TOP_METRICS = {"top_3": 3, "top_5": 5}
+RANKING_METRICS = ("auroc", "average_precision")
+
+
+def defined_metrics(metrics: Sequence[str], class_count: int) -> tuple[str, ...]:
+    """Those of `metrics` that say something with so many classes.
+
+    top_k is 1 for whatever a model says where there are no more than k classes. The ranking metrics
+    are left out with more than MAX_RANKED_CLASSES classes.
+    """
+    return tuple(
+        name
+        for name in metrics
+        if class_count > TOP_METRICS.get(name, 0)
+        and not (name in RANKING_METRICS and class_count > MAX_RANKED_CLASSES)
+    )
+
+
+def classification_scores(logits: Tensor, truth: Tensor) -> dict[str, float]:
+    """The scores of all examples of a split.
+
+    Means over classes leave out classes about which the split says nothing: those that are neither
+    true nor predicted from balanced accuracy and F1, those without an example from AUROC and
+    average precision.
+
+    Args:
+        logits: float32 (n, classes), on the CPU.
+        truth: int64 (n,), the true classes.
+
+    Returns:
+        `accuracy`, `balanced_accuracy` (mean recall), `f1`, `auroc` and `average_precision` (of
+        each class against the rest; of two classes, those of the second one), `kappa` and
+        `quadratic_kappa` (Cohen's, the second one for classes in their order), `log_likelihood` of
+        the true class, `log_loss` (its negative), `expected_calibration_error` (Guo et al., ICML
+        2017), `top_3` and `top_5`. What `defined_metrics` leaves out is missing.
+    """
+    n, predicted = logits.shape[1], logits.argmax(1)
+    matrix = multiclass_confusion_matrix(predicted, truth, n)
+    log_loss = float(F.cross_entropy(logits, truth))
+    scores = {
+        "accuracy": float(multiclass_accuracy(predicted, truth, n, average="micro")),
+        "balanced_accuracy": float(multiclass_accuracy(predicted, truth, n, average="macro")),
+        "f1": float(multiclass_f1_score(predicted, truth, n, average="macro")),
+        "kappa": cohens_kappa(matrix),
+        "quadratic_kappa": cohens_kappa(matrix, quadratic=True),
+        "log_likelihood": -log_loss,
+        "log_loss": log_loss,
+        "expected_calibration_error": float(
+            # of probabilities: torchmetrics takes logits that lie in 0..1 for probabilities
+            multiclass_calibration_error(logits.softmax(1), truth, n, CALIBRATION_BINS)
+        ),
+    }
+    if n <= MAX_RANKED_CLASSES:
+        scores |= mean_ranking_scores(logits, truth)
+    is_hit = logits.topk(min(n, max(TOP_METRICS.values())), dim=1).indices == truth[:, None]
+    for name in defined_metrics(tuple(TOP_METRICS), n):
+        scores[name] = float(is_hit[:, : TOP_METRICS[name]].any(1).double().mean())
+    return scores
+
+
+def cohens_kappa(matrix: Tensor, *, quadratic: bool = False) -> float:
+    """Agreement beyond chance, at most 1 (Cohen, Educational and Psychological Measurement, 1960).
+
+    It is 0 where chance alone would agree everywhere, as where all examples are of one class.
+
+    Args:
+        matrix: int64 (classes, classes), the confusion matrix.
+        quadratic: Weighs a disagreement by the square of the distance between the two classes.
+    """
+    counts = matrix.double()
+    by_chance = counts.sum(1, keepdim=True) * counts.sum(0, keepdim=True) / counts.sum()
+    index = torch.arange(len(matrix), dtype=torch.float64)
+    distance = (index[:, None] - index).square()
+    weights = distance if quadratic else distance.clamp(max=1)
+    expected = float((weights * by_chance).sum())
+    return 1 - float((weights * counts).sum()) / expected if expected > 0 else 0.0
+
+
+def mean_ranking_scores(logits: Tensor, truth: Tensor) -> dict[str, float]:
+    """AUROC and average precision of each class against the rest, mean over the classes.
+
+    Of two classes only the second one is scored, the positive class. A class is left out of a mean
+    where its value is not defined: AUROC needs examples of the class and others, average precision
+    needs examples of the class. Where no class is left, AUROC is 0.5, a model's that knows nothing,
+    and average precision 0.
+    """
+    probabilities = logits.double().softmax(1)  # as float32, many near 1 would be equal
+    is_true = F.one_hot(truth, logits.shape[1]).bool()
+    if logits.shape[1] == 2:
+        probabilities, is_true = probabilities[:, 1:], is_true[:, 1:]
+    auroc, average_precision = rank_examples(probabilities, is_true)
+    return {
+        "auroc": _mean_of_defined(auroc, otherwise=0.5),
+        "average_precision": _mean_of_defined(average_precision, otherwise=0.0),
+    }
+
+
+def rank_examples(values: Tensor, is_true: Tensor) -> tuple[Tensor, Tensor]:
+    """AUROC and average precision of each column; NaN where they are not defined.
+
+    AUROC is the share of pairs of a true and a false example in which the true one has the higher
+    value; a pair of equal values counts half. Average precision is the mean, over the true
+    examples, of the precision among all examples whose value is at least as high.
+
+    Args:
+        values: float (n, columns).
+        is_true: bool (n, columns).
+
+    Returns:
+        Two tensors, float64 (columns,).
+    """
+    n = len(values)
+    ordered, order = values.sort(dim=0, descending=True)
+    hits = is_true.gather(0, order).double()
+    true_until, rank = hits.cumsum(0), torch.arange(1, n + 1)[:, None].expand(n, values.shape[1])
+    # equal values are one group: what counts is where their group begins and ends
+    differs = ordered[1:] != ordered[:-1]
+    edge = differs.new_ones(1, values.shape[1])
+    begin = (rank - 1).where(torch.cat([edge, differs]), 0).cummax(0).values
+    end = rank.where(torch.cat([differs, edge]), n).flip(0).cummin(0).values.flip(0)
+    true_in_groups = true_until.gather(0, end - 1)
+    false_until_end = end - true_in_groups
+    false_until = torch.cat([edge.double() * 0, rank - true_until])
+    false_above = (false_until.gather(0, begin) + false_until_end) / 2
+    true_count = hits.sum(0)
+    average_precision = (hits * true_in_groups / end).sum(0) / true_count
+    auroc = 1 - (hits * false_above).sum(0) / (true_count * (n - true_count))
+    return auroc, average_precision
+
+
+def _mean_of_defined(values: Tensor, otherwise: float) -> float:
+    defined = values[~values.isnan()]
+    return float(defined.mean()) if len(defined) else otherwise
+
+
+def classification_results(pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
+    """What each of n examples adds to the scores.
+
+    Returns:
+        The true class as `target` and the most likely one as `predicted`, int64 (n,); the
+        `confidence` in the latter and the `log_likelihood` of the former, float32 (n,); how many
+        classes are likelier than the true one, `rank`, int64 (n,). With at most
+        MAX_RANKED_CLASSES classes also the logits, as `prediction`: the ranking metrics need them.
+    """
+    logits, truth = concatenate_pairs(pairs)
+    results = {
+        TARGET: truth,
+        "predicted": logits.argmax(1),
+        "confidence": logits.softmax(1).max(1).values,
+        "log_likelihood": -F.cross_entropy(logits, truth, reduction="none"),
+        "rank": (logits > logits.gather(1, truth[:, None])).sum(1),
+    }
+    return results | ({PREDICTION: logits} if logits.shape[1] <= MAX_RANKED_CLASSES else {})
+
+
+def score_classes(results: ExampleResults, counts: Tensor, class_count: int) -> dict[str, float]:
+    """The scores of `classification_scores`, and Matthews' correlation, of counted examples.
+
+    The ranking metrics are not among them: they take too long for many draws. Matthews' correlation
+    is 0 where all examples have, or get, one class.
+
+    Args:
+        results: What `classification_results` gave for n examples.
+        counts: int64 (n,), how often each example is there.
+        class_count: The number of classes.
+    """
+    weights = counts.double()
+    cells = results[TARGET] * class_count + results["predicted"]
+    matrix = torch.bincount(cells, weights, class_count**2).view(class_count, class_count)
+    hits, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    seen, total = (true + predicted) > 0, matrix.sum()
+    covariance = hits.sum() * total - (true * predicted).sum()
+    deviations = (total**2 - (predicted**2).sum()) * (total**2 - (true**2).sum())
+    log_likelihood = (results["log_likelihood"] * weights).sum() / total
+    scores: dict[str, Tensor | float] = {
+        "accuracy": hits.sum() / total,
+        "balanced_accuracy": (hits / true.clamp(min=1))[seen].mean(),
+        "f1": (2 * hits / (true + predicted).clamp(min=1))[seen].mean(),
+        "matthews": covariance / deviations.sqrt() if deviations > 0 else deviations,
+        "log_likelihood": log_likelihood,
+        "log_loss": -log_likelihood,
+        "kappa": cohens_kappa(matrix),
+        "quadratic_kappa": cohens_kappa(matrix, quadratic=True),
+        "expected_calibration_error": _calibration_error(results, weights) / total,
+    }
+    for name in defined_metrics(tuple(TOP_METRICS), class_count):
+        scores[name] = (weights * (results["rank"] < TOP_METRICS[name])).sum() / total
+    return {name: float(value) for name, value in scores.items()}
+
+
+def _calibration_error(results: ExampleResults, weights: Tensor) -> Tensor:
+    """The sum over the bins of confidence of the difference of hits and confidence, weighted."""
+    edges = torch.linspace(0, 1, CALIBRATION_BINS + 1)
+    bins = torch.bucketize(results["confidence"], edges, right=True) - 1
+    gaps = (results["predicted"] == results[TARGET]).double() - results["confidence"].double()
+    return torch.bincount(bins, weights * gaps, CALIBRATION_BINS).abs().sum()
