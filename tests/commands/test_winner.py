@@ -339,6 +339,21 @@ def test_a_study_that_an_earlier_version_finished_stays_finished(
     assert "again, 1 of 1: accuracy" in more.out, more.err
 
 
+def test_a_winner_that_is_confirmed_later_is_not_trained_or_tested_again(
+    tuner: Tuner, compared: str, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = manifest(study)
+    for name in ("run_default_test", "train_winner"):
+        monkeypatch.setattr(finalization, name, lambda *_: pytest.fail("trained or tested again"))
+    confirm = ("search.confirm.top=1", "search.confirm.repeats=1")
+    said = tuner("run", small, *HARD, *confirm)
+    assert said.code == 0, said.err
+    after = manifest(study)
+    assert after["confirmation"]["candidates"][0]["trial"] == before["trial"]
+    assert (after["comparison"], after["scores"]) == (before["comparison"], before["scores"])
+    assert "nothing left to do" in tuner("run", small, *HARD, *confirm).out
+
+
 @pytest.mark.parametrize("augment", ["none", "flip"])
 def test_repeats_validate_on_other_examples_and_never_touch_the_test_part(
     augment: str, tmp_path: Path
