@@ -162,7 +162,7 @@ def solve_convolutions(
 @torch.no_grad()
 def _hand_out_weights(joint: nn.Linear, group: Sequence[nn.Conv2d], widths: list[int]) -> None:
     """Gives each convolution its columns of the joint layer; the first bias takes the whole."""
-    for layer, weight in zip(group, joint.weight.split(widths, dim=1), strict=True):
+    for layer, weight in zip(group, torch.split(joint.weight, widths, dim=1), strict=True):
         layer.weight.copy_(weight[:, :, None, None])
     biases = [layer.bias for layer in group if layer.bias is not None]
     for bias in biases:
