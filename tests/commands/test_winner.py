@@ -354,6 +354,16 @@ def test_a_winner_that_is_confirmed_later_is_not_trained_or_tested_again(
     assert "nothing left to do" in tuner("run", small, *HARD, *confirm).out
 
 
+def test_without_retraining_the_weights_of_every_candidate_are_kept(
+    tuner: Tuner, small: Path, study: Path
+) -> None:
+    confirm = "search.confirm={top: 2, repeats: 1}"
+    said = tuner("run", small, *HARD, "search.retrain=false", "search.keep=1", confirm)
+    assert said.code == 0, said.err
+    assert manifest(study)["retrained"] is False
+    assert len(list((study / "checkpoints").glob("*/best-*.safetensors"))) == 2
+
+
 @pytest.mark.parametrize("augment", ["none", "flip"])
 def test_repeats_validate_on_other_examples_and_never_touch_the_test_part(
     augment: str, tmp_path: Path

@@ -157,12 +157,19 @@ def test_of_trials_that_are_equal_within_noise_the_cheaper_wins() -> None:
     best = candidate(4, [0.80, 0.90, 0.82], epochs=9)
     near = candidate(7, [0.84, 0.85, 0.82], epochs=3)  # 0.0033 lower, standard error 0.026
     assert winner_of(best, near) == (7, True)
-    deeper = candidate(8, [0.80, 0.90, 0.81], epochs=9, depth=2)  # as many epochs, fewer stages
+    deeper = candidate(8, [0.80, 0.91, 0.80], epochs=9, depth=2)  # as many epochs, fewer stages
     assert winner_of(best, deeper) == (8, True)
-    dearer = candidate(9, [0.80, 0.90, 0.81], epochs=10)
+    dearer = candidate(9, [0.80, 0.91, 0.80], epochs=10)
     assert winner_of(best, dearer) == (4, False)
     lower = candidate(9, [0.70, 0.80, 0.73], epochs=1)  # always lower: not noise
     assert winner_of(best, lower) == (4, False)
+
+
+@pytest.mark.parametrize("tie", [0.9298, 0.9, 0.1, 1 / 3])
+def test_of_two_repeats_the_cheaper_must_be_better_in_one(tie: float) -> None:
+    best = candidate(4, [0.9123, tie], epochs=9)
+    assert winner_of(best, candidate(7, [0.8947, tie], epochs=3)) == (4, False)
+    assert winner_of(best, candidate(7, [0.8947, tie + 0.001], epochs=3)) == (7, True)
 
 
 def test_costs_of_different_models_are_not_compared() -> None:

@@ -396,9 +396,10 @@ def test_two_coordinators_share_a_study_draw_for_draw(
 def test_22_a_second_tuner_run_joins_and_one_export_comes_out(
     url: str, start: Callable[..., Process]
 ) -> None:
-    first = start("a", url, "search.trials=6", "search.sampler=random")
+    words = ("search.trials=6", "search.sampler=random", "search.confirm={top: 1, repeats: 1}")
+    first = start("a", url, *words)
     first.until("#0")
-    second = start("b", url, "search.trials=6", "search.sampler=random")
+    second = start("b", url, *words)
     assert (first.wait(), second.wait()) == (0, 0), first.said() + second.said()
     assert f"is also being run by pid {first.popen.pid} on host" in "".join(second.lines)
     assert len(draws(url, "small", 6)) == 6
@@ -411,10 +412,14 @@ def test_22_a_second_tuner_run_joins_and_one_export_comes_out(
         f"by pid {exported[0].popen.pid} on host" in line
         and str(exported[0].folder / "studies/small/export") in line
     )
-    again = start(
-        other.folder.name, url, "search.trials=6", "search.sampler=random"
-    )  # its own copy, once it is asked for
+    # the one that claimed the winner confirmed it, alone
+    assert [any("again, 1 of 1" in x for x in p.lines) for p in (exported[0], other)] == [
+        True,
+        False,
+    ]
+    again = start(other.folder.name, url, *words)  # its own copy, once it is asked for
     assert again.wait() == 0 and (other.folder / "studies/small/export/manifest.json").exists()
+    assert not any("again, 1 of 1" in line for line in again.lines)  # the database has the repeat
 
 
 def test_a_study_that_another_machine_runs_is_not_cleaned_away(

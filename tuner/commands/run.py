@@ -23,6 +23,7 @@ from tuner.commands.summary import Summary
 from tuner.commands.winner import EndedSearch, finalize_once, progress_of
 from tuner.config import database_url
 from tuner.config.parsing import with_values
+from tuner.config.run import ConfirmSettings, SearchSettings
 from tuner.config.space import Space
 from tuner.config.yaml_document import COMMAND_LINE
 from tuner.dashboard.artifacts import ArtifactWriter
@@ -197,7 +198,7 @@ def open_coordinator(
         session.console.note(
             f"study {study.study_name!r} is also being run by {other} since {other.since}"
         )
-    keeping = CheckpointRetention((folder / CHECKPOINTS_FOLDER).absolute(), search.keep)
+    keeping = CheckpointRetention((folder / CHECKPOINTS_FOLDER).absolute(), kept_count(search))
     coordinator = Coordinator(
         study,
         space,
@@ -210,6 +211,15 @@ def open_coordinator(
     if warning := coordinator.proposer.warning():
         session.console.warn(warning)
     return coordinator
+
+
+def kept_count(search: SearchSettings) -> int:
+    """Of how many trials the weights are kept: `search.keep`, and those of every trial that may
+    win where the winner is not retrained.
+    """
+    if search.retrain or search.keep == 0 or not isinstance(search.confirm, ConfirmSettings):
+        return search.keep
+    return max(search.keep, search.confirm.top)
 
 
 def with_study_name(space: Space) -> Space:

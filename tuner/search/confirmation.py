@@ -8,8 +8,8 @@ examples, which is the same for all of them. The best mean wins.
 
 Where another trial is as good within noise and cheaper, that one wins, as by the one-standard-error
 rule (Breiman et al., Classification and Regression Trees, 1984). As good: the mean difference over
-the repeats is at most its standard error. Cheaper: fewer epochs, then a deeper freeze, of the same
-model on the same data.
+the repeats is 0 or below its standard error; of two repeats the other trial is then better in one.
+Cheaper: fewer epochs, then a deeper freeze, of the same model on the same data.
 """
 
 import math
@@ -36,6 +36,7 @@ from tuner.search.samplers import derive_seed
 REPEAT_ATTRIBUTE = "tuner:confirm:{trial}:{repeat}"
 SEED_PART = -2  # in the seed of a repeat, where a trial's has the number of its proposal
 MAX_FOLDS = 20
+ROUNDING = 1e-9  # relative
 # `search.confirm: auto`: from so many trials on, the best `top` are trained `repeats` times more
 AUTO_SETTINGS = (
     (31, ConfirmSettings(top=3, repeats=3)),
@@ -124,11 +125,14 @@ def choose_winner(candidates: list[Candidate], sign: int = 1) -> Confirmed | Non
 
 def _is_equal(candidate: Candidate, best: Candidate, sign: int) -> bool:
     """Whether a candidate of the same model and data is as good as the best one, within noise."""
-    same = (candidate.run.model, candidate.run.data) == (best.run.model, best.run.data)
+    if (candidate.run.model, candidate.run.data) != (best.run.model, best.run.data):
+        return False
     pairs = zip(best.known_scores, candidate.known_scores, strict=True)
     differences = [sign * (b - a) for b, a in pairs]
+    mean = statistics.fmean(differences)
     spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
-    return same and statistics.fmean(differences) <= spread / math.sqrt(len(differences))
+    # The margin is for rounding: of two repeats with one tie, both sides are half the difference.
+    return mean == 0 or mean < spread / math.sqrt(len(differences)) * (1 - ROUNDING)
 
 
 def read_candidates(
