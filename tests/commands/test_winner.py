@@ -153,7 +153,7 @@ def test_where_the_default_recipe_wins_nothing_is_trained_twice(
     assert "the default recipe won: no other was better on the validation examples\n" in said.out
     # its test is in the export: a later winner is compared with it, and it is not tested again
     default_scores = manifest(study)["scores"]["test"]
-    more = tuner("run", small, "data.noise=3", "search.trials=4")
+    more = tuner("run", small, "data.noise=3", "search.trials=8")
     assert more.code == 0, more.err
     assert manifest(study)["trial"] != 0
     assert manifest(study)["comparison"]["default_scores"] == default_scores
@@ -337,6 +337,21 @@ def test_a_study_that_an_earlier_version_finished_stays_finished(
     assert said.code == 0 and "nothing left to do" in said.out and manifest(study) == before
     more = tuner("run", small, "data.noise=3", "search.trials=3")  # new trials open it again
     assert "again, 1 of 1: accuracy" in more.out, more.err
+
+
+def test_a_winner_that_is_confirmed_later_is_not_trained_or_tested_again(
+    tuner: Tuner, compared: str, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = manifest(study)
+    for name in ("run_default_test", "train_winner"):
+        monkeypatch.setattr(finalization, name, lambda *_: pytest.fail("trained or tested again"))
+    confirm = ("search.confirm.top=1", "search.confirm.repeats=1")
+    said = tuner("run", small, *HARD, *confirm)
+    assert said.code == 0, said.err
+    after = manifest(study)
+    assert after["confirmation"]["candidates"][0]["trial"] == before["trial"]
+    assert (after["comparison"], after["scores"]) == (before["comparison"], before["scores"])
+    assert "nothing left to do" in tuner("run", small, *HARD, *confirm).out
 
 
 @pytest.mark.parametrize("augment", ["none", "flip"])

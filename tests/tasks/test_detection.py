@@ -431,8 +431,9 @@ def test_a_study_from_files_to_drawn_boxes(
     assert len(rows) == 20 and all("objects" in row for row in rows)
 
 
+@pytest.mark.parametrize("augment", ["flip", "strong"])  # strong has mosaics
 def test_cross_validation_and_a_cache_that_changes_nothing(
-    tuner: Callable[..., CommandResult], tmp_path: Path
+    augment: str, tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     """Memory and stillness: two folds over remembered activations give the losses of two folds without."""
     root = box_files.write_voc(tmp_path / "voc")
@@ -445,6 +446,7 @@ def test_cross_validation_and_a_cache_that_changes_nothing(
         from tuner.training.devices import select_device
 
         words = ["data.folds=2", "recipe.freeze_depth=5", "recipe.lr=0.005", "recipe.epochs=2"]
+        words.append(f"data.augment={augment}")
         run = parsing.load_space(tmp_path / "boxes.yaml", words).sample(None, seed=1)
         there = select_device(
             EngineSettings.model_validate({"device": "cpu", "cache": mode}), tmp_path / "home"

@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "groups": {"optimizer": "adamw", "weight_decay": 0.01, "layer_decay": 0.7, "head_lr": 2.0},
     "onecycle": {"optimizer": "adamw", "schedule": "onecycle", "warmup": 2, "accumulate": 2},
     "unfreezing": {"optimizer": "adamw", "unfreeze_every": 1, "weight_decay": 0.1},
+    **{name: {"optimizer": name, "lr": 1e-3} for name in ("nadam", "adafactor", "rmsprop")},
     "ema": {"ema": 0.9},
     "ema both": {"ema": 0.9, "fit": "train+valid"},
 }

@@ -86,6 +86,18 @@ def test_patience_stops_after_so_many_epochs_without_a_better_score(
     assert [progress.epoch.number for progress in fit(bench, r.recipe, r.seed)] == [1, 2, 3, 4]
 
 
+def test_of_a_minimised_metric_the_lowest_epoch_is_the_best(
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = run(epochs=9, patience=2)
+    bench = prepare_training(r, here, "log_loss", "minimise")
+    scripted = iter([0.6, 0.5, 0.5, 0.7, 0.1])
+    monkeypatch.setattr(bench.task, "score", lambda pairs: {"log_loss": next(scripted)})
+    *_, last = fit(bench, r.recipe, r.seed)
+    assert last.epoch.number == 4 and last.best is not None
+    assert (last.best.epoch.number, last.best.epoch.scores) == (2, {"log_loss": 0.5})
+
+
 def test_stop_epoch_ends_early_on_the_same_schedule(here: DeviceContext) -> None:
     whole, _ = epochs(run(epochs=3, schedule="cosine"), here)
     early, _ = epochs(run(epochs=3, schedule="cosine", stop_epoch=2), here)

@@ -1,5 +1,6 @@
 """The winner of a study: chosen, written to best.yaml, retrained, tested and exported."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,6 @@ def finalize_best(ended: EndedSearch) -> Summary:
     if confirmed is not None:
         winner, tied = confirmed.winner.trial, []
     trial_run = history.run_of_trial(session.space, coordinator.study, winner)
-    draw = history.proposal_numbers(coordinator.study)[winner.number]
     run = run_to_best_epoch(trial_run, winner.user_attrs[history.BEST_EPOCH])
     write_yaml(
         folder / "best.yaml",
@@ -172,35 +172,50 @@ def finalize_best(ended: EndedSearch) -> Summary:
         default_trial=history.default_trial(coordinator.study),
         confirmed=confirmed,
     )
+    return export_winner(ended, trial_run, summary)
+
+
+def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summary:
+    """Retrains, tests and exports the winner, unless its export is there. Raises TunerError.
+
+    `trial_run` is the run that the winner's trial carried out. Returns the summary with what is
+    published.
+    """
+    session, coordinator, folder = ended.session, ended.coordinator, ended.folder
+    winner, settings = summary.winner, session.settings
     run, weights = choose_export(
-        session.settings.search.retrain,
+        settings.search.retrain,
         trial_run,
         winner.user_attrs[history.BEST_EPOCH],
-        coordinator.retention.best_weights_of(draw),
+        coordinator.retention.best_weights_of(
+            history.proposal_numbers(coordinator.study)[winner.number]
+        ),
     )
+    confirmation = summary.confirmed.to_dict(summary.metric) if summary.confirmed else None
     manifest.recover_export(folder / "export")
     published = manifest.read_export(folder / "export")
-    if published is None or is_stale(published, run, session.settings.export):
-        if weights is None and not session.settings.search.retrain:
-            session.console.note(
-                "nothing is exported: search.retrain is false, and no weights of trial "
-                f"{winner.number} are kept (search.keep)"
-            )
-            return summary
-        published = session.finalize(
-            run,
-            folder / "export",
-            session.settings.export,
-            winner.number,
-            winner.user_attrs[history.SCORES],
-            weights,
-            compare_with_default(session, coordinator, folder, winner),
-            confirmed.to_dict(summary.metric) if confirmed is not None else None,
+    if published is not None and not is_stale(published, run, settings.export, confirmation):
+        return replace(summary, published=published)
+    if weights is None and not settings.search.retrain:
+        session.console.note(
+            "nothing is exported: search.retrain is false, and no weights of trial "
+            f"{winner.number} are kept (search.keep)"
         )
-        if compared := manifest.describe_comparison(published.manifest):
-            write_result_note(coordinator.study, f"trial {winner.number}: {compared}")
-        summary = replace(summary, anything_new=True)
-    return replace(summary, published=published)
+        return summary
+    is_tested = published is not None and published.manifest["run_digest"] == run.digest()
+    published = session.finalize(
+        run,
+        folder / "export",
+        settings.export,
+        winner.number,
+        winner.user_attrs[history.SCORES],
+        weights,
+        None if is_tested else compare_with_default(session, coordinator, folder, winner),
+        confirmation,
+    )
+    if compared := manifest.describe_comparison(published.manifest):
+        write_result_note(coordinator.study, f"trial {winner.number}: {compared}")
+    return replace(summary, published=published, anything_new=True)
 
 
 def confirm_best(ended: EndedSearch) -> Confirmed | None:
@@ -313,8 +328,18 @@ def compare_with_default(
     return DefaultComparison(default.number, tested, seed)
 
 
-def is_stale(published: PublishedExport, run: Run, formats: tuple[str, ...]) -> bool:
-    """Whether an export is of another run, or lacks a format."""
-    return published.manifest["run_digest"] != run.digest() or not set(formats) <= set(
-        published.manifest["exports"]
+def is_stale(
+    published: PublishedExport,
+    run: Run,
+    formats: tuple[str, ...],
+    confirmation: Mapping[str, Any] | None,
+) -> bool:
+    """Whether an export is of another run, lacks a format, or does not say how its trial was
+    confirmed.
+    """
+    m = published.manifest
+    return (
+        m["run_digest"] != run.digest()
+        or not set(formats) <= set(m["exports"])
+        or (confirmation is not None and m.get("confirmation") != confirmation)
     )

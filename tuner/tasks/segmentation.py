@@ -120,7 +120,7 @@ class Segmentation(Task):
         counts = [
             torch.stack(pixel_counts(self._confusion_matrix([(image[None], truth[None])])))
             for batch in pairs
-            for image, truth in zip(*batch, strict=True)
+            for image, truth in zip(batch[0], batch[1].cpu(), strict=True)
         ]
         return dict(zip(("hits", "true", "predicted"), torch.stack(counts, 1), strict=True))
 

@@ -64,8 +64,8 @@ def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     Returns:
         int64 (n,).
     """
-    sizes = torch.bincount(labels)
-    sizes = sizes[sizes > 0]
+    counts = torch.bincount(labels)
+    sizes = counts[counts > 0]
     draws = torch.full_like(sizes, len(labels) // len(sizes))
     draws[torch.randperm(len(sizes), generator=generator)[: len(labels) % len(sizes)]] += 1
     order = []

@@ -68,7 +68,7 @@ def finalize(
     recover_export(folder)
     assignment = job.assignment
     dataset = load_dataset(assignment.run, Path(assignment.home))
-    trained = load_earlier_export(folder, assignment) or train_winner(job, report, slot)
+    trained = load_earlier_export(folder, job) or train_winner(job, report, slot)
     if trained is None:
         return None
     staged_model = trained.staged_model
@@ -198,24 +198,30 @@ def score_test_split(context: TrainingContext, run: Run) -> TestedRun:
     )
 
 
-def load_earlier_export(folder: Path, assignment: Assignment) -> TrainedModel | None:
-    """The model of an earlier export of the same run: a further format needs no training."""
-    published = read_export(folder)
-    if published is None or published.manifest["run_digest"] != assignment.run.digest():
+def load_earlier_export(folder: Path, job: FinalizeJob) -> TrainedModel | None:
+    """The model of an earlier export of the same run: a further format needs no training.
+
+    What that export says of the default recipe stays, and of the repeats unless the job knows more.
+    """
+    published, run = read_export(folder), job.assignment.run
+    if published is None or published.manifest["run_digest"] != run.digest():
         return None
     # the model is built from the manifest's run, and a manifest from elsewhere may name another
     # run than its digest says
-    if published.run.digest() != assignment.run.digest():
+    if published.run.digest() != run.digest():
         return None
     model = model_without_weights(published)
     load_exporter("safetensors").restore(
         published.folder / published.manifest["exports"]["safetensors"]["file"], model
     )
+    findings = {name: published.manifest.get(name) for name in ("comparison", "confirmation")}
+    if job.confirmation is not None:
+        findings["confirmation"] = job.confirmation
     test_file = published.folder / TEST_RESULTS
     return TrainedModel(
         model.staged[0],
         published.manifest["scores"],
         published.manifest["training_seconds"],
-        {name: published.manifest.get(name) for name in ("comparison", "confirmation")},
+        findings,
         test_file.read_bytes() if TEST_RESULTS in published.manifest["files"] else None,
     )

@@ -107,19 +107,25 @@ def draw_differences(
     """
     if not winner.results or not default.results:
         return torch.zeros(0, dtype=torch.float64)
+    try:
+        return _draw_differences(task, metric, winner, default, seed)
+    except Exception:  # a user's own task may not score a draw; the export must not fail by it
+        return torch.zeros(0, dtype=torch.float64)
+
+
+def _draw_differences(
+    task: Task, metric: str, winner: TestedRun, default: TestedRun, seed: int
+) -> Tensor:
     score = choose_score(task, metric, winner)
     generator = torch.Generator().manual_seed(seed)
     differences = []
     for _ in range(PLAIN_DRAWS if score == plain_score else DRAWS):
         rows = torch.randint(0, winner.count, (winner.count,), generator=generator)
         counts = torch.bincount(rows, minlength=winner.count)
-        try:
-            scores = [
-                score(task, tested.results, counts).get(metric, math.nan)
-                for tested in (winner, default)
-            ]
-        except Exception:  # a user's own task may not score a draw; the export must not fail by it
-            return torch.zeros(0, dtype=torch.float64)
+        scores = [
+            score(task, tested.results, counts).get(metric, math.nan)
+            for tested in (winner, default)
+        ]
         differences.append(scores[0] - scores[1])
     return torch.tensor(differences, dtype=torch.float64)
 

@@ -285,7 +285,7 @@ def check_batch_size(dataset: Dataset, run: Run) -> list[str]:
     if count < 2:
         raise DataError(f"data: {count} training examples; at least 2 are needed")
     recipe = run.recipe
-    if count >= recipe.batch_size and count < recipe.batch_size * (recipe.accumulate - 1):
+    if recipe.batch_size <= count <= recipe.batch_size * (recipe.accumulate - 1):
         return [
             f"recipe.accumulate: {recipe.accumulate} batches of {recipe.batch_size}, but there are "
             f"{count} training examples; each epoch is one step"
