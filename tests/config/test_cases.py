@@ -181,16 +181,18 @@ def test_the_name_of_a_range_says_its_case(first: str, second: str, labels: list
     assert again(found) == found
 
 
-def test_names_that_would_be_equal_say_their_keys() -> None:
+def test_ranges_whose_names_would_be_equal_or_long_are_numbered() -> None:
     a, b, c = (("model", key) for key in "abc")
-    conditions = {
+    equal = {
         ("recipe", "lr", 0): {a: ("x",), b: ("y",)},
         ("recipe", "lr", 1): {b: ("x",), c: ("y",)},
     }
-    assert list(cases.name_cases(conditions).values()) == [
-        "model.a=x, model.b=y",
-        "model.b=x, model.c=y",
-    ]
+    assert list(cases.name_cases(equal).values()) == ["1", "2"]
+    low, high = list(range(1, 30)), list(range(30, 61))
+    lr = f"[{{low: 1, high: 2, when: {{epochs: {low}}}}}, {{low: 3, high: 4, when: {{epochs: {high}}}}}]"
+    found = space(f"recipe: {{epochs: {{low: 1, high: 60}}, lr: {lr}}}")
+    assert [d.name for d in found.dimensions] == ["epochs", "lr[1]", "lr[2]"]
+    assert again(found) == found
 
 
 RANGE = "low: 0.1, high: 0.2"

@@ -12,6 +12,7 @@ from tuner.config.yaml_document import format_key_path
 
 Condition = Mapping[KeyPath, tuple[Any, ...]]
 Case = Mapping[KeyPath, Any]  # one value for each of some keys
+MAX_LABEL = 60  # characters; a table's column for it must stay readable
 
 
 def several_conditions(
@@ -109,25 +110,26 @@ def is_covered(
 
 
 def name_cases(conditions: Mapping[DomainLocation, Condition]) -> dict[DomainLocation, str]:
-    """A short label for each of the ranges of a key that has several: `sgd` in `lr[sgd]`."""
+    """A label for each of the ranges of a key that has several: `sgd` in `lr[sgd]`.
+
+    Where the labels would be long or equal, the ranges are numbered from 1.
+    """
     labels: dict[DomainLocation, str] = {}
     for path, of_key in several_conditions(conditions).items():
-        short = {location: label_of(path, when, short=True) for location, when in of_key.items()}
-        if len(set(short.values())) < len(of_key):
-            short = {
-                location: label_of(path, when, short=False) for location, when in of_key.items()
-            }
-        labels |= short
+        words = [label_of(path, condition) for condition in of_key.values()]
+        if max(map(len, words)) > MAX_LABEL or len(set(words)) < len(words):
+            words = [str(number) for number in range(1, len(words) + 1)]
+        labels |= dict(zip(of_key, words, strict=True))
     return labels
 
 
-def label_of(path: KeyPath, condition: Condition, *, short: bool) -> str:
-    """The label of one condition. Words such as `sgd` need no key, where that is short enough."""
+def label_of(path: KeyPath, condition: Condition) -> str:
+    """The label of one condition. Words such as `sgd` need no key."""
     parts = []
     for key, values in sorted(condition.items()):
         text = "|".join(map(fields.format_value, values))
         are_words = all(isinstance(value, str) for value in values)
-        parts.append(text if short and are_words else f"{key_beside(path, key)}={text}")
+        parts.append(text if are_words else f"{key_beside(path, key)}={text}")
     return ", ".join(parts)
 
 
