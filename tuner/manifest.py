@@ -140,7 +140,7 @@ def describe_comparison(m: Mapping[str, Any]) -> str | None:
     if comparison is None:
         return None
     if "difference" not in comparison:
-        return "the default recipe won: no other was better on the validation examples"
+        return "the default recipe won: the search found nothing better"
     score, metric = m["scores"]["test"][comparison["metric"]], comparison["metric"]
     in_points = all(0 <= value <= 1 for value in (score, comparison["default_scores"][metric]))
     unit = "points" if in_points else metric_label(metric)

@@ -23,6 +23,7 @@ QUICK = [
     "data.size=96",  # below half of a photograph, JPEG is decoded at a smaller scale: other pixels
     "data.interpolation=bicubic",
     "search.trials=2",
+    "search.confirm={top: 2, repeats: 2}",
     "recipe.epochs=1",
     "recipe.freeze_depth=5",
     "engine.name=inline",
