@@ -235,10 +235,11 @@ def test_the_console_tells_how_far_the_search_is(capsys: pytest.CaptureFixture[s
     used = 1
     console.on_trial_end(first, SPACE.sample(optuna.trial.FixedTrial(first.params)), None)
 
-    data, model, search, trial = capsys.readouterr().out.splitlines()
+    data, model, search, then, trial = capsys.readouterr().out.splitlines()
     assert data == "data   7 train examples, 2 classes, 3 x 8 x 8"
     assert model == "model  resnet18, 2.00 M parameters, freeze depth 0..5"
     assert search == "search 4 trials, tpe sampler, projection pruner, 1 worker on CPU"
+    assert then.startswith("then   up to 2 trainings: the winner on train and valid, ")
     assert "★ (best 0.5000 #0)" in trial and trial.endswith("| 1/4, eta 0s")
 
 
@@ -247,7 +248,7 @@ def test_the_console_tells_how_far_the_search_is(capsys: pytest.CaptureFixture[s
     [
         (9, {}, "up to 2 trainings: the winner on train and valid, the default recipe, to compare it with"),
         (12, {}, "up to 6 trainings: the best 2 again with 2 other seeds each, the winner on train and valid, the default recipe, to compare it with"),
-        (40, {"compare": "none"}, "up to 10 trainings: the best 3 again with 3 other seeds each, the winner on train and valid"),
+        (50, {"compare": "none"}, "up to 10 trainings: the best 3 again with 3 other seeds each, the winner on train and valid"),
         (9, {"compare": "none", "confirm": ConfirmSettings(top=1, repeats=5)}, "up to 6 trainings: the best again with 5 other seeds, the winner on train and valid"),
         (9, {"compare": "none"}, "up to 1 training: the winner on train and valid"),
         (40, {"compare": "none", "confirm": "none", "retrain": False}, ""),
