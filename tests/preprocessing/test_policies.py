@@ -235,7 +235,7 @@ def test_an_object_of_which_little_is_left_is_dropped() -> None:
     labels = torch.tensor([[0, 1, 2]])
     y = Boxes(boxes, labels, 100).take(torch.tensor([0]))
     shifted = AffineTransform(torch.tensor([[[1.0, 0, 16], [0, 1, 0]]]), 100, 100)
-    moved = Boxes(boxes, labels, 100).move(y, shifted)
+    moved = Boxes(boxes, labels, 100).transform(y, shifted)
     assert isinstance(moved, dict)
     assert moved["labels"].tolist() == [[NO_OBJECT, 1, NO_OBJECT]]  # 20 % is left; too thin
     assert moved["boxes"].tolist() == [[[0, 0, 0, 0], [34, 0, 54, 20], [0, 0, 0, 0]]]
@@ -296,7 +296,7 @@ def test_masks_are_moved_exactly_by_whole_pixels() -> None:
     mask = torch.randint(0, 3, (2, 10, 10), dtype=torch.uint8)
     transform = AffineTransform(torch.tensor([[[1.0, 0, 2], [0, 1, 3]]]).repeat(2, 1, 1), 10, 6)
     targets = Masks(None, mask, "")  # type: ignore[arg-type]
-    assert torch.equal(targets.move(mask, transform), mask[:, 3:9, 2:8])
+    assert torch.equal(targets.transform(mask, transform), mask[:, 3:9, 2:8])
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,9 @@ def by_seed(job: Job) -> Outcome:
 
 
 def best_numbers(study: optuna.Study) -> list[int]:
-    ranks = [rank for t in study.trials if (rank := history.trial_rank(t)) is not None]
+    ranks = [
+        rank for t in study.trials if (rank := history.trial_rank(t, study.direction)) is not None
+    ]
     return [number for _, _, number in sorted(ranks)[:3]]
 
 

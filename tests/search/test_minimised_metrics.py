@@ -36,8 +36,8 @@ def carry_out(c: Coordinator, job: Job) -> Outcome:
 
 
 def search(metric: str, pruner: str, *, killed_after: int | None = None) -> Coordinator:
-    """A search of 20 trials, killed once if wanted."""
-    space = make_space(metric=metric, pruner=pruner, trials=20)
+    """A search of 30 trials, killed once if wanted."""
+    space = make_space(metric=metric, pruner=pruner, trials=30)
     database = optuna.storages.InMemoryStorage()
     coordinator = make_coordinator(space, database)
     if killed_after is not None:

@@ -176,7 +176,8 @@ def describe_expected(field: FieldInfo) -> str:
         elif k in (tuple, list) or members:
             words.append("a list")
         elif _is_section(k):
-            words.append(f"a mapping of {', '.join(k.model_fields)}")
+            *others, last = k.model_fields
+            words.append(f"a mapping of {', '.join(others)} and {last}")
         else:
             words.append(_TYPE_NAMES.get(k, str(k)) if isinstance(k, type) else repr(k).strip("'"))
     return join_alternatives(words)

@@ -45,7 +45,7 @@ class Targets(Protocol):
     def crop(self, y: TensorTree, margin: int) -> TensorTree:
         """The targets `y` of a batch whose images lose `margin` pixels at each side."""
 
-    def move(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
+    def transform(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
         """The targets `y` of a batch whose images are transformed."""
 
 
@@ -69,7 +69,7 @@ class Labels:
     def crop(self, y: TensorTree, margin: int) -> TensorTree:
         return y
 
-    def move(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
+    def transform(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
         return y
 
 
@@ -101,7 +101,7 @@ class Masks:
         assert isinstance(y, Tensor)
         return y[:, margin : y.shape[1] - margin, margin : y.shape[2] - margin]
 
-    def move(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
+    def transform(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
         assert isinstance(y, Tensor)
         return transform.sample(y[:, None], "nearest", IGNORED)[:, 0].to(torch.uint8)
 
@@ -140,7 +140,7 @@ class Boxes:
         is_object = (y["labels"] != NO_OBJECT)[..., None]
         return {**y, "boxes": (y["boxes"] - margin).where(is_object, y["boxes"])}
 
-    def move(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
+    def transform(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
         """Boxes are clipped to the canvas.
 
         An object is dropped where less than MIN_VISIBLE_SHARE of its box is left, or its box has a

@@ -89,7 +89,7 @@ class Augmenter:
 
     def _move(self, batch: ImageBatch, transform: AffineTransform) -> ImageBatch:
         pixels = transform.sample(batch.pixels, "bilinear", LETTERBOX_GREY)
-        return ImageBatch(pixels, self.targets.move(batch.y, transform))
+        return ImageBatch(pixels, self.targets.transform(batch.y, transform))
 
     def _change_pixels(self, draws: RandomDraws, pixels: Tensor) -> Tensor:
         options = self.policy.randaugment_options
@@ -134,7 +134,8 @@ class Augmenter:
         device = stored[0].pixels.device
         places = [self._quadrant_transform(draws, quadrant) for quadrant in range(QUADRANTS)]
         moved = [
-            self.targets.move(batch.y, place) for batch, place in zip(stored, places, strict=True)
+            self.targets.transform(batch.y, place)
+            for batch, place in zip(stored, places, strict=True)
         ]
         y: TensorTree = {
             name: torch.cat([tree_to_dict(part)[name] for part in moved], 1)
@@ -148,7 +149,7 @@ class Augmenter:
             shown = place.after(transform).sample(batch.pixels, "bilinear", LETTERBOX_GREY)
             inside = place.is_in_window(transform, device)
             pixels = shown.where(inside[:, None], pixels)
-        return ImageBatch(pixels, self.targets.move(y, transform))
+        return ImageBatch(pixels, self.targets.transform(y, transform))
 
     def _quadrant_transform(self, draws: RandomDraws, quadrant: int) -> AffineTransform:
         """How an image lies in one quadrant of mosaics that have the stored images' side."""
