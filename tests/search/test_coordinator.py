@@ -317,7 +317,7 @@ def test_a_retry_whose_first_attempt_lives_after_all_is_withdrawn(ended: bool) -
 
 
 def test_the_pruner_stops_a_bad_trial_which_ends_pruned() -> None:
-    c = make_coordinator(make_space(trials=40, pruner="median"))
+    c = make_coordinator(make_space(trials=40, pruner="median", sampler="random"))
     run_all_jobs(c)
     pruned = [t for t in c.study.trials if t.state == TrialState.PRUNED]
     assert pruned and all(t.last_step < t.params["epochs"] or t.last_step >= 2 for t in pruned)
