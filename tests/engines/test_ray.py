@@ -652,6 +652,7 @@ def test_a_whole_study_on_a_node_that_shares_no_file(
     )
     with blind(cluster, disk):
         words = ["-u", "-m", "tuner", "run", "small.yaml", f"search.retrain={str(retrain).lower()}"]
+        words += ["search.confirm={top: 2, repeats: 1}"]
         process = child(words, disk, TUNER_HOME=str(disk / "home"))
         out, _ = process.communicate(timeout=240)
     assert process.returncode == 0 and "model.safetensors" in out and "verified to" in out, out
