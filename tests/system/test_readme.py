@@ -49,6 +49,16 @@ def test_the_space_file_for_photographs_is_understood() -> None:
     assert {d.name for d in space.dimensions} == {"optimizer", "lr", "freeze_depth", "epochs"}
 
 
+def test_the_recipe_shown_is_understood() -> None:
+    shown = next(block for language, block in BLOCKS if language == "yaml" and "mixup" in block)
+    shown = shown.replace("data: {", "data: {name: folder, path: photos, ")
+    text = f"task: classification\nmodel: {{name: resnet18, weights: default}}\n{shown}"
+    space = parsing.parse_space(yaml_document.parse_document(text, "README.md"))
+    searched = {"data.augment", "optimizer", "lr", "layer_decay", "ema", "mixup", "class_weights"}
+    assert {d.key for d in space.dimensions} == searched
+    assert space.settings.search.direction == "minimise"
+
+
 def test_the_engines_and_storages_shown_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNER_DB_PASSWORD", "x")
     base = (ROOT / "search_spaces/resnet.yaml").read_text()
