@@ -115,9 +115,9 @@ def write_tuner_probabilities(export: Path, images: Path, scratch: Path) -> None
         check=True,
     )
     lines = [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
-    classes = sorted(lines[0]["probabilities"])
+    classes = sorted(lines[0]["classes"])
     rows = [
-        [classes.index(file.parent.name), [line["probabilities"][name] for name in classes]]
+        [classes.index(file.parent.name), [line["classes"][name] for name in classes]]
         for file, line in zip(files, lines, strict=True)
     ]
     (scratch / "probabilities.json").write_text(json.dumps({"classes": classes, "rows": rows}))
