@@ -50,7 +50,12 @@ def here(home: Path, cache: str) -> DeviceContext:
 
 @pytest.mark.parametrize(
     ("model", "depth"),
-    [("resnet18_slim", 1), ("resnet18_slim", 3), ("resnet18_slim", 5), ("vgg11_bn", 6)],
+    [
+        ("resnet18_slim", 1),
+        ("resnet18_slim", 3),
+        ("resnet18_slim", 5),
+        pytest.param("vgg11_bn", 6, marks=pytest.mark.slow),
+    ],
 )
 def test_stillness_after_fit_the_prefix_is_bit_identical(
     model: str, depth: int, tmp_path: Path
@@ -72,11 +77,11 @@ def test_stillness_after_fit_the_prefix_is_bit_identical(
         ("resnet18_slim", 1, {}),
         ("resnet18_slim", 2, {}),
         ("resnet18_slim", 5, {}),
-        ("vgg11_bn", 6, {}),
+        pytest.param("vgg11_bn", 6, {}, marks=pytest.mark.slow),
         ("resnet18_slim", 1, {"augment": "flip", "views": 2}),
         ("resnet18_slim", 2, {"augment": "strong", "views": 2}),
         ("resnet18_slim", 5, {"augment": "standard"}),
-        ("vgg11_bn", 6, {"augment": "flip", "views": 2}),
+        pytest.param("vgg11_bn", 6, {"augment": "flip", "views": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_memory_fit_over_the_cache_equals_fit_without(

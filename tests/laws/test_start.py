@@ -42,7 +42,7 @@ MEMBERS = [
     ("segmentation", "lraspp_mobilenet_v3_large", 32),
     ("detection", "ssdlite320_mobilenet_v3_large", 64),
     ("detection", "fasterrcnn_mobilenet_v3_large_320_fpn", 64),
-    ("detection", "fcos/timm/mobilenetv3_small_050", 64),
+    pytest.param("detection", "fcos/timm/mobilenetv3_small_050", 64, marks=slow),
     ("detection", "retinanet/timm/resnet10t", 64),
     pytest.param("detection", "retinanet_resnet50_fpn", 64, marks=slow),
     ("detection", "yolox_nano", 64),

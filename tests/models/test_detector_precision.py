@@ -39,7 +39,12 @@ def test_every_family_is_in_the_table() -> None:
 
 
 # for their heads a smaller backbone stands in the quick tests
-LARGE = ("retinanet_resnet50_fpn", "fcos_resnet50_fpn", "ssd300_vgg16")
+LARGE = (
+    "retinanet_resnet50_fpn",
+    "fcos_resnet50_fpn",
+    "ssd300_vgg16",
+    "retinanet/timm/mobilenetv3_small_050",
+)
 
 
 @pytest.mark.parametrize(

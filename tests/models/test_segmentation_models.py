@@ -407,6 +407,7 @@ def check_exports(
     assert logits.shape == (3, 2, 32, 32)
 
 
+@pytest.mark.slow
 def test_an_export_agrees_and_a_runtime_alone_reads_it(
     tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:

@@ -461,7 +461,6 @@ def test_from_the_hub_each_file_once_pinned_and_offline_after(
     ("kind", "task", "formats"),
     [
         ("bert", "text_classification", "[onnx]"),
-        ("gpt2", "text_generation", "[onnx]"),
         pytest.param("bert", "text_classification", "[onnx, torch_export]", marks=pytest.mark.slow),
         pytest.param("gpt2", "text_generation", "[onnx, torch_export]", marks=pytest.mark.slow),
         pytest.param("gpt2", "text_classification", "[onnx, torch_export]", marks=pytest.mark.slow),

@@ -52,7 +52,7 @@ PACKAGES = {
     "gpt2": "transformers",
     "unet": "segmentation_models_pytorch",
 }
-SLOW = {"rtdetr"}
+SLOW = {"rtdetr", "vgg", "cifar10_resnet50"}
 
 
 def files(slow: set[str]) -> list[object]:

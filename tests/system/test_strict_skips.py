@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import tuner
 
 ROOT = Path(tuner.__file__).parents[1]
@@ -33,6 +35,7 @@ def outcomes(folder: Path, **environment: str) -> list[str]:
     return sorted(run.stdout.splitlines()[-1].partition(" in ")[0].split(", "))
 
 
+@pytest.mark.slow
 def test_a_missing_program_skips_its_tests_and_fails_them_where_strict(tmp_path: Path) -> None:
     (tmp_path / "test_lacking.py").write_text(TESTS)
     (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('no_such')\n")
