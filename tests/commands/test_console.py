@@ -239,7 +239,7 @@ def test_the_console_tells_how_far_the_search_is(capsys: pytest.CaptureFixture[s
     assert data == "data   7 train examples, 2 classes, 3 x 8 x 8"
     assert model == "model  resnet18, 2.00 M parameters, freeze depth 0..5"
     assert search == "search 4 trials, tpe sampler, projection pruner, 1 worker on CPU"
-    assert then.startswith("then   up to 2 trainings: the winner on train and valid, ")
+    assert then.startswith("then   up to 2 trainings: the winner, the default recipe")
     assert "★ (best 0.5000 #0)" in trial and trial.endswith("| 1/4, eta 0s")
 
 

@@ -193,6 +193,7 @@ def test_a_further_format_keeps_the_comparison(tuner: Tuner, compared: str, stud
     assert after["files"][name] == before["files"][name]
 
 
+@pytest.mark.slow
 def test_without_retraining_the_default_is_as_its_trial_left_it(
     tuner: Tuner, small: Path, study: Path
 ) -> None:

@@ -235,6 +235,7 @@ print(open_image_store(home, sorted((home / "a").iterdir()), ImageInputSpec(8, 8
 """
 
 
+@pytest.mark.slow
 def test_two_processes_build_one_store(
     tmp_path: Path, files: Callable[[str, int], list[Path]]
 ) -> None:

@@ -52,7 +52,7 @@ PACKAGES = {
     "gpt2": "transformers",
     "unet": "segmentation_models_pytorch",
 }
-SLOW = {"rtdetr", "vgg", "cifar10_resnet50"}
+SLOW = {"rtdetr", "vgg", "cifar10_resnet50", "fasterrcnn"}
 
 
 def files(slow: set[str]) -> list[object]:

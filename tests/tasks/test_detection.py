@@ -361,11 +361,11 @@ def test_what_is_told_is_in_pixels_of_the_original() -> None:
 @pytest.mark.parametrize(
     ("name", "format_", "side"),
     [
-        ("ssdlite320_mobilenet_v3_large", torch_export, 64),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in (
                 ("fasterrcnn/timm/mobilenetv3_small_050", onnx, 64),
+                ("ssdlite320_mobilenet_v3_large", torch_export, 64),
                 ("ssdlite320_mobilenet_v3_large", onnx, 64),
                 ("ssd300_vgg16", onnx, 300),
                 ("ssd300_vgg16", torch_export, 300),

@@ -566,6 +566,7 @@ def test_what_does_not_fit_is_accumulated_and_means_the_same(
     )  # as if all had fitted
 
 
+@pytest.mark.slow
 def test_a_continued_trial_knows_how_much_fits(
     here: DeviceContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -592,9 +593,8 @@ def test_a_trial_that_was_killed_for_its_memory_goes_on_with_parts_of_its_batche
     assert len(notes) == 1 and "batches are taken in parts of 4" in notes[0]
 
 
-@pytest.mark.parametrize(
-    ("normed", "least"), [(False, 1), pytest.param(True, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("normed", "least"), [(False, 1), (True, 2)])
 def test_where_nothing_fits_the_trial_ends_as_out_of_memory(
     normed: bool, least: int, here: DeviceContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -307,13 +307,13 @@ def describe_trainings_after(search: SearchSettings, trial_count: int) -> str:
     """The trainings that follow a search of so many trials; empty where there is none."""
     confirm = settings_for(search, trial_count)
     parts = [
-        f"the best {confirm.top} again with {confirm.repeats} other seeds each"
+        f"the best {confirm.top} with {confirm.repeats} other seeds each"
         if confirm and confirm.top > 1
-        else f"the best again with {confirm.repeats} other seeds"
+        else f"the best with {confirm.repeats} other seeds"
         if confirm
         else "",
-        "the winner on train and valid" if search.retrain else "",
-        "the default recipe, to compare it with" if search.compare == "default" else "",
+        "the winner" if search.retrain else "",
+        "the default recipe" if search.compare == "default" else "",
     ]
     confirming = confirm.top * confirm.repeats if confirm else 0
     count = confirming + search.retrain + (search.compare == "default")

@@ -129,7 +129,10 @@ def export_lines(published: PublishedExport, metric: str) -> Iterator[str]:
     score, count = m["scores"]["test"][metric], m["examples"]["test"]
     yield f"test     {metric_label(metric)} {score:.4f} on {count:,} examples used for nothing else"
     if compared := describe_comparison(m):
-        yield f"         {compared}"
+        difference, bracket, interval = compared.partition(" (")
+        yield f"         {difference}"
+        if bracket:
+            yield f"         ({interval}"
     yield from validation_gap_lines(m["scores"], m["examples"])
     yield f"export   {published.folder}"
     width = max((len(e["file"]) for e in m["exports"].values()), default=0)
