@@ -89,7 +89,9 @@ def test_the_default_recipe_is_tested_on_the_same_examples_and_the_difference_to
     assert again["interval"] == pytest.approx(comparison["interval"], abs=0.2)  # another seed
     assert "test_results.safetensors" in m["files"] and read_export(study / "export") is not None
     sentence = describe_comparison(m)
-    assert sentence is not None and f"\n         {sentence}\n" in compared
+    assert sentence is not None
+    lines = sentence.replace(" (", "\n         (")
+    assert f"\n         {lines}\n" in compared
     assert f"\n\n{sentence}.\n" in (study / "export/MODEL_CARD.md").read_text()
     assert get_note(open_study(study)).startswith(f"**Result:** trial {m['trial']}: {sentence}.")
     assert removal.is_of_study(kept)
