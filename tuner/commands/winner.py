@@ -125,19 +125,8 @@ def finalize_once(ended: EndedSearch) -> Summary:
             history.run_of_trial(session.space, coordinator.study, winner),
             winner.user_attrs[history.BEST_EPOCH],
         )
-        return Summary(
-            folder=folder,
-            metric=str(session.settings.search.metric),
-            direction=session.settings.search.direction or "maximise",
-            progress=progress_of(coordinator),
-            winner=winner,
-            tied_numbers=tied,
-            run=run,
-            published=None,
-            anything_new=True,
-            default_trial=history.default_trial(coordinator.study),
-            made_elsewhere=other,
-        )
+        summary = unpublished_summary(ended, winner, tied, run)
+        return replace(summary, anything_new=True, made_elsewhere=other)
     with storage.lock_study(folder):  # `tuner export` writes here too
         summary = finalize_best(ended)
     coordinator.coordination.mark_winner_made()
@@ -159,20 +148,31 @@ def finalize_best(ended: EndedSearch) -> Summary:
         f"trial {winner.number} of study {study_name(session.space)!r}; "
         f"{describe_confirmed(confirmed)}`tuner train` repeats it",
     )
-    summary = Summary(
-        folder=folder,
-        metric=str(session.settings.search.metric),
-        direction=session.settings.search.direction or "maximise",
-        progress=progress_of(coordinator),
+    summary = replace(unpublished_summary(ended, winner, tied, run), confirmed=confirmed)
+    return export_winner(ended, trial_run, summary)
+
+
+def unpublished_summary(
+    ended: EndedSearch, winner: FrozenTrial, tied: list[int], run: Run
+) -> Summary:
+    """What there is to say of a winner before its export is made.
+
+    `tied` are the numbers of the trials that are as good; `run` is the winner's up to its best
+    epoch.
+    """
+    search = ended.session.settings.search
+    return Summary(
+        folder=ended.folder,
+        metric=str(search.metric),
+        direction=search.direction or "maximise",
+        progress=progress_of(ended.coordinator),
         winner=winner,
         tied_numbers=tied,
         run=run,
         published=None,
         anything_new=ended.new_trials,
-        default_trial=history.default_trial(coordinator.study),
-        confirmed=confirmed,
+        default_trial=history.default_trial(ended.coordinator.study),
     )
-    return export_winner(ended, trial_run, summary)
 
 
 def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summary:
