@@ -27,13 +27,16 @@ class ImageSet:
 
 SETS = {
     "clothing-500": ImageSet("clothing", {"test": 750, "valid": 250, "train": 500}),
-    "signdigits": ImageSet(
-        "signdigits", {"test": 310, "valid": 310, "train": None}, by_person=True
+    "signdigits-500": ImageSet(
+        "signdigits", {"test": 750, "valid": 250, "train": 500}, by_person=True
     ),
     "cifar10-500": ImageSet(
         "cifar10/train", {"test": 1000, "valid": 250, "train": 500}, test_folder="cifar10/test"
     ),
     "clothing": ImageSet("clothing", {"test": 380, "valid": 340, "train": None}),
+    "signdigits": ImageSet(
+        "signdigits", {"test": 310, "valid": 310, "train": None}, by_person=True
+    ),
     "cifar10-5000": ImageSet(
         "cifar10/train", {"test": 2000, "valid": 1000, "train": 5000}, test_folder="cifar10/test"
     ),

@@ -85,7 +85,7 @@ def best_numbers(study: optuna.Study) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("trials", "expected"), [(9, None), (10, (2, 2)), (49, (2, 2)), (50, (3, 3)), (500, (3, 3))]
+    ("trials", "expected"), [(29, None), (30, (2, 2)), (99, (2, 2)), (100, (3, 3)), (500, (3, 3))]
 )
 def test_the_number_of_trials_decides(trials: int, expected: tuple[int, int] | None) -> None:
     found = settings_for(SearchSettings(), trials)

@@ -292,7 +292,7 @@ class SearchSettings(Section):
         "auto",
         description="before the winner is made, the best `top` trials are trained `repeats` times "
         "more, each with another seed and another part of train and valid held out, and the best "
-        "mean wins; auto: none under 10 trials, 2 x 2 under 50, 3 x 3 from 50 on",
+        "mean wins; auto: none under 30 trials, 2 x 2 under 100, 3 x 3 from 100 on",
     )
     compare: Literal["default", "none"] = Field(
         "default",
