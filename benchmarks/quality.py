@@ -19,12 +19,11 @@ for all arms alike, from the probabilities that each arm leaves for the test ima
 
 import argparse
 import json
-import os
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,19 +46,16 @@ OTHERS = ("plain", "fastai", "timm")
 # -- the arms: each leaves the probabilities of the test images in a file, and says what it chose
 
 
-def timed(command: Sequence[str | Path], home: Path) -> float:
-    """The wall seconds of a command. Exits where it fails."""
-    start = time.monotonic()
-    done = subprocess.run(
-        [str(word) for word in command],
-        env={**os.environ, "TUNER_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr[-3000:]}")
-    return time.monotonic() - start
+def timed(command: Sequence[str | Path], home: Path) -> dict[str, Any]:
+    """The wall seconds of a command, and [seconds, validation accuracy] of each epoch of its search
+    that it tells. Exits where it fails.
+    """
+    lines = arms.stamped(command, home)
+    epochs = [
+        [line["at"], line["scores"]["accuracy"] if "scores" in line else line["score"]]
+        for line in arms.of(lines, "epoch")
+    ]
+    return {"seconds": lines[-1]["at"], **({"epochs": epochs} if epochs else {})}
 
 
 def space_tree(args: argparse.Namespace, images: Path, seed: int) -> dict[str, Any]:
@@ -77,11 +73,16 @@ def tuner(args: argparse.Namespace, images: Path, scratch: Path, seed: int) -> d
     """A whole search."""
     file, studies = scratch / "space.yaml", scratch / "studies"
     file.write_text(yaml.safe_dump(space_tree(args, images, seed), sort_keys=False))
-    words = [sys.executable, "-m", "tuner", "run", file, "--studies", studies, "--quiet"]
-    seconds = timed(words, scratch / "home")
+    words = [sys.executable, "-m", "tuner", "run", file, "--studies", studies, "--json"]
+    told = timed(words, scratch / "home")
     study = studies / "quality"
     write_tuner_probabilities(study / "export", images, scratch)
-    return {"seconds": seconds, "recipe": chosen_recipe(study / "best.yaml", file)}
+    manifest = json.loads((study / "export" / "manifest.json").read_text())
+    return {
+        **told,
+        "recipe": chosen_recipe(study / "best.yaml", file),
+        "comparison": manifest["comparison"],
+    }
 
 
 def chosen_recipe(best: Path, space: Path) -> dict[str, Any]:
@@ -100,9 +101,9 @@ def default(args: argparse.Namespace, images: Path, scratch: Path, seed: int) ->
     file, out = scratch / "default.yaml", scratch / "out"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
     words = [sys.executable, "-m", "tuner", "train", file, "--out", out, "--quiet"]
-    seconds = timed([*words, "--studies", scratch / "studies"], scratch / "home")
+    told = timed([*words, "--studies", scratch / "studies"], scratch / "home")
     write_tuner_probabilities(out, images, scratch)
-    return {"seconds": seconds}
+    return told
 
 
 def write_tuner_probabilities(export: Path, images: Path, scratch: Path) -> None:
@@ -130,7 +131,7 @@ def script(name: str, *more: str) -> Callable[..., dict[str, Any]]:
         words: list[str | Path] = [sys.executable, arms.HERE / name, images]
         words += ["--weights", args.weights.resolve(), "--size", str(SIZE), "--seed", str(seed)]
         words += ["--probabilities", scratch / "probabilities.json", *more]
-        return {"seconds": timed(words, scratch / "home")}
+        return timed(words, scratch / "home")
 
     return run
 
@@ -209,37 +210,119 @@ def print_table(found: dict[str, Any]) -> None:
     print_goals(rows, names)
 
 
+def complete_sets(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """The sets that every arm has measured with as many seeds."""
+    counts = {name: {len(cells(rows, name, arm, "accuracy")) for arm in ARMS} for name in names}
+    return [name for name in names if len(counts[name]) == 1 and counts[name] != {0}]
+
+
 def print_goals(rows: list[dict[str, Any]], names: list[str]) -> None:
-    """The figures that the goals speak of, of the sets for which all arms were measured."""
-    gains, ratios = {}, []
-    for name in names:
-        ours = cells(rows, name, "tuner", "accuracy")
-        others = {arm: cells(rows, name, arm, "accuracy") for arm in OTHERS}
-        if not ours or not all(len(values) == len(ours) for values in others.values()):
-            continue
-        best = max(statistics.mean(values) for values in others.values())
-        gains[name] = 100 * (statistics.mean(ours) - best)
-        whole, plain = (cells(rows, name, arm, "seconds") for arm in ("tuner", "plain"))
-        ratios += [ours / theirs for ours, theirs in zip(whole, plain, strict=True)]
-    if gains:
-        listed = ", ".join(f"{name} {gain:+.1f}" for name, gain in gains.items())
-        print(
-            f"tuner - best other arm, points: mean {statistics.mean(gains.values()):+.1f} ({listed})"
+    """The figures that the goals speak of, over the sets that all arms have measured."""
+    names = complete_sets(rows, names)
+    if not names:
+        return
+    goals = [
+        gain_goal(rows, names),
+        ratio_goal("whole `tuner run` / plain script, seconds", 0.4, whole_ratios(rows, names)),
+        ratio_goal("time to the plain script's best / its own", 1 / 15, time_ratios(rows, names)),
+        default_goal(rows, names),
+        calibration_goal(rows, names),
+        worse_goal(rows, names),
+    ]
+    print("| figure | goal | reached | |\n|---|---|---|---|")
+    for figure, goal, reached, is_met in goals:
+        print(f"| {figure} | {goal} | {reached} | {'' if is_met else '**missed**'} |")
+
+
+Goal = tuple[str, str, str, bool]
+
+
+def mean_of(rows: list[dict[str, Any]], name: str, arm: str, key: str) -> float:
+    return statistics.mean(cells(rows, name, arm, key))
+
+
+def gain_goal(rows: list[dict[str, Any]], names: list[str]) -> Goal:
+    """Test accuracy of the search above that of the best other arm of each set."""
+    gains = {
+        name: 100
+        * (
+            mean_of(rows, name, "tuner", "accuracy")
+            - max(mean_of(rows, name, arm, "accuracy") for arm in OTHERS)
         )
-        print(f"tuner run / plain script, seconds: {arms.spread(ratios, 2)}")
-    pairs = [
-        (won, fixed)
         for name in names
-        for won, fixed in zip(
-            cells(rows, name, "tuner", "accuracy"),
-            cells(rows, name, "default", "accuracy"),
-            strict=False,
+    }
+    listed = ", ".join(f"{name} {gain:+.1f}" for name, gain in gains.items())
+    mean = statistics.mean(gains.values())
+    is_met = mean >= 1 and min(gains.values()) >= -0.5
+    goal = ">= +1.0, no set below -0.5"
+    return "test accuracy, tuner - best other arm, points", goal, f"{mean:+.1f} ({listed})", is_met
+
+
+def ratio_goal(figure: str, goal: float, ratios: list[float]) -> Goal:
+    return figure, f"<= {goal:.2g}", arms.spread(ratios, 3), statistics.median(ratios) <= goal
+
+
+def whole_ratios(rows: list[dict[str, Any]], names: list[str]) -> list[float]:
+    """Seconds of the whole commands, for each set and seed."""
+    return [
+        ours / theirs
+        for name in names
+        for ours, theirs in zip(
+            cells(rows, name, "tuner", "seconds"),
+            cells(rows, name, "plain", "seconds"),
+            strict=True,
         )
     ]
-    worse = sum(won < fixed for won, fixed in pairs)
-    print(
-        f"winner worse than the default recipe on the test images: {worse} of {len(pairs)} studies"
-    )
+
+
+def time_ratios(rows: list[dict[str, Any]], names: list[str]) -> list[float]:
+    """Seconds until the best validation accuracy of the plain script, for each set and seed."""
+    ratios = []
+    for name in names:
+        pairs = zip(
+            cells(rows, name, "tuner", "epochs"), cells(rows, name, "plain", "epochs"), strict=True
+        )
+        for ours, theirs in pairs:
+            bar = max(score for _, score in theirs) - 1e-6
+            first = [
+                min((at for at, score in curve if score >= bar), default=math.inf)
+                for curve in (ours, theirs)
+            ]
+            ratios.append(first[0] / first[1])
+    return ratios
+
+
+def default_goal(rows: list[dict[str, Any]], names: list[str]) -> Goal:
+    """The default recipe beside fastai's, both trained once on the training images alone."""
+    gains = {
+        name: 100
+        * (mean_of(rows, name, "default", "accuracy") - mean_of(rows, name, "fastai", "accuracy"))
+        for name in names
+    }
+    listed = ", ".join(f"{name} {gain:+.1f}" for name, gain in gains.items())
+    return "default recipe - fastai, points", ">= 0", listed, min(gains.values()) >= 0
+
+
+def calibration_goal(rows: list[dict[str, Any]], names: list[str]) -> Goal:
+    """The calibration error of the search's export beside the lowest of the other arms."""
+    key = "calibration_error"
+    pairs = {
+        name: (mean_of(rows, name, "tuner", key), min(mean_of(rows, name, a, key) for a in OTHERS))
+        for name in names
+    }
+    listed = ", ".join(f"{name} {ours:.3f} / {best:.3f}" for name, (ours, best) in pairs.items())
+    is_met = all(ours <= best for ours, best in pairs.values())
+    return "calibration error, tuner / best other arm", "not above", listed, is_met
+
+
+def worse_goal(rows: list[dict[str, Any]], names: list[str]) -> Goal:
+    """Searches whose winner is worse than the default recipe, both retrained, on the test images."""
+    compared = [row["comparison"] for row in rows if row["arm"] == "tuner" and row["set"] in names]
+    worse = sum(c.get("difference", 0) < 0 for c in compared)
+    itself = sum("difference" not in c for c in compared)
+    reached = f"{worse} of {len(compared)} ({itself} are the default recipe)"
+    goal = "<= 1 in 20"
+    return "winners worse than the default recipe", goal, reached, worse * 20 <= len(compared)
 
 
 def plot(found: dict[str, Any]) -> None:
