@@ -105,7 +105,7 @@ SETS = {
         epochs=4,
         trials=8,
         goals={},
-        keys={"recipe": {"freeze_depth": {"low": 0, "high": 6}}},  # MiniLM has six blocks
+        keys={"recipe": {"freeze_depth": {"low": 0, "high": 7}}},  # embeddings and six blocks
     ),
 }
 
