@@ -52,12 +52,14 @@ class TaskSet:
     plain: tuple[str, ...] = ()
 
 
-REGIONS = (
-    64  # of an image, from which the head learns; 512 is usual and takes twice as long on a CPU
-)
+# of an image, from which the head learns: with the usual 512 its matrix products dominate on a CPU
+REGIONS = 64
 DETECTOR = {
     "model": {"name": f"fasterrcnn/timm/{MODEL}", "regions": REGIONS, "proposals": 100},
     "recipe": {"freeze_depth": {"low": 2, "high": 8}},  # the whole backbone at most
+    "search": {
+        "retrain": False
+    },  # an epoch takes half a minute and more: as the plain script, which does not retrain
 }
 DETECTION = ("--regions", str(REGIONS), "--proposals", "100")
 SETS = {
@@ -68,7 +70,7 @@ SETS = {
         space="fasterrcnn",
         size=160,
         epochs=6,
-        trials=3,
+        trials=2,
         goals={"map": 0.50},
         keys=DETECTOR,
         plain=DETECTION,
@@ -76,7 +78,7 @@ SETS = {
     "bccd": TaskSet(
         "boxes",
         "bccd",
-        {"test": 72, "valid": 40, "train": None},
+        {"test": 72, "valid": 40, "train": 120},
         space="fasterrcnn",
         size=256,
         epochs=3,
@@ -153,7 +155,8 @@ def _make_texts(
     source: Path, out: Path, counts: Mapping[str, int | None], rng: random.Random
 ) -> dict[str, int]:
     lines = source.read_text(encoding="utf-8").splitlines()
-    rows = {text: label for label, _, text in (line.partition("\t") for line in lines) if text}
+    pairs = (line.partition("\t")[::2] for line in lines)
+    rows = {" ".join(text.split()): label for label, text in pairs if text.strip()}
     parts = _divide(sorted(rows), counts, rng)
     out.mkdir(parents=True)
     for part, texts in parts.items():
