@@ -1,5 +1,6 @@
 """The sets and scores of benchmarks/quality_tasks.py: what it compares is the same for all arms, and right."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -43,9 +44,7 @@ COUNTS = {"raccoon": (20, 4), "humans": (12, 4), "sms": (30, 4)}
 
 
 def make(data: Path, name: str, out: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Writes a small set; every file below it but links' content, in order."""
-    import dataclasses
-
+    """Writes a small set; the names of its images and the lists or texts of its parts."""
     import task_sets
 
     small = dataclasses.replace(task_sets.SETS[name], counts={"test": 4, "valid": 3, "train": None})
@@ -77,7 +76,7 @@ def test_the_truth_scores_1_and_a_shifted_box_less(
     import task_sets
 
     make(data, "raccoon", tmp_path / "set", 0, monkeypatch)
-    for shift, expected in ((0, (1.0, 1.0)), (4, (0.3, 1.0))):
+    for shift, expected in ((0, (1.0, 1.0)), (4, (0.35, 1.0))):
         found = {
             file.stem: [
                 {
@@ -92,7 +91,7 @@ def test_the_truth_scores_1_and_a_shifted_box_less(
         (tmp_path / "found.json").write_text(json.dumps(found))
         scores = task_scores.scores("boxes", tmp_path / "set", tmp_path / "found.json")
         # red boxes have 18 x 20 pixels: IoU 14 / 22 = 0.64; blue ones 20 x 26: 16 / 24 = 0.67
-        assert (scores["map"], scores["map_50"]) == pytest.approx(expected, abs=0.101)
+        assert (scores["map"], scores["map_50"]) == pytest.approx(expected, abs=0.051)
 
 
 @pytest.mark.usefixtures("modules")
