@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from tuner.config.run import EngineSettings, PluginConfig, Run
 from tuner.errors import DataError
 from tuner.messages import Assignment, Ingredient, SoupJob
 from tuner.training import batch_norm, soup
-from tuner.training.epoch import TrainingContext, predict_source
+from tuner.training.checkpoints import load_best_weights
+from tuner.training.epoch import predict_source
 from tuner.training.training_loop import copy_state, run_training_examples
 
 BATCH = 16
@@ -37,16 +39,12 @@ def assignment_of(r: Run, home: Path, folder: Path | None = None) -> Assignment:
     )
 
 
-def trained(r: Run, number: int, home: Path) -> Ingredient:
+def trained(r: Run, number: int, tmp_path: Path) -> Ingredient:
     """A trial of the run, with the weights that it left."""
-    folder = home / str(number)
-    file = soup.retrain_ingredient(assignment_of(r, home, folder), lambda _: True, 0)
+    assignment = assignment_of(r, tmp_path / str(number))
+    file = soup.retrain_ingredient(assignment, lambda _: True, 0)
     assert file is not None
     return Ingredient(number, r, file)
-
-
-def state_of(ingredient: Ingredient, home: Path, context: TrainingContext) -> dict[str, Any]:
-    return soup.read_state(context, ingredient, copy_state(context), BATCH)
 
 
 # -- the greedy rule
@@ -111,8 +109,8 @@ def test_statistics_are_estimated_as_the_mean_of_batches() -> None:
     net = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5), nn.BatchNorm1d(2))
     x = torch.randn(12, 3) * 4 + 2
     norms = batch_norm.norms_with_statistics(net)
-    batch_norm.estimate_statistics(net, norms, lambda: [net(part) for part in x.split(4)])
-    batches = [net[0](part) for part in x.split(4)]  # dropout does nothing
+    batch_norm.estimate_statistics(net, norms, lambda: [net(part) for part in torch.split(x, 4)])
+    batches = [net[0](part) for part in torch.split(x, 4)]  # dropout does nothing
     means = torch.stack([batch.mean(0) for batch in batches]).mean(0)
     variances = torch.stack([batch.var(0) for batch in batches]).mean(0)
     norm = norms[0]
@@ -156,12 +154,18 @@ def test_an_ingredient_computes_what_its_trial_computed(
     """So statistics that it froze, or stages, do not change what it adds."""
     other, mine = trained(run(), 0, tmp_path), trained(run(**recipe), 1, tmp_path)
     alone = soup.prepare_common_stages(assignment_of(mine.run, tmp_path), (mine,), 0)
-    assert soup.load_best_weights(Path(mine.weights_file), alone.staged_model.model, alone.net)
+    assert load_best_weights(Path(mine.weights_file), alone.staged_model.model, alone.net)
     expected = torch.cat([p for p, _ in predict_source(alone, alone.valid, BATCH)])
     context = soup.prepare_common_stages(assignment_of(mine.run, tmp_path), (mine, other), 0)
     context.net.load_state_dict(soup.read_state(context, mine, copy_state(context), BATCH))
     found = torch.cat([p for p, _ in predict_source(context, context.valid, BATCH)])
     assert torch.allclose(found, expected, atol=1e-4)
+    # its statistics are those of the training examples already, also where its trial froze others
+    before = copy_state(context)
+    norms = batch_norm.norms_with_statistics(context.net)
+    batch_norm.adopt_statistics(context.net, norms, lambda: run_training_examples(context, BATCH))
+    for name, value in copy_state(context).items():
+        assert torch.allclose(value, before[name], rtol=1e-3, atol=1e-4), name
 
 
 def test_stages_that_all_froze_stay_behind_the_cut(tmp_path: Path) -> None:
@@ -204,7 +208,6 @@ def test_a_complete_retraining_is_not_repeated_and_that_of_another_run_is_no_sub
 ) -> None:
     mine = trained(run(fit="train+valid"), 0, tmp_path)
     assert trained(run(lr=0.1, fit="train+valid"), 0, tmp_path).weights_file != mine.weights_file
-    Path(mine.weights_file).parent.joinpath("x").touch()
     second = trained(run(), 1, tmp_path)
     monkeypatch.setattr(soup, "fit", lambda *_: pytest.fail("trained again"))
     assert trained(run(), 1, tmp_path) == second
