@@ -32,11 +32,10 @@ def run(**recipe: Any) -> Run:
     return space.make_run({("recipe", key): value for key, value in chosen.items()}, seed=3)
 
 
-def assignment_of(r: Run, home: Path, folder: Path | None = None) -> Assignment:
-    kept = str(folder) if folder is not None else None
-    return Assignment(
-        r, "accuracy", EngineSettings(device="cpu"), str(home), checkpoint_folder=kept
-    )
+def assignment_of(r: Run, folder: Path) -> Assignment:
+    """The caches are shared by all tests, as are those of the command line."""
+    engine, home = EngineSettings(device="cpu"), os.environ["TUNER_HOME"]
+    return Assignment(r, "accuracy", engine, home, checkpoint_folder=str(folder))
 
 
 def trained(r: Run, number: int, tmp_path: Path) -> Ingredient:

@@ -210,7 +210,8 @@ def retrain_ingredient(
         NoUsableTrial: The training diverged.
         DataError, StorageError: The data cannot be read, or the weights not written.
     """
-    run, folder = assignment.run, Path(assignment.checkpoint_folder or "")
+    assert assignment.checkpoint_folder is not None
+    run, folder = assignment.run, Path(assignment.checkpoint_folder)
     device_context = select_device(
         assignment.engine, Path(assignment.home), slot, assignment.micro_batches
     )
