@@ -165,6 +165,35 @@ def describe_comparison(m: Mapping[str, Any]) -> str | None:
     return f"{told}: within the noise of {m['examples']['test']:,} test examples"
 
 
+def averaged_runs(soup: Mapping[str, Any] | None) -> list[str]:
+    """The digests of the runs whose weights were averaged; empty where the winner is alone."""
+    if soup is None or not soup["taken"]:
+        return []
+    return [entry["run_digest"] for entry in soup["tried"] if entry["stays"]]
+
+
+def describe_soup(m: Mapping[str, Any]) -> str | None:
+    """What an export is an average of, or that no average was better, in one sentence.
+
+    None where none was tried.
+    """
+    soup = m.get("soup")
+    if soup is None:
+        return None
+    winner, label = soup["tried"][0]["trial"], metric_label(soup["metric"])
+    score = f"{soup['winner_score']:.4f} on validation"
+    if "failed" in soup:
+        return f"no soup: trial {soup['failed']['trial']} again: {soup['failed']['reason']}"
+    if not soup["taken"]:
+        others = ", ".join(str(entry["trial"]) for entry in soup["tried"][1:])
+        return f"trial {winner} alone: no soup with {others} is better than its {label} of {score}"
+    trials = ", ".join(str(entry["trial"]) for entry in soup["tried"] if entry["stays"])
+    return (
+        f"soup of trials {trials}: {label} {soup['score']:.4f} on validation against "
+        f"{soup['winner_score']:.4f} of trial {winner} alone"
+    )
+
+
 def format_model_card(m: Mapping[str, Any]) -> str:
     """MODEL_CARD.md: what the model is, how it was found, how well it does, how to call it."""
     run, metric = m["run"], m["metric"]
@@ -197,6 +226,8 @@ def format_model_card(m: Mapping[str, Any]) -> str:
     which = "lowest" if m.get("direction") == "minimise" else "highest"
     sentence = describe_comparison(m)
     compared = f"\n{sentence[0].upper()}{sentence[1:]}.\n" if sentence else ""
+    averaged = describe_soup(m)
+    soup = f"\n| weights | {averaged} |" if averaged else ""
     return f"""# {model["name"]} fine-tuned on {data_name}
 
 Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label(metric)}.
@@ -206,7 +237,7 @@ Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label
 | task | {run["task"]["name"].replace("_", " ")}{classes} |
 | model | {model["name"]}, {m["parameters"]:,} parameters, weights: {weights} |
 | data | {described_data} examples |
-| recipe | {described_recipe} |
+| recipe | {described_recipe} |{soup}
 
 ## Scores
 

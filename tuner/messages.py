@@ -117,10 +117,58 @@ class DefaultComparison:
 
 
 @dataclass(frozen=True)
+class Ingredient:
+    """A trial whose weights may be averaged with those of others.
+
+    `run` is the run as it is exported: up to the trial's best epoch. `weights_file` has the weights
+    that the trial left, or, where it was retrained, those of the retraining.
+    """
+
+    trial_number: int
+    run: Run
+    weights_file: str
+
+
+@dataclass(frozen=True)
+class SoupJob:
+    """Choose a soup: the winner's assignment, and the candidates, the winner first."""
+
+    assignment: Assignment
+    candidates: tuple[Ingredient, ...]
+
+
+@dataclass(frozen=True)
+class SoupChoice:
+    """What was chosen. `tried`: of each candidate the trial's number, the score of the average with
+    it, and whether it stays. `scores`: all validation scores of the average of those that stay.
+    """
+
+    tried: tuple[tuple[int, float, bool], ...]
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Soup:
+    """What is averaged, and what the manifest says of it.
+
+    `ingredients` is empty where the winner is exported alone, and where an earlier export of the
+    same soup has its weights. `valid_scores` are those of the average that was chosen, `seconds` is
+    what the retraining of the ingredients took. `findings` has the keys `metric`, `taken`,
+    `score`, `winner_score` and `tried`, and `failed` where an ingredient could not be retrained.
+    """
+
+    ingredients: tuple[Ingredient, ...]
+    valid_scores: dict[str, float]
+    findings: dict[str, Any]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class FinalizeJob:
     """Retrain, test and export the winner: its assignment, where to publish, and its scores.
 
-    `weights_file`: it is not retrained, but gets the weights that its trial left there.
+    `weights_file`: it is not retrained, but gets the weights that its trial left there. `soup`: it
+    gets the average of the weights of several trials, where that was chosen.
     `comparison`: the default recipe, where the winner is compared with it; then the export keeps
     the results of single test examples. `confirmation` is what the manifest says of the winner's
     repeats.
@@ -135,3 +183,4 @@ class FinalizeJob:
     weights_file: str | None = None
     comparison: DefaultComparison | None = None
     confirmation: dict[str, Any] | None = None
+    soup: Soup | None = None

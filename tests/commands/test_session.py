@@ -9,11 +9,11 @@ import pytest
 
 from tuner.commands.console import Console
 from tuner.commands.export import load_study_space
+from tuner.commands.file_problems import find_depth_problems
 from tuner.commands.run import max_epochs, with_study_name
 from tuner.commands.session import (
     Folders,
     Session,
-    find_depth_problems,
     open_session,
     study_name,
     write_yaml,

@@ -28,12 +28,25 @@ engine: {name: inline, device: cpu, cache: always}
 export: [safetensors]
 """
 
+# Of its three trials the two best are better together.
+SOUP = """
+task: classification
+data: {name: synthetic, examples: 60, classes: 3, size: 32, noise: 2}
+model: {name: resnet18_slim, weights: bundled}
+recipe: {optimizer: adamw, lr: [0.001, 0.002, 0.003], freeze_depth: 4, epochs: 1, batch_size: 16}
+search: {name: s, trials: 3, seed: 0, metric: log_loss, confirm: none, soup: greedy}
+engine: {name: inline, device: cpu}
+export: [safetensors]
+"""
+
 # Points that the study passes are tested with it, the others with a work that passes them.
 WORKS = {"note": "timing", "download": "downloading", "pins": "pinning", "tokens": "encoding"}
 LATER = (
     "search.requeued",
     "search.failing",
     "export.moved",
+    "soup.chosen",
+    "soup.trained",
 )  # passed only after something else has happened
 PASSED = [
     point for point in CRASH_POINTS if point.partition(".")[0] not in WORKS and point not in LATER
@@ -90,9 +103,9 @@ def forking() -> Iterator[ForkServer]:
         yield found
 
 
-def begun(folder: Path) -> Path:
+def begun(folder: Path, content: str = STUDY) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "study.yaml").write_text(STUDY)
+    (folder / "study.yaml").write_text(content)
     return folder
 
 
@@ -147,7 +160,7 @@ def ended_alike(folder: Path, calm: Path) -> None:
         == expected.manifest["files"]["model.safetensors"]
     )
     assert chosen(folder) == chosen(calm)
-    for key in ("comparison", "confirmation"):
+    for key in ("comparison", "confirmation", "soup"):
         assert without_numbers(found.manifest[key]) == without_numbers(expected.manifest[key])
     with contextlib.closing(sqlite3.connect(folder / "studies/s/study.db")) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -197,6 +210,24 @@ def test_27_killed_at_a_point_and_started_again_a_study_ends_as_the_calm_one(
     code, said = forking.tuner(tmp_path, "run", "study.yaml")
     assert code == 0, said
     ended_alike(tmp_path, calm)
+
+
+@pytest.mark.slow
+def test_27_killed_while_a_soup_is_made_it_ends_as_the_calm_one(
+    forking: ForkServer, tmp_path: Path
+) -> None:
+    calm = begun(tmp_path / "calm", SOUP)
+    code, said = forking.tuner(calm, "run", "study.yaml")
+    assert code == 0 and "weights  soup of trials " in said, said
+    points = ("soup.chosen", "soup.trained", "soup.trained:2", "export.written")
+    for point in points:
+        folder = begun(tmp_path / point, SOUP)
+        code, said = forking.tuner(folder, "run", "study.yaml", TUNER_CRASH_AT=point)
+        assert code == 137, f"{point} was not passed: {said}"
+        code, said = forking.tuner(folder, "run", "study.yaml")
+        assert code == 0, said
+        ended_alike(folder, calm)
+        assert not list((folder / "studies/s/checkpoints").glob("soup-*"))
 
 
 @pytest.mark.slow

@@ -239,15 +239,20 @@ class Console:
 
     # -- the winner
 
-    def show_retraining(self, run: Run, *, is_default: bool = False) -> Callable[[Epoch], None]:
-        """Shows the epochs of a training that is not a trial: of the winner, or of the default
-        recipe, which is not exported.
+    def show_retraining(
+        self, run: Run, *, is_default: bool = False, ingredient: int | None = None
+    ) -> Callable[[Epoch], None]:
+        """Shows the epochs of a training that is not a trial: of the winner, of the default
+        recipe, which is not exported, or of the trial whose weights become part of a soup.
         """
         total = run.recipe.stop_epoch or run.recipe.epochs
         examples = run.recipe.fit.replace("+", " and ")
         name, what, then, state_then = ("winner", "", "test and export", "testing and exporting")
         if is_default:
             name, what, then, state_then = ("default", " the default recipe", "test", "testing")
+        if ingredient is not None:
+            name, then, state_then = (f"#{ingredient}", "average", "averaging")
+            what = f" #{ingredient} for the soup"
         self.note(f"training{what} on {examples}: up to {total} epochs, then {then}")
         self.open_bars()
         row = self.bar.add_task(name, total=total, state="") if self.bar is not None else None

@@ -8,8 +8,15 @@ from optuna.trial import FrozenTrial
 
 from tuner import manifest
 from tuner.commands.console import Console
+from tuner.commands.exported_run import choose_export
 from tuner.commands.session import INSTEAD, Folders, home_folder, open_session
-from tuner.commands.winner import choose_export
+from tuner.commands.soup import (
+    is_current,
+    manifest_of_run,
+    plan_soup,
+    remove_soup_checkpoints,
+    soup_candidates,
+)
 from tuner.config import parsing, plugins, yaml_document
 from tuner.config.objective import metric_label
 from tuner.config.space import Space
@@ -66,23 +73,29 @@ def export_trial(
         run, weights = choose_export(
             trial is not None or space.settings.search.retrain, found, epoch, left
         )
+        candidates = soup_candidates(space, study, folder, chosen) if trial is None else None
         manifest.recover_export(place)
         before = manifest.read_export(place)
-        kept = (
-            tuple(before.manifest["exports"])
-            if before is not None and before.manifest["run_digest"] == run.digest()
-            else ()
-        )
+        earlier = manifest_of_run(before, run)
+        kept: tuple[str, ...] = ()
+        if earlier is not None and is_current(earlier.get("soup"), candidates):
+            kept = tuple(earlier["exports"])
         if kept and set(formats) <= set(kept) and before is not None:
             return before
+        soup = plan_soup(s, folder, candidates, earlier)
+        is_soup = soup is not None and soup.ingredients
         published: PublishedExport = s.finalize(
             run,
             place,
             (*kept, *(formats or space.settings.export)),
             chosen.number,
-            chosen.user_attrs[history.SCORES],
+            soup.valid_scores
+            if soup is not None and is_soup
+            else chosen.user_attrs[history.SCORES],
             weights,
+            soup=soup,
         )
+        remove_soup_checkpoints(folder)
         return published
 
 

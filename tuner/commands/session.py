@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tuner.commands.console import Console
+from tuner.commands.file_problems import find_depth_problems, with_line_numbers
 from tuner.commands.signals import StopSignal, handle_signals
 from tuner.config import database_url, plugins
 from tuner.config.run import Run, parse_duration
-from tuner.config.space import Range, Space, dump_yaml
-from tuner.config.yaml_document import Document
+from tuner.config.space import Space, dump_yaml
 from tuner.errors import DataError, Interrupted, SpaceError, TunerError
 from tuner.files import checkpoint_files, removal
 from tuner.files.atomic import atomic_path, claimed, disk_errors, lock_of_export
@@ -26,6 +26,7 @@ from tuner.messages import (
     DefaultTestJob,
     FinalizeJob,
     ModelSurvey,
+    Soup,
     micro_batch_count,
 )
 
@@ -201,11 +202,13 @@ class Session:
         weights: Path | None = None,
         comparison: DefaultComparison | None = None,
         confirmation: dict[str, Any] | None = None,
+        soup: Soup | None = None,
     ) -> Any:
         """Retrains, tests and exports in a worker; returns what was published.
 
         With `weights` it takes these, of the run's trial. With `comparison` the winner is compared
-        with the default recipe. `confirmation` is what the manifest says of its repeats.
+        with the default recipe. `confirmation` is what the manifest says of its repeats. `soup`:
+        weights are averaged where the soup has ingredients.
         A training that is killed is continued by the next crowning for the same folder. Raises
         StorageError where an export cannot be put there, or another process is making one.
         """
@@ -221,9 +224,10 @@ class Session:
             str(weights.absolute()) if weights else None,
             comparison,
             confirmation,
+            soup,
         )
         with publishing(folder):
-            return self.retrain(job, kept, weights, str(folder.absolute()))
+            return self.retrain(job, kept, str(folder.absolute()))
 
     def run_default_test(self, run: Run, kept: Path, weights: Path | None) -> bytes:
         """Retrains the default recipe in a worker and scores it on the test examples.
@@ -233,7 +237,7 @@ class Session:
         """
         given = str(weights.absolute()) if weights else None
         job = DefaultTestJob(self.retraining_assignment(run, kept), given)
-        content: bytes = self.retrain(job, kept, weights)
+        content: bytes = self.retrain(job, kept)
         return content
 
     def retraining_assignment(self, run: Run, kept: Path) -> Assignment:
@@ -241,28 +245,27 @@ class Session:
         alone = self.settings.engine.model_copy(update={"per_gpu": 1, "workers": 1})
         return replace(self.make_assignment(run), engine=alone, checkpoint_folder=str(kept))
 
-    def retrain(
-        self, job: FinalizeJob | DefaultTestJob, kept: Path, weights: Path | None, whole: str = ""
-    ) -> Any:
+    def retrain(self, job: FinalizeJob | DefaultTestJob, kept: Path, whole: str = "") -> Any:
         """Has a worker carry out a job of `training/finalization.py`, and shows its epochs.
 
         `kept` has its checkpoints, `whole` is the export's folder where there is one.
         """
         is_default = isinstance(job, DefaultTestJob)
         function = "run_default_test" if is_default else "finalize"
-        needed = str(kept) if weights is None else str(weights.parent.absolute())
+        weights_files = files_with_weights(job)
+        needed = [str(Path(file).parent) for file in weights_files] or [str(kept)]
         try:
             heard = (
-                self.console.show_retraining(job.assignment.run, is_default=is_default)
-                if weights is None
-                else lambda _: None
+                (lambda _: None)
+                if weights_files
+                else self.console.show_retraining(job.assignment.run, is_default=is_default)
             )
             value = self.run_job(
                 f"tuner.training.finalization:{function}",
                 job,
                 heard,
                 finish_epoch=True,
-                folders_to_keep=(needed, whole) if whole else (needed,),
+                folders_to_keep=(*needed, whole) if whole else tuple(needed),
                 whole=whole,
                 stall=stall_of(self.settings.engine, paced=False),
             )
@@ -272,8 +275,17 @@ class Session:
         return value
 
 
+def files_with_weights(job: FinalizeJob | DefaultTestJob) -> list[str]:
+    """The files whose weights a job takes; empty where it trains."""
+    if isinstance(job, FinalizeJob) and job.soup is not None and job.soup.ingredients:
+        return [ingredient.weights_file for ingredient in job.soup.ingredients]
+    return [] if job.weights_file is None else [job.weights_file]
+
+
 def _in_micro_batches(argument: Any, count: int) -> Any:
     """A job's argument, whose training takes a batch in so many micro-batches."""
+    if count > 1 and isinstance(argument, Assignment):
+        return replace(argument, micro_batches=count)
     if count == 1 or not isinstance(argument, FinalizeJob | DefaultTestJob):
         return argument
     return replace(argument, assignment=replace(argument.assignment, micro_batches=count))
@@ -371,26 +383,6 @@ def publishing(folder: Path) -> Iterator[None]:
     ):
         removal.require_target(folder, INSTEAD)
         yield
-
-
-def find_depth_problems(space: Space, model: str, depth: int) -> Iterator[str]:
-    """The freeze depths of the file that the model does not have."""
-    path = ("recipe", "freeze_depth")
-    searched = next((d.domain for d in space.dimensions if d.path == path), None)
-    deepest = int(space.highest(path, model))
-    if deepest > depth:
-        key = (*path, "high") if isinstance(searched, Range) else path
-        yield space.document.format_problem(key, f"{deepest}, but {model} allows 0..{depth}")
-
-
-def with_line_numbers(document: Document, problems: Any) -> list[str]:
-    """Problems that begin with a key, such as `model.weights: …`, with the key's line."""
-    located = []
-    for problem in problems:
-        key = tuple(problem.partition(":")[0].split("."))
-        known = key in document.lines or key[:1] in document.lines
-        located.append(f"{document.location(key)}: {problem}" if known else problem)
-    return located
 
 
 def write_yaml(path: Path, tree: dict[str, Any], comment: str) -> None:

@@ -16,7 +16,7 @@ from tuner.commands.progress import Progress
 from tuner.commands.trial_line import format_value
 from tuner.config.objective import Direction, metric_label
 from tuner.config.run import Run
-from tuner.manifest import PublishedExport, describe_comparison
+from tuner.manifest import PublishedExport, averaged_runs, describe_comparison, describe_soup
 from tuner.search.confirmation import Confirmed
 from tuner.search.leases import CoordinatorInfo
 
@@ -60,6 +60,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         "test": summary.published.manifest["scores"]["test"] if summary.published else None,
         "confirmed": summary.confirmed.to_dict(summary.metric) if summary.confirmed else None,
         "comparison": summary.published.manifest.get("comparison") if summary.published else None,
+        "soup": summary.published.manifest.get("soup") if summary.published else None,
         "export": str(summary.published.folder) if summary.published else None,
     }
 
@@ -126,6 +127,8 @@ def confirmed_lines(confirmed: Confirmed) -> Iterator[str]:
 
 def export_lines(published: PublishedExport, metric: str) -> Iterator[str]:
     m = published.manifest
+    if averaged := describe_soup(m):
+        yield f"weights  {averaged}"
     score, count = m["scores"]["test"][metric], m["examples"]["test"]
     yield f"test     {metric_label(metric)} {score:.4f} on {count:,} examples used for nothing else"
     if compared := describe_comparison(m):
@@ -195,9 +198,10 @@ def next_steps(summary: Summary) -> Iterator[str]:
         )
     steps.append((f"tuner export {name} --trial N{studies}", "another trial's model"))
     if summary.made_elsewhere is None:
-        steps.append(
-            (f"tuner train {shlex.quote(str(summary.folder / 'best.yaml'))}", "repeat the winner")
-        )
+        soup = summary.published.manifest.get("soup") if summary.published else None
+        alone = " alone, without the soup" if averaged_runs(soup) else ""
+        best = shlex.quote(str(summary.folder / "best.yaml"))
+        steps.append((f"tuner train {best}", f"repeat the winner{alone}"))
     yield "next:"
     width = max(len(command) for command, _ in steps)
     for command, why in steps:

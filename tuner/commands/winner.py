@@ -8,8 +8,16 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from tuner import manifest
+from tuner.commands.exported_run import choose_export, run_to_best_epoch
 from tuner.commands.progress import Progress
 from tuner.commands.session import Session, interrupted_error, study_name, write_yaml
+from tuner.commands.soup import (
+    is_current,
+    manifest_of_run,
+    plan_soup,
+    remove_soup_checkpoints,
+    soup_candidates,
+)
 from tuner.commands.summary import Summary
 from tuner.commands.trial_line import format_duration
 from tuner.config.objective import metric_label
@@ -40,33 +48,6 @@ def progress_of(coordinator: Coordinator) -> Progress:
         coordinator.budget_used,
         coordinator.proposer.trial_budget(),
         frozenset(coordinator.running),
-    )
-
-
-def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
-    """The winner's run up to its best epoch.
-
-    It is retrained on train and validation examples, or, with `fit="train"`, stays as its trial
-    was.
-    """
-    return replace(
-        run,
-        recipe=run.recipe.model_copy(update={"fit": fit, "stop_epoch": epoch, "patience": None}),
-    )
-
-
-def choose_export(
-    retrain: bool, run: Run, epoch: int, weights: Path | None
-) -> tuple[Run, Path | None]:
-    """What is exported of a trial: a run, and the weights if it is not retrained.
-
-    With `retrain` the run is trained again on train and validation examples. Without it, the run is
-    as its trial was, and `weights` are those that the trial left.
-    """
-    return (
-        (run_to_best_epoch(run, epoch), None)
-        if retrain
-        else (run_to_best_epoch(run, epoch, fit="train"), weights)
     )
 
 
@@ -192,9 +173,15 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
         ),
     )
     confirmation = summary.confirmed.to_dict(summary.metric) if summary.confirmed else None
+    candidates = soup_candidates(session.space, coordinator.study, folder, winner)
     manifest.recover_export(folder / "export")
     published = manifest.read_export(folder / "export")
-    if published is not None and not is_stale(published, run, settings.export, confirmation):
+    if (
+        published is not None
+        and not is_stale(published, run, settings.export, confirmation)
+        and is_current(published.manifest.get("soup"), candidates)
+    ):
+        remove_soup_checkpoints(folder)  # of a command that was killed after it published
         return replace(summary, published=published)
     if weights is None and not settings.search.retrain:
         session.console.note(
@@ -202,17 +189,22 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
             f"{winner.number} are kept (search.keep)"
         )
         return summary
-    is_tested = published is not None and published.manifest["run_digest"] == run.digest()
+    earlier = manifest_of_run(published, run)
+    soup = plan_soup(session, folder, candidates, earlier)
+    averaged = manifest.averaged_runs(soup.findings if soup is not None else None)
+    is_tested = earlier is not None and manifest.averaged_runs(earlier.get("soup")) == averaged
     published = session.finalize(
         run,
         folder / "export",
         settings.export,
         winner.number,
-        winner.user_attrs[history.SCORES],
+        soup.valid_scores if soup is not None and averaged else winner.user_attrs[history.SCORES],
         weights,
-        None if is_tested else compare_with_default(session, coordinator, folder, winner),
+        None if is_tested else compare_with_default(ended, winner, is_soup=bool(averaged)),
         confirmation,
+        soup,
     )
+    remove_soup_checkpoints(folder)
     if compared := manifest.describe_comparison(published.manifest):
         write_result_note(coordinator.study, f"trial {winner.number}: {compared}")
     return replace(summary, published=published, anything_new=True)
@@ -296,17 +288,19 @@ def describe_confirmed(confirmed: Confirmed | None) -> str:
 
 
 def compare_with_default(
-    session: Session, coordinator: Coordinator, folder: Path, winner: FrozenTrial
+    ended: EndedSearch, winner: FrozenTrial, *, is_soup: bool
 ) -> DefaultComparison | None:
     """The default recipe's test, with which the winner's is compared; None: there is none.
 
-    It is made once and kept in the study's folder.
+    It is made once and kept in the study's folder. Where the default recipe has won, it is compared
+    with a soup of it and other trials alone.
     """
+    session, coordinator, folder = ended.session, ended.coordinator, ended.folder
     default = history.default_trial(coordinator.study)
     if session.settings.search.compare == "none" or default is None:
         return None
     seed = derive_seed(session.settings.search.seed, BOOTSTRAP)
-    if default.number == winner.number:
+    if default.number == winner.number and not is_soup:
         return DefaultComparison(default.number, None, seed)
     run, weights = choose_export(
         session.settings.search.retrain,

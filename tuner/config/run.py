@@ -299,6 +299,11 @@ class SearchSettings(Section):
         description="default: the default recipe is retrained and tested as the winner is, so that "
         "the difference on the test examples is known; none: the winner alone",
     )
+    soup: Literal["none", "greedy"] = Field(
+        "none",
+        description="greedy: the weights of the winner are averaged with those of the other kept "
+        "trials of its model and data, where that is better on the validation examples",
+    )
     grace: Annotated[str, AfterValidator(check_duration)] = Field(
         "8s",
         description="what SIGTERM leaves to the running epoch: a little less than the time until "

@@ -29,6 +29,8 @@ CRASH_POINTS = (
     "artifact.kept",  # a picture lies in the study's folder, its trial does not know
     "confirm.kept",  # what a repeat of a trial gave is in the study, its checkpoints are there
     "default.tested",  # the test of the default recipe is kept, the winner is not trained
+    "soup.chosen",  # the ingredients are chosen, nothing says which
+    "soup.trained",  # the weights of an ingredient that was retrained lie there
     "export.filled",  # every format is written and compared, nothing vouches for them
     "export.written",  # the manifest does
     "export.moved",  # the older export is moved away, the new one not yet there

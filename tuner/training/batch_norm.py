@@ -9,6 +9,8 @@ ways here begin with what the probe found:
 - adapt: before the first step the running statistics become those of the training examples, and
   scale and shift change so that the network in eval mode computes what it computed before. The
   statistics of a batch are then near the running ones, and BatchNorm trains as usual.
+
+An average of several networks (`soup`) needs statistics of its own, which are estimated anew.
 """
 
 from collections.abc import Callable, Iterable
@@ -96,6 +98,43 @@ def adopt_statistics(
     for module, channel_sums in sums.items():
         if channel_sums.count:  # a module may be called in train mode only
             _replace_statistics(module, *channel_sums.moments())
+
+
+def norms_with_statistics(net: nn.Module) -> tuple[_BatchNorm, ...]:
+    """The BatchNorm modules that have running statistics."""
+    return tuple(
+        module
+        for module in net.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    )
+
+
+def estimate_statistics(
+    net: nn.Module, norms: Iterable[_BatchNorm], run_examples: Callable[[], object]
+) -> None:
+    """Makes running statistics the mean of those of batches, all else in eval mode.
+
+    Scale and shift stay, so the outputs change. The variance of a batch is the unbiased one, as in
+    torch.optim.swa_utils.update_bn.
+
+    Args:
+        net: The network. It is changed in place and left in eval mode.
+        norms: Modules with running statistics.
+        run_examples: Sends batches through the network, of more than one value for each channel.
+    """
+    net.eval()
+    momenta = [(module, module.momentum) for module in norms]
+    for module, _ in momenta:
+        module.reset_running_stats()
+        module.momentum = None  # the mean of all batches
+        module.train()
+    try:
+        with torch.no_grad():
+            run_examples()
+    finally:
+        for module, momentum in momenta:
+            module.momentum = momentum
+        net.eval()
 
 
 def _can_adapt(module: _BatchNorm) -> bool:

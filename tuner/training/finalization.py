@@ -4,18 +4,23 @@ exported and published. The default recipe beside it: retrained and scored in th
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tuner.config.run import Run
 from tuner.core.export_module import ExportModule
 from tuner.core.types import StagedModel
 from tuner.errors import DataError, NoUsableTrial
-from tuner.manifest import TEST_RESULTS, PublishedExport, read_export, recover_export
-from tuner.messages import Assignment, DefaultTestJob, Epoch, FinalizeJob
+from tuner.manifest import (
+    TEST_RESULTS,
+    PublishedExport,
+    averaged_runs,
+    read_export,
+    recover_export,
+)
+from tuner.messages import Assignment, DefaultTestJob, Epoch, FinalizeJob, Ingredient
 from tuner.training.building import load_dataset
 from tuner.training.checkpoints import load_best_weights
 from tuner.training.devices import select_device
@@ -24,6 +29,7 @@ from tuner.training.exported_models import load_exporter, model_without_weights
 from tuner.training.own_metric import score_own_metric
 from tuner.training.preparation import prepare_training
 from tuner.training.publishing import publish
+from tuner.training.soup import make_soup, run_at_common_depth, soup_digest
 from tuner.training.tested_runs import TestedRun, compare_tested_runs
 from tuner.training.training_loop import FitProgress, fit, open_checkpoints
 
@@ -34,9 +40,9 @@ class TrainedModel(NamedTuple):
     """A model that is ready for its export.
 
     `scores` are those of the splits `valid` and `test`, and `per_class` of the test split;
-    `seconds` is what its training took. `findings` are what the manifest says of the default recipe
-    and of the trial's repeats. `tested_run` is the file with its test, None where it is not
-    compared.
+    `seconds` is what its training took. `findings` are what the manifest says of the default
+    recipe, of the trial's repeats and of the soup. `tested_run` is the file with its test, None
+    where it is not compared.
     """
 
     staged_model: StagedModel
@@ -62,7 +68,7 @@ def finalize(
     Raises:
         ExportMismatch: An export, read back, differs from the model.
         NoUsableTrial: The training diverged.
-        DataError: The weights that the trial left are damaged or belong to another model.
+        DataError: The weights that a trial left are damaged or belong to another model.
     """
     folder = Path(job.export_folder)
     recover_export(folder)
@@ -105,7 +111,12 @@ def train_winner(
     Returns None when `report` returned False. Raises NoUsableTrial, DataError.
     """
     start = time.monotonic()
-    trained = train_model(job.assignment, job.weights_file, report, slot)
+    ingredients = job.soup.ingredients if job.soup is not None else ()
+    if job.soup is not None and averaged_runs(job.soup.findings) and not ingredients:
+        raise DataError(
+            f"{job.export_folder}: was changed meanwhile; the same command makes it anew"
+        )
+    trained = train_model(job.assignment, job.weights_file, report, slot, ingredients)
     if trained is None:
         return None
     context, tested_run = trained.context, trained.tested_run
@@ -114,8 +125,12 @@ def train_winner(
         "test": tested_run.scores,
         "per_class": tested_run.per_class,
     }
-    seconds = time.monotonic() - start
-    findings: dict[str, Any] = {"comparison": None, "confirmation": job.confirmation}
+    seconds = time.monotonic() - start + (job.soup.seconds if job.soup is not None else 0.0)
+    findings: dict[str, Any] = {
+        "comparison": None,
+        "confirmation": job.confirmation,
+        "soup": job.soup.findings if job.soup is not None else None,
+    }
     if job.comparison is None:
         return TrainedModel(context.staged_model, scores, seconds, findings)
     comparison: dict[str, Any] = {"default_trial": job.comparison.trial_number}
@@ -143,11 +158,14 @@ def train_model(
     weights_file: str | None,
     report: Callable[[Epoch], bool],
     slot: int,
+    ingredients: Sequence[Ingredient] = (),
 ) -> TestedModel | None:
-    """Retrains a run, or loads the weights that its trial left, and scores it on the test examples.
+    """Retrains a run, or loads the weights that its trial left, or averages those of the
+    ingredients of a soup, and scores it on the test examples.
 
     Returns None when `report` returned False. Raises NoUsableTrial, DataError.
     """
+    run = assignment.run
     device_context = select_device(
         assignment.engine, Path(assignment.home), slot, assignment.micro_batches
     )
@@ -155,21 +173,27 @@ def train_model(
     try:
         # its linear probe may diverge too
         context = prepare_training(
-            assignment.run, device_context, assignment.metric, assignment.direction
+            run_at_common_depth(run, ingredients),
+            device_context,
+            assignment.metric,
+            assignment.direction,
         )
-        for progress in [] if weights_file else retrain(assignment, context):
+        for progress in [] if weights_file or ingredients else retrain(assignment, context):
             if progress.best is not None:
                 valid_scores = progress.best.epoch.scores
             if not report(progress.epoch):
                 return None
-        if weights_file and not load_best_weights(
+        if ingredients:
+            make_soup(context, ingredients, run.recipe.batch_size)
+        elif weights_file and not load_best_weights(
             Path(weights_file), context.staged_model.model, context.net
         ):
             raise DataError(
                 f"{weights_file}: damaged or of another model; with search.retrain: true the "
                 "run is trained again"
             )
-        tested_run = score_test_split(context, assignment.run)
+        digest = soup_digest(ingredients) if ingredients else run.digest()
+        tested_run = score_test_split(context, digest, run.recipe.batch_size)
     except Diverged as error:
         raise NoUsableTrial(f"training diverged ({error}); {DIVERGED_HINT}") from None
     return TestedModel(context, valid_scores, tested_run)
@@ -182,14 +206,14 @@ def retrain(assignment: Assignment, context: TrainingContext) -> Iterator[FitPro
     return fit(context, assignment.run.recipe, assignment.run.seed, checkpoints)
 
 
-def score_test_split(context: TrainingContext, run: Run) -> TestedRun:
+def score_test_split(context: TrainingContext, run_digest: str, batch_size: int) -> TestedRun:
     """Scores a run's model on the test examples; called once per run. Raises Diverged."""
-    pairs = predict_source(context, context.test, run.recipe.batch_size)
+    pairs = predict_source(context, context.test, batch_size)
     scores = context.task.score(pairs)
     if not all(map(math.isfinite, scores.values())):
         raise Diverged("the test scores are not finite")
     return TestedRun(
-        run.digest(),
+        run_digest,
         context.dataset.digest,
         scores | score_own_metric(context.metric, pairs),
         context.task.class_scores(pairs),
@@ -210,11 +234,17 @@ def load_earlier_export(folder: Path, job: FinalizeJob) -> TrainedModel | None:
     # run than its digest says
     if published.run.digest() != run.digest():
         return None
+    findings = {
+        name: published.manifest.get(name) for name in ("comparison", "confirmation", "soup")
+    }
+    soup = job.soup.findings if job.soup is not None else None
+    if averaged_runs(findings["soup"]) != averaged_runs(soup):
+        return None
+    findings["soup"] = soup
     model = model_without_weights(published)
     load_exporter("safetensors").restore(
         published.folder / published.manifest["exports"]["safetensors"]["file"], model
     )
-    findings = {name: published.manifest.get(name) for name in ("comparison", "confirmation")}
     if job.confirmation is not None:
         findings["confirmation"] = job.confirmation
     test_file = published.folder / TEST_RESULTS

@@ -172,17 +172,30 @@ def adopt_training_statistics(
     """
     if not context.pretrained_norms or not batch_norm.statistics_adapt(recipe):
         return
-    count = min(len(context.train), batch_norm.CALIBRATION_EXAMPLES)
-    order = torch.randperm(len(context.train), generator=torch.Generator().manual_seed(0))
-
-    def run_examples() -> None:
-        for index in torch.split(order[:count], min(MAX_EVAL_BATCH, 4 * recipe.batch_size)):
-            with context.device_context.autocast():
-                context.task.predict(context.net, context.train.take(index, 0).x)
-
-    batch_norm.adopt_statistics(context.net, context.pretrained_norms, run_examples)
+    batch_norm.adopt_statistics(
+        context.net,
+        context.pretrained_norms,
+        lambda: run_training_examples(context, recipe.batch_size),
+    )
     if training.average is not None:
         training.average.restart()
+
+
+def run_training_examples(context: TrainingContext, batch_size: int) -> None:
+    """Sends a sample of the training examples through the net, from which the statistics of
+    BatchNorm are computed.
+
+    It is the first view, the examples as they are: the statistics normalise what is validated,
+    tested and predicted.
+    """
+    count = min(len(context.train), batch_norm.CALIBRATION_EXAMPLES)
+    order = torch.randperm(len(context.train), generator=torch.Generator().manual_seed(0))[:count]
+    batches = list(torch.split(order, min(MAX_EVAL_BATCH, 4 * batch_size)))
+    if len(batches) > 1 and len(batches[-1]) == 1:  # a batch of one may have no variance
+        batches[-2:] = [torch.cat(batches[-2:])]
+    for index in batches:
+        with context.device_context.autocast():
+            context.task.predict(context.net, context.train.take(index, 0).x)
 
 
 def replay_epochs(
