@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial
 from tuner import manifest
 from tuner.commands.console import Console
 from tuner.commands.session import INSTEAD, Folders, home_folder, open_session
-from tuner.commands.winner import choose_export
+from tuner.commands.winner import choose_export, choose_outputs
 from tuner.config import parsing, plugins, yaml_document
 from tuner.config.objective import metric_label
 from tuner.config.space import Space
@@ -53,7 +53,8 @@ def export_trial(
             sampler=optuna.samplers.RandomSampler(),
             pruner=PRUNERS["none"](1),
         )
-        chosen = _choose_trial(study, space, trial)
+        confirmed = read_confirmed(study, space) if trial is None else None
+        chosen = confirmed.winner.trial if confirmed else _choose_trial(study, trial)
         found, epoch = (
             history.run_of_trial(space, study, chosen),
             chosen.user_attrs[history.BEST_EPOCH],
@@ -66,11 +67,12 @@ def export_trial(
         run, weights = choose_export(
             trial is not None or space.settings.search.retrain, found, epoch, left
         )
+        outputs = choose_outputs(space.settings.search, chosen, confirmed)
         manifest.recover_export(place)
         before = manifest.read_export(place)
         kept = (
             tuple(before.manifest["exports"])
-            if before is not None and before.manifest["run_digest"] == run.digest()
+            if before is not None and manifest.is_export_of(before.manifest, run, outputs)
             else ()
         )
         if kept and set(formats) <= set(kept) and before is not None:
@@ -82,6 +84,7 @@ def export_trial(
             chosen.number,
             chosen.user_attrs[history.SCORES],
             weights,
+            outputs=outputs,
         )
         return published
 
@@ -99,14 +102,13 @@ def load_study_space(folder: Path) -> Space:
     return parsing.with_values(space.document, {("search", "name"): folder.resolve().name})
 
 
-def _choose_trial(study: optuna.Study, space: Space, number: int | None) -> FrozenTrial:
-    """The winner, or the trial of this number.
+def _choose_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
+    """The best trial, or the trial of this number.
 
     Raises DataError where that trial has no epoch that could be exported.
     """
     if number is None:
-        confirmed = read_confirmed(study, space)
-        return confirmed.winner.trial if confirmed else history.best_trial(study)[0]
+        return history.best_trial(study)[0]
     trials = study.get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
         raise DataError(

@@ -26,6 +26,7 @@ from tuner.messages import (
     DefaultTestJob,
     FinalizeJob,
     ModelSurvey,
+    OutputSettings,
     micro_batch_count,
 )
 
@@ -76,13 +77,8 @@ class Session:
         carry: RunJobs,
         stop_signal: StopSignal,
     ) -> None:
-        self.space, self.folders, self.console, self.run_jobs, self.stop_signal = (
-            space,
-            folders,
-            console,
-            carry,
-            stop_signal,
-        )
+        self.space, self.folders, self.console = space, folders, console
+        self.run_jobs, self.stop_signal = carry, stop_signal
         self.settings = space.settings
         self.answered = False  # the user knows that a signal was heard
 
@@ -201,13 +197,14 @@ class Session:
         weights: Path | None = None,
         comparison: DefaultComparison | None = None,
         confirmation: dict[str, Any] | None = None,
+        outputs: OutputSettings = OutputSettings(),
     ) -> Any:
         """Retrains, tests and exports in a worker; returns what was published.
 
         With `weights` it takes these, of the run's trial. With `comparison` the winner is compared
-        with the default recipe. `confirmation` is what the manifest says of its repeats.
-        A training that is killed is continued by the next crowning for the same folder. Raises
-        StorageError where an export cannot be put there, or another process is making one.
+        with the default recipe. `confirmation` is what the manifest says of its repeats. A training
+        that is killed is continued by the next crowning for the same folder. Raises StorageError
+        where an export cannot be put there, or another process is making one.
         """
         folder = folder.resolve() if folder.is_symlink() else folder
         kept = checkpoint_files.place_of(folder).absolute()
@@ -221,18 +218,21 @@ class Session:
             str(weights.absolute()) if weights else None,
             comparison,
             confirmation,
+            outputs,
         )
         with publishing(folder):
             return self.retrain(job, kept, weights, str(folder.absolute()))
 
-    def run_default_test(self, run: Run, kept: Path, weights: Path | None) -> bytes:
+    def run_default_test(
+        self, run: Run, kept: Path, weights: Path | None, outputs: OutputSettings
+    ) -> bytes:
         """Retrains the default recipe in a worker and scores it on the test examples.
 
         With `weights` it takes these, of the run's trial. A training that is killed is continued
         from its checkpoints in `kept`. Returns the content of the file with its test.
         """
         given = str(weights.absolute()) if weights else None
-        job = DefaultTestJob(self.retraining_assignment(run, kept), given)
+        job = DefaultTestJob(self.retraining_assignment(run, kept), given, outputs)
         content: bytes = self.retrain(job, kept, weights)
         return content
 

@@ -13,13 +13,13 @@ from tuner.commands.session import Session, interrupted_error, study_name, write
 from tuner.commands.summary import Summary
 from tuner.commands.trial_line import format_duration
 from tuner.config.objective import metric_label
-from tuner.config.run import Run
+from tuner.config.run import Run, SearchSettings
 from tuner.dashboard.artifacts import write_result_note
 from tuner.errors import NoUsableTrial
 from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER
 from tuner.files.tested_run_files import find_tested_run, keep_tested_run
-from tuner.manifest import PublishedExport
-from tuner.messages import DefaultComparison
+from tuner.manifest import PublishedExport, is_export_of
+from tuner.messages import DefaultComparison, OutputSettings
 from tuner.search import history, storage
 from tuner.search.confirmation import (
     Confirmation,
@@ -70,13 +70,31 @@ def choose_export(
     )
 
 
-def best_yaml_content(run: Run, session: Session) -> dict[str, Any]:
+def choose_outputs(
+    search: SearchSettings, trial: FrozenTrial, confirmed: Confirmed | None = None
+) -> OutputSettings:
+    """What is done with the outputs of a trial's model.
+
+    Its temperature is that of its best epoch; where it is the confirmed winner, the mean with those
+    of its repeats. A trial of an earlier version has none.
+    """
+    stated = OutputSettings.of(search)
+    if stated.calibrate != "temperature":
+        return stated
+    own = trial.user_attrs.get(history.TEMPERATURE)
+    temperature = confirmed.winner.temperature if confirmed else own
+    return replace(stated, calibrate="none" if temperature is None else temperature)
+
+
+def best_yaml_content(run: Run, session: Session, outputs: OutputSettings) -> dict[str, Any]:
     """best.yaml: the same form as a space file, with nothing left to choose."""
     settings = session.settings.search
     search = {
         "name": study_name(session.space),
         "metric": settings.metric,
         "direction": settings.direction,
+        "calibrate": outputs.calibrate,
+        "test_flips": outputs.test_flips,
     }
     return run.to_dict() | {
         "search": search,
@@ -142,9 +160,10 @@ def finalize_best(ended: EndedSearch) -> Summary:
         winner, tied = confirmed.winner.trial, []
     trial_run = history.run_of_trial(session.space, coordinator.study, winner)
     run = run_to_best_epoch(trial_run, winner.user_attrs[history.BEST_EPOCH])
+    outputs = choose_outputs(session.settings.search, winner, confirmed)
     write_yaml(
         folder / "best.yaml",
-        best_yaml_content(run, session),
+        best_yaml_content(run, session, outputs),
         f"trial {winner.number} of study {study_name(session.space)!r}; "
         f"{describe_confirmed(confirmed)}`tuner train` repeats it",
     )
@@ -191,10 +210,13 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
             history.proposal_numbers(coordinator.study)[winner.number]
         ),
     )
+    outputs = choose_outputs(settings.search, winner, summary.confirmed)
     confirmation = summary.confirmed.to_dict(summary.metric) if summary.confirmed else None
     manifest.recover_export(folder / "export")
     published = manifest.read_export(folder / "export")
-    if published is not None and not is_stale(published, run, settings.export, confirmation):
+    if published is not None and not is_stale(
+        published, run, outputs, settings.export, confirmation
+    ):
         return replace(summary, published=published)
     if weights is None and not settings.search.retrain:
         session.console.note(
@@ -202,7 +224,7 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
             f"{winner.number} are kept (search.keep)"
         )
         return summary
-    is_tested = published is not None and published.manifest["run_digest"] == run.digest()
+    is_tested = published is not None and is_export_of(published.manifest, run, outputs)
     published = session.finalize(
         run,
         folder / "export",
@@ -212,6 +234,7 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
         weights,
         None if is_tested else compare_with_default(session, coordinator, folder, winner),
         confirmation,
+        outputs,
     )
     if compared := manifest.describe_comparison(published.manifest):
         write_result_note(coordinator.study, f"trial {winner.number}: {compared}")
@@ -316,11 +339,17 @@ def compare_with_default(
             history.proposal_numbers(coordinator.study)[default.number]
         ),
     )
-    tested = find_tested_run(folder, run.digest(), folder / "export" / manifest.TEST_RESULTS)
+    outputs = choose_outputs(session.settings.search, default)
+    wanted = {
+        "run_digest": run.digest(),
+        "temperature": None if outputs.calibrate == "none" else outputs.calibrate,
+        "test_flips": outputs.test_flips,
+    }
+    tested = find_tested_run(folder, wanted, folder / "export" / manifest.TEST_RESULTS)
     if tested is None:
         kept = (folder / CHECKPOINTS_FOLDER / "default").absolute()
         try:
-            tested = session.run_default_test(run, kept, weights)
+            tested = session.run_default_test(run, kept, weights, outputs)
         except NoUsableTrial as error:
             session.console.warn(f"not compared with the default recipe, since its {error}")
             return None
@@ -331,15 +360,16 @@ def compare_with_default(
 def is_stale(
     published: PublishedExport,
     run: Run,
+    outputs: OutputSettings,
     formats: tuple[str, ...],
     confirmation: Mapping[str, Any] | None,
 ) -> bool:
-    """Whether an export is of another run, lacks a format, or does not say how its trial was
-    confirmed.
+    """Whether an export is of another run or has other outputs, lacks a format, or does not say how
+    its trial was confirmed.
     """
     m = published.manifest
     return (
-        m["run_digest"] != run.digest()
+        not is_export_of(m, run, outputs)
         or not set(formats) <= set(m["exports"])
         or (confirmation is not None and m.get("confirmation") != confirmation)
     )

@@ -299,6 +299,16 @@ class SearchSettings(Section):
         description="default: the default recipe is retrained and tested as the winner is, so that "
         "the difference on the test examples is known; none: the winner alone",
     )
+    calibrate: Annotated[float, Field(gt=0, le=100)] | Literal["temperature", "none"] = Field(
+        "temperature",
+        description="what the logits of an exported classifier are divided by: temperature, what "
+        "suits the validation examples best; or a number, which best.yaml has",
+    )
+    test_flips: bool = Field(
+        False,
+        description="the test, and `tuner predict`, average the outputs for an image and its "
+        "mirror image; images, but no boxes",
+    )
     grace: Annotated[str, AfterValidator(check_duration)] = Field(
         "8s",
         description="what SIGTERM leaves to the running epoch: a little less than the time until "
