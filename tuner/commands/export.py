@@ -53,8 +53,7 @@ def export_trial(
             sampler=optuna.samplers.RandomSampler(),
             pruner=PRUNERS["none"](1),
         )
-        confirmed = read_confirmed(study, space) if trial is None else None
-        chosen = confirmed.winner.trial if confirmed else _choose_trial(study, trial)
+        chosen = _choose_trial(study, space, trial)
         found, epoch = (
             history.run_of_trial(space, study, chosen),
             chosen.user_attrs[history.BEST_EPOCH],
@@ -67,7 +66,7 @@ def export_trial(
         run, weights = choose_export(
             trial is not None or space.settings.search.retrain, found, epoch, left
         )
-        outputs = choose_outputs(space.settings.search, chosen, confirmed)
+        outputs = choose_outputs(space.settings.search, chosen)
         manifest.recover_export(place)
         before = manifest.read_export(place)
         kept = (
@@ -102,13 +101,14 @@ def load_study_space(folder: Path) -> Space:
     return parsing.with_values(space.document, {("search", "name"): folder.resolve().name})
 
 
-def _choose_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
-    """The best trial, or the trial of this number.
+def _choose_trial(study: optuna.Study, space: Space, number: int | None) -> FrozenTrial:
+    """The winner, or the trial of this number.
 
     Raises DataError where that trial has no epoch that could be exported.
     """
     if number is None:
-        return history.best_trial(study)[0]
+        confirmed = read_confirmed(study, space)
+        return confirmed.winner.trial if confirmed else history.best_trial(study)[0]
     trials = study.get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
         raise DataError(

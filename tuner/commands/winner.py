@@ -70,20 +70,15 @@ def choose_export(
     )
 
 
-def choose_outputs(
-    search: SearchSettings, trial: FrozenTrial, confirmed: Confirmed | None = None
-) -> OutputSettings:
-    """What is done with the outputs of a trial's model.
+def choose_outputs(search: SearchSettings, trial: FrozenTrial) -> OutputSettings:
+    """What is done with the outputs of a trial's model: its temperature is that of its best epoch.
 
-    Its temperature is that of its best epoch; where it is the confirmed winner, the mean with those
-    of its repeats. A trial of an earlier version has none.
+    A trial of an earlier version has none.
     """
     stated = OutputSettings.of(search)
     if stated.calibrate != "temperature":
         return stated
-    own = trial.user_attrs.get(history.TEMPERATURE)
-    temperature = confirmed.winner.temperature if confirmed else own
-    return replace(stated, calibrate="none" if temperature is None else temperature)
+    return replace(stated, calibrate=trial.user_attrs.get(history.TEMPERATURE, "none"))
 
 
 def best_yaml_content(run: Run, session: Session, outputs: OutputSettings) -> dict[str, Any]:
@@ -160,7 +155,7 @@ def finalize_best(ended: EndedSearch) -> Summary:
         winner, tied = confirmed.winner.trial, []
     trial_run = history.run_of_trial(session.space, coordinator.study, winner)
     run = run_to_best_epoch(trial_run, winner.user_attrs[history.BEST_EPOCH])
-    outputs = choose_outputs(session.settings.search, winner, confirmed)
+    outputs = choose_outputs(session.settings.search, winner)
     write_yaml(
         folder / "best.yaml",
         best_yaml_content(run, session, outputs),
@@ -210,7 +205,7 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
             history.proposal_numbers(coordinator.study)[winner.number]
         ),
     )
-    outputs = choose_outputs(settings.search, winner, summary.confirmed)
+    outputs = choose_outputs(settings.search, winner)
     confirmation = summary.confirmed.to_dict(summary.metric) if summary.confirmed else None
     manifest.recover_export(folder / "export")
     published = manifest.read_export(folder / "export")

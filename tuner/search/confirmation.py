@@ -28,13 +28,7 @@ from tuner.errors import TunerError
 from tuner.files.checkpoint_files import remove_training_checkpoints
 from tuner.files.crash_points import crash_point
 from tuner.jobs import Job, Outcome, stall_of, to_tuner_error
-from tuner.messages import (
-    Assignment,
-    Epoch,
-    TrialResult,
-    mean_temperature,
-    micro_batch_count,
-)
+from tuner.messages import Assignment, Epoch, TrialResult, micro_batch_count
 from tuner.search import history
 from tuner.search.samplers import derive_seed
 
@@ -63,16 +57,11 @@ def settings_for(search: SearchSettings, trial_count: int) -> ConfirmSettings | 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial with the scores of its repeats; None for a repeat that failed.
-
-    `temperatures` are those of the repeats; None for one of an earlier version, or of a task
-    without a temperature.
-    """
+    """A trial with the scores of its repeats; None for a repeat that failed."""
 
     trial: FrozenTrial
     run: Run
     scores: tuple[float | None, ...]
-    temperatures: tuple[float | None, ...] = ()
 
     @property
     def is_usable(self) -> bool:
@@ -90,15 +79,6 @@ class Candidate:
     def deviation(self) -> float | None:
         """The standard deviation over the repeats: the noise of seed and split; None for one."""
         return statistics.stdev(self.known_scores) if len(self.known_scores) > 1 else None
-
-    @property
-    def temperature(self) -> float | None:
-        """The geometric mean over the trial and its repeats: they validate on other examples, so
-        together they say more than the trial alone.
-        """
-        return mean_temperature(
-            [self.trial.user_attrs.get(history.TEMPERATURE), *self.temperatures]
-        )
 
     @property
     def cost(self) -> tuple[int, int]:
@@ -174,12 +154,9 @@ def read_candidates(
             for repeat in range(settings.repeats)
         }
         results = {r: attributes[key] for r, key in keys.items() if key in attributes}
-        scores, temperatures = (
-            tuple(results.get(repeat, {}).get(name) for repeat in keys)
-            for name in ("score", "temperature")
-        )
+        scores = tuple(results.get(repeat, {}).get("score") for repeat in keys)
         run = history.run_of_trial(space, study, trial)
-        found.append((Candidate(trial, run, scores, temperatures), results))
+        found.append((Candidate(trial, run, scores), results))
     return found
 
 
@@ -360,15 +337,10 @@ class Confirmation:
             reason = f"{result.state}: {result.reason}"
             self._keep(number, repeat, {"score": None, "reason": reason})
             return
-        last = result.epochs[-1]
-        kept = {
-            "score": last.scores[str(self.space.settings.search.metric)],
-            "scores": last.scores,
-            "seconds": round(result.seconds, 3),
-        }
-        if last.temperature is not None:
-            kept["temperature"] = last.temperature
-        self._keep(number, repeat, kept)
+        scores = result.epochs[-1].scores
+        score = scores[str(self.space.settings.search.metric)]
+        seconds = round(result.seconds, 3)
+        self._keep(number, repeat, {"score": score, "scores": scores, "seconds": seconds})
 
     def _keep(self, number: int, repeat: int, result: dict[str, Any]) -> None:
         key = REPEAT_ATTRIBUTE.format(trial=number, repeat=repeat)
