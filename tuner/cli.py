@@ -12,17 +12,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from tuner.commands.arguments import (
-    Command,
-    Debug,
-    File,
-    Json,
-    Overrides,
-    Port,
-    Quiet,
-    Studies,
-    Study,
-)
+from tuner.commands import arguments
+from tuner.commands.arguments import Command, Debug, File, Json, Overrides, Port, Quiet, Studies
 from tuner.errors import SpaceError, TunerError
 
 if TYPE_CHECKING:
@@ -133,6 +124,7 @@ def train(
     from tuner.commands.run import check_free_space
     from tuner.commands.session import INSTEAD, open_session, study_name
     from tuner.files.removal import require_target
+    from tuner.messages import OutputSettings
 
     space, folders, console = open_space(file, overrides, studies, quiet, json_)
     if space.dimensions:
@@ -147,13 +139,14 @@ def train(
         s.survey_models()
         check_free_space(folders, s.inspect_data())
         chosen = space.sample(None, seed=space.settings.search.seed)
-        published = s.finalize(chosen, folder, space.settings.export, -1, {})
+        outputs = OutputSettings.of(space.settings.search)
+        published = s.finalize(chosen, folder, space.settings.export, -1, {}, outputs=outputs)
     show_published(console, published)
 
 
 @app.command(cls=Command)
 def export(
-    study: Study,
+    study: arguments.Study,
     format_: Annotated[
         list[str] | None,
         typer.Option(
@@ -195,6 +188,7 @@ def predict(
     trust: Annotated[
         bool, typer.Option("--trust", help="import and run the code that the export names")
     ] = False,
+    flips: arguments.Flips = None,
     studies: Studies = Path("studies"),
     json_: Json = False,
     debug: Debug = False,
@@ -207,9 +201,8 @@ def predict(
     from tuner.training import inference
 
     published = inference.find_export(studies, study)
-    print_predictions(
-        inference.predict_examples(published, examples, format_, trust=trust), out, as_json=json_
-    )
+    predictions = inference.predict_examples(published, examples, format_, trust=trust, flips=flips)
+    print_predictions(predictions, out, as_json=json_)
 
 
 @app.command(cls=Command)

@@ -13,6 +13,11 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+# why test-time flips are for some tasks alone
+NO_MEAN_OF_OUTPUTS = (
+    "only outputs that are numbers for the same classes or pixels have a mean; the boxes of an "
+    "image and its mirror image would have to be matched first, and a text has no mirror image"
+)
 MAX_LISTED = 10  # problems that a message lists before it only counts them
 
 

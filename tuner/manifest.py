@@ -13,6 +13,7 @@ from tuner.errors import DataError
 from tuner.files import removal
 from tuner.files.atomic import file_sha256, lock_of_export, remove_unused_lock, sweep_exports
 from tuner.files.removal import MANIFEST
+from tuner.messages import OutputSettings
 
 MAX_CLASSES_LISTED = 100  # on a model card
 TEST_RESULTS = "test_results.safetensors"  # in an export: what each test example adds to its scores
@@ -122,6 +123,23 @@ def _read(folder: Path, text: bytes) -> PublishedExport:
     return PublishedExport(folder, manifest)
 
 
+def is_export_of(manifest: Mapping[str, Any], run: Run, outputs: OutputSettings) -> bool:
+    """Whether an export is of a run, with these outputs.
+
+    An export of an earlier version says nothing of its outputs: it has no temperature and no flips.
+    It stays as it is where none is stated.
+    """
+    calibrate = manifest.get("calibrate")
+    return (
+        manifest["run_digest"] == run.digest()
+        and (manifest.get("test_flips") or False) == outputs.test_flips
+        and (
+            calibrate == outputs.calibrate
+            or (calibrate is None and isinstance(outputs.calibrate, str))
+        )
+    )
+
+
 def recover_export(folder: Path) -> None:
     """Undoes what a killed export left: the older export comes back, half-written ones go."""
     removal.recover_older(folder)
@@ -194,6 +212,24 @@ def describe_soup(m: Mapping[str, Any]) -> str | None:
     )
 
 
+def describe_outputs(m: Mapping[str, Any]) -> str:
+    """What is done with the model's outputs, as paragraphs for the model card; empty: nothing."""
+    paragraphs = ""
+    if m.get("temperature") is not None:
+        paragraphs += (
+            f"\nThe export divides its logits by the temperature {m['temperature']:g}, so that its "
+            "probabilities are calibrated (temperature scaling: Guo et al., ICML 2017). The test "
+            "scores are those of these probabilities, the validation scores those before.\n"
+        )
+    if m.get("test_flips"):
+        paragraphs += (
+            "\nThe test scores are those of the mean of the outputs for each image and its mirror "
+            "image. `tuner predict` takes this mean too, unless `--no-flips` is given; a program "
+            "that calls the export has to do so itself.\n"
+        )
+    return paragraphs
+
+
 def format_model_card(m: Mapping[str, Any]) -> str:
     """MODEL_CARD.md: what the model is, how it was found, how well it does, how to call it."""
     run, metric = m["run"], m["metric"]
@@ -244,7 +280,7 @@ Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label
 | | validation (during the search) | test (once, at the end) |
 |---|---|---|
 {scores}
-{compared}
+{compared}{describe_outputs(m)}
 {_format_classes(m["scores"].get("per_class", {}))}
 ## Use
 

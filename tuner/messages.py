@@ -1,12 +1,15 @@
 """What the coordinator sends to workers and receives from them: values that need no torch."""
 
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tuner.config.objective import Direction
-from tuner.config.run import EngineSettings, Run
+from tuner.config.run import EngineSettings, Run, SearchSettings
 
 LAST_ATTEMPT_MICRO_BATCHES = 4
+TEMPERATURE_DIGITS = 4  # after the point; so best.yaml has a number that people can read
 
 
 def micro_batch_count(attempt: int, killed: int, retries: int) -> int:
@@ -66,14 +69,25 @@ class DatasetReport:
 class Epoch:
     """The result of one epoch: `number` counts from 1.
 
-    `scores` are of the validation examples. `notes`: what the user must read before it.
+    `scores` are of the validation examples, and `temperature` is fitted to them; None: the task has
+    none, or no examples are left to fit it to. `notes`: what the user must read before it.
     """
 
     number: int
     loss: float
     scores: dict[str, float]
     seconds: float
+    temperature: float | None = None
     notes: tuple[str, ...] = ()
+
+
+def mean_temperature(temperatures: Iterable[float | None]) -> float | None:
+    """The geometric mean of temperatures, rounded as each of them is; None where there are none.
+
+    2 and 0.5 are as far from 1, so their mean is 1.
+    """
+    known = [temperature for temperature in temperatures if temperature is not None]
+    return round(statistics.geometric_mean(known), TEMPERATURE_DIGITS) if known else None
 
 
 @dataclass(frozen=True)
@@ -93,14 +107,33 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
+class OutputSettings:
+    """What is done with a trained model's outputs before they are scored, exported or shown.
+
+    `calibrate`: the temperature that divides the logits; `temperature`, the one that is fitted
+    where the training validates; `none`. `test_flips`: the outputs for an image and its mirror
+    image are averaged.
+    """
+
+    calibrate: float | Literal["temperature", "none"] = "none"
+    test_flips: bool = False
+
+    @staticmethod
+    def of(search: SearchSettings) -> "OutputSettings":
+        """Those that a file states."""
+        return OutputSettings(search.calibrate, search.test_flips)
+
+
+@dataclass(frozen=True)
 class DefaultTestJob:
-    """Retrain and test the default recipe, without an export: its assignment.
+    """Retrain and test the default recipe, without an export: its assignment and its outputs.
 
     `weights_file`: it is not retrained, but gets the weights that its trial left there.
     """
 
     assignment: Assignment
     weights_file: str | None = None
+    outputs: OutputSettings = OutputSettings()
 
 
 @dataclass(frozen=True)
@@ -165,7 +198,7 @@ class Soup:
 
 @dataclass(frozen=True)
 class FinalizeJob:
-    """Retrain, test and export the winner: its assignment, where to publish, and its scores.
+    """Retrain, test and export the winner: its assignment, where to publish, scores and outputs.
 
     `weights_file`: it is not retrained, but gets the weights that its trial left there. `soup`: it
     gets the average of the weights of several trials, where that was chosen.
@@ -184,3 +217,4 @@ class FinalizeJob:
     comparison: DefaultComparison | None = None
     confirmation: dict[str, Any] | None = None
     soup: Soup | None = None
+    outputs: OutputSettings = OutputSettings()

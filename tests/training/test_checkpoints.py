@@ -84,7 +84,7 @@ def attempt(
     told, digests, notes = [], [], []
     for progress in islice(fit(bench, r.recipe, r.seed, kept), most):
         epoch, best = progress.epoch, progress.best
-        told.append((epoch.number, epoch.loss, epoch.scores))
+        told.append((epoch.number, epoch.loss, epoch.scores, epoch.temperature))
         digests.append(module_digest(bench.net))
         notes += epoch.notes
     return told, [*digests, module_digest(bench.net)], best, notes
@@ -187,11 +187,17 @@ def test_folds_continue_in_step(
     def epochs(folder: Path | None, most: int | None = None) -> list[Any]:
         training = fit_folds(r, prepare_folds(r, here, "accuracy"), folder)
         return [
-            (progress.epoch.number, progress.epoch.loss, progress.epoch.scores)
+            (
+                progress.epoch.number,
+                progress.epoch.loss,
+                progress.epoch.scores,
+                progress.epoch.temperature,
+            )
             for progress in islice(training, most)
         ]
 
     straight = epochs(None)
+    assert all(temperature > 0 for *_, temperature in straight)
     epochs(tmp_path / "kept", most=2)
     if after == (2, 1):
         checkpoint_files.list_checkpoints(tmp_path / "kept" / "fold-1")[0].unlink()
@@ -455,7 +461,7 @@ def test_30_a_model_that_has_changed_begins_again(
     monkeypatch.setattr(counting_model, "build_counted_model", lambda outputs: wider)
     monkeypatch.setattr("tuner.training.building._cached_models", {})
     told, _, _, notes = attempt(run(), here, tmp_path / "kept", most=1)
-    assert [number for number, _, _ in told] == [
+    assert [number for number, *_ in told] == [
         1
     ] and "of another model; left aside; the training begins again" in notes[0]
 
@@ -557,12 +563,12 @@ def test_what_does_not_fit_is_accumulated_and_means_the_same(
         "out of memory with 8 examples at once; batches go on in parts of 4, their gradients added up",
     ]
     monkeypatch.setattr(Greedy, "most", 99)
-    for (_, loss, scores), (expected, of_hand) in zip(told, by_hand(r, here, 4), strict=True):
+    for (_, loss, scores, _), (expected, of_hand) in zip(told, by_hand(r, here, 4), strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)
         assert scores["log_likelihood"] == pytest.approx(of_hand["log_likelihood"], rel=1e-5)
     whole = attempt(r, here, None)[0]
-    assert [loss for _, loss, _ in told] == pytest.approx(
-        [loss for _, loss, _ in whole], rel=1e-4
+    assert [loss for _, loss, *_ in told] == pytest.approx(
+        [loss for _, loss, *_ in whole], rel=1e-4
     )  # as if all had fitted
 
 
@@ -588,8 +594,8 @@ def test_a_trial_that_was_killed_for_its_memory_goes_on_with_parts_of_its_batche
     attempt(r, here, tmp_path / "kept", most=1)  # and then its worker was killed
     monkeypatch.setattr(Greedy, "asked", [])
     told, _, _, notes = attempt(r, replace(here, micro_batches=4), tmp_path / "kept")
-    assert max(Greedy.asked) == 4 and [number for number, _, _ in told] == [1, 2, 3]
-    assert [loss for _, loss, _ in told] == pytest.approx([loss for _, loss, _ in straight], 1e-4)
+    assert max(Greedy.asked) == 4 and [number for number, *_ in told] == [1, 2, 3]
+    assert [loss for _, loss, *_ in told] == pytest.approx([loss for _, loss, *_ in straight], 1e-4)
     assert len(notes) == 1 and "batches are taken in parts of 4" in notes[0]
 
 

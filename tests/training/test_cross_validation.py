@@ -13,6 +13,7 @@ from tests.conftest import SMALL, CommandResult
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.files.cache_entries import list_entries
+from tuner.messages import mean_temperature
 from tuner.training import cross_validation
 from tuner.training.building import load_dataset
 from tuner.training.cross_validation import fit_folds, prepare_folds, runs_of_folds
@@ -52,6 +53,8 @@ def test_an_epoch_is_the_mean_of_the_folds(here: DeviceContext) -> None:
     for i, epoch in enumerate(found):
         for name, value in epoch.scores.items():
             assert value == pytest.approx(sum(fold[i].scores[name] for fold in alone) / 3, abs=1e-5)
+        temperatures = [fold[i].temperature for fold in alone]
+        assert len(set(temperatures)) > 1 and epoch.temperature == mean_temperature(temperatures)
     assert (
         len({fold[0].scores["log_likelihood"] for fold in alone}) == 3
     )  # they are not one fold three times

@@ -1,6 +1,7 @@
 """Two models on the same test examples: the interval of their difference is a paired bootstrap's."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tuner.config import plugins
 from tuner.config.run import Recipe
 from tuner.core.example_results import ExampleResults
 from tuner.core.types import Task
+from tuner.files.tested_run_files import find_tested_run, keep_tested_run
 from tuner.training.tested_runs import DRAWS, PLAIN_DRAWS, TestedRun, compare_tested_runs
 
 COUNT = 400
@@ -104,3 +106,12 @@ def test_a_task_of_ones_own_is_scored_on_fewer_draws_or_on_none() -> None:
     assert refused["interval"] is None and refused["difference"] == found["difference"]
     nothing = TestedRun("r", "d", runs[0].scores, {}, 40, {})
     assert compare_tested_runs(own, "accuracy", nothing, runs[1], 0)["interval"] is None
+
+
+def test_a_kept_test_is_of_a_run_a_temperature_and_flips(tmp_path: Path) -> None:
+    tested = TestedRun("r", "d", {"accuracy": 0.5}, {}, 3, {}, temperature=1.25)
+    keep_tested_run(tmp_path, tested.to_bytes())
+    wanted = {"run_digest": "r", "temperature": 1.25, "test_flips": False}
+    assert find_tested_run(tmp_path, wanted) == tested.to_bytes()
+    for other in ({"run_digest": "q"}, {"temperature": None}, {"test_flips": True}):
+        assert find_tested_run(tmp_path, wanted | other) is None

@@ -37,6 +37,13 @@ Overrides = Annotated[
 Studies = Annotated[
     Path, typer.Option(help="the folder that holds one folder per study", metavar="FOLDER")
 ]
+Flips = Annotated[
+    bool | None,
+    typer.Option(
+        "--flips/--no-flips",
+        help="average each image with its mirror image; default: as the export was tested",
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="print nothing but errors, warnings and addresses")
 ]

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 
 from tuner import manifest
 from tuner.commands.console import Console
-from tuner.commands.exported_run import choose_export
+from tuner.commands.exported_run import choose_export, choose_outputs
 from tuner.commands.session import INSTEAD, Folders, home_folder, open_session
 from tuner.commands.soup import (
     is_current,
@@ -73,10 +73,11 @@ def export_trial(
         run, weights = choose_export(
             trial is not None or space.settings.search.retrain, found, epoch, left
         )
+        outputs = choose_outputs(space.settings.search, chosen)
         candidates = soup_candidates(space, study, folder, chosen) if trial is None else None
         manifest.recover_export(place)
         before = manifest.read_export(place)
-        earlier = manifest_of_run(before, run)
+        earlier = manifest_of_run(before, run, outputs)
         kept: tuple[str, ...] = ()
         if earlier is not None and is_current(earlier.get("soup"), candidates):
             kept = tuple(earlier["exports"])
@@ -94,6 +95,7 @@ def export_trial(
             else chosen.user_attrs[history.SCORES],
             weights,
             soup=soup,
+            outputs=outputs,
         )
         remove_soup_checkpoints(folder)
         return published

@@ -1,9 +1,13 @@
-"""The run that is exported of a trial."""
+"""What is exported of a trial: its run, and what is done with the outputs of its model."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from tuner.config.run import Run
+from optuna.trial import FrozenTrial
+
+from tuner.config.run import Run, SearchSettings
+from tuner.messages import OutputSettings
+from tuner.search import history
 
 
 def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
@@ -31,3 +35,14 @@ def choose_export(
         if retrain
         else (run_to_best_epoch(run, epoch, fit="train"), weights)
     )
+
+
+def choose_outputs(search: SearchSettings, trial: FrozenTrial) -> OutputSettings:
+    """What is done with the outputs of a trial's model: its temperature is that of its best epoch.
+
+    A trial of an earlier version has none.
+    """
+    stated = OutputSettings.of(search)
+    if stated.calibrate != "temperature":
+        return stated
+    return replace(stated, calibrate=trial.user_attrs.get(history.TEMPERATURE, "none"))

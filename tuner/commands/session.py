@@ -26,6 +26,7 @@ from tuner.messages import (
     DefaultTestJob,
     FinalizeJob,
     ModelSurvey,
+    OutputSettings,
     Soup,
     micro_batch_count,
 )
@@ -77,13 +78,8 @@ class Session:
         carry: RunJobs,
         stop_signal: StopSignal,
     ) -> None:
-        self.space, self.folders, self.console, self.run_jobs, self.stop_signal = (
-            space,
-            folders,
-            console,
-            carry,
-            stop_signal,
-        )
+        self.space, self.folders, self.console = space, folders, console
+        self.run_jobs, self.stop_signal = carry, stop_signal
         self.settings = space.settings
         self.answered = False  # the user knows that a signal was heard
 
@@ -203,12 +199,14 @@ class Session:
         comparison: DefaultComparison | None = None,
         confirmation: dict[str, Any] | None = None,
         soup: Soup | None = None,
+        outputs: OutputSettings = OutputSettings(),
     ) -> Any:
         """Retrains, tests and exports in a worker; returns what was published.
 
         With `weights` it takes these, of the run's trial. With `comparison` the winner is compared
         with the default recipe. `confirmation` is what the manifest says of its repeats. `soup`:
-        weights are averaged where the soup has ingredients.
+        weights are averaged where the soup has ingredients. `outputs`: what is done with the
+        model's outputs.
         A training that is killed is continued by the next crowning for the same folder. Raises
         StorageError where an export cannot be put there, or another process is making one.
         """
@@ -225,18 +223,21 @@ class Session:
             comparison,
             confirmation,
             soup,
+            outputs,
         )
         with publishing(folder):
             return self.retrain(job, kept, str(folder.absolute()))
 
-    def run_default_test(self, run: Run, kept: Path, weights: Path | None) -> bytes:
+    def run_default_test(
+        self, run: Run, kept: Path, weights: Path | None, outputs: OutputSettings
+    ) -> bytes:
         """Retrains the default recipe in a worker and scores it on the test examples.
 
         With `weights` it takes these, of the run's trial. A training that is killed is continued
         from its checkpoints in `kept`. Returns the content of the file with its test.
         """
         given = str(weights.absolute()) if weights else None
-        job = DefaultTestJob(self.retraining_assignment(run, kept), given)
+        job = DefaultTestJob(self.retraining_assignment(run, kept), given, outputs)
         content: bytes = self.retrain(job, kept)
         return content
 

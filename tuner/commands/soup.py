@@ -26,8 +26,8 @@ from tuner.files.checkpoint_files import (
 )
 from tuner.files.crash_points import crash_point
 from tuner.jobs import stall_of
-from tuner.manifest import PublishedExport, averaged_runs
-from tuner.messages import Ingredient, Soup, SoupChoice, SoupJob
+from tuner.manifest import PublishedExport, averaged_runs, is_export_of
+from tuner.messages import Ingredient, OutputSettings, Soup, SoupChoice, SoupJob
 from tuner.search import history
 
 CHECKPOINTS_NAME = "soup-{trial}"  # of the retraining of an ingredient
@@ -75,10 +75,15 @@ def soup_candidates(
     return tuple(candidates) if len(candidates) > 1 else ()
 
 
-def manifest_of_run(published: PublishedExport | None, run: Run) -> dict[str, Any] | None:
-    """What an export says of itself; None where it is of another run, or there is none."""
-    is_same = published is not None and published.manifest["run_digest"] == run.digest()
-    return published.manifest if published is not None and is_same else None
+def manifest_of_run(
+    published: PublishedExport | None, run: Run, outputs: OutputSettings
+) -> dict[str, Any] | None:
+    """What an export says of itself; None where it is of another run or gives other outputs, or
+    there is none.
+    """
+    if published is None or not is_export_of(published.manifest, run, outputs):
+        return None
+    return published.manifest
 
 
 def is_current(

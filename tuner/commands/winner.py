@@ -8,7 +8,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from tuner import manifest
-from tuner.commands.exported_run import choose_export, run_to_best_epoch
+from tuner.commands.exported_run import choose_export, choose_outputs, run_to_best_epoch
 from tuner.commands.progress import Progress
 from tuner.commands.session import Session, interrupted_error, study_name, write_yaml
 from tuner.commands.soup import (
@@ -26,8 +26,8 @@ from tuner.dashboard.artifacts import write_result_note
 from tuner.errors import NoUsableTrial
 from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER
 from tuner.files.tested_run_files import find_tested_run, keep_tested_run
-from tuner.manifest import PublishedExport
-from tuner.messages import DefaultComparison
+from tuner.manifest import PublishedExport, is_export_of
+from tuner.messages import DefaultComparison, OutputSettings
 from tuner.search import history, storage
 from tuner.search.confirmation import (
     Confirmation,
@@ -51,13 +51,15 @@ def progress_of(coordinator: Coordinator) -> Progress:
     )
 
 
-def best_yaml_content(run: Run, session: Session) -> dict[str, Any]:
+def best_yaml_content(run: Run, session: Session, outputs: OutputSettings) -> dict[str, Any]:
     """best.yaml: the same form as a space file, with nothing left to choose."""
     settings = session.settings.search
     search = {
         "name": study_name(session.space),
         "metric": settings.metric,
         "direction": settings.direction,
+        "calibrate": outputs.calibrate,
+        "test_flips": outputs.test_flips,
     }
     return run.to_dict() | {
         "search": search,
@@ -123,9 +125,10 @@ def finalize_best(ended: EndedSearch) -> Summary:
         winner, tied = confirmed.winner.trial, []
     trial_run = history.run_of_trial(session.space, coordinator.study, winner)
     run = run_to_best_epoch(trial_run, winner.user_attrs[history.BEST_EPOCH])
+    outputs = choose_outputs(session.settings.search, winner)
     write_yaml(
         folder / "best.yaml",
-        best_yaml_content(run, session),
+        best_yaml_content(run, session, outputs),
         f"trial {winner.number} of study {study_name(session.space)!r}; "
         f"{describe_confirmed(confirmed)}`tuner train` repeats it",
     )
@@ -172,13 +175,14 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
             history.proposal_numbers(coordinator.study)[winner.number]
         ),
     )
+    outputs = choose_outputs(settings.search, winner)
     confirmation = summary.confirmed.to_dict(summary.metric) if summary.confirmed else None
     candidates = soup_candidates(session.space, coordinator.study, folder, winner)
     manifest.recover_export(folder / "export")
     published = manifest.read_export(folder / "export")
     if (
         published is not None
-        and not is_stale(published, run, settings.export, confirmation)
+        and not is_stale(published, run, outputs, settings.export, confirmation)
         and is_current(published.manifest.get("soup"), candidates)
     ):
         remove_soup_checkpoints(folder)  # of a command that was killed after it published
@@ -189,7 +193,7 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
             f"{winner.number} are kept (search.keep)"
         )
         return summary
-    earlier = manifest_of_run(published, run)
+    earlier = manifest_of_run(published, run, outputs)
     soup = plan_soup(session, folder, candidates, earlier)
     averaged = manifest.averaged_runs(soup.findings if soup is not None else None)
     is_tested = earlier is not None and manifest.averaged_runs(earlier.get("soup")) == averaged
@@ -203,6 +207,7 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
         None if is_tested else compare_with_default(ended, winner, is_soup=bool(averaged)),
         confirmation,
         soup,
+        outputs,
     )
     remove_soup_checkpoints(folder)
     if compared := manifest.describe_comparison(published.manifest):
@@ -310,11 +315,17 @@ def compare_with_default(
             history.proposal_numbers(coordinator.study)[default.number]
         ),
     )
-    tested = find_tested_run(folder, run.digest(), folder / "export" / manifest.TEST_RESULTS)
+    outputs = choose_outputs(session.settings.search, default)
+    wanted = {
+        "run_digest": run.digest(),
+        "temperature": None if outputs.calibrate == "none" else outputs.calibrate,
+        "test_flips": outputs.test_flips,
+    }
+    tested = find_tested_run(folder, wanted, folder / "export" / manifest.TEST_RESULTS)
     if tested is None:
         kept = (folder / CHECKPOINTS_FOLDER / "default").absolute()
         try:
-            tested = session.run_default_test(run, kept, weights)
+            tested = session.run_default_test(run, kept, weights, outputs)
         except NoUsableTrial as error:
             session.console.warn(f"not compared with the default recipe, since its {error}")
             return None
@@ -325,15 +336,16 @@ def compare_with_default(
 def is_stale(
     published: PublishedExport,
     run: Run,
+    outputs: OutputSettings,
     formats: tuple[str, ...],
     confirmation: Mapping[str, Any] | None,
 ) -> bool:
-    """Whether an export is of another run, lacks a format, or does not say how its trial was
-    confirmed.
+    """Whether an export is of another run or has other outputs, lacks a format, or does not say how
+    its trial was confirmed.
     """
     m = published.manifest
     return (
-        m["run_digest"] != run.digest()
+        not is_export_of(m, run, outputs)
         or not set(formats) <= set(m["exports"])
         or (confirmation is not None and m.get("confirmation") != confirmation)
     )

@@ -262,10 +262,10 @@ def check_recipe_of_task(draft: Draft) -> None:
         return
     tasks_by_key: dict[str, list[str]] = {}
     for name in tasks:
-        for key in plugins.list_recipe_keys(name):
+        for key in plugins.read_task_names(name, "RECIPE_KEYS"):
             tasks_by_key.setdefault(key, []).append(name)
     try:
-        known = plugins.list_recipe_keys(task)
+        known = plugins.read_task_names(task, "RECIPE_KEYS")
     except SpaceError:
         return  # said where the name is read
     for key in sorted(tasks_by_key.keys() - set(known)):

@@ -5,8 +5,9 @@ Positional arguments are what tuner passes. Keyword-only arguments are the YAML 
 annotations are the schema.
 
     tasks/<name>.py     METRICS; build(classes, recipe, *, ...) -> Task; MINIMISED (those of its
-                        metrics of which a lower value is better) and RECIPE_KEYS (those
-                        keys of the recipe that not every task has, and it has), where there are
+                        metrics of which a lower value is better), RECIPE_KEYS and
+                        SEARCH_KEYS (those keys of the recipe, and of search, that not
+                        every task has, and it has), where there are
     data/<name>.py      TASKS; load(home, input_spec, task, *, ...) -> Dataset
     models/<family>.py  TASKS; NAMES; input_spec(name, *, ...) -> InputSpec;
                         build(home, name, task, outputs, *, ...) -> StagedModel;
@@ -21,8 +22,8 @@ Every kind also accepts the user's own, as `package.module:attribute`. Then tune
 
     task    attribute(classes, recipe, *, ...) -> Task. An argument `class_counts` before the * gets
             how many training examples each class has, where the recipe weighs classes. METRICS,
-            MINIMISED and RECIPE_KEYS are read in the module that the name states. Without METRICS,
-            search.metric must be written and is not checked.
+            MINIMISED, RECIPE_KEYS and SEARCH_KEYS are read in the module that the name states.
+            Without METRICS, search.metric must be written and is not checked.
     data    attribute(home, input_spec, task, *, ...) -> Dataset. TASKS is not read.
     model   attribute(outputs, *, ...) -> StagedModel or nn.Module. An nn.Sequential is cut at its
             children, another module is one stage. `input_spec(*, ...)` is called where the module
@@ -128,7 +129,7 @@ def list_metrics(task: str) -> tuple[str, ...]:
 
     Raises SpaceError.
     """
-    return _read_task_names(task, "METRICS")
+    return read_task_names(task, "METRICS")
 
 
 def list_minimised(task: str) -> tuple[str, ...]:
@@ -136,19 +137,14 @@ def list_minimised(task: str) -> tuple[str, ...]:
 
     Raises SpaceError.
     """
-    return _read_task_names(task, "MINIMISED")
+    return read_task_names(task, "MINIMISED")
 
 
-def list_recipe_keys(task: str) -> tuple[str, ...]:
-    """The keys of the recipe that not every task has, and this one has: RECIPE_KEYS in its file.
+def read_task_names(task: str, constant_name: str) -> tuple[str, ...]:
+    """A tuple of names at the top of a task's file; empty where there is none. Raises SpaceError.
 
-    Raises SpaceError.
+    Such as RECIPE_KEYS and SEARCH_KEYS: the keys that not every task has, and this one has.
     """
-    return _read_task_names(task, "RECIPE_KEYS")
-
-
-def _read_task_names(task: str, constant_name: str) -> tuple[str, ...]:
-    """A tuple of names at the top of a task's module; empty where there is none."""
     if ":" in task:
         return tuple(read_own_attribute("task", task, constant_name, ()))
     read_keys("task", task)

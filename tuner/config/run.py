@@ -304,6 +304,16 @@ class SearchSettings(Section):
         description="greedy: the weights of the winner are averaged with those of the other kept "
         "trials of its model and data, where that is better on the validation examples",
     )
+    calibrate: Annotated[float, Field(gt=0, le=100)] | Literal["temperature", "none"] = Field(
+        "temperature",
+        description="what the logits of an exported classifier are divided by: temperature, what "
+        "suits the validation examples best; or a number, which best.yaml has",
+    )
+    test_flips: bool = Field(
+        False,
+        description="the test, and `tuner predict`, average the outputs for an image and its "
+        "mirror image; images, but no boxes",
+    )
     grace: Annotated[str, AfterValidator(check_duration)] = Field(
         "8s",
         description="what SIGTERM leaves to the running epoch: a little less than the time until "

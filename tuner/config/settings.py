@@ -1,6 +1,7 @@
 """The sections without ranges: search, engine, storage, export."""
 
 import inspect
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tuner.config.objective import is_own_metric
 from tuner.config.run import EngineSettings, SearchSettings, Settings
 from tuner.config.space import KeyPath
 from tuner.config.yaml_document import describe_value
-from tuner.errors import SpaceError, suggest_names
+from tuner.errors import NO_MEAN_OF_OUTPUTS, SpaceError, suggest_names
 
 RAY_ONLY_KEYS = (
     "address",
@@ -22,6 +23,14 @@ RAY_ONLY_KEYS = (
     "ship",
 )  # engine keys that only ray has
 EXPORT_FORMATS = ("safetensors", "torch_export", "onnx")
+# keys of search that only some tasks have: the values that every task may have, and why not others
+KEYS_OF_SOME_TASKS = {
+    "calibrate": (
+        ("temperature", "none"),
+        "a temperature divides the logits of classes, one class for each example",
+    ),
+    "test_flips": ((False,), NO_MEAN_OF_OUTPUTS),
+}
 MAX_NAME_BYTES = 255  # bytes, of a folder's name
 
 
@@ -35,6 +44,7 @@ def read_settings(draft: Draft) -> Settings | None:
     check_engine_keys(draft)
     check_study_name(draft)
     resolve_metric(draft)
+    check_search_of_task(draft)
     storage, formats = read_storage_url(draft), read_export_formats(draft)
     if len(draft.problems) > before:
         return None
@@ -235,6 +245,31 @@ def resolve_direction(
             path, f"{written}, but {metric} is {known}d; drop the key, or choose another metric"
         )
     draft.values[path] = written or known
+
+
+def check_search_of_task(draft: Draft) -> None:
+    """Refuses values of `search` that mean nothing for the task."""
+    task = draft.values.get(("task", "name"))
+    try:
+        known = plugins.read_task_names(task, "SEARCH_KEYS") if isinstance(task, str) else None
+    except SpaceError:
+        return  # what is wrong with the task is said there
+    for key, (allowed, reason) in KEYS_OF_SOME_TASKS.items():
+        value = draft.values.get(("search", key), allowed[0])
+        if known is None or key in known or value in allowed:
+            continue
+        others = [
+            name
+            for name in plugins.list_names("task")
+            if key in plugins.read_task_names(name, "SEARCH_KEYS")
+        ]
+        is_own = ":" in str(task)
+        own = f"; name it in SEARCH_KEYS beside METRICS if {task} has it" if is_own else ""
+        draft.add_problem(
+            ("search", key),
+            f"{json.dumps(value)}, but {task} has no such key, only "
+            f"{fields.join_alternatives(others)}: {reason}; drop the key{own}",
+        )
 
 
 def read_storage_url(draft: Draft) -> str | None:

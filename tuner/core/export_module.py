@@ -16,17 +16,22 @@ class ExportModule(nn.Module):
     """A staged model with its normalisation inside, so that an export needs no further code.
 
     Its input is a batch as an export takes it: images as RGB in 0..1, float32 (n, 3, size, size),
-    or texts as token ids, int64 (n, length) by name. Its output is the model's own.
+    or texts as token ids, int64 (n, length) by name. Its output is the model's own, divided by the
+    temperature where there is one.
 
     Args:
         staged: The model. Its modules are used, not copied.
         input_spec: How the model's examples must look.
+        temperature: What the logits are divided by; None: the model's output stays as it is.
     """
 
     mean: Tensor
     std: Tensor
+    temperature: Tensor
 
-    def __init__(self, staged: StagedModel, input_spec: InputSpec) -> None:
+    def __init__(
+        self, staged: StagedModel, input_spec: InputSpec, temperature: float | None = None
+    ) -> None:
         super().__init__()
         self.function = staged.as_module()
         self.staged = (staged,)  # in a tuple, so that torch does not register its model as a child
@@ -34,14 +39,21 @@ class ExportModule(nn.Module):
         self.has_normalisation = input_spec.normalisation() is not None
         for name, values in zip(("mean", "std"), input_spec.normalisation() or (), strict=False):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+        self.has_temperature = temperature is not None
+        if temperature is not None:
+            self.register_buffer("temperature", torch.tensor(temperature))
 
     def forward(self, x: TensorTree) -> TensorTree:
         if self.has_normalisation:
             x = (x - self.mean) / self.std  # type: ignore[operator]
-        return self.function(x)  # type: ignore[no-any-return]
+        output = self.function(x)
+        if self.has_temperature:
+            output = output / self.temperature
+        return output  # type: ignore[no-any-return]
 
     def export_state(self) -> dict[str, Tensor]:
-        """All weights: the model's under their native names, the normalisation's under `tuner.`.
+        """All weights: the model's under their native names, normalisation and temperature under
+        `tuner.`.
 
         The tensors are copies, and no two share memory.
         """

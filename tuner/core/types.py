@@ -206,6 +206,21 @@ class Task(ABC):
             pairs: (prediction, target) of each batch, as `predict` and `Source.take` gave them.
         """
 
+    def fit_temperature(self, pairs: Sequence[tuple[Any, Any]]) -> float | None:
+        """The temperature by which an export divides its logits, so that its probabilities are
+        calibrated (Guo et al., On Calibration of Modern Neural Networks, ICML 2017).
+
+        A task may have one whose model gives one tensor of logits. A task without one leaves this
+        as it is.
+
+        Args:
+            pairs: (prediction, target) of each batch of the validation split.
+
+        Returns:
+            The temperature, above 0; None for a task without one.
+        """
+        return None
+
     def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
         """Scores of each class by its name, for the manifest of an export.
 
@@ -255,6 +270,20 @@ class Task(ABC):
         Returns:
             The content of each file by name.
         """
+
+    def mirror_output(self, output: TensorTree) -> TensorTree:
+        """The output of a model for mirrored images, as it is for the images themselves.
+
+        With test-time flips the mean of both outputs is the prediction. A task has them where it
+        overrides this and names `test_flips` in SEARCH_KEYS beside METRICS.
+
+        Args:
+            output: What the model gave for a batch of images whose left and right are exchanged.
+
+        Raises:
+            NotImplementedError: The task has no test-time flips.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def output_difference(self, expected: TensorTree, got: TensorTree) -> float:

@@ -6,6 +6,7 @@ recipe's in the study's folder, under a name that vouches for the content.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,16 @@ def keep_tested_run(folder: Path, content: bytes) -> None:
         crash_point("default.tested")
 
 
-def find_tested_run(folder: Path, run_digest: str, *others: Path) -> bytes | None:
-    """The kept test of this run, in a study's folder or in one of the other files.
+def find_tested_run(folder: Path, wanted: Mapping[str, Any], *others: Path) -> bytes | None:
+    """The kept test with these fields, in a study's folder or in one of the other files.
 
-    None where there is none, or its file is damaged.
+    `wanted` are the run's digest, and the temperature and the flips with which it is tested: an
+    earlier version had neither. None where there is no such test, or its file is damaged.
     """
     kept = [path.read_bytes() for path in sorted(folder.glob("default-test-*")) if is_intact(path)]
     contents = [*kept, *(path.read_bytes() for path in others if path.is_file())]
-    return next((c for c in contents if read_fields(c)["run_digest"] == run_digest), None)
+    earlier = {"temperature": None, "test_flips": False}
+    return next((c for c in contents if wanted.items() <= (earlier | read_fields(c)).items()), None)
 
 
 def is_intact(path: Path) -> bool:

@@ -24,6 +24,7 @@ from tuner.search.history import (
     REASON,
     REFUSED,
     SCORES,
+    TEMPERATURE,
     TRACEBACK,
     trial_rank,
 )
@@ -105,8 +106,11 @@ class TrialOutcomes:
         failed = result.state in ("diverged", "oom")
         trial.set_user_attr("seconds", round(result.seconds, 3))
         if result.best_epoch:
+            best = result.epochs[result.best_epoch - 1]
             trial.set_user_attr(BEST_EPOCH, result.best_epoch)
-            trial.set_user_attr(SCORES, result.epochs[result.best_epoch - 1].scores)
+            trial.set_user_attr(SCORES, best.scores)
+            if best.temperature is not None:
+                trial.set_user_attr(TEMPERATURE, best.temperature)
         if failed:
             trial.set_user_attr(REASON, f"{result.state}: {result.reason}")
         # before `tell`, because artifacts can be attached only to a running trial

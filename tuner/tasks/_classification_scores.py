@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
     multiclass_confusion_matrix,
     multiclass_f1_score,
+    multiclass_matthews_corrcoef,
 )
 
 from tuner.core.example_results import PREDICTION, TARGET, ExampleResults
@@ -49,10 +50,11 @@ def classification_scores(logits: Tensor, truth: Tensor) -> dict[str, float]:
 
     Returns:
         `accuracy`, `balanced_accuracy` (mean recall), `f1`, `auroc` and `average_precision` (of
-        each class against the rest; of two classes, those of the second one), `kappa` and
-        `quadratic_kappa` (Cohen's, the second one for classes in their order), `log_likelihood` of
-        the true class, `log_loss` (its negative), `expected_calibration_error` (Guo et al., ICML
-        2017), `top_3` and `top_5`. What `defined_metrics` leaves out is missing.
+        each class against the rest; of two classes, those of the second one), `matthews`
+        (Matthews' correlation), `kappa` and `quadratic_kappa` (Cohen's, the second one for classes
+        in their order), `log_likelihood` of the true class, `log_loss` (its negative),
+        `expected_calibration_error` (Guo et al., ICML 2017), `top_3` and `top_5`. What
+        `defined_metrics` leaves out is missing.
     """
     n, predicted = logits.shape[1], logits.argmax(1)
     matrix = multiclass_confusion_matrix(predicted, truth, n)
@@ -61,6 +63,7 @@ def classification_scores(logits: Tensor, truth: Tensor) -> dict[str, float]:
         "accuracy": float(multiclass_accuracy(predicted, truth, n, average="micro")),
         "balanced_accuracy": float(multiclass_accuracy(predicted, truth, n, average="macro")),
         "f1": float(multiclass_f1_score(predicted, truth, n, average="macro")),
+        "matthews": float(multiclass_matthews_corrcoef(predicted, truth, n)),
         "kappa": cohens_kappa(matrix),
         "quadratic_kappa": cohens_kappa(matrix, quadratic=True),
         "log_likelihood": -log_loss,
@@ -174,7 +177,7 @@ def classification_results(pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
 
 
 def score_classes(results: ExampleResults, counts: Tensor, class_count: int) -> dict[str, float]:
-    """The scores of `classification_scores`, and Matthews' correlation, of counted examples.
+    """The scores of `classification_scores`, of counted examples.
 
     The ranking metrics are not among them: they take too long for many draws. Matthews' correlation
     is 0 where all examples have, or get, one class.

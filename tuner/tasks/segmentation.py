@@ -32,6 +32,7 @@ from tuner.tasks import _annotated_images
 
 METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")
 RECIPE_KEYS = ("class_weights",)
+SEARCH_KEYS = ("test_flips",)
 AUXILIARY_WEIGHT = 0.5  # weight of the loss of an output `aux`, as in torchvision
 EXAMPLES_SHOWN = 8  # validation examples on a contact sheet
 MAX_ANNOTATED_SIDE = 1024  # longer side of an annotated image in pixels
@@ -129,6 +130,12 @@ class Segmentation(Task):
             (results[name] * counts[:, None]).sum(0) for name in ("hits", "true", "predicted")
         )
         return mean_scores(hits, true, predicted)
+
+    def mirror_output(self, output: TensorTree) -> TensorTree:
+        """The logits of each pixel, with left and right exchanged back."""
+        if isinstance(output, Tensor):
+            return output.flip(-1)
+        return {name: logits.flip(-1) for name, logits in output.items()}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         matrix = self._confusion_matrix(pairs)

@@ -1,32 +1,19 @@
 """One class per text, and cross-entropy."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torchmetrics.functional.classification import (
-    multiclass_confusion_matrix,
-    multiclass_matthews_corrcoef,
-)
+from torch import Tensor
 
 from tuner.config.run import Recipe
-from tuner.core.example_results import ExampleResults
-from tuner.core.input_spec import InputSpec, TensorTree
-from tuner.core.losses import class_cross_entropy, weights_of_classes
-from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
+from tuner.core.input_spec import TensorTree
+from tuner.core.types import Dataset, Task
 from tuner.preprocessing.tokenization import decode_texts, trim_padding
+from tuner.tasks._classification import Classifier, class_weights_of
 from tuner.tasks._classification_reports import (
     classification_artifacts,
     concatenate_pairs,
-    describe_probabilities,
     encode_csv,
-    per_class_scores,
-)
-from tuner.tasks._classification_scores import (
-    classification_results,
-    classification_scores,
-    defined_metrics,
-    score_classes,
 )
 
 METRICS = (
@@ -46,6 +33,7 @@ METRICS = (
 )
 MINIMISED = ("log_loss", "expected_calibration_error")
 RECIPE_KEYS = ("class_weights", "sampling", "focal_gamma")
+SEARCH_KEYS = ("calibrate",)
 MAX_MISTAKES = 50  # listed, the most confident first
 
 
@@ -58,60 +46,19 @@ def build(classes: tuple[str, ...], recipe: Recipe, class_counts: Tensor | None 
         class_counts: int64 (classes,), how many training examples each class has, on the device of
             the training; None: classes are not weighted.
     """
-    weights = (
-        None if class_counts is None else weights_of_classes(class_counts, recipe.class_weights)
-    )
+    weights = class_weights_of(recipe, class_counts)
     return TextClassification(classes, recipe.label_smoothing, weights, recipe.focal_gamma)
 
 
-class TextClassification(Task):
-    """Gives each text a class.
+class TextClassification(Classifier):
+    """Gives each text a class. Batches are cut to their longest text before the net sees them."""
 
-    y is int64 (n,); predictions are logits, float32 (n, classes). Batches are cut to their longest
-    text before the net sees them.
-    """
+    named_metrics = METRICS
 
-    output_description = "logits in the order of the classes; softmax gives probabilities"
-
-    def __init__(
-        self,
-        classes: tuple[str, ...],
-        label_smoothing: float,
-        class_weights: Tensor | None = None,
-        focal_gamma: float = 0.0,
-    ) -> None:
-        self.classes, self.label_smoothing = classes, label_smoothing
-        self.class_weights, self.focal_gamma = class_weights, focal_gamma
-        self.metrics = defined_metrics(METRICS, len(classes))
-
-    def loss(self, net: nn.Module, batch: Batch) -> Tensor:
-        assert isinstance(batch.y, Tensor)
-        logits = net(trim_padding(batch.x))
-        return class_cross_entropy(
-            logits, batch.y, self.label_smoothing, self.class_weights, self.focal_gamma
-        )
-
-    def predict(self, net: nn.Module, x: TensorTree) -> Tensor:
-        return net(trim_padding(x)).float()  # type: ignore[no-any-return]
-
-    def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-        """Those of images, and Matthews' correlation."""
-        logits, truth = concatenate_pairs(pairs)
-        matthews = float(multiclass_matthews_corrcoef(logits, truth, len(self.classes)))
-        scores = {**classification_scores(logits, truth), "matthews": matthews}
-        return {name: scores[name] for name in self.metrics}
-
-    def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
-        """Precision, recall, F1 and number of examples of each class."""
-        matrix = multiclass_confusion_matrix(*concatenate_pairs(pairs), len(self.classes))
-        return per_class_scores(matrix, self.classes)
-
-    def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
-        return classification_results(pairs)
-
-    def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
-        scores = score_classes(results, counts, len(self.classes))
-        return {name: scores[name] for name in self.metrics if name in scores}
+    def logits(self, net: Callable[[TensorTree], TensorTree], x: TensorTree) -> Tensor:
+        logits = net(trim_padding(x))
+        assert isinstance(logits, Tensor)
+        return logits
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         """The confusion matrix, the scores of each class, and the most confident mistakes.
@@ -130,20 +77,3 @@ class TextClassification(Task):
         ]
         mistakes = encode_csv(["truth", "predicted", "probability", "text"], rows)
         return {**classification_artifacts(logits, truth, self.classes), "mistakes.csv": mistakes}
-
-    def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
-        return relative_difference(expected, got)
-
-    def describe_predictions(
-        self,
-        function: Callable[[TensorTree], TensorTree],
-        x: TensorTree,
-        originals: Sequence[Any],
-        input_spec: InputSpec,
-    ) -> list[Prediction]:
-        logits = function(trim_padding(x))
-        assert isinstance(logits, Tensor)
-        return [
-            describe_probabilities(self.classes, probabilities)
-            for probabilities in logits.softmax(1).tolist()
-        ]

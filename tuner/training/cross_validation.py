@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tuner.config.objective import Direction
 from tuner.config.run import PluginConfig, Run
-from tuner.messages import Epoch
+from tuner.messages import Epoch, mean_temperature
 from tuner.training.devices import DeviceContext
 from tuner.training.epoch import TrainingContext
 from tuner.training.preparation import prepare_training
@@ -92,7 +92,9 @@ def fit_folds(
 
 
 def mean_epoch(epochs: Sequence[Epoch]) -> Epoch:
-    """The mean of the folds' loss and scores, the sum of their seconds, and each note once."""
+    """The mean of the folds' loss and scores, the geometric mean of their temperatures, the sum of
+    their seconds, and each note once.
+    """
     count = len(epochs)
     return Epoch(
         number=epochs[0].number,
@@ -101,5 +103,6 @@ def mean_epoch(epochs: Sequence[Epoch]) -> Epoch:
             name: sum(epoch.scores[name] for epoch in epochs) / count for name in epochs[0].scores
         },
         seconds=sum(epoch.seconds for epoch in epochs),
+        temperature=mean_temperature([epoch.temperature for epoch in epochs]),
         notes=tuple(dict.fromkeys(note for epoch in epochs for note in epoch.notes)),
     )

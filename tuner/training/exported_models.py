@@ -26,7 +26,9 @@ def model_without_weights(published: PublishedExport) -> ExportModule:
         published.run.without_weights(), published.folder, len(manifest["classes"])
     )
     return ExportModule(
-        staged_model, input_spec_from_dict(manifest["preprocess"], published.folder)
+        staged_model,
+        input_spec_from_dict(manifest["preprocess"], published.folder),
+        manifest.get("temperature"),  # an export of an earlier version has none
     )
 
 

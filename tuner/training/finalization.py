@@ -5,23 +5,26 @@ exported and published. The default recipe beside it: retrained and scored in th
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from tuner.core.export_module import ExportModule
+from tuner.core.output_modules import FlippedPair, ScaledLogits, require_flips
 from tuner.core.types import StagedModel
 from tuner.errors import DataError, NoUsableTrial
 from tuner.manifest import (
     TEST_RESULTS,
     PublishedExport,
     averaged_runs,
+    is_export_of,
     read_export,
     recover_export,
 )
 from tuner.messages import Assignment, DefaultTestJob, Epoch, FinalizeJob, Ingredient
-from tuner.training.building import load_dataset
+from tuner.training.building import DeviceSource, load_dataset
 from tuner.training.checkpoints import load_best_weights
 from tuner.training.devices import select_device
 from tuner.training.epoch import Diverged, TrainingContext, predict_source
@@ -40,9 +43,9 @@ class TrainedModel(NamedTuple):
     """A model that is ready for its export.
 
     `scores` are those of the splits `valid` and `test`, and `per_class` of the test split;
-    `seconds` is what its training took. `findings` are what the manifest says of the default
-    recipe, of the trial's repeats and of the soup. `tested_run` is the file with its test, None
-    where it is not compared.
+    `seconds` is what its training took. `findings` are what the manifest says of its outputs, of
+    the default recipe, of the trial's repeats and of the soup. `tested_run` is the file with its
+    test, None where it is not compared.
     """
 
     staged_model: StagedModel
@@ -50,6 +53,11 @@ class TrainedModel(NamedTuple):
     seconds: float
     findings: dict[str, Any]
     tested_run: bytes | None = None
+
+    @property
+    def temperature(self) -> float | None:
+        """What the export divides the logits by; None: nothing."""
+        return self.findings["temperature"]  # type: ignore[no-any-return]
 
 
 def finalize(
@@ -79,7 +87,7 @@ def finalize(
         return None
     staged_model = trained.staged_model
     staged_model.model.cpu().float().to(memory_format=torch.contiguous_format)
-    model = ExportModule(staged_model, dataset.input_spec).eval()
+    model = ExportModule(staged_model, dataset.input_spec, trained.temperature).eval()
     return publish(
         job,
         model,
@@ -99,7 +107,7 @@ def run_default_test(
     Returns the content of the file with its test; None when `report` returned False. Raises
     NoUsableTrial, DataError.
     """
-    trained = train_model(job.assignment, job.weights_file, report, slot)
+    trained = train_model(job, report, slot)
     return trained.tested_run.to_bytes() if trained is not None else None
 
 
@@ -116,7 +124,7 @@ def train_winner(
         raise DataError(
             f"{job.export_folder}: was changed meanwhile; the same command makes it anew"
         )
-    trained = train_model(job.assignment, job.weights_file, report, slot, ingredients)
+    trained = train_model(job, report, slot, ingredients)
     if trained is None:
         return None
     context, tested_run = trained.context, trained.tested_run
@@ -127,6 +135,9 @@ def train_winner(
     }
     seconds = time.monotonic() - start + (job.soup.seconds if job.soup is not None else 0.0)
     findings: dict[str, Any] = {
+        "calibrate": job.outputs.calibrate,
+        "temperature": tested_run.temperature,
+        "test_flips": job.outputs.test_flips,
         "comparison": None,
         "confirmation": job.confirmation,
         "soup": job.soup.findings if job.soup is not None else None,
@@ -154,8 +165,7 @@ class TestedModel(NamedTuple):
 
 
 def train_model(
-    assignment: Assignment,
-    weights_file: str | None,
+    job: FinalizeJob | DefaultTestJob,
     report: Callable[[Epoch], bool],
     slot: int,
     ingredients: Sequence[Ingredient] = (),
@@ -165,7 +175,9 @@ def train_model(
 
     Returns None when `report` returned False. Raises NoUsableTrial, DataError.
     """
+    assignment, weights_file, outputs = job.assignment, job.weights_file, job.outputs
     run = assignment.run
+    temperature = outputs.calibrate if isinstance(outputs.calibrate, float) else None
     device_context = select_device(
         assignment.engine, Path(assignment.home), slot, assignment.micro_batches
     )
@@ -181,6 +193,8 @@ def train_model(
         for progress in [] if weights_file or ingredients else retrain(assignment, context):
             if progress.best is not None:
                 valid_scores = progress.best.epoch.scores
+                if outputs.calibrate == "temperature":
+                    temperature = progress.best.epoch.temperature
             if not report(progress.epoch):
                 return None
         if ingredients:
@@ -193,7 +207,9 @@ def train_model(
                 "run is trained again"
             )
         digest = soup_digest(ingredients) if ingredients else run.digest()
-        tested_run = score_test_split(context, digest, run.recipe.batch_size)
+        tested_run = score_test_split(
+            context, digest, run.recipe.batch_size, temperature, outputs.test_flips
+        )
     except Diverged as error:
         raise NoUsableTrial(f"training diverged ({error}); {DIVERGED_HINT}") from None
     return TestedModel(context, valid_scores, tested_run)
@@ -206,9 +222,30 @@ def retrain(assignment: Assignment, context: TrainingContext) -> Iterator[FitPro
     return fit(context, assignment.run.recipe, assignment.run.seed, checkpoints)
 
 
-def score_test_split(context: TrainingContext, run_digest: str, batch_size: int) -> TestedRun:
-    """Scores a run's model on the test examples; called once per run. Raises Diverged."""
-    pairs = predict_source(context, context.test, batch_size)
+def score_test_split(
+    context: TrainingContext,
+    run_digest: str,
+    batch_size: int,
+    temperature: float | None,
+    test_flips: bool,
+) -> TestedRun:
+    """Scores a run's model on the test examples, with the outputs that its export gives; called
+    once per run.
+
+    With `test_flips` the whole model is applied to each image and its mirror image, since the
+    activations of the frozen stages are those of one of them. Raises Diverged, and SpaceError where
+    the task has no such flips.
+    """
+    task, net, source = context.task, context.net, context.test
+    if test_flips:
+        require_flips(task)
+        net = FlippedPair(context.staged_model.as_module(), task.mirror_output)
+        source = DeviceSource(
+            context.dataset.test, context.dataset.input_spec, context.device_context
+        )
+    if temperature is not None:
+        net = ScaledLogits(net, temperature)
+    pairs = predict_source(replace(context, net=net), source, batch_size)
     scores = context.task.score(pairs)
     if not all(map(math.isfinite, scores.values())):
         raise Diverged("the test scores are not finite")
@@ -219,6 +256,8 @@ def score_test_split(context: TrainingContext, run_digest: str, batch_size: int)
         context.task.class_scores(pairs),
         len(context.test),
         context.task.example_results(pairs),
+        temperature,
+        test_flips,
     )
 
 
@@ -228,15 +267,14 @@ def load_earlier_export(folder: Path, job: FinalizeJob) -> TrainedModel | None:
     What that export says of the default recipe stays, and of the repeats unless the job knows more.
     """
     published, run = read_export(folder), job.assignment.run
-    if published is None or published.manifest["run_digest"] != run.digest():
+    if published is None or not is_export_of(published.manifest, run, job.outputs):
         return None
     # the model is built from the manifest's run, and a manifest from elsewhere may name another
     # run than its digest says
     if published.run.digest() != run.digest():
         return None
-    findings = {
-        name: published.manifest.get(name) for name in ("comparison", "confirmation", "soup")
-    }
+    kept = ("calibrate", "temperature", "test_flips", "comparison", "confirmation", "soup")
+    findings = {name: published.manifest.get(name) for name in kept}
     soup = job.soup.findings if job.soup is not None else None
     if averaged_runs(findings["soup"]) != averaged_runs(soup):
         return None

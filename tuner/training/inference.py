@@ -18,6 +18,7 @@ from tuner.core.input_spec import (
     TextInputSpec,
     input_spec_from_dict,
 )
+from tuner.core.output_modules import average_with_mirror, require_flips
 from tuner.core.types import Prediction, Task
 from tuner.errors import DataError, SpaceError, nearest_hint, suggest_names
 from tuner.files.atomic import disk_errors
@@ -104,6 +105,7 @@ def predict_examples(
     export_format: str | None = None,
     *,
     trust: bool = False,
+    flips: bool | None = None,
 ) -> Iterator[NamedPrediction | str]:
     """Predicts images or texts by an export.
 
@@ -112,12 +114,15 @@ def predict_examples(
         examples: Paths, folders and globs of images; or texts, and files with one text a line.
         export_format: The format to use; None: the first of PREFERRED_FORMATS that it has.
         trust: Whether code that the export names may be imported and run.
+        flips: Whether the outputs for each image and its mirror image are averaged; None: as the
+            export was tested.
 
     Yields:
         A prediction for each example, or a sentence about an example that cannot be read.
 
     Raises:
-        SpaceError: The format is unknown, or the export names code that is not trusted.
+        SpaceError: The format is unknown, the export names code that is not trusted, or its task
+            has no flips.
         DataError: An example does not exist.
     """
     exports = published.manifest["exports"]
@@ -125,6 +130,9 @@ def predict_examples(
     function, task, input_spec = open_predictor(
         published, export_format or available[0], trust=trust
     )
+    if flips or (flips is None and published.manifest.get("test_flips")):
+        require_flips(task, "--flips")
+        function = average_with_mirror(function, task.mirror_output)
     if isinstance(input_spec, TextInputSpec):
         kind, batches = "text", encode_text_batches(read_texts(examples), input_spec)
     else:

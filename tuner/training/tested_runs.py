@@ -32,7 +32,9 @@ class TestedRun:
     """The scores of one run's model on the test examples, those of each class by its name, and what
     each of `count` examples adds.
 
-    `results` is empty where the task keeps none.
+    `results` is empty where the task keeps none. Scores and results are of the logits divided by
+    `temperature`, where there is one, and with `test_flips` of the mean over each image and its
+    mirror image.
     """
 
     __test__ = False  # it is no test of pytest's
@@ -43,6 +45,8 @@ class TestedRun:
     per_class: dict[str, dict[str, float]]
     count: int
     results: ExampleResults
+    temperature: float | None = None
+    test_flips: bool = False
 
     def to_bytes(self) -> bytes:
         """A safetensors file: the results, and the other fields as its metadata.
@@ -56,6 +60,8 @@ class TestedRun:
             "scores": self.scores,
             "per_class": self.per_class,
             "count": self.count,
+            "temperature": self.temperature,
+            "test_flips": self.test_flips,
         }
         tensors = {name: value.contiguous() for name, value in self.results.items()}
         return save(tensors, {FIELDS_KEY: json.dumps(fields)})

@@ -249,9 +249,13 @@ def run_epoch(
     ]
     if bad_scores or not math.isfinite(loss):
         raise Diverged(f"loss {loss:g}{''.join(bad_scores)} in epoch {number}")
+    temperature = None
     if predictions:
         scores |= score_own_metric(context.metric, predictions)
-    return EpochOutcome(Epoch(number, loss, scores, time.monotonic() - start), predictions, None)
+        # of each epoch: a fold does not know which epoch has the best mean over the folds
+        temperature = context.task.fit_temperature(predictions)
+    epoch = Epoch(number, loss, scores, time.monotonic() - start, temperature)
+    return EpochOutcome(epoch, predictions, None)
 
 
 def is_better(epoch: Epoch, best: BestEpoch | None, context: TrainingContext) -> bool:
