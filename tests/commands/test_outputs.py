@@ -130,11 +130,13 @@ def test_one_run_is_calibrated_where_it_validates(
 ) -> None:
     """The trial's training again: so the temperature is the trial's."""
     m = published(studied / "export").manifest
-    words = ("recipe.fit=train", "search.calibrate=temperature", "--out")
+    best = trial_of(studied, m["trial"]).user_attrs["best_epoch"]
+    length = ("recipe.epochs=3", f"recipe.stop_epoch={best}")  # of a trial of `small`
+    words = ("recipe.fit=train", *length, "search.calibrate=temperature", "--out")
     said = tuner("train", studied / "best.yaml", *words, tmp_path / "one")
     assert said.code == 0, said.err
     assert published(tmp_path / "one").manifest["temperature"] == m["temperature"]
-    blind = tuner("train", studied / "best.yaml", words[1], "--out", tmp_path / "blind")
+    blind = tuner("train", studied / "best.yaml", words[-2], "--out", tmp_path / "blind")
     assert blind.code == 0  # it learns from train and validation examples
     assert published(tmp_path / "blind").manifest["temperature"] is None
 

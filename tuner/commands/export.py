@@ -71,7 +71,11 @@ def export_trial(
             / str(history.proposal_numbers(study)[chosen.number])
         )
         run, weights = choose_export(
-            trial is not None or space.settings.search.retrain, found, epoch, left
+            trial is not None or space.settings.search.retrain,
+            found,
+            epoch,
+            left,
+            history.train_share(study),
         )
         outputs = choose_outputs(space.settings.search, chosen)
         candidates = soup_candidates(space, study, folder, chosen) if trial is None else None

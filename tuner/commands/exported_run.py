@@ -10,31 +10,43 @@ from tuner.messages import OutputSettings
 from tuner.search import history
 
 
-def run_to_best_epoch(run: Run, epoch: int, fit: str = "train+valid") -> Run:
-    """The winner's run up to its best epoch.
+def run_to_best_epoch(run: Run, epoch: int) -> Run:
+    """A trial's run up to its best epoch, as its trial was."""
+    recipe = run.recipe.model_copy(update={"stop_epoch": epoch, "patience": None})
+    return replace(run, recipe=recipe)
 
-    It is retrained on train and validation examples, or, with `fit="train"`, stays as its trial
-    was.
+
+def retrained_run(run: Run, epoch: int, train_share: float) -> Run:
+    """A trial's run up to its best epoch, on train and validation examples.
+
+    It keeps the number of optimizer steps, not that of epochs: an epoch over more examples has more
+    steps, and the validation scores chose how long to train (benchmarks/README.md, "Retraining").
+
+    Args:
+        run: The run of the trial.
+        epoch: The trial's best epoch.
+        train_share: The share of the training examples in those of train and validation together.
+            A trial with cross-validation trains on all but one fold.
     """
-    return replace(
-        run,
-        recipe=run.recipe.model_copy(update={"fit": fit, "stop_epoch": epoch, "patience": None}),
-    )
+    folds = int(run.data.options.get("folds", 1))
+    share = train_share if folds == 1 else (folds - 1) / folds
+    epochs = max(1, round(run.recipe.epochs * share))
+    update = {"fit": "train+valid", "epochs": epochs}
+    longer = run_to_best_epoch(run, min(epochs, max(1, round(epoch * share))))
+    return replace(longer, recipe=longer.recipe.model_copy(update=update))
 
 
 def choose_export(
-    retrain: bool, run: Run, epoch: int, weights: Path | None
+    retrain: bool, run: Run, epoch: int, weights: Path | None, train_share: float
 ) -> tuple[Run, Path | None]:
     """What is exported of a trial: a run, and the weights if it is not retrained.
 
     With `retrain` the run is trained again on train and validation examples. Without it, the run is
     as its trial was, and `weights` are those that the trial left.
     """
-    return (
-        (run_to_best_epoch(run, epoch), None)
-        if retrain
-        else (run_to_best_epoch(run, epoch, fit="train"), weights)
-    )
+    if retrain:
+        return retrained_run(run, epoch, train_share), None
+    return run_to_best_epoch(run, epoch), weights
 
 
 def choose_outputs(search: SearchSettings, trial: FrozenTrial) -> OutputSettings:

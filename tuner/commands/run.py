@@ -33,7 +33,7 @@ from tuner.files.atomic import remove_leftovers, require_free_space
 from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER, CheckpointRetention
 from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.messages import DatasetReport
-from tuner.search import leases, postgresql, storage
+from tuner.search import history, leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.optuna_internals import study_id_of
 from tuner.search.pruners import PRUNERS
@@ -61,6 +61,8 @@ def run_study(space: Space, folders: Folders, console: Console) -> Summary:
         ):
             remove_leftovers(folder)  # what a killed search left
             coordinator = open_coordinator(s, folder, facts.digest, stack)
+            sizes = facts.split_sizes["train"], facts.split_sizes["valid"]
+            history.keep_split_sizes(coordinator.study, *sizes)
             before = coordinator.budget_used
             workers = worker_count(space, survey.gpu_count)
             console.start_search(
@@ -83,7 +85,6 @@ def run_study(space: Space, folders: Folders, console: Console) -> Summary:
                 raise interrupted_error(s.stop_signal)
             if coordinator.fatal_error is not None:
                 raise coordinator.fatal_error
-            sizes = facts.split_sizes["train"], facts.split_sizes["valid"]
             is_new = coordinator.budget_used > before
             return finalize_once(EndedSearch(s, coordinator, folder, sizes, workers, is_new))
 

@@ -8,7 +8,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from tuner import manifest
-from tuner.commands.exported_run import choose_export, choose_outputs, run_to_best_epoch
+from tuner.commands.exported_run import choose_export, choose_outputs, retrained_run
 from tuner.commands.progress import Progress
 from tuner.commands.session import Session, interrupted_error, study_name, write_yaml
 from tuner.commands.soup import (
@@ -104,9 +104,10 @@ def finalize_once(ended: EndedSearch) -> Summary:
     )
     other = busy[0] if busy else coordinator.coordination.claim_winner(winner.number)
     if other is not None:
-        run = run_to_best_epoch(
+        run = retrained_run(
             history.run_of_trial(session.space, coordinator.study, winner),
             winner.user_attrs[history.BEST_EPOCH],
+            history.train_share(coordinator.study),
         )
         summary = unpublished_summary(ended, winner, tied, run)
         return replace(summary, anything_new=True, made_elsewhere=other)
@@ -124,7 +125,11 @@ def finalize_best(ended: EndedSearch) -> Summary:
     if confirmed is not None:
         winner, tied = confirmed.winner.trial, []
     trial_run = history.run_of_trial(session.space, coordinator.study, winner)
-    run = run_to_best_epoch(trial_run, winner.user_attrs[history.BEST_EPOCH])
+    run = retrained_run(
+        trial_run,
+        winner.user_attrs[history.BEST_EPOCH],
+        history.train_share(coordinator.study),
+    )
     outputs = choose_outputs(session.settings.search, winner)
     write_yaml(
         folder / "best.yaml",
@@ -174,6 +179,7 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
         coordinator.retention.best_weights_of(
             history.proposal_numbers(coordinator.study)[winner.number]
         ),
+        history.train_share(coordinator.study),
     )
     outputs = choose_outputs(settings.search, winner)
     confirmation = summary.confirmed.to_dict(summary.metric) if summary.confirmed else None
@@ -314,6 +320,7 @@ def compare_with_default(
         coordinator.retention.best_weights_of(
             history.proposal_numbers(coordinator.study)[default.number]
         ),
+        history.train_share(coordinator.study),
     )
     outputs = choose_outputs(session.settings.search, default)
     wanted = {

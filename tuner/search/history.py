@@ -26,6 +26,7 @@ FAILED_PERMANENTLY = "tuner:final"  # whether a failed trial is not tried again
 TRACEBACK = "tuner:trace"
 KILLED = "tuner:killed"  # how many earlier attempts of a trial a memory limit ended
 REFUSED = "tuner:refused"  # whether a worker refused an earlier attempt
+SPLIT_SIZES = "tuner:split_sizes"  # of a study: the numbers of training and validation examples
 OWNER = "tuner:owner"  # which coordinator runs a trial, where there may be several
 # of the trials that were enqueued at the beginning: whether the trial is the default recipe
 IS_DEFAULT_RECIPE = "tuner:default"
@@ -93,6 +94,25 @@ def best_trial(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
     best_value = best_rank[0]
     tied = [t.number for rank, t in ranked if rank[0] == best_value and t is not winner]
     return winner, tied
+
+
+def keep_split_sizes(study: optuna.Study, train: int, valid: int) -> None:
+    """Write the numbers of training and validation examples into a study in which no trial began.
+
+    A study of an earlier version stays without them, so that its export stays current.
+    """
+    states = {trial.state for trial in study.get_trials(deepcopy=False)}
+    if SPLIT_SIZES not in study.user_attrs and states <= {TrialState.WAITING}:
+        study.set_user_attr(SPLIT_SIZES, [train, valid])
+
+
+def train_share(study: optuna.Study) -> float:
+    """Return the share of the training examples in those of training and validation together.
+
+    It is 1 for a study of an earlier version, which does not know it.
+    """
+    train, valid = study.user_attrs.get(SPLIT_SIZES, (1, 0))
+    return float(train / (train + valid))
 
 
 def ended_proposals(study: optuna.Study) -> dict[int, Rank | None]:

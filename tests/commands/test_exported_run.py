@@ -1,0 +1,84 @@
+"""The run that is exported of a trial: how long it is trained on more examples."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+
+from tests.conftest import CommandResult
+from tuner.commands.exported_run import choose_export, retrained_run
+from tuner.config.run import PluginConfig, Recipe, Run
+from tuner.search import history, storage
+
+
+def trial_run(folds: int = 1, **recipe: Any) -> Run:
+    data = PluginConfig("folder", {"folds": folds})
+    model = PluginConfig("resnet18", {})
+    return Run(PluginConfig("classification", {}), data, model, Recipe(**recipe), 3)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "best", "train", "valid", "expected"),
+    [
+        (6, 6, 500, 250, (4, 4)),  # 3,000 examples seen by both
+        (6, 3, 500, 250, (4, 2)),
+        (10, 7, 700, 150, (8, 6)),
+        (4, 4, 500, 250, (3, 3)),
+        (1, 1, 500, 250, (1, 1)),  # at least one epoch
+        (2, 1, 100, 900, (1, 1)),
+    ],
+)
+def test_a_retraining_keeps_the_number_of_steps(
+    epochs: int, best: int, train: int, valid: int, expected: tuple[int, int]
+) -> None:
+    run = retrained_run(trial_run(epochs=epochs, patience=2), best, train / (train + valid))
+    assert (run.recipe.epochs, run.recipe.stop_epoch) == expected
+    assert run.recipe.fit == "train+valid" and run.recipe.patience is None
+
+
+def test_a_trial_of_folds_has_seen_all_but_one() -> None:
+    run = retrained_run(trial_run(folds=4, epochs=8), 8, 0.5)
+    assert (run.recipe.epochs, run.recipe.stop_epoch) == (6, 6)
+
+
+def test_without_retraining_the_run_is_the_trials() -> None:
+    run = trial_run(epochs=8)
+    exported, weights = choose_export(False, run, 5, Path("best"), 0.5)
+    assert (exported.recipe.epochs, exported.recipe.stop_epoch, weights) == (8, 5, Path("best"))
+    assert exported.recipe.fit == "train"
+
+
+def test_a_study_knows_its_sizes_unless_it_began_in_an_earlier_version() -> None:
+    study = optuna.create_study()
+    study.enqueue_trial({"x": 0.5})
+    history.keep_split_sizes(study, 300, 100)
+    history.keep_split_sizes(study, 1, 1)
+    assert history.train_share(study) == 0.75
+    earlier = optuna.create_study()
+    earlier.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    history.keep_split_sizes(earlier, 300, 100)
+    assert history.train_share(earlier) == 1
+
+
+def epochs_of_trial(study: Path, number: int) -> int:
+    loaded = optuna.load_study(study_name="small", storage=storage.open_storage(None, study))
+    return int(loaded.get_trials()[number].params["epochs"])
+
+
+def exported_epochs(study: Path, folder: str) -> int:
+    manifest = yaml.safe_load((study / folder / "manifest.json").read_text())
+    return int(manifest["run"]["recipe"]["epochs"])
+
+
+def test_commands_train_for_as_many_steps(studied: Path, tuner: Any) -> None:
+    """`tuner run` knows the sizes, and `tuner export` reads them from the study."""
+    said: CommandResult = tuner("export", "small", "--trial", 1)
+    assert said.code == 0, said.err
+    share = 42 / 51  # of the examples of `small`
+    expected = max(1, round(epochs_of_trial(studied, 1) * share))
+    assert expected < epochs_of_trial(studied, 1)
+    assert exported_epochs(studied, "export-1") == expected
+    best = yaml.safe_load((studied / "best.yaml").read_text())["recipe"]
+    assert best["epochs"] == exported_epochs(studied, "export")
