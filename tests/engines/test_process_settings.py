@@ -106,8 +106,13 @@ def test_what_the_environment_says_stays(
     ],
 )
 def test_a_containers_quota_limits_the_cores(
-    groups: str | None, files: dict[str, str], expected: float, tmp_path: Path
+    groups: str | None,
+    files: dict[str, str],
+    expected: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if groups is not None:
         (tmp_path / "proc/self").mkdir(parents=True)
         (tmp_path / "proc/self/cgroup").write_text(groups)
@@ -117,3 +122,14 @@ def test_a_containers_quota_limits_the_cores(
         path.write_text(text + "\n")
     assert _process_settings.quota(tmp_path) == expected
     assert _process_settings.cores(tmp_path) == min(len(os.sched_getaffinity(0)), expected)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [("1", 1), (" 1 ", 1), ("1,4", 1), ("", None), ("0", None), ("many", None), ("9999", None)],
+)
+def test_the_users_number_of_threads_is_kept(
+    stated: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", stated)
+    assert _process_settings.cores(tmp_path) == (expected or len(os.sched_getaffinity(0)))

@@ -76,10 +76,22 @@ def forget_safe_path() -> None:
 
 
 def cores(root: Path = Path("/")) -> float:
-    """Return how many cores this process may use: its affinity, or its quota where that is less."""
+    """Return how many cores this process may use.
+
+    That is its affinity, its quota or OMP_NUM_THREADS, whichever is least.
+    """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     there = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return min(float(there), quota(root))
+    return min(float(there), quota(root), stated_threads())
+
+
+def stated_threads() -> float:
+    """Return the number of threads that the environment states; infinite: none.
+
+    OpenMP takes a list, such as `4,2`: the first number is that of the outermost level.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return float(first) if first.isdecimal() and int(first) > 0 else math.inf
 
 
 def quota(root: Path = Path("/")) -> float:

@@ -286,6 +286,8 @@ def run_worker(pipe: Connection, slot: int, heartbeat: float) -> None:
         channel.send("report", value)
         return bool(pipe.recv())
 
+    # read before limit_threads writes OMP_NUM_THREADS
+    cores = _process_settings.cores()
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while (message := pipe.recv()) is not None:
             job: Job = message[0]
@@ -296,7 +298,7 @@ def run_worker(pipe: Connection, slot: int, heartbeat: float) -> None:
             module = job.function.partition(":")[0]
             with contextlib.suppress(Exception):  # run_job reports what is wrong with the module
                 importlib.import_module(module)
-            limit_threads(_process_settings.cores() / worker_count)
+            limit_threads(cores / worker_count)
             channel.busy.set()
             outcome = run_job(job, report, slot)
             channel.busy.clear()
