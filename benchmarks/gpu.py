@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 RESULTS = HERE / "plots" / "gpu.json"
 CPU_RESULTS = HERE.parent / "build" / "gpu-cpu.json"
+HOW_TO_BRING = "scripts/gpu_wheels.py brings most packages to a machine without a network"
 # modules without which nothing of `tuner` can be measured
 NEEDED = ("torch", "torchvision", "numpy", "PIL", "pydantic", "yaml", "torchmetrics", "safetensors")
 
@@ -46,16 +47,14 @@ class Row:
 ROWS = (
     Row("epoch", "gpu_training:epoch_row", 40),
     Row("loader", "gpu_training:loader_row", 30),
-    Row("freeze", "gpu_training:freeze_row", 70, ("timm",)),
+    Row("freeze", "gpu_training:freeze_row", 65, ("timm",)),
     Row("checkpoints", "gpu_training:checkpoint_row", 45),
     Row("busy", "gpu_training:busy_row", 15),
     Row("memory", "gpu_training:memory_row", 10),
-    Row(
-        "tasks",
-        "gpu_training:task_row",
-        85,
-        ("pycocotools", "transformers", "segmentation_models_pytorch", "timm"),
-    ),
+    Row("faster-rcnn", "gpu_training:faster_rcnn_row", 20, ("pycocotools",)),
+    Row("rt-detr", "gpu_training:rtdetr_row", 25, ("pycocotools", "transformers", "scipy")),
+    Row("u-net", "gpu_training:unet_row", 15, ("segmentation_models_pytorch", "timm")),
+    Row("bert", "gpu_training:bert_row", 20, ("transformers",)),
     Row("search", "gpu_search:search_row", 75, ("optuna", "typer", "rich")),
     Row("sharing", "gpu_search:sharing_row", 75, ("optuna", "typer", "rich")),
     Row("precision", "gpu_precision:precision_row", 60, ("pycocotools",)),
@@ -73,8 +72,9 @@ def measure(row: Row, setup: Any, left: float) -> Any:
 
     lacking = missing(row.needs)
     if lacking:
-        how = "scripts/gpu_wheels.py brings it"
-        return RowResult(row.name, "skipped", f"not installed: {', '.join(lacking)}; {how}")
+        return RowResult(
+            row.name, "skipped", f"not installed: {', '.join(lacking)}; {HOW_TO_BRING}"
+        )
     if not setup.small and row.seconds > left:
         need = f"it takes about {row.seconds:.0f} s, and {max(0, left):.0f} s are left"
         return RowResult(row.name, "skipped", f"{need}; --rows {row.name} measures it alone")

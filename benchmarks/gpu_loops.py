@@ -5,6 +5,7 @@ the precision of the other side, fused optimizers, loader processes that persist
 where the library's own loop does not wait either.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,7 +181,7 @@ def torchvision_epochs(context: TrainingContext, batch_size: int, lr: float) -> 
         chosen = index.tolist()
         with where.autocast():
             losses = net([images[i] for i in chosen], [targets[i] for i in chosen])
-            return torch.stack(list(losses.values())).sum()
+            return functools.reduce(torch.add, losses.values())
 
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr, MOMENTUM, fused=fused(where.device))

@@ -221,7 +221,8 @@ def profiled_busy_share(epochs: Iterator[Any], device: torch.device) -> float:
     spans = [
         (event.time_range.start, event.time_range.end)
         for event in profile.events() or []
-        if event.device_type == kind
+        if event.device_type == kind and not event.is_user_annotation
+        if not event.name.startswith("Mem")  # Memcpy, Memset: a copy is no computing
     ]
     if not spans:
         return math.nan

@@ -36,7 +36,7 @@ def classifier(setup: Setup) -> Run:
 def detector(setup: Setup) -> Run:
     """A small Faster R-CNN from fresh weights, long enough that it finds rectangles."""
     model = "{name: fasterrcnn_mobilenet_v3_large_320_fpn, weights: none, backbone: none}"
-    number = setup.pick(25, 1)
+    number = setup.pick(12, 1)
     words = (
         "recipe.optimizer=adamw",
         "recipe.lr=0.001",

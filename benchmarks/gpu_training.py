@@ -188,18 +188,11 @@ def depth_seconds(setup: Setup, model: str, limit: str, depth: int) -> list[floa
     run = resnet_run(
         setup, square(setup), f"model.name={model}", limit, f"recipe.freeze_depth={depth}"
     )
-    arm = {"epoch": epochs(prepare(setup, run, cache_gb=40), run, setup)}
+    arm = {"epoch": epochs(prepare(setup, run), run, setup)}
     return take_turns(arm, 3)["epoch"]
 
 
 # -- the other tasks
-
-
-def task_row(setup: Setup) -> Iterator[Figure]:
-    """A training pass of a detector, a segmenter and a text classifier against the library's own loop."""
-    for figure in (faster_rcnn, rtdetr, unet, bert):
-        yield figure(setup)
-        release()
 
 
 def task_figure(
@@ -224,16 +217,18 @@ def detector_run(setup: Setup, model: str, side: int, batch: int, *words: str) -
     )
 
 
-def faster_rcnn(setup: Setup) -> Figure:
+def faster_rcnn_row(setup: Setup) -> Iterator[Figure]:
+    """Against the loop of torchvision's references/detection."""
     slim = "{name: fasterrcnn_mobilenet_v3_large_320_fpn, weights: none, backbone: none}"
     model = setup.pick("{name: fasterrcnn_resnet50_fpn, weights: none, backbone: none}", slim)
     run = detector_run(setup, model, setup.pick(512, 64), setup.pick(8, 4))
     context, other = (prepare(setup, run, "map") for _ in range(2))
     loop = gpu_loops.torchvision_epochs(other, run.recipe.batch_size, run.recipe.lr)
-    return task_figure(setup, "Faster R-CNN", run, "map", loop, context)
+    yield task_figure(setup, "Faster R-CNN", run, "map", loop, context)
 
 
-def rtdetr(setup: Setup) -> Figure:
+def rtdetr_row(setup: Setup) -> Iterator[Figure]:
+    """Against a loop over transformers' own forward pass and loss."""
     model = setup.pick("{name: rtdetr_r50, weights: none}", "{name: rtdetr_r18, weights: none}")
     clip, lr = 0.1, 1e-4
     words = [
@@ -247,14 +242,15 @@ def rtdetr(setup: Setup) -> Figure:
     )
     context, other = (prepare(setup, run, "map") for _ in range(2))
     loop = gpu_loops.rtdetr_epochs(other, run.recipe.batch_size, lr, clip)
-    return task_figure(setup, "RT-DETR", run, "map", loop, context)
+    yield task_figure(setup, "RT-DETR", run, "map", loop, context)
 
 
 def limited(setup: Setup) -> str:
     return f"data.limit={setup.pick(1000, 10)}"
 
 
-def unet(setup: Setup) -> Figure:
+def unet_row(setup: Setup) -> Iterator[Figure]:
+    """Against the loop of the examples of segmentation_models_pytorch."""
     side, batch = setup.pick(256, 32), setup.pick(16, 4)
     folder = gpu_data.write_masks(setup.folder / "masks", setup.pick(512, 12), side)
     name = setup.pick("unet/resnet34", "unet/tu-mobilenetv3_small_050")
@@ -262,7 +258,7 @@ def unet(setup: Setup) -> Figure:
     run = make_run(SEGMENTER, [*words, f"recipe.batch_size={batch}", f"recipe.epochs={ENDLESS}"])
     context, other = (prepare(setup, run, "mean_iou") for _ in range(2))
     loop = gpu_loops.unet_epochs(other, batch, run.recipe.lr)
-    return task_figure(setup, "U-Net", run, "mean_iou", loop, context)
+    yield task_figure(setup, "U-Net", run, "mean_iou", loop, context)
 
 
 TINY_BERT = {
@@ -273,7 +269,8 @@ TINY_BERT = {
 }
 
 
-def bert(setup: Setup) -> Figure:
+def bert_row(setup: Setup) -> Iterator[Figure]:
+    """Against a loop as that of transformers' Trainer."""
     words, batch = setup.pick(2000, 50), setup.pick(32, 8)
     longest = setup.pick(110, 20)
     file = gpu_data.write_texts(setup.folder / "texts.csv", setup.pick(2000, 40), words, longest)
@@ -283,7 +280,7 @@ def bert(setup: Setup) -> Figure:
     context, other = (prepare(setup, run) for _ in range(2))
     clip = run.recipe.clip_norm or 1.0
     loop = gpu_loops.bert_epochs(other, batch, run.recipe.lr, clip)
-    return task_figure(setup, "BERT-base", run, "accuracy", loop, context)
+    yield task_figure(setup, "BERT-base", run, "accuracy", loop, context)
 
 
 # -- what the device does meanwhile

@@ -73,7 +73,7 @@ def test_a_row_is_measured_skipped_or_failed_and_the_others_go_on(
     reasons = [row["reason"] for row in found["rows"]]
     assert reasons[0] == "ValueError: no more"
     assert reasons[1].startswith("it takes about 1000 s, and ") and "--rows long" in reasons[1]
-    assert reasons[2] == "not installed: no_such_module; scripts/gpu_wheels.py brings it"
+    assert reasons[2] == f"not installed: no_such_module; {kit.HOW_TO_BRING}"
     assert [figure["verdict"] for figure in found["rows"][3]["figures"]] == ["reached", "missed"]
     table = capsys.readouterr().out.splitlines()
     assert (
