@@ -5,8 +5,9 @@
     PYTHONPATH=TARGET:. python benchmarks/gpu.py
 
 The wheels are for Linux on x86-64, in the versions of constraints.txt. Whatever the machine has
-already stays as it is, in any version: torch was built against its own numpy. ONNX and its runtime
-are not among the wheels because of their size: exports to ONNX are skipped where they are missing.
+already stays as it is, in any version: torch was built against its own numpy. ONNX with its runtime
+and SciPy are not among the wheels because of their size. Where they are missing, what needs them
+(exports to ONNX, RT-DETR's loss) is left out by the kit and its tests.
 """
 
 import argparse
@@ -26,7 +27,7 @@ PACKAGES = {
     "shellingham annotated-doc markdown-it-py mdurl Pygments torchmetrics lightning-utilities "
     "packaging safetensors pycocotools",
     "the search": "optuna alembic SQLAlchemy Mako colorlog tqdm",
-    "plots": "matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil",
+    "plots": "matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil tzdata",
     "timm and U-Net": "timm segmentation_models_pytorch",
     "BERT and RT-DETR": "transformers tokenizers huggingface_hub hf-xet regex httpx2 httpcore2 h11 "
     "anyio idna truststore certifi",

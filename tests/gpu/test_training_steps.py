@@ -6,7 +6,9 @@
 import contextlib
 import math
 import resource
+from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from tests.helpers.device_waits import watch_steps
 from tests.helpers.tiny_tasks import TINY_TASKS, TinyTask, list_cases
+from tuner.config.run import Run
 from tuner.training.epoch import TrainingContext, predict_source, train_one_epoch
 from tuner.training.micro_batches import release_memory
 from tuner.training.training_loop import start_training
@@ -78,7 +81,8 @@ def test_a_step_that_waits_is_noticed(device: str, tmp_path: Path) -> None:
     task = TINY_TASKS["classification"]
     run = task.make_run(tmp_path)
     context = task.prepare(run, tmp_path / "home", device)
-    context.net.insert(0, ReadsItsInput())  # type: ignore[operator]
+    stages = OrderedDict(reads=ReadsItsInput(), **dict(context.net.named_children()))
+    context = replace(context, net=nn.Sequential(stages))
     training = start_training(context, run.recipe, run.seed)
     expected = pytest.raises(RuntimeError) if device == "cuda" else contextlib.nullcontext()
     with expected, watch_steps(training.optimizer, 1, 5, device) as waits:
@@ -136,13 +140,12 @@ def limit_memory(device: str, more: int) -> Iterator[None]:
 
 
 def train_spread(
-    context: TrainingContext, run: object, more: int | None, device: str
+    context: TrainingContext, run: Run, more: int | None, device: str
 ) -> tuple[float, list[str]]:
     """The loss of an epoch, and the notes about halved batches."""
-    recipe = run.recipe  # type: ignore[attr-defined]
-    training = start_training(context, recipe, 1)
+    training = start_training(context, run.recipe, 1)
     with contextlib.nullcontext() if more is None else limit_memory(device, more):
-        loss = train_one_epoch(context, recipe, training, 1, 1)
+        loss = train_one_epoch(context, run.recipe, training, 1, 1)
     return loss, training.micro_batch_size.notes
 
 

@@ -170,6 +170,7 @@ def test_only_what_is_missing_is_installed(wheels: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_row_runs_in_miniature_on_the_cpu(kit: Any, tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--cpu", "--small", "--json", file]
