@@ -171,25 +171,24 @@ def freeze_row(setup: Setup) -> Iterator[Figure]:
         limit = f"data.limit={setup.pick(2048, 48)}"
         run = resnet_run(setup, square(setup), f"model.name={model}", limit)
         deepest = prepare(setup, run).staged_model.max_depth
-        medians = {
-            depth: statistics.median(depth_seconds(setup, model, limit, depth))
-            for depth in (0, deepest // 2, deepest)
-        }
-        half = medians[deepest // 2] / medians[0]
-        notes = f"depth {deepest // 2} of {deepest}: 1/{1 / half:.1f}"
+        half = deepest // 2
+        depths = {"none": 0, "half": half, "all": deepest}
+        seconds = take_turns(
+            {name: depth_epochs(setup, model, limit, depth) for name, depth in depths.items()}, 3
+        )
+        ratio = statistics.median(seconds["none"]) / statistics.median(seconds["half"])
+        notes = f"depth {half} of {deepest}: 1/{ratio:.1f}"
         name = f"{model}: fully frozen ÷ unfrozen epoch"
-        frozen, whole = [medians[deepest]], [medians[0]]
-        yield compare(name, frozen, whole, 1 / 50, "s an epoch, validation included", notes=notes)
+        unit = "s an epoch, validation included"
+        yield compare(name, seconds["all"], seconds["none"], 1 / 50, unit, notes=notes)
         release()
 
 
-def depth_seconds(setup: Setup, model: str, limit: str, depth: int) -> list[float]:
-    """Seconds of the epochs at a depth after the first one, which fills the cache."""
-    run = resnet_run(
-        setup, square(setup), f"model.name={model}", limit, f"recipe.freeze_depth={depth}"
-    )
-    arm = {"epoch": epochs(prepare(setup, run), run, setup)}
-    return take_turns(arm, 3)["epoch"]
+def depth_epochs(setup: Setup, model: str, limit: str, depth: int) -> Iterator[float]:
+    """Seconds of the epochs at a depth; the first one fills the cache."""
+    words = (f"model.name={model}", limit, f"recipe.freeze_depth={depth}")
+    run = resnet_run(setup, square(setup), *words)
+    return epochs(prepare(setup, run), run, setup)
 
 
 # -- the other tasks
