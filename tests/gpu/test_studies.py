@@ -41,7 +41,7 @@ def run_study(folder: Path, name: str, model: str, *words: str, **environment: s
     (folder / "study.yaml").write_text(STUDY.replace("MODEL", model))
     command = [sys.executable, "-m", "tuner", "run", "study.yaml", f"search.name={name}", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=folder, env=env, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=folder, env=env, text=True, check=False)
     return done.returncode
 
 

@@ -6,6 +6,7 @@ ordinary memory waits for can only be seen on a GPU.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,10 @@ def watch_steps(
     def switch(on: bool) -> None:
         if device == "cpu":
             operators.watching = on
-        else:
+            return
+        with warnings.catch_warnings():
+            # torch says once that it does not find all calls that wait
+            warnings.filterwarnings("ignore", "Synchronization debug mode")
             torch.cuda.set_sync_debug_mode("error" if on else "default")
 
     def before(*_: Any) -> None:
