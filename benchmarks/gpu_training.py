@@ -220,7 +220,7 @@ def faster_rcnn_row(setup: Setup) -> Iterator[Figure]:
     """Against the loop of torchvision's references/detection."""
     slim = "{name: fasterrcnn_mobilenet_v3_large_320_fpn, weights: none, backbone: none}"
     model = setup.pick("{name: fasterrcnn_resnet50_fpn, weights: none, backbone: none}", slim)
-    run = detector_run(setup, model, setup.pick(512, 64), setup.pick(8, 4))
+    run = detector_run(setup, model, setup.pick(512, 64), setup.pick(8, 4), limited(setup))
     context, other = (prepare(setup, run, "map") for _ in range(2))
     loop = gpu_loops.torchvision_epochs(other, run.recipe.batch_size, run.recipe.lr)
     yield task_figure(setup, "Faster R-CNN", run, "map", loop, context)
@@ -245,6 +245,7 @@ def rtdetr_row(setup: Setup) -> Iterator[Figure]:
 
 
 def limited(setup: Setup) -> str:
+    """In miniature ten images: detectors are slow on a CPU."""
     return f"data.limit={setup.pick(1000, 10)}"
 
 
