@@ -97,7 +97,7 @@ def test_the_export_of_a_model_trained_there_is_read_back(
     assert {"model.safetensors", "model.pt2"} <= set(manifest["files"])
     image = small.parent / "grey.png"
     Image.new("RGB", (40, 32), (90, 120, 90)).save(image)
-    said = tuner("predict", folder, image, "--json")
+    said = tuner("predict", small.parent / "studies" / "small", image, "--json")
     assert said.code == 0, said.err
     probabilities = json.loads(said.out)["classes"].values()
     assert len(probabilities) == 3 and sum(probabilities) == pytest.approx(1, abs=1e-5)
