@@ -16,11 +16,13 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 PLOTS = HERE / "plots"
@@ -195,8 +197,10 @@ def save(found: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def figure(panels: int, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+def figure(panels: int, height: float = 3.6) -> "tuple[Figure, list[Axes]]":
     """A figure 900 pixels wide and its panels, without frames."""
+    from matplotlib.figure import Figure
+
     fig = Figure(figsize=(9, height), dpi=100, layout="constrained")
     axes = list(fig.subplots(1, panels, squeeze=False)[0])
     for axis in axes:

@@ -62,6 +62,15 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`pytest -m gpu` where there is no GPU: each test is skipped, saying so."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip(f"needs a CUDA device; torch {torch.__version__} sees none here")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
