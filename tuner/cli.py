@@ -15,6 +15,7 @@ import typer
 from tuner.commands.arguments import (
     Command,
     Debug,
+    Device,
     File,
     Json,
     Overrides,
@@ -195,6 +196,7 @@ def predict(
     trust: Annotated[
         bool, typer.Option("--trust", help="import and run the code that the export names")
     ] = False,
+    device: Device = "auto",
     studies: Studies = Path("studies"),
     json_: Json = False,
     debug: Debug = False,
@@ -207,9 +209,8 @@ def predict(
     from tuner.training import inference
 
     published = inference.find_export(studies, study)
-    print_predictions(
-        inference.predict_examples(published, examples, format_, trust=trust), out, as_json=json_
-    )
+    predictions = inference.predict_examples(published, examples, format_, device, trust=trust)
+    print_predictions(predictions, out, as_json=json_)
 
 
 @app.command(cls=Command)

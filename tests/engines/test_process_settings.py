@@ -117,3 +117,16 @@ def test_a_containers_quota_limits_the_cores(
         path.write_text(text + "\n")
     assert _process_settings.quota(tmp_path) == expected
     assert _process_settings.cores(tmp_path) == min(len(os.sched_getaffinity(0)), expected)
+
+
+def test_gpu_memory_grows_in_place_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in _process_settings.ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    _process_settings.use_expandable_segments()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    _process_settings.use_expandable_segments()
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"

@@ -25,7 +25,7 @@ from tuner.files.removal import MANIFEST
 from tuner.manifest import PublishedExport, read_export, replaced
 from tuner.preprocessing.image_decoding import SUFFIXES, load_upright, silence_pillow, try_decode
 from tuner.training.building import build_task
-from tuner.training.exported_models import open_export
+from tuner.training.exported_models import open_export, select_prediction_device
 
 BATCH_SIZE = 16
 PREFERRED_FORMATS = ("safetensors", "torch_export", "onnx")
@@ -102,6 +102,7 @@ def predict_examples(
     published: PublishedExport,
     examples: Sequence[str],
     export_format: str | None = None,
+    device: str = "auto",
     *,
     trust: bool = False,
 ) -> Iterator[NamedPrediction | str]:
@@ -111,19 +112,23 @@ def predict_examples(
         published: The export.
         examples: Paths, folders and globs of images; or texts, and files with one text a line.
         export_format: The format to use; None: the first of PREFERRED_FORMATS that it has.
+        device: Where it computes: auto, cpu or cuda.
         trust: Whether code that the export names may be imported and run.
 
     Yields:
         A prediction for each example, or a sentence about an example that cannot be read.
 
     Raises:
-        SpaceError: The format is unknown, or the export names code that is not trusted.
+        SpaceError: The format or the device is unknown, or the format cannot use it, or the export
+            names code that is not trusted.
+        StorageError: There is no such device.
         DataError: An example does not exist.
     """
     exports = published.manifest["exports"]
     available = [name for name in PREFERRED_FORMATS if name in exports] or list(exports)
+    chosen = export_format or available[0]
     function, task, input_spec = open_predictor(
-        published, export_format or available[0], trust=trust
+        published, chosen, select_prediction_device(device, chosen), trust=trust
     )
     if isinstance(input_spec, TextInputSpec):
         kind, batches = "text", encode_text_batches(read_texts(examples), input_spec)
@@ -162,7 +167,7 @@ def refuse_code(published: PublishedExport, export_format: str) -> None:
 
 
 def open_predictor(
-    published: PublishedExport, export_format: str, *, trust: bool
+    published: PublishedExport, export_format: str, device: torch.device, *, trust: bool
 ) -> tuple[Callable[[TensorTree], TensorTree], Task, InputSpec]:
     """The export as a function, its task and its input spec.
 
@@ -174,7 +179,7 @@ def open_predictor(
             refuse_code(published, export_format)
         try:
             with plugins.installed_only():
-                function = open_export(published, export_format)
+                function = open_export(published, export_format, device)
                 task = build_task(published.run, tuple(published.manifest["classes"]))
             input_spec = input_spec_from_dict(published.manifest["preprocess"], published.folder)
         except Exception:  # anything can fail where files of two exports are mixed
