@@ -189,6 +189,7 @@ def predict(
         bool, typer.Option("--trust", help="import and run the code that the export names")
     ] = False,
     flips: arguments.Flips = None,
+    device: arguments.Device = "auto",
     studies: Studies = Path("studies"),
     json_: Json = False,
     debug: Debug = False,
@@ -201,7 +202,9 @@ def predict(
     from tuner.training import inference
 
     published = inference.find_export(studies, study)
-    predictions = inference.predict_examples(published, examples, format_, trust=trust, flips=flips)
+    predictions = inference.predict_examples(
+        published, examples, format_, device, trust=trust, flips=flips
+    )
     print_predictions(predictions, out, as_json=json_)
 
 

@@ -165,7 +165,10 @@ def test_a_confusion_matrix_is_drawn_for_any_number_of_classes(classes: int) -> 
 def test_a_learning_curve_is_drawn_for_any_number_of_epochs(scores: list[float]) -> None:
     rows: list[dict[str, Any]] = [{"balanced_accuracy": s} for s in scores]
 
-    assert plots.plot_learning_curve([1.0] * len(scores), rows, "balanced_accuracy").startswith(PNG)
+    for row in ({}, *rows[:1]):  # an epoch that was not validated, or one that was
+        all_rows = [row, *rows] if scores else []
+        losses = [1.0] * len(all_rows)
+        assert plots.plot_learning_curve(losses, all_rows, "balanced_accuracy").startswith(PNG)
 
 
 def test_scores_per_class_are_a_table() -> None:

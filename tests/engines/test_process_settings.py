@@ -133,3 +133,16 @@ def test_the_users_number_of_threads_is_kept(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", stated)
     assert _process_settings.cores(tmp_path) == (expected or len(os.sched_getaffinity(0)))
+
+
+def test_gpu_memory_grows_in_place_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in _process_settings.ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    _process_settings.use_expandable_segments()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    _process_settings.use_expandable_segments()
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"

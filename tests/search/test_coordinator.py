@@ -463,3 +463,32 @@ def test_the_run_of_a_finished_trial_is_the_run_it_was_given() -> None:
 def test_mix_depends_on_every_part() -> None:
     assert len({derive_seed(0, 0), derive_seed(0, 1), derive_seed(1, 0), derive_seed(1, 1)}) == 4
     assert derive_seed(3, 4) == derive_seed(3, 4) < 2**32
+
+
+def test_the_pruner_hears_of_validated_epochs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["search.trials=3", "recipe.epochs=3"]
+    doc = parsing.apply_overrides(yaml_document.parse_document(SMALL, "small.yaml"), words)
+    c = make_coordinator(parsing.parse_space(doc))
+    asked: list[int] = []
+
+    def should_prune(trial: Any) -> bool:
+        asked.append(trial.number)
+        return bool(trial.number == 2)
+
+    monkeypatch.setattr(c.study, "should_prune", should_prune)
+
+    def validated_every_2nd(c: Coordinator, job: Job) -> Outcome:
+        epochs: list[Epoch] = []
+        for number in range(1, 4):
+            scores = {"accuracy": 0.1 * number} if number > 1 else {}
+            epochs.append(Epoch(number, 1.0, scores, 0.1))
+            if not c.report(job, epochs[-1]):
+                assert number == 2
+                return Outcome("done", TrialResult("stopped", tuple(epochs), number, {}, 0.1))
+        return Outcome("done", TrialResult("complete", tuple(epochs), 3, {}, 0.1))
+
+    run_all_jobs(c, validated_every_2nd)
+    assert states(c) == ["COMPLETE", "COMPLETE", "PRUNED"]
+    heard = [list(trial.intermediate_values) for trial in c.study.get_trials()]
+    assert heard == [[2, 3], [2, 3], [2]]
+    assert asked == [0, 2]  # once each, after epoch 2; the default recipe is never asked about

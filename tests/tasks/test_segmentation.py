@@ -12,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_f1_score, multiclass_jaccard_index
+from torchmetrics.functional.classification import (
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_jaccard_index,
+)
 
 from tests.conftest import CommandResult
 from tests.helpers.mask_files import (
@@ -24,8 +28,16 @@ from tests.helpers.mask_files import (
 )
 from tuner.config.run import Recipe
 from tuner.core.input_spec import ImageInputSpec, TensorTree
+from tuner.core.targets import IGNORED
 from tuner.core.types import Batch
-from tuner.tasks.segmentation import METRICS, Segmentation, build, dice_loss, mask_on_image
+from tuner.tasks.segmentation import (
+    METRICS,
+    Segmentation,
+    build,
+    count_pixels,
+    dice_loss,
+    mask_on_image,
+)
 
 CANVAS = ImageInputSpec(32, 36, "nearest", (0.0,) * 3, (1.0,) * 3, "letterbox")
 
@@ -348,3 +360,15 @@ def test_weights_follow_the_pixels_of_the_training_masks(space: Path, tmp_path: 
     expected = counts.sum() / len(counts) / counts
     weights = context.task.class_weights  # type: ignore[attr-defined]
     assert torch.allclose(weights.double(), expected.double())
+
+
+def test_pixels_are_counted_as_torchmetrics_counts_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted, truth = torch.randint(0, 200, (2, 3, 40, 50), generator=generator).to(torch.uint8)
+    truth[truth > 190] = IGNORED
+    expected = multiclass_confusion_matrix(
+        predicted.long(), truth.long(), 200, ignore_index=IGNORED
+    )
+    assert torch.equal(count_pixels(predicted, truth, 200), expected)
+    truth[:] = IGNORED
+    assert not count_pixels(predicted, truth, 200).any()

@@ -1,6 +1,6 @@
 """Which GPU a worker gets, and how much of it. torch.cuda is replaced at its edge: no GPU is needed, and none was used."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ from tuner.commands.run import worker_count
 from tuner.config.run import EngineSettings
 from tuner.errors import StorageError
 from tuner.messages import Assignment
-from tuner.preprocessing import tensor_files
+from tuner.preprocessing import resident_tensors
 from tuner.training import worker_jobs
 from tuner.training.devices import select_device, select_gpus
 
 Tuner = Callable[..., CommandResult]
+CURRENT: list[torch.device] = []  # GPUs that became the current one
 
 
 @pytest.fixture
-def four(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+def four(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     """A machine with four GPUs of 80 GB; filled with the share of each that was asked for."""
     shares: dict[str, float] = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -35,7 +36,11 @@ def four(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         torch.cuda, "get_per_process_memory_fraction", lambda device: shares.get(str(device), 1.0)
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80_000, 80_000))
-    return shares
+    monkeypatch.setattr(torch.cuda, "set_device", CURRENT.append)
+    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    yield shares
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.benchmark = benchmark
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,27 @@ def test_workers_are_dealt_out_over_the_gpus_in_use(
     ]
 
 
+def test_the_gpu_of_a_slot_is_the_current_one_and_computes_fast(
+    four: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = select_device(EngineSettings(), tmp_path, 2)
+    assert str(CURRENT[-1]) == "cuda:2" and context.precision == "bfloat16"
+    assert torch.backends.cudnn.benchmark and torch.get_float32_matmul_precision() == "high"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    for capability, precision in (((7, 5), "float16"), ((6, 1), "float32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert select_device(EngineSettings(), tmp_path).precision == precision
+
+
+def test_on_the_cpu_nothing_of_this_is_set(tmp_path: Path) -> None:
+    CURRENT.clear()
+    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    context = select_device(EngineSettings(device="cpu"), tmp_path)
+    assert context.precision == "float32" and CURRENT == []
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.cudnn.benchmark == benchmark
+
+
 @pytest.mark.parametrize(
     ("engine", "share"),
     [
@@ -83,16 +109,17 @@ def test_workers_that_share_a_gpu_share_its_memory(
     assert four == ({} if share is None else {"cuda:0": pytest.approx(share)})
 
 
-def test_remembered_activations_move_into_a_quarter_of_the_workers_part(
-    four: dict[str, float], tmp_path: Path
+def test_a_worker_keeps_tensors_in_half_of_its_part_of_the_gpu(
+    four: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = [torch.zeros(10_000, dtype=torch.uint8)]
-    assert tensor_files.fits_on_gpu(
-        values, select_device(EngineSettings(per_gpu=1), tmp_path).device
-    )
-    assert not tensor_files.fits_on_gpu(
-        values, select_device(EngineSettings(per_gpu=4), tmp_path).device
-    )
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1_500)
+    device = select_device(EngineSettings(per_gpu=1), tmp_path).device
+    assert resident_tensors.available_bytes(device) == 79_000
+    assert resident_tensors.fits(39_000, device) and not resident_tensors.fits(40_000, device)
+    select_device(EngineSettings(per_gpu=4), tmp_path)
+    assert resident_tensors.available_bytes(device) == 19_000
+    assert resident_tensors.fits(9_000, device) and not resident_tensors.fits(10_000, device)
 
 
 @pytest.mark.parametrize(

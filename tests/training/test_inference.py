@@ -13,8 +13,9 @@ from PIL import Image
 from tests.conftest import CommandResult
 from tests.helpers.png_headers import png_header
 from tuner.config.run import ImageOptions
+from tuner.core.export_module import ExportModule
 from tuner.data import synthetic
-from tuner.errors import DataError, SpaceError
+from tuner.errors import DataError, SpaceError, StorageError
 from tuner.manifest import PublishedExport
 from tuner.training import exported_models, publishing
 from tuner.training.building import input_spec_of
@@ -213,6 +214,43 @@ def test_an_export_that_takes_anothers_place_meanwhile_is_the_one_that_predicts(
     monkeypatch.setattr("tuner.training.inference.open_export", late)
     assert len(list(predict_examples(published, [str(photos)]))) == 3
     assert opened == ["model.safetensors", "renamed.safetensors"]
+
+
+def test_a_device_that_is_not_there_or_that_the_format_cannot_use(
+    studies: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = find_export(studies, "stripes")
+
+    def predict(format_: str, device: str) -> None:
+        list(predict_examples(published, [str(photos)], format_, device))
+
+    with pytest.raises(SpaceError, match=r"--device 'gpu': use auto, cpu or cuda"):
+        predict("safetensors", "gpu")
+    with pytest.raises(SpaceError, match=r"onnx runs on the CPU; use --format safetensors"):
+        predict("onnx", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(StorageError, match=r"--device cuda: torch .* sees no GPU here"):
+        predict("safetensors", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, format_, device in (
+        ("auto", "safetensors", "cuda"),
+        ("auto", "onnx", "cpu"),
+        ("cpu", "safetensors", "cpu"),
+    ):
+        assert exported_models.select_prediction_device(name, format_).type == device
+
+
+def test_a_model_on_another_device_is_asked_with_what_lies_there(studies: Path) -> None:
+    """The meta device stands for a GPU: a tensor that was left on the CPU would be an error."""
+    published = find_export(studies, "stripes")
+    on_cpu = exported_models.open_export(published, "safetensors")
+    assert isinstance(on_cpu, ExportModule)
+    asked: list[torch.device] = []
+    on_cpu.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].device))
+    there = exported_models.compute_on(torch.device("meta"), on_cpu)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        there(torch.zeros(1, 3, 32, 32))
+    assert asked == [torch.device("meta")]
 
 
 def test_a_format_that_was_not_exported(studies: Path, photos: Path) -> None:

@@ -290,6 +290,26 @@ def test_more_accumulated_batches_than_there_are_is_a_warning(here: DeviceContex
     ]
 
 
+def test_an_epoch_is_validated_when_it_is_due_and_the_last_always(here: DeviceContext) -> None:
+    r = run(epochs=5, validate_every=2, freeze_depth=5, head="fresh")
+    found = epochs(r, here)[0]
+    every = epochs(run(epochs=5, freeze_depth=5, head="fresh"), here)[0]
+    assert [bool(epoch.scores) for epoch in found] == [False, True, False, True, True]
+    assert [epoch.loss for epoch in found] == [epoch.loss for epoch in every]
+    assert all(a.scores in ({}, b.scores) for a, b in zip(found, every, strict=True))
+
+
+def test_patience_looks_at_validated_epochs(
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epoch 2 is the best; 3 epochs later none was validated, so it goes on to epoch 6."""
+    r = run(epochs=8, validate_every=2, patience=3, freeze_depth=5, head="fresh")
+    bench = prepare_training(r, here, "accuracy")
+    scripted = iter([0.9, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(bench.task, "score", lambda pairs: {"accuracy": next(scripted)})
+    assert [p.epoch.number for p in fit(bench, r.recipe, r.seed)][-1] == 6
+
+
 def test_label_smoothing_reaches_the_loss(here: DeviceContext) -> None:
     plain, smooth = (epochs(run(epochs=1, label_smoothing=s), here)[0][0].loss for s in (0.0, 0.3))
     assert plain != smooth

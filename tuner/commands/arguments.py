@@ -49,6 +49,9 @@ Quiet = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu or cuda; auto: a GPU where there is one")
+]
 Port = Annotated[
     int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0 takes a free one", metavar="N")
 ]

@@ -163,7 +163,8 @@ class Console:
         if number not in self.bar_of_trial:
             self.bar_of_trial[number] = self.bar.add_task(f"#{number}", total=total, state="")
         metric = str(self.search.metric)
-        score = f"{short_label(metric)} {epoch.scores[metric]:.4f}"
+        is_scored = metric in epoch.scores  # with recipe.validate_every not each is
+        score = f"{short_label(metric)} {epoch.scores[metric]:.4f}" if is_scored else ""
         self.bar.update(
             self.bar_of_trial[number],
             completed=epoch.number,

@@ -81,8 +81,14 @@ class EngineSettings(Section):
         pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$",
         description="auto, cpu, cuda, cuda:N or mps",
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast on GPUs that have it"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of autocast; auto: bfloat16 on GPUs that have it, float16 with a scaled loss "
+        "on older ones with tensor cores, float32 elsewhere",
+    )
+    compile: Literal["none", "suffix"] = Field(
+        "none",
+        description="suffix: torch.compile of the stages that are trained; takes minutes at first",
     )
     cache: Literal["auto", "always", "never"] = Field(
         "auto", description="remember what frozen stages compute"

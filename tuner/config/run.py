@@ -162,6 +162,9 @@ class Recipe(Section):
     patience: int | None = Field(
         None, ge=1, description="epochs without a better score after which training stops"
     )
+    validate_every: int = Field(
+        1, ge=1, description="epochs from one validation to the next; the last is always validated"
+    )
     stop_epoch: int | None = Field(
         None, ge=1, description="stop here although the schedule goes on; written to best.yaml"
     )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tuner.core.device_transfers import send
 from tuner.core.input_spec import ImageInputSpec
 
 MAX_SHRINKING = 1.5  # old pixels per new one that bilinear interpolation bears
@@ -85,7 +86,7 @@ class AffineTransform:
             levels = (shrinking / MAX_SHRINKING).log2().ceil().clamp(0, MAX_LEVEL).long()
             for level in sorted(set(levels.tolist()) - {0}):
                 chosen = (levels == level).nonzero()[:, 0]
-                on_device = chosen.to(images.device)
+                on_device = send(chosen, images.device)
                 means = F.avg_pool2d(shifted[on_device], 2**level, ceil_mode=True)
                 matrix = self.matrix[chosen] / 2**level
                 smaller = AffineTransform(matrix, means.shape[-1], self.side)
@@ -94,7 +95,7 @@ class AffineTransform:
 
     def _sample_level(self, images: Tensor, mode: str) -> Tensor:
         """The new images, and 0 where they show nothing of the old ones."""
-        matrix = self._normalised_matrix().to(images.device)
+        matrix = send(self._normalised_matrix(), images.device)
         grid = F.affine_grid(matrix, [len(images), 1, self.side, self.side], align_corners=False)
         return F.grid_sample(images, grid, mode, padding_mode="zeros", align_corners=False)
 
@@ -111,7 +112,7 @@ class AffineTransform:
             bool (n, side, side) on the device, with the side of `later`.
         """
         assert self.window is not None
-        window, matrix = self.window.to(device), later.matrix.to(device)
+        window, matrix = send(self.window, device), send(later.matrix, device)
         axis = torch.arange(later.side, device=device) + 0.5
         columns, rows = axis[None, None, :], axis[None, :, None]
         inside = torch.ones((), dtype=torch.bool, device=device)

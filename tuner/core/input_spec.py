@@ -2,7 +2,8 @@
 token ids.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tuner.config.run import RgbTriple
+from tuner.core.device_transfers import HostCopy, copies_asynchronously, send
 
 TensorTree = Tensor | dict[str, Tensor]
 """What flows between stages: a tensor, or a flat dict of tensors by name.
@@ -22,6 +24,24 @@ Every tensor is batch-first.
 def tree_to_dict(tree: TensorTree) -> dict[str, Tensor]:
     """The tree as a dict; a bare tensor has the name ''."""
     return tree if isinstance(tree, dict) else {"": tree}
+
+
+def begin_copy_to_cpu(tree: TensorTree) -> Callable[[], TensorTree]:
+    """Begins to copy a tree to the CPU. The function that is returned waits for it and gives it.
+
+    Tensors that are on the CPU already are not copied.
+    """
+    named = tree_to_dict(tree)
+    copy = HostCopy({name: v for name, v in named.items() if copies_asynchronously(v.device)})
+    others = {name: v.cpu() for name, v in named.items() if name not in copy.tensors}
+    names, is_dict = list(named), isinstance(tree, dict)  # not the tree: it is on the device
+
+    def wait() -> TensorTree:
+        # not in page-locked memory, of which a machine has not much
+        on_cpu = others | {name: value.clone() for name, value in copy.wait().items()}
+        return {name: on_cpu[name] for name in names} if is_dict else on_cpu[""]
+
+    return wait
 
 
 class InputSpec(Protocol):
@@ -93,10 +113,8 @@ class ImageInputSpec:
         """
         if not isinstance(x, Tensor) or x.dtype != torch.uint8:
             return x
-        mean, std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.mean, self.std)
-        )
-        pixels = x.to(device).contiguous(memory_format=torch.channels_last)
+        mean, std = (_channel_values(values, device) for values in (self.mean, self.std))
+        pixels = send(x, device).contiguous(memory_format=torch.channels_last)
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def to_export_input(self, x: TensorTree) -> TensorTree:
@@ -123,6 +141,14 @@ class ImageInputSpec:
         return {}
 
 
+@functools.lru_cache(maxsize=64)
+def _channel_values(values: RgbTriple, device: torch.device) -> Tensor:
+    """A number for each channel, float32 (1, 3, 1, 1), made once: a copy for each batch would make
+    the CPU wait for the GPU.
+    """
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
 IMAGENET_SPEC = ImageInputSpec(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -144,7 +170,7 @@ class TextInputSpec:
 
     def to_model_input(self, x: TensorTree, device: torch.device) -> TensorTree:
         assert isinstance(x, dict)
-        return {name: tensor.to(device) for name, tensor in x.items()}
+        return {name: send(tensor, device) for name, tensor in x.items()}
 
     def to_export_input(self, x: TensorTree) -> TensorTree:
         return x

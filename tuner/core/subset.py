@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.input_spec import TensorTree
-from tuner.core.types import Batch, Source, TargetSource
+from tuner.core.types import Batch, ResidentSource, Source, TargetSource
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Subset:
         if isinstance(self.whole, TargetSource):
             return self.whole.take_targets(rows)
         return self.whole.take(rows, 0).y
+
+    def is_resident(self, view: int) -> bool:
+        return isinstance(self.whole, ResidentSource) and self.whole.is_resident(view)
 
 
 class StoreSource(Source, Protocol):

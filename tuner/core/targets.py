@@ -36,8 +36,8 @@ class Targets(Protocol):
         """The targets of the images at `rows` (int64, (n,)), batch-first."""
 
     def mirror(self, y: TensorTree, which: Tensor) -> TensorTree:
-        """The targets `y` of a batch whose images at `which` (bool, (n,)) are flipped left to
-        right.
+        """The targets `y` of a batch whose images at `which` (int64, (k,), numbers in the batch)
+        are flipped left to right.
 
         `y` may be changed in place.
         """

@@ -69,6 +69,14 @@ class TargetSource(Protocol):
         """The targets of the examples at `index` (int64, (n,)), without augmentation."""
 
 
+@runtime_checkable
+class ResidentSource(Protocol):
+    """A source whose examples may be in the memory of a device."""
+
+    def is_resident(self, view: int) -> bool:
+        """Whether all examples of a view are there."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The examples of a data section, split.

@@ -130,7 +130,8 @@ class are its artifacts.
 
 def format_trial_note(run: Run, result: TrialResult, metric: str) -> str:
     """A trial's note: how it ended, its epochs as a table, its recipe with a key a line."""
-    names = [metric, *(n for n in result.epochs[0].scores if n != metric)] if result.epochs else []
+    scores = next((epoch.scores for epoch in result.epochs if epoch.scores), {})
+    names = [metric, *(n for n in scores if n != metric)] if result.epochs else []
     recipe = {key: value for key, value in run.recipe.model_dump().items() if value is not None}
     carried_out = yaml.safe_dump(
         {"recipe": recipe, "seed": run.seed}, sort_keys=False
@@ -170,7 +171,7 @@ def format_epoch_row(epoch: Epoch, names: list[str], *, best: bool) -> str:
     cells = [
         str(epoch.number),
         f"{epoch.loss:.4f}",
-        *(f"{epoch.scores[n]:.4f}" for n in names),
+        *(f"{epoch.scores[n]:.4f}" if n in epoch.scores else "" for n in names),
         f"{epoch.seconds:.2f}",
     ]
     return f"| {' | '.join(f'**{cell}**' for cell in cells) if best else ' | '.join(cells)} |"

@@ -81,9 +81,11 @@ def plot_learning_curve(
 ) -> bytes:
     """Training loss and validation score by epoch; the best epoch is ringed.
 
-    `direction`: whether higher or lower scores are better. Files of earlier versions do not say it.
+    `scores` are empty for an epoch that was not validated. `direction`: whether higher or lower
+    scores are better. Files of earlier versions do not say it.
     """
-    epochs, values = range(1, len(losses) + 1), [s[metric] for s in scores]
+    epochs = range(1, len(losses) + 1)
+    values = {epoch: s[metric] for epoch, s in zip(epochs, scores, strict=True) if metric in s}
     figure = Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
     left = figure.subplots()
     left.plot(epochs, losses, "o--", color=LOSS_COLOUR, markersize=3, linewidth=1)
@@ -92,13 +94,11 @@ def plot_learning_curve(
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(visible=True, axis="x", alpha=0.3)
     right = left.twinx()
-    right.plot(epochs, values, "s-", color=SCORE_COLOUR, markersize=3)
+    right.plot(list(values), list(values.values()), "s-", color=SCORE_COLOUR, markersize=3)
     right.set_ylabel(f"validation {metric_label(metric)}", color=SCORE_COLOUR)
     if values:
         choose = min if direction == "minimise" else max
-        best = choose(range(len(values)), key=values.__getitem__)
-        right.plot(best + 1, values[best], "o", color=SCORE_COLOUR, markersize=11, fillstyle="none")
-        right.set_title(
-            f"best: {values[best]:.4f} in epoch {best + 1} of {len(values)}", fontsize=10
-        )
+        best = choose(values, key=values.__getitem__)
+        right.plot(best, values[best], "o", color=SCORE_COLOUR, markersize=11, fillstyle="none")
+        right.set_title(f"best: {values[best]:.4f} in epoch {best} of {len(losses)}", fontsize=10)
     return _encode_png(figure)

@@ -16,6 +16,7 @@ SAMPLES, SAMPLE_SECONDS = 10, 0.01  # seconds
 PR_SET_PDEATHSIG = 1  # prctl.h of Linux
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 SAFE_PATH, OURS = "PYTHONSAFEPATH", "tuner"  # Python's own variable, which may have any value
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's; the old name last
 TRIM_THRESHOLD_BYTES, TOP_PAD_BYTES = 2**31 - 1, 64 * 2**20  # bytes
 
 
@@ -73,6 +74,16 @@ def forget_safe_path() -> None:
     """Undo `safe_path` for programs that the user's own code starts in this process."""
     if os.environ.get(SAFE_PATH) == OURS:
         del os.environ[SAFE_PATH]
+
+
+def use_expandable_segments() -> None:
+    """Make torch's allocator of GPU memory enlarge what it has instead of asking for new pieces.
+
+    Batches of changing sizes then leave no holes that nothing fits into. PYTORCH_ALLOC_CONF or
+    PYTORCH_CUDA_ALLOC_CONF in the environment decide instead, where they are set.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def cores(root: Path = Path("/")) -> float:

@@ -43,6 +43,7 @@ class RayWorker:
 
     def __init__(self, folder: str, path: list[str], cpus: int, gpus: float) -> None:
         _process_settings.keep_freed_memory()
+        _process_settings.use_expandable_segments()
         _process_settings.set_thread_wait_policy()
         if gpus == 0:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides only what it hands out

@@ -273,6 +273,7 @@ def run_worker(pipe: Connection, slot: int, heartbeat: float) -> None:
     _process_settings.forget_safe_path()
     _process_settings.die_with_parent()
     _process_settings.keep_freed_memory()
+    _process_settings.use_expandable_segments()
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to all processes
         signal.signal(number, signal.SIG_IGN)  # the coordinator decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go

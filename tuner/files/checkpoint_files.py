@@ -17,12 +17,15 @@ Rank = tuple[float, int, int]
 """Of a trial that completed, smaller is better: minus its value, its best epoch, its number."""
 
 
-def checkpoint_name(what: str, content: bytes) -> str:
-    """The name of a checkpoint file, which vouches for its content.
+def checkpoint_name(what: str, *content: bytes | memoryview) -> str:
+    """The name of a checkpoint file, which vouches for its content, given in pieces.
 
     `000012-<SHA-256>.safetensors`, `best-<SHA-256>.safetensors`.
     """
-    return f"{what}-{hashlib.sha256(content).hexdigest()}.safetensors"
+    digest = hashlib.sha256()
+    for piece in content:
+        digest.update(piece)
+    return f"{what}-{digest.hexdigest()}.safetensors"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

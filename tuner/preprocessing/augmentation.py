@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tuner.config.augmentation import AugmentationPolicy
+from tuner.core.device_transfers import send
 from tuner.core.geometry import AffineTransform
 from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.targets import NO_OBJECT, Targets
@@ -118,7 +119,7 @@ class Augmenter:
         mosaics = self._make_mosaics(take_stored, RandomDraws(draws.rows[chosen], draws.view))
         assert isinstance(mosaics.y, dict)
         return ImageBatch(
-            batch.pixels.index_copy(0, chosen.to(batch.pixels.device), mosaics.pixels),
+            batch.pixels.index_copy(0, send(chosen, batch.pixels.device), mosaics.pixels),
             {
                 "boxes": boxes.index_copy(0, chosen, mosaics.y["boxes"]),
                 "labels": labels.index_copy(0, chosen, mosaics.y["labels"]),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tuner.config.augmentation import AugmentationPolicy
+from tuner.core.device_transfers import send
 from tuner.preprocessing.random_draws import RandomDraws
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue
@@ -60,9 +61,9 @@ def adjust_colours(
     matrix = hue @ (kept * identity + (1 - kept) * to_grey)
     matrix = matrix * (brightness * contrast)[:, None, None]
     device = pixels.device
-    mean_grey = pixels.mean((2, 3)) @ weights.to(device)
-    offset = ((1 - contrast) * brightness).to(device) * mean_grey
-    changed = torch.baddbmm(offset[:, None, None], matrix.to(device), pixels.flatten(2))
+    mean_grey = pixels.mean((2, 3)) @ send(weights, device)
+    offset = send((1 - contrast) * brightness, device) * mean_grey
+    changed = torch.baddbmm(offset[:, None, None], send(matrix, device), pixels.flatten(2))
     return changed.clamp_(0, 255).view_as(pixels)
 
 
@@ -75,8 +76,8 @@ def blur(policy: AugmentationPolicy, draws: RandomDraws, pixels: Tensor) -> Tens
     radius = max(1, math.ceil(2 * policy.blur))
     taps = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (taps / deviation) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).to(pixels.device)
-    chosen = chosen.to(pixels.device)
+    kernel = send(kernel / kernel.sum(1, keepdim=True), pixels.device)
+    chosen = send(chosen, pixels.device)
     result = pixels[chosen]
     for dim in (2, 3):
         padding = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
@@ -100,7 +101,7 @@ def erase(policy: AugmentationPolicy, draws: RandomDraws, pixels: Tensor) -> Ten
     extent = (area.sqrt() * half.exp()).clamp_max(1) * side
     extent = extent * draws.chosen("erasing", policy.erasing)[:, None]
     low = draws.uniform("erasing.position", count=2) * (side - extent)
-    low, high = low.to(pixels.device), (low + extent).to(pixels.device)
+    low, high = send(low, pixels.device), send(low + extent, pixels.device)
     position = torch.arange(side, device=pixels.device) + 0.5
     inside = (position >= low[..., None]) & (position < high[..., None])  # (n, 2, side)
     erased = inside[:, 1, :, None] & inside[:, 0, None, :]

@@ -19,6 +19,7 @@ from tuner.config.augmentation import (
     view_count,
 )
 from tuner.config.run import ImageOptions
+from tuner.core.device_transfers import gather_rows, send
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
 from tuner.core.subset import Subset, subset_of
 from tuner.core.targets import Labels, Targets
@@ -32,6 +33,7 @@ from tuner.preprocessing.duplicate_images import (
 )
 from tuner.preprocessing.image_store import ImageStore, open_image_store
 from tuner.preprocessing.random_draws import hash_32_bits
+from tuner.preprocessing.resident_tensors import ResidentTensors, share_tensors
 from tuner.preprocessing.splits import (
     SPLIT_NAMES,
     TEST,
@@ -52,7 +54,7 @@ class ImageSource:
 
     `take` gives x as uint8 (n, 3, side, side), on `device`, and y as the targets define it. The
     first view of a policy other than the flip is the image as it is, so that a linear probe is
-    solved on what validation sees.
+    solved on what validation sees. `resident` has the pixels too, on the device where they fit.
     """
 
     entry: PinnedEntry
@@ -64,6 +66,7 @@ class ImageSource:
     views: int | None
     digest: str
     device: torch.device = CPU
+    resident: ResidentTensors | None = None
     lengths: None = None
 
     def __len__(self) -> int:
@@ -82,8 +85,9 @@ class ImageSource:
     def _take_stored(self, rows: Tensor) -> Batch:
         """Pixels and targets as they are stored. Boxes stay on the CPU, where they are computed."""
         y = self.targets.take(rows)
-        on_device = y.to(self.device) if isinstance(y, Tensor) else y
-        return Batch(self.pixels[rows].to(self.device), on_device)
+        on_device = send(y, self.device) if isinstance(y, Tensor) else y
+        pixels = self.pixels if self.resident is None else self.resident.tensors["pixels"]
+        return Batch(gather_rows(pixels, rows, self.device), on_device)
 
     def _crop_centre(self, batch: Batch) -> Batch:
         x, y = batch
@@ -97,8 +101,8 @@ class ImageSource:
     def _mirror(self, batch: Batch, rows: Tensor, view: int) -> Batch:
         x, y = batch
         assert isinstance(x, Tensor)
-        mirrored = _is_mirrored(rows, view, endless=self.views is None)
-        on_device = mirrored.to(self.device)
+        mirrored = _is_mirrored(rows, view, endless=self.views is None).nonzero()[:, 0]
+        on_device = send(mirrored, self.device)  # numbers, as a mask would make the GPU wait
         x[on_device] = x[on_device].flip(3)
         of_targets = on_device if isinstance(y, Tensor) else mirrored
         return Batch(x, self.targets.mirror(y, of_targets))
@@ -107,12 +111,28 @@ class ImageSource:
         """The targets of these examples, not augmented."""
         return self.targets.take(self.rows[index])
 
+    def is_resident(self, view: int) -> bool:
+        """Whether a batch needs hardly any work of the CPU.
 
-def augment_on(source: Source, device: torch.device) -> Source:
-    """The source with its images augmented on a device, where it is an ImageSource."""
+        Boxes and masks are on the CPU, and a policy other than the flip draws many numbers there.
+        """
+        is_plain = self.augmenter is None or self.augmenter.policy.is_flip_alone or view == 0
+        if self.resident is None or not is_plain or not isinstance(self.targets, Labels):
+            return False
+        return self.resident.is_resident()
+
+
+def augment_on(source: Source, device: torch.device, *, resident: bool = False) -> Source:
+    """The source with its images augmented on a device, where it is an ImageSource.
+
+    `resident`: the images are kept in the memory of the device, if they fit.
+    """
     if isinstance(source, Subset):
-        return replace(source, whole=augment_on(source.whole, device))
-    return replace(source, device=device) if isinstance(source, ImageSource) else source
+        return replace(source, whole=augment_on(source.whole, device, resident=resident))
+    if not isinstance(source, ImageSource):
+        return source
+    tensors = share_tensors({"pixels": source.pixels}, device) if resident else None
+    return replace(source, device=device, resident=tensors)
 
 
 def _is_mirrored(rows: Tensor, view: int, *, endless: bool) -> Tensor:

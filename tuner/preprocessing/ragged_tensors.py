@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuner.core.device_transfers import gather_rows, send
+
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of 8 tokens, so that few shapes occur
 
 
@@ -65,7 +67,7 @@ def find_tokens(offsets: Tensor, texts: Tensor, limit: int) -> TokenPositions:
 
 def restore_padding(ragged: Tensor, tokens: TokenPositions, device: torch.device) -> Tensor:
     """A batch (n, width, ...) on `device`, padded with zeros."""
-    padded = ragged[tokens.rows.to(ragged.device)].to(device)
+    padded = gather_rows(ragged, tokens.rows, device)
     extra_dimensions = (1,) * (padded.dim() - tokens.is_padding.dim())
-    is_padding = tokens.is_padding.to(device).view(*tokens.is_padding.shape, *extra_dimensions)
+    is_padding = send(tokens.is_padding, device).view(*tokens.is_padding.shape, *extra_dimensions)
     return padded.masked_fill_(is_padding, 0)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tuner.config.augmentation import RandAugmentOptions
+from tuner.core.device_transfers import send
 from tuner.core.geometry import AffineTransform
 from tuner.preprocessing.augmented_colour import ERASED_GREY, adjust_colours
 from tuner.preprocessing.augmented_geometry import about_centre, rotation_matrix, to_matrix
@@ -89,7 +90,7 @@ def _apply_one(
         chosen = (numbers == number).nonzero()[:, 0]
         if operation == "identity" or not len(chosen):
             continue
-        on_device = chosen.to(pixels.device)
+        on_device = send(chosen, pixels.device)
         value = (signed if operation in SIGNED else strength)[chosen]
         pixels[on_device] = apply_operation(operation, pixels[on_device], value, strengths)
     return pixels
@@ -118,7 +119,7 @@ def apply_operation(
         factors = dict.fromkeys(("brightness", "contrast", "saturation"), one)
         factors[operation] = 1 + strengths.enhancement * strength
         return adjust_colours(pixels, **factors, angle=torch.zeros_like(strength))
-    column = strength.to(pixels.device)[:, None, None, None]
+    column = send(strength, pixels.device)[:, None, None, None]
     return _POINTWISE[operation](pixels, column, strengths)
 
 

@@ -7,18 +7,20 @@ bytes of its own tokens, whatever the longest text has.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tuner.core.device_transfers import gather_rows
 from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.types import Batch
 from tuner.files.cache_entries import PinnedEntry, write_checksums
 from tuner.preprocessing.ragged_tensors import find_tokens, make_offsets, restore_padding
+from tuner.preprocessing.resident_tensors import ResidentTensors
 
 ReadBatch = Callable[[Tensor], Batch]
 META_FILE = "meta.json"  # the tensors of an entry, in the order of its files 0.bin, 1.bin, …
@@ -141,14 +143,6 @@ def _read_meta(entry: PinnedEntry) -> list[dict[str, Any]]:
     return metas
 
 
-def fits_on_gpu(tensors: Iterable[Tensor], device: torch.device) -> bool:
-    """Whether the tensors need less than a quarter of the GPU's free memory."""
-    free, total = torch.cuda.mem_get_info(device)
-    # of a GPU that several workers share, this worker's fraction
-    own_limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    return sum(tensor.nbytes for tensor in tensors) < 0.25 * min(free, own_limit)
-
-
 def prefix_targets(y: TensorTree) -> dict[str, Tensor]:
     return {f"{TARGET_PREFIX}{name}": tensor for name, tensor in tree_to_dict(y).items()}
 
@@ -196,7 +190,7 @@ class StoredExamples:
             if tokens is not None and name in self.widths:
                 x[name] = restore_padding(value, tokens, device)
                 continue
-            batch = value[places.to(value.device)].to(device)
+            batch = gather_rows(value, places, device)
             if name.startswith(TARGET_PREFIX):
                 y[name.removeprefix(TARGET_PREFIX)] = batch
             else:
@@ -213,14 +207,20 @@ class EntryReader:
     def __init__(
         self, entry: PinnedEntry, length: int, device: torch.device, *, into_memory: bool = False
     ) -> None:
-        """`into_memory`: copy the whole entry into the memory of the GPU, if it fits."""
+        """`into_memory`: keep the whole entry in the memory of the GPU, if it fits."""
         self.entry, self.device = entry, device
         tensors = map_tensors(entry, length)
         order, offsets = tensors.pop(ORDER, None), tensors.pop(OFFSETS, None)
         widths = {meta["name"]: meta["width"] for meta in _read_meta(entry) if "width" in meta}
-        if into_memory and device.type == "cuda" and fits_on_gpu(tensors.values(), device):
-            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self.resident = ResidentTensors(tensors, device) if into_memory else None
         self.examples = StoredExamples(tensors, widths, order, offsets)
 
     def __call__(self, index: Tensor) -> Batch:
-        return self.examples.take(index, self.device)
+        examples = self.examples
+        if self.resident is not None:
+            examples = replace(examples, tensors=self.resident.tensors)
+        return examples.take(index, self.device)
+
+    def is_resident(self) -> bool:
+        """Whether the entry is in the memory of the GPU."""
+        return self.resident is not None and self.resident.is_resident()

@@ -181,10 +181,17 @@ def trim_padding(x: TensorTree) -> TensorTree:
     """A batch without the columns in which every text is padded: equal results, less computation.
 
     A batch without an attention mask stays as it is. Every tensor whose second dimension is the
-    length is cut, so token ids and the activations of later stages are treated alike.
+    length is cut, so token ids and the activations of later stages are treated alike. A batch on a
+    GPU stays as it is too: it was cut before it was sent there, and to look would make the CPU
+    wait.
     """
-    if not isinstance(x, dict) or "attention_mask" not in x:
+    if not isinstance(x, dict) or "attention_mask" not in x or x["attention_mask"].is_cuda:
         return x
+    return cut_padding(x)
+
+
+def cut_padding(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As `trim_padding`, on a GPU too. The CPU waits for the length of the longest text."""
     mask = x["attention_mask"]
     keep = padded_width(int(token_counts(mask).max()), mask.shape[1])
     if keep == mask.shape[1]:

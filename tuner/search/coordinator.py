@@ -208,20 +208,24 @@ class Coordinator:
         return running
 
     def report(self, job: Job, epoch: Epoch) -> bool:
-        """Record an epoch and ask the pruner.
+        """Record an epoch and ask the pruner. It hears of validated epochs alone.
 
         Returns:
             Whether the trial goes on.
         """
         running = self.running[job.number]
+        score = epoch.scores.get(str(self.search_settings.metric))
         try:
-            running.trial.report(epoch.scores[str(self.search_settings.metric)], epoch.number)
+            if score is not None:
+                running.trial.report(score, epoch.number)
             self.listener.on_epoch(running, epoch)
             self.study.flush_writes(running.trial)
             crash_point("search.reported")
             # After its last epoch a trial has used all its time. Pruned, it would lose its result.
             may_prune = not running.is_default and epoch.number < running.epochs
-            running.is_pruned = may_prune and self.study.should_prune(running.trial)
+            running.is_pruned = (
+                score is not None and may_prune and self.study.should_prune(running.trial)
+            )
         except UpdateFinishedTrialError:
             return False  # another process ended it
         self.outcomes.accepted(running)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner import deferred_figures
 from tuner.config.run import Recipe
@@ -68,7 +67,7 @@ class Segmentation(Task):
 
     y is uint8 (n, h, w), IGNORED where a pixel does not count. A model gives logits
     (n, classes, h, w), or a dict of them with `out` and maybe `aux`. Predictions are uint8
-    (n, h, w) on the CPU.
+    (n, h, w).
     """
 
     metrics = METRICS
@@ -105,7 +104,7 @@ class Segmentation(Task):
         return total if self.loss_name == "cross_entropy" else total + dice_loss(logits, truth)
 
     def predict(self, net: nn.Module, x: TensorTree) -> Tensor:
-        return _main_output(tree_to_dict(net(x))).argmax(1).to(torch.uint8).cpu()
+        return _main_output(tree_to_dict(net(x))).argmax(1).to(torch.uint8)
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Mean IoU, Dice (F1) and recall of the classes, and the share of right pixels.
@@ -121,7 +120,7 @@ class Segmentation(Task):
         counts = [
             torch.stack(pixel_counts(self._confusion_matrix([(image[None], truth[None])])))
             for batch in pairs
-            for image, truth in zip(batch[0], batch[1].cpu(), strict=True)
+            for image, truth in zip(batch[0].cpu(), batch[1].cpu(), strict=True)
         ]
         return dict(zip(("hits", "true", "predicted"), torch.stack(counts, 1), strict=True))
 
@@ -191,12 +190,29 @@ class Segmentation(Task):
         Rows are true classes, columns are predicted classes.
         """
         n = len(self.classes)
-        matrix = torch.zeros(n, n, dtype=torch.int64)
+        total = torch.zeros((), dtype=torch.int64)
         for predicted, truth in pairs:
-            matrix += multiclass_confusion_matrix(
-                predicted.long(), truth.cpu().long(), n, ignore_index=IGNORED, validate_args=False
-            )
-        return matrix
+            total = total.to(predicted.device) + count_pixels(predicted, truth, n)
+        return total.expand(n, n).cpu()
+
+
+def count_pixels(predicted: Tensor, truth: Tensor, class_count: int) -> Tensor:
+    """How many pixels of each true class have each predicted class: int64 (classes, classes).
+
+    Rows are true classes. It is computed on the device of `predicted`.
+
+    Args:
+        predicted: uint8 (n, h, w), on any device.
+        truth: uint8 (n, h, w), IGNORED where a pixel does not count.
+        class_count: The number of classes, below IGNORED.
+    """
+    cells = class_count**2
+    rows = truth.to(predicted.device)
+    # int32 is half as much memory to read; a pixel that does not count goes into a cell behind all
+    index = rows.int() * class_count + predicted
+    index = index.masked_fill_(rows == IGNORED, cells)
+    counts = torch.bincount(index.flatten(), minlength=cells + 1)
+    return counts[:cells].view(class_count, class_count)
 
 
 def _main_output(outputs: dict[str, Tensor]) -> Tensor:

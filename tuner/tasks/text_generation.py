@@ -17,7 +17,12 @@ from tuner.core.example_results import ExampleResults
 from tuner.core.input_spec import InputSpec, TensorTree, TextInputSpec
 from tuner.core.losses import mean_cross_entropy
 from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
-from tuner.preprocessing.tokenization import decode_texts, load_tokenizer, trim_padding
+from tuner.preprocessing.tokenization import (
+    cut_padding,
+    decode_texts,
+    load_tokenizer,
+    trim_padding,
+)
 from tuner.tasks._classification_reports import encode_csv
 
 METRICS = ("negative_log_perplexity", "perplexity")
@@ -99,7 +104,7 @@ class TextGeneration(Task):
         log_likelihoods, counts = [], []
         for start in range(0, len(x["input_ids"]), ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
-            chunk = trim_padding({name: tensor[rows] for name, tensor in x.items()})
+            chunk = cut_padding({name: tensor[rows] for name, tensor in x.items()})
             truth = next_token_targets(chunk)
             losses = F.cross_entropy(
                 net(chunk)[:, :-1].float().transpose(1, 2),

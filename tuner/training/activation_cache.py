@@ -114,10 +114,17 @@ class CachedSource:
         return len(self.uncached) if self.rows is None else len(self.rows)
 
     def take(self, index: Tensor, view: int) -> Batch:
+        return self._reader_of(view)(index if self.rows is None else self.rows[index])
+
+    def is_resident(self, view: int) -> bool:
+        reader = self._reader_of(view)
+        return isinstance(reader, EntryReader) and reader.is_resident()
+
+    def _reader_of(self, view: int) -> ReadBatch:
         view %= self.views or 1
         if view not in self.readers:
             self.readers[view] = self._open_entry(view)
-        return self.readers[view](index if self.rows is None else self.rows[index])
+        return self.readers[view]
 
     def entry_folder(self, depth: int, view: int) -> Path:
         """The folder for the outputs of stage `depth`, which counts from 1."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.config.run import Recipe
+from tuner.core.device_transfers import send
 from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.types import Batch
 from tuner.errors import SpaceError
@@ -82,7 +83,7 @@ class BatchMixing:
         assert self.rectangle is not None
         left, top, right, bottom = _pixel_bounds(self.rectangle, tensor.shape[-1])
         mixed = tensor.clone()
-        partners = tensor[order.to(tensor.device), :, top:bottom, left:right]
+        partners = tensor[send(order, tensor.device), :, top:bottom, left:right]
         mixed[:, :, top:bottom, left:right] = partners
         return mixed
 
@@ -93,7 +94,7 @@ class BatchMixing:
         mask = tensors.get(MASK_NAME)
         mixed = {}
         for name, tensor in tensors.items():
-            partners = order.to(tensor.device)
+            partners = send(order, tensor.device)
             if name == MASK_NAME:
                 mixed[name] = torch.maximum(tensor, tensor[partners])
                 continue
@@ -147,8 +148,8 @@ def _count(tree: TensorTree) -> int:
 
 def _select(tree: TensorTree, order: Tensor) -> TensorTree:
     if isinstance(tree, Tensor):
-        return tree[order.to(tree.device)]
-    return {name: tensor[order.to(tensor.device)] for name, tensor in tree.items()}
+        return tree[send(order, tree.device)]
+    return {name: tensor[send(order, tensor.device)] for name, tensor in tree.items()}
 
 
 class _ComputedOnce(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tuner.config import plugins
 from tuner.config.run import PluginConfig, Run
+from tuner.core.device_transfers import copies_asynchronously, send
 from tuner.core.input_spec import (
     IMAGENET_SPEC,
     ImageInputSpec,
@@ -22,9 +23,18 @@ from tuner.core.input_spec import (
     TextInputSpec,
 )
 from tuner.core.subset import Subset
-from tuner.core.types import Batch, Dataset, Source, StagedModel, Task, split_sequential
+from tuner.core.types import (
+    Batch,
+    Dataset,
+    ResidentSource,
+    Source,
+    StagedModel,
+    Task,
+    split_sequential,
+)
 from tuner.errors import SpaceError, TunerError
 from tuner.preprocessing.image_dataset import augment_on
+from tuner.preprocessing.tokenization import trim_padding
 from tuner.training.devices import DeviceContext
 from tuner.training.frozen_prefix import stage_digests
 
@@ -187,7 +197,7 @@ class DeviceSource:
     """A source whose examples are on the device and have the form that the model takes.
 
     Images are augmented there too. `endless`: where the source has several views, this one takes
-    another one in each epoch.
+    another one in each epoch. `resident`: the memory of a GPU keeps images that fit.
     """
 
     def __init__(
@@ -197,9 +207,10 @@ class DeviceSource:
         device_context: DeviceContext,
         *,
         endless: bool = False,
+        resident: bool = False,
     ) -> None:
         self.input_spec, self.device = input_spec, device_context.device
-        self.source = augment_on(source, device_context.device)
+        self.source = augment_on(source, device_context.device, resident=resident)
         self.views = None if endless and source.views != 1 else source.views
         self.lengths = source.lengths
         self.digest = hashlib.sha256(
@@ -211,11 +222,16 @@ class DeviceSource:
 
     def take(self, index: Tensor, view: int) -> Batch:
         x, y = self.source.take(index, view)
+        if copies_asynchronously(self.device):
+            x = trim_padding(x)  # while the lengths can still be read without waiting for the GPU
         if isinstance(y, Tensor):
-            targets: TensorTree = y.to(self.device)
+            targets: TensorTree = send(y, self.device)
         else:
-            targets = {name: tensor.to(self.device) for name, tensor in y.items()}
+            targets = {name: send(tensor, self.device) for name, tensor in y.items()}
         return Batch(self.input_spec.to_model_input(x, self.device), targets)
+
+    def is_resident(self, view: int) -> bool:
+        return isinstance(self.source, ResidentSource) and self.source.is_resident(view)
 
 
 def put_on_device(source: Source, input_spec: InputSpec, device_context: DeviceContext) -> Source:

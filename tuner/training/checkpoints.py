@@ -10,14 +10,17 @@ cut has damaged the newest.
 What is not in a checkpoint needs no saving. Random states (Python's, numpy's, torch's, the GPU's)
 follow from the seed and the epoch: `epoch.train_one_epoch` sets them, so that a trial draws the
 same numbers whatever its process did before. Order and views of the examples are functions of the
-epoch. Early stopping follows from the epochs. There is no gradient scaler, since bfloat16 needs
-none. Which stages wait until they are unfrozen follows from the epoch.
+epoch. Early stopping follows from the epochs. Which stages wait until they are unfrozen follows
+from the epoch.
 """
 
 import json
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import tuner
+from tuner.core.device_transfers import HostCopy
 from tuner.files.atomic import atomic_path, disk_errors, fsync
 from tuner.files.checkpoint_files import (
     checkpoint_name,
@@ -34,6 +38,14 @@ from tuner.files.checkpoint_files import (
     remove_paths,
 )
 from tuner.messages import Epoch
+from tuner.training.checkpoint_content import (
+    match_memory_layout,
+    native_state,
+    read_header,
+    select_prefix,
+    to_independent_tensors,
+    to_pieces,
+)
 from tuner.training.micro_batches import MicroBatchSize
 from tuner.training.weight_average import WeightAverage
 
@@ -41,6 +53,7 @@ FORMAT_VERSION = 2  # 1 had no average of the weights
 # keys of a parameter group that are not saved: where the training goes on they may be others
 GROUP_KEYS_OF_A_DEVICE = ("params", "fused", "foreach")
 MIN_WRITE_SECONDS = 0.25  # of training that may be lost; a longer epoch is written when it ends
+MAX_WRITE_SHARE = 0.05  # of a training's time, for what a write in the background keeps it waiting
 SYNC_SECONDS = 1.0  # between syncs; a power cut loses no more, and the epoch that was running
 
 
@@ -48,7 +61,8 @@ SYNC_SECONDS = 1.0  # between syncs; a power cut loses no more, and the epoch th
 class TrainingState:
     """What changes while `net` is trained, and goes into a checkpoint.
 
-    `average` is what is validated in place of the net's weights; None: these themselves.
+    `average` is what is validated in place of the net's weights; None: these themselves. `scaler`
+    scales the loss; None: it is not scaled.
     """
 
     net: nn.Module
@@ -56,6 +70,31 @@ class TrainingState:
     schedule: torch.optim.lr_scheduler.LRScheduler
     micro_batch_size: MicroBatchSize
     average: WeightAverage | None = None
+    scaler: torch.amp.GradScaler | None = None
+
+    def step(self, clip_norm: float | None) -> None:
+        """A step of the optimizer, of the schedule and of the average.
+
+        Args:
+            clip_norm: The largest norm of the gradients; None: there is none.
+        """
+        if self.scaler is not None and clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), clip_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update(self.schedule.last_epoch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss to those of the net."""
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
 
     def validated_weights(self) -> AbstractContextManager[None]:
         """The net has the weights that are validated and kept inside the block."""
@@ -87,14 +126,30 @@ class Checkpoints:
     for the user. Epochs shorter than MIN_WRITE_SECONDS are written only when that many seconds
     have passed, because writing must not cost more time than it saves.
 
+    In the background a thread writes while the training goes on. The training waits only while its
+    state begins its way to page-locked memory; as long as a write lasts, no other one begins. A
+    kill loses no more time than where the training waits: the epoch before, and what was trained
+    while it was written. An error of the disk is raised at the next epoch, or at the end.
+
     Args:
         folder: Where the files are; it is created at the first write.
         run_key: Equal for equal runs on equal data with an equal metric.
         keep_best_weights: Writes the best epoch's weights when the training is complete.
+        in_background: A thread writes; for a training on a GPU.
     """
 
-    def __init__(self, folder: Path, run_key: str, *, keep_best_weights: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run_key: str,
+        *,
+        keep_best_weights: bool = False,
+        in_background: bool = False,
+    ) -> None:
         self.folder, self.run_key, self.keep_best_weights = folder, run_key, keep_best_weights
+        self.thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
+        self.writing: Future[None] | None = None
+        self.wait_seconds = 0.0  # that the last write in the background kept the training waiting
         self.notes: list[str] = []
         self.last_write = self.last_sync = time.monotonic()
         self.folders_synced = False  # then the folder itself survives a power cut
@@ -106,10 +161,12 @@ class Checkpoints:
     ) -> None:
         """Writes a checkpoint if MIN_WRITE_SECONDS have passed since the last. Raises StorageError.
 
+        In the background it also waits until the waiting is at most MAX_WRITE_SHARE of the time.
         `best` is the number of the best epoch, 0 where there is none; `weights` are its weights.
         """
         now = time.monotonic()
-        if now - self.last_write < MIN_WRITE_SECONDS:
+        stake = max(MIN_WRITE_SECONDS, self.wait_seconds / MAX_WRITE_SHARE)
+        if now - self.last_write < stake or self._is_writing():
             return
         tensors, values = collect_state(training)
         # without a best epoch there are none; those of the last epoch are in the state already
@@ -120,15 +177,53 @@ class Checkpoints:
             "best": best,
         }
         sync = now - self.last_sync >= SYNC_SECONDS
-        path = self.write_file(f"{len(epochs):06d}", tensors, values, sync=sync)
+        write = partial(self._write_generation, f"{len(epochs):06d}", values=values, sync=sync)
+        if self.thread is None:
+            write(lambda: tensors)
+            self.last_write = time.monotonic()
+        else:
+            self.writing = self.thread.submit(write, HostCopy(tensors).wait)
+            self.last_write = time.monotonic()
+            self.wait_seconds = self.last_write - now
+        if sync:
+            self.last_sync = self.last_write
+
+    def _write_generation(
+        self,
+        name: str,
+        read_tensors: Callable[[], dict[str, Tensor]],
+        values: dict[str, Any],
+        *,
+        sync: bool,
+    ) -> None:
+        """Writes a checkpoint and removes those before it, but for the last that was synced."""
+        path = self.write_file(name, read_tensors(), values, sync=sync)
         remove_paths(
             p for p in list_checkpoints(self.folder) if p not in (path, self.last_synced_file)
         )
-        self.last_write = time.monotonic()
         if sync or self.last_synced_file is None:
             self.last_synced_file = path
-        if sync:
-            self.last_sync = self.last_write
+
+    def _is_writing(self) -> bool:
+        """Whether a write goes on in the background. Raises StorageError where one has failed."""
+        if self.writing is None:
+            return False
+        if not self.writing.done():
+            return True
+        self.finish()
+        return False
+
+    def finish(self) -> None:
+        """Waits for a write in the background. Raises StorageError where it failed."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def abandon(self) -> None:
+        """Waits for a write in the background. Whether it failed does not matter any more."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.exception()
 
     def write_file(
         self, name: str, tensors: dict[str, Tensor], values: dict[str, Any], *, sync: bool
@@ -141,16 +236,18 @@ class Checkpoints:
             "run": self.run_key,
             **values,
         }
-        content = safetensors.torch.save(
-            to_independent_tensors(tensors), {"checkpoint": json.dumps(header)}
-        )
-        path = self.folder / checkpoint_name(name, content)
+        content = to_pieces(to_independent_tensors(tensors), {"checkpoint": json.dumps(header)})
+        path = self.folder / checkpoint_name(name, *content)
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(
-            path, crash_prefix="checkpoint", bytes_needed=len(content), sync=sync
-        ) as temporary:
-            temporary.write_bytes(content)
+        with (
+            atomic_path(
+                path, crash_prefix="checkpoint", bytes_needed=sum(map(len, content)), sync=sync
+            ) as temporary,
+            open(temporary, "wb") as file,
+        ):
+            for piece in content:
+                file.write(piece)
         if sync and not self.folders_synced:
             # once, so that the names of the folders are on the disk too
             for folder in (self.folder.parent, self.folder.parent.parent):
@@ -213,16 +310,6 @@ class Checkpoints:
             self.write_file("best", native_state(model, net), {}, sync=False)
 
 
-def read_header(content: bytes) -> dict[str, Any]:
-    """The header of a checkpoint; empty where the content is no checkpoint of tuner's."""
-    try:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        values = json.loads(header["__metadata__"]["checkpoint"])
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def collect_state(training: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A training's state, split into tensors and values for JSON."""
     tensors = {f"net.{name}": value for name, value in training.net.state_dict().items()}
@@ -245,7 +332,9 @@ def collect_state(training: TrainingState) -> tuple[dict[str, Tensor], dict[str,
         for name, value in training.schedule.state_dict().items()
         if name != "lr_lambdas"
     }
+    scaler = {} if training.scaler is None else {"scaler": training.scaler.state_dict()}
     return tensors, {
+        **scaler,
         "optimizer": values,
         "groups": groups,
         "schedule": schedule,
@@ -282,53 +371,15 @@ def restore_state(
         )
     training.optimizer.load_state_dict({**optimizer, "state": states})
     training.schedule.load_state_dict({**training.schedule.state_dict(), **values["schedule"]})
+    if training.scaler is not None and "scaler" in values:
+        training.scaler.load_state_dict(values["scaler"])
     training.micro_batch_size.value = min(training.micro_batch_size.value, values["room"])
-
-
-def match_memory_layout(parameter: Tensor, value: Tensor) -> Tensor:
-    """A value of the optimizer with the device and the memory format of its parameter, as it had
-    before it was saved.
-    """
-    if value.shape != parameter.shape:
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def has_same_shapes(tensors: dict[str, Tensor], net: nn.Module) -> bool:
     """Whether the tensors are exactly those of `net`, in its shapes."""
     shapes = {name: value.shape for name, value in net.state_dict().items()}
     return {name: value.shape for name, value in select_prefix(tensors, "net.").items()} == shapes
-
-
-def select_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, named without it."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
-
-
-def to_independent_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors needs them: contiguous, on the CPU, no two in the same memory."""
-    addresses: set[int] = set()
-    independent = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        address = value.untyped_storage().data_ptr()
-        independent[name] = value.clone() if address in addresses else value
-        addresses.add(address)
-    return independent
-
-
-def native_state(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of `net` under the names that they have in `model`."""
-    names = {id(value): name for name, value in model.state_dict(keep_vars=True).items()}
-    return {
-        names[id(value)]: value
-        for value in net.state_dict(keep_vars=True).values()
-        if id(value) in names
-    }
 
 
 def load_best_weights(path: Path, model: nn.Module, net: nn.Module) -> bool:

@@ -11,6 +11,8 @@ from tuner.config.run import EngineSettings
 from tuner.errors import StorageError
 from tuner.training.activation_cache import CacheLimits
 
+FIRST_TENSOR_CORES = (7, 0)  # compute capability of NVIDIA's Volta
+
 
 @dataclass(frozen=True)
 class DeviceContext:
@@ -18,17 +20,15 @@ class DeviceContext:
 
     home: Path
     device: torch.device
-    precision: str  # float32 or bfloat16
+    precision: str  # float32, bfloat16 or float16
     cache_limits: CacheLimits
     micro_batches: int = 1  # per batch; more than 1 after an attempt had too little memory
+    compiles_suffix: bool = False
 
     def autocast(self) -> AbstractContextManager[None]:
-        """A context of bfloat16 autocast where the precision is bfloat16; otherwise it changes
-        nothing.
-        """
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
-        )
+        """A context of autocast to bfloat16 or float16; with float32 it changes nothing."""
+        dtype = torch.float16 if self.precision == "float16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "float32")
 
 
 def select_device(
@@ -42,15 +42,35 @@ def select_device(
     gpus = select_gpus(engine)
     if gpus:
         device = torch.device("cuda", gpus[slot % len(gpus)])
+        _set_up_gpu(device)
         _limit_gpu_memory(engine, device, len(gpus))
     else:
         device = _select_device_without_gpu(engine.device)
-    precision = engine.precision
-    if precision == "auto":
-        is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if is_fast else "float32"
+    precision = _fast_precision(device) if engine.precision == "auto" else engine.precision
     limits = CacheLimits(home, engine.cache_gb, engine.cache)
-    return DeviceContext(home, device, precision, limits, micro_batches)
+    return DeviceContext(home, device, precision, limits, micro_batches, engine.compile == "suffix")
+
+
+def _set_up_gpu(device: torch.device) -> None:
+    """Settings of the process that make a GPU faster.
+
+    The GPU becomes the current one, on which code of others computes that names none. Products of
+    float32 matrices use TF32, as cuDNN's convolutions do by default; cuDNN measures once for each
+    shape which of its algorithms is the fastest, since images have few shapes here.
+    """
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+
+
+def _fast_precision(device: torch.device) -> str:
+    """The precision of autocast that a device computes fast."""
+    if device.type != "cuda":
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    has_tensor_cores = torch.cuda.get_device_capability(device) >= FIRST_TENSOR_CORES
+    return "float16" if has_tensor_cores else "float32"
 
 
 def select_gpus(engine: EngineSettings) -> tuple[int, ...]:

@@ -5,10 +5,10 @@ epoch.
 import functools
 import math
 import random
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tuner.config.objective import Direction
 from tuner.config.run import Recipe
+from tuner.core.device_transfers import HostCopy
+from tuner.core.input_spec import TensorTree, begin_copy_to_cpu
 from tuner.core.types import Dataset, Source, StagedModel, Task
+from tuner.training.batch_feed import BatchFeed, side_stream_for
 from tuner.training.batch_mixing import BatchMixing, draw_mixing
 from tuner.training.batch_norm import set_train_mode
 from tuner.training.checkpoints import TrainingState
@@ -75,8 +78,6 @@ def train_one_epoch(
     """
     seed_everything(seed * 1_000_003 + epoch)
     view = (epoch - 1) % context.train.views if context.train.views else epoch - 1
-    total = torch.zeros((), device=context.device_context.device)
-    unchecked: list[LossParts] = []
     batches = shuffle_into_batches(
         len(context.train),
         recipe.batch_size,
@@ -88,29 +89,72 @@ def train_one_epoch(
     set_train_mode(context.net, context.pretrained_norms, recipe, len(batches))
     freeze_waiting_stages(context.net, recipe.unfreeze_every, epoch)
     groups = group_batches(batches, recipe.accumulate)
-    for step, group in enumerate(groups, start=1):
-        parts = retry_on_oom(
-            partial(
-                backward, context, group, view, training, draw_mixing(recipe, seed, epoch, step)
-            ),
-            training.micro_batch_size,
-            max(map(len, group)),
-        )
-        if recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(context.net.parameters(), recipe.clip_norm)
-        training.optimizer.step()
-        training.schedule.step()
-        if training.average is not None:
-            training.average.update(training.schedule.last_epoch)
-        total += sum_parts(parts) * sum(map(len, group))
-        unchecked.append(parts)
-        # reading the total waits for the GPU, so it is not read at every step
-        if step % STEPS_BETWEEN_CHECKS == 0 or step == len(groups):
-            if not math.isfinite(float(total)):
-                first_step = step - len(unchecked) + 1
-                raise Diverged(f"{describe_divergence(unchecked, first_step)} in epoch {epoch}")
-            unchecked.clear()
-    return float(total) / len(context.train)
+    check = LossCheck(epoch, context.device_context.device)
+    feed = feed_batches(context, context.train, groups, training.micro_batch_size.split_batch, view)
+    with feed:
+        for step, group in enumerate(groups):
+            mixing = draw_mixing(recipe, seed, epoch, step + 1)
+            parts = retry_on_oom(
+                partial(backward, context, feed, step, training, mixing),
+                training.micro_batch_size,
+                max(map(len, group)),
+            )
+            training.step(recipe.clip_norm)
+            check.add(parts, sum(map(len, group)))
+    return check.finish() / len(context.train)
+
+
+class LossCheck:
+    """Adds up the losses of an epoch and looks now and then whether they are finite.
+
+    Reading a number of a GPU waits until the GPU has computed it. So every STEPS_BETWEEN_CHECKS
+    steps the total begins its way to the CPU, and it is read when it has arrived.
+    """
+
+    def __init__(self, epoch: int, device: torch.device) -> None:
+        self.epoch = epoch
+        self.total = torch.zeros((), device=device)
+        self.steps = 0
+        self.unchecked: list[LossParts] = []  # those of the last steps
+        self.copy: HostCopy | None = None  # of the total after `copied_steps`
+        self.copied_steps = 0
+
+    def add(self, parts: LossParts, example_count: int) -> None:
+        """Takes in the mean loss of a step. Raises Diverged."""
+        self.total += sum_parts(parts) * example_count
+        self.unchecked.append(parts)
+        self.steps += 1
+        if self.copy is None and self.steps % STEPS_BETWEEN_CHECKS == 0:
+            self.copy, self.copied_steps = HostCopy({"total": self.total}), self.steps
+        if self.copy is not None and self.copy.is_ready():
+            self._read(self.copy)
+            self.copy = None
+
+    def finish(self) -> float:
+        """The sum of the losses of all examples. Waits for the device. Raises Diverged."""
+        self.copied_steps = self.steps
+        return self._read(HostCopy({"total": self.total}))
+
+    def _read(self, copy: HostCopy) -> float:
+        total = float(copy.wait()["total"])
+        first_step = self.steps - len(self.unchecked) + 1
+        if not math.isfinite(total):
+            reason = describe_divergence(self.unchecked, first_step)
+            raise Diverged(f"{reason} in epoch {self.epoch}")
+        del self.unchecked[: self.copied_steps - first_step + 1]
+        return total
+
+
+def feed_batches(
+    context: TrainingContext,
+    source: Source,
+    steps: Sequence[Sequence[Tensor]],
+    split: Callable[[Tensor], Sequence[Tensor]],
+    view: int = 0,
+) -> BatchFeed:
+    """The batches of one pass over a source, made ahead where that pays."""
+    stream = side_stream_for(source, view, context.device_context.device)
+    return BatchFeed(source, view, steps, split, stream)
 
 
 def freeze_waiting_stages(net: nn.Module, unfreeze_every: int, epoch: int) -> None:
@@ -161,12 +205,12 @@ def seed_everything(seed: int) -> None:
 
 def backward(
     context: TrainingContext,
-    batches: Sequence[Tensor],
-    view: int,
+    feed: BatchFeed,
+    step: int,
     training: TrainingState,
     mixing: BatchMixing | None = None,
 ) -> LossParts:
-    """Computes the gradients of the mean loss of some batches, which stay in the net.
+    """Computes the gradients of the mean loss of the batches of a step, which stay in the net.
 
     The batches of an optimizer step are computed one after another, and one that is larger than the
     micro-batch size in micro-batches, each weighted by its number of examples. The result is the
@@ -179,9 +223,8 @@ def backward(
     """
     training.optimizer.zero_grad(set_to_none=True)
     totals: LossParts = {}
-    count = sum(map(len, batches))
-    for micro_batch in chain(*map(training.micro_batch_size.split_batch, batches)):
-        batch = context.train.take(micro_batch, view)
+    count = sum(map(len, feed.steps[step]))
+    for micro_batch, batch in feed.parts(step):
         with context.device_context.autocast():
             loss_parts = context.task.loss_parts
             parts = (
@@ -191,7 +234,7 @@ def backward(
             )
         weight = len(micro_batch) / count
         weighted = {name: part * weight if weight < 1 else part for name, part in parts.items()}
-        sum_parts(weighted).backward()  # type: ignore[no-untyped-call]
+        training.backward(sum_parts(weighted))
         for name, part in weighted.items():
             totals[name] = totals[name] + part.detach() if name in totals else part.detach()
     return totals
@@ -244,14 +287,47 @@ def shuffle_into_batches(
     return batches
 
 
-@torch.no_grad()
+def score_source(
+    context: TrainingContext, source: Source, batch_size: int
+) -> tuple[dict[str, float], PredictionPairs]:
+    """The scores of the net on all examples of `source`, and its predictions.
+
+    The task scores batches where they were computed, while they are on their way to the CPU. There
+    they stay, so that a GPU has those of one batch alone.
+    """
+    copies: list[list[Callable[[], TensorTree]]] = []
+
+    def pairs() -> Iterator[tuple[TensorTree, TensorTree]]:
+        for pair in predict_batches(context, source, batch_size):
+            copies.append([begin_copy_to_cpu(tree) for tree in pair])
+            yield pair
+
+    batches = pairs()
+    scores = context.task.score(batches)
+    deque(batches, maxlen=0)  # a score may need no predictions
+    return scores, [(wait_prediction(), wait_target()) for wait_prediction, wait_target in copies]
+
+
 def predict_source(context: TrainingContext, source: Source, batch_size: int) -> PredictionPairs:
-    """The net's predictions for all examples of `source`, in order, in eval mode."""
+    """The net's predictions for all examples of `source`, in order, in eval mode, on the CPU."""
+    copies = [
+        [begin_copy_to_cpu(tree) for tree in pair]
+        for pair in predict_batches(context, source, batch_size)
+    ]
+    return [(wait_prediction(), wait_target()) for wait_prediction, wait_target in copies]
+
+
+@torch.no_grad()
+def predict_batches(
+    context: TrainingContext, source: Source, batch_size: int
+) -> Iterator[tuple[TensorTree, TensorTree]]:
+    """Yields prediction and target of each batch of `source`, as the device computes them."""
     context.net.eval()
-    pairs = []
-    for index in torch.split(torch.arange(len(source)), min(MAX_EVAL_BATCH, 4 * batch_size)):
-        batch = source.take(index, 0)
-        with context.device_context.autocast():
-            predicted = context.task.predict(context.net, batch.x)
-        pairs.append((predicted, batch.y))
-    return pairs
+    batches = torch.split(torch.arange(len(source)), min(MAX_EVAL_BATCH, 4 * batch_size))
+    steps = [[index] for index in batches]
+    with feed_batches(context, source, steps, lambda index: [index]) as feed:
+        for step in range(len(steps)):
+            for _, batch in feed.parts(step):
+                with context.device_context.autocast():
+                    predicted = context.task.predict(context.net, batch.x)
+                yield predicted, batch.y

@@ -4,12 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tuner.config import plugins
 from tuner.core.export_module import ExportModule
-from tuner.core.input_spec import TensorTree, input_spec_from_dict, tree_to_dict
+from tuner.core.input_spec import (
+    TensorTree,
+    begin_copy_to_cpu,
+    input_spec_from_dict,
+    tree_to_dict,
+)
+from tuner.errors import SpaceError, StorageError
 from tuner.manifest import PublishedExport
 from tuner.training.building import build_model
+
+CPU = torch.device("cpu")
+FORMAT_OF_ANY_DEVICE = "safetensors"
 
 
 def load_exporter(name: str) -> Any:
@@ -32,12 +42,41 @@ def model_without_weights(published: PublishedExport) -> ExportModule:
     )
 
 
-def open_export(published: PublishedExport, name: str) -> Callable[[TensorTree], TensorTree]:
+def select_prediction_device(name: str, export_format: str) -> torch.device:
+    """The device on which a format of an export computes.
+
+    Args:
+        name: cpu, cuda, or auto: a GPU where there is one and the format can use it.
+        export_format: The format. safetensors alone is a module that can be on any device.
+
+    Raises:
+        SpaceError: There is no such device, or the format cannot use it.
+        StorageError: There is no GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise SpaceError(f"--device {name!r}: use auto, cpu or cuda")
+    can_use_gpu = export_format == FORMAT_OF_ANY_DEVICE
+    if name == "cuda" and not can_use_gpu:
+        raise SpaceError(
+            f"--device cuda: {export_format} runs on the CPU; use --format {FORMAT_OF_ANY_DEVICE}"
+        )
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StorageError(
+            f"--device cuda: torch {torch.__version__} sees no GPU here; use auto or cpu"
+        )
+    use_gpu = name != "cpu" and can_use_gpu and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def open_export(
+    published: PublishedExport, name: str, device: torch.device = CPU
+) -> Callable[[TensorTree], TensorTree]:
     """Opens one format of an export.
 
     Args:
         published: The export.
         name: The format, such as "onnx".
+        device: Where it computes. Its inputs and outputs are on the CPU.
 
     Returns:
         A function from any number of examples, as `InputSpec.to_export_input` gives them, to the
@@ -47,7 +86,24 @@ def open_export(published: PublishedExport, name: str) -> Callable[[TensorTree],
     function: Callable[[TensorTree], TensorTree] = load_exporter(name).load(
         published.folder / entry["file"], lambda: model_without_weights(published)
     )
+    if isinstance(function, ExportModule):
+        function = compute_on(device, function)
     return function if entry.get("batched", True) else apply_one_by_one(function)
+
+
+def compute_on(device: torch.device, module: ExportModule) -> Callable[[TensorTree], TensorTree]:
+    """A function of examples on the CPU that computes on `device`."""
+    if device.type == "cpu":
+        return module
+    on_device = module.to(device)
+
+    def apply(x: TensorTree) -> TensorTree:
+        if isinstance(x, Tensor):
+            return begin_copy_to_cpu(on_device(x.to(device)))()
+        inputs = {name: tensor.to(device) for name, tensor in x.items()}
+        return begin_copy_to_cpu(on_device(inputs))()
+
+    return apply
 
 
 def apply_one_by_one(

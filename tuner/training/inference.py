@@ -26,7 +26,7 @@ from tuner.files.removal import MANIFEST
 from tuner.manifest import PublishedExport, read_export, replaced
 from tuner.preprocessing.image_decoding import SUFFIXES, load_upright, silence_pillow, try_decode
 from tuner.training.building import build_task
-from tuner.training.exported_models import open_export
+from tuner.training.exported_models import open_export, select_prediction_device
 
 BATCH_SIZE = 16
 PREFERRED_FORMATS = ("safetensors", "torch_export", "onnx")
@@ -103,6 +103,7 @@ def predict_examples(
     published: PublishedExport,
     examples: Sequence[str],
     export_format: str | None = None,
+    device: str = "auto",
     *,
     trust: bool = False,
     flips: bool | None = None,
@@ -113,6 +114,7 @@ def predict_examples(
         published: The export.
         examples: Paths, folders and globs of images; or texts, and files with one text a line.
         export_format: The format to use; None: the first of PREFERRED_FORMATS that it has.
+        device: Where it computes: auto, cpu or cuda.
         trust: Whether code that the export names may be imported and run.
         flips: Whether the outputs for each image and its mirror image are averaged; None: as the
             export was tested.
@@ -121,14 +123,16 @@ def predict_examples(
         A prediction for each example, or a sentence about an example that cannot be read.
 
     Raises:
-        SpaceError: The format is unknown, the export names code that is not trusted, or its task
-            has no flips.
+        SpaceError: The format or the device is unknown, the format cannot use it, the export names
+            code that is not trusted, or its task has no flips.
+        StorageError: There is no such device.
         DataError: An example does not exist.
     """
     exports = published.manifest["exports"]
     available = [name for name in PREFERRED_FORMATS if name in exports] or list(exports)
+    chosen = export_format or available[0]
     function, task, input_spec = open_predictor(
-        published, export_format or available[0], trust=trust
+        published, chosen, select_prediction_device(device, chosen), trust=trust
     )
     if flips or (flips is None and published.manifest.get("test_flips")):
         require_flips(task, "--flips")
@@ -170,7 +174,7 @@ def refuse_code(published: PublishedExport, export_format: str) -> None:
 
 
 def open_predictor(
-    published: PublishedExport, export_format: str, *, trust: bool
+    published: PublishedExport, export_format: str, device: torch.device, *, trust: bool
 ) -> tuple[Callable[[TensorTree], TensorTree], Task, InputSpec]:
     """The export as a function, its task and its input spec.
 
@@ -182,7 +186,7 @@ def open_predictor(
             refuse_code(published, export_format)
         try:
             with plugins.installed_only():
-                function = open_export(published, export_format)
+                function = open_export(published, export_format, device)
                 task = build_task(published.run, tuple(published.manifest["classes"]))
             input_spec = input_spec_from_dict(published.manifest["preprocess"], published.folder)
         except Exception:  # anything can fail where files of two exports are mixed

@@ -95,8 +95,11 @@ def load_or_solve_probe(
 
 
 @torch.no_grad()
-def find_output_layer(head: nn.Module, x: TensorTree) -> nn.Linear | None:
-    """The linear layer whose output is the output of `head` for the inputs `x`.
+def find_output_layer(
+    head: nn.Module, x: TensorTree, autocast: Callable[[], AbstractContextManager[None]]
+) -> nn.Linear | None:
+    """The linear layer whose output is the output of `head` for the inputs `x`, which are as
+    `autocast` computes them.
 
     None where `head` does not end with a linear layer over vectors: then there is no linear probe.
     """
@@ -108,7 +111,8 @@ def find_output_layer(head: nn.Module, x: TensorTree) -> nn.Linear | None:
     ]
     head.eval()
     try:
-        output = head(x)
+        with autocast():
+            output = head(x)
     finally:
         for hook in hooks:
             hook.remove()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tuner.preprocessing.resident_tensors import give_back_memory, has_resident_tensors
+
 Result = TypeVar("Result")
 
 OUT_OF_MEMORY = re.compile(
@@ -66,6 +68,8 @@ def retry_on_oom(
     """Calls `compute`, and calls it again with half the micro-batch size each time that the memory
     runs out.
 
+    Before the size is halved, copies of pixels and activations that a GPU keeps are given back.
+
     A failed call may have changed BatchNorm's running statistics and the random states; they are
     not reset. The error of the last call is raised.
 
@@ -78,12 +82,16 @@ def retry_on_oom(
         try:
             return compute()
         except RuntimeError as error:
-            if (
-                not is_out_of_memory(error)
-                or min(micro_batch_size.value, example_count) <= micro_batch_size.minimum
-            ):
+            is_smallest = min(micro_batch_size.value, example_count) <= micro_batch_size.minimum
+            if not is_out_of_memory(error) or (is_smallest and not has_resident_tensors()):
                 raise
         # outside of the except block: the error's traceback kept the tensors of the failed call
+        if give_back_memory():
+            micro_batch_size.notes.append(
+                "out of memory; images and activations that the GPU kept are read from files again"
+            )
+            release_memory()
+            continue
         failed_size = min(micro_batch_size.value, example_count)
         micro_batch_size.value = max(micro_batch_size.minimum, failed_size // 2)
         micro_batch_size.notes.append(

@@ -67,6 +67,22 @@ def make_optimizer(
     return optimizer
 
 
+def make_scaler(
+    optimizer: torch.optim.Optimizer, device: torch.device, precision: str
+) -> torch.amp.GradScaler | None:
+    """What scales the loss so that gradients in float16 do not become 0; None with another
+    precision.
+
+    A step whose gradients are not finite is left out, and the scale is halved (Micikevicius et
+    al., Mixed Precision Training, ICLR 2018). The schedule counts it all the same.
+    """
+    if precision != "float16":
+        return None
+    # torch would warn where the first step is left out
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    return torch.amp.GradScaler(device.type)
+
+
 def optimizer_arguments(recipe: Recipe) -> dict[str, Any]:
     """The arguments of the recipe's optimizer besides the rate and the decay of each group."""
     name, momentum = recipe.optimizer, recipe.momentum

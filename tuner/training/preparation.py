@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tuner.config.objective import Direction
 from tuner.config.run import Recipe, Run
+from tuner.core.device_transfers import send
 from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task
 from tuner.errors import SpaceError
@@ -60,6 +61,7 @@ class LoadedRun:
                 self.dataset.input_spec,
                 self.device_context,
                 endless=self.dataset.views_are_for_cache,
+                resident=True,
             )
         prefix, _ = self.staged_model.split(depth)
         frozen = FrozenPrefix(
@@ -147,7 +149,10 @@ def prepare_training(
     loaded = LoadedRun(run, dataset, staged_model, digests, device_context, metric, direction)
     if starts_from_probe(run, staged_model):
         probe_head(loaded)
-    return loaded.make_context(depth, run.recipe)
+    context = loaded.make_context(depth, run.recipe)
+    if device_context.compiles_suffix:
+        context.net.compile()  # in place, so that its modules and names stay
+    return context
 
 
 def starts_from_probe(run: Run, staged_model: StagedModel) -> bool:
@@ -194,12 +199,13 @@ def solve_head(loaded: LoadedRun, head: nn.Module) -> None:
     if loaded.staged_model.pixel_classifiers:
         solve_pixel_classifiers(loaded, head, train, valid)
         return
-    layer = linear_probe.find_output_layer(head, train.take(torch.arange(min(2, len(train))), 0).x)
+    context = loaded.device_context
+    some_features = train.take(torch.arange(min(2, len(train))), 0).x
+    layer = linear_probe.find_output_layer(head, some_features, context.autocast)
     if layer is None:
         return
     if linear_probe.has_hidden_layers(head, layer):
         train_hidden_layers(loaded, train, valid)
-    context = loaded.device_context
     train_examples, valid_examples = (
         linear_probe.collect_layer_examples(head, layer, source, MAX_EVAL_BATCH, context.autocast)
         for source in (train, valid)
@@ -274,6 +280,9 @@ class MemorySource:
     def take(self, index: Tensor, view: int) -> Batch:
         return Batch(_select(self.x, index), _select(self.y, index))
 
+    def is_resident(self, view: int) -> bool:
+        return True
+
 
 def _join(trees: list[TensorTree]) -> TensorTree:
     if isinstance(trees[0], Tensor):
@@ -283,5 +292,5 @@ def _join(trees: list[TensorTree]) -> TensorTree:
 
 def _select(tree: TensorTree, index: Tensor) -> TensorTree:
     if isinstance(tree, Tensor):
-        return tree[index.to(tree.device)]
-    return {name: tensor[index.to(tensor.device)] for name, tensor in tree.items()}
+        return tree[send(index, tree.device)]
+    return {name: tensor[send(index, tensor.device)] for name, tensor in tree.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tuner.config.objective import is_improvement
 from tuner.config.run import Recipe, Run
+from tuner.core.device_transfers import copies_asynchronously
 from tuner.core.types import Dataset
 from tuner.errors import DataError
 from tuner.messages import Epoch
@@ -25,11 +26,12 @@ from tuner.training.epoch import (
     TrainingContext,
     group_batches,
     predict_source,
+    score_source,
     shuffle_into_batches,
     train_one_epoch,
 )
 from tuner.training.micro_batches import initial_micro_batch_size
-from tuner.training.optimizers import make_optimizer, make_schedule, stage_rates
+from tuner.training.optimizers import make_optimizer, make_scaler, make_schedule, stage_rates
 from tuner.training.own_metric import metric_key, score_own_metric
 from tuner.training.weight_average import WeightAverage
 
@@ -82,7 +84,12 @@ def open_checkpoints(
     metric = metric_key(context.metric, context.direction)
     key = f"{run.digest()} {context.dataset.digest} {metric}"
     run_key = hashlib.sha256(key.encode()).hexdigest()
-    return Checkpoints(folder, run_key, keep_best_weights=keep_best_weights)
+    return Checkpoints(
+        folder,
+        run_key,
+        keep_best_weights=keep_best_weights,
+        in_background=copies_asynchronously(context.device_context.device),
+    )
 
 
 def fit(
@@ -111,6 +118,19 @@ def fit(
         Diverged: The loss or a score is not finite.
         StorageError: A checkpoint cannot be written.
     """
+    try:
+        yield from fit_with_checkpoints(context, recipe, seed, checkpoints)
+        if checkpoints is not None:
+            checkpoints.finish()
+    finally:
+        if checkpoints is not None:  # nobody writes after the training, however it ends
+            checkpoints.abandon()
+
+
+def fit_with_checkpoints(
+    context: TrainingContext, recipe: Recipe, seed: int, checkpoints: Checkpoints | None
+) -> Iterator[FitProgress]:
+    """The epochs of `fit`. At the end the last checkpoint may still be being written."""
     training = start_training(context, recipe, seed)
     restored = checkpoints.restore_newest(training) if checkpoints is not None else None
     if restored is None:
@@ -159,7 +179,9 @@ def start_training(context: TrainingContext, recipe: Recipe, seed: int) -> Train
         context.net, recipe.batch_size, context.device_context.micro_batches
     )
     average = WeightAverage(context.net, recipe.ema) if recipe.ema else None
-    return TrainingState(context.net, optimizer, schedule, micro_batch_size, average)
+    device_context = context.device_context
+    scaler = make_scaler(optimizer, device_context.device, device_context.precision)
+    return TrainingState(context.net, optimizer, schedule, micro_batch_size, average, scaler)
 
 
 def adopt_training_statistics(
@@ -226,24 +248,22 @@ def train_epochs(
     context: TrainingContext, recipe: Recipe, training: TrainingState, seed: int, replayed: int
 ) -> Iterator[EpochOutcome]:
     """Trains the epochs after the `replayed` ones and yields each. Raises Diverged."""
-    last = min(recipe.epochs, recipe.stop_epoch or recipe.epochs)
-    for number in range(replayed + 1, last + 1):
+    for number in range(replayed + 1, last_epoch(recipe) + 1):
         yield run_epoch(context, recipe, training, seed, number)
 
 
 def run_epoch(
     context: TrainingContext, recipe: Recipe, training: TrainingState, seed: int, number: int
 ) -> EpochOutcome:
-    """Trains one epoch and scores it where validation examples are left. Raises Diverged."""
+    """Trains one epoch and scores it where it is validated. Raises Diverged."""
     start = time.monotonic()
     loss = train_one_epoch(context, recipe, training, seed, number)
     predictions: PredictionPairs = []
     scores: dict[str, float] = {}
-    if recipe.fit == "train":
+    if is_validated(recipe, number):
         size = min(recipe.batch_size, training.micro_batch_size.value)
         with training.validated_weights():
-            predictions = predict_source(context, context.valid, size)
-        scores = context.task.score(predictions)
+            scores, predictions = score_source(context, context.valid, size)
     bad_scores = [
         f", {name} {value:g}" for name, value in scores.items() if not math.isfinite(value)
     ]
@@ -256,6 +276,17 @@ def run_epoch(
         temperature = context.task.fit_temperature(predictions)
     epoch = Epoch(number, loss, scores, time.monotonic() - start, temperature)
     return EpochOutcome(epoch, predictions, None)
+
+
+def is_validated(recipe: Recipe, number: int) -> bool:
+    """Whether epoch `number` is scored: each `validate_every`-th, and the last."""
+    is_due = number % recipe.validate_every == 0 or number == last_epoch(recipe)
+    return is_due and recipe.fit == "train"
+
+
+def last_epoch(recipe: Recipe) -> int:
+    """The number of the last epoch, unless patience ends the training earlier."""
+    return min(recipe.epochs, recipe.stop_epoch or recipe.epochs)
 
 
 def is_better(epoch: Epoch, best: BestEpoch | None, context: TrainingContext) -> bool:
@@ -272,8 +303,8 @@ def is_better(epoch: Epoch, best: BestEpoch | None, context: TrainingContext) ->
 
 
 def is_out_of_patience(recipe: Recipe, epoch: Epoch, best: BestEpoch | None) -> bool:
-    """Whether early stopping ends the training after `epoch`."""
-    if not recipe.patience or best is None:
+    """Whether early stopping ends the training after `epoch`, which must have scores."""
+    if not recipe.patience or best is None or not epoch.scores:
         return False
     return epoch.number - best.epoch.number >= recipe.patience
 
