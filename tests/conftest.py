@@ -32,7 +32,7 @@ recipe:
   freeze_depth: {low: 0, high: 5}
   epochs: {low: 1, high: 3}
   batch_size: 16
-search: {trials: 4, seed: 0}
+search: {trials: 4, seed: 0, winner: best}
 engine: {name: inline, device: cpu}
 export: [safetensors]
 """

@@ -28,6 +28,7 @@ from tuner.search import history, storage
 from tuner.search.confirmation import read_confirmed
 from tuner.search.history import DUPLICATE_OF, REASON
 from tuner.search.pruners import PRUNERS
+from tuner.search.winner_choice import choose_unconfirmed
 
 MAX_SCORES_SHOWN = 4  # of the test examples; the model card has all
 
@@ -125,7 +126,7 @@ def _choose_trial(study: optuna.Study, space: Space, number: int | None) -> Froz
     """
     if number is None:
         confirmed = read_confirmed(study, space)
-        return confirmed.winner.trial if confirmed else history.best_trial(study)[0]
+        return confirmed.winner.trial if confirmed else choose_unconfirmed(study, space).winner
     trials = study.get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
         raise DataError(

@@ -30,7 +30,8 @@ class Summary:
     `tied_numbers`: the trials with the winner's score. `anything_new`: this command added
     something to the study. `default_trial`: the trial of the default recipe. `made_elsewhere`: the
     coordinator that makes the winner's export, where that is another one. `confirmed`: the repeats
-    of the best trials.
+    of the best trials. `beaten`: the best trial, where the default recipe has won because it is as
+    good within `noise`, the standard error of their difference.
     """
 
     folder: Path
@@ -45,6 +46,8 @@ class Summary:
     made_elsewhere: CoordinatorInfo | None = None
     direction: Direction = "maximise"
     confirmed: Confirmed | None = None
+    beaten: FrozenTrial | None = None
+    noise: float = 0.0
 
 
 def summary_values(summary: Summary) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         "params": summary.winner.params,
         "test": summary.published.manifest["scores"]["test"] if summary.published else None,
         "confirmed": summary.confirmed.to_dict(summary.metric) if summary.confirmed else None,
+        "beaten": summary.beaten.number if summary.beaten else None,
         "comparison": summary.published.manifest.get("comparison") if summary.published else None,
         "soup": summary.published.manifest.get("soup") if summary.published else None,
         "export": str(summary.published.folder) if summary.published else None,
@@ -83,12 +87,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         yield f"         tied with {tied}; chosen for fewer epochs, then the lower number"
     if summary.confirmed is not None:
         yield from confirmed_lines(summary.confirmed)
-    default = summary.default_trial
-    if default is not None and default.value is not None:
-        compared = compare_with_best(default.value, float(winner.value or 0), summary.direction)
-        if default.number == winner.number:
-            compared = "the best itself"
-        yield f"default  #{default.number}, validation {metric} {default.value:.4f}, {compared}"
+    yield from default_lines(summary)
     if summary.published is not None:
         yield from export_lines(summary.published, summary.metric)
     if summary.made_elsewhere is not None:
@@ -99,6 +98,22 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     yield f"study    {summary.folder}"
     yield ""
     yield from next_steps(summary)
+
+
+def default_lines(summary: Summary) -> Iterator[str]:
+    """How good the default recipe is beside the best trial, or why it has won."""
+    default, beaten, winner = summary.default_trial, summary.beaten, summary.winner
+    if default is None or default.value is None:
+        return
+    compared = compare_with_best(default.value, float(winner.value or 0), summary.direction)
+    if beaten is not None:
+        compared = f"taken: #{beaten.number} has {beaten.value:.4f},"
+    elif default.number == winner.number:
+        compared = "the best itself"
+    label = metric_label(summary.metric)
+    yield f"default  #{default.number}, validation {label} {default.value:.4f}, {compared}"
+    if beaten is not None:
+        yield f"         which is within the noise of the validation examples ({summary.noise:.4f})"
 
 
 def compare_with_best(value: float, best: float, direction: Direction) -> str:

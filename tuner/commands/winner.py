@@ -38,6 +38,7 @@ from tuner.search.confirmation import (
 )
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import derive_seed
+from tuner.search.winner_choice import WinnerChoice, choose_unconfirmed
 
 BOOTSTRAP = -1  # in a seed where a training has the number of its proposal
 
@@ -92,7 +93,8 @@ def finalize_once(ended: EndedSearch) -> Summary:
     session, coordinator, folder = ended.session, ended.coordinator, ended.folder
     if not coordinator.coordination.is_shared:
         return finalize_best(ended)
-    winner, tied = history.best_trial(coordinator.study)
+    choice = choose_unconfirmed(coordinator.study, session.space)
+    winner, tied = choice.winner, choice.tied_numbers
     busy = (
         [
             other
@@ -120,10 +122,11 @@ def finalize_once(ended: EndedSearch) -> Summary:
 def finalize_best(ended: EndedSearch) -> Summary:
     """Confirms the best trials, and makes the export of the winner. Raises TunerError."""
     session, coordinator, folder = ended.session, ended.coordinator, ended.folder
-    winner, tied = history.best_trial(coordinator.study)
+    choice = choose_unconfirmed(coordinator.study, session.space)
     confirmed = confirm_best(ended)
     if confirmed is not None:
-        winner, tied = confirmed.winner.trial, []
+        choice = WinnerChoice(confirmed.winner.trial, [])
+    winner = choice.winner
     trial_run = history.run_of_trial(session.space, coordinator.study, winner)
     run = retrained_run(
         trial_run,
@@ -137,7 +140,12 @@ def finalize_best(ended: EndedSearch) -> Summary:
         f"trial {winner.number} of study {study_name(session.space)!r}; "
         f"{describe_confirmed(confirmed)}`tuner train` repeats it",
     )
-    summary = replace(unpublished_summary(ended, winner, tied, run), confirmed=confirmed)
+    summary = replace(
+        unpublished_summary(ended, winner, choice.tied_numbers, run),
+        confirmed=confirmed,
+        beaten=choice.beaten,
+        noise=choice.noise,
+    )
     return export_winner(ended, trial_run, summary)
 
 

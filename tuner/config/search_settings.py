@@ -75,6 +75,12 @@ class SearchSettings(Section):
         "more, each with another seed and another part of train and valid held out, and the best "
         "mean wins; auto: none under 30 trials, 2 x 2 under 100, 3 x 3 from 100 on",
     )
+    winner: Literal["beyond-noise", "best"] = Field(
+        "beyond-noise",
+        description="which trial wins where none is confirmed; beyond-noise: the default recipe, "
+        "unless the best trial is better by more than the noise of the validation examples (for "
+        "shares of right examples, such as accuracy); best: the best trial",
+    )
     compare: Literal["default", "none"] = Field(
         "default",
         description="default: the default recipe is retrained and tested as the winner is, so that "

@@ -115,6 +115,15 @@ def train_share(study: optuna.Study) -> float:
     return float(train / (train + valid))
 
 
+def validation_count(study: optuna.Study, folds: int) -> int:
+    """Return how many examples a trial is validated on; 0 in a study of an earlier version.
+
+    With several folds these are all training and validation examples.
+    """
+    train, valid = study.user_attrs.get(SPLIT_SIZES, (0, 0))
+    return int(train + valid if folds > 1 else valid)
+
+
 def ended_proposals(study: optuna.Study) -> dict[int, Rank | None]:
     """Return every proposal that has ended, with the rank of its trial where it has a rank."""
     proposals, direction = proposal_numbers(study), study.direction
