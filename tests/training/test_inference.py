@@ -179,7 +179,9 @@ def test_the_format_that_is_used(
     published = find_export(studies, "stripes")
     opened = []
 
-    def record(_: PublishedExport, kind: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def record(
+        _: PublishedExport, kind: str, device: torch.device
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         opened.append(kind)
         return lambda x: torch.zeros(len(x), 3)
 
@@ -205,11 +207,11 @@ def test_an_export_that_takes_anothers_place_meanwhile_is_the_one_that_predicts(
     published, real = find_export(tmp_path, str(folder)), exported_models.open_export
     opened: list[str] = []
 
-    def late(published: PublishedExport, kind: str) -> Any:
+    def late(published: PublishedExport, kind: str, device: torch.device) -> Any:
         if not opened:
             publishing.replace_folder(newer, folder)
         opened.append(published.manifest["exports"][kind]["file"])
-        return real(published, kind)
+        return real(published, kind, device)
 
     monkeypatch.setattr("tuner.training.inference.open_export", late)
     assert len(list(predict_examples(published, [str(photos)]))) == 3

@@ -45,6 +45,8 @@ def gather_rows(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     if not copies_asynchronously(device):
         return values[rows.to(values.device)].to(device)
     if values.device.type != "cpu":
+        # whoever drops the values must not have their memory used again before they are read
+        values.record_stream(torch.cuda.current_stream(values.device))
         return values[send(rows, values.device)]
     gathered = new_pinned((rows.numel(), *values.shape[1:]), values.dtype)
     torch.index_select(values, 0, rows.flatten(), out=gathered)
