@@ -207,6 +207,7 @@ def open_coordinator(
         session.stopping,
         lease,
         keeping,
+        folder,
     )
     if warning := coordinator.proposer.warning():
         session.console.warn(warning)

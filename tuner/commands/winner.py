@@ -14,6 +14,7 @@ from tuner.commands.summary import Summary
 from tuner.commands.trial_line import format_duration
 from tuner.config.objective import metric_label
 from tuner.config.run import Run
+from tuner.config.space import Space
 from tuner.dashboard.artifacts import write_result_note
 from tuner.errors import NoUsableTrial
 from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER
@@ -70,18 +71,18 @@ def choose_export(
     )
 
 
-def best_yaml_content(run: Run, session: Session) -> dict[str, Any]:
+def best_yaml_content(run: Run, space: Space) -> dict[str, Any]:
     """best.yaml: the same form as a space file, with nothing left to choose."""
-    settings = session.settings.search
+    settings = space.settings
     search = {
-        "name": study_name(session.space),
-        "metric": settings.metric,
-        "direction": settings.direction,
+        "name": study_name(space),
+        "metric": settings.search.metric,
+        "direction": settings.search.direction,
     }
     return run.to_dict() | {
         "search": search,
-        "engine": session.settings.engine.model_dump(),
-        "export": list(session.settings.export),
+        "engine": settings.engine.model_dump(),
+        "export": list(settings.export),
     }
 
 
@@ -144,7 +145,7 @@ def finalize_best(ended: EndedSearch) -> Summary:
     run = run_to_best_epoch(trial_run, winner.user_attrs[history.BEST_EPOCH])
     write_yaml(
         folder / "best.yaml",
-        best_yaml_content(run, session),
+        best_yaml_content(run, session.space),
         f"trial {winner.number} of study {study_name(session.space)!r}; "
         f"{describe_confirmed(confirmed)}`tuner train` repeats it",
     )

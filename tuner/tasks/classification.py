@@ -15,6 +15,7 @@ from tuner.tasks._classification_reports import (
     classification_artifacts,
     concatenate_pairs,
     describe_probabilities,
+    mistakes_artifact,
     per_class_scores,
 )
 from tuner.tasks._classification_scores import (
@@ -99,7 +100,10 @@ class Classification(Task):
         return {name: scores[name] for name in self.metrics if name in scores}
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
-        return classification_artifacts(*concatenate_pairs(pairs), self.classes)
+        logits, truth = concatenate_pairs(pairs)
+        return classification_artifacts(logits, truth, self.classes) | mistakes_artifact(
+            logits, truth, self.classes, data.valid
+        )
 
     def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
         return relative_difference(expected, got)
