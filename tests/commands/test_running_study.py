@@ -34,6 +34,30 @@ def test_stopping_a_study_that_does_not_run_says_so(tuner: Tuner, studied: Path)
     assert said.code == 0 and "is not running" in said.out
 
 
+def test_no_process_but_tuners_gets_a_signal(tuner: Tuner, studied: Path, tmp_path: Path) -> None:
+    """A foreign process holds the study's lock, as one of another container may seem to do."""
+    hold = (
+        "import fcntl, os, socket, sys, time\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "file.write(f'pid {os.getpid()} on host {socket.gethostname()} since 12:00')\n"
+        "file.flush(); print('held', flush=True); time.sleep(60)\n"
+    )
+    link = tmp_path / "lock"
+    link.symlink_to(studied / "lock")
+    script = tmp_path / "hold.py"
+    script.write_text(hold)
+    command = [sys.executable, "hold.py", "lock"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            refused = tuner("stop", "small")
+            assert refused.code == 4 and "run `tuner stop` there" in refused.err
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
 def test_an_enqueued_trial_is_the_next_that_is_tried(
     tuner: Tuner, studied: Path, small: Path
 ) -> None:

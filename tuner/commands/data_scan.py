@@ -151,7 +151,8 @@ def _scan_voc(root: Path, given: str) -> Iterator[DataReading]:
         return
     every = list(_images_below(images))
     lists = root / "ImageSets" / "Main"
-    splits = tuple(n for n in ("train", "val", "test") if (lists / f"{n}.txt").is_file())
+    names = {"train": "train", "val": "valid", "test": "test"}
+    splits = tuple(word for n, word in names.items() if (lists / f"{n}.txt").is_file())
     count = sum(1 for _ in notes.glob("*.xml")) if notes else 0
     if count:
         yield DataReading(

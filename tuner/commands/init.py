@@ -27,8 +27,8 @@ def carry_out(
         typer.echo("\n`tuner init --example NAME` writes one into this folder")
         typer.echo("`tuner init DATA` writes a space file for a folder or a file of yours")
     elif not example and (Path(name).expanduser().exists() or name not in names()):
-        file = write_space(name, out, preset, as_)
-        typer.echo(f"change it as you like, then `tuner run {file}`")
+        written = write_space(name, out, preset, as_)
+        typer.echo(f"change it as you like, then `tuner run {written}`")
     elif not example:
         raise SpaceError(f"to write an example here: `tuner init --example {name}`")
     else:
@@ -81,10 +81,10 @@ def choose_label(data: str, labels: list[str], as_: str | None) -> str:
         )
     for number, label in enumerate(labels, 1):
         typer.echo(f"{number}  {label}")
-    number = typer.prompt("as which of these", type=int)
-    if not 1 <= number <= len(labels):
-        raise SpaceError(f"{number} is not one of 1 to {len(labels)}")
-    return labels[number - 1]
+    chosen: int = typer.prompt("as which of these", type=int)
+    if not 1 <= chosen <= len(labels):
+        raise SpaceError(f"{chosen} is not one of 1 to {len(labels)}")
+    return labels[chosen - 1]
 
 
 def is_data(path: Path) -> bool:

@@ -8,6 +8,7 @@ import socket
 import statistics
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -136,16 +137,27 @@ def _ask_to_stop(coordinator: str, *, now: bool) -> bool:
     match = LOCK_HOLDER.match(coordinator)
     if match is None or match["host"] != socket.gethostname():
         return False
+    pid = int(match["pid"])
+    if not _may_be_tuner(pid):
+        return False
     try:
-        os.kill(int(match["pid"]), signal.SIGINT)
+        os.kill(pid, signal.SIGINT)
         if now:
             time.sleep(SECOND_SIGNAL_SECONDS)
-            os.kill(int(match["pid"]), signal.SIGINT)
+            os.kill(pid, signal.SIGINT)
     except ProcessLookupError:
         return True  # it has just ended
     except PermissionError:
         return False
     return True
+
+
+def _may_be_tuner(pid: int) -> bool:
+    """Whether a process here may be tuner's. In another container of this host's name the number
+    may mean another process, which must get no signal. Without /proc nothing is known against it.
+    """
+    line = Path(f"/proc/{pid}/cmdline")
+    return not line.exists() or b"tuner" in line.read_bytes()
 
 
 # -- enqueue

@@ -28,6 +28,7 @@ EPOCH_FACTORS: dict[str, float] = {"quick": 0.5, "medium": 1.0, "best": 1.5}
 # up to so many training examples, so many epochs at most: on a CPU, on a GPU
 EPOCHS = ((500, 10, 20), (2000, 6, 16), (10_000, 3, 10), (50_000, 2, 6))
 LEAST_EPOCHS = (1, 3)  # with more examples than that
+MAX_TEXT_EPOCHS = 4  # the most that the authors of BERT recommend
 QUICK_LIMIT = 2000  # examples of each split that a quick search on a CPU uses
 RARE_CLASS_RATIO = 3  # between the largest and the smallest class, from which rare classes count
 
@@ -161,7 +162,6 @@ def _data_lines(
         lines += [
             f"  size: {size}{_comment(f'pixels; the images have about {reading.side}')}",
             f"  augment: {_augment(preset)}{_comment('none where left and right differ')}",
-            f"  views: 2{_comment('versions of each image, which can be cached')}",
         ]
     if preset == "quick" and not machine.has_gpu and reading.examples > 3 * QUICK_LIMIT:
         lines.append(f"  limit: {QUICK_LIMIT}{_comment('examples of each split, to be quick')}")
@@ -217,9 +217,10 @@ def _recipe_lines(
 def choose_epochs(reading: DataReading, machine: Machine, preset: str) -> tuple[int, int]:
     """The fewest and the most epochs of a trial."""
     limits = next((row[1:] for row in EPOCHS if reading.examples <= row[0]), LEAST_EPOCHS)
+    limit = limits[machine.has_gpu]
     if reading.side is None:
-        limits = tuple(min(4, limit) for limit in limits)
-    most = max(1, round(limits[machine.has_gpu] * EPOCH_FACTORS[preset]))
+        limit = min(MAX_TEXT_EPOCHS, limit)
+    most = max(1, round(limit * EPOCH_FACTORS[preset]))
     return max(1, most // 3), most
 
 
