@@ -157,7 +157,10 @@ def _may_be_tuner(pid: int) -> bool:
     may mean another process, which must get no signal. Without /proc nothing is known against it.
     """
     line = Path(f"/proc/{pid}/cmdline")
-    return not line.exists() or b"tuner" in line.read_bytes()
+    if not line.exists():
+        return True
+    words = line.read_bytes().decode(errors="replace").split("\0")
+    return any(Path(word).name == "tuner" for word in words)
 
 
 # -- enqueue
