@@ -114,6 +114,7 @@ def test_plots_hold_every_point_inside_the_frame() -> None:
             assert 0 <= float(x) <= 460 and 0 <= float(y) <= 280
     assert learning_curves([Curve("a", [])], "x") == "" == score_against_cost([], [], "x")
     assert Scale(0.0, 1.0, 0, 1).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert Scale(18, 49, 0, 1, is_log=True).ticks() == [20, 30, 40]
     assert Scale(1, 100, 0, 1, is_log=True).ticks() == [1, 2, 5, 10, 20, 50, 100]
 
 

@@ -57,8 +57,11 @@ class Scale:
         """Round values within the range."""
         if self.is_log:
             steps = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            fine = [10.0**s * m for s in steps for m in (1, 2, 5)]
-            shown = [value for value in fine if self.low <= value <= self.high]
+            for multiples in ((1, 2, 5), range(1, 10)):
+                values = [10.0**s * m for s in steps for m in multiples]
+                shown = [value for value in values if self.low <= value <= self.high]
+                if len(shown) > 2:
+                    break
             return shown if len(shown) <= TICKS + 2 else shown[:: math.ceil(len(shown) / TICKS)]
         step = _round_step((self.high - self.low) / TICKS)
         first = math.ceil(self.low / step - 1e-9)
