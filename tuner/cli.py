@@ -1,19 +1,31 @@
 """The commands. Only what a command needs is imported, so that `tuner --help` answers at once."""
 
 import io
-import json
 import os
 import signal
-import subprocess
 import sys
 import traceback
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from tuner.commands import arguments
-from tuner.commands.arguments import Command, Debug, File, Json, Overrides, Port, Quiet, Studies
+import tuner
+from tuner.commands import arguments, setup_commands, study_commands
+from tuner.commands.arguments import (
+    As,
+    Command,
+    Debug,
+    File,
+    FileOrData,
+    Json,
+    Overrides,
+    Port,
+    Quiet,
+    Studies,
+    check_preset,
+)
 from tuner.errors import SpaceError, TunerError
 
 if TYPE_CHECKING:
@@ -23,58 +35,83 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="tuner",
-    help=(
-        "Hyperparameter search for fine-tuning pretrained models: YAML and labelled data in, "
-        "the best model out, retrained, tested, exported and verified."
-    ),
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tuner {tuner.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="print the version", callback=print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Hyperparameter search for fine-tuning pretrained models.
+
+    YAML and labelled data in; the best model out, retrained, tested, exported and verified.
+    """
+
+
 @app.command(cls=Command)
 def run(
-    file: File,
+    file: FileOrData,
     overrides: Overrides = None,
     studies: Studies = Path("studies"),
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="serve the dashboard while the search runs")
     ] = False,
     port: Port = 8080,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset", help="with data: quick, medium (the default) or best", metavar="PRESET"
+        ),
+    ] = None,
+    as_: As = None,
     quiet: Quiet = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Search, retrain the best, test it, export it. The same command continues a study."""
+    """Search, retrain the best, test it, export it. The same command continues a study.
+
+    Given a folder or file of data, it writes a space file for it first, as `tuner init` does.
+    """
+    from tuner.commands.init import is_data, space_file_of
     from tuner.commands.run import run_study
 
+    if is_data(file):
+        wanted = None if preset is None else check_preset(preset)
+        with redirect_stdout(sys.stderr) if quiet or json_ else nullcontext():
+            file = space_file_of(file, wanted, as_)
+    elif preset is not None or as_ is not None:
+        raise SpaceError(f"--preset and --as are for data; {file} says itself what is searched")
+
     space, folders, console = open_space(file, overrides, studies, quiet, json_)
-    server = start_dashboard(space, folders, port, console) if dashboard else None
+    server = None
+    if dashboard:
+        from tuner.commands.dashboard_process import start_dashboard
+
+        server = start_dashboard(space, folders, port, console)
     try:
-        console.print_summary(run_study(space, folders, console))
+        summary = run_study(space, folders, console)
+        if summary.made_elsewhere is None:
+            from tuner.commands.report import write_report_of
+
+            write_report_of(summary.folder, console)
+        console.print_summary(summary)
     finally:
         if server is not None:
             server.terminate()
             server.wait()
-
-
-@app.command(cls=Command)
-def init(
-    name: Annotated[
-        str | None,
-        typer.Argument(help="of the example; without one, all are listed", metavar="NAME"),
-    ] = None,
-    example: Annotated[
-        bool, typer.Option("--example", help="write the example of this name here, to be changed")
-    ] = False,
-    debug: Debug = False,
-) -> None:
-    """List the example space files, or write one here."""
-    from tuner.commands.init import carry_out
-
-    carry_out(name, example)
 
 
 @app.command(cls=Command)
@@ -270,36 +307,22 @@ def clean(
     run_clean(studies, study, whole_study=all_, cache=cache, dry_run=dry_run, assume_yes=yes)
 
 
-@app.command(cls=Command)
-def models(
-    name: Annotated[
-        str | None,
-        typer.Argument(help="a model, or your own: package.module:attribute", metavar="NAME"),
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """List the models, or what each freeze depth of one saves."""
-    from tuner.config import plugins
-
-    if name is None:
-        typer.echo("\n".join(plugins.list_names("model")))
-        return
-    from tuner.training.model_summary import summarize_model
-
-    summary = summarize_model(name)
-    size = f"{summary.parameters / 1e6:.2f} M parameters, {summary.flops / 1e9:.3f} GFLOPs"
-    typer.echo(f"{name}: {size} a {summary.example} (1000 classes)")
-    typer.echo("depth  frozen up to    parameters  FLOPs")
-    for d in summary.depths:
-        typer.echo(f"{d.depth:>5}  {d.stage:<14}  {d.parameters:>9.1%}  {d.flops:>5.1%}")
-
-
-@app.command(cls=Command)
-def schema() -> None:
-    """Print the JSON schema of space files, for editors."""
-    from tuner.config.json_schema import space_schema as build
-
-    typer.echo(json.dumps(build(), indent=2))
+# in the order in which --help lists them, after those above
+for command in (
+    study_commands.ls,
+    study_commands.trials,
+    study_commands.show,
+    study_commands.compare,
+    study_commands.report,
+    study_commands.status,
+    study_commands.stop,
+    study_commands.enqueue,
+    setup_commands.init,
+    setup_commands.models,
+    setup_commands.doctor,
+    setup_commands.schema,
+):
+    app.command(cls=Command)(command)
 
 
 # -- shared by the commands
@@ -325,28 +348,6 @@ def open_space(
     space = parsing.load_space(file, overrides or ())
     console = make_console(quiet, json_)
     return space, Folders(studies, home_folder(console.warn)), console
-
-
-def start_dashboard(
-    space: "Space", folders: "Folders", port: int, console: "Console"
-) -> "subprocess.Popen[bytes]":
-    """Starts the dashboard as its own process, so that its failure does not end the search."""
-    from tuner.commands.session import study_name
-    from tuner.dashboard import background
-    from tuner.dashboard import server as serving
-    from tuner.dashboard.guard import new_token
-
-    free_port = serving.choose_port(port)
-    if port not in (0, free_port):
-        console.warn(f"port {port} on 127.0.0.1 is taken; the dashboard is on {free_port}")
-    token = new_token()
-    page = serving.address(free_port, "", token)
-    console.emit_event("dashboard", url=page)
-    if console.mode == "quiet":  # nobody can guess the address
-        typer.echo(page)
-    console.print_line(f"browse {page} while the search runs")
-    url = space.settings.storage or ""
-    return background.start_process(study_name(space), folders.studies, free_port, url, token)
 
 
 def main() -> NoReturn:

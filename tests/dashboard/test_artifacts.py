@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -173,12 +174,18 @@ def test_a_learning_curve_is_drawn_for_any_number_of_epochs(scores: list[float])
 
 def test_scores_per_class_are_a_table() -> None:
     torch = pytest.importorskip("torch")
+    from tuner.core.types import Batch
     from tuner.tasks.classification import Classification
 
+    def take(rows: Any, view: int) -> Batch:
+        return Batch(torch.zeros(len(rows), 5), rows)  # features, which are no images
+
     logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    data: Any = SimpleNamespace(valid=SimpleNamespace(take=take))
     shown = Classification(("cat", "dog"), 0.0).make_artifacts(
-        [(logits, torch.tensor([0, 1, 1]))], None
-    )  # type: ignore[arg-type]
+        [(logits, torch.tensor([0, 1, 1]))], data
+    )
+    assert set(shown) == {"confusion.png", "per_class.csv"}
 
     rows = list(csv.DictReader(shown["per_class.csv"].decode().splitlines()))
     assert rows[0] == {

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from tuner.errors import SpaceError, suggest_names
+
 
 class Command(TyperCommand):
     """A command whose help names what to write, without the types of Python."""
@@ -27,8 +29,10 @@ class Command(TyperCommand):
                     formatter.write_dl(rows)
 
 
-File = Annotated[
-    Path, typer.Argument(help="a space file; `tuner init` writes examples", metavar="FILE")
+File = Annotated[Path, typer.Argument(help="a space file; `tuner init` writes one", metavar="FILE")]
+FileOrData = Annotated[
+    Path,
+    typer.Argument(help="a space file, or data for which one is written", metavar="FILE_OR_DATA"),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -56,3 +60,23 @@ Port = Annotated[
     int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0 takes a free one", metavar="N")
 ]
 Study = Annotated[str, typer.Argument(help="a study's name", metavar="STUDY")]
+LatestStudy = Annotated[
+    str | None, typer.Argument(help="a study's name; default: the latest", metavar="STUDY")
+]
+PRESETS = ("quick", "medium", "best")
+PresetOption = Annotated[
+    str, typer.Option("--preset", help="how thorough: quick, medium or best", metavar="PRESET")
+]
+As = Annotated[
+    str | None,
+    typer.Option(
+        "--as", help="how to read data that can be read in several ways", metavar="READING"
+    ),
+]
+
+
+def check_preset(name: str) -> str:
+    """The name of a preset. Raises SpaceError on any other."""
+    if name not in PRESETS:
+        raise SpaceError(f"--preset {name!r} is not known{suggest_names(name, PRESETS)}")
+    return name

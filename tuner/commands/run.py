@@ -208,6 +208,7 @@ def open_coordinator(
         session.stopping,
         lease,
         keeping,
+        folder,
     )
     if warning := coordinator.proposer.warning():
         session.console.warn(warning)

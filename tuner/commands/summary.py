@@ -95,7 +95,8 @@ def summary_lines(summary: Summary) -> Iterator[str]:
             f"export   by {summary.made_elsewhere}, into {summary.made_elsewhere.folder}/export; "
             "should it not come to that, run the same command"
         )
-    yield f"study    {summary.folder}"
+    report = "" if summary.made_elsewhere else ", with report.html"
+    yield f"study    {summary.folder}{report}"
     yield ""
     yield from next_steps(summary)
 

@@ -158,6 +158,11 @@ def format_value(value: Any, digits: int = 3) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def plain_value(value: Any) -> str:
+    """0.0005 and not 5.00e-4, where there is space: people know decimals better."""
+    return f"{value:.4g}" if isinstance(value, float) else format_value(value)
+
+
 def format_duration(seconds: float) -> str:
     """90 -> '1m30s'."""
     whole = round(seconds)

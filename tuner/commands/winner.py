@@ -22,6 +22,7 @@ from tuner.commands.summary import Summary
 from tuner.commands.trial_line import format_duration
 from tuner.config.objective import metric_label
 from tuner.config.run import Run
+from tuner.config.space import Space
 from tuner.dashboard.artifacts import write_result_note
 from tuner.errors import NoUsableTrial
 from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER
@@ -52,20 +53,20 @@ def progress_of(coordinator: Coordinator) -> Progress:
     )
 
 
-def best_yaml_content(run: Run, session: Session, outputs: OutputSettings) -> dict[str, Any]:
+def best_yaml_content(run: Run, space: Space, outputs: OutputSettings) -> dict[str, Any]:
     """best.yaml: the same form as a space file, with nothing left to choose."""
-    settings = session.settings.search
+    settings = space.settings
     search = {
-        "name": study_name(session.space),
-        "metric": settings.metric,
-        "direction": settings.direction,
+        "name": study_name(space),
+        "metric": settings.search.metric,
+        "direction": settings.search.direction,
         "calibrate": outputs.calibrate,
         "test_flips": outputs.test_flips,
     }
     return run.to_dict() | {
         "search": search,
-        "engine": session.settings.engine.model_dump(),
-        "export": list(session.settings.export),
+        "engine": settings.engine.model_dump(),
+        "export": list(settings.export),
     }
 
 
@@ -136,7 +137,7 @@ def finalize_best(ended: EndedSearch) -> Summary:
     outputs = choose_outputs(session.settings.search, winner)
     write_yaml(
         folder / "best.yaml",
-        best_yaml_content(run, session, outputs),
+        best_yaml_content(run, session.space, outputs),
         f"trial {winner.number} of study {study_name(session.space)!r}; "
         f"{describe_confirmed(confirmed)}`tuner train` repeats it",
     )

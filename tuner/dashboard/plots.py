@@ -1,14 +1,17 @@
 """Pictures for the dashboard, drawn without a display."""
 
+import base64
 import io
 import json
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from tuner.config.objective import Direction, metric_label
 from tuner.deferred_figures import KIND_KEY, PREFIX
@@ -29,6 +32,7 @@ def render_figure(content: bytes) -> bytes:
     kinds: dict[str, Callable[..., bytes]] = {
         "confusion": plot_confusion,
         "curve": plot_learning_curve,
+        "mistakes": plot_mistakes,
     }
     with _matplotlib_lock:
         return kinds[shown.pop(KIND_KEY)](**shown)
@@ -70,6 +74,24 @@ def plot_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> b
                 if count:
                     color = "white" if shares[i][j] > 0.5 else "black"
                     axes.text(j, i, str(count), ha="center", va="center", color=color, fontsize=8)
+    return _encode_png(figure)
+
+
+def plot_mistakes(mistakes: Sequence[Mapping[str, Any]]) -> bytes:
+    """The images of which a model was surest and wrong, with the predicted and the true class.
+
+    `mistakes`: of each the `image` (JPEG in base64), `truth`, `predicted`, and `confidence` 0..1.
+    """
+    columns = min(4, len(mistakes))
+    rows = -(-len(mistakes) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.6 * rows), dpi=100, layout="constrained")
+    for position, mistake in enumerate(mistakes, 1):
+        axes = figure.add_subplot(rows, columns, position)
+        with Image.open(io.BytesIO(base64.b64decode(mistake["image"]))) as image:
+            axes.imshow(image)
+        axes.set_axis_off()
+        caption = f"{mistake['predicted']} {mistake['confidence']:.0%}\nis {mistake['truth']}"
+        axes.set_title(caption, fontsize=9, parse_math=False)
     return _encode_png(figure)
 
 

@@ -7,8 +7,6 @@ What has no mark stays, whatever folder it is in.
 
 import atexit
 import contextlib
-import ctypes
-import errno
 import json
 import os
 import re
@@ -19,17 +17,20 @@ from pathlib import Path
 
 from tuner.errors import StorageError, limit_listing
 from tuner.files.crash_points import crash_point
+from tuner.files.exchange import exchanged
 
 MANIFEST = "manifest.json"  # of an export, written last: the SHA-256 of its other files
 SUMS = "sha256.json"  # of a cache's entry, written last: the SHA-256 of its other files
 HEADERS = {"space.yaml": "# what study ", "best.yaml": "# trial "}  # how the files of a study begin
-
+REPORTS = ("report.html", "report.md")  # of a study, in its folder
+REPORT_HEADER = "<!-- tuner's report of study "  # how they begin
 HALF_FILE = re.compile(r"\.([a-z0-9_]{8}|[0-9a-f]{32})\.tmp")
 HALF_EXPORT = re.compile(r"\.export-[a-z0-9_]{8}\.tmp")
 EXPORT_LOCK = re.compile(r"\.export-[a-z0-9_]{8}\.lock")
 ENTRY = re.compile(r"[0-9a-f]{32}(-\d+)?")
 NOTE = re.compile(r"[0-9a-f]{32}\.cost\.json")
 CHECKPOINT = re.compile(r"(\d+|best)-([0-9a-f]{64})\.safetensors")
+ENQUEUED = re.compile(r"enqueued-\d{20}-[0-9a-f]{8}\.json")
 TESTED_RUN = re.compile(r"default-test-([0-9a-f]{64})\.safetensors")
 ARTIFACT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.\w+)?")
 DATABASE = re.compile(r"study\.db(-wal|-shm|-journal)?")
@@ -40,8 +41,8 @@ HOLDER = re.compile(r"(pid \d+ on host .*)?")  # what a lock file holds: nothing
 
 
 def remove_file(path: Path) -> bool:
-    """Removes a half-written file or a checkpoint; returns whether the file was one of these."""
-    marked = any(mark.fullmatch(path.name) for mark in (HALF_FILE, CHECKPOINT, NOTE))
+    """Removes a half-written file, a checkpoint or an enqueued trial, by its mark, if it is one."""
+    marked = any(mark.fullmatch(path.name) for mark in (HALF_FILE, CHECKPOINT, NOTE, ENQUEUED))
     if marked or _half_arrived(path):
         path.unlink(missing_ok=True)
         return True
@@ -270,21 +271,6 @@ def recover_older(folder: Path) -> None:
             os.rename(old, folder)
 
 
-def exchanged(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one step. False: this system, or this file system, cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
-    except (OSError, AttributeError, TypeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
-        return False
-    raise OSError(number, os.strerror(number), str(other))
-
-
 # -- what arrives from another machine
 
 
@@ -315,11 +301,21 @@ def clear(folder: Path) -> list[str]:
 # -- studies
 
 
+def begins_with(path: Path, header: str) -> bool:
+    """Whether the first line of a text file begins so."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline().startswith(header)
+    return False
+
+
 def is_generated(path: Path) -> bool:
     """Whether tuner wrote this space.yaml or best.yaml."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        return file.readline().startswith(HEADERS[path.name])
-    return False
+    return begins_with(path, HEADERS[path.name])
+
+
+def is_own_report(path: Path) -> bool:
+    """Whether tuner wrote this report, wherever it lies."""
+    return begins_with(path, REPORT_HEADER)
 
 
 def require_own(folder: Path) -> None:
@@ -349,12 +345,14 @@ def is_of_study(path: Path) -> bool:
         return False
     if path.name in HEADERS:
         return is_generated(path)
+    if path.name in REPORTS:
+        return is_own_report(path)
     if path.suffix == ".lock" and path.name.startswith("."):
         return is_left(path) or _has_holder(path)
     if path.is_dir():
         named = path.name in ("artifacts", "checkpoints") or path.name.endswith(".checkpoints")
         return named or is_left(path) or files_of_export(path) is not None
-    marked = any(mark.fullmatch(path.name) for mark in (DATABASE, TESTED_RUN))
+    marked = any(mark.fullmatch(path.name) for mark in (DATABASE, TESTED_RUN, ENQUEUED))
     return path.name == "lock" or marked or is_left(path)
 
 

@@ -7,6 +7,7 @@ trials ended.
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -17,6 +18,8 @@ from tuner.config.space import Space
 from tuner.errors import TunerError
 from tuner.files.checkpoint_files import CheckpointRetention
 from tuner.files.crash_points import crash_point
+from tuner.files.enqueued_files import list_enqueued, read_enqueued
+from tuner.files.removal import remove_file
 from tuner.jobs import Job, Outcome, stall_of
 from tuner.messages import Assignment, Epoch, micro_batch_count
 from tuner.search import history
@@ -48,8 +51,10 @@ class Coordinator:
         should_stop: Callable[[], bool],
         coordination: SingleCoordinator | SharedCoordination | None = None,
         retention: CheckpointRetention | None = None,
+        enqueued_folder: Path | None = None,
     ) -> None:
         self.study = WindowedStudy(study)
+        self.enqueued_folder = enqueued_folder
         self.space = space
         self.make_assignment = make_assignment
         self.listener = listener
@@ -160,7 +165,23 @@ class Coordinator:
             self.ledger.read_history(self.running_numbers())
         if not self.has_budget_left():
             return None
+        self._take_up_enqueued()
         return self.proposer.propose_trial(self.ledger.proposal_count)
+
+    def _take_up_enqueued(self) -> None:
+        """Enqueue what a person wants to be tried next, once the first trials have begun.
+
+        Where the search was killed between the two steps, the same parameters are not enqueued
+        again.
+        """
+        first_trials = 2 if self.proposer.linear_probe_params else 1
+        if self.enqueued_folder is None or self.ledger.proposal_count < first_trials:
+            return
+        for path in list_enqueued(self.enqueued_folder):
+            params = read_enqueued(path)
+            if params is not None:
+                self.study.enqueue_trial(params, skip_if_exists=True)
+            remove_file(path)
 
     def has_budget_left(self) -> bool:
         running_count = self.ledger.running_elsewhere + len(self.running_numbers())

@@ -236,6 +236,26 @@ class SharedCoordination:
             return list(result) if result.returns_rows else []
 
 
+def alive_coordinators(engine: sqlalchemy.Engine, study: int) -> list[str]:
+    """Return the coordinators of a study that are alive, in words; nothing is written.
+
+    Args:
+        engine: The connection to the PostgreSQL server.
+        study: The study's id in the database.
+    """
+    if not sqlalchemy.inspect(engine).has_table("tuner_leases"):
+        return []
+    statement = sqlalchemy.text(
+        "SELECT coordinator, host, pid, machine, folder, to_char(since, 'HH24:MI'), crown "
+        f"FROM tuner_leases WHERE study = :study AND ({IS_ALIVE_SQL}) "
+        "AND crown IS DISTINCT FROM 'made'"
+    )
+    with engine.connect() as connection:
+        rows = list(connection.execute(statement, {"study": study, "valid": LEASE_SECONDS}))
+    found = [CoordinatorInfo(*row) for row in rows]
+    return [f"{info} since {info.since}" for info in found if not info.is_certainly_dead()]
+
+
 @contextlib.contextmanager
 def join_coordination(
     server: PostgresStorage | None, study: int, folder: Path

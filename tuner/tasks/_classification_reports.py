@@ -1,5 +1,6 @@
 """Descriptions and artifacts of predictions that give each example one class."""
 
+import base64
 import csv
 import io
 from collections.abc import Iterable, Sequence
@@ -10,9 +11,11 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner import deferred_figures
-from tuner.core.types import Prediction
+from tuner.core.types import Prediction, Source
+from tuner.tasks._annotated_images import image_of_pixels
 
 MAX_CLASSES_NAMED = 3  # classes that a line names
+MISTAKES_SHOWN, MISTAKE_SIDE = 12, 128  # images, and pixels of their longer sides
 
 
 def describe_probabilities(classes: Sequence[str], probabilities: Sequence[float]) -> Prediction:
@@ -41,6 +44,48 @@ def classification_artifacts(
         ),
         "per_class.csv": per_class_csv(matrix, classes),
     }
+
+
+def mistakes_artifact(
+    logits: Tensor, truth: Tensor, classes: tuple[str, ...], source: Source
+) -> dict[str, bytes]:
+    """The mistakes of which a model was surest, with their images, as a figure to be drawn later.
+
+    Args:
+        logits: float32 (n, classes), on the CPU.
+        truth: int64 (n,), the true classes.
+        classes: the names of the classes.
+        source: the n examples in this order.
+
+    Returns:
+        One file; none where there is no mistake, or the examples are no images in RGB.
+    """
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != truth).nonzero().flatten()
+    surest = confidence[wrong].argsort(descending=True, stable=True)[:MISTAKES_SHOWN]
+    rows = wrong[surest]
+    pixels = source.take(rows, 0).x if len(rows) else None
+    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.shape[1:2] != (3,):
+        return {}
+    mistakes = [
+        {
+            "image": base64.b64encode(_small_jpeg(image)).decode(),
+            "truth": classes[int(truth[row])],
+            "predicted": classes[int(predicted[row])],
+            "confidence": round(float(confidence[row]), 4),
+        }
+        for image, row in zip(pixels.cpu(), rows.tolist(), strict=True)
+    ]
+    return {"mistakes.png": deferred_figures.defer_figure("mistakes", mistakes=mistakes)}
+
+
+def _small_jpeg(pixels: Tensor) -> bytes:
+    """An image, uint8 (3, height, width), in the size of a thumbnail."""
+    image = image_of_pixels(pixels.numpy())
+    image.thumbnail((MISTAKE_SIDE, MISTAKE_SIDE))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=85)
+    return out.getvalue()
 
 
 def per_class_scores(matrix: Tensor, classes: tuple[str, ...]) -> dict[str, dict[str, float]]:

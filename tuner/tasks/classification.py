@@ -9,7 +9,11 @@ from tuner.config.run import Recipe
 from tuner.core.input_spec import TensorTree
 from tuner.core.types import Dataset, Task
 from tuner.tasks._classification import Classifier, class_weights_of
-from tuner.tasks._classification_reports import classification_artifacts, concatenate_pairs
+from tuner.tasks._classification_reports import (
+    classification_artifacts,
+    concatenate_pairs,
+    mistakes_artifact,
+)
 
 METRICS = (
     "accuracy",
@@ -59,4 +63,7 @@ class Classification(Classifier):
         return output
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
-        return classification_artifacts(*concatenate_pairs(pairs), self.classes)
+        logits, truth = concatenate_pairs(pairs)
+        return classification_artifacts(logits, truth, self.classes) | mistakes_artifact(
+            logits, truth, self.classes, data.valid
+        )

@@ -1,0 +1,209 @@
+"""`tuner init DATA` and `tuner run DATA`: the kind of data is recognised, and the file runs as it is."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CommandResult
+from tests.helpers import box_files, damaged_files, mask_files
+from tuner.commands import init
+from tuner.commands.data_scan import scan_data
+from tuner.commands.space_proposal import (
+    MODELS,
+    TRIALS,
+    Machine,
+    choose_model,
+    choose_size,
+    format_space,
+    round_down,
+)
+from tuner.config import parsing, yaml_document
+
+Tuner = Callable[..., CommandResult]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that refuses at once."""
+    monkeypatch.setattr(init, "WEIGHT_HOSTS", ("http://127.0.0.1:9",))
+
+
+def write_classes(root: Path, sizes: dict[str, int]) -> Path:
+    for name, count in sizes.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            damaged_files.make_picture(i + 100 * len(name), 40).save(root / name / f"{i}.png")
+    return root
+
+
+def write_splits(root: Path) -> Path:
+    for split in ("train", "val", "test"):
+        write_classes(root / split, {"cat": 8, "horse": 8})
+    return root
+
+
+def write_voc_with_masks(root: Path) -> Path:
+    damaged_files.write_voc(root)
+    damaged_files.write_masks(root / "SegmentationClass")
+    return root
+
+
+def write_named_masks(root: Path) -> Path:
+    mask_files.write_images_and_masks(root)
+    (root / "images").rename(root / "Training_Images")
+    (root / "masks").rename(root / "Ground_Truth")
+    return root
+
+
+KINDS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
+    "classes": (lambda p: write_classes(p, {"a": 9, "b": 9}), ["folder/classification"]),
+    "splits": (write_splits, ["folder/classification"]),
+    "voc": (box_files.write_voc, ["voc/detection"]),
+    "voc of both": (write_voc_with_masks, ["voc/detection", "voc/segmentation"]),
+    "coco": (box_files.write_coco, ["coco/detection"]),
+    "yolo": (box_files.write_yolo, ["yolo/detection"]),
+    "masks": (mask_files.write_images_and_masks, ["masks/segmentation"]),
+    "masks by other names": (write_named_masks, ["masks/segmentation"]),
+    "csv": (lambda p: damaged_files.write_table(p, "a.csv"), ["text/text_classification"]),
+    "jsonl": (lambda p: damaged_files.write_table(p, "a.jsonl"), ["text/text_classification"]),
+    "nothing": (lambda p: (p.mkdir(), p)[1], []),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_data_is_recognised_and_its_file_understood(tmp_path: Path, kind: str) -> None:
+    write, labels = KINDS[kind]
+    readings = scan_data(str(write(tmp_path / "data")))
+    assert [reading.label for reading in readings] == labels
+    for reading in readings:
+        for has_gpu in (False, True):
+            for preset in TRIALS:
+                text = format_space(reading, Machine(has_gpu, True, tmp_path), preset)
+                space = parsing.parse_space(yaml_document.parse_document(text, "f.yaml"))
+                assert space.settings.search.trials == TRIALS[preset]
+                assert {"lr", "freeze_depth"} <= {d.key for d in space.dimensions}
+
+
+def test_run_of_a_folder_writes_a_file_runs_it_and_goes_on_with_it(
+    tuner: Tuner, tmp_path: Path
+) -> None:
+    write_classes(tmp_path / "pets", {"cat": 20, "parrot": 20})
+    quick = ["search.trials=2", "recipe.epochs=1", "engine.name=inline", "export=safetensors"]
+    said = tuner("run", "pets", "--preset", "quick", *quick)
+    assert said.code == 0, said.err
+    assert "pets: 40 images of 2 classes: classification" in said.out
+    assert "wrote pets.yaml (preset quick)" in said.out
+    assert "resnet18_slim" in (tmp_path / "pets.yaml").read_text()  # there is no network
+    again = tuner("run", "pets", *quick)
+    assert again.code == 0 and "nothing left to do" in again.out
+    refused = tuner("run", "pets", "--preset", "best", *quick)
+    assert refused.code == 2 and "pets.yaml is there already" in refused.err
+    (tmp_path / "pets.yaml").write_text("data: {path: birds}")
+    refused = tuner("run", "pets", *quick)
+    assert refused.code == 2 and "not about pets" in refused.err
+
+
+def test_json_output_of_a_run_stays_json(tuner: Tuner, tmp_path: Path) -> None:
+    write_classes(tmp_path / "pets", {"cat": 12, "parrot": 12})
+    said = tuner(
+        "run",
+        "pets",
+        "--json",
+        "search.trials=1",
+        "recipe.epochs=1",
+        "engine.name=inline",
+        "export=safetensors",
+    )
+    assert said.code == 0 and [json.loads(line) for line in said.out.splitlines()]
+    assert "wrote pets.yaml" in said.err
+
+
+def test_ambiguous_data_are_an_error_with_the_choices(tuner: Tuner, tmp_path: Path) -> None:
+    write_voc_with_masks(tmp_path / "voc")
+    refused = tuner("init", "voc")
+    assert refused.code == 2
+    assert "2 ways: voc/detection, voc/segmentation; choose one with --as" in refused.err
+    assert not (tmp_path / "voc.yaml").exists()
+    chosen = tuner("init", "voc", "--as", "voc/segmentation", "-o", "seg.yaml")
+    assert chosen.code == 0 and "task: segmentation" in (tmp_path / "seg.yaml").read_text()
+    refused = tuner("init", "voc", "--as", "voc/segmentatio")
+    assert refused.code == 2 and "did you mean 'voc/segmentation'?" in refused.err
+
+
+def test_bad_input_is_told_without_a_traceback(tuner: Tuner, tmp_path: Path) -> None:
+    write_classes(tmp_path / "pets", {"cat": 3, "parrot": 3})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "broken" / name).mkdir()
+        (tmp_path / "broken" / name / "x.png").write_text("no image")
+    (tmp_path / "there.yaml").write_text("mine")
+    for words, code, message in (
+        (("init", "pest"), 3, "data.path: pest does not exist"),
+        (("init", "empty"), 3, "empty: not known as data (it holds nothing)"),
+        (("init", "broken"), 3, "x.png"),
+        (("init", "pets", "--preset", "quik"), 2, "did you mean 'quick'?"),
+        (("init", "pets", "-o", "there.yaml"), 2, "there.yaml is there already"),
+        (("init", "pets", "-o", "no/x.yaml"), 2, "no is no folder"),
+        (("run", "there.yaml", "--preset", "best"), 2, "--preset and --as are for data"),
+    ):
+        said = tuner(*words)
+        assert (said.code, message in said.err) == (code, True), said.err
+        assert "Traceback" not in said.err
+    assert (tmp_path / "there.yaml").read_text() == "mine"
+
+
+def test_labels_are_guessed_where_columns_have_unusual_names(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    rows = [f"{i},some words about {i},{'xy'[i % 2]},{'uvw'[i % 3]}" for i in range(40)]
+    file.write_text("id,words,kind,topic\n" + "\n".join(rows))
+    labels = [reading.label for reading in scan_data(str(file))]
+    assert labels == ["text/text_classification/kind", "text/text_classification/topic"]
+    assert scan_data(str(file))[0].options == {
+        "header": True,
+        "text": "words",
+        "label": "kind",
+    }
+
+
+def test_rare_classes_change_metric_and_recipe(tmp_path: Path) -> None:
+    reading = scan_data(str(write_classes(tmp_path / "d", {"a": 20, "b": 4})))[0]
+    text = format_space(reading, Machine(False, False, tmp_path), "medium")
+    assert "metric: balanced_accuracy" in text and "class_weights: [none, balanced]" in text
+
+
+def test_weights_that_cannot_be_had_are_not_proposed(tmp_path: Path) -> None:
+    here, away = Machine(False, True, tmp_path), Machine(False, False, tmp_path)
+    assert choose_model("classification", here).weights == "default"
+    assert choose_model("classification", away).name == "resnet18_slim"
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "resnet18-f37072fd.pth").write_text("")
+    assert choose_model("classification", away).name == "resnet18"
+
+
+def test_small_images_are_not_blown_up_and_rates_are_numbers(tmp_path: Path) -> None:
+    reading = scan_data(str(write_classes(tmp_path / "d", {"a": 4, "b": 4})))[0]
+    model = choose_model("classification", Machine(False, True, tmp_path))
+    assert reading.side == 40 and choose_size(reading, model, "best") == 64
+    assert [round_down(v) for v in (5e-5, 0.0005 * 6, 0.02)] == ["5e-5", "3e-3", "2e-2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({m.name for group in MODELS.values() for m in group}))
+def test_the_models_have_the_freeze_depths_that_are_searched(name: str) -> None:
+    from tuner.training.model_summary import summarize_model
+
+    model = next(m for group in MODELS.values() for m in group if m.name == name)
+    assert summarize_model(name).depths[-1].depth - model.deepest in (0, 1)  # a new decoder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["splits", "voc", "coco", "yolo", "masks by other names"])
+def test_check_accepts_the_file_as_it_is(tuner: Tuner, tmp_path: Path, kind: str) -> None:
+    KINDS[kind][0](tmp_path / "data")
+    assert tuner("init", "data", "--preset", "quick").code == 0
+    checked = tuner("check", "data.yaml")
+    # weights that are not here are the only thing that may be missing
+    assert checked.code == 0 or "is not there yet; `tuner run` downloads it" in checked.err

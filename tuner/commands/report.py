@@ -1,0 +1,192 @@
+"""`tuner report`: what a study asked, found and cost, as one HTML file or as Markdown."""
+
+import base64
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import typer
+from markupsafe import Markup
+from optuna.trial import FrozenTrial
+
+import tuner
+from tuner.commands import report_charts, report_content
+from tuner.commands.console import Console
+from tuner.commands.report_charts import Curve, Point
+from tuner.commands.report_content import StudyReport, gather_report
+from tuner.commands.report_markdown import format_markdown
+from tuner.commands.study_view import StudyView, open_folder, open_view, trial_seconds
+from tuner.commands.trial_line import format_duration, reached_score
+from tuner.errors import StorageError
+from tuner.files.atomic import atomic_path
+from tuner.files.removal import is_own_report
+
+TEMPLATE = Path(__file__).with_name("report.html")
+MAX_CURVES = 60  # of other trials; more would be a grey surface
+PNG_MAGIC = b"\x89PNG"
+SHOWN_ELSEWHERE = ("curve.png", "confusion.png", "mistakes.png", "per_class.csv")
+
+
+def report_study(studies: Path, name: str | None, out: Path | None, *, markdown: bool) -> None:
+    """Writes the report of a study and prints where it lies.
+
+    Raises DataError, StorageError.
+    """
+    view = open_view(studies, name)
+    typer.echo(str(write_report(view, out, markdown=markdown)))
+
+
+def write_report_of(folder: Path, console: Console) -> None:
+    """Writes the report of a search that ended; where that fails, the search has still ended."""
+    try:
+        path = write_report(open_folder(folder), None, markdown=False)
+    except Exception as error:  # whatever it is, it must not hide what the search found
+        reason = (str(error).splitlines() or [""])[0]
+        console.warn(f"no report was written: {reason}; `tuner report {folder.name}` tries again")
+    else:
+        console.emit_event("report", file=str(path))
+
+
+def write_report(view: StudyView, out: Path | None, *, markdown: bool) -> Path:
+    """Writes a report, by default into the study's folder; an older report is replaced.
+
+    Raises StorageError where the file is there and no report of tuner's, or cannot be written.
+    """
+    path = out or view.folder / ("report.md" if markdown else "report.html")
+    if path.exists() and not is_own_report(path):
+        raise StorageError(f"{path} is no report of tuner's and stays; name another with --out")
+    report = gather_report(view)
+    text = format_markdown(report) if markdown else format_html(report)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def format_html(report: StudyReport) -> str:
+    """The whole page; it needs no network and no other file."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    header, best_rows = report_content.best_table(report)
+    return template.render(
+        r=report,
+        tuner_version=tuner.__version__,
+        written=f"{datetime.now():%Y-%m-%d %H:%M}",
+        tiles=headline(report),
+        outcome=report_content.outcome_sentences(report),
+        asked=report_content.asked_sentences(report),
+        winner_rows=report_content.winner_table(report),
+        curves=Markup(draw_curves(report)),
+        cost=Markup(draw_costs(report)),
+        has_default=any(kind_of(report, trial) == "default" for trial in report.view.trials),
+        importance=report_content.importance_sentences(report.importances, len(report.view.ranked)),
+        confusion=confusion_rows(report),
+        class_rows=report_content.class_table(report),
+        photos=(report_content.figure_values(report, "mistakes") or {}).get("mistakes", []),
+        sheets=list(contact_sheets(report)),
+        tables=list(tables(report)),
+        best_header=header,
+        best_rows=best_rows,
+        early=report_content.early_ends(report.view),
+        commands=repeat_commands(report),
+        facts=report_content.repeat_facts(report),
+        files=report_content.own_files(report.view.folder),
+    )
+
+
+def headline(report: StudyReport) -> list[tuple[str, str]]:
+    """The few numbers at the top: label and value."""
+    view, winner, manifest = report.view, report.winner, report.manifest
+    numbers = []
+    if report.test_score is not None:
+        numbers.append((f"test {report.metric}", f"{report.test_score:.4f}"))
+    comparison = (manifest or {}).get("comparison") or {}
+    if "difference" in comparison:
+        numbers.append(("against the default recipe", f"{comparison['difference']:+.4f}"))
+    if winner is not None and (value := reached_score(winner)) is not None:
+        numbers.append((f"validation {report.metric}", f"{value:.4f}"))
+    seconds = sum(trial_seconds(t) or 0 for t in view.trials)
+    numbers.append((f"of {view.budget} trials ended", str(view.budget_used)))
+    numbers.append(("of training in the search", format_duration(seconds)))
+    return numbers
+
+
+def kind_of(report: StudyReport, trial: FrozenTrial) -> str:
+    """The class of a trial in the plots."""
+    if report.winner is not None and trial.number == report.winner.number:
+        return "winner"
+    is_default = report.default is not None and trial.number == report.default.number
+    return "default" if is_default else "other"
+
+
+def draw_curves(report: StudyReport) -> str:
+    order = {"other": 0, "default": 1, "winner": 2}
+    curves = []
+    for trial in report.view.trials:
+        values = [score for _, score in sorted(trial.intermediate_values.items())]
+        curves.append(Curve(f"trial {trial.number}", values, kind_of(report, trial)))
+    others = [curve for curve in curves if curve.kind == "other"][-MAX_CURVES:]
+    shown = others + [curve for curve in curves if curve.kind != "other"]
+    shown.sort(key=lambda curve: order[curve.kind])
+    return report_charts.learning_curves(shown, f"validation {report.metric}")
+
+
+def draw_costs(report: StudyReport) -> str:
+    def point(trial: FrozenTrial) -> Point:
+        seconds, value = trial_seconds(trial) or 0.0, float(trial.value or 0)
+        label = f"trial {trial.number}: {value:.4f} in {format_duration(seconds)}"
+        return Point(label, seconds, value, kind_of(report, trial))
+
+    points = [point(t) for t in report.view.ranked if trial_seconds(t) is not None]
+    points.sort(key=lambda p: p.kind != "other")
+    front = [point(t) for t in report_content.pareto_front(report.view)]
+    return report_charts.score_against_cost(points, front, f"validation {report.metric}")
+
+
+def confusion_rows(report: StudyReport) -> dict[str, Any] | None:
+    """The confusion matrix with the share of the true class in each cell."""
+    values = report_content.figure_values(report, "confusion")
+    if values is None or len(values["classes"]) > report_content.MAX_TABLE_ROWS:
+        return None
+    rows = [
+        (name, [(count, count / max(1, sum(counts))) for count in counts])
+        for name, counts in zip(values["classes"], values["matrix"], strict=True)
+    ]
+    return {"classes": values["classes"], "rows": rows}
+
+
+def contact_sheets(report: StudyReport) -> list[tuple[str, str]]:
+    """The winner's pictures that a task drew, as base64 with a heading."""
+    return [
+        (_heading(name), base64.b64encode(content).decode())
+        for name, content in report.artifacts.items()
+        if content.startswith(PNG_MAGIC)
+    ]
+
+
+def tables(report: StudyReport) -> list[tuple[str, list[list[str]]]]:
+    """The winner's tables that the page does not show otherwise."""
+    shown = SHOWN_ELSEWHERE if report_content.class_table(report) else SHOWN_ELSEWHERE[:-1]
+    names = [n for n in report.artifacts if n.endswith(".csv") and n not in shown]
+    read = [(_heading(name), report_content.csv_table(report, name)) for name in names]
+    return [(heading, table) for heading, table in read if len(table) > 1]
+
+
+def _heading(name: str) -> str:
+    """`per_class.csv` as `Per class, on validation examples`."""
+    words = Path(name).stem.replace("_", " ")
+    return f"{words[:1].upper()}{words[1:]}, on validation examples"
+
+
+def repeat_commands(report: StudyReport) -> list[tuple[str, str]]:
+    """The commands that repeat the winner and the whole search."""
+    folder = report.view.folder
+    commands = []
+    if (folder / "best.yaml").is_file():
+        commands.append((f"tuner train {shlex.quote(str(folder / 'best.yaml'))}", "the winner"))
+    space = shlex.quote(str(folder / "space.yaml"))
+    commands.append((f"tuner run {space} --studies elsewhere", "the whole search"))
+    return commands
