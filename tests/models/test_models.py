@@ -96,6 +96,7 @@ def test_stages_have_names(name: str, stages: list[str]) -> None:
         assert list(built(name).stages) == stages
 
 
+# the number of stages, which existing studies rely on, of models that take any size
 TIMM = {
     "efficientnet_b0": 10,
     "tf_efficientnet_lite0": 10,
@@ -106,11 +107,11 @@ TIMM = {
     "resnet10t": 6,
     "resnet26d": 6,
     "seresnet18": 6,
-    "regnetx_002": 2,
-    "convnext_atto": 2,
-    "densenet121": 2,
-    "ghostnet_050": 2,
-    "vit_tiny_patch16_224": 2,
+    "regnetx_002": 6,
+    "convnext_atto": 6,
+    "densenet121": 9,
+    "ghostnet_050": 13,
+    "test_vit": 8,
 }
 
 
@@ -118,16 +119,11 @@ TIMM = {
 def test_models_of_timm_are_cut_by_both_laws(name: str, stages: int) -> None:
     timm = pytest.importorskip("timm")
     staged = built(f"timm/{name}")
+    assert staged.uncut_reason is None
     check_partition(staged)
-    check_split(
-        staged,
-        torch.randn(
-            2,
-            3,
-            *(224, 224) if "224" in name else (64, 64),
-            generator=torch.Generator().manual_seed(1),
-        ),
-    )
+    side = 160 if "vit" in name else 64
+    generator = torch.Generator().manual_seed(1)
+    check_split(staged, torch.randn(2, 3, side, side, generator=generator))
     assert len(staged.stages) == stages
     assert list(staged.model.state_dict()) == list(
         timm.create_model(name, num_classes=3).state_dict()
