@@ -1,4 +1,4 @@
-"""The generic cutter: what it takes for parts, where it cuts, and what it refuses with a reason."""
+"""The generic cutter: what it takes for units, where it cuts, and what it refuses with a reason."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from tuner.core.types import StagedModel, module_digest
 from tuner.models._cutter import cut_model
 from tuner.models._forward_pass import UncutModel
 from tuner.models._graph_stage import pack_values, unpack_values
-from tuner.models._model_parts import find_parts
+from tuner.models._model_units import find_units
 
 IMAGE = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -183,10 +183,10 @@ def test_a_wide_classifier_does_not_make_it_the_trunk() -> None:
     model = nn.Module()
     model.features = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(4)])
     model.classifier = nn.Sequential(nn.Linear(30, 400), nn.ReLU(), nn.Linear(400, 2))
-    parts = find_parts(model)
-    assert parts.trunk == {f"features.{i}" for i in range(4)}
-    assert parts.heads == ("classifier.2",)
-    assert "classifier.0" in parts.paths
+    units = find_units(model)
+    assert units.trunk == {f"features.{i}" for i in range(4)}
+    assert units.heads == ("classifier.2",)
+    assert "classifier.0" in units.paths
 
 
 def test_numbered_children_are_stages_and_are_not_opened() -> None:
@@ -195,4 +195,4 @@ def test_numbered_children_are_stages_and_are_not_opened() -> None:
     for i in (1, 2):
         setattr(model, f"layer{i}", nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)))
     model.fc = nn.Linear(4, 2)
-    assert find_parts(model).paths == ("conv1", "layer1", "layer2", "fc")
+    assert find_units(model).paths == ("conv1", "layer1", "layer2", "fc")

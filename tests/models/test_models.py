@@ -17,7 +17,7 @@ from tuner.config import plugins
 from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.core.types import StagedModel, split_sequential
 from tuner.errors import SpaceError
-from tuner.training.building import build_model
+from tuner.training.building import build_model, input_spec_of
 from tuner.training.model_summary import summarize_model
 
 # small enough to be computed here; the others differ from them in widths and counts, and are cut by the same lines
@@ -58,7 +58,12 @@ def filled(name: str) -> StagedModel:
     return staged
 
 
-@pytest.mark.parametrize("name", COMPUTED)
+INCEPTION = {
+    name: {"aux_logits": False, "init_weights": False} for name in ("googlenet", "inception_v3")
+}
+
+
+@pytest.mark.parametrize("name", [*COMPUTED, "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 def test_the_cut_law(name: str) -> None:
     check_split(filled(name), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
 
@@ -70,18 +75,45 @@ CLASSIFIERS = [
 ]
 
 
+# torchvision's, cut by the generic cutter: one small member of each kind, and the others if slow
+CUT = {
+    "alexnet": 8,
+    "convnext_tiny": 9,
+    "densenet121": 9,
+    "efficientnet_b0": 10,
+    "googlenet": 11,
+    "maxvit_t": 6,
+    "mnasnet0_5": 14,
+    "mobilenet_v2": 19,
+    "mobilenet_v3_small": 14,
+    "regnet_x_400mf": 6,
+    "shufflenet_v2_x0_5": 6,
+    "squeezenet1_1": 10,
+    "swin_t": 9,
+    "vit_b_32": 14,
+}
+CLASSIFIERS = [
+    name
+    if name in CUT or plugins.find_model_family(name) != "torchvision_classifiers"
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in CLASSIFIERS
+]
+
+
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_model_is_cut_into_all_its_parameters(name: str) -> None:
     with torch.device("meta"):
         staged = built(name)
         check_partition(staged)
-        x = torch.zeros(2, 3, 64, 64)
+        assert staged.uncut_reason is None
+        assert len(staged.stages) == CUT.get(name, len(staged.stages))
+        side = input_spec_of(PluginConfig(name, {})).dummy_input().shape[-1]  # type: ignore[union-attr]
+        x = torch.zeros(2, 3, side, side)
         prefix, suffix = staged.split(staged.max_depth)
         assert suffix(prefix(x)).shape == (2, 3)
         if name != "resnet18_slim":  # native names, so that weights and exports fit elsewhere
-            assert list(staged.model.state_dict()) == list(
-                get_model(name, num_classes=3).state_dict()
-            )
+            plain = get_model(name, num_classes=3, **INCEPTION.get(name, {}))
+            assert list(staged.model.state_dict()) == list(plain.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Cuts a model that takes one tensor into stages, whatever library it is from.
 
-1. The structure of the modules shows the parts (`_model_parts`).
-2. torch.fx reads off the forward pass, with each part as one call.
-3. Between two parts the pass is cut where the fewest numbers cross: behind a pooling, before a
+1. The structure of the modules shows the units (`_model_units`).
+2. torch.fx reads off the forward pass, with each unit as one call.
+3. Between two units the pass is cut where the fewest numbers cross: behind a pooling, before a
    dropout. What crosses must be tensors of one row for each example.
 4. The stages are run on an example, and compared with the model. Only then they are believed.
 
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from tuner.core.input_spec import TensorTree
 from tuner.errors import limit_listing
-from tuner.models._forward_pass import ForwardPass, UncutModel, read_forward_pass
-from tuner.models._graph_stage import GraphStage, Step
-from tuner.models._model_parts import ModelParts, find_parts, weight_count
+from tuner.models._forward_pass import BATCH, ForwardPass, UncutModel, read_forward_pass
+from tuner.models._graph_stage import Call, GraphStage
+from tuner.models._model_units import ModelUnits, find_units, weight_count
 
 MAX_CROSSING = 4  # tensors between two stages
 CANNOT_CROSS = "other things than tensors of one row for each example"
-BATCH = 3  # examples of the pass that is looked at; hardly another dimension has this size
 
 
 def cut_model(
@@ -37,14 +36,17 @@ def cut_model(
     *,
     heads: Collection[str] = (),
     opaque_functions: Sequence[Callable[..., Any]] = (),
+    sized: bool = False,
 ) -> tuple[dict[str, nn.Module], str | None]:
-    """The stages of a model by name: the stem, the parts of its trunk, and the head.
+    """The stages of a model by name: the stem, the units of its trunk, and the head.
 
     Args:
         model: The model. Its modules are used, not copied.
         example: One input, (1, channels, height, width), on the device of the model.
-        heads: The paths of the model's classifiers; see `find_parts`.
+        heads: The paths of the model's classifiers; see `find_units`.
         opaque_functions: Functions that are called as a whole, because they look at numbers.
+        sized: Whether the stages may take images of the example's size alone. So more models can
+            be cut, whose forward passes look at sizes.
 
     Returns:
         At least two stages; and None, or in words why there are not more of them.
@@ -52,18 +54,18 @@ def cut_model(
     Raises:
         UncutModel: The model cannot be cut.
     """
-    parts = find_parts(model, heads)
-    forward_pass = read_forward_pass(model, parts, opaque_functions)
+    units = find_units(model, heads)
+    forward_pass = read_forward_pass(model, units, opaque_functions, example if sized else None)
     with eval_mode(model):
         values = forward_pass.infer_shapes((BATCH, *example.shape[1:]), example.device)
-    stages, joined = _make_stages(forward_pass, parts, values)
+    stages, joined = _make_stages(forward_pass, units, values)
     if len(stages) < 2:
-        raise UncutModel(f"between its parts pass {CANNOT_CROSS}")
+        raise UncutModel(f"between its units pass {CANNOT_CROSS}")
     compare_stages(model, stages, example)
     if not joined:
         return stages, None
     listed = ", ".join(limit_listing(joined, 4))
-    return stages, f"before these parts it is not cut: {listed}; {CANNOT_CROSS} pass there"
+    return stages, f"before these units it is not cut: {listed}; {CANNOT_CROSS} pass there"
 
 
 @contextlib.contextmanager
@@ -108,12 +110,12 @@ def compare_stages(
         and (y.is_meta or torch.equal(y, expected))
     )
     if not is_equal:
-        raise UncutModel("its parts in a row do not compute what it computes")
+        raise UncutModel("its units in a row do not compute what it computes")
     for kind in (nn.Module.parameters, nn.Module.buffers):
         own = sorted(id(value) for value in kind(model))
         inside = sorted(id(value) for stage in stages.values() for value in kind(stage))
         if own != inside:
-            raise UncutModel("two of its parts share weights")
+            raise UncutModel("two of its units share weights")
 
 
 # -- the places of the cuts
@@ -121,7 +123,7 @@ def compare_stages(
 
 @dataclass(frozen=True)
 class _Stretch:
-    """The steps from the first to the last call of a part, or of parts that cannot be told apart.
+    """The calls from the first to the last call of a unit, or of units that cannot be told apart.
 
     `weights` are the ids of its parameters.
     """
@@ -142,46 +144,47 @@ class _Stretch:
 
 
 def _make_stages(
-    forward_pass: ForwardPass, parts: ModelParts, values: Mapping[str, Any]
+    forward_pass: ForwardPass, units: ModelUnits, values: Mapping[str, Any]
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """The stages between the best places of the cuts; and the parts before which there is none."""
-    flow = _Flow(forward_pass.steps, values)
-    stretches = _find_stretches(forward_pass, parts, flow)
+    """The stages between the best places of the cuts; and the units before which there is none."""
+    flow = _Flow(forward_pass.calls, values)
+    stretches = _find_stretches(forward_pass, units, flow)
     names, ends, joined = [stretches[0].name], [], []
     for before, after in itertools.pairwise(stretches):
         end = flow.best_cut(before.last, after.first, forward_pass)
         if end is None:
-            joined.append(after.name)
+            if "x" not in flow.crossing(before.last):  # several layers that see the image are one
+                joined.append(after.name)
         else:
             names.append(after.name)
             ends.append(end)
-    bounds = [-1, *ends, len(forward_pass.steps) - 1]
+    bounds = [-1, *ends, len(forward_pass.calls) - 1]
     stages: dict[str, nn.Module] = {}
     owned: set[int] = set()
     for name, begin, end in zip(_shorten(names), bounds[:-1], bounds[1:], strict=True):
-        steps = flow.steps_between(begin, end)
+        calls = flow.calls_between(begin, end)
         inputs, outputs = flow.crossing(begin), flow.crossing(end)
-        stages[name] = _make_stage(forward_pass, steps, inputs, outputs, owned)
+        stages[name] = _make_stage(forward_pass, calls, inputs, outputs, owned)
     _add_unused(forward_pass.model, stages, owned)
     return stages, joined
 
 
-def _find_stretches(forward_pass: ForwardPass, parts: ModelParts, flow: "_Flow") -> list[_Stretch]:
-    """The stem, the parts of the trunk and what has weights behind it, and the head, in order."""
-    calls: dict[str, list[int]] = {}
-    for i, step in enumerate(forward_pass.steps):
-        if step.kind != "module" or step.name not in flow.made_at:
+def _find_stretches(forward_pass: ForwardPass, units: ModelUnits, flow: "_Flow") -> list[_Stretch]:
+    """The stem, the units of the trunk and what has weights behind it, and the head, in order."""
+    places: dict[str, list[int]] = {}
+    for i, call in enumerate(forward_pass.calls):
+        if call.kind != "module" or call.name not in flow.made_at:
             continue
-        part = parts.part_of(str(step.target))
-        if part is not None and (weight_count(_holder(forward_pass, part)) or part in parts.heads):
-            calls.setdefault(part, []).append(i)
-    in_order = sorted(calls, key=lambda part: calls[part][0])
-    start = next((i for i, part in enumerate(in_order) if part in parts.trunk), 0)
+        unit = units.unit_of(str(call.target).partition(":")[0])
+        if unit is not None and (weight_count(_holder(forward_pass, unit)) or unit in units.heads):
+            places.setdefault(unit, []).append(i)
+    in_order = sorted(places, key=lambda unit: places[unit][0])
+    start = next((i for i, unit in enumerate(in_order) if unit in units.trunk), 0)
     stretches: list[_Stretch] = []
-    for number, part in enumerate(in_order):
-        name = "stem" if number < start else "head" if part in parts.heads else part
-        weights = frozenset(map(id, _holder(forward_pass, part).parameters()))
-        new = _Stretch(name, calls[part][0], calls[part][-1], weights)
+    for number, unit in enumerate(in_order):
+        name = "stem" if number < start else "head" if unit in units.heads else unit
+        weights = frozenset(map(id, _holder(forward_pass, unit).parameters()))
+        new = _Stretch(name, places[unit][0], places[unit][-1], weights)
         while stretches and (
             any(earlier.overlaps(new) for earlier in stretches)
             or stretches[-1].name == new.name  # two modules of the stem, or two classifiers
@@ -213,24 +216,24 @@ def _shorten(names: Sequence[str]) -> list[str]:
 class _Flow:
     """Which results cross each place of a forward pass.
 
-    A place is the index of the step before it. Results that do not depend on the input cross
+    A place is the index of the call before it. Results that do not depend on the input cross
     nothing: each stage computes those that it needs.
     """
 
-    def __init__(self, steps: Sequence[Step], values: Mapping[str, Any]) -> None:
-        self.steps, self.values = steps, values
+    def __init__(self, calls: Sequence[Call], values: Mapping[str, Any]) -> None:
+        self.calls, self.values = calls, values
         self.made_at = {"x": -1}
         self.last_use: dict[str, int] = {}
-        for i, step in enumerate(steps):
-            used = step.used_values()
+        for i, call in enumerate(calls):
+            used = call.used_values()
             if any(name in self.made_at for name in used):
-                self.made_at[step.name] = i
+                self.made_at[call.name] = i
             self.last_use |= dict.fromkeys(used, i)
 
     def crossing(self, place: int) -> dict[str, int | None]:
         """The names of the results that cross a place, as GraphStage takes them."""
-        if place == len(self.steps) - 1:
-            return {self.steps[-1].name: None}
+        if place == len(self.calls) - 1:
+            return {self.calls[-1].name: None}
         names = [
             name
             for name, made in self.made_at.items()
@@ -246,9 +249,9 @@ class _Flow:
         """
         best, fewest = None, float("inf")
         for place in range(begin, end):
-            step = self.steps[place]
-            if step.kind == "module" and place > begin:
-                module = forward_pass.find(str(step.target))
+            call = self.calls[place]
+            if call.kind == "module" and place > begin:
+                module = forward_pass.find(str(call.target))
                 if isinstance(module, nn.Dropout | nn.Dropout2d):
                     break
             numbers = self._count_numbers(place)
@@ -268,23 +271,23 @@ class _Flow:
             return None
         return sum(tensor.numel() for tensor in tensors)
 
-    def steps_between(self, begin: int, end: int) -> list[Step]:
-        """The steps after place `begin` up to `end`, and the constant ones that they need."""
+    def calls_between(self, begin: int, end: int) -> list[Call]:
+        """The calls after place `begin` up to `end`, and the constant ones that they need."""
         needed = {
             i
-            for i, step in enumerate(self.steps)
-            if begin < i <= end and (step.name in self.made_at or i == len(self.steps) - 1)
+            for i, call in enumerate(self.calls)
+            if begin < i <= end and (call.name in self.made_at or i == len(self.calls) - 1)
         }
         for i in range(end, -1, -1):
             if i not in needed:
                 continue
-            for name in self.steps[i].used_values():
+            for name in self.calls[i].used_values():
                 if name not in self.made_at:
                     needed.add(self._index(name))
-        return [self.steps[i] for i in sorted(needed)]
+        return [self.calls[i] for i in sorted(needed)]
 
     def _index(self, name: str) -> int:
-        return next(i for i, step in enumerate(self.steps) if step.name == name)
+        return next(i for i, call in enumerate(self.calls) if call.name == name)
 
 
 def _list_length(value: Any) -> int | None:
@@ -293,21 +296,21 @@ def _list_length(value: Any) -> int | None:
 
 def _make_stage(
     forward_pass: ForwardPass,
-    steps: Sequence[Step],
+    calls: Sequence[Call],
     inputs: dict[str, int | None],
     outputs: dict[str, int | None],
     owned: set[int],
 ) -> GraphStage:
-    """A stage of `steps`.
+    """A stage of `calls`.
 
     `owned` has the ids of the weights of the stages before it, and gets its own.
     """
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {}
-    for step in steps:
-        if step.kind not in ("module", "parameter"):
+    for call in calls:
+        if call.kind not in ("module", "parameter"):
             continue
-        path = str(step.target)
+        path = str(call.target).partition(":")[0]
         value = forward_pass.find(path)
         ids = set(map(id, _weights(value)))
         if ids and ids <= owned and path not in own:
@@ -316,7 +319,7 @@ def _make_stage(
             own[path] = value
     for value in own.values():
         owned |= set(map(id, _weights(value)))
-    return GraphStage(steps, inputs, outputs, own, shared)
+    return GraphStage(calls, inputs, outputs, own, shared)
 
 
 def _weights(value: Any) -> list[Tensor]:

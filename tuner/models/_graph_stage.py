@@ -1,7 +1,7 @@
 """A stage that repeats a stretch of a model's forward pass: its modules, and what is done between.
 
-The forward pass is a list of steps, read off by torch.fx (Reed et al., torch.fx: Practical Program
-Capture and Transformation for Deep Learning in Python, MLSys 2022). A stage keeps its steps as
+The forward pass is a list of calls, read off by torch.fx (Reed et al., torch.fx: Practical Program
+Capture and Transformation for Deep Learning in Python, MLSys 2022). A stage keeps its calls as
 data, so it can be copied with its model and sent to other processes.
 """
 
@@ -16,7 +16,7 @@ from tuner.core.input_spec import TensorTree
 
 @dataclass(frozen=True)
 class Value:
-    """The result of an earlier step, as an argument."""
+    """The result of an earlier call, as an argument."""
 
     name: str
 
@@ -25,15 +25,16 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Step:
+class Call:
     """One call of a forward pass.
 
     Args:
         name: Of the result.
         kind: What is called: a module, a function, or a method of the first argument; or
             `parameter`, which calls nothing and reads a parameter or buffer.
-        target: The path of the module or parameter, the function, or the name of the method.
-        args: The arguments; a Value where it is the result of an earlier step.
+        target: The path of the module or parameter, the function, or the name of the method. A
+            module's path may end with a colon and the name of a method to call instead of it.
+        args: The arguments; a Value where it is the result of an earlier call.
         kwargs: The arguments by name.
     """
 
@@ -44,7 +45,7 @@ class Step:
     kwargs: Any = None
 
     def used_values(self) -> list[str]:
-        """The names of the results that this step uses."""
+        """The names of the results that this call uses."""
         names: list[str] = []
         fx.node.map_aggregate((self.args, self.kwargs or {}), lambda a: _note_value(a, names))
         return names
@@ -60,25 +61,24 @@ def _note_value(argument: Any, names: list[str]) -> Any:
     return argument
 
 
-def run_step(step: Step, values: Mapping[str, Any], owner: Callable[[str], Any]) -> Any:
-    """The result of a step.
+def run_call(call: Call, values: Mapping[str, Any], owner: Callable[[str], Any]) -> Any:
+    """The result of a call.
 
     Args:
-        step: The step.
-        values: The results of the steps before it, by name.
+        call: The call.
+        values: The results of the calls before it, by name.
         owner: Gives the module or parameter at a path.
     """
-
-    args = _fill(step.args, values)
-    kwargs = _fill(step.kwargs or {}, values)
-    if step.kind == "parameter":
-        return owner(str(step.target))
-    if step.kind == "module":
-        return owner(str(step.target))(*args, **kwargs)
-    if step.kind == "method":
-        return getattr(args[0], str(step.target))(*args[1:], **kwargs)
-    assert callable(step.target)
-    return step.target(*args, **kwargs)
+    args = _fill(call.args, values)
+    kwargs = _fill(call.kwargs or {}, values)
+    if call.kind == "parameter":
+        return owner(str(call.target))
+    if call.kind == "module":
+        return owner(str(call.target))(*args, **kwargs)
+    if call.kind == "method":
+        return getattr(args[0], str(call.target))(*args[1:], **kwargs)
+    assert callable(call.target)
+    return call.target(*args, **kwargs)
 
 
 def _fill(argument: Any, values: Mapping[str, Any]) -> Any:
@@ -100,13 +100,13 @@ def _fill(argument: Any, values: Mapping[str, Any]) -> Any:
 
 
 class GraphStage(nn.Module):
-    """Consecutive steps of a model's forward pass.
+    """Consecutive calls of a model's forward pass.
 
     A value that enters or leaves is a tensor, or a list of tensors that travel under names of their
     own. One value alone that is a tensor travels as it is.
 
     Args:
-        steps: The steps in order.
+        calls: The calls in order.
         inputs: The names of the values that enter, with the number of tensors of a list, or None
             for a tensor.
         outputs: The same of the values that leave.
@@ -117,14 +117,14 @@ class GraphStage(nn.Module):
 
     def __init__(
         self,
-        steps: Sequence[Step],
+        calls: Sequence[Call],
         inputs: Mapping[str, int | None],
         outputs: Mapping[str, int | None],
         owned: Mapping[str, Any],
         shared: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        self.steps, self.inputs, self.outputs = tuple(steps), dict(inputs), dict(outputs)
+        self.calls, self.inputs, self.outputs = tuple(calls), dict(inputs), dict(outputs)
         self.shared_values = (dict(shared),)  # in a tuple, so that no module becomes a child
         for path, value in owned.items():
             name = path.replace(".", "_")
@@ -134,27 +134,30 @@ class GraphStage(nn.Module):
                 self.register_parameter(name, value)
             else:
                 self.register_buffer(name, value)
-        last_use = {name: i for i, step in enumerate(self.steps) for name in step.used_values()}
+        last_use = {name: i for i, call in enumerate(self.calls) for name in call.used_values()}
         self.unused_after = [
             [name for name, last in last_use.items() if last == i and name not in self.outputs]
-            for i in range(len(self.steps))
+            for i in range(len(self.calls))
         ]
 
     def forward(self, x: TensorTree) -> TensorTree:
         values = unpack_values(x, self.inputs)
-        for step, unused in zip(self.steps, self.unused_after, strict=True):
-            values[step.name] = run_step(step, values, self._find)
+        for call, unused in zip(self.calls, self.unused_after, strict=True):
+            values[call.name] = run_call(call, values, self._find)
             for name in unused:  # so that the memory of a large map is free at once
                 values.pop(name, None)
         return pack_values(values, self.outputs)
 
-    def _find(self, path: str) -> Any:
+    def _find(self, target: str) -> Any:
+        """The module or parameter at a path; its method where the path has one after a colon."""
+        path, _, method = target.partition(":")
         shared = self.shared_values[0]
-        return shared[path] if path in shared else getattr(self, path.replace(".", "_"))
+        value = shared[path] if path in shared else getattr(self, path.replace(".", "_"))
+        return getattr(value, method) if method else value
 
     def extra_repr(self) -> str:
-        """The steps: digests of a stage are made from its text."""
-        lines = [f"{list(self.inputs)} -> {list(self.outputs)}", *map(repr, self.steps)]
+        """The calls: digests of a stage are made from its text."""
+        lines = [f"{list(self.inputs)} -> {list(self.outputs)}", *map(repr, self.calls)]
         return "\n".join(lines)
 
 

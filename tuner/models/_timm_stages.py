@@ -32,24 +32,33 @@ def stages_of(
     """
     from timm.layers import get_notrace_functions
 
-    reason = None
-    for example_side in dict.fromkeys(example_sides(config, side)):
+    best: tuple[dict[str, nn.Module], str | None] = {}, None
+    for example_side, sized in example_sides(config, side):
         try:
-            return cut_model(
+            stages, reason = cut_model(
                 model,
                 random_image(model, example_side),
                 heads=classifier_names(config),
                 opaque_functions=get_notrace_functions(),
+                sized=sized,
             )
         except UncutModel as error:
-            reason = str(error)
-    image = random_image(model, example_sides(config, side)[-1])
-    return split_features_and_head(model, image), reason
+            stages, reason = {}, str(error)
+        if reason is None:
+            return stages, None
+        if len(stages) > len(best[0]) or best[1] is None:
+            best = stages, reason
+    if best[0]:
+        return best
+    return split_features_and_head(model, random_image(model, side)), best[1]
 
 
-def example_sides(config: dict[str, Any], side: int) -> tuple[int, ...]:
-    """The sides of images to try the model with, in pixels, in this order."""
-    return (side,) if config.get("fixed_input_size") else (SMALL_SIDE, side)
+def example_sides(config: dict[str, Any], side: int) -> list[tuple[int, bool]]:
+    """The sides of images to try the model with, in pixels, in this order; and whether the stages
+    may take images of this side alone.
+    """
+    small = [] if config.get("fixed_input_size") else [(SMALL_SIDE, False)]
+    return [*small, (side, False), (side, True)]
 
 
 def classifier_names(config: dict[str, Any]) -> tuple[str, ...]:

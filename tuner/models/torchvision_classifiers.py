@@ -26,7 +26,7 @@ from tuner.core.weights import (
 from tuner.errors import SpaceError
 from tuner.models._cutter import cut_model
 from tuner.models._forward_pass import UncutModel
-from tuner.models._model_parts import find_parts
+from tuner.models._model_units import find_units
 
 TASKS = ("classification",)
 NAMES = (
@@ -148,7 +148,7 @@ def build(
     model = _create_model(name, outputs, side)
     if dropout is not None:
         _set_dropout(model, name, dropout)
-    head = find_parts(model).heads[-1]
+    head = find_units(model).heads[-1]
     notes: tuple[str, ...] = ()
     if weights != "none":
         state, source = read_torchvision_state(home, name, weights)
@@ -186,7 +186,7 @@ def _set_dropout(model: nn.Module, name: str, rate: float) -> None:
     """Sets the rate of the dropouts that the model has behind its trunk. Raises SpaceError where it
     has none.
     """
-    holder = find_parts(model).heads[-1].rpartition(".")[0]
+    holder = find_units(model).heads[-1].rpartition(".")[0]
     around_head = model.get_submodule(holder) if holder else model
     dropouts = [child for child in around_head.children() if isinstance(child, nn.Dropout)]
     if not dropouts:

@@ -1,8 +1,8 @@
-"""The parts of a model between which it can be cut, found in the structure of its modules.
+"""The units of a model between which it can be cut, found in the structure of its modules.
 
 The trunk of a model is what holds most of its weights: numbered children (layer1, layer2, ...), or
 a container (nn.Sequential, nn.ModuleList), or one module that has such a container inside. Its
-children are the parts. What comes before is the stem, what comes last is the head.
+children are the units. What comes before is the stem, what comes last is the head.
 """
 
 import re
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from torch import nn
 
 CONTAINER_SHARE = 0.3  # of the weights, from which a container is the trunk
-STEM_SHARE = 0.15  # of the weights in containers, below which a container is no part of the trunk
-MANY_PARTS = 4  # children with weights, from which it is so too, as in VGG
+STEM_SHARE = 0.15  # of the weights in containers, below which a container is no unit of the trunk
+MANY_UNITS = 4  # children with weights, from which it is so too, as in VGG
 DOMINANT = 0.8  # share of the weights that makes a module the trunk although it is no container
 NUMBERED = re.compile(r"^(.*?)[_-]?\d+$")
 
 
 @dataclass(frozen=True)
-class ModelParts:
+class ModelUnits:
     """Paths of modules, as `named_modules` writes them.
 
     Args:
-        paths: The parts, in the order of their definition. No part lies inside another one.
+        paths: The units, in the order of their definition. No unit lies inside another one.
         trunk: Those of `paths` that belong to the trunk.
         heads: Those of `paths` that are classifiers; models that were distilled have two.
     """
@@ -33,20 +33,20 @@ class ModelParts:
     heads: tuple[str, ...]
 
     def holders(self) -> frozenset[str]:
-        """The paths of all modules around the parts; '' is the model itself."""
+        """The paths of all modules around the units; '' is the model itself."""
         found = {""}
         for path in self.paths:
             names = path.split(".")
             found |= {".".join(names[:end]) for end in range(1, len(names))}
         return frozenset(found)
 
-    def part_of(self, path: str) -> str | None:
-        """The part in which the module or parameter at `path` lies."""
+    def unit_of(self, path: str) -> str | None:
+        """The unit in which the module or parameter at `path` lies."""
         return next((p for p in self.paths if path == p or path.startswith(f"{p}.")), None)
 
 
-def find_parts(model: nn.Module, heads: Collection[str] = ()) -> ModelParts:
-    """The parts of a model.
+def find_units(model: nn.Module, heads: Collection[str] = ()) -> ModelUnits:
+    """The units of a model.
 
     Args:
         model: The model.
@@ -59,8 +59,8 @@ def find_parts(model: nn.Module, heads: Collection[str] = ()) -> ModelParts:
     trunk_path, trunk_children = _find_trunk(model, "", known)
     trunk = [_join(trunk_path, name) for name in trunk_children]
     opened = {*trunk, *known}
-    paths = tuple(_list_parts(model, "", opened))
-    return ModelParts(paths, frozenset(path for path in trunk if path in paths), tuple(known))
+    paths = tuple(_list_units(model, "", opened))
+    return ModelUnits(paths, frozenset(path for path in trunk if path in paths), tuple(known))
 
 
 def _is_inside(model: nn.Module, path: str) -> bool:
@@ -108,7 +108,7 @@ def _find_trunk(module: nn.Module, path: str, heads: list[str]) -> tuple[str, li
         return path, numbered
     if largest is not None and (
         sizes[largest] >= CONTAINER_SHARE * sum(sizes.values())
-        or _weighty_children(containers[largest]) >= MANY_PARTS
+        or _weighty_children(containers[largest]) >= MANY_UNITS
     ):
         return path, [
             f"{name}.{child}"
@@ -146,11 +146,11 @@ def _largest_numbered(sizes: dict[str, int]) -> list[str]:
     return max(several, key=lambda names: sum(sizes[n] for n in names), default=[])
 
 
-def _list_parts(module: nn.Module, path: str, opened: Collection[str]) -> Iterator[str]:
+def _list_units(module: nn.Module, path: str, opened: Collection[str]) -> Iterator[str]:
     """The modules to call as a whole: everything that has none of `opened` inside."""
     for name, child in module.named_children():
         own = _join(path, name)
         if own not in opened and _holds(own, opened):
-            yield from _list_parts(child, own, opened)
+            yield from _list_units(child, own, opened)
         elif next(child.parameters(), None) is not None or own in opened:
             yield own
