@@ -15,7 +15,7 @@ SMALL_TIMM: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         ["stem", "layers0", "layers1", "head"],
     ),
     "vit_small_patch14_dinov2": (
-        {"img_size": 28, "embed_dim": 8, "depth": 2, "num_heads": 2},
+        {"img_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2},
         28,
         ["stem", "blocks0", "blocks1", "head"],
     ),
@@ -25,12 +25,12 @@ SMALL_TIMM: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         ["stem", "blocks0", "blocks1", "head"],
     ),
     "deit_tiny_distilled_patch16_224": (
-        {"img_size": 32, "embed_dim": 8, "depth": 2, "num_heads": 2},
+        {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2},
         32,
         ["stem", "blocks0", "blocks1", "head"],
     ),
     "beit_base_patch16_224": (
-        {"img_size": 32, "embed_dim": 8, "depth": 2, "num_heads": 2},
+        {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2},
         32,
         ["stem", "blocks0", "blocks1", "head"],
     ),
@@ -40,7 +40,7 @@ SMALL_TIMM: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         ["stem", "blocks0", "blocks1", "head"],
     ),
     "vit_base_patch32_siglip_256": (
-        {"img_size": 64, "embed_dim": 8, "depth": 2, "num_heads": 2},
+        {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 2},
         64,
         ["stem", "blocks0", "blocks1", "attn_pool", "head"],
     ),

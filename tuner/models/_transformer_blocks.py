@@ -131,18 +131,18 @@ class TransformerBlock(nn.Module):
             return None
         is_sliding = self.layer_type == "sliding_attention"
         if not self.causal:
-            make = (
+            make_mask: Any = (
                 masking_utils.create_bidirectional_sliding_window_mask
                 if is_sliding
                 else masking_utils.create_bidirectional_mask
             )
-            return make(self.config, hidden, attention_mask)
-        make = (
+            return make_mask(self.config, hidden, attention_mask)
+        make_mask = (
             masking_utils.create_sliding_window_causal_mask
             if is_sliding
             else masking_utils.create_causal_mask
         )
-        return make(self.config, hidden, attention_mask, None, count_positions(hidden))
+        return make_mask(self.config, hidden, attention_mask, None, count_positions(hidden))
 
 
 def first_of(output: Any) -> Tensor:
