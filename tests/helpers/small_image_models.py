@@ -45,7 +45,7 @@ SMALL_TIMM: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         ["stem", "blocks0", "blocks1", "attn_pool", "head"],
     ),
     "pvt_v2_b0": (
-        {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 16)},
+        {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 16), "num_heads": (1, 2, 2, 2)},
         64,
         ["stem", "stages0", "stages1", "stages2", "stages3", "head"],
     ),

@@ -269,7 +269,7 @@ class _Flow:
         fits = all(isinstance(t, Tensor) and t.dim() and t.shape[0] == BATCH for t in tensors)
         if not fits or "x" in names or not 0 < len(tensors) <= MAX_CROSSING:
             return None
-        return sum(tensor.numel() for tensor in tensors)
+        return sum(int(tensor.numel()) for tensor in tensors)
 
     def calls_between(self, begin: int, end: int) -> list[Call]:
         """The calls after place `begin` up to `end`, and the constant ones that they need."""

@@ -215,7 +215,7 @@ class _SizedTracer(_UnitTracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Any:
-        proxy: Any = super().create_proxy(kind, *args, **kwargs)  # type: ignore[misc]
+        proxy: Any = super().create_proxy(kind, *args, **kwargs)
         if kind == "output":
             return proxy
         self.is_computing = True
@@ -281,7 +281,8 @@ class _SizedProxy(fx.Proxy):
     def __iter__(self) -> Any:
         value = self._value()
         if isinstance(value, tuple | list):
-            return iter([self[i] for i in range(len(value))])
+            own: Any = self  # fx gives proxies their operators while it is imported
+            return iter([own[i] for i in range(len(value))])
         return super().__iter__()
 
     def __len__(self) -> int:
@@ -309,7 +310,7 @@ def _to_call(node: fx.Node, dropouts: dict[str, nn.Module]) -> Call:
         return Call(node.name, "method", str(node.target), args, kwargs)
     assert callable(node.target)
     if node.target is F.dropout:
-        rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        rate: Any = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         dropouts[node.name] = nn.Dropout(float(rate))
         return Call(node.name, "module", node.name, (kwargs.get("input") or args[0],))
     return Call(node.name, "function", node.target, args, kwargs)

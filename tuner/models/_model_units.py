@@ -109,6 +109,7 @@ def _find_trunk(module: nn.Module, path: str, heads: list[str]) -> tuple[str, li
     if largest is not None and (
         sizes[largest] >= CONTAINER_SHARE * sum(sizes.values())
         or _weighty_children(containers[largest]) >= MANY_UNITS
+        or _has_equal_blocks(containers[largest])
     ):
         return path, [
             f"{name}.{child}"
@@ -131,6 +132,14 @@ def _is_container(module: nn.Module) -> bool:
 
 def _weighty_children(module: nn.Module) -> int:
     return sum(1 for child in module.children() if weight_count(child))
+
+
+def _has_equal_blocks(module: nn.Module) -> bool:
+    """Whether all children with weights are of one class, and have modules inside."""
+    weighty = [child for child in module.children() if weight_count(child)]
+    return len({type(child) for child in weighty}) == 1 and all(
+        next(child.children(), None) is not None for child in weighty
+    )
 
 
 def _largest_numbered(sizes: dict[str, int]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tuner.core.types import split_sequential
 from tuner.models._cutter import cut_model, eval_mode
 from tuner.models._forward_pass import TRACE_ERRORS, UncutModel
+from tuner.models._timm import import_timm
 
 SMALL_SIDE = 64  # pixels of the example for models that take any size
 DEFAULT_SIDE = 224
@@ -30,8 +31,6 @@ def stages_of(
     Returns:
         The stages by name, and None; or the reason in words why there are no more of them.
     """
-    from timm.layers import get_notrace_functions
-
     best: tuple[dict[str, nn.Module], str | None] = {}, None
     for example_side, sized in example_sides(config, side):
         try:
@@ -39,7 +38,7 @@ def stages_of(
                 model,
                 random_image(model, example_side),
                 heads=classifier_names(config),
-                opaque_functions=get_notrace_functions(),
+                opaque_functions=import_timm().layers.get_notrace_functions(),
                 sized=sized,
             )
         except UncutModel as error:

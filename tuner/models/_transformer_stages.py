@@ -185,7 +185,7 @@ def _encoder_stages(model: Any, generating: bool) -> Stages:
 
 
 def _encoder_blocks(trunk: Any, config: Any) -> Stages:
-    encoder = getattr(trunk, "encoder", None)
+    encoder: Any = getattr(trunk, "encoder", None)
     groups = getattr(encoder, "albert_layer_groups", None)
     if groups is not None:
         return _albert_groups(encoder, groups, config)
