@@ -131,7 +131,7 @@ TIMM = (
     "vit_tiny_r_s16_p8_224",
     "vitamin_small_224",
     "volo_d1_224",
-    "xception",
+    "legacy_xception",
     "xception41",
     "xcit_nano_12_p16_224",
 )

@@ -286,9 +286,7 @@ def models(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """List the models, those that match a pattern with their stages, or what each freeze depth of
-    one saves.
-    """
+    """List the models, those that match a pattern, or what each freeze depth of one saves."""
     from tuner.config import plugins
 
     if name is None:

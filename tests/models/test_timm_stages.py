@@ -64,7 +64,7 @@ def test_a_model_of_fixed_size_is_built_for_the_size_of_the_data() -> None:
 
 def test_a_size_that_a_model_does_not_take_is_refused() -> None:
     with pytest.raises(SpaceError, match=r"data\.size: 50, but .* is made for 224 pixels"):
-        built("timm/mixer_s32_224", 50)
+        built("timm/nest_tiny", 50)
 
 
 def test_positions_of_other_weights_are_resampled() -> None:
