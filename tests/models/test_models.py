@@ -18,7 +18,7 @@ from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.core.types import StagedModel, split_sequential
 from tuner.errors import SpaceError
 from tuner.training.building import build_model, input_spec_of
-from tuner.training.model_summary import summarize_model
+from tuner.training.model_summary import shorten_stages, summarize_model
 
 # small enough to be computed here; the others differ from them in widths and counts, and are cut by the same lines
 COMPUTED = [
@@ -328,9 +328,26 @@ def test_the_command_lists_and_describes(tuner: Callable[..., CommandResult]) ->
     assert rows[-1].split() == ["5", "layer4", "95.6%", "100.0%"]
 
 
+def test_the_command_lists_those_that_match(tuner: Callable[..., CommandResult]) -> None:
+    pytest.importorskip("timm")
+    said = tuner("models", "timm/test_vi?")
+    assert said.code == 0, said.err
+    header, line = said.out.splitlines()
+    assert header.split() == ["model", "parameters", "size", "depths", "stages"]
+    name, millions, _, size, depths, stages = line.split(maxsplit=5)
+    assert (name, size, depths) == ("timm/test_vit", "160", "7")
+    assert 0 < float(millions) < 1 and stages == "stem, blocks0..5, head"
+
+
+def test_stages_of_one_kind_are_listed_as_a_range() -> None:
+    assert shorten_stages(["stem", "blocks0", "blocks1", "blocks2"]) == "stem, blocks0..2"
+    assert shorten_stages(["conv1", "layer1", "head"]) == "conv1, layer1, head"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("resnet99*", "'resnet99*' matches no model"),
         ("resnet81", "'resnet81' is not known; did you mean 'resnet18'? (allowed: "),
         (
             "no_such_package_of_mine:build",

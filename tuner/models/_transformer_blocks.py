@@ -106,6 +106,9 @@ class TransformerBlock(nn.Module):
         self.config, self.layer, self.causal, self.layer_type = config, layer, causal, layer_type
         self.rotary_holder = (rotary,)  # in a tuple, so that it does not become a child
         self.argument_names = set(inspect.signature(layer.forward).parameters)
+        self.rotates_by_type = rotary is not None and (
+            "layer_type" in inspect.signature(rotary.forward).parameters
+        )
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         hidden = x["hidden"]
@@ -121,8 +124,7 @@ class TransformerBlock(nn.Module):
         """Cosines and sines of the positions, as the layer takes them."""
         rotary = self.rotary_holder[0]
         assert rotary is not None
-        by_type = "layer_type" in inspect.signature(rotary.forward).parameters
-        return rotary(hidden, positions, *((self.layer_type,) if by_type else ()))
+        return rotary(hidden, positions, *((self.layer_type,) if self.rotates_by_type else ()))
 
     def make_mask(self, hidden: Tensor, attention_mask: Tensor) -> Any:
         from transformers import masking_utils
