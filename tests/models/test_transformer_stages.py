@@ -9,6 +9,7 @@ import torch
 from tests.helpers.benchmark_modules import load_benchmark
 from tests.helpers.split_laws import check_partition, check_split
 from tuner.core.types import StagedModel
+from tuner.models import _transformer_stages
 from tuner.models._transformer_stages import stage_transformer
 
 transformers = pytest.importorskip("transformers")
@@ -75,17 +76,17 @@ def test_tied_weights_belong_to_the_embeddings() -> None:
     assert not model.lm_head.weight.requires_grad
 
 
-def test_a_sliding_window_is_seen_although_texts_are_short() -> None:
-    """A block with full attention in the place of a sliding one would not be believed."""
-    config = transformers.AutoConfig.for_model("mistral", **SURVEY.TRANSFORMERS["mistral"])
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.config.use_cache = False
-    window = model.config.sliding_window
-    staged = stage_transformer(model, "text_generation", ())
-    assert model.config.sliding_window == window
-    kinds = [stage.layer_type for name, stage in staged.stages.items() if "block" in name]
-    assert kinds == ["sliding_attention"] * 3
+def test_a_sliding_window_is_seen_although_the_texts_compared_are_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stages with full attention in the place of a sliding one are not believed."""
+    staged = built("mistral", "text_generation")
+    assert staged.model.config.sliding_window == 8  # as it was before the comparison
+    full = ["full_attention"] * 3
+    monkeypatch.setattr(_transformer_stages, "_layer_types", lambda *_: full)
+    whole = built("mistral", "text_generation")
+    assert list(whole.stages) == ["model"]
+    assert whole.uncut_reason == "its units in a row do not compute what it computes"
 
 
 def test_an_unknown_shape_stays_whole_and_says_so() -> None:
