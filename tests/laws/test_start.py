@@ -38,6 +38,7 @@ MEMBERS = [
     ("classification", "timm/tf_efficientnet_lite0", 32),
     ("classification", "timm/resnet10t", 32),
     ("classification", "timm/convnext_atto", 32),
+    ("classification", "mobilenet_v3_small", 32),
     ("segmentation", "unet/tu-mobilenetv3_small_050", 32),
     ("segmentation", "lraspp_mobilenet_v3_large", 32),
     ("detection", "ssdlite320_mobilenet_v3_large", 64),

@@ -52,24 +52,47 @@ def doctor(studies: Studies = Path("studies"), json_: Json = False, debug: Debug
 def models(
     name: Annotated[
         str | None,
-        typer.Argument(help="a model, or your own: package.module:attribute", metavar="NAME"),
+        typer.Argument(
+            help="a model, or your own: package.module:attribute; or a pattern such as "
+            "'timm/*dinov2*'",
+            metavar="NAME",
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """List the models, or what each freeze depth of one saves."""
+    """List the models, those that match a pattern, or what each freeze depth of one saves."""
     from tuner.config import plugins
 
     if name is None:
         typer.echo("\n".join(plugins.list_names("model")))
         return
-    from tuner.training.model_summary import summarize_model
+    from tuner.training.model_summary import (
+        describe_models,
+        find_models,
+        shorten_stages,
+        summarize_model,
+    )
 
+    if "*" in name or "?" in name:
+        names = find_models(name)
+        width = max(map(len, names))
+        typer.echo(f"{'model':<{width}}  parameters   size  depths  stages")
+        for line in describe_models(names):
+            stages = shorten_stages(line.stages)
+            typer.echo(
+                f"{line.name:<{width}}  {line.parameters / 1e6:>8.2f} M  {line.size:>5}  "
+                f"{len(line.stages) - 1:>6}  {stages}"
+                + (f" ({line.uncut_reason})" if line.uncut_reason else "")
+            )
+        return
     summary = summarize_model(name)
     size = f"{summary.parameters / 1e6:.2f} M parameters, {summary.flops / 1e9:.3f} GFLOPs"
     typer.echo(f"{name}: {size} a {summary.example} (1000 classes)")
     typer.echo("depth  frozen up to    parameters  FLOPs")
     for d in summary.depths:
         typer.echo(f"{d.depth:>5}  {d.stage:<14}  {d.parameters:>9.1%}  {d.flops:>5.1%}")
+    if summary.uncut_reason:
+        typer.echo(f"It is not cut further: {summary.uncut_reason}.")
 
 
 def schema() -> None:

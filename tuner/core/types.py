@@ -120,6 +120,7 @@ class StagedModel:
         pixel_classifiers: New 1x1 convolutions of the last stage over pretrained features, for a
             linear probe: for each output of the stage those that add up to its logits, before
             these are enlarged bilinearly to the size of the image.
+        uncut_reason: Why the model has no more stages, in words, where that is not as it should be.
     """
 
     model: nn.Module
@@ -130,6 +131,7 @@ class StagedModel:
     head_is_new: bool = True
     exports_batched: bool = True
     pixel_classifiers: tuple[tuple[nn.Conv2d, ...], ...] = ()
+    uncut_reason: str | None = None
 
     @property
     def max_depth(self) -> int:

@@ -7,6 +7,7 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -63,17 +64,28 @@ def torchvision_model(
     model: nn.Module = get_model(name, weights=None, num_classes=outputs)
     if weights == "none":
         return model, ()
+    state, source = read_torchvision_state(home, name, weights)
+    if not is_path(weights):
+        state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
+    return model, load_matching_state(model, state, head=head, source_name=f"weights: {source}")
+
+
+def read_torchvision_state(home: Path, name: str, weights: str) -> tuple[StateDict, str]:
+    """The weights of torchvision's model `name`, and what errors call them.
+
+    Args:
+        home: The folder of downloads.
+        name: The name of the model in torchvision.
+        weights: default, the name of weights in torchvision, or a path.
+
+    Raises:
+        SpaceError: torchvision has no weights of that name.
+        DataError: The weights are missing or damaged.
+    """
     if is_path(weights):
-        return model, load_matching_state(
-            model, read_state_dict(Path(weights)), head=head, source_name=f"weights: {weights}"
-        )
+        return read_state_dict(Path(weights)), weights
     entry = _torchvision_entry(name, weights)
-    state = {
-        key: value
-        for key, value in read_state_dict(fetch_weights(home, entry.url)).items()
-        if not key.startswith(f"{head}.")
-    }
-    return model, load_matching_state(model, state, head=head, source_name=f"weights: {entry}")
+    return read_state_dict(fetch_weights(home, entry.url)), str(entry)
 
 
 def torchvision_preprocess(name: str, weights: str) -> ImageInputSpec:
@@ -242,14 +254,14 @@ def _damage_hint(path: Path) -> str:
 
 
 def load_matching_state(
-    model: nn.Module, state: StateDict, *, head: str, source_name: str
+    model: nn.Module, state: StateDict, *, head: str | Sequence[str], source_name: str
 ) -> tuple[str, ...]:
     """Loads `state` into `model`. A head of another shape stays as it is.
 
     Args:
         model: The model. It is changed in place.
         state: The weights, by the model's native names.
-        head: The name of the module that is the head.
+        head: The name of the module that is the head, or the names of several.
         source_name: Where the weights are from; errors begin with it.
 
     Returns:
@@ -262,12 +274,14 @@ def load_matching_state(
     # an export has its normalisation beside the weights
     state = {name: value for name, value in state.items() if not name.startswith("tuner.")}
     own = model.state_dict()
-    in_head = {name for name in own if name.startswith(f"{head}.")}
+    heads = (head,) if isinstance(head, str) else tuple(head)
+    head_starts = tuple(f"{name}." for name in heads)
+    in_head = {name for name in own if name.startswith(head_starts)}
     is_head_new = any(name not in state or state[name].shape != own[name].shape for name in in_head)
     loaded = {
         name: value
         for name, value in state.items()
-        if not (is_head_new and name.startswith(f"{head}."))
+        if not (is_head_new and name.startswith(head_starts))
     }
     problems = [
         f"{source_name}: {name} is missing"
@@ -290,7 +304,9 @@ def load_matching_state(
             f"{source_name}: these are another model's weights, or damaged",
         )
     model.load_state_dict(loaded, strict=False)
-    return (f"{head}: new, the weights have none for these classes",) if is_head_new else ()
+    if not is_head_new:
+        return ()
+    return (f"{', '.join(heads)}: new, the weights have none for these classes",)
 
 
 def _format_shape(value: Tensor) -> str:

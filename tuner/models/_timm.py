@@ -87,11 +87,14 @@ def download_timm_weights(home: Path, name: str, weights: str, config: dict[str,
 def convert_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights with the names and shapes of the installed version of timm.
 
-    The module of a model may have a function that converts older weights.
+    The module of a model may have a function that converts older weights, and resamples positions
+    for images of another size.
     """
     convert = getattr(
         __import__(type(model).__module__, fromlist=["_"]), "checkpoint_filter_fn", None
     )
-    if convert is None or set(state) <= set(model.state_dict()):
+    own = model.state_dict()
+    fits = all(name in own and own[name].shape == value.shape for name, value in state.items())
+    if convert is None or fits:
         return state
     return dict(convert(state, model))

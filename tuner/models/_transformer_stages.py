@@ -1,11 +1,12 @@
-"""A transformer's own modules as stages: the embeddings, each block, and the head.
+"""Cuts transformers' models of texts: embeddings, each block, and the head.
 
-The stages pass on `hidden`, float (n, length, width), and its `attention_mask`, int64 (n, length).
-The mask inside a block follows from the attention mask, and a position from the index of its token.
-So each stage computes both itself, as the model does. A model that predicts tokens also passes its
-`input_ids` on, because its predictions are compared with them.
+Two shapes are known: encoders (embeddings, blocks, pooling, head) and decoders (token embeddings,
+blocks, norm, head). Both are recognised by the model's modules, put together, run on a short text,
+and compared with the model. Only then they are believed; any other model stays whole.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,49 +14,75 @@ from torch import Tensor, nn
 
 from tuner.core.input_spec import TensorTree
 from tuner.core.types import StagedModel
+from tuner.models._cutter import compare_stages
+from tuner.models._forward_pass import TRACE_ERRORS, UncutModel
+from tuner.models._transformer_blocks import (
+    AlbertGroup,
+    DebertaBlock,
+    EmbeddingStage,
+    FirstToken,
+    LastToken,
+    MeanToken,
+    MpnetBlock,
+    SingleTokenInput,
+    TokenEmbeddingStage,
+    TransformerBlock,
+    VocabularyHead,
+    WholeModel,
+    select_last_token,
+)
 
 CARRIED_NAMES = ("attention_mask", "input_ids")
-ENCODER_ATTRIBUTES = {
-    "bert": "bert",
-    "distilbert": "distilbert",
-    "roberta": "roberta",
-    "camembert": "roberta",
-    "xlm-roberta": "roberta",
-}
-"""model_type -> the model's child that holds embeddings and blocks."""
+# names that the library has for the same part, in the order in which they are looked for
+TOKEN_EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
+EMBEDDING_DROPOUTS = ("embed_dropout", "emb_dropout", "drop")
+LAYERS = ("layers", "h")
+NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f")
+OUTPUT_LAYERS = ("lm_head", "embed_out")
+BLOCK_INPUTS = (
+    "encoder.rel_embeddings",
+    "encoder.LayerNorm",
+    "encoder.relative_attention_bias",
+    "rotary_emb",
+)
+ENCODER_LAYERS = ("encoder.layer", "transformer.layer", "layers")
+EXAMPLE_LENGTHS = (6, 4)  # tokens of the two texts on which the stages are compared
+NARROW_WINDOW = 3  # tokens; so short texts tell a sliding attention from a full one
+
+Stages = dict[str, nn.Module]
+Forward = Callable[[nn.Module, TensorTree], TensorTree]
 
 
 def stage_transformer(model: Any, task: str, notes: tuple[str, ...]) -> StagedModel:
-    """The model cut at its blocks.
-
-    A model whose architecture is not known here becomes one stage, and a note says so.
+    """The model cut at its blocks, or whole where its shape is not known.
 
     Args:
         model: One of transformers' models for the task.
         task: text_classification or text_generation.
         notes: What the user is told about the weights: one line for each new module.
     """
-    kind = model.config.model_type
     generating = task == "text_generation"
-    if kind in ENCODER_ATTRIBUTES and not generating:
-        stages = _encoder_stages(model, getattr(model, ENCODER_ATTRIBUTES[kind]))
-        return StagedModel(model, stages, notes, _compute_logits, head_is_new=bool(notes))
-    if kind == "gpt2":
+    is_decoder = _find(model.base_model, TOKEN_EMBEDDINGS) is not None
+    forward = _compute_last_token_logits if is_decoder and not generating else _compute_logits
+    try:
+        if generating and not is_decoder:
+            raise UncutModel("no decoder was recognised in it")
+        make = _decoder_stages if is_decoder else _encoder_stages
+        stages = make(model, generating)
+        _compare(model, stages, forward)
+    except (UncutModel, *TRACE_ERRORS) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kind = model.config.model_type
         return StagedModel(
             model,
-            _decoder_stages(model, generating),
-            notes,
-            _compute_logits if generating else _compute_last_token_logits,
-            can_probe=not generating,
-            head_is_new=bool(notes),
+            {"model": WholeModel(model)},
+            (*notes, f"{kind}: its blocks are not known here, so nothing of it can be frozen"),
+            _compute_logits,
+            can_probe=False,
+            uncut_reason=reason,
         )
-    return StagedModel(
-        model,
-        {"model": WholeModel(model)},
-        (*notes, f"{kind}: its blocks are not known here, so nothing of it can be frozen"),
-        _compute_logits,
-        can_probe=False,
-    )
+    can_probe = not generating
+    return StagedModel(model, stages, notes, forward, can_probe=can_probe, head_is_new=bool(notes))
 
 
 def _compute_logits(model: Any, x: TensorTree) -> TensorTree:
@@ -65,176 +92,191 @@ def _compute_logits(model: Any, x: TensorTree) -> TensorTree:
 
 
 def _compute_last_token_logits(model: Any, x: TensorTree) -> TensorTree:
-    """The logits of GPT2ForSequenceClassification.
+    """The logits of a decoder's last token.
 
     transformers scores every token and then takes the last token's scores; this scores only the
     last token.
     """
     assert isinstance(x, dict)
-    hidden = model.transformer(**x).last_hidden_state
+    hidden = model.base_model(**x).last_hidden_state
     logits: Tensor = model.score(select_last_token(hidden, x["attention_mask"]))
     return logits
 
 
-def select_last_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """The vector of each text's last token, (n, width), where padding is on the right."""
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), attention_mask.sum(1) - 1]
+def _compare(model: Any, stages: Stages, forward: Forward) -> None:
+    """Raises UncutModel where the stages do not compute what the model computes for two texts."""
+    device = next(model.parameters()).device
+    longest = max(EXAMPLE_LENGTHS)
+    ids = torch.arange(5, 5 + 2 * longest, device=device).view(2, longest)
+    lengths = torch.tensor(EXAMPLE_LENGTHS, device=device)
+    mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
+    ids = ids % model.config.vocab_size
+    example = {"input_ids": ids, "attention_mask": mask}
+    with _narrow_window(model.config):
+        compare_stages(model, stages, example, forward)
 
 
-def _encoder_stages(model: Any, trunk: Any) -> dict[str, nn.Module]:
+@contextlib.contextmanager
+def _narrow_window(config: Any) -> Iterator[None]:
+    """A sliding window of a few tokens inside the block, where the model has one."""
+    names = [n for n in ("sliding_window", "local_attention") if getattr(config, n, None)]
+    widths = {name: getattr(config, name) for name in names}
+    try:
+        for name in names:
+            setattr(config, name, NARROW_WINDOW)
+        yield
+    finally:
+        for name, width in widths.items():
+            setattr(config, name, width)
+
+
+def _find(module: Any, names: tuple[str, ...]) -> Any:
+    """The first of the attributes that a module has; a name may be a path. None: it has none."""
+    for name in names:
+        found = module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return found
+    return None
+
+
+def _layer_types(config: Any, count: int) -> list[str]:
+    """The kind of attention of each block: full, or sliding over its neighbours."""
+    types = getattr(config, "layer_types", None)
+    if types:
+        return list(types)
+    has_window = getattr(config, "sliding_window", None) is not None
+    return ["sliding_attention" if has_window else "full_attention"] * count
+
+
+# -- encoders
+
+
+def _encoder_stages(model: Any, generating: bool) -> Stages:
     """The stages of BERT and of models like it.
 
-    The last block ends with the vector of the first token, because the head uses only this one.
+    The last block ends with the vector of the first token, or with the mean of all where the model
+    pools so: the head uses only this.
     """
-    kind = model.config.model_type
-    layers = list((trunk.transformer if kind == "distilbert" else trunk.encoder).layer)
-    stages: dict[str, nn.Module] = {"embeddings": EmbeddingStage(trunk.embeddings)}
-    for i, layer in enumerate(layers):
-        block = TransformerBlock(model.config, layer, causal=False)
-        stages[f"block{i}"] = block if i + 1 < len(layers) else nn.Sequential(block, FirstToken())
-    if kind == "distilbert":
-        head: nn.Module = nn.Sequential(
-            model.pre_classifier, nn.ReLU(), model.dropout, model.classifier
+    trunk, config = model.base_model, model.config
+    blocks = _encoder_blocks(trunk, config)
+    if not blocks:
+        raise UncutModel("no blocks were recognised in it")
+    names = list(blocks)
+    blocks[names[-1]] = nn.Sequential(blocks[names[-1]], _pooling(trunk, config))
+    inputs = [
+        module
+        for path in (
+            "encoder.rel_embeddings",
+            "encoder.LayerNorm",
+            "encoder.relative_attention_bias",
         )
-    elif kind == "bert":
-        head = nn.Sequential(SingleTokenInput(trunk.pooler), model.dropout, model.classifier)
-    else:
-        head = SingleTokenInput(model.classifier)
-    return {**stages, "head": head}
+        if (module := _find(trunk, (path,))) is not None
+    ]
+    if (rotary := getattr(trunk, "rotary_emb", None)) is not None:
+        inputs.append(rotary)
+    embeddings = EmbeddingStage(
+        trunk.embeddings,
+        getattr(trunk, "embeddings_project", None),
+        nn.ModuleList(inputs) if inputs else None,
+    )
+    return {"embeddings": embeddings, **blocks, "head": _encoder_head(model, trunk)}
 
 
-def _decoder_stages(model: Any, generating: bool) -> dict[str, nn.Module]:
-    """The stages of GPT-2.
+def _encoder_blocks(trunk: Any, config: Any) -> Stages:
+    encoder: Any = getattr(trunk, "encoder", None)
+    groups = getattr(encoder, "albert_layer_groups", None)
+    if groups is not None:
+        return _albert_groups(encoder, groups, config)
+    layers = list(_find(trunk, ENCODER_LAYERS) or [])
+    types = _layer_types(config, len(layers))
+    rotary = getattr(trunk, "rotary_emb", None)
+    blocks: Stages = {}
+    for i, (layer, layer_type) in enumerate(zip(layers, types, strict=True)):
+        if hasattr(encoder, "get_rel_embedding"):
+            conv = encoder.conv if i == 0 else None
+            blocks[f"block{i}"] = DebertaBlock(encoder, layer, conv)
+        elif hasattr(encoder, "compute_position_bias"):
+            blocks[f"block{i}"] = MpnetBlock(config, encoder, layer)
+        else:
+            blocks[f"block{i}"] = TransformerBlock(
+                config, layer, causal=False, layer_type=layer_type, rotary=rotary
+            )
+    return blocks
+
+
+def _albert_groups(encoder: Any, groups: Any, config: Any) -> Stages:
+    """One stage for each group of blocks that share their weights."""
+    count = len(groups)
+    group_of = [
+        int(i / (config.num_hidden_layers / count)) for i in range(config.num_hidden_layers)
+    ]
+    return {
+        f"group{i}": AlbertGroup(
+            config,
+            group,
+            encoder.embedding_hidden_mapping_in if i == 0 else None,
+            group_of.count(i),
+        )
+        for i, group in enumerate(groups)
+    }
+
+
+def _pooling(trunk: Any, config: Any) -> nn.Module:
+    norm = _find(trunk, ("final_norm",))
+    if getattr(config, "classifier_pooling", "cls") == "mean" and norm is not None:
+        return MeanToken(norm)
+    return FirstToken(norm)
+
+
+def _encoder_head(model: Any, trunk: Any) -> nn.Module:
+    """From the pooled vector to the logits, as the model's own class does it."""
+    dropout = _find(model, ("dropout", "drop"))
+    if hasattr(model, "pre_classifier"):  # DistilBERT
+        return nn.Sequential(model.pre_classifier, nn.ReLU(), dropout, model.classifier)
+    if hasattr(trunk, "pooler_activation"):  # ALBERT
+        return nn.Sequential(trunk.pooler, trunk.pooler_activation, dropout, model.classifier)
+    if hasattr(model, "pooler"):  # DeBERTa
+        return nn.Sequential(SingleTokenInput(model.pooler), dropout, model.classifier)
+    if hasattr(model, "head"):  # ModernBERT
+        return nn.Sequential(model.head, dropout, model.classifier)
+    if getattr(trunk, "pooler", None) is not None:  # BERT
+        return nn.Sequential(SingleTokenInput(trunk.pooler), dropout, model.classifier)
+    return SingleTokenInput(model.classifier)  # RoBERTa, ELECTRA, MPNet
+
+
+# -- decoders
+
+
+def _decoder_stages(model: Any, generating: bool) -> Stages:
+    """The stages of GPT-2, Llama and models like them.
 
     For classification the last block ends with the vector of the last token. For text generation
-    the head is the last norm, and the token embeddings used once more.
+    the head is the last norm, and the token embeddings used once more where they are tied.
     """
-    trunk, layers = model.transformer, list(model.transformer.h)
-    stages: dict[str, nn.Module] = {
-        "embeddings": Gpt2EmbeddingStage(
-            trunk.wte, trunk.wpe, trunk.drop, CARRIED_NAMES if generating else CARRIED_NAMES[:1]
+    trunk, config = model.base_model, model.config
+    layers, norm = list(_find(trunk, LAYERS) or []), _find(trunk, NORMS)
+    if not layers or norm is None:
+        raise UncutModel("no blocks with a norm behind them were recognised in it")
+    rotary = getattr(trunk, "rotary_emb", None)
+    stages: Stages = {
+        "embeddings": TokenEmbeddingStage(
+            _find(trunk, TOKEN_EMBEDDINGS),
+            getattr(trunk, "wpe", None),
+            _find(trunk, EMBEDDING_DROPOUTS),
+            rotary,
+            CARRIED_NAMES if generating else CARRIED_NAMES[:1],
         )
     }
-    for i, layer in enumerate(layers):
-        block = TransformerBlock(model.config, layer, causal=True)
-        ends_with_vector = not generating and i + 1 == len(layers)
-        stages[f"block{i}"] = (
-            nn.Sequential(block, LastToken(trunk.ln_f)) if ends_with_vector else block
+    for i, layer_type in enumerate(_layer_types(config, len(layers))):
+        block = TransformerBlock(
+            config, layers[i], causal=True, layer_type=layer_type, rotary=rotary
         )
+        ends_with_vector = not generating and i + 1 == len(layers)
+        stages[f"block{i}"] = nn.Sequential(block, LastToken(norm)) if ends_with_vector else block
     if not generating:
         return {**stages, "head": nn.Sequential(model.score)}
-    tied = model.config.tie_word_embeddings
-    return {**stages, "head": VocabularyHead(trunk.ln_f, model.lm_head, tied)}
-
-
-class EmbeddingStage(nn.Module):
-    """Embeddings that are one module of the model."""
-
-    def __init__(self, embeddings: nn.Module) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-
-    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {name: tensor for name, tensor in x.items() if name != "attention_mask"}
-        return {"hidden": self.embeddings(**inputs), "attention_mask": x["attention_mask"]}
-
-
-class Gpt2EmbeddingStage(nn.Module):
-    """GPT-2's embeddings of tokens and of their positions."""
-
-    def __init__(
-        self, wte: nn.Module, wpe: nn.Module, drop: nn.Module, carried: tuple[str, ...]
-    ) -> None:
-        super().__init__()
-        self.wte, self.wpe, self.drop, self.carried_names = wte, wpe, drop, carried
-
-    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        ids = x["input_ids"]
-        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        return {
-            "hidden": self.drop(self.wte(ids) + self.wpe(positions)),
-            **{name: x[name] for name in self.carried_names},
-        }
-
-
-class TransformerBlock(nn.Module):
-    """One block, with the mask that transformers' own code makes from the attention mask."""
-
-    def __init__(self, config: Any, layer: nn.Module, *, causal: bool) -> None:
-        super().__init__()
-        self.config, self.layer, self.causal = config, layer, causal
-
-    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        mask = self.make_mask(x["hidden"], x["attention_mask"])
-        return {**x, "hidden": self.layer(x["hidden"], attention_mask=mask)}
-
-    def make_mask(self, hidden: Tensor, attention_mask: Tensor) -> Any:
-        from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-
-        if hidden.is_meta:  # the values of its mask cannot be read, and nothing needs them
-            return None
-        if not self.causal:
-            return create_bidirectional_mask(self.config, hidden, attention_mask)
-        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        return create_causal_mask(self.config, hidden, attention_mask, None, positions)
-
-
-class FirstToken(nn.Module):
-    """The first token's vector."""
-
-    def forward(self, x: dict[str, Tensor]) -> Tensor:
-        return x["hidden"][:, 0]
-
-
-class LastToken(nn.Module):
-    """The last token's vector, normalised."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: dict[str, Tensor]) -> Tensor:
-        return select_last_token(self.norm(x["hidden"]), x["attention_mask"])
-
-
-class SingleTokenInput(nn.Module):
-    """A module that takes the first of many tokens, called with one token alone."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x[:, None])
-        return y
-
-
-class VocabularyHead(nn.Module):
-    """Logits over the vocabulary, (n, length, vocabulary).
-
-    A projection that is tied to the token embeddings shares their weights. It is used here, but it
-    belongs to the first stage, and is trained and frozen with it.
-    """
-
-    def __init__(self, norm: nn.Module, projection: nn.Module, tied: bool) -> None:
-        super().__init__()
-        self.norm = norm
-        self.used = (projection,)  # in a tuple, so that it does not become a child
-        if not tied:
-            self.projection = projection
-
-    def forward(self, x: dict[str, Tensor]) -> Tensor:
-        logits: Tensor = self.used[0](self.norm(x["hidden"]))
-        return logits
-
-
-class WholeModel(nn.Module):
-    """A whole model as one stage; it takes the tensors of the tree by name."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: dict[str, Tensor]) -> Tensor:
-        logits: Tensor = self.model(**x).logits
-        return logits
+    cap = getattr(config, "final_logit_softcapping", None)
+    head = VocabularyHead(norm, _find(model, OUTPUT_LAYERS), config.tie_word_embeddings, cap)
+    return {**stages, "head": head}

@@ -1,24 +1,23 @@
 """timm's models by name, `timm/<name>` (extra `timm`).
 
-Models like ResNet, EfficientNet and MobileNet are cut at the stem, the stages and the head; others
-between features and head.
+They are cut at the stem, the blocks or stages of blocks, and the head (`_cutter`). Where a forward
+pass cannot be read, there is one cut, between features and head.
 
 Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from tuner.core.input_spec import ImageInputSpec
-from tuner.core.types import StagedModel, split_sequential
+from tuner.core.types import StagedModel
 from tuner.core.weights import is_path, load_matching_state, read_state_dict
 from tuner.errors import SpaceError
 from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
+from tuner.models._timm_stages import DEFAULT_SIDE, classifier_names, stages_of
 
 TASKS = ("classification",)
 NAMES = ("timm/*",)
@@ -47,6 +46,11 @@ NAMED_RECIPES = {
 }
 
 
+def known_names() -> list[str]:
+    """All of timm's names, without the tags of their weights. Raises SpaceError without timm."""
+    return [f"timm/{name}" for name in import_timm().list_models()]
+
+
 def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
     """The transform that timm states for the model's weights."""
     timm = import_timm()
@@ -62,6 +66,7 @@ def build(
     name: str,
     task: str,
     outputs: int,
+    size: int | None = None,
     *,
     weights: Annotated[
         str,
@@ -89,195 +94,95 @@ def build(
         ),
     ] = None,
 ) -> StagedModel:
-    """Model `name` with `outputs` classes.
+    """Model `name` with `outputs` classes, for images of `size` pixels; None: of its own size.
 
-    Depth 1 freezes the stem, each depth after it one stage of blocks more. A model of another
-    structure has one cut.
+    Depth 1 freezes the stem, each depth after it one block or one stage of blocks more. A model
+    whose forward pass cannot be read has one cut.
 
     Raises:
         SpaceError: timm does not have a model or weights of that name, or the model has no such
-            dropout.
+            dropout, or does not take images of this size.
         DataError: The weights are missing or do not fit.
     """
     timm = import_timm()
     config = timm_config(timm, name)
     rates = {"drop_rate": dropout, "drop_path_rate": drop_path}
-    model = _create_model(timm, name, outputs, {k: v for k, v in rates.items() if v is not None})
+    given = {key: rate for key, rate in rates.items() if rate is not None}
+    model = _create_model(timm, name, outputs, given, config, size)
     notes: tuple[str, ...] = ()
     if weights != "none":
-        path = (
-            Path(weights)
-            if is_path(weights)
-            else download_timm_weights(home, name, weights, config)
-        )
-        head = str(config["classifier"])
-        state = {
-            k: v
-            for k, v in convert_state(model, read_state_dict(path)).items()
-            if is_path(weights) or not k.startswith(f"{head}.")
-        }
-        notes = load_matching_state(
-            model,
-            state,
-            head=head,
-            source_name=f"weights: {weights if is_path(weights) else path.name}",
-        )
+        notes = _load_weights(home, name, model, weights, config)
+    side = size or config.get("input_size", (3, DEFAULT_SIDE, DEFAULT_SIDE))[-1]
+    stages, uncut_reason = stages_of(model, config, side)
     return StagedModel(
-        model, stages_of(model, config), notes, head_is_new=weights == "none" or bool(notes)
+        model,
+        stages,
+        notes,
+        head_is_new=weights == "none" or bool(notes),
+        uncut_reason=uncut_reason,
     )
 
 
-def _create_model(timm: Any, name: str, outputs: int, rates: dict[str, float]) -> nn.Module:
-    """timm's model with fresh parameters. Raises SpaceError where it does not take the `rates`."""
+def _load_weights(
+    home: Path, name: str, model: nn.Module, weights: str, config: dict[str, Any]
+) -> tuple[str, ...]:
+    """Loads weights into the model and returns notes for the user.
+
+    timm's own weights are loaded without their classifiers.
+    """
+    heads = classifier_names(config)
+    if is_path(weights):
+        path, source = Path(weights), f"weights: {weights}"
+    else:
+        path = download_timm_weights(home, name, weights, config)
+        source = f"weights: {path.name}"
+    state = convert_state(model, read_state_dict(path))
+    if not is_path(weights):
+        state = {
+            key: value
+            for key, value in state.items()
+            if not key.startswith(tuple(f"{head}." for head in heads))
+        }
+    return load_matching_state(model, state, head=heads, source_name=source)
+
+
+def _create_model(
+    timm: Any,
+    name: str,
+    outputs: int,
+    rates: dict[str, float],
+    config: dict[str, Any],
+    size: int | None,
+) -> nn.Module:
+    """timm's model with fresh parameters, for images of `size` pixels.
+
+    A model of a fixed size gets positions for `size`; `convert_state` resamples those of its
+    weights.
+
+    Raises:
+        SpaceError: It does not take the rates or the size.
+    """
+    arguments: dict[str, Any] = dict(rates)
+    own_size = config.get("input_size", (3, DEFAULT_SIDE, DEFAULT_SIDE))[-1]
+    is_resized = bool(config.get("fixed_input_size")) and size not in (None, own_size)
+    if is_resized:
+        arguments["img_size"] = size
+    bare = name.partition("/")[2]
     try:
         model: nn.Module = timm.create_model(
-            name.partition("/")[2], pretrained=False, num_classes=outputs, **rates
+            bare, pretrained=False, num_classes=outputs, **arguments
         )
-    except TypeError as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         key = next((key for key in rates if f"'{key}'" in str(error)), None)
-        if key is None:
+        if key is not None:
+            written = {"drop_rate": "dropout", "drop_path_rate": "drop_path"}[key]
+            raise SpaceError(
+                f"model.{written}: {rates[key]:g}, but {name} has none; leave the key out"
+            ) from None
+        if not is_resized:
             raise
-        written = {"drop_rate": "dropout", "drop_path_rate": "drop_path"}[key]
         raise SpaceError(
-            f"model.{written}: {rates[key]:g}, but {name} has none; leave the key out"
+            f"data.size: {size}, but {name} is made for {own_size} pixels and timm does not "
+            f"change that; leave data.size out or write {own_size}"
         ) from None
     return model
-
-
-def stages_of(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
-    """The model's own modules in the order of its forward pass.
-
-    The last stage before the head ends with the pooling.
-    """
-    parts = dict(model.named_children())
-    order = list(parts)
-    stages: dict[str, nn.Module] = {}
-    if order[:3] == ["conv_stem", "bn1", "blocks"] and order[-1] == "classifier":
-        stages["stem"] = nn.Sequential(parts["conv_stem"], parts["bn1"])
-        stages |= {f"blocks{i}": block for i, block in enumerate(parts["blocks"].children())}
-        stages["features"] = nn.Sequential(*(parts[name] for name in order[3:-1]))
-        stages["head"] = _head_stage(model, parts["classifier"])
-    elif (
-        order[:3] == ["conv1", "bn1", "act1"]
-        and order[-2:] == ["global_pool", "fc"]
-        and set(order[3:-2]) <= RESNET_PARTS
-    ):
-        stages["stem"] = nn.Sequential(
-            *(parts[name] for name in ("conv1", "bn1", "act1", "maxpool") if name in parts)
-        )
-        stages |= {f"layer{i}": parts[f"layer{i}"] for i in (1, 2, 3)}
-        stages["layer4"] = nn.Sequential(parts["layer4"], parts["global_pool"])
-        stages["head"] = _head_stage(model, parts["fc"])
-    else:
-        return _features_and_head(model, config)
-    return stages if _stages_agree(model, stages, config) else _features_and_head(model, config)
-
-
-RESNET_PARTS = {"maxpool", "layer1", "layer2", "layer3", "layer4"}
-
-
-def _head_stage(model: nn.Module, classifier: nn.Module) -> nn.Module:
-    rate = float(getattr(model, "drop_rate", 0.0))
-    return nn.Sequential(nn.Dropout(rate), classifier) if rate else classifier
-
-
-@torch.no_grad()
-def _stages_agree(model: nn.Module, stages: dict[str, nn.Module], config: dict[str, Any]) -> bool:
-    """Whether the stages in a row compute what the model computes.
-
-    Some models do more in `forward` than to call their modules in a row.
-    """
-    # the stages have a module that the model has not: the dropout before the head
-    with _EvalMode(nn.ModuleList([model, *stages.values()])):
-        x = y = _random_image(model, config)
-        try:
-            for stage in stages.values():
-                y = stage(y)
-        except (RuntimeError, ValueError, TypeError):
-            return False
-        expected = model(x)
-        return y.shape == expected.shape and (y.is_meta or torch.equal(y, expected))
-
-
-def _random_image(model: nn.Module, config: dict[str, Any]) -> Tensor:
-    size = 64 if not config.get("fixed_input_size") else config.get("input_size", (3, 224, 224))[-1]
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(1, 3, size, size, generator=generator, device="cpu").to(
-        next(model.parameters()).device
-    )
-
-
-class _EvalMode:
-    """Eval mode inside the block; at its end every module gets its earlier mode back."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modes = {module: module.training for module in model.modules()}
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self.modes.items():
-            module.training = mode
-
-
-class MethodStage(nn.Module):
-    """One method of a model as a module that holds the model's own children, and no others."""
-
-    def __init__(self, model: nn.Module, method: str, children: list[str], *, loose: bool) -> None:
-        """`loose`: the parameters and buffers that are in no child belong to the stage too."""
-        super().__init__()
-        self.model_holder = (model,)  # in a tuple, so that the whole model does not become a child
-        self.method = method
-        for name in children:
-            self.add_module(name, getattr(model, name))
-        if loose:
-            for name, parameter in model.named_parameters(recurse=False):
-                self.register_parameter(name, parameter)
-            for name, buffer in model.named_buffers(recurse=False):
-                self.register_buffer(name, buffer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = getattr(self.model_holder[0], self.method)(x)
-        return y
-
-
-@torch.no_grad()
-def _features_and_head(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
-    """Features and head by timm's own methods.
-
-    The head's children are those that only the method `forward_head` calls.
-    """
-    called: set[str] = set()
-    hooks = [
-        child.register_forward_hook(lambda *_, name=name: called.add(name))
-        for name, child in _named_inner_modules(model)
-    ]
-    try:
-        with _EvalMode(model):
-            y = model.forward_features(_random_image(model, config))  # type: ignore[operator]
-            called_by_features = set(called)
-            called.clear()
-            model.forward_head(y)  # type: ignore[operator]
-    except (AttributeError, RuntimeError, ValueError, TypeError, AssertionError):
-        return dict(split_sequential(model).stages)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    children = [name for name, _ in model.named_children()]
-    head = [name for name in children if name in called - called_by_features]
-    if not any(True for name in head for _ in getattr(model, name).parameters()):
-        return dict(split_sequential(model).stages)
-    features = [name for name in children if name not in head]
-    return {
-        "features": MethodStage(model, "forward_features", features, loose=True),
-        "head": MethodStage(model, "forward_head", head, loose=False),
-    }
-
-
-def _named_inner_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module inside, with the name of the model's child that contains it."""
-    for name, child in model.named_children():
-        for module in child.modules():
-            yield name, module

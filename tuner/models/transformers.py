@@ -1,6 +1,7 @@
 """transformers' models of texts (extra `text`).
 
-BERT, DistilBERT, RoBERTa and GPT-2 are cut at every block; others have the name `hf/<name>`.
+They are cut at the embeddings, every block and the head. BERT, DistilBERT, RoBERTa and GPT-2 have
+names of their own; others have the name `hf/<name>`.
 
 Wolf et al., Transformers: State-of-the-Art Natural Language Processing, EMNLP 2020. Devlin et al.,
 BERT, NAACL 2019; Sanh et al., DistilBERT, 2019; Liu et al., RoBERTa, 2019; Radford et al., Language
@@ -48,17 +49,37 @@ RECIPES = {
     },
 }
 # positions that no token gets: in these models the positions begin after that of the padding
-RESERVED_POSITIONS = {"roberta": 2, "camembert": 2, "xlm-roberta": 2}
-# rates of dropout in the configurations: BERT's and RoBERTa's, DistilBERT's, GPT-2's
+RESERVED_POSITIONS = {"roberta": 2, "camembert": 2, "xlm-roberta": 2, "mpnet": 2}
+# rates of dropout in the configurations: BERT's and RoBERTa's, ALBERT's, DeBERTa's, ModernBERT's,
+# DistilBERT's, GPT-2's and Phi's, GPT-NeoX's
 DROPOUT_NAMES = (
     "hidden_dropout_prob",
     "classifier_dropout",
+    "classifier_dropout_prob",
+    "cls_dropout",
+    "pooler_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "hidden_dropout",
     "dropout",
     "seq_classif_dropout",
     "embd_pdrop",
     "resid_pdrop",
 )
-ENCODER_TYPES = ("bert", "distilbert", "roberta", "camembert", "xlm-roberta")
+ENCODER_TYPES = (
+    "bert",
+    "distilbert",
+    "roberta",
+    "camembert",
+    "xlm-roberta",
+    "albert",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "modernbert",
+    "mpnet",
+)
+TYPED_TOKENS = ("bert", "albert", "deberta-v2", "electra")  # they tell a first text from a second
 
 
 def input_spec(
@@ -97,7 +118,7 @@ def input_spec(
             f"model.length: {length}, but the model has places for {max_length} tokens"
         )
     input_names: tuple[str, ...] = ("input_ids", "attention_mask")
-    if config.model_type == "bert" and config.type_vocab_size > 1:
+    if config.model_type in TYPED_TOKENS and config.type_vocab_size > 1:
         input_names += ("token_type_ids",)
     return TextInputSpec(str(root or ""), length, input_names)
 

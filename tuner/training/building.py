@@ -141,7 +141,8 @@ def copy_cached_model(
     """
     computed_by = f"{device_context.precision} {device_context.device.type}"
     key = (
-        f"{run.task.name} {run.model.to_dict()} {output_count} {device_context.home} {computed_by}"
+        f"{run.task.name} {run.model.to_dict()} {run.data.options.get('size')} {output_count} "
+        f"{device_context.home} {computed_by}"
     )
     if key not in _cached_models:
         if len(_cached_models) >= MAX_CACHED_MODELS:
@@ -174,6 +175,9 @@ def build_model(run: Run, home: Path, output_count: int) -> StagedModel:
     name, options = run.model.name, dict(run.model.options)
     build = plugins.load_plugin("model", name)
     if ":" not in name:
+        size = run.data.options.get("size")
+        if size is not None and "size" in inspect.signature(build).parameters:
+            options["size"] = size  # some models are made for one size of images
         staged_model: StagedModel = build(home, name, run.task.name, output_count, **options)
         return staged_model
     try:

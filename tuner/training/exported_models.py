@@ -1,14 +1,17 @@
 """Opens exported models: the model as a module without its weights, or an export as a function."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tuner.config import plugins
+from tuner.config.run import PluginConfig
 from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import (
+    ImageInputSpec,
     TensorTree,
     begin_copy_to_cpu,
     input_spec_from_dict,
@@ -32,14 +35,14 @@ def load_exporter(name: str) -> Any:
 def model_without_weights(published: PublishedExport) -> ExportModule:
     """The exported model, built from its manifest with fresh parameters."""
     manifest = published.manifest
-    staged_model = build_model(
-        published.run.without_weights(), published.folder, len(manifest["classes"])
-    )
-    return ExportModule(
-        staged_model,
-        input_spec_from_dict(manifest["preprocess"], published.folder),
-        manifest.get("temperature"),  # an export of an earlier version has none
-    )
+    input_spec = input_spec_from_dict(manifest["preprocess"], published.folder)
+    run = published.run.without_weights()
+    if isinstance(input_spec, ImageInputSpec):  # the weights, which are gone, may have stated it
+        data = PluginConfig(run.data.name, {**run.data.options, "size": input_spec.size})
+        run = replace(run, data=data)
+    staged_model = build_model(run, published.folder, len(manifest["classes"]))
+    # an export of an earlier version has no temperature
+    return ExportModule(staged_model, input_spec, manifest.get("temperature"))
 
 
 def select_prediction_device(name: str, export_format: str) -> torch.device:

@@ -1,0 +1,108 @@
+"""timm's families are cut at their blocks: small members with numbers, and the published ones by their sizes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.benchmark_modules import load_benchmark
+from tests.helpers.small_image_models import SMALL_TIMM
+from tests.helpers.split_laws import check_partition, check_split
+from tuner.core.types import StagedModel
+from tuner.core.weights import load_matching_state
+from tuner.errors import SpaceError
+from tuner.models import timm as ours
+from tuner.models._timm import convert_state
+from tuner.models._timm_stages import stages_of
+
+timm = pytest.importorskip("timm")
+
+
+def small_member(name: str) -> tuple[StagedModel, int]:
+    """A small member of a family, cut, with numbers in all its parameters; and its images' side."""
+    arguments, side, _ = SMALL_TIMM[name]
+    model: nn.Module = timm.create_model(name, num_classes=3, **arguments)
+    generator = torch.Generator().manual_seed(0)
+    for value in model.parameters():
+        value.data.normal_(0, 0.2, generator=generator)
+    stages, reason = stages_of(model, model.pretrained_cfg, side)
+    assert reason is None
+    return StagedModel(model, stages), side
+
+
+@pytest.mark.parametrize("name", SMALL_TIMM)
+def test_a_small_member_of_each_shape_is_cut_by_both_laws(name: str) -> None:
+    staged, side = small_member(name)
+    assert list(staged.stages) == SMALL_TIMM[name][2]
+    check_partition(staged)
+    generator = torch.Generator().manual_seed(1)
+    check_split(staged, torch.randn(2, 3, side, side, generator=generator))
+
+
+def test_the_features_before_the_head_are_vectors() -> None:
+    for name in ("swin_tiny_patch4_window7_224", "vit_small_patch14_dinov2"):
+        staged, side = small_member(name)
+        prefix, _ = staged.split(staged.max_depth)
+        assert prefix(torch.zeros(2, 3, side, side)).shape == (2, staged.model.num_features)
+
+
+# -- sizes and weights (V6 and V7 of the review)
+
+
+def built(name: str, size: int | None = None) -> StagedModel:
+    with torch.device("meta"):
+        return ours.build(Path(), name, "classification", 3, size, weights="none")
+
+
+def test_a_model_of_fixed_size_is_built_for_the_size_of_the_data() -> None:
+    staged = built("timm/vit_tiny_patch16_224", 96)
+    assert staged.model.pos_embed.shape == (1, 1 + 6 * 6, 192)  # type: ignore[union-attr]
+    with torch.device("meta"):
+        assert staged.model(torch.zeros(2, 3, 96, 96)).shape == (2, 3)
+
+
+def test_a_size_that_a_model_does_not_take_is_refused() -> None:
+    with pytest.raises(SpaceError, match=r"data\.size: 50, but .* is made for 224 pixels"):
+        built("timm/nest_tiny", 50)
+
+
+def test_positions_of_other_weights_are_resampled() -> None:
+    small, large = (
+        timm.create_model(
+            "vit_tiny_patch16_224", img_size=side, depth=1, embed_dim=16, num_heads=2, num_classes=3
+        )
+        for side in (32, 64)
+    )
+    state = convert_state(large, small.state_dict())
+    assert state["pos_embed"].shape == large.pos_embed.shape
+    assert load_matching_state(large, state, head="head", source_name="weights") == ()
+
+
+def test_both_classifiers_of_a_distilled_model_are_new() -> None:
+    arguments, _, _ = SMALL_TIMM["deit_tiny_distilled_patch16_224"]
+    old, new = (
+        timm.create_model("deit_tiny_distilled_patch16_224", num_classes=n, **arguments)
+        for n in (10, 3)
+    )
+    heads = ("head", "head_dist")
+    notes = load_matching_state(new, old.state_dict(), head=heads, source_name="weights")
+    assert notes == ("head, head_dist: new, the weights have none for these classes",)
+
+
+# -- all families
+
+
+@pytest.mark.slow
+def test_a_member_of_every_family_is_cut_as_the_page_says() -> None:
+    """On the meta device, where tensors have sizes and no numbers: the stages and the partition."""
+    stages = load_benchmark("stages")
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for name in stages.TIMM:
+        if name == "sequencer2d_s":  # its recurrent layers take minutes on this device
+            continue
+        staged = stages.build_image_model(f"timm/{name}", "meta")
+        row = stages.table_row(f"timm/{name}", staged, numbers=False)
+        assert row.rpartition("|")[0].rpartition("|")[0] in page, name
+        if staged.max_depth > 1:
+            check_partition(staged)
