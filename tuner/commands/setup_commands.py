@@ -34,8 +34,7 @@ def init(
 ) -> None:
     """Write a space file for your data, or list the examples and write one.
 
-    Task, data source, model, pixels and ranges follow from the data and this machine. The file
-    runs as it is.
+    The file runs as it is: its keys follow from the data and this machine.
     """
     from tuner.commands.init import carry_out
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from tuner.config.objective import Direction, metric_label
 from tuner.deferred_figures import KIND_KEY, PREFIX
+from tuner.preprocessing.image_decoding import FORMATS
 
 MAX_CLASSES_WITH_COUNTS, MAX_CLASSES_WITH_NAMES = (
     20,
@@ -87,7 +88,8 @@ def plot_mistakes(mistakes: Sequence[Mapping[str, Any]]) -> bytes:
     figure = Figure(figsize=(2.2 * columns, 2.6 * rows), dpi=100, layout="constrained")
     for position, mistake in enumerate(mistakes, 1):
         axes = figure.add_subplot(rows, columns, position)
-        with Image.open(io.BytesIO(base64.b64decode(mistake["image"]))) as image:
+        content = io.BytesIO(base64.b64decode(mistake["image"]))
+        with Image.open(content, formats=FORMATS) as image:
             axes.imshow(image)
         axes.set_axis_off()
         caption = f"{mistake['predicted']} {mistake['confidence']:.0%}\nis {mistake['truth']}"
