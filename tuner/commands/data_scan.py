@@ -15,7 +15,7 @@ from tuner.config import plugins
 from tuner.data._rows import KIND_BY_SUFFIX, TableRows, read_rows
 from tuner.errors import DataError, limit_listing
 from tuner.preprocessing.data_paths import resolve_path
-from tuner.preprocessing.image_decoding import SUFFIXES
+from tuner.preprocessing.image_decoding import FORMATS, SUFFIXES
 from tuner.preprocessing.splits import SPLIT_BY_NAME, TEST, TRAIN, VALID, group_by_split
 
 SIZED_IMAGES = 20  # images whose sizes are read
@@ -352,7 +352,7 @@ def median_side(paths: list[Path]) -> int:
     sides, problem = [], ""
     for path in paths[::step][:SIZED_IMAGES]:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 sides.append(min(image.size))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             problem = f"{path}: {error}"

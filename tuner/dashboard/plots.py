@@ -15,12 +15,12 @@ from PIL import Image
 
 from tuner.config.objective import Direction, metric_label
 from tuner.deferred_figures import KIND_KEY, PREFIX
-from tuner.preprocessing.image_decoding import FORMATS
 
 MAX_CLASSES_WITH_COUNTS, MAX_CLASSES_WITH_NAMES = (
     20,
     60,
 )  # up to so many classes the counts, and the names, can be read
+FORMATS = ("JPEG",)  # of the images of mistakes
 LOSS_COLOUR, SCORE_COLOUR = "tab:red", "tab:blue"
 _matplotlib_lock = threading.Lock()  # matplotlib draws for one thread at a time
 
