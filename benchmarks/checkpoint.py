@@ -64,12 +64,12 @@ class Timed(Checkpoints):
 
     spent, files = 0.0, 0
 
-    def save(self, *words: Any) -> None:
+    def save_if_due(self, *words: Any) -> None:
         start = time.perf_counter()
         super().save_if_due(*words)
         self.spent += time.perf_counter() - start
 
-    def write(self, *words: Any, **more: Any) -> Path:
+    def write_file(self, *words: Any, **more: Any) -> Path:
         self.files += 1
         return super().write_file(*words, **more)
 

@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace, depth: int, home: Path) -> tuple[list[floa
     run = space.make_run({})
     where = select_device(space.settings.engine, home, 0)
     where = replace(
-        where, limits=replace(where.cache_limits, mode="always")
+        where, cache_limits=replace(where.cache_limits, mode="always")
     )  # this is about what remembering costs, not about when
     bench, other = (preparation.prepare_training(run, where, "accuracy") for _ in range(2))
     for source in (bench.train, bench.valid):
