@@ -37,6 +37,7 @@ RAW = arms.PLOTS / "quality.json"
 SIZE, RESIZE = 96, 110  # pixels: of the square, and of the shorter side before it is cut out
 EPOCHS = 4  # the longest training
 TRIALS = 12
+TICKS = (60, 100, 200, 400)  # seconds, of the plot
 BINS = 15  # of the expected calibration error
 SPACE = arms.HERE.parent / "search_spaces" / "timm.yaml"
 ARMS = ("tuner", "default", "plain", "fastai", "timm")
@@ -336,6 +337,8 @@ def plot(found: dict[str, Any]) -> None:
             seconds, accuracy = (cells(rows, name, arm, key) for key in ("seconds", "accuracy"))
             axis.scatter(seconds, accuracy, s=28, color=colours[arm], label=arm)
         axis.set_xscale("log")
+        axis.set_xticks(TICKS, labels=[str(seconds) for seconds in TICKS])
+        axis.set_xticks([], minor=True)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("wall seconds", fontsize=9)
     panels[0].set_ylabel("test accuracy", fontsize=9)
