@@ -34,8 +34,7 @@ def init(
 ) -> None:
     """Write a space file for your data, or list the examples and write one.
 
-    Task, data source, model, pixels and ranges follow from the data and this machine. The file
-    runs as it is.
+    Task, model, pixels and ranges follow from the data and this machine. It runs as it is.
     """
     from tuner.commands.init import carry_out
 
