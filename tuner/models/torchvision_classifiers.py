@@ -179,7 +179,8 @@ def _create_model(name: str, outputs: int, side: int) -> nn.Module:
         if name.startswith("regnet_"):  # it reads numbers while it is built, and meta has none
             device = torch.get_default_device()
             with torch.device("cpu"):
-                return get_model(name, weights=None, num_classes=outputs).to(device)
+                regnet: nn.Module = get_model(name, weights=None, num_classes=outputs)
+            return regnet.to(device)
         model: nn.Module = get_model(name, weights=None, num_classes=outputs, **arguments)
     except (AssertionError, ValueError) as error:  # both, depending on the model
         raise SpaceError(f"data.size: {side}, which {name} does not take: {error}") from None
