@@ -247,8 +247,8 @@ def test_the_console_tells_how_far_the_search_is(capsys: pytest.CaptureFixture[s
     ("trials", "keys", "expected"),
     [
         (9, {}, "up to 2 trainings: the winner, the default recipe"),
-        (12, {}, "up to 6 trainings: the best 2 with 2 other seeds each, the winner, the default recipe"),
-        (50, {"compare": "none"}, "up to 10 trainings: the best 3 with 3 other seeds each, the winner"),
+        (30, {}, "up to 6 trainings: the best 2 with 2 other seeds each, the winner, the default recipe"),
+        (100, {"compare": "none"}, "up to 10 trainings: the best 3 with 3 other seeds each, the winner"),
         (9, {"compare": "none", "confirm": ConfirmSettings(top=1, repeats=5)}, "up to 6 trainings: the best with 5 other seeds, the winner"),
         (9, {"compare": "none"}, "up to 1 training: the winner"),
         (40, {"compare": "none", "confirm": "none", "retrain": False}, ""),
