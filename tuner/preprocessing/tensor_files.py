@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +175,12 @@ class StoredExamples:
         places = self._find_places(index)
         return self.offsets[places + 1] - self.offsets[places]
 
-    def take(self, index: Tensor, device: torch.device) -> Batch:
+    def take(
+        self, index: Tensor, device: torch.device, tensors: Mapping[str, Tensor] | None = None
+    ) -> Batch:
         """The examples at `index` (int64, (n,)) on `device`.
 
+        `tensors`: the same tensors elsewhere, such as in the memory of a GPU.
         Texts are padded with zeros, to the longest of the batch.
         """
         places = self._find_places(index)
@@ -186,7 +189,7 @@ class StoredExamples:
             tokens = find_tokens(self.offsets, places, max(self.widths.values()))
         x: dict[str, Tensor] = {}
         y: dict[str, Tensor] = {}
-        for name, value in self.tensors.items():
+        for name, value in (self.tensors if tensors is None else tensors).items():
             if tokens is not None and name in self.widths:
                 x[name] = restore_padding(value, tokens, device)
                 continue
@@ -216,10 +219,8 @@ class EntryReader:
         self.examples = StoredExamples(tensors, widths, order, offsets)
 
     def __call__(self, index: Tensor) -> Batch:
-        examples = self.examples
-        if self.resident is not None:
-            examples = replace(examples, tensors=self.resident.tensors)
-        return examples.take(index, self.device)
+        tensors = None if self.resident is None else self.resident.tensors
+        return self.examples.take(index, self.device, tensors)
 
     def is_resident(self) -> bool:
         """Whether the entry is in the memory of the GPU."""

@@ -146,15 +146,20 @@ class BatchFeed:
         A step may be asked for again. The first part of a pass is made by the calling thread: what
         a source does once, such as filling its cache, happens there.
         """
+        if self.thread is None:
+            for batch in self.steps[step]:
+                for index in self.split(batch):
+                    yield index, self._take(index)
+            return
         if not (self.queue and self.queue[0].step == step and self.queue[0].is_first):
             self._forget_made()
             self.upcoming = self._parts_from(step)
             self.queue = deque([next(self.upcoming)])
         while self.queue and self.queue[0].step == step:
             part = self.queue.popleft()
-            batch = self._receive(part)
+            examples = self._receive(part)
             self._look_ahead()
-            yield part.index, batch
+            yield part.index, examples
 
     def _parts_from(self, first: int) -> Iterator[_Part]:
         for step in range(first, len(self.steps)):
