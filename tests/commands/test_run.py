@@ -315,4 +315,5 @@ def test_odd_class_names_reach_the_pictures(name: str, tuner: Tuner, small: Path
             Image.new("RGB", (32, 32), colour).save(small.parent / "photos" / label / f"{i}.png")
     said = tuner("run", small, "data={name: folder, path: photos}", "search.trials=1")
     assert said.code == 0, said.err
-    assert len(list((small.parent / "studies/small/artifacts").iterdir())) == 3
+    kept = len(list((small.parent / "studies/small/artifacts").iterdir()))
+    assert kept in (3, 4)  # curve, matrix, table, and the mistakes where there are any
