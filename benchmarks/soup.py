@@ -25,7 +25,7 @@ import quality_sets
 import yaml
 
 RESULTS = arms.PLOTS / "soup.json"
-SETS = ("clothing-500", "signdigits", "cifar10-500")
+SETS = ("clothing-500", "signdigits-500", "cifar10-500")
 TRIALS, EPOCHS = 8, 4
 SETTINGS = f"{TRIALS} trials of 1 to {EPOCHS} epochs, 96 pixels, all kept; retrain: false"
 

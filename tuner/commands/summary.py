@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from tuner.commands.progress import Progress
 from tuner.commands.trial_line import format_value
-from tuner.config.objective import Direction, metric_label
+from tuner.config.objective import Direction, is_improvement, metric_label
 from tuner.config.run import Run
 from tuner.manifest import PublishedExport, averaged_runs, describe_comparison, describe_soup
 from tuner.search.confirmation import Confirmed
@@ -119,10 +119,10 @@ def default_lines(summary: Summary) -> Iterator[str]:
 
 def compare_with_best(value: float, best: float, direction: Direction) -> str:
     """How far a value is from the best one. The better ones are above it, or below it."""
-    difference, side = best - value, "below"
-    if direction == "minimise":
-        difference, side = value - best, "above"
-    return f"{difference:.4f} {side} the best, on the examples that chose it"
+    worse, better = ("above", "below") if direction == "minimise" else ("below", "above")
+    if is_improvement(value, best, direction):  # the repeats have chosen another trial
+        return f"{abs(best - value):.4f} {better} the winner there, but not in the repeats"
+    return f"{abs(best - value):.4f} {worse} the best, on the examples that chose it"
 
 
 def confirmed_lines(confirmed: Confirmed) -> Iterator[str]:
