@@ -396,13 +396,13 @@ def test_two_coordinators_share_a_study_draw_for_draw(
 def test_22_a_second_tuner_run_joins_and_one_export_comes_out(
     url: str, start: Callable[..., Process]
 ) -> None:
-    words = ("search.trials=6", "search.sampler=random", "search.confirm={top: 1, repeats: 1}")
+    words = ("search.trials=24", "search.sampler=random", "search.confirm={top: 1, repeats: 1}")
     first = start("a", url, *words)
     first.until("#0")
     second = start("b", url, *words)
     assert (first.wait(), second.wait()) == (0, 0), first.said() + second.said()
     assert f"is also being run by pid {first.popen.pid} on host" in "".join(second.lines)
-    assert len(draws(url, "small", 6)) == 6
+    assert len(draws(url, "small", 24)) == 24
     assert all(any(line.startswith("#") for line in p.lines) for p in (first, second))
     exported = [p for p in (first, second) if (p.folder / "studies/small/export").exists()]
     assert len(exported) == 1

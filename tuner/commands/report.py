@@ -1,6 +1,7 @@
 """`tuner report`: what a study asked, found and cost, as one HTML file or as Markdown."""
 
 import base64
+import contextlib
 import shlex
 from datetime import datetime
 from pathlib import Path
@@ -41,7 +42,8 @@ def report_study(studies: Path, name: str | None, out: Path | None, *, markdown:
 def write_report_of(folder: Path, console: Console) -> None:
     """Writes the report of a search that ended; where that fails, the search has still ended."""
     try:
-        path = write_report(open_folder(folder), None, markdown=False)
+        with contextlib.closing(open_folder(folder)) as view:
+            path = write_report(view, None, markdown=False)
     except Exception as error:  # whatever it is, it must not hide what the search found
         reason = (str(error).splitlines() or [""])[0]
         console.warn(f"no report was written: {reason}; `tuner report {folder.name}` tries again")

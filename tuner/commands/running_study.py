@@ -1,5 +1,6 @@
 """`tuner status`, `tuner stop` and `tuner enqueue`: a study that another process runs."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -123,13 +124,19 @@ def stop_study(view: StudyView, *, now: bool) -> None:
             typer.echo(
                 f"asked {coordinator} to stop {when}; waiting (Ctrl-C ends only the waiting)"
             )
-    while set(open_folder(view.folder).coordinators) - set(elsewhere):
+    while set(coordinators_now(view.folder)) - set(elsewhere):
         time.sleep(POLL_SECONDS)
     if elsewhere:
         raise StorageError(
             f"study {view.name!r} is also run by {', '.join(elsewhere)}; run `tuner stop` there"
         )
     typer.echo(f"study {view.name!r} has stopped; the same `tuner run` continues it")
+
+
+def coordinators_now(folder: Path) -> tuple[str, ...]:
+    """The processes that run a study at this moment, in words."""
+    with contextlib.closing(open_folder(folder)) as view:
+        return view.coordinators
 
 
 def _ask_to_stop(coordinator: str, *, now: bool) -> bool:

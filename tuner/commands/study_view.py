@@ -34,13 +34,18 @@ class StudyView:
     """A study at this moment.
 
     `content` is what its space.yaml says, with every default. `coordinators`: the processes that
-    run it now, in words.
+    run it now, in words. `database` is open until `close`, or until the command ends.
     """
 
     folder: Path
     content: Mapping[str, Any]
     study: optuna.Study
     coordinators: tuple[str, ...]
+    database: optuna.storages.BaseStorage
+
+    def close(self) -> None:
+        """Ends the connections to a database server."""
+        storage.close_storage(self.database)
 
     @property
     def name(self) -> str:
@@ -137,7 +142,7 @@ def open_folder(folder: Path) -> StudyView:
     else:
         holder = lock_holder(folder / "lock")
         coordinators = [holder] if holder else []
-    return StudyView(folder, content, study, tuple(coordinators))
+    return StudyView(folder, content, study, tuple(coordinators), database)
 
 
 def lock_holder(path: Path) -> str | None:

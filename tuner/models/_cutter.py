@@ -12,6 +12,7 @@ why.
 """
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -303,7 +304,7 @@ def _make_stage(
 ) -> GraphStage:
     """A stage of `calls`.
 
-    `owned` has the ids of the weights of the stages before it, and gets its own.
+    `owned` has the ids of the modules and weights of the stages before it, and gets its own.
     """
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {}
@@ -315,10 +316,13 @@ def _make_stage(
         ids = set(map(id, _weights(value)))
         if ids and ids <= owned and path not in own:
             shared[path] = value
+        elif not ids and id(value) in owned and path not in own:
+            # such as a dropout that is called twice: each stage has its own mode
+            own[path] = copy.deepcopy(value)
         else:
-            own[path] = value
+            own.setdefault(path, value)
     for value in own.values():
-        owned |= set(map(id, _weights(value)))
+        owned |= {id(value), *map(id, _weights(value))}
     return GraphStage(calls, inputs, outputs, own, shared)
 
 
