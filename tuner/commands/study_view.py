@@ -41,11 +41,11 @@ class StudyView:
     content: Mapping[str, Any]
     study: optuna.Study
     coordinators: tuple[str, ...]
-    database: optuna.storages.BaseStorage
+    database: optuna.storages.RDBStorage
 
     def close(self) -> None:
-        """Ends the connections to a database server."""
-        storage.close_storage(self.database)
+        """Ends the connections to the database."""
+        self.database.engine.dispose()
 
     @property
     def name(self) -> str:
