@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,6 +180,31 @@ def hardware() -> str:
         "OMP_WAIT_POLICY", "as each sets it"
     )  # spinning threads on a crowded machine change everything
     return f"{cores} cores of {model}, load average {os.getloadavg()[0]:.1f} at the start, OMP_WAIT_POLICY {waiting}, {versions}"
+
+
+def measure_missing(
+    args: argparse.Namespace,
+    raw: Path,
+    measure: Callable[[argparse.Namespace, str, int, str], dict[str, Any]],
+) -> dict[str, Any]:
+    """The results in `raw`, after every arm of every set and seed that lacks there was measured.
+
+    The arms of a set and seed run one after another, and the first one rotates from seed to seed. Each result is written at
+    once, so that the next call goes on where this one was stopped. With `--table-only` nothing is measured.
+    """
+    found: dict[str, Any] = {"hardware": hardware(), "rows": []}
+    if raw.exists():
+        found = json.loads(raw.read_text())
+    known = {(row["set"], row["seed"], row["arm"]) for row in found["rows"]}
+    for seed in range(0 if args.table_only else args.seeds):
+        turn = seed % len(args.arms)
+        for name in args.sets:
+            for arm in args.arms[turn:] + args.arms[:turn]:
+                if (name, seed, arm) not in known:
+                    found["rows"].append(measure(args, name, seed, arm))
+                    save(found, raw)
+                    print(json.dumps(found["rows"][-1]), flush=True)
+    return found
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

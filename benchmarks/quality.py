@@ -362,18 +362,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table_only and (args.data is None or args.weights is None):
         parser.error("DATA and --weights are needed, unless --table-only")
-    found: dict[str, Any] = {"hardware": arms.hardware(), "rows": []}
-    if RAW.exists():
-        found = json.loads(RAW.read_text())
-    known = {(row["set"], row["seed"], row["arm"]) for row in found["rows"]}
-    for seed in range(0 if args.table_only else args.seeds):
-        turn = seed % len(args.arms)
-        for name in args.sets:
-            for arm in args.arms[turn:] + args.arms[:turn]:
-                if (name, seed, arm) not in known:
-                    found["rows"].append(measure(args, name, seed, arm))
-                    arms.save(found, RAW)
-                    print(json.dumps(found["rows"][-1]), flush=True)
+    found = arms.measure_missing(args, RAW, measure)
     print_table(found)
     plot(found)
 

@@ -31,7 +31,7 @@ SETTINGS = f"{TRIALS} trials of 1 to {EPOCHS} epochs, 96 pixels, all kept; retra
 
 
 def write_space(args: argparse.Namespace, images: Path, seed: int, file: Path) -> None:
-    """The space file of one search. `limit` is for the sign digits, which are more than 500."""
+    """The space file of one search."""
     tree = {
         "task": "classification",
         "data": {"name": "folder", "path": str(images), "size": 96, "resize": 110},
@@ -74,11 +74,10 @@ def measure(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     """Test scores of winner and soup of one search."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folder = Path(scratch)
-        sizes = quality_sets.make_set(name, args.data, folder / "images", seed)
+        quality_sets.make_set(name, args.data, folder / "images", seed)
         write_space(args, folder / "images", seed, folder / "space.yaml")
-        limit = (f"data.limit={args.limit}",) if sizes["train"] > args.limit else ()
-        winner, search_seconds = run_tuner(folder, *limit)
-        soup, soup_seconds = run_tuner(folder, *limit, "search.soup=greedy")
+        winner, search_seconds = run_tuner(folder)
+        soup, soup_seconds = run_tuner(folder, "search.soup=greedy")
     findings = soup["soup"] or {"taken": False, "tried": []}
     return {
         "set": name,
@@ -150,7 +149,6 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--limit", type=int, default=500, help="training images of a larger set")
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
@@ -166,7 +164,10 @@ def main() -> None:
                 results["rows"].append(measure(args, name, seed))
                 arms.save(results, RESULTS)
                 print(json.dumps(results["rows"][-1]), flush=True)
-    print_table(results)
+    if results["rows"]:
+        print_table(results)
+    else:
+        print("nothing is measured yet")
 
 
 if __name__ == "__main__":
