@@ -43,11 +43,21 @@ def test_a_trial_of_folds_has_seen_all_but_one() -> None:
     assert (run.recipe.epochs, run.recipe.stop_epoch) == (6, 6)
 
 
-def test_without_retraining_the_run_is_the_trials() -> None:
-    run = trial_run(epochs=8)
-    exported, weights = choose_export(False, run, 5, Path("best"), 0.5)
-    assert (exported.recipe.epochs, exported.recipe.stop_epoch, weights) == (8, 5, Path("best"))
-    assert exported.recipe.fit == "train"
+@pytest.mark.parametrize(
+    ("retrain", "expected"),
+    [(False, ("train", 8, 5, Path("best"))), (True, ("train+valid", 4, 2, None))],
+)
+def test_a_trial_is_exported_as_it_was_or_retrained(
+    retrain: bool, expected: tuple[str, int, int, Path | None]
+) -> None:
+    study = optuna.create_study()
+    history.keep_split_sizes(study, 100, 100)
+    trial = optuna.trial.create_trial(value=0.5, user_attrs={history.BEST_EPOCH: 5})
+    exported, weights = choose_export(
+        study, trial, trial_run(epochs=8), Path("best"), retrain=retrain
+    )
+    recipe = exported.recipe
+    assert (recipe.fit, recipe.epochs, recipe.stop_epoch, weights) == expected
 
 
 def test_a_study_knows_its_sizes_unless_it_began_in_an_earlier_version() -> None:

@@ -24,6 +24,7 @@ from tuner.models import smp as ours
 from tuner.models import torchvision_segmentation
 from tuner.training.building import build_model, build_task
 from tuner.training.devices import DeviceContext, select_device
+from tuner.training.optimizers import make_optimizer
 from tuner.training.preparation import prepare_training
 from tuner.training.training_loop import fit
 
@@ -161,7 +162,11 @@ def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
     batches[0][1][:, :8] = 255
     theirs, mine = [], []
     model = built("fcn_resnet50").model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    groups = [
+        {"params": [*model.backbone.parameters(), *model.classifier.parameters()]},
+        {"params": model.aux_classifier.parameters(), "lr": 0.01 * 10},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=1e-4)
     for step, (image, target) in enumerate(batches):
         torch.manual_seed(step)
         output = model(image)
@@ -178,7 +183,8 @@ def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
     _, net = staged.split(0)
     net.train()
     task = build_task(run_of("fcn_resnet50"), ("a", "b", "c"))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    published = torchvision_segmentation.RECIPES["segmentation"] | {"decay_norms": True}
+    optimizer = make_optimizer(net, Recipe(**published))
     for step, (image, target) in enumerate(batches):
         torch.manual_seed(step)
         loss = task.loss(net, Batch(image, target))

@@ -62,21 +62,17 @@ def export_trial(
             pruner=PRUNERS["none"](1),
         )
         chosen = _choose_trial(study, space, trial)
-        found, epoch = (
-            history.run_of_trial(space, study, chosen),
-            chosen.user_attrs[history.BEST_EPOCH],
-        )
         left = checkpoint_files.find_best_weights(
             folder
             / checkpoint_files.CHECKPOINTS_FOLDER
             / str(history.proposal_numbers(study)[chosen.number])
         )
         run, weights = choose_export(
-            trial is not None or space.settings.search.retrain,
-            found,
-            epoch,
+            study,
+            chosen,
+            history.run_of_trial(space, study, chosen),
             left,
-            history.train_share(study),
+            retrain=trial is not None or space.settings.search.retrain,
         )
         outputs = choose_outputs(space.settings.search, chosen)
         candidates = soup_candidates(space, study, folder, chosen) if trial is None else None

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from optuna import Study
 from optuna.trial import FrozenTrial
 
 from tuner.config.run import Run, SearchSettings
@@ -37,15 +38,23 @@ def retrained_run(run: Run, epoch: int, train_share: float) -> Run:
 
 
 def choose_export(
-    retrain: bool, run: Run, epoch: int, weights: Path | None, train_share: float
+    study: Study, trial: FrozenTrial, run: Run, weights: Path | None, *, retrain: bool
 ) -> tuple[Run, Path | None]:
     """What is exported of a trial: a run, and the weights if it is not retrained.
 
     With `retrain` the run is trained again on train and validation examples. Without it, the run is
-    as its trial was, and `weights` are those that the trial left.
+    as its trial was.
+
+    Args:
+        study: The study of the trial.
+        trial: A completed trial.
+        run: The run that the trial carried out.
+        weights: The weights of its best epoch that the trial left, if they are kept.
+        retrain: Whether it is trained again.
     """
+    epoch = trial.user_attrs[history.BEST_EPOCH]
     if retrain:
-        return retrained_run(run, epoch, train_share), None
+        return retrained_run(run, epoch, history.train_share(study)), None
     return run_to_best_epoch(run, epoch), weights
 
 

@@ -182,13 +182,13 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
     session, coordinator, folder = ended.session, ended.coordinator, ended.folder
     winner, settings = summary.winner, session.settings
     run, weights = choose_export(
-        settings.search.retrain,
+        coordinator.study,
+        winner,
         trial_run,
-        winner.user_attrs[history.BEST_EPOCH],
         coordinator.retention.best_weights_of(
             history.proposal_numbers(coordinator.study)[winner.number]
         ),
-        history.train_share(coordinator.study),
+        retrain=settings.search.retrain,
     )
     outputs = choose_outputs(settings.search, winner)
     confirmation = summary.confirmed.to_dict(summary.metric) if summary.confirmed else None
@@ -323,13 +323,13 @@ def compare_with_default(
     if default.number == winner.number and not is_soup:
         return DefaultComparison(default.number, None, seed)
     run, weights = choose_export(
-        session.settings.search.retrain,
+        coordinator.study,
+        default,
         history.run_of_trial(session.space, coordinator.study, default),
-        default.user_attrs[history.BEST_EPOCH],
         coordinator.retention.best_weights_of(
             history.proposal_numbers(coordinator.study)[default.number]
         ),
-        history.train_share(coordinator.study),
+        retrain=session.settings.search.retrain,
     )
     outputs = choose_outputs(session.settings.search, default)
     wanted = {

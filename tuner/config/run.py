@@ -46,6 +46,13 @@ class Recipe(Section):
         description="factor of lr for the backbone: the stages before the neck of a detector, "
         "otherwise all stages but the last",
     )
+    auxiliary_lr: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="factor of lr for the auxiliary classifier of a segmenter, which is trained "
+        "with it and left out of its predictions",
+    )
     layer_decay: float = Field(
         1.0,
         gt=0,

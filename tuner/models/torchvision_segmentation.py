@@ -37,11 +37,13 @@ NAMES = (
     "lraspp_mobilenet_v3_large",
 )
 # torchvision's references/segmentation/train.py: SGD, lr 0.01, momentum 0.9, weight decay 1e-4,
-# batch 8, 30 epochs, lr falling to 0 as (1 - step / steps) ** 0.9
+# batch 8, 30 epochs, lr falling to 0 as (1 - step / steps) ** 0.9, and ten times the rate for the
+# auxiliary classifier
 RECIPES = {
     "segmentation": {
         "optimizer": "sgd",
         "lr": 0.01,
+        "auxiliary_lr": 10.0,
         "momentum": 0.9,
         "weight_decay": 1e-4,
         "batch_size": 8,

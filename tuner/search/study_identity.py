@@ -16,6 +16,7 @@ LOCATIONS = ("data.path", "data.images")
 BEFORE_THE_KEY: dict[str, Any] = {
     "recipe.head_lr": 1.0,
     "recipe.backbone_lr": 1.0,
+    "recipe.auxiliary_lr": 1.0,
     "recipe.layer_decay": 1.0,
     "recipe.decay_norms": True,
     "recipe.ema": 0.0,

@@ -128,11 +128,14 @@ def parameter_groups(
     """The parameters of `net` in groups of equal rate and weight decay, for torch.optim.
 
     Without rates by stage and without weight decay there is one group. A parameter that several
-    stages share belongs to the first of them.
+    stages share belongs to the first of them. The module `auxiliary` of a stage is an auxiliary
+    classifier (torchvision's FCN and DeepLabV3 have one in their head).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         rate = stage_rates.get(name.partition(".")[0], 1.0)
+        if ".auxiliary." in name:
+            rate *= recipe.auxiliary_lr
         decay = recipe.weight_decay
         if not recipe.decay_norms and not is_decayed(name, parameter):
             decay = 0.0
