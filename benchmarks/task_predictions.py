@@ -55,7 +55,8 @@ def write_masks(export: Path, folder: Path, out: Path) -> None:
     from tuner.training import inference
 
     published = inference.find_export(export.parent, str(export))
-    function, _, input_spec = inference.open_predictor(published, "safetensors", trust=False)
+    predictor = inference.open_predictor(published, "safetensors", "cpu")
+    function, input_spec = predictor.function, predictor.input_spec
     assert isinstance(input_spec, ImageInputSpec)
     out.mkdir()
     files = [file for file, _ in task_sets.list_masks(folder, "test")]

@@ -33,6 +33,7 @@ ORDER = [
     "training",
     "dashboard",
     "commands",
+    "study",
     "cli",
     "api",  # so that nothing of tuner imports it
     "__init__",

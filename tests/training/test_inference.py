@@ -17,9 +17,10 @@ from tuner.core.export_module import ExportModule
 from tuner.data import synthetic
 from tuner.errors import DataError, SpaceError, StorageError
 from tuner.manifest import PublishedExport
+from tuner.preprocessing.example_files import find_images
 from tuner.training import exported_models, publishing
 from tuner.training.building import input_spec_of
-from tuner.training.inference import NamedPrediction, find_export, find_images, predict_examples
+from tuner.training.inference import NamedPrediction, find_export, predict_examples
 
 Tuner = Callable[..., CommandResult]
 SPACE = """
@@ -144,11 +145,11 @@ def test_a_pattern_without_an_image(
         find_images([pattern])
 
 
-def test_a_batch_is_no_limit(studies: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_no_limit(studies: Path, photos: Path) -> None:
     published = find_export(studies, "stripes")
     together = list(predict_examples(published, [str(photos)]))
-    monkeypatch.setattr("tuner.training.inference.BATCH_SIZE", 1)
-    for a, b in zip(predict_examples(published, [str(photos)]), together, strict=True):
+    alone = predict_examples(published, [str(photos)], batch_size=1)
+    for a, b in zip(alone, together, strict=True):
         assert isinstance(a, NamedPrediction) and isinstance(b, NamedPrediction)
         assert (a.name, list(a.prediction.values["classes"])) == (
             b.name,

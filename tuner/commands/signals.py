@@ -5,6 +5,7 @@ Nobody repeats a SIGTERM or a SIGHUP, so after one of these a time of grace repl
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -60,9 +61,13 @@ class StopSignal:
 def handle_signals(grace: float, *, interrupts_at_once: bool = False) -> Iterator[StopSignal]:
     """Installs, for the length of the block, handlers that only set a flag.
 
-    A SIGHUP that `nohup` has made ignored stays ignored.
+    A SIGHUP that `nohup` has made ignored stays ignored. Outside the main thread, where Python lets
+    nobody install handlers, nothing is installed.
     """
     stop = StopSignal(grace, interrupts_at_once)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
     before = {
         number: signal.signal(number, stop)
         for number in HEARD

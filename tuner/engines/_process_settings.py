@@ -8,7 +8,9 @@ import ctypes
 import math
 import os
 import signal
+import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +70,21 @@ def safe_path() -> Iterator[None]:
         yield
     finally:
         del os.environ[SAFE_PATH]
+
+
+@contextlib.contextmanager
+def without_main_module() -> Iterator[None]:
+    """Keep a Python that multiprocessing starts in this block from running the main script again.
+
+    What it carries out is named by modules of their own. A user's script that calls `tuner.run` at
+    its top would otherwise start itself in each worker.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def forget_safe_path() -> None:

@@ -208,7 +208,7 @@ def start_worker(slot: int, heartbeat: float) -> Worker:
     process = context.Process(
         target=run_worker, args=(theirs, slot, heartbeat), name=f"tuner-worker-{slot}", daemon=True
     )
-    with _process_settings.safe_path():
+    with _process_settings.safe_path(), _process_settings.without_main_module():
         process.start()
     theirs.close()
     return Worker(process, ours, slot)

@@ -48,6 +48,8 @@ RESAMPLING_FILTERS = {
 Pixels = NDArray[np.uint8]
 PathOrPixels = Path | Pixels
 """A file, or an array (h, w) or (h, w, 3) of uint8."""
+Picture = PathOrPixels | Image.Image
+"""An image in any of the forms that `tuner.load` takes."""
 
 # what Pillow raises for damaged files, beside its own OSError
 DECODE_ERRORS = (
@@ -65,16 +67,25 @@ DECODE_ERRORS = (
 )
 
 
-def try_decode(picture: PathOrPixels, image_spec: ImageInputSpec) -> Pixels | str:
+def try_decode(
+    picture: Picture, image_spec: ImageInputSpec, name: str | None = None
+) -> Pixels | str:
     """The decoded image, or one line that names it and says what is wrong with it."""
     try:
         return decode(picture, image_spec)
     except DECODE_ERRORS as error:
-        name = str(picture) if isinstance(picture, Path) else f"array of shape {picture.shape}"
-        return f"{name}: {describe_decode_error(error, picture)}"
+        return f"{name or _name_of(picture)}: {describe_decode_error(error, picture)}"
 
 
-def describe_decode_error(error: BaseException, picture: PathOrPixels) -> str:
+def _name_of(picture: Picture) -> str:
+    if isinstance(picture, Path):
+        return str(picture)
+    if isinstance(picture, Image.Image):
+        return f"image of {picture.width} x {picture.height} pixels"
+    return f"array of shape {picture.shape}"
+
+
+def describe_decode_error(error: BaseException, picture: Picture) -> str:
     """Why an image cannot be read, without its name."""
     if isinstance(error, OSError):
         return error.strerror or str(error).replace(repr(str(picture)), "its content")
@@ -92,7 +103,7 @@ def silence_pillow() -> Iterator[None]:
         yield
 
 
-def decode(picture: PathOrPixels, image_spec: ImageInputSpec) -> Pixels:
+def decode(picture: Picture, image_spec: ImageInputSpec) -> Pixels:
     """Decode an image to its canvas: uint8 (3, size, size). Raises one of DECODE_ERRORS."""
     with _open_image(picture) as image:
         # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time;
@@ -102,13 +113,15 @@ def decode(picture: PathOrPixels, image_spec: ImageInputSpec) -> Pixels:
         return np.asarray(fit_to_canvas(upright, image_spec)).transpose(2, 0, 1)
 
 
-def _open_image(picture: PathOrPixels) -> Image.Image:
+def _open_image(picture: Picture) -> Image.Image:
     """The image with its pixels not decoded yet. Raises ValueError if they are too many."""
-    image: Image.Image = (
-        Image.open(picture, formats=FORMATS)
-        if isinstance(picture, Path)
-        else Image.fromarray(picture)
-    )
+    image: Image.Image
+    if isinstance(picture, Image.Image):
+        image = picture.copy()  # what is opened here is closed, and the caller's stays open
+    elif isinstance(picture, Path):
+        image = Image.open(picture, formats=FORMATS)
+    else:
+        image = Image.fromarray(picture)
     # the size is from the header, and no memory for the pixels is allocated yet
     if image.width * image.height > MAX_PIXELS:
         image.close()
@@ -176,7 +189,7 @@ def fit_to_canvas(
     return canvas
 
 
-def load_upright(picture: PathOrPixels) -> Image.Image:
+def load_upright(picture: Picture) -> Image.Image:
     """The whole image in RGB. Raises one of DECODE_ERRORS."""
     with _open_image(picture) as image:
         return _to_rgb(ImageOps.exif_transpose(image))

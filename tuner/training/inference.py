@@ -1,8 +1,8 @@
 """Predictions by an export, for images, folders of images and globs, or for texts."""
 
-import glob
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,21 @@ from tuner.core.input_spec import (
 )
 from tuner.core.output_modules import average_with_mirror, require_flips
 from tuner.core.types import Prediction, Task
-from tuner.errors import DataError, SpaceError, nearest_hint, suggest_names
+from tuner.errors import DataError, SpaceError, suggest_names
 from tuner.files.atomic import disk_errors
 from tuner.files.removal import MANIFEST
 from tuner.manifest import PublishedExport, read_export, replaced
-from tuner.preprocessing.image_decoding import SUFFIXES, load_upright, silence_pillow, try_decode
+from tuner.preprocessing.example_files import find_images, read_texts
+from tuner.preprocessing.image_decoding import (
+    Picture,
+    load_upright,
+    silence_pillow,
+    try_decode,
+)
 from tuner.training.building import build_task
 from tuner.training.exported_models import open_export, select_prediction_device
 
-BATCH_SIZE = 16
+BATCH_SIZE = 16  # examples
 PREFERRED_FORMATS = ("safetensors", "torch_export", "onnx")
 
 
@@ -64,41 +70,6 @@ def find_export(studies: Path, name: str) -> PublishedExport:
     )
 
 
-def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The images that paths, folders and globs name, in order, each once.
-
-    Raises:
-        DataError: A pattern names no image.
-    """
-    images: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        # an existing path is no glob, because its name may contain glob characters
-        if os.path.lexists(path):
-            matches = _images_below(path) if path.is_dir() else [path]
-        else:
-            matches = _images_of_glob(pattern)
-        if not matches:
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise DataError(f"{pattern}: no image there{nearest_hint(path.name, siblings)}")
-        images |= dict.fromkeys(matches)
-    return list(images)
-
-
-def _images_of_glob(pattern: str) -> list[Path]:
-    """The images that a glob matches, and those in folders that it matches; all files where none is
-    an image.
-    """
-    matches: list[Path] = []
-    for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
-        matches += _images_below(path) if path.is_dir() else [path]
-    return [path for path in matches if path.suffix.lower() in SUFFIXES] or matches
-
-
-def _images_below(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
-
-
 def predict_examples(
     published: PublishedExport,
     examples: Sequence[str],
@@ -107,8 +78,9 @@ def predict_examples(
     *,
     trust: bool = False,
     flips: bool | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> Iterator[NamedPrediction | str]:
-    """Predicts images or texts by an export.
+    """Predicts images or texts by an export, a batch at a time.
 
     Args:
         published: The export.
@@ -118,6 +90,7 @@ def predict_examples(
         trust: Whether code that the export names may be imported and run.
         flips: Whether the outputs for each image and its mirror image are averaged; None: as the
             export was tested.
+        batch_size: How many examples are in memory at a time.
 
     Yields:
         A prediction for each example, or a sentence about an example that cannot be read.
@@ -128,27 +101,53 @@ def predict_examples(
         StorageError: There is no such device.
         DataError: An example does not exist.
     """
-    exports = published.manifest["exports"]
-    available = [name for name in PREFERRED_FORMATS if name in exports] or list(exports)
-    chosen = export_format or available[0]
-    function, task, input_spec = open_predictor(
-        published, chosen, select_prediction_device(device, chosen), trust=trust
-    )
-    if flips or (flips is None and published.manifest.get("test_flips")):
-        require_flips(task, "--flips")
-        function = average_with_mirror(function, task.mirror_output)
-    if isinstance(input_spec, TextInputSpec):
-        kind, batches = "text", encode_text_batches(read_texts(examples), input_spec)
-    else:
-        kind, batches = "image", read_image_batches(find_images(examples), input_spec)
-    for batch in batches:
-        yield from batch.problems
+    predictor = open_predictor(published, export_format, device, trust=trust, flips=flips)
+    sources = read_texts(examples) if predictor.takes_texts else find_images(examples)
+    return predictor.predict_all(sources, batch_size)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """An opened export: a function from examples as an export takes them to the model's output,
+    with the task that reads the output. `device` is where it computes.
+    """
+
+    published: PublishedExport
+    function: Callable[[TensorTree], TensorTree]
+    task: Task
+    input_spec: InputSpec
+    device: torch.device
+
+    @property
+    def takes_texts(self) -> bool:
+        return isinstance(self.input_spec, TextInputSpec)
+
+    def predict_all(
+        self, examples: Iterable[Any], batch_size: int = BATCH_SIZE
+    ) -> Iterator[NamedPrediction | str]:
+        """A prediction for each example, or a sentence about one that cannot be read.
+
+        Examples are texts; or images as paths, PIL images, or arrays (h, w, 3) of uint8.
+        """
+        kind = "text" if self.takes_texts else "image"
+        for batch in self.batches(examples, batch_size):
+            yield from batch.problems
+            for name, prediction in zip(batch.names, self.predict_batch(batch), strict=True):
+                yield NamedPrediction(kind, name, prediction)
+
+    def batches(self, examples: Iterable[Any], batch_size: int) -> Iterator["ExampleBatch"]:
+        """The examples in batches, prepared as the model's weights need them."""
+        if isinstance(self.input_spec, TextInputSpec):
+            return encode_text_batches(examples, self.input_spec, batch_size)
+        return read_image_batches(examples, self.input_spec, batch_size)
+
+    def predict_batch(self, batch: "ExampleBatch") -> list[Prediction]:
         if not batch.names:
-            continue
+            return []
         with torch.no_grad():
-            predictions = task.describe_predictions(function, batch.x, batch.originals, input_spec)
-        for name, prediction in zip(batch.names, predictions, strict=True):
-            yield NamedPrediction(kind, name, prediction)
+            return self.task.describe_predictions(
+                self.function, batch.x, batch.originals, self.input_spec
+            )
 
 
 def require_format(published: PublishedExport, export_format: str) -> None:
@@ -174,19 +173,28 @@ def refuse_code(published: PublishedExport, export_format: str) -> None:
 
 
 def open_predictor(
-    published: PublishedExport, export_format: str, device: torch.device, *, trust: bool
-) -> tuple[Callable[[TensorTree], TensorTree], Task, InputSpec]:
-    """The export as a function, its task and its input spec.
+    published: PublishedExport,
+    export_format: str | None = None,
+    device: str = "auto",
+    *,
+    trust: bool = False,
+    flips: bool | None = None,
+) -> Predictor:
+    """Opens an export for predictions; the arguments are those of `predict_examples`.
 
     Another process may replace the export while it is opened; then the new export is opened.
     """
     while True:
-        require_format(published, export_format)
+        exports = published.manifest["exports"]
+        available = [name for name in PREFERRED_FORMATS if name in exports] or list(exports)
+        chosen = export_format or available[0]
+        target = select_prediction_device(device, chosen)
+        require_format(published, chosen)
         if not trust:
-            refuse_code(published, export_format)
+            refuse_code(published, chosen)
         try:
             with plugins.installed_only():
-                function = open_export(published, export_format, device)
+                function = open_export(published, chosen, target)
                 task = build_task(published.run, tuple(published.manifest["classes"]))
             input_spec = input_spec_from_dict(published.manifest["preprocess"], published.folder)
         except Exception:  # anything can fail where files of two exports are mixed
@@ -196,8 +204,12 @@ def open_predictor(
         else:
             newer = find_replacement(published)
             if newer is None:
-                return function, task, input_spec
+                break
         published = newer
+    if flips or (flips is None and published.manifest.get("test_flips")):
+        require_flips(task, "--flips")
+        function = average_with_mirror(function, task.mirror_output)
+    return Predictor(published, function, task, input_spec, target)
 
 
 def find_replacement(published: PublishedExport) -> PublishedExport | None:
@@ -215,52 +227,37 @@ class ExampleBatch:
     problems: list[str]
 
 
-def read_image_batches(paths: Sequence[Path], input_spec: InputSpec) -> Iterator[ExampleBatch]:
-    """The images in batches of BATCH_SIZE."""
+def read_image_batches(
+    images: Iterable[Picture], input_spec: InputSpec, batch_size: int = BATCH_SIZE
+) -> Iterator[ExampleBatch]:
+    """The images in batches; those without a path are called `image 0`, `image 1`, …"""
     assert isinstance(input_spec, ImageInputSpec)
-    for start in range(0, len(paths), BATCH_SIZE):
+    numbered = enumerate(images)
+    while chunk := list(itertools.islice(numbered, batch_size)):
         batch = ExampleBatch([], torch.empty(0), [], [])
         pixels = []
         with silence_pillow():
-            for path in paths[start : start + BATCH_SIZE]:
-                image = try_decode(path, input_spec)
-                if isinstance(image, str):
-                    batch.problems.append(image)
+            for number, image in chunk:
+                name = str(image) if isinstance(image, Path) else f"image {number}"
+                decoded = try_decode(image, input_spec, name)
+                if isinstance(decoded, str):
+                    batch.problems.append(decoded)
                 else:
-                    batch.names.append(str(path))
-                    pixels.append(image)
-                    batch.originals.append(load_upright(path))
+                    batch.names.append(name)
+                    pixels.append(decoded)
+                    batch.originals.append(load_upright(image))
         x = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
         yield replace(batch, x=input_spec.to_export_input(x))
 
 
-def read_texts(examples: Sequence[str]) -> list[str]:
-    """The texts: each example is a text, or a file with one text a line.
-
-    Raises DataError on a file that is no text.
-    """
-    texts: list[str] = []
-    for example in examples:
-        if not os.path.isfile(example):
-            texts.append(example)
-            continue
-        try:
-            lines = Path(example).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise DataError(
-                f"{example}: not a text file in UTF-8; give a file with one text a line, or the "
-                "text itself"
-            ) from None
-        texts += [line for line in lines if line.strip()]
-    return texts
-
-
-def encode_text_batches(texts: Sequence[str], input_spec: TextInputSpec) -> Iterator[ExampleBatch]:
-    """The texts in batches of BATCH_SIZE."""
+def encode_text_batches(
+    texts: Iterable[str], input_spec: TextInputSpec, batch_size: int = BATCH_SIZE
+) -> Iterator[ExampleBatch]:
+    """The texts in batches."""
     from tuner.preprocessing.tokenization import encode_texts
 
-    for start in range(0, len(texts), BATCH_SIZE):
-        chunk = list(texts[start : start + BATCH_SIZE])
+    remaining = iter(texts)
+    while chunk := list(itertools.islice(remaining, batch_size)):
         yield ExampleBatch(chunk, encode_texts(input_spec, chunk), list(chunk), [])
 
 
