@@ -15,6 +15,11 @@ import pytest
 
 from tests.helpers import postgres_server
 
+# The suites start hundreds of processes. Each would compile all modules anew where compiled ones must
+# not be written.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Before torch is loaded. A thread per core in each of several test processes at once would slow all of them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
