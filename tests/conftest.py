@@ -1,6 +1,7 @@
 """What several test files need: a home of their own, small real spaces, and the command line called in this process."""
 
 import contextlib
+import gc
 import os
 import resource
 import shutil
@@ -65,6 +66,14 @@ def limit_file_size(size: int) -> Iterator[None]:
 def pytest_xdist_auto_num_workers() -> int:
     """`pytest -n auto`: a process per core, but no more than 4, as each takes up to 2 GB of memory."""
     return min(4, len(os.sched_getaffinity(0)))
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and the modules of torch stay: nobody needs to look for garbage in them again and again."""
+    import hypothesis  # noqa: F401 - when it is loaded, it asks the collector who refers to what
+
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
