@@ -4,7 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tuner.config import plugins
+from tuner.config.run import Recipe
 from tuner.core.losses import class_cross_entropy, mean_cross_entropy, weights_of_classes
+from tuner.core.types import Batch
+from tuner.training.linear_probe import LayerExamples, solve_output_layer
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -107,3 +111,22 @@ def test_the_weighted_loss_of_a_batch_in_parts_is_that_of_the_whole_batch() -> N
         class_cross_entropy(logits[i : i + 4], targets[i : i + 4], 0.1, **keys) for i in (0, 4, 8)
     ]  # type: ignore[arg-type]
     assert torch.allclose(whole, torch.stack(parts).mean())
+
+
+def test_the_weights_of_examples_count_in_the_loss_of_a_classifier_and_in_its_probe() -> None:
+    logits, targets = some_examples()
+    weights = torch.rand(len(targets)) * 2
+    task = plugins.load_plugin("task", "classification")(("a", "b", "c"), Recipe())
+    y = {"target": targets, "example_weight": weights}
+    loss = task.loss(torch.nn.Identity(), Batch(logits, y))
+    each = F.cross_entropy(logits, targets, reduction="none")
+    assert torch.allclose(loss, (each * weights).sum() / len(targets))
+    logits = logits.detach()
+    kept = targets != 0  # examples that weigh nothing are as good as absent
+    layers = [torch.nn.Linear(3, 3) for _ in range(2)]
+    weighted = {"target": targets, "example_weight": kept.float()}
+    judged = LayerExamples(logits, targets)
+    solve_output_layer(layers[0], task.loss, LayerExamples(logits, weighted), judged)
+    solve_output_layer(layers[1], task.loss, LayerExamples(logits, targets), judged)
+    shares = [layer(logits).softmax(1)[:, 0].mean() for layer in layers]
+    assert shares[0] < 0.1 < shares[1]

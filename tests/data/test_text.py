@@ -40,7 +40,7 @@ def load(
     **keys: Any,
 ) -> Dataset:
     return text.load(
-        path.parent / "home", wanted, task, path=str(path), split=split or SplitOptions(), **keys
+        path.parent / "home", wanted, task, path=str(path), options=split or SplitOptions(), **keys
     )
 
 
@@ -200,7 +200,7 @@ def test_a_text_over_several_lines_keeps_its_first_lines_number(tmp_path: Path) 
             "text,label\n" + "".join(f"t{i},{i}\n" for i in range(50)),
             "m.csv",
             {},
-            "50 different labels of 50 texts; is it the right column",
+            "50 different labels of 50 examples; is it the right column",
         ),
         (
             "text,label\na,x\nb,y\nc,x\nd,y\n",
@@ -231,7 +231,7 @@ def test_places_that_are_not_there(wanted: TextInputSpec, tmp_path: Path) -> Non
     ):
         load(wanted, tmp_path)
     with pytest.raises(SpaceError, match="these are texts, but the model wants images"):
-        text.load(tmp_path, IMAGENET_SPEC, "text_classification", path="x", split=SplitOptions())
+        text.load(tmp_path, IMAGENET_SPEC, "text_classification", path="x", options=SplitOptions())
 
 
 def test_a_folder_of_parts_is_taken_as_it_is(wanted: TextInputSpec, tmp_path: Path) -> None:

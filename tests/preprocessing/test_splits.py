@@ -1,5 +1,7 @@
 """Splits are disjoint, cover everything, keep the classes' proportions, and follow the seed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -168,3 +170,63 @@ def test_impossible_folds_are_refused(options: dict[str, int], message: str) -> 
     with pytest.raises(DataError) as error:
         assign_and_limit_splits(items([10, 8]), ImageOptions(test=0.25, **options))
     assert str(error.value) == message
+
+
+# -- groups and sets of labels
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(6, 60), st.integers(0, 10_000), st.booleans())
+def test_units_are_dealt_undivided_and_every_stratum_in_proportion(
+    units: int, seed: int, multiple: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    sizes = random.integers(1, 6, units)
+    rows = np.repeat(np.arange(units), sizes)
+    labels = random.integers(0, 3, len(rows))
+    labels[:3] = range(3)
+    memberships = random.random((len(rows), 3)) < 0.3 if multiple else None
+    found = assign_splits(
+        Items(
+            list(rows), labels, ("a", "b", "c"), np.full(len(rows), UNSPLIT),
+            memberships, groups=rows, group_names=tuple(map(str, range(units))),
+        ),
+        ImageOptions(valid=0.2, test=0.2),
+    )  # fmt: skip
+    splits_of = [set(found.split[rows == unit].tolist()) for unit in range(units)]
+    assert all(len(splits) == 1 for splits in splits_of)
+    assert set().union(*splits_of) == {TRAIN, VALID, TEST}
+    each = np.eye(3, dtype=bool)[labels] if memberships is None else memberships
+    for part, share in ((TRAIN, 0.6), (VALID, 0.2), (TEST, 0.2)):
+        wanted = share * each.sum(0)
+        # as near as the largest group lets it be
+        assert (np.abs(each[found.split == part].sum(0) - wanted) <= 3 * sizes.max()).all()
+
+
+def test_rare_labels_of_sets_are_divided_as_common_ones_are() -> None:
+    random = np.random.default_rng(0)
+    memberships = random.random((400, 6)) < np.array([0.5, 0.3, 0.2, 0.1, 0.05, 0.03])
+    plain = Items(list(range(400)), np.zeros(400, np.int64), tuple("abcdef"), np.full(400, UNSPLIT))
+    found = assign_splits(
+        replace(plain, memberships=memberships), ImageOptions(valid=0.2, test=0.2)
+    )
+    shares = memberships[found.split == VALID].sum(0) / memberships.sum(0)
+    assert (np.abs(shares - 0.2) < 0.06).all()
+    singly = assign_splits(plain, ImageOptions(valid=0.2, test=0.2))
+    drawn = memberships[singly.split == VALID].sum(0) / memberships.sum(0)
+    assert np.abs(drawn - 0.2).max() > np.abs(shares - 0.2).max()
+
+
+def test_folds_of_groups_hold_each_group_out_once() -> None:
+    rows = np.repeat(np.arange(20), 3)
+    grouped = Items(
+        list(rows), np.tile([0, 1, 1], 20), ("a", "b"), np.full(60, TRAIN),
+        groups=rows, group_names=tuple(map(str, range(20))),
+    )  # fmt: skip
+    held = []
+    for fold in range(4):
+        found = assign_and_limit_splits(grouped, ImageOptions(folds=4, fold=fold))
+        valid = set(rows[: len(found.split)][found.split == VALID].tolist())
+        assert not valid & set(np.array(found.examples)[found.split == TRAIN].tolist())
+        held += [int(i) for i in np.unique(np.array(found.examples)[found.split == VALID])]
+    assert len(held) == len(set(held))

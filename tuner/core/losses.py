@@ -75,8 +75,9 @@ def class_cross_entropy(
     label_smoothing: float = 0.0,
     class_weights: Tensor | None = None,
     focal_gamma: float = 0.0,
+    example_weights: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy, mean over the examples; PyTorch's own without the last two arguments.
+    """Cross-entropy, mean over the examples; PyTorch's own without the last three arguments.
 
     The mean is over examples and not over weights, so that a batch in parts has the gradient of the
     whole batch.
@@ -89,11 +90,12 @@ def class_cross_entropy(
         focal_gamma: each example is weighed by (1 - probability of its class) to this power, so
             that hard examples count more (Lin et al., Focal Loss for Dense Object Detection, ICCV
             2017); 0: all examples count alike.
+        example_weights: float (n,), how much each example counts beside that; None: all alike.
 
     Returns:
         float, a scalar.
     """
-    if class_weights is None and focal_gamma == 0:
+    if class_weights is None and focal_gamma == 0 and example_weights is None:
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
     if focal_gamma > 0:
@@ -101,4 +103,17 @@ def class_cross_entropy(
         losses = losses * miss.clamp_min(MIN_MISS) ** focal_gamma
     if class_weights is not None:
         losses = losses * class_weights[targets]
-    return losses.mean()
+    return weighted_mean(losses, example_weights)
+
+
+def weighted_mean(losses: Tensor, example_weights: Tensor | None) -> Tensor:
+    """The sum of the weighted losses, divided by the number of examples: a scalar.
+
+    It is not divided by the sum of the weights, so that a batch in parts has the gradient of the
+    whole batch. The weights of a dataset have a mean of 1.
+
+    Args:
+        losses: float (n,), the loss of each example.
+        example_weights: float (n,); None: all examples count alike.
+    """
+    return (losses if example_weights is None else losses * example_weights).mean()

@@ -4,18 +4,20 @@ They are moved with the image.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.core.geometry import AffineTransform
-from tuner.core.input_spec import TensorTree
+from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.files.cache_entries import PinnedEntry
 
 MIN_VISIBLE_SHARE = 0.25  # of a box's area; with less of it on the canvas the object is dropped
 MIN_BOX_SIDE = 1.0  # pixels; an object with a smaller box is dropped
 NO_OBJECT = -1  # label of the rows that pad an image's boxes
+TARGET, EXAMPLE_WEIGHT = "target", "example_weight"  # tensors of a target that is weighted
 IGNORED = 255  # class of pixels that are not counted, such as the borders of a letterbox
 
 
@@ -51,17 +53,34 @@ class Targets(Protocol):
 
 @dataclass(frozen=True)
 class Labels:
-    """One class per image: int64 (n,)."""
+    """What stays as it is when an image is moved: a class, a set of labels, or numbers.
+
+    Args:
+        labels: One class per image, int64 (n,); or float32 (n, outputs): 1 for each label of an
+            image and 0 for others, or the numbers to be estimated.
+        weights: float32 (n,), how much each example counts in the loss; None: all alike. With
+            weights a target is a dict of TARGET and EXAMPLE_WEIGHT.
+    """
 
     labels: Tensor
+    weights: Tensor | None = None
     task: ClassVar[str] = "classification"
 
     @property
+    def tree(self) -> TensorTree:
+        """The targets of all examples."""
+        if self.weights is None:
+            return self.labels
+        return {TARGET: self.labels, EXAMPLE_WEIGHT: self.weights}
+
+    @property
     def content(self) -> tuple[bytes, ...]:
-        return (self.labels.numpy().tobytes(),)
+        return tuple(tensor.numpy().tobytes() for tensor in tree_to_dict(self.tree).values())
 
     def take(self, rows: Tensor) -> TensorTree:
-        return self.labels[rows]
+        if self.weights is None:
+            return self.labels[rows]
+        return {name: tensor[rows] for name, tensor in tree_to_dict(self.tree).items()}
 
     def mirror(self, y: TensorTree, which: Tensor) -> TensorTree:
         return y
@@ -71,6 +90,29 @@ class Labels:
 
     def transform(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
         return y
+
+
+def labels_of(
+    classes: NDArray[Any], targets: NDArray[Any] | None, weights: NDArray[Any] | None
+) -> Labels:
+    """Labels from arrays.
+
+    Args:
+        classes: int64 (n,), the class of each example.
+        targets: float32 (n, outputs), instead of classes; None: classes it is.
+        weights: float32 (n,); None: all examples count alike.
+    """
+    return Labels(
+        torch.from_numpy(classes if targets is None else targets),
+        None if weights is None else torch.from_numpy(weights),
+    )
+
+
+def split_weights(y: TensorTree) -> tuple[TensorTree, Tensor | None]:
+    """A target without its weights, and the weights, float32 (n,); None where it has none."""
+    if isinstance(y, dict) and EXAMPLE_WEIGHT in y:
+        return y[TARGET], y[EXAMPLE_WEIGHT]
+    return y, None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Reads a file of examples as rows with their line numbers: csv, tsv, JSON lines or plain text."""
+"""Reads a file of examples as rows with their line numbers: csv, tsv, JSON lines, Parquet (extra
+`parquet`) or plain text.
+"""
 
 import csv
 import io
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.config.requirements import pip_install
 from tuner.errors import DataError, limit_listing
 
 KIND_BY_SUFFIX = {
@@ -18,6 +21,7 @@ KIND_BY_SUFFIX = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".txt": "txt",
+    ".parquet": "parquet",
 }
 MAX_FILE_BYTES = 2_000_000_000  # a file is in memory as a whole while it is read
 
@@ -30,7 +34,7 @@ class TableRows:
         path: the file.
         columns: the names of the columns, in the file's order.
         values: the values of each row, one per column.
-        lines: the number of the line at which each row begins, from 1.
+        lines: the number of the line at which each row begins, from 1; in Parquet, of the row.
     """
 
     path: Path
@@ -51,6 +55,8 @@ def read_rows(path: Path, header: bool | None, expected_columns: Sequence[str]) 
     Raises:
         DataError: the file cannot be read. The message names the line.
     """
+    if path.suffix.lower() == ".parquet":
+        return _require_rows(_read_parquet(path))
     text = _read_text(path)
     kind = KIND_BY_SUFFIX.get(path.suffix.lower()) or _guess_kind(text)
     if kind == "jsonl":
@@ -209,4 +215,35 @@ def _json_to_text(value: Any) -> str:
     """A JSON value as text; an absent value and null are empty."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _read_parquet(path: Path) -> TableRows:
+    """The rows of a Parquet file, as JSON lines would have them."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(
+            f"data.path: {path}: Parquet needs the package pyarrow: {pip_install('parquet')}; or "
+            "save the table as csv"
+        ) from None
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"data.path: {path} has more than {MAX_FILE_BYTES:,} bytes; split it")
+        table = parquet.read_table(path)
+        names = [str(name) for name in table.column_names]
+        columns = [column.to_pylist() for column in table.columns]
+    except OSError as error:
+        raise DataError(f"data.path: {path}: {error.strerror or error}") from None
+    except (ArrowException, ValueError, TypeError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"data.path: {path}: no Parquet file that can be read ({reason})") from None
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"data.path: {path}: the column {repeated[0]!r} is there twice; rename one")
+    rows = list(
+        zip(*([_json_to_text(value) for value in column] for column in columns), strict=True)
+    )
+    return TableRows(path, tuple(names), rows, list(range(1, len(rows) + 1)))

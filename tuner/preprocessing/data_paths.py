@@ -17,12 +17,13 @@ def resolve_path(given: str) -> Path:
     return path
 
 
-def resolve_folder(given: str, expected: str = "a folder") -> Path:
-    """The folder that `data.path` names.
+def resolve_folder(given: str, expected: str = "a folder", key: str = "data.path") -> Path:
+    """The folder that `data.path`, or another key, names.
 
     Args:
         given: the path as the user wrote it.
         expected: what the folder must be, for the message if it is a file.
+        key: the key that has the path.
 
     Raises:
         DataError: nothing is there, or it is a file.
@@ -31,8 +32,8 @@ def resolve_folder(given: str, expected: str = "a folder") -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise DataError(f"data.path: {given} is a file; expected {expected}")
-    raise DataError(f"data.path: {given} {_does_not_exist(folder, folders_only=True)}")
+        raise DataError(f"{key}: {given} is a file; expected {expected}")
+    raise DataError(f"{key}: {given} {_does_not_exist(folder, folders_only=True)}")
 
 
 def _does_not_exist(path: Path, *, folders_only: bool = False) -> str:

@@ -22,7 +22,7 @@ from tuner.config.run import ImageOptions
 from tuner.core.device_transfers import gather_rows, send
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
 from tuner.core.subset import Subset, subset_of
-from tuner.core.targets import Labels, Targets
+from tuner.core.targets import Labels, Targets, labels_of
 from tuner.core.types import Batch, Dataset, Source
 from tuner.errors import DataError, SpaceError
 from tuner.files.cache_entries import PinnedEntry
@@ -114,10 +114,13 @@ class ImageSource:
     def is_resident(self, view: int) -> bool:
         """Whether a batch needs hardly any work of the CPU.
 
-        Boxes and masks are on the CPU, and a policy other than the flip draws many numbers there.
+        Boxes, masks and weighted labels are on the CPU, and a policy other than the flip draws many
+        numbers there.
         """
         is_plain = self.augmenter is None or self.augmenter.policy.is_flip_alone or view == 0
         if self.resident is None or not is_plain or not isinstance(self.targets, Labels):
+            return False
+        if self.targets.weights is not None:
             return False
         return self.resident.is_resident()
 
@@ -184,16 +187,34 @@ def classification_dataset(
         SpaceError: as `resolve_image_spec` does.
     """
     check_classes(items)
+    return labelled_dataset(home, items, options, input_spec, warnings)
+
+
+def labelled_dataset(
+    home: Path,
+    items: Items,
+    options: ImageOptions,
+    input_spec: InputSpec,
+    warnings: Sequence[str] = (),
+) -> Dataset:
+    """Split and decode images that have a class, a set of labels, or numbers each.
+
+    The arguments and errors are those of `classification_dataset`, but for the number of classes;
+    the items may have targets and weights.
+    """
 
     def make_targets(
         store: ImageStore, readable: Items, _: ImageInputSpec
     ) -> tuple[Labels, list[str]]:
+        labels = labels_of(readable.labels, readable.targets, readable.weights)
+        if readable.targets is not None:
+            return labels, []
         ambiguous = find_images_in_two_classes(
             readable.examples, readable.labels, readable.strata, store.equal_rows
         )
-        return Labels(torch.from_numpy(readable.labels)), ambiguous
+        return labels, ambiguous
 
-    return assemble_dataset(home, items, options, input_spec, items.strata, make_targets, warnings)
+    return assemble_dataset(home, items, options, input_spec, items.outputs, make_targets, warnings)
 
 
 def assemble_dataset(

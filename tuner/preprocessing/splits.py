@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.config.run import SplitOptions
-from tuner.errors import DataError
+from tuner.errors import DataError, limit_listing
 
 TRAIN, VALID, TEST, UNSPLIT = 0, 1, 2, -1
 SPLIT_NAMES = {TRAIN: "training", VALID: "validation", TEST: "test"}  # as messages name them
@@ -34,21 +34,51 @@ class Items:
         strata: the groups whose share is the same in every split: the classes where an example
             has one class, otherwise what the kind of target has instead.
         split: int64 (n,), TRAIN, VALID, TEST or UNSPLIT for each example.
+        memberships: bool (n, strata), where an example is in any number of strata; None: each is
+            in the one that `labels` says.
+        groups: int64 (n,), an index into `group_names` for each example: examples of one group
+            are all in the same split; None: each example is a group of its own.
+        group_names: the names of the groups, for messages.
+        targets: float32 (n, outputs), where the target is not the class in `labels`.
+        weights: float32 (n,), how much each example counts in the loss; None: all alike.
+        output_names: the names of what a model gives, such as classes; None: the strata.
     """
 
     examples: Sequence[Any]
     labels: NDArray[np.int64]
     strata: tuple[str, ...]
     split: NDArray[np.int64]
+    memberships: NDArray[np.bool_] | None = None
+    groups: NDArray[np.int64] | None = None
+    group_names: tuple[str, ...] = ()
+    targets: NDArray[np.float32] | None = None
+    weights: NDArray[np.float32] | None = None
+    output_names: tuple[str, ...] | None = None
 
     def select(self, rows: NDArray[np.int64]) -> "Items":
         """The items in these rows."""
+        optional = {
+            name: None if values is None else values[rows]
+            for name in ("memberships", "groups", "targets", "weights")
+            for values in [getattr(self, name)]
+        }
         return replace(
             self,
             examples=[self.examples[int(i)] for i in rows],
             labels=self.labels[rows],
             split=self.split[rows],
+            **optional,
         )
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what a model gives: classes, labels or targets."""
+        return self.strata if self.output_names is None else self.output_names
+
+    @property
+    def deals_singly(self) -> bool:
+        """Whether each example is dealt to a split alone, and has one stratum."""
+        return self.groups is None and self.memberships is None
 
 
 def group_by_split(paths: Iterable[Path]) -> dict[int, list[Path]]:
@@ -128,6 +158,12 @@ def assign_splits(items: Items, options: SplitOptions) -> Items:
     }
     if shares:
         split[split == TRAIN] = UNSPLIT
+    _check_groups(items, split)
+    if not items.deals_singly:
+        rows = np.flatnonzero(split == UNSPLIT)
+        parts = {TRAIN: 1 - sum(shares.values()), **shares}
+        split[rows] = _deal_rows(items, rows, parts, [options.seed, 13])
+        return replace(items, split=split)
     too_few = []
     for label, name in enumerate(items.strata):
         unsplit = np.flatnonzero((items.labels == label) & (split == UNSPLIT))
@@ -189,6 +225,12 @@ def assign_fold(items: Items, options: SplitOptions) -> Items:
             f"data.folds: {options.folds}, but there are {len(rows)} examples "
             "to train and validate with; lower it"
         )
+    if not items.deals_singly:
+        parts = dict.fromkeys(range(options.folds), 1 / options.folds)
+        fold_of = _deal_rows(items, rows, parts, [options.seed, 17])
+        split = items.split.copy()
+        split[rows] = np.where(fold_of == options.fold, VALID, TRAIN)
+        return replace(items, split=split)
     shuffled = np.random.default_rng([options.seed, 11]).permutation(rows)
     # sorted by stratum and then dealt to the folds in turn, so that each fold gets its share
     by_stratum = shuffled[np.argsort(items.labels[shuffled], kind="stable")]
@@ -208,3 +250,105 @@ def _class_ranks(labels: NDArray[np.int64]) -> NDArray[np.float64]:
         rows = np.flatnonzero(labels == label)
         rank[rows] = np.arange(len(rows)) / len(rows)
     return rank
+
+
+def _check_groups(items: Items, split: NDArray[np.int64]) -> None:
+    """Raises DataError where the data itself puts examples of one group into two splits.
+
+    Where one of them is UNSPLIT, the split is drawn without the group's other examples.
+    """
+    if items.groups is None:
+        return
+    lowest = np.full(len(items.group_names), max(SPLIT_NAMES) + 1)
+    highest = np.full(len(items.group_names), min(UNSPLIT, *SPLIT_NAMES))
+    np.minimum.at(lowest, items.groups, split)
+    np.maximum.at(highest, items.groups, split)
+    straddling = np.flatnonzero(lowest < highest)
+    if len(straddling):
+        names = limit_listing([repr(items.group_names[int(i)]) for i in straddling])
+        raise DataError(
+            f"data.group: {len(straddling)} groups have examples in more than one of the given "
+            f"splits: {', '.join(names)}; put each into one, or leave the splits out, and they "
+            "are drawn by group"
+        )
+
+
+def _deal_rows(
+    items: Items, rows: NDArray[np.int64], shares: Mapping[int, float], seed: Sequence[int]
+) -> NDArray[np.int64]:
+    """The key of `shares` for each of the items in `rows`, groups undivided: int64 (rows,).
+
+    Raises DataError where there are fewer groups than shares.
+    """
+    if len(rows) == 0:
+        return rows
+    kind = "examples" if items.groups is None else "groups"
+    groups = np.arange(len(rows)) if items.groups is None else items.groups[rows]
+    _, unit_of = np.unique(groups, return_inverse=True)
+    unit_count = int(unit_of.max()) + 1
+    if unit_count < len(shares):
+        raise DataError(
+            f"data: {unit_count} {kind} cannot be divided into {len(shares)} splits; add some, or "
+            "give the splits themselves"
+        )
+    counts = np.zeros((unit_count, len(items.strata)))
+    if items.memberships is None:
+        np.add.at(counts, (unit_of, items.labels[rows]), 1)
+    else:
+        np.add.at(counts, unit_of, items.memberships[rows].astype(float))
+    sizes = np.bincount(unit_of).astype(float)
+    part_of = deal_units(counts, sizes, np.array(list(shares.values())), seed)
+    return np.array(list(shares))[part_of[unit_of]]
+
+
+def deal_units(
+    counts: NDArray[np.float64],
+    sizes: NDArray[np.float64],
+    shares: NDArray[np.float64],
+    seed: Sequence[int],
+) -> NDArray[np.int64]:
+    """Deals units, such as groups of examples, to parts, so that each stratum is divided by the
+    shares as well as it can be.
+
+    This is iterative stratification (Sechidis et al., On the Stratification of Multi-label Data,
+    ECML PKDD 2011), for units of several examples: the rarest stratum is dealt first, its largest
+    units before smaller ones, each to the part that lacks most of it. No part stays empty.
+
+    Args:
+        counts: float64 (units, strata), how many examples of each stratum a unit has.
+        sizes: float64 (units,), how many examples it has, at least 1.
+        shares: float64 (parts,), with the sum 1; not more parts than units.
+        seed: of the order of equal units.
+
+    Returns:
+        int64 (units,), the part of each unit.
+    """
+    order = np.random.default_rng(seed).permutation(len(counts))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    lacking = shares[:, None] * counts.sum(0)
+    lacking_sizes = shares * sizes.sum()
+    part_of = np.full(len(counts), -1)
+    empty = set(range(len(shares)))
+    left = len(counts)
+
+    def deal(unit: int, lack: NDArray[np.float64]) -> None:
+        nonlocal left
+        allowed = empty if left <= len(empty) else range(len(shares))
+        part = max(allowed, key=lambda p: (round(lack[p], 9), lacking_sizes[p]))
+        part_of[unit] = part
+        lacking[part] -= counts[unit]
+        lacking_sizes[part] -= sizes[unit]
+        empty.discard(part)
+        left -= 1
+
+    while left:
+        waiting = order[part_of[order] == -1]
+        remaining = counts[waiting].sum(0)
+        if not remaining.any():
+            for unit in waiting:
+                deal(int(unit), lacking_sizes)
+            break
+        stratum = int(np.where(remaining > 0, remaining, np.inf).argmin())
+        for unit in waiting[counts[waiting, stratum] > 0]:
+            deal(int(unit), lacking[:, stratum])
+    return part_of

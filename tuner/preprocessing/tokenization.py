@@ -279,12 +279,12 @@ def _build_store(
 class TextSource:
     """Some rows of encoded texts as a `Source`.
 
-    `take` gives x as int64 (n, length) per input, and y as int64 (n,): the class, or the number of
-    tokens if there are no classes.
+    `take` gives x as int64 (n, length) per input, and y as `Labels` has them, or int64 (n,), the
+    number of tokens, if there are no labels.
     """
 
     encoded: EncodedTexts
-    labels: Tensor
+    labels: TensorTree
     rows: Tensor
     digest: str
     views: int | None = 1
@@ -300,8 +300,13 @@ class TextSource:
         rows = self.rows[index]
         return Batch(
             {name: values[rows].to(torch.int64) for name, values in self.encoded.tensors.items()},
-            self.labels[rows],
+            self._labels_at(rows),
         )
 
     def take_targets(self, index: Tensor) -> TensorTree:
-        return self.labels[self.rows[index]]
+        return self._labels_at(self.rows[index])
+
+    def _labels_at(self, rows: Tensor) -> TensorTree:
+        if isinstance(self.labels, Tensor):
+            return self.labels[rows]
+        return {name: tensor[rows] for name, tensor in self.labels.items()}

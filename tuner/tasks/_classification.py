@@ -11,6 +11,7 @@ from tuner.config.run import Recipe
 from tuner.core.example_results import ExampleResults
 from tuner.core.input_spec import InputSpec, TensorTree
 from tuner.core.losses import class_cross_entropy, weights_of_classes
+from tuner.core.targets import split_weights
 from tuner.core.types import Batch, Prediction, Task, relative_difference
 from tuner.tasks._classification_reports import (
     concatenate_pairs,
@@ -39,7 +40,7 @@ def class_weights_of(recipe: Recipe, class_counts: Tensor | None) -> Tensor | No
 class Classifier(Task):
     """Gives each example a class, and is trained by cross-entropy.
 
-    y is int64 (n,); predictions are logits, float32 (n, classes).
+    y is int64 (n,), perhaps with weights; predictions are logits, float32 (n, classes).
 
     Args:
         classes: The names of the classes.
@@ -67,13 +68,15 @@ class Classifier(Task):
         """The logits of a net or of an export for a batch of inputs, float (n, classes)."""
 
     def loss(self, net: Callable[[TensorTree], TensorTree], batch: Batch) -> Tensor:
-        assert isinstance(batch.y, Tensor)
+        classes, example_weights = split_weights(batch.y)
+        assert isinstance(classes, Tensor)
         return class_cross_entropy(
             self.logits(net, batch.x),
-            batch.y,
+            classes,
             self.label_smoothing,
             self.class_weights,
             self.focal_gamma,
+            example_weights,
         )
 
     def predict(self, net: Callable[[TensorTree], TensorTree], x: TensorTree) -> Tensor:

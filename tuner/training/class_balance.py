@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.input_spec import TensorTree
+from tuner.core.targets import split_weights
 from tuner.core.types import Source, TargetSource
 
 ROWS_PER_CHUNK = 64  # examples whose targets are read at once: masks are large
@@ -14,13 +15,13 @@ _class_counts: dict[str, Tensor] = {}  # by digest of the source; of masks they 
 
 
 def read_targets(source: Source, index: Tensor) -> TensorTree:
-    """The targets of the examples at `index` (int64, (n,)), on the CPU.
+    """The targets of the examples at `index` (int64, (n,)), on the CPU, without their weights.
 
     A source that is no TargetSource reads the inputs too.
     """
     if isinstance(source, TargetSource):
-        return source.take_targets(index)
-    return source.take(index, 0).y
+        return split_weights(source.take_targets(index))[0]
+    return split_weights(source.take(index, 0).y)[0]
 
 
 def read_labels(source: Source) -> Tensor:

@@ -20,6 +20,7 @@ from tuner.config.objective import Direction
 from tuner.config.run import Recipe
 from tuner.core.device_transfers import HostCopy
 from tuner.core.input_spec import TensorTree, begin_copy_to_cpu
+from tuner.core.targets import split_weights
 from tuner.core.types import Dataset, Source, StagedModel, Task
 from tuner.training.batch_feed import BatchFeed, side_stream_for
 from tuner.training.batch_mixing import BatchMixing, draw_mixing
@@ -330,4 +331,4 @@ def predict_batches(
             for _, batch in feed.parts(step):
                 with context.device_context.autocast():
                     predicted = context.task.predict(context.net, batch.x)
-                yield predicted, batch.y
+                yield predicted, split_weights(batch.y)[0]  # weights count in the loss alone
