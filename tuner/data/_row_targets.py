@@ -49,8 +49,10 @@ def make_items(
     extras: dict[str, Any] = {"weights": read_weights(files)}
     groups = [cell for file in files.values() for cell in file.groups]
     if groups:
-        names, indices = np.unique(np.array(groups, dtype=object), return_inverse=True)
-        extras |= {"groups": indices.astype(np.int64), "group_names": tuple(names.tolist())}
+        group_names = tuple(sorted(set(groups)))
+        number = {name: i for i, name in enumerate(group_names)}
+        indices = np.array([number[name] for name in groups], np.int64)
+        extras |= {"groups": indices, "group_names": group_names}
     if kind == "none":
         return Items(
             examples,
@@ -259,16 +261,16 @@ def read_weights(files: Files) -> NDArray[np.float32] | None:
         for file in files.values()
     ]
     for file, column in zip(files.values(), columns, strict=True):
-        negative = [f"{file.location(i)}: {column[i]:g}" for i in np.flatnonzero(column < 0)]
+        negative = [f"{file.location(int(i))}: {column[i]:g}" for i in np.flatnonzero(column < 0)]
         if negative:
             raise DataError(
                 *limit_listing(negative),
                 f"data.weight: {len(negative)} weights are below 0; a weight is 0 or more",
             )
-    weights = np.concatenate(columns)
+    weights: NDArray[np.float32] = np.concatenate(columns).astype(np.float32)
     if not weights.any():
         raise DataError("data.weight: all weights are 0; some must be above it")
-    return (weights / weights.mean()).astype(np.float32)
+    return weights / weights.mean()
 
 
 def _read_numbers(

@@ -57,7 +57,7 @@ class Items:
 
     def select(self, rows: NDArray[np.int64]) -> "Items":
         """The items in these rows."""
-        optional = {
+        optional: dict[str, Any] = {
             name: None if values is None else values[rows]
             for name in ("memberships", "groups", "targets", "weights")
             for values in [getattr(self, name)]
@@ -334,7 +334,7 @@ def deal_units(
     def deal(unit: int, lack: NDArray[np.float64]) -> None:
         nonlocal left
         allowed = empty if left <= len(empty) else range(len(shares))
-        part = max(allowed, key=lambda p: (round(lack[p], 9), lacking_sizes[p]))
+        part = max(allowed, key=lambda p: (round(float(lack[p]), 9), lacking_sizes[p]))
         part_of[unit] = part
         lacking[part] -= counts[unit]
         lacking_sizes[part] -= sizes[unit]
