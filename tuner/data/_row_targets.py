@@ -270,7 +270,8 @@ def read_weights(files: Files) -> NDArray[np.float32] | None:
     weights: NDArray[np.float32] = np.concatenate(columns).astype(np.float32)
     if not weights.any():
         raise DataError("data.weight: all weights are 0; some must be above it")
-    return weights / weights.mean()
+    scaled: NDArray[np.float32] = weights / weights.mean()
+    return scaled
 
 
 def _read_numbers(
