@@ -21,7 +21,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import task_predictions
 import task_scores
 import task_sets
 import yaml
-from quality import cells, chosen_recipe, timed
+from quality import cells, chosen_recipe
 
 RAW = arms.PLOTS / "quality_tasks.json"
 SPACES = arms.HERE.parent / "search_spaces"
@@ -81,7 +81,7 @@ def tuner(args: argparse.Namespace, name: str, folder: Path, scratch: Path, seed
     file, studies = scratch / "space.yaml", scratch / "studies"
     file.write_text(yaml.safe_dump(space_tree(args, name, folder, seed), sort_keys=False))
     words = [sys.executable, "-m", "tuner", "run", file, "--studies", studies, "--quiet"]
-    seconds = timed(words, scratch / "home")
+    seconds = wall_seconds(words, scratch / "home")
     study = studies / "quality"
     predict(name, study / "export", folder, scratch)
     return {"seconds": seconds, "recipe": chosen_recipe(study / "best.yaml", file)}
@@ -98,9 +98,14 @@ def default(args: argparse.Namespace, name: str, folder: Path, scratch: Path, se
     file, out = scratch / "default.yaml", scratch / "out"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
     words = [sys.executable, "-m", "tuner", "train", file, "--out", out, "--quiet"]
-    seconds = timed([*words, "--studies", scratch / "studies"], scratch / "home")
+    seconds = wall_seconds([*words, "--studies", scratch / "studies"], scratch / "home")
     predict(name, out, folder, scratch)
     return {"seconds": seconds}
+
+
+def wall_seconds(command: Sequence[str | Path], home: Path) -> float:
+    """The wall seconds of a command. Exits where it fails."""
+    return float(arms.stamped(command, home)[-1]["at"])
 
 
 def predict(name: str, export: Path, folder: Path, scratch: Path) -> None:
@@ -122,7 +127,7 @@ def plain(args: argparse.Namespace, name: str, folder: Path, scratch: Path, seed
     }
     words: list[str | Path] = [sys.executable, arms.HERE / SCRIPTS[chosen.kind], folder]
     words += [str(word) for pair in options.items() for word in pair]
-    return {"seconds": timed([*words, *chosen.plain], scratch / "home")}
+    return {"seconds": wall_seconds([*words, *chosen.plain], scratch / "home")}
 
 
 RUN: dict[str, Callable[..., dict[str, Any]]] = {"tuner": tuner, "default": default, "plain": plain}

@@ -179,7 +179,9 @@ def _divide(
 
 def _inside(source: Path, *names: str) -> list[Path]:
     """The files of the first of these folders that there is."""
-    folder = next(source / name for name in names if (source / name).is_dir())
+    folder = next((source / name for name in names if (source / name).is_dir()), None)
+    if folder is None:
+        raise SystemExit(f"{source} has no folder {' or '.join(names)}")
     return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
 
 
