@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import box_files, mask_files, small_transformers
+from tests.helpers import box_files, image_tables, mask_files, small_transformers
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.training.devices import select_device
@@ -76,6 +76,20 @@ TINY_TASKS = {
             "data: {name: masks, path: FOLDER/masks, size: 64}\n"
             "model: {name: lraspp_mobilenet_v3_large, weights: none}",
             lambda folder: mask_files.write_images_and_masks(folder / "masks", 24),
+        ),
+        TinyTask(
+            "multilabel",
+            "mean_average_precision",
+            "data: {name: table, path: FOLDER/photos/photos.csv, label: labels, size: 32}\n"
+            "model: {name: resnet18_slim, weights: bundled}",
+            lambda folder: image_tables.write_table(folder / "photos"),
+        ),
+        TinyTask(
+            "regression",
+            "r2",
+            "data: {name: table, path: FOLDER/photos/photos.csv, label: [age, height], size: 32}\n"
+            "model: {name: resnet18_slim, weights: bundled}",
+            lambda folder: image_tables.write_table(folder / "photos"),
         ),
         TinyTask(
             "text_classification",

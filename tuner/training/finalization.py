@@ -13,6 +13,7 @@ import torch
 
 from tuner.core.export_module import ExportModule
 from tuner.core.output_modules import FlippedPair, ScaledLogits, require_flips
+from tuner.core.target_scale import TargetScale
 from tuner.core.types import StagedModel
 from tuner.errors import DataError, NoUsableTrial
 from tuner.manifest import (
@@ -59,6 +60,12 @@ class TrainedModel(NamedTuple):
         """What the export divides the logits by; None: nothing."""
         return self.findings["temperature"]  # type: ignore[no-any-return]
 
+    @property
+    def target_scale(self) -> TargetScale | None:
+        """How the export brings the outputs into the units of the targets; None: not at all."""
+        scale = self.findings["target_scale"]
+        return None if scale is None else TargetScale.from_dict(scale)
+
 
 def finalize(
     job: FinalizeJob, report: Callable[[Epoch], bool], slot: int
@@ -87,7 +94,9 @@ def finalize(
         return None
     staged_model = trained.staged_model
     staged_model.model.cpu().float().to(memory_format=torch.contiguous_format)
-    model = ExportModule(staged_model, dataset.input_spec, trained.temperature).eval()
+    model = ExportModule(
+        staged_model, dataset.input_spec, trained.temperature, trained.target_scale
+    ).eval()
     return publish(
         job,
         model,
@@ -137,6 +146,7 @@ def train_winner(
     findings: dict[str, Any] = {
         "calibrate": job.outputs.calibrate,
         "temperature": tested_run.temperature,
+        "target_scale": scale.to_dict() if (scale := context.task.target_scale) else None,
         "test_flips": job.outputs.test_flips,
         "comparison": None,
         "confirmation": job.confirmation,
@@ -273,7 +283,10 @@ def load_earlier_export(folder: Path, job: FinalizeJob) -> TrainedModel | None:
     # run than its digest says
     if published.run.digest() != run.digest():
         return None
-    kept = ("calibrate", "temperature", "test_flips", "comparison", "confirmation", "soup")
+    kept = (
+        *("calibrate", "temperature", "target_scale", "test_flips"),
+        *("comparison", "confirmation", "soup"),
+    )
     findings = {name: published.manifest.get(name) for name in kept}
     soup = job.soup.findings if job.soup is not None else None
     if averaged_runs(findings["soup"]) != averaged_runs(soup):
