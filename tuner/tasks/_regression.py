@@ -169,10 +169,12 @@ def target_scores(
     weights = (weights / weights.sum())[:, None]
     errors = predicted - truth
     squared = (weights * errors.square()).sum(0)
-    variance = (weights * (truth - (weights * truth).sum(0)).square()).sum(0)
-    explained = 1 - squared / variance.clamp_min(torch.finfo(torch.float64).tiny)
+    mean = (weights * truth).sum(0)
+    variance = (weights * (truth - mean).square()).sum(0)
+    varies = variance > (1e-9 * mean).square()  # rounding is no variance
+    explained = 1 - squared / variance.where(varies, 1.0)
     return {
-        "r2": explained.where(variance > 0, 0.0),
+        "r2": explained.where(varies, 0.0),
         "mae": (weights * errors.abs()).sum(0),
         "rmse": squared.sqrt(),
     }
