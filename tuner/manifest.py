@@ -222,10 +222,8 @@ def describe_outputs(m: Mapping[str, Any]) -> str:
             "probabilities are calibrated (temperature scaling: Guo et al., ICML 2017). The test "
             "scores are those of these probabilities, the validation scores those before.\n"
         )
-    thresholds = m["run"]["task"].get("thresholds")
-    if thresholds is not None:
-        each = thresholds if isinstance(thresholds, list) else [thresholds] * len(m["classes"])
-        pairs = [f"{n} {t:g}" for n, t in zip(m["classes"], each, strict=True)]
+    if m.get("thresholds"):
+        pairs = [f"{n} {t:g}" for n, t in zip(m["classes"], m["thresholds"], strict=True)]
         listed = ", ".join(pairs[:MAX_CLASSES_LISTED])
         paragraphs += (
             "\nAn example has a label from this probability on, which `tuner predict` uses and at "

@@ -1,5 +1,6 @@
 """What the coordinator sends to workers and receives from them: values that need no torch."""
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -91,6 +92,15 @@ def mean_temperature(temperatures: Iterable[float | None]) -> float | None:
     """
     known = [temperature for temperature in temperatures if temperature is not None]
     return round(statistics.geometric_mean(known), TEMPERATURE_DIGITS) if known else None
+
+
+def scale_probability(probability: float, temperature: float | None) -> float:
+    """The probability whose logit is that of another one, divided by the temperature, where there
+    is one. It is rounded, and inside of 0 and 1.
+    """
+    logit = math.log(probability / (1 - probability)) / (temperature or 1.0)
+    value, least = 1 / (1 + math.exp(-logit)), float(10**-THRESHOLD_DIGITS)
+    return min(max(round(value, THRESHOLD_DIGITS), least), 1 - least)
 
 
 def mean_thresholds(thresholds: Iterable[tuple[float, ...]]) -> tuple[float, ...]:

@@ -109,7 +109,7 @@ TINY_TASKS = {
         ),
     )
 }
-SLOW_ON_CPU = ("detection", "text_classification", "text_generation")
+SLOW_ON_CPU = ("detection", "multilabel", "regression", "text_classification", "text_generation")
 
 
 def list_cases(*names: str) -> list[Any]:

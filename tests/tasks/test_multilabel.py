@@ -1,5 +1,6 @@
 """Tasks with any number of labels: scores, thresholds, loss and what is said of an example."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, f1_score, hamming_loss, roc_auc_score
 
-from tuner.config.run import Recipe
+from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.core.input_spec import IMAGENET_SPEC
 from tuner.core.types import Batch
 from tuner.errors import SpaceError
-from tuner.tasks import multilabel, text_multilabel
+from tuner.tasks import multilabel, regression, text_multilabel
 from tuner.tasks._multilabel_scores import fit_thresholds
+from tuner.training.finalization import decide_thresholds
 
 LABELS = ("a", "b", "c")
 
@@ -95,3 +97,40 @@ def test_predictions_name_the_labels_above_their_thresholds() -> None:
 def test_too_few_thresholds_are_refused() -> None:
     with pytest.raises(SpaceError, match=r"task.thresholds: 2, but there are 3 labels \(a, b, c\)"):
         multilabel.build(LABELS, Recipe(), thresholds=(0.1, 0.2))
+
+
+def test_a_task_decides_at_the_thresholds_that_it_is_given() -> None:
+    logits, truth = examples()
+    task = multilabel.build(LABELS, Recipe())
+    decided = task.at_thresholds([0.2, 0.3, 0.4])
+    stated = multilabel.build(LABELS, Recipe(), thresholds=(0.2, 0.3, 0.4))
+    assert decided.score([(logits, truth)]) == stated.score([(logits, truth)])
+    assert task.fit_thresholds([(logits, truth)]) is not None  # it is as it was
+    other = regression.build(LABELS, Recipe())
+    assert other.at_thresholds([0.5]) is other
+
+
+@pytest.mark.parametrize(
+    ("stated", "fitted", "temperature", "expected"),
+    [
+        (None, (0.9, 0.5, 0.5), 2.0, (0.75, 0.5, 0.5)),
+        (None, (), 2.0, (0.5, 0.5, 0.5)),  # no validation: the test examples must not choose
+        (0.3, (0.9, 0.5, 0.5), 2.0, (0.3, 0.3, 0.3)),
+        ((0.1, 0.2, 0.3), (), None, (0.1, 0.2, 0.3)),
+    ],
+)
+def test_the_test_examples_never_choose_their_thresholds(
+    stated: Any, fitted: tuple[float, ...], temperature: float | None, expected: tuple[float, ...]
+) -> None:
+    options = {"thresholds": stated}
+    run = Run(
+        PluginConfig("multilabel", options),
+        PluginConfig("table", {}),
+        PluginConfig("resnet18", {}),
+        Recipe(),
+        0,
+    )
+    dataset = SimpleNamespace(classes=LABELS)
+    for module, wanted in ((multilabel, expected), (regression, None)):
+        context: Any = SimpleNamespace(task=module.build(LABELS, Recipe()), dataset=dataset)
+        assert decide_thresholds(context, run, fitted, temperature) == wanted

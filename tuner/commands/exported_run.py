@@ -1,6 +1,5 @@
 """What is exported of a trial: its run, and what is done with the outputs of its model."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 
 from tuner.config.run import PluginConfig, Run, SearchSettings
-from tuner.messages import THRESHOLD_DIGITS, OutputSettings
+from tuner.messages import OutputSettings, scale_probability
 from tuner.search import history
 
 
@@ -53,13 +52,6 @@ def with_thresholds(run: Run, trial: FrozenTrial, search: SearchSettings) -> Run
     scaled = tuple(scale_probability(value, temperature) for value in thresholds)
     task = PluginConfig(run.task.name, {**run.task.options, "thresholds": scaled})
     return replace(run, task=task)
-
-
-def scale_probability(probability: float, temperature: float) -> float:
-    """The probability whose logit is that of another one, divided by the temperature."""
-    logit = math.log(probability / (1 - probability)) / temperature
-    value = round(1 / (1 + math.exp(-logit)), THRESHOLD_DIGITS)
-    return min(max(value, 10**-THRESHOLD_DIGITS), 1 - 10**-THRESHOLD_DIGITS)
 
 
 def choose_export(

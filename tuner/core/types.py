@@ -85,7 +85,8 @@ class Dataset:
     `full` has the train and validation examples together, augmented like `train`: the winner is
     retrained on it. Equal digests mean equal datasets. `warnings` are lines for the user.
     `views_are_for_cache`: the views of `train` and `full` are limited only so that they can be
-    cached; where nothing is, they may be endless.
+    cached; where nothing is, they may be endless. `classes` are the names of what a model gives:
+    of classes, of labels, or of the targets of a regression.
     """
 
     train: Source
@@ -246,6 +247,10 @@ class Task(ABC):
             One for each label, between 0 and 1; None for a task that chooses none.
         """
         return None
+
+    def at_thresholds(self, thresholds: Sequence[float]) -> "Task":
+        """The same task, which decides at these thresholds; a task without any is unchanged."""
+        return self
 
     def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
         """Scores of each class by its name, for the manifest of an export.

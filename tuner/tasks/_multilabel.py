@@ -1,5 +1,6 @@
 """What the tasks share that give each example any number of labels; of images and of texts."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -96,6 +97,11 @@ class MultilabelTask(Task):
             return None
         thresholds: list[float] = fit_thresholds(*concatenate_pairs(pairs)).tolist()
         return tuple(thresholds)
+
+    def at_thresholds(self, thresholds: Sequence[float]) -> Task:
+        same = copy.copy(self)
+        same.thresholds = torch.tensor(tuple(thresholds), dtype=torch.float64)
+        return same
 
     def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
         """Precision, recall, F1, average precision, threshold and number of examples, by label."""
