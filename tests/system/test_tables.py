@@ -1,6 +1,7 @@
 """Tables of images and texts, end to end: from the table through search and export to a prediction."""
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree

@@ -121,7 +121,8 @@ def fit_thresholds(logits: Tensor, truth: Tensor) -> Tensor:
     nearest = (middle - 0.5).abs().where(best, 2.0).argmin(0)
     chosen = middle.gather(0, nearest[None])[0]
     chosen = chosen.clamp(LOWEST_THRESHOLD, HIGHEST_THRESHOLD).where(hits[-1] > 0, 0.5)
-    return (chosen * 10**THRESHOLD_DIGITS).round() / 10**THRESHOLD_DIGITS
+    digits = float(10**THRESHOLD_DIGITS)
+    return (chosen * digits).round() / digits
 
 
 def binary_loss(

@@ -18,7 +18,11 @@ from tuner.preprocessing.tokenization import decode_texts, trim_padding
 from tuner.tasks._classification_reports import concatenate_pairs, encode_csv
 
 LossName = Literal["mse", "mae", "huber"]
-LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "mse": F.mse_loss,
+    "mae": F.l1_loss,
+    "huber": F.huber_loss,
+}
 MAX_ERRORS_LISTED, MAX_POINTS = 50, 1000
 
 
