@@ -125,6 +125,7 @@ def check(
 ) -> None:
     """Find what can be wrong before training. Nothing is downloaded."""
     from tuner.commands.session import open_session
+    from tuner.config.plugins import output_word
     from tuner.config.space import dump_yaml
 
     space, folders, console = open_space(file, overrides, Path("studies"), False, False)
@@ -138,7 +139,8 @@ def check(
     depths = ", ".join(
         f"{name} freeze depth 0..{depth}" for name, depth in survey.max_depths.items()
     )
-    examples = f"{sizes} examples of {len(facts.classes)} classes"
+    word = output_word(str(space.values["task", "name"]))
+    examples = f"{sizes} examples of {len(facts.classes)} {word}"
     searched = len({d.path for d in space.dimensions})
     typer.echo(f"ok: {searched} searched keys; {examples}; {depths}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.config.objective import metric_label
+from tuner.config.plugins import output_word
 from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.errors import DataError
 from tuner.files import removal
@@ -221,6 +222,18 @@ def describe_outputs(m: Mapping[str, Any]) -> str:
             "probabilities are calibrated (temperature scaling: Guo et al., ICML 2017). The test "
             "scores are those of these probabilities, the validation scores those before.\n"
         )
+    if m.get("thresholds"):
+        pairs = [f"{n} {t:g}" for n, t in zip(m["classes"], m["thresholds"], strict=True)]
+        listed = ", ".join(pairs[:MAX_CLASSES_LISTED])
+        paragraphs += (
+            "\nAn example has a label from this probability on, which `tuner predict` uses and at "
+            f"which the scores of decisions are, such as F1: {listed}.\n"
+        )
+    if m.get("target_scale"):
+        paragraphs += (
+            "\nThe model was trained on standardised targets. The export contains the way back, so "
+            "that its outputs are in the units of the data.\n"
+        )
     if m.get("test_flips"):
         paragraphs += (
             "\nThe test scores are those of the mean of the outputs for each image and its mirror "
@@ -245,7 +258,8 @@ def format_model_card(m: Mapping[str, Any]) -> str:
         for name, e in m["exports"].items()
     )
     listed = ", ".join(m["classes"][:50]) + (" …" if len(m["classes"]) > 50 else "")
-    classes = f", {len(m['classes'])} classes: {listed}" if m["classes"] else ""
+    outputs = output_word(run["task"]["name"])
+    classes = f", {len(m['classes'])} {outputs}: {listed}" if m["classes"] else ""
     model, examples = run["model"], m["examples"]
     weights = model.get("weights", "the model's own")
     data_name = run["data"].get("path") or run["data"]["name"]
@@ -296,6 +310,8 @@ def _format_classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
     """The table of the classes' test scores, the worst class first; empty where there are none."""
     if not per_class:
         return ""
+    if "f1" not in next(iter(per_class.values())):
+        return _format_targets(per_class)
     worst_first = sorted(per_class.items(), key=lambda pair: pair[1]["f1"])
     rows = [
         f"| {name.replace('|', chr(92) + '|')} | {c['precision']:.4f} | {c['recall']:.4f} "
@@ -311,6 +327,22 @@ Of each class on the test examples, by rising F1:
 | class | precision | recall | F1 | examples |
 |---|---|---|---|---|
 {table}{note if more > 0 else ""}
+"""
+
+
+def _format_targets(per_target: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of the test scores of numbers, by target."""
+    rows = [
+        f"| {name.replace('|', chr(92) + '|')} | {c['r2']:.4f} | {c['mae']:.6g} | {c['rmse']:.6g} |"
+        for name, c in list(per_target.items())[:MAX_CLASSES_LISTED]
+    ]
+    table = "\n".join(rows)
+    return f"""
+Of each target on the test examples, errors in its own units:
+
+| target | R² | MAE | RMSE |
+|---|---|---|---|
+{table}
 """
 
 

@@ -1,5 +1,6 @@
 """What the coordinator sends to workers and receives from them: values that need no torch."""
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from tuner.config.objective import Direction
 from tuner.config.run import EngineSettings, Run, SearchSettings
 
 LAST_ATTEMPT_MICRO_BATCHES = 4
+THRESHOLD_DIGITS = 4  # after the point, as of the temperature
 TEMPERATURE_DIGITS = 4  # after the point; so best.yaml has a number that people can read
 
 
@@ -70,7 +72,8 @@ class Epoch:
     """The result of one epoch: `number` counts from 1.
 
     `scores` are of the validation examples, and `temperature` is fitted to them; None: the task has
-    none, or no examples are left to fit it to. `notes`: what the user must read before it.
+    none, or no examples are left to fit it to. `thresholds` are fitted to them too, one for each
+    label; empty: the task has none. `notes`: what the user must read before it.
     """
 
     number: int
@@ -78,6 +81,7 @@ class Epoch:
     scores: dict[str, float]
     seconds: float
     temperature: float | None = None
+    thresholds: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -88,6 +92,21 @@ def mean_temperature(temperatures: Iterable[float | None]) -> float | None:
     """
     known = [temperature for temperature in temperatures if temperature is not None]
     return round(statistics.geometric_mean(known), TEMPERATURE_DIGITS) if known else None
+
+
+def scale_probability(probability: float, temperature: float | None) -> float:
+    """The probability whose logit is that of another one, divided by the temperature, where there
+    is one. It is rounded, and inside of 0 and 1.
+    """
+    logit = math.log(probability / (1 - probability)) / (temperature or 1.0)
+    value, least = 1 / (1 + math.exp(-logit)), float(10**-THRESHOLD_DIGITS)
+    return min(max(round(value, THRESHOLD_DIGITS), least), 1 - least)
+
+
+def mean_thresholds(thresholds: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
+    """The mean of the thresholds of each label, rounded; empty where there are none."""
+    by_label = zip(*thresholds, strict=True)
+    return tuple(round(statistics.fmean(values), THRESHOLD_DIGITS) for values in by_label)
 
 
 @dataclass(frozen=True)

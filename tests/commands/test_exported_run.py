@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from tests.conftest import CommandResult
-from tuner.commands.exported_run import choose_export, retrained_run
-from tuner.config.run import PluginConfig, Recipe, Run
+from tuner.commands.exported_run import choose_export, retrained_run, with_thresholds
+from tuner.config.run import PluginConfig, Recipe, Run, SearchSettings
 from tuner.search import history, storage
 
 
@@ -54,7 +54,7 @@ def test_a_trial_is_exported_as_it_was_or_retrained(
     history.keep_split_sizes(study, 100, 100)
     trial = optuna.trial.create_trial(value=0.5, user_attrs={history.BEST_EPOCH: 5})
     exported, weights = choose_export(
-        study, trial, trial_run(epochs=8), Path("best"), retrain=retrain
+        study, trial, trial_run(epochs=8), Path("best"), SearchSettings(), retrain=retrain
     )
     recipe = exported.recipe
     assert (recipe.fit, recipe.epochs, recipe.stop_epoch, weights) == expected
@@ -92,3 +92,25 @@ def test_commands_train_for_as_many_steps(studied: Path, tuner: Any) -> None:
     assert exported_epochs(studied, "export-1") == expected
     best = yaml.safe_load((studied / "best.yaml").read_text())["recipe"]
     assert best["epochs"] == exported_epochs(studied, "export")
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "temperature", "expected"),
+    [
+        ("temperature", 2.0, (0.75, 0.5)),  # the logit of 0.9, halved
+        ("temperature", None, (0.9, 0.5)),
+        ("none", 2.0, (0.9, 0.5)),
+        (2.0, None, (0.75, 0.5)),
+    ],
+)
+def test_the_exported_run_states_the_thresholds_of_calibrated_probabilities(
+    calibrate: Any, temperature: float | None, expected: tuple[float, ...]
+) -> None:
+    attributes = {history.BEST_EPOCH: 5, history.THRESHOLDS: [0.9, 0.5]}
+    if temperature is not None:
+        attributes[history.TEMPERATURE] = temperature
+    trial = optuna.trial.create_trial(value=0.5, user_attrs=attributes)
+    run = with_thresholds(trial_run(), trial, SearchSettings(calibrate=calibrate))
+    assert run.task.options["thresholds"] == expected
+    plain = optuna.trial.create_trial(value=0.5, user_attrs={history.BEST_EPOCH: 5})
+    assert with_thresholds(trial_run(), plain, SearchSettings()) == trial_run()

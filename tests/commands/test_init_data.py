@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CommandResult
-from tests.helpers import box_files, damaged_files, mask_files
+from tests.helpers import box_files, damaged_files, image_tables, mask_files
 from tuner.commands import init
 from tuner.commands.data_scan import scan_data
 from tuner.commands.space_proposal import (
@@ -20,6 +20,7 @@ from tuner.commands.space_proposal import (
     round_down,
 )
 from tuner.config import parsing, yaml_document
+from tuner.errors import DataError
 
 Tuner = Callable[..., CommandResult]
 
@@ -207,3 +208,56 @@ def test_check_accepts_the_file_as_it_is(tuner: Tuner, tmp_path: Path, kind: str
     checked = tuner("check", "data.yaml")
     # weights that are not here are the only thing that may be missing
     assert checked.code == 0 or "is not there yet; `tuner run` downloads it" in checked.err
+
+
+def test_tables_of_images_are_known_by_their_cells(tmp_path: Path) -> None:
+    table = image_tables.write_table(tmp_path / "photos", 96)
+    text = table.read_text()
+    readings = {reading.label: reading for reading in scan_data(str(table))}
+    assert set(readings) == {"table/multilabel"}  # a column called labels decides
+    reading = readings["table/multilabel"]
+    assert reading.class_sizes == {"red": 48, "green": 48, "blue": 48} and reading.side == 24
+    assert reading.options == {
+        "image": "image", "label": "labels", "group": "person", "weight": "weight",
+    }  # fmt: skip
+    table.write_text(text.replace("labels,", "colours,", 1))
+    found = {reading.label: reading for reading in scan_data(str(table))}
+    assert set(found) == {
+        "table/multilabel/colours",
+        "table/classification/kind",
+        "table/regression/age",
+        "table/classification/height",
+    }
+    for reading in found.values():
+        for preset in ("quick", "best"):
+            written = format_space(reading, Machine(False, True, tmp_path), preset)
+            space = parsing.parse_space(yaml_document.parse_document(written, "f.yaml"))
+            assert space.values["data", "group"] == "person"
+
+
+def test_a_table_beside_a_folder_of_images_and_with_its_own_splits(tmp_path: Path) -> None:
+    table = image_tables.write_table(tmp_path / "data" / "images", 48)
+    lines = table.read_text().splitlines()
+    marked = [
+        f"{lines[0]},split",
+        *(f"{x},{'train' if i % 2 else 'test'}" for i, x in enumerate(lines[1:])),
+    ]
+    moved = tmp_path / "data" / "list.csv"
+    moved.write_text("\n".join(marked))
+    (reading,) = scan_data(str(moved))
+    assert reading.options["folder"] == str(tmp_path / "data" / "images")
+    assert reading.options["split"] == "split" and reading.splits == ("train", "test")
+    moved.write_text("image,label\nnowhere.png,a\nneither.png,b\n")
+    with pytest.raises(
+        DataError, match=r"lists images such as 'nowhere.png', and neither .* has them"
+    ):
+        scan_data(str(moved))
+
+
+def test_columns_of_texts_are_for_labels_or_numbers_too(tmp_path: Path) -> None:
+    rows = [f"some words {i},{('a|b', 'b', 'a')[i % 3]},{i / 7:.3f}" for i in range(60)]
+    file = tmp_path / "t.csv"
+    file.write_text("\n".join(["text,label,other", *rows]))
+    assert [reading.task for reading in scan_data(str(file))] == ["text_multilabel"]
+    file.write_text("\n".join(["text,other,label", *rows]))
+    assert [reading.task for reading in scan_data(str(file))] == ["text_regression"]

@@ -76,9 +76,13 @@ def test_the_folders_are_listed_without_importing() -> None:
     tasks = {
         "classification",
         "detection",
+        "multilabel",
+        "regression",
         "segmentation",
         "text_classification",
         "text_generation",
+        "text_multilabel",
+        "text_regression",
     }
     assert set(plugins.list_names("task")) == tasks
     assert {"digits", "folder", "cifar10", "synthetic"} <= set(plugins.list_names("data"))

@@ -236,3 +236,77 @@ def test_parquet_without_its_package_says_how_to_install_it(
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(DataError, match="Parquet needs the package pyarrow: pip install"):
         read_rows(tmp_path / "m.parquet", None, ())
+
+
+# -- sets of labels and numbers
+
+
+def labelled(cells: list[Any]) -> list[dict[str, Any]]:
+    return [{"file": f"{i:02}.png", "kind": cell} for i, cell in enumerate(cells)]
+
+
+SETS = ["x|y", "y", "", "x", "z | y"] * 6
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_sets_of_labels(name: str, tmp_path: Path, photos: Path) -> None:
+    cells: list[Any] = SETS
+    if name == "m.jsonl":
+        cells = [[part.strip() for part in cell.split("|") if part.strip()] for cell in SETS]
+    data = load(write_any(tmp_path / name, labelled(cells)), photos, "multilabel")
+    assert data.classes == ("x", "y", "z")
+    y = targets(data.full)
+    assert y.dtype == torch.float32 and y.shape == (len(data.full), 3)
+    wanted = {0: [1, 1, 0], 1: [0, 1, 0], 2: [0, 0, 0], 3: [1, 0, 0], 4: [0, 1, 1]}
+    assert y.tolist() == [wanted[i % 5] for i in shades(data.full)]
+    assert all(targets(s).sum(0).min() >= 1 for s in (data.train, data.valid, data.test))
+
+
+def test_columns_of_flags_are_labels(tmp_path: Path, photos: Path) -> None:
+    content = [
+        {"file": f"{i:02}.png", "red": i % 2, "round": "yes" if i % 3 else "no"}
+        for i in range(COUNT)
+    ]
+    path = write_csv(tmp_path / "m.csv", content)
+    data = load(path, photos, "multilabel", label=("red", "round"))
+    assert data.classes == ("red", "round")
+    assert targets(data.test).tolist() == [[i % 2, float(bool(i % 3))] for i in shades(data.test)]
+
+
+def test_numbers_of_several_columns(tmp_path: Path, photos: Path) -> None:
+    content = [row | {"height": 1e4 * row["age"]} for row in rows()]
+    data = load(
+        write_csv(tmp_path / "m.csv", content), photos, "regression", label=("age", "height")
+    )
+    assert data.classes == ("age", "height")
+    assert targets(data.full).tolist() == [[i / 2, 5e3 * i] for i in shades(data.full)]
+    low = [sum(i < 10 for i in shades(s)) / len(s) for s in (data.train, data.valid, data.test)]
+    assert max(low) - min(low) < 0.25  # low and high ones are in every split
+
+
+@pytest.mark.parametrize(
+    ("task", "content", "keys", "expected"),
+    [
+        ("multilabel", labelled(["x|y", "x;z", "y"] * 10), {}, r"data.separator: the cells hold '\|' and ';'; which one"),
+        ("multilabel", labelled([""] * 30), {}, "no example has the label of any name"),
+        ("multilabel", [row | {"kind": i % 2, "w": 2} for i, row in enumerate(rows())], {"label": ("kind", "w")}, r"m.csv:2: '2' in the column 'w'\n(.|\n)*30 cells are neither 1 nor 0"),
+        ("multilabel", [row | {"kind": i % 2, "w": 0} for i, row in enumerate(rows())], {"label": ("kind", "w")}, "no example has the label 'w'"),
+        ("multilabel", rows(), {"label": "file"}, "30 different labels of 30 examples; is 'file' the right column"),
+        ("regression", changed(3, age="old"), {"label": "age"}, r"m.csv:5: 'old'\n.*data.label: 1 of 30 cells are no finite numbers; mend"),
+        ("regression", changed(3, age="nan"), {"label": "age"}, r"m.csv:5: 'nan'"),
+        ("regression", changed(3, age=""), {"label": "age"}, r"m.csv:5: ''"),
+        ("regression", [row | {"age": 4} for row in rows()], {"label": "age"}, "the column 'age' has the value 4 in all 30 rows"),
+    ],
+)  # fmt: skip
+def test_wrong_labels_and_numbers_are_told_with_their_lines(
+    task: str, content: list[dict[str, Any]], keys: dict[str, Any], expected: str,
+    tmp_path: Path, photos: Path,
+) -> None:  # fmt: skip
+    with pytest.raises(DataError, match=expected):
+        load(write_csv(tmp_path / "m.csv", content), photos, task, **keys)
+
+
+def test_a_list_among_other_cells_is_told_with_its_line(tmp_path: Path, photos: Path) -> None:
+    path = write_any(tmp_path / "m.jsonl", labelled([["x"], ["y"], "x, y"] * 10))
+    with pytest.raises(DataError, match=r"m.jsonl:3: 'x, y' is no list of labels"):
+        load(path, photos, "multilabel")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import box_files, mask_files, small_transformers
+from tests.helpers import box_files, image_tables, mask_files, small_transformers
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.training.devices import select_device
@@ -78,6 +78,20 @@ TINY_TASKS = {
             lambda folder: mask_files.write_images_and_masks(folder / "masks", 24),
         ),
         TinyTask(
+            "multilabel",
+            "mean_average_precision",
+            "data: {name: table, path: FOLDER/photos/photos.csv, label: labels, size: 32}\n"
+            "model: {name: resnet18_slim, weights: bundled}",
+            lambda folder: image_tables.write_table(folder / "photos"),
+        ),
+        TinyTask(
+            "regression",
+            "r2",
+            "data: {name: table, path: FOLDER/photos/photos.csv, label: [age, height], size: 32}\n"
+            "model: {name: resnet18_slim, weights: bundled}",
+            lambda folder: image_tables.write_table(folder / "photos"),
+        ),
+        TinyTask(
             "text_classification",
             "accuracy",
             "data: {name: text, path: FOLDER/texts.csv}\n"
@@ -95,7 +109,7 @@ TINY_TASKS = {
         ),
     )
 }
-SLOW_ON_CPU = ("detection", "text_classification", "text_generation")
+SLOW_ON_CPU = ("detection", "multilabel", "regression", "text_classification", "text_generation")
 
 
 def list_cases(*names: str) -> list[Any]:

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CommandResult
-from tests.helpers import box_files, mask_files, small_transformers
+from tests.helpers import box_files, image_tables, mask_files, small_transformers
 from tuner.config import parsing, plugins, space, yaml_document
 from tuner.config.run import Recipe
 
 FILES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 IMAGES = "data={name: synthetic, size: 32, examples: 40}"
+PHOTOS = "data.path=photos/photos.csv"
 TEXTS = ["data.path=messages.csv", "model.weights=none", "model.length=32", "recipe.freeze_depth=2"]
 TINY = {
     "resnet": ["recipe.freeze_depth=4"],
@@ -42,6 +43,8 @@ TINY = {
         "data={name: masks, path: masks, size: 32}",
         "model={name: lraspp_mobilenet_v3_large, weights: none}",
     ],
+    "multilabel": [PHOTOS, "model.weights=none", "recipe.freeze_depth=5"],
+    "regression": [PHOTOS, "model.weights=none", "recipe.freeze_depth=5"],
     "bert": [*TEXTS, "model.folder=bert"],
     "gpt2": [*TEXTS, "model.folder=gpt2"],
 }
@@ -69,6 +72,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     box_files.write_voc(Path("voc"))
     mask_files.write_images_and_masks(Path("masks"))
     small_transformers.write_csv(Path("messages.csv"))
+    image_tables.write_table(Path("photos"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

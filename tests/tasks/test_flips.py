@@ -70,7 +70,7 @@ def test_a_task_names_the_keys_that_its_class_has() -> None:
     [
         ("calibrate: 0", "search.calibrate: must be above 0, got 0"),
         ("calibrate: temp", "search.calibrate: expected a number, temperature or none, got the string 'temp'"),
-        ("calibrate: 1.5", "search.calibrate: 1.5, but segmentation has no such key, only classification or text_classification: a temperature divides the logits of classes, one class for each example; drop the key"),
+        ("calibrate: 1.5", "search.calibrate: 1.5, but segmentation has no such key, only classification, multilabel, text_classification or text_multilabel: a temperature divides the logits of examples that have classes or labels as a whole; drop the key"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_the_file_is_said_where_it_is(words: str, expected: str) -> None:

@@ -25,6 +25,7 @@ from tuner.commands.trial_line import (
     short_label,
 )
 from tuner.config.objective import is_improvement
+from tuner.config.plugins import output_word
 from tuner.config.run import Run, SearchSettings, parse_duration
 from tuner.config.space import Space
 from tuner.jobs import AS_MANY_AS_POSSIBLE
@@ -118,7 +119,7 @@ class Console:
             depths=survey.max_depths,
             trials_left=max(0, progress.budget - progress.budget_used),
         )
-        for line in opening_lines(facts, survey, progress, self.search, workers):
+        for line in opening_lines(space, facts, survey, progress, workers):
             self.print_line(line)
         if progress.budget_used < progress.budget:
             self.open_bars()
@@ -284,15 +285,17 @@ class Console:
 
 
 def opening_lines(
+    space: Space,
     facts: DatasetReport,
     survey: ModelSurvey,
     progress: Progress,
-    search: SearchSettings,
     workers: int,
 ) -> Iterator[str]:
     """What is searched, and by how many workers, before the first trial."""
     sizes = ", ".join(f"{count:,} {split}" for split, count in facts.split_sizes.items())
-    classes = f", {len(facts.classes)} classes" if facts.classes else ""
+    search = space.settings.search
+    word = output_word(str(space.values["task", "name"]))
+    classes = f", {len(facts.classes)} {word}" if facts.classes else ""
     shape = " x ".join(map(str, facts.input_description["shape"][1:]))
     yield f"data   {sizes} examples{classes}, {shape}"
     models, millions = ", ".join(survey.max_depths), facts.parameter_count / 1e6

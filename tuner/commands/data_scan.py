@@ -11,7 +11,9 @@ from typing import Any
 
 from PIL import Image
 
+from tuner.commands import table_scan
 from tuner.config import plugins
+from tuner.data._labelled_rows import USUAL_LABEL_COLUMNS
 from tuner.data._rows import KIND_BY_SUFFIX, TableRows, read_rows
 from tuner.errors import DataError, limit_listing
 from tuner.preprocessing.data_paths import resolve_path
@@ -23,7 +25,8 @@ MAX_JSON_BYTES = 500_000_000
 MASK_FOLDERS = {"masks", "mask", "ground_truth", "groundtruth", "labels", "annotations", "gt"}
 IMAGE_FOLDERS = {"images", "image", "imgs", "training_images", "jpegimages", "photos", "input"}
 DATA_YAMLS, CLASS_LISTS = ("data.yaml", "data.yml"), ("classes.txt", "obj.names")
-MAX_LABELS = 100  # different values of a column that may hold labels
+IMAGE_TASKS = {"class": "classification", "labels": "multilabel", "numbers": "regression"}
+TEXT_TASKS = {target: f"text_{task}" for target, task in IMAGE_TASKS.items()}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class DataReading:
     def description(self) -> str:
         """What was seen, in words."""
         kind = "texts" if self.side is None else "images"
-        classes = f" of {len(self.class_sizes)} classes" if self.class_sizes else ""
+        word = plugins.output_word(self.task)
+        classes = f" of {len(self.class_sizes)} {word}" if self.class_sizes else ""
         inside = f", split into {' and '.join(self.splits)}" if self.splits else ""
         return f"{self.examples:,} {kind}{classes}{inside}: {self.task.replace('_', ' ')}"
 
@@ -82,7 +86,8 @@ def explain_unreadable(given: str) -> str:
     inside = f" (it holds {', '.join(seen) if seen else 'nothing'})" if path.is_dir() else ""
     return (
         f"{given}: not known as data{inside}; expected folders of images by class, VOC, COCO or "
-        "YOLO annotations, images/ and masks/, or a csv, tsv or JSON lines file of texts; "
+        "YOLO annotations, images/ and masks/, or a csv, tsv, JSON lines or Parquet "
+        "file of images or texts; "
         "`tuner init` lists examples"
     )
 
@@ -232,27 +237,38 @@ def _scan_split_tables(root: Path, given: str) -> Iterator[DataReading]:
 
 
 def _scan_tables(files: dict[int, Path], given: str) -> Iterator[DataReading]:
-    """Texts: with a column of labels, with several that could be it, or without one."""
+    """Images or texts: with a column of labels, with several that could be it, or without one."""
     usual_texts = plugins.read_constant("data", "text", "USUAL_TEXT_COLUMNS")
-    usual_labels = plugins.read_constant("data", "text", "USUAL_LABEL_COLUMNS")
+    usual_labels = USUAL_LABEL_COLUMNS
     usual = (*usual_texts, *usual_labels)
     rows = read_rows(files[TRAIN], None, usual)
     keys: dict[str, Any] = {}
-    if has_unusual_header(rows):
+    if table_scan.has_unusual_header(rows):
         rows, keys = read_rows(files[TRAIN], True, usual), {"header": True}
     others = [read_rows(f, keys.get("header"), usual) for s, f in files.items() if s != TRAIN]
     count = len(rows.values) + sum(len(table.values) for table in others)
     splits = _split_words(files) if len(files) > 1 else ()
-    text, labels = guess_columns(rows, usual_texts, usual_labels)
+    base = files[TRAIN].parent
+    usual_images = plugins.read_constant("data", "table", "USUAL_IMAGE_COLUMNS")
+    images = table_scan.column_of_images(rows, usual_images, base)
+    if images is not None:
+        yield from _scan_image_rows(rows, others, images, given, splits, keys)
+        return
+    text, labels = table_scan.guess_columns(rows, usual_texts, usual_labels)
     if text is None:
         return
     for label in labels:
         options = keys | ({} if text.lower() in usual_texts else {"text": text})
         if label.lower() not in usual_labels:
             options["label"] = label
-        sizes = label_sizes(rows, label)
-        name = "text/text_classification" + ("" if len(labels) == 1 else f"/{label}")
-        yield DataReading("text_classification", "text", given, count, name, options, sizes, splits)
+        column = table_scan.read_column(rows, label)
+        target = "class" if column is None or column.target == "numbers" else column.target
+        if column is not None and column.target == "numbers" and label.lower() in usual_labels:
+            target = "numbers"
+        task = TEXT_TASKS[target]
+        sizes = table_scan.count(table_scan.column(rows, label)) if column is None else column.sizes
+        name = f"text/{task}" + ("" if len(labels) == 1 else f"/{label}")
+        yield DataReading(task, "text", given, count, name, options, sizes, splits)
     if not labels:
         options = keys | ({} if text.lower() in usual_texts else {"text": text})
         yield DataReading(
@@ -260,51 +276,39 @@ def _scan_tables(files: dict[int, Path], given: str) -> Iterator[DataReading]:
         )
 
 
-def has_unusual_header(rows: TableRows) -> bool:
-    """Whether the first row of a table names its columns by names that nobody expects.
-
-    The columns are then still called 1, 2, …, and the first value of one with few different values
-    is none of the others.
-    """
-    if rows.columns[:1] != ("1",) or len(rows.values) < 3:
-        return False
-    first, *others = rows.values
-    most = min(MAX_LABELS, len(others) // 4)
-    columns = [{row[i] for row in others} for i in range(len(first))]
-    return any(
-        1 < len(column) <= most and value not in column
-        for value, column in zip(first, columns, strict=True)
-    )
-
-
-def guess_columns(
-    rows: TableRows, usual_texts: tuple[str, ...], usual_labels: tuple[str, ...]
-) -> tuple[str | None, list[str]]:
-    """The column of texts, and those that may hold the labels.
-
-    A usual name decides. Else the texts are in the column with the longest values, and labels in
-    a column with few different ones.
-    """
-    names = {name.lower(): name for name in rows.columns}
-    text = next((names[n] for n in usual_texts if n in names), None)
-    if text is None and rows.values:
-        lengths = [sum(len(row[i]) for row in rows.values) for i in range(len(rows.columns))]
-        text = rows.columns[lengths.index(max(lengths))]
-    label = next((names[n] for n in usual_labels if n in names and names[n] != text), None)
-    if label is not None:
-        return text, [label]
-    most = min(MAX_LABELS, len(rows.values) // 4)
-    others = [name for name in rows.columns if name != text]
-    return text, [name for name in others if 2 <= len(label_sizes(rows, name)) <= most]
-
-
-def label_sizes(rows: TableRows, column: str) -> dict[str, int]:
-    """How often each value of a column occurs, by value."""
-    index = rows.columns.index(column)
-    sizes: dict[str, int] = {}
-    for row in rows.values:
-        sizes[row[index]] = sizes.get(row[index], 0) + 1
-    return dict(sorted(sizes.items()))
+def _scan_image_rows(
+    rows: TableRows,
+    others: list[TableRows],
+    images: tuple[str, str | None],
+    given: str,
+    splits: tuple[str, ...],
+    keys: dict[str, Any],
+) -> Iterator[DataReading]:
+    """Images that a table lists, by each of its columns that may hold labels."""
+    image, folder = images
+    options = keys | {"image": image} | ({} if folder is None else {"folder": folder})
+    extra = table_scan.extra_columns(rows, image)
+    if splits:
+        extra.pop("split", None)
+    given_splits = splits
+    if "split" in extra:
+        names = {cell.lower() for cell in table_scan.column(rows, extra["split"])}
+        given_splits = _split_words({SPLIT_BY_NAME[name]: Path() for name in names})
+    usual = USUAL_LABEL_COLUMNS
+    readings = table_scan.label_columns(rows, {image, *extra.values()}, usual)
+    base = Path(folder) if folder is not None else rows.path.parent
+    paths = [path for cell in table_scan.column(rows, image) if (path := base / cell).is_file()]
+    side = median_side(paths or list(_images_below(base)))
+    count = len(rows.values) + sum(len(table.values) for table in others)
+    for reading in readings:
+        task = IMAGE_TASKS[reading.target]
+        one = isinstance(reading.label, str)
+        tail = f"/{reading.label if one else 'columns'}" if len(readings) > 1 else ""
+        label = {"label": reading.label if one else list(reading.label)}
+        yield DataReading(
+            task, "table", given, count, f"table/{task}{tail}", options | label | extra,
+            reading.sizes, given_splits, side,
+        )  # fmt: skip
 
 
 # -- files

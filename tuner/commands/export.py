@@ -72,6 +72,7 @@ def export_trial(
             chosen,
             history.run_of_trial(space, study, chosen),
             left,
+            space.settings.search,
             retrain=trial is not None or space.settings.search.retrain,
         )
         outputs = choose_outputs(space.settings.search, chosen)

@@ -6,8 +6,8 @@ from pathlib import Path
 from optuna import Study
 from optuna.trial import FrozenTrial
 
-from tuner.config.run import Run, SearchSettings
-from tuner.messages import OutputSettings
+from tuner.config.run import PluginConfig, Run, SearchSettings
+from tuner.messages import OutputSettings, scale_probability
 from tuner.search import history
 
 
@@ -37,8 +37,31 @@ def retrained_run(run: Run, epoch: int, train_share: float) -> Run:
     return replace(longer, recipe=longer.recipe.model_copy(update=update))
 
 
+def with_thresholds(run: Run, trial: FrozenTrial, search: SearchSettings) -> Run:
+    """A trial's run, which states the thresholds that the trial's best epoch has, where it has any.
+
+    They are probabilities of the export: where its logits are divided by a temperature, so are
+    those of the thresholds. Nothing but the decisions follows from them, so the run's training is
+    that of the trial.
+    """
+    thresholds = trial.user_attrs.get(history.THRESHOLDS)
+    if not thresholds:
+        return run
+    calibrate = choose_outputs(search, trial).calibrate
+    temperature = calibrate if isinstance(calibrate, float) else 1.0
+    scaled = tuple(scale_probability(value, temperature) for value in thresholds)
+    task = PluginConfig(run.task.name, {**run.task.options, "thresholds": scaled})
+    return replace(run, task=task)
+
+
 def choose_export(
-    study: Study, trial: FrozenTrial, run: Run, weights: Path | None, *, retrain: bool
+    study: Study,
+    trial: FrozenTrial,
+    run: Run,
+    weights: Path | None,
+    search: SearchSettings,
+    *,
+    retrain: bool,
 ) -> tuple[Run, Path | None]:
     """What is exported of a trial: a run, and the weights if it is not retrained.
 
@@ -50,9 +73,11 @@ def choose_export(
         trial: A completed trial.
         run: The run that the trial carried out.
         weights: The weights of its best epoch that the trial left, if they are kept.
+        search: What is done with its outputs.
         retrain: Whether it is trained again.
     """
     epoch = trial.user_attrs[history.BEST_EPOCH]
+    run = with_thresholds(run, trial, search)
     if retrain:
         return retrained_run(run, epoch, history.train_share(study)), None
     return run_to_best_epoch(run, epoch), weights

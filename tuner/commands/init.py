@@ -14,7 +14,7 @@ from tuner.files.atomic import disk_errors
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 WEIGHT_HOSTS = ("https://huggingface.co", "https://download.pytorch.org")
 NETWORK_SECONDS = 3.0
-TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".txt")
+TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 
 
 def carry_out(

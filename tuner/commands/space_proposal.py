@@ -115,7 +115,7 @@ def choose_model(task: str, machine: Machine) -> ModelChoice:
 
     Where nothing is installed it is the first of all, and `tuner check` says what to install.
     """
-    choices = MODELS[task, machine.has_gpu]
+    choices = MODELS[plugins.related_task(task), machine.has_gpu]
     installed = [m for m in choices if importlib.util.find_spec(m.package) is not None]
     ready = [m for m in installed if machine.can_download or has_weights(m, machine.home)]
     return (ready or installed or list(choices))[0]
@@ -181,7 +181,7 @@ def _augment(preset: str) -> str:
 def choose_size(reading: DataReading, model: ModelChoice, preset: str) -> int:
     """The side of the images, pixels: the preset's, at most twice their own, a multiple of 32."""
     wanted = model.sizes[list(TRIALS).index(preset)]
-    if reading.task != "classification" or reading.side is None:
+    if plugins.related_task(reading.task) != "classification" or reading.side is None:
         return wanted
     return min(wanted, max(32, round(2 * reading.side / 32) * 32))
 
@@ -225,6 +225,8 @@ def choose_epochs(reading: DataReading, machine: Machine, preset: str) -> tuple[
 
 
 def has_rare_classes(reading: DataReading) -> bool:
+    if "class_weights" not in plugins.read_task_names(reading.task, "RECIPE_KEYS"):
+        return False
     sizes = list(reading.class_sizes.values())
     return bool(sizes) and max(sizes) > RARE_CLASS_RATIO * min(sizes)
 
@@ -243,6 +245,8 @@ def round_down(value: float) -> str:
 
 
 def _scalar(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_scalar, value))}]"
     return str(value).lower() if isinstance(value, bool) else quote(str(value))
 
 

@@ -8,7 +8,12 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from tuner import manifest
-from tuner.commands.exported_run import choose_export, choose_outputs, retrained_run
+from tuner.commands.exported_run import (
+    choose_export,
+    choose_outputs,
+    retrained_run,
+    with_thresholds,
+)
 from tuner.commands.progress import Progress
 from tuner.commands.session import Session, interrupted_error, study_name, write_yaml
 from tuner.commands.soup import (
@@ -108,7 +113,11 @@ def finalize_once(ended: EndedSearch) -> Summary:
     other = busy[0] if busy else coordinator.coordination.claim_winner(winner.number)
     if other is not None:
         run = retrained_run(
-            history.run_of_trial(session.space, coordinator.study, winner),
+            with_thresholds(
+                history.run_of_trial(session.space, coordinator.study, winner),
+                winner,
+                session.settings.search,
+            ),
             winner.user_attrs[history.BEST_EPOCH],
             history.train_share(coordinator.study),
         )
@@ -128,7 +137,11 @@ def finalize_best(ended: EndedSearch) -> Summary:
     if confirmed is not None:
         choice = WinnerChoice(confirmed.winner.trial, [])
     winner = choice.winner
-    trial_run = history.run_of_trial(session.space, coordinator.study, winner)
+    trial_run = with_thresholds(
+        history.run_of_trial(session.space, coordinator.study, winner),
+        winner,
+        session.settings.search,
+    )
     run = retrained_run(
         trial_run,
         winner.user_attrs[history.BEST_EPOCH],
@@ -188,6 +201,7 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
         coordinator.retention.best_weights_of(
             history.proposal_numbers(coordinator.study)[winner.number]
         ),
+        settings.search,
         retrain=settings.search.retrain,
     )
     outputs = choose_outputs(settings.search, winner)
@@ -329,6 +343,7 @@ def compare_with_default(
         coordinator.retention.best_weights_of(
             history.proposal_numbers(coordinator.study)[default.number]
         ),
+        session.settings.search,
         retrain=session.settings.search.retrain,
     )
     outputs = choose_outputs(session.settings.search, default)

@@ -4,6 +4,7 @@ one key.
 
 from typing import Any
 
+from tuner.config import plugins
 from tuner.config.augmentation import (
     FLIP_VERSIONS,
     POLICIES,
@@ -27,8 +28,8 @@ UNMIXABLE_TASKS = {
 
 def check_policies(draft: Draft) -> None:
     """Whether the task can use each policy, and each key of a policy that is written by hand."""
-    task = draft.values.get(("task", "name"))
-    if not _has_image_options(draft) or not isinstance(task, str) or task not in POLICIES:
+    task = plugins.related_task(str(draft.values.get(("task", "name"))))
+    if not _has_image_options(draft) or task not in POLICIES:
         return
     for name in draft.possible_values(AUGMENT) or ():
         if isinstance(name, str) and name not in POLICIES[task]:
@@ -72,9 +73,11 @@ def check_mixing(draft: Draft) -> None:
             continue
         if task in UNMIXABLE_TASKS:
             draft.add_problem(path, f"{task} cannot use it: {UNMIXABLE_TASKS[task]}")
-        elif task == "text_classification" and key == "cutmix":
+        elif plugins.related_task(task) == "text_classification" and key == "cutmix":
             draft.add_problem(path, f"{task} cannot use it: texts have no rectangles; use mixup")
-        elif task == "text_classification" and _may_freeze_nothing(draft, path):
+        elif plugins.related_task(task) == "text_classification" and _may_freeze_nothing(
+            draft, path
+        ):
             draft.add_problem(
                 path,
                 "token ids cannot be mixed, only what frozen stages make of them; write "

@@ -268,6 +268,12 @@ def check_recipe_of_task(draft: Draft) -> None:
         known = plugins.read_task_names(task, "RECIPE_KEYS")
     except SpaceError:
         return  # said where the name is read
+    for key in plugins.read_task_names(task, "REFUSED_RECIPE_KEYS"):
+        path = ("recipe", key)
+        if draft.possible_values(path) != (Recipe.model_fields[key].default,):
+            draft.add_problem(
+                path, f"{task} has no such key: its targets are no classes; drop the key"
+            )
     for key in sorted(tasks_by_key.keys() - set(known)):
         path = ("recipe", key)
         if draft.possible_values(path) != (Recipe.model_fields[key].default,):

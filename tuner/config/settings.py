@@ -27,7 +27,7 @@ EXPORT_FORMATS = ("safetensors", "torch_export", "onnx")
 KEYS_OF_SOME_TASKS = {
     "calibrate": (
         ("temperature", "none"),
-        "a temperature divides the logits of classes, one class for each example",
+        "a temperature divides the logits of examples that have classes or labels as a whole",
     ),
     "test_flips": ((False,), NO_MEAN_OF_OUTPUTS),
 }

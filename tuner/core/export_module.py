@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.core.input_spec import InputSpec, TensorTree
+from tuner.core.target_scale import TargetScale
 from tuner.core.types import StagedModel
 
 
@@ -17,20 +18,27 @@ class ExportModule(nn.Module):
 
     Its input is a batch as an export takes it: images as RGB in 0..1, float32 (n, 3, size, size),
     or texts as token ids, int64 (n, length) by name. Its output is the model's own, divided by the
-    temperature where there is one.
+    temperature where there is one, or, for a regression, in the units of the targets.
 
     Args:
         staged: The model. Its modules are used, not copied.
         input_spec: How the model's examples must look.
         temperature: What the logits are divided by; None: the model's output stays as it is.
+        target_scale: Of a model that gives standardised targets; None: it gives something else.
     """
 
     mean: Tensor
     std: Tensor
     temperature: Tensor
+    target_mean: Tensor
+    target_deviation: Tensor
 
     def __init__(
-        self, staged: StagedModel, input_spec: InputSpec, temperature: float | None = None
+        self,
+        staged: StagedModel,
+        input_spec: InputSpec,
+        temperature: float | None = None,
+        target_scale: TargetScale | None = None,
     ) -> None:
         super().__init__()
         self.function = staged.as_module()
@@ -42,6 +50,10 @@ class ExportModule(nn.Module):
         self.has_temperature = temperature is not None
         if temperature is not None:
             self.register_buffer("temperature", torch.tensor(temperature))
+        self.has_target_scale = target_scale is not None
+        if target_scale is not None:
+            self.register_buffer("target_mean", torch.tensor(target_scale.mean))
+            self.register_buffer("target_deviation", torch.tensor(target_scale.deviation))
 
     def forward(self, x: TensorTree) -> TensorTree:
         if self.has_normalisation:
@@ -49,11 +61,13 @@ class ExportModule(nn.Module):
         output = self.function(x)
         if self.has_temperature:
             output = output / self.temperature
+        if self.has_target_scale:
+            output = output * self.target_deviation + self.target_mean
         return output  # type: ignore[no-any-return]
 
     def export_state(self) -> dict[str, Tensor]:
-        """All weights: the model's under their native names, normalisation and temperature under
-        `tuner.`.
+        """All weights: the model's under their native names, normalisation, temperature and target
+        scale under `tuner.`.
 
         The tensors are copies, and no two share memory.
         """

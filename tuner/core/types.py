@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tuner.core.example_results import ExampleResults, join_pairs, repeat_pair
 from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
+from tuner.core.target_scale import TargetScale
 
 # the rate in the representation of torch's dropout, torchvision's and timm's stochastic depth
 DROPOUT_RATE = re.compile(
@@ -84,7 +85,8 @@ class Dataset:
     `full` has the train and validation examples together, augmented like `train`: the winner is
     retrained on it. Equal digests mean equal datasets. `warnings` are lines for the user.
     `views_are_for_cache`: the views of `train` and `full` are limited only so that they can be
-    cached; where nothing is, they may be endless.
+    cached; where nothing is, they may be endless. `classes` are the names of what a model gives:
+    of classes, of labels, or of the targets of a regression.
     """
 
     train: Source
@@ -191,6 +193,7 @@ class Task(ABC):
 
     metrics: tuple[str, ...]
     output_description: ClassVar[str]  # an export's output, in words
+    target_scale: TargetScale | None = None  # of a net that gives standardised targets
 
     @abstractmethod
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
@@ -230,6 +233,24 @@ class Task(ABC):
             The temperature, above 0; None for a task without one.
         """
         return None
+
+    def fit_thresholds(self, pairs: Sequence[tuple[Any, Any]]) -> tuple[float, ...] | None:
+        """The probability from which on an example has each of several labels.
+
+        The exported run states them as `task.thresholds`. A task that has this key and not these
+        thresholds may give them; another one leaves this as it is.
+
+        Args:
+            pairs: (prediction, target) of each batch of the validation split.
+
+        Returns:
+            One for each label, between 0 and 1; None for a task that chooses none.
+        """
+        return None
+
+    def at_thresholds(self, thresholds: Sequence[float]) -> "Task":
+        """The same task, which decides at these thresholds; a task without any is unchanged."""
+        return self
 
     def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
         """Scores of each class by its name, for the manifest of an export.

@@ -20,6 +20,7 @@ MAX_CLASSES_WITH_COUNTS, MAX_CLASSES_WITH_NAMES = (
     20,
     60,
 )  # up to so many classes the counts, and the names, can be read
+MAX_TARGETS_SHOWN = 9  # of a regression
 FORMATS = ("JPEG",)  # of the images of mistakes
 LOSS_COLOUR, SCORE_COLOUR = "tab:red", "tab:blue"
 _matplotlib_lock = threading.Lock()  # matplotlib draws for one thread at a time
@@ -34,6 +35,7 @@ def render_figure(content: bytes) -> bytes:
         "confusion": plot_confusion,
         "curve": plot_learning_curve,
         "mistakes": plot_mistakes,
+        "predicted": plot_predicted,
     }
     with _matplotlib_lock:
         return kinds[shown.pop(KIND_KEY)](**shown)
@@ -94,6 +96,31 @@ def plot_mistakes(mistakes: Sequence[Mapping[str, Any]]) -> bytes:
         axes.set_axis_off()
         caption = f"{mistake['predicted']} {mistake['confidence']:.0%}\nis {mistake['truth']}"
         axes.set_title(caption, fontsize=9, parse_math=False)
+    return _encode_png(figure)
+
+
+def plot_predicted(
+    targets: Sequence[str],
+    truth: Sequence[Sequence[float]],
+    predicted: Sequence[Sequence[float]],
+) -> bytes:
+    """Predicted against true numbers, a field for each target; a line where both are equal.
+
+    `truth` and `predicted`: for each target the numbers of the examples. The first
+    MAX_TARGETS_SHOWN targets are shown.
+    """
+    shown = min(len(targets), MAX_TARGETS_SHOWN)
+    columns = min(3, shown)
+    rows = -(-shown // columns)
+    figure = Figure(figsize=(3.4 * columns, 3.4 * rows), dpi=100, layout="constrained")
+    for i in range(shown):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.scatter(truth[i], predicted[i], s=9, alpha=0.6, color=SCORE_COLOUR)
+        ends = [min(*truth[i], *predicted[i]), max(*truth[i], *predicted[i])]
+        axes.plot(ends, ends, "--", color="grey", linewidth=1)
+        axes.set_xlabel("true")
+        axes.set_ylabel("predicted")
+        axes.set_title(targets[i][:40], fontsize=10, parse_math=False)
     return _encode_png(figure)
 
 

@@ -20,7 +20,7 @@ from tuner.preprocessing.data_paths import resolve_folder, resolve_path
 from tuner.preprocessing.image_dataset import classification_dataset, labelled_dataset
 from tuner.preprocessing.image_decoding import SUFFIXES
 
-TASKS = ("classification",)
+TASKS = ("classification", "multilabel", "regression")
 USUAL_IMAGE_COLUMNS = (
     "image",
     "file",

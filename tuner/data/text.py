@@ -30,7 +30,7 @@ from tuner.preprocessing.splits import (
     check_classes,
 )
 
-TASKS = ("text_classification", "text_generation")
+TASKS = ("text_classification", "text_multilabel", "text_regression", "text_generation")
 USUAL_TEXT_COLUMNS = (
     "text",
     "sentence",
@@ -70,7 +70,7 @@ def load(
         str | tuple[str, ...] | None,
         Field(
             description="the column of the labels; null: guessed from its name; a list: several "
-            "columns"
+            "columns, for text_multilabel of 1 and 0, for text_regression of numbers"
         ),
     ] = None,
     separator: Annotated[

@@ -25,7 +25,7 @@ from tuner.core.weights import (
 )
 from tuner.errors import SpaceError, suggest_names
 
-TASKS = ("classification",)
+TASKS = ("classification", "multilabel", "regression")
 NAMES = (
     "resnet18_slim",
     "resnet18",

@@ -19,7 +19,7 @@ from tuner.errors import SpaceError
 from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
 from tuner.models._timm_stages import DEFAULT_SIDE, classifier_names, stages_of
 
-TASKS = ("classification",)
+TASKS = ("classification", "multilabel", "regression")
 NAMES = ("timm/*",)
 # Convolutional networks have tuner's own default recipe. Transformers and ConvNeXts need smaller
 # rates, smaller still in the first stages:

@@ -28,7 +28,7 @@ from tuner.models._cutter import cut_model
 from tuner.models._forward_pass import UncutModel
 from tuner.models._model_units import find_units
 
-TASKS = ("classification",)
+TASKS = ("classification", "multilabel", "regression")
 NAMES = (
     "alexnet",
     "convnext_base",

@@ -21,7 +21,7 @@ from tuner.models import _hub
 from tuner.models._transformer_stages import stage_transformer
 from tuner.preprocessing.tokenization import load_tokenizer, silence_transformers
 
-TASKS = ("text_classification", "text_generation")
+TASKS = ("text_classification", "text_multilabel", "text_regression", "text_generation")
 NAMES = ("bert", "distilbert", "roberta", "gpt2", "hf/*")
 RECIPES = {
     # Devlin et al., section A.3: batch 16 or 32, lr 5e-5, 3e-5 or 2e-5, 3 or 4 epochs, decay 0.01,

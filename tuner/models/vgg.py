@@ -16,7 +16,7 @@ from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import StagedModel
 from tuner.core.weights import torchvision_model, torchvision_preprocess
 
-TASKS = ("classification",)
+TASKS = ("classification", "multilabel", "regression")
 NAMES = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
 
 

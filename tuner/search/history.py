@@ -21,6 +21,7 @@ REASON = "tuner:reason"  # why a trial failed or was pruned
 DUPLICATE_OF = "tuner:same_as"  # the number of the trial whose result this trial has
 BEST_EPOCH = "best_epoch"
 SCORES = "scores"  # all scores of the best epoch
+THRESHOLDS = "thresholds"  # of the labels, likewise
 TEMPERATURE = "temperature"  # of the best epoch, where the task has one
 FAILED_PERMANENTLY = "tuner:final"  # whether a failed trial is not tried again
 TRACEBACK = "tuner:trace"

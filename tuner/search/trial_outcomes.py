@@ -25,6 +25,7 @@ from tuner.search.history import (
     REFUSED,
     SCORES,
     TEMPERATURE,
+    THRESHOLDS,
     TRACEBACK,
     trial_rank,
 )
@@ -111,6 +112,8 @@ class TrialOutcomes:
             trial.set_user_attr(SCORES, best.scores)
             if best.temperature is not None:
                 trial.set_user_attr(TEMPERATURE, best.temperature)
+            if best.thresholds:
+                trial.set_user_attr(THRESHOLDS, list(best.thresholds))
         if failed:
             trial.set_user_attr(REASON, f"{result.state}: {result.reason}")
         # before `tell`, because artifacts can be attached only to a running trial

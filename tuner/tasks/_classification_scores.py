@@ -113,8 +113,8 @@ def mean_ranking_scores(logits: Tensor, truth: Tensor) -> dict[str, float]:
         probabilities, is_true = probabilities[:, 1:], is_true[:, 1:]
     auroc, average_precision = rank_examples(probabilities, is_true)
     return {
-        "auroc": _mean_of_defined(auroc, otherwise=0.5),
-        "average_precision": _mean_of_defined(average_precision, otherwise=0.0),
+        "auroc": mean_of_defined(auroc, otherwise=0.5),
+        "average_precision": mean_of_defined(average_precision, otherwise=0.0),
     }
 
 
@@ -151,7 +151,8 @@ def rank_examples(values: Tensor, is_true: Tensor) -> tuple[Tensor, Tensor]:
     return auroc, average_precision
 
 
-def _mean_of_defined(values: Tensor, otherwise: float) -> float:
+def mean_of_defined(values: Tensor, otherwise: float) -> float:
+    """The mean of what is no NaN."""
     defined = values[~values.isnan()]
     return float(defined.mean()) if len(defined) else otherwise
 

@@ -42,16 +42,28 @@ FRESH_SEED = 0  # of parameters for which there are no weights
 MAX_CACHED_MODELS = 4  # in a process
 
 
-def build_task(run: Run, classes: tuple[str, ...], class_counts: Tensor | None = None) -> Task:
+def build_task(
+    run: Run,
+    classes: tuple[str, ...],
+    class_counts: Tensor | None = None,
+    train_targets: Callable[[], Tensor] | None = None,
+) -> Task:
     """The run's task for these classes.
 
-    `class_counts` (int64, (classes,)) says how many training examples each class has. A task gets
-    it where its `build` has such an argument.
+    A task gets the last two where its `build` has arguments of these names.
+
+    Args:
+        run: The run that names the task.
+        classes: The names of the classes, labels or targets.
+        class_counts: int64 (classes,), how many training examples each class has.
+        train_targets: Gives the targets of all training examples, float (n, targets).
     """
     build = plugins.load_plugin("task", run.task.name)
-    options = dict(run.task.options)
-    if class_counts is not None and "class_counts" in inspect.signature(build).parameters:
+    options, arguments = dict(run.task.options), inspect.signature(build).parameters
+    if class_counts is not None and "class_counts" in arguments:
         options["class_counts"] = class_counts
+    if train_targets is not None and "train_targets" in arguments:
+        options["train_targets"] = train_targets()
     task: Task = build(classes, run.recipe, **options)
     return task
 

@@ -173,7 +173,9 @@ class Checkpoints:
         if best not in (0, len(epochs)):
             tensors |= {f"best.{name}": value for name, value in weights.items()}
         values |= {
-            "epochs": [(e.number, e.loss, e.scores, e.seconds, e.temperature) for e in epochs],
+            "epochs": [
+                (e.number, e.loss, e.scores, e.seconds, e.temperature, e.thresholds) for e in epochs
+            ],
             "best": best,
         }
         sync = now - self.last_sync >= SYNC_SECONDS

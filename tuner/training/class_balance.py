@@ -25,7 +25,7 @@ def read_targets(source: Source, index: Tensor) -> TensorTree:
 
 
 def read_labels(source: Source) -> Tensor:
-    """The class of each example, int64 (n,), on the CPU."""
+    """The class of each example, int64 (n,), or its numbers, float (n, targets), on the CPU."""
     labels = [read_targets(source, index) for index in _chunks(source)]
     return torch.cat([chunk for chunk in labels if isinstance(chunk, Tensor)]).cpu()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tuner.config.objective import Direction
 from tuner.config.run import PluginConfig, Run
-from tuner.messages import Epoch, mean_temperature
+from tuner.messages import Epoch, mean_temperature, mean_thresholds
 from tuner.training.devices import DeviceContext
 from tuner.training.epoch import TrainingContext
 from tuner.training.preparation import prepare_training
@@ -92,8 +92,8 @@ def fit_folds(
 
 
 def mean_epoch(epochs: Sequence[Epoch]) -> Epoch:
-    """The mean of the folds' loss and scores, the geometric mean of their temperatures, the sum of
-    their seconds, and each note once.
+    """The mean of the folds' loss and scores, the geometric mean of their temperatures, the mean
+    of their thresholds, the sum of their seconds, and each note once.
     """
     count = len(epochs)
     return Epoch(
@@ -104,5 +104,6 @@ def mean_epoch(epochs: Sequence[Epoch]) -> Epoch:
         },
         seconds=sum(epoch.seconds for epoch in epochs),
         temperature=mean_temperature([epoch.temperature for epoch in epochs]),
+        thresholds=mean_thresholds([epoch.thresholds for epoch in epochs]),
         notes=tuple(dict.fromkeys(note for epoch in epochs for note in epoch.notes)),
     )

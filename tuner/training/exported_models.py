@@ -17,6 +17,7 @@ from tuner.core.input_spec import (
     input_spec_from_dict,
     tree_to_dict,
 )
+from tuner.core.target_scale import TargetScale
 from tuner.errors import SpaceError, StorageError
 from tuner.manifest import PublishedExport
 from tuner.training.building import build_model
@@ -41,8 +42,10 @@ def model_without_weights(published: PublishedExport) -> ExportModule:
         data = PluginConfig(run.data.name, {**run.data.options, "size": input_spec.size})
         run = replace(run, data=data)
     staged_model = build_model(run, published.folder, len(manifest["classes"]))
-    # an export of an earlier version has no temperature
-    return ExportModule(staged_model, input_spec, manifest.get("temperature"))
+    # an export of an earlier version has no temperature and no target scale
+    scale = manifest.get("target_scale")
+    target_scale = None if scale is None else TargetScale.from_dict(scale)
+    return ExportModule(staged_model, input_spec, manifest.get("temperature"), target_scale)
 
 
 def select_prediction_device(name: str, export_format: str) -> torch.device:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tuner.config.run import Run
 from tuner.core.export_module import ExportModule
 from tuner.core.output_modules import FlippedPair, ScaledLogits, require_flips
-from tuner.core.types import StagedModel
+from tuner.core.target_scale import TargetScale
+from tuner.core.types import StagedModel, Task
 from tuner.errors import DataError, NoUsableTrial
 from tuner.manifest import (
     TEST_RESULTS,
@@ -23,7 +25,14 @@ from tuner.manifest import (
     read_export,
     recover_export,
 )
-from tuner.messages import Assignment, DefaultTestJob, Epoch, FinalizeJob, Ingredient
+from tuner.messages import (
+    Assignment,
+    DefaultTestJob,
+    Epoch,
+    FinalizeJob,
+    Ingredient,
+    scale_probability,
+)
 from tuner.training.building import DeviceSource, load_dataset
 from tuner.training.checkpoints import load_best_weights
 from tuner.training.devices import select_device
@@ -59,6 +68,12 @@ class TrainedModel(NamedTuple):
         """What the export divides the logits by; None: nothing."""
         return self.findings["temperature"]  # type: ignore[no-any-return]
 
+    @property
+    def target_scale(self) -> TargetScale | None:
+        """How the export brings the outputs into the units of the targets; None: not at all."""
+        scale = self.findings["target_scale"]
+        return None if scale is None else TargetScale.from_dict(scale)
+
 
 def finalize(
     job: FinalizeJob, report: Callable[[Epoch], bool], slot: int
@@ -87,7 +102,9 @@ def finalize(
         return None
     staged_model = trained.staged_model
     staged_model.model.cpu().float().to(memory_format=torch.contiguous_format)
-    model = ExportModule(staged_model, dataset.input_spec, trained.temperature).eval()
+    model = ExportModule(
+        staged_model, dataset.input_spec, trained.temperature, trained.target_scale
+    ).eval()
     return publish(
         job,
         model,
@@ -137,6 +154,8 @@ def train_winner(
     findings: dict[str, Any] = {
         "calibrate": job.outputs.calibrate,
         "temperature": tested_run.temperature,
+        "thresholds": list(trained.thresholds) if trained.thresholds is not None else None,
+        "target_scale": scale.to_dict() if (scale := context.task.target_scale) else None,
         "test_flips": job.outputs.test_flips,
         "comparison": None,
         "confirmation": job.confirmation,
@@ -156,12 +175,13 @@ def train_winner(
 
 class TestedModel(NamedTuple):
     """A model that was trained and tested. `valid_scores` are empty where it was not scored on
-    validation examples.
+    validation examples; `thresholds` are those of the labels, None where the task has none.
     """
 
     context: TrainingContext
     valid_scores: dict[str, float]
     tested_run: TestedRun
+    thresholds: tuple[float, ...] | None
 
 
 def train_model(
@@ -182,6 +202,7 @@ def train_model(
         assignment.engine, Path(assignment.home), slot, assignment.micro_batches
     )
     valid_scores: dict[str, float] = {}
+    fitted: tuple[float, ...] = ()
     try:
         # its linear probe may diverge too
         context = prepare_training(
@@ -193,6 +214,7 @@ def train_model(
         for progress in [] if weights_file or ingredients else retrain(assignment, context):
             if progress.best is not None:
                 valid_scores = progress.best.epoch.scores
+                fitted = progress.best.epoch.thresholds
                 if outputs.calibrate == "temperature":
                     temperature = progress.best.epoch.temperature
             if not report(progress.epoch):
@@ -206,13 +228,33 @@ def train_model(
                 f"{weights_file}: damaged or of another model; with search.retrain: true the "
                 "run is trained again"
             )
+        thresholds = decide_thresholds(context, run, fitted, temperature)
+        if thresholds is not None:
+            context = replace(context, task=context.task.at_thresholds(thresholds))
         digest = soup_digest(ingredients) if ingredients else run.digest()
         tested_run = score_test_split(
             context, digest, run.recipe.batch_size, temperature, outputs.test_flips
         )
     except Diverged as error:
         raise NoUsableTrial(f"training diverged ({error}); {DIVERGED_HINT}") from None
-    return TestedModel(context, valid_scores, tested_run)
+    return TestedModel(context, valid_scores, tested_run, thresholds)
+
+
+def decide_thresholds(
+    context: TrainingContext, run: Run, fitted: tuple[float, ...], temperature: float | None
+) -> tuple[float, ...] | None:
+    """The probabilities from which on a test example has each label; None: the task has no labels.
+
+    They are those that the run states, or those that fit the validation examples. A training
+    without validation, whose run states none, decides at 0.5: the test examples must not choose.
+    """
+    if type(context.task).at_thresholds is Task.at_thresholds:
+        return None
+    count = len(context.dataset.classes)
+    stated = run.task.options.get("thresholds")
+    if stated is not None:
+        return tuple(stated) if isinstance(stated, tuple) else (float(stated),) * count
+    return tuple(scale_probability(value, temperature) for value in fitted) or (0.5,) * count
 
 
 def retrain(assignment: Assignment, context: TrainingContext) -> Iterator[FitProgress]:
@@ -273,7 +315,10 @@ def load_earlier_export(folder: Path, job: FinalizeJob) -> TrainedModel | None:
     # run than its digest says
     if published.run.digest() != run.digest():
         return None
-    kept = ("calibrate", "temperature", "test_flips", "comparison", "confirmation", "soup")
+    kept = (
+        *("calibrate", "temperature", "thresholds", "target_scale", "test_flips"),
+        *("comparison", "confirmation", "soup"),
+    )
     findings = {name: published.manifest.get(name) for name in kept}
     soup = job.soup.findings if job.soup is not None else None
     if averaged_runs(findings["soup"]) != averaged_runs(soup):

@@ -196,6 +196,8 @@ def open_predictor(
             with plugins.installed_only():
                 function = open_export(published, chosen, target)
                 task = build_task(published.run, tuple(published.manifest["classes"]))
+                if published.manifest.get("thresholds"):
+                    task = task.at_thresholds(published.manifest["thresholds"])
             input_spec = input_spec_from_dict(published.manifest["preprocess"], published.folder)
         except Exception:  # anything can fail where files of two exports are mixed
             newer = find_replacement(published)

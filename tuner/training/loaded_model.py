@@ -57,7 +57,7 @@ class Model:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of the model's outputs."""
+        """The names of the classes, labels or targets, in the order of the model's outputs."""
         return tuple(self.manifest["classes"])
 
     @property
@@ -87,8 +87,8 @@ class Model:
 
         Returns:
             For each example what `tuner predict` says: `line` for a person, `values` for a program
-            (`classes`, `objects`, `shares` or `continuation`), and for boxes and masks `picture`, a
-            PNG.
+            (`classes`, `labels`, `targets`, `objects`, `shares` or `continuation`), and for boxes
+            and masks `picture`, a PNG.
 
         Raises:
             DataError: An image cannot be read.

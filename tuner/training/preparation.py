@@ -102,7 +102,11 @@ class LoadedRun:
         if recipe.class_weights != "none" and recipe.sampling == "natural":
             counts = count_classes(self.train_source, len(self.dataset.classes))
             counts = counts.to(self.device_context.device)
-        return build_task(replace(self.run, recipe=recipe), self.dataset.classes, counts)
+        run = replace(self.run, recipe=recipe)
+        # those of `train` also where it learns from `full`, so that a soup has one scale
+        return build_task(
+            run, self.dataset.classes, counts, lambda: read_labels(self.dataset.train)
+        )
 
     @property
     def probe_recipe(self) -> Recipe:

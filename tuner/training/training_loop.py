@@ -269,12 +269,14 @@ def run_epoch(
     ]
     if bad_scores or not math.isfinite(loss):
         raise Diverged(f"loss {loss:g}{''.join(bad_scores)} in epoch {number}")
-    temperature = None
+    temperature, thresholds = None, None
     if predictions:
         scores |= score_own_metric(context.metric, predictions)
         # of each epoch: a fold does not know which epoch has the best mean over the folds
         temperature = context.task.fit_temperature(predictions)
-    epoch = Epoch(number, loss, scores, time.monotonic() - start, temperature)
+        thresholds = context.task.fit_thresholds(predictions)
+    seconds = time.monotonic() - start
+    epoch = Epoch(number, loss, scores, seconds, temperature, thresholds or ())
     return EpochOutcome(epoch, predictions, None)
 
 
