@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tuner.core.adapters import trained_state
+
 TYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -106,10 +108,10 @@ def to_independent_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def native_state(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of `net` under the names that they have in `model`."""
+    """The trained parameters and the buffers of `net` under the names that they have in `model`."""
     names = {id(value): name for name, value in model.state_dict(keep_vars=True).items()}
     return {
         names[id(value)]: value
-        for value in net.state_dict(keep_vars=True).values()
+        for value in trained_state(net, keep_vars=True).values()
         if id(value) in names
     }

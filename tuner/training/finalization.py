@@ -24,6 +24,7 @@ from tuner.manifest import (
     recover_export,
 )
 from tuner.messages import Assignment, DefaultTestJob, Epoch, FinalizeJob, Ingredient
+from tuner.training.adapters import merge_adapters
 from tuner.training.building import DeviceSource, load_dataset
 from tuner.training.checkpoints import load_best_weights
 from tuner.training.devices import select_device
@@ -87,6 +88,7 @@ def finalize(
         return None
     staged_model = trained.staged_model
     staged_model.model.cpu().float().to(memory_format=torch.contiguous_format)
+    merge_adapters(staged_model.model)
     model = ExportModule(staged_model, dataset.input_spec, trained.temperature).eval()
     return publish(
         job,
