@@ -165,7 +165,7 @@ def merge_adapters(model: nn.Module) -> None:
             continue
         module.merge()
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.get_base_layer())  # type: ignore[operator]
+        setattr(model.get_submodule(parent), child, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
 

@@ -286,8 +286,12 @@ class MemorySource:
             source.take(index, 0)
             for index in torch.split(torch.arange(len(source)), MAX_EVAL_BATCH)
         ]
-        x, y = (_join([batch[part] for batch in chunks]) for part in (0, 1))
-        return MemorySource(x, y, source.digest)
+        return MemorySource.join([x for x, _ in chunks], [y for _, y in chunks], source.digest)
+
+    @staticmethod
+    def join(inputs: list[TensorTree], targets: list[TensorTree], digest: str) -> "MemorySource":
+        """A source of the examples of some batches."""
+        return MemorySource(_join(inputs), _join(targets), digest)
 
     def __len__(self) -> int:
         return len(next(iter(tree_to_dict(self.y).values())))
