@@ -77,7 +77,7 @@ def test_models_are_ranked_and_the_best_are_written(
     assert result.code == 0, result.err
     assert "alexnet: left out: " in result.out and "other.pth" in result.out
     line = next(line for line in result.out.splitlines() if line.startswith("resnet18_slim "))
-    assert "first choice, generalist" in line and float(line.split()[1]) > 0.8
+    assert "first choice, generalist" in line and float(line.split()[1]) > 0.5
     checked = tuner("check", tmp_path / "chosen.yaml")
     assert checked.code == 0, checked.err
     again = tuner(
