@@ -19,7 +19,7 @@ from tuner.core.types import module_digest
 from tuner.errors import SpaceError
 from tuner.files.checkpoint_files import list_checkpoints
 from tuner.messages import Assignment, Ingredient
-from tuner.training import checkpoints, soup
+from tuner.training import checkpoint_content, checkpoints, soup
 from tuner.training.adapters import merge_adapters
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.epoch import TrainingContext, predict_source
@@ -142,7 +142,7 @@ def test_a_killed_training_goes_on_from_a_checkpoint_that_holds_only_what_trains
     assert module_digest(resumed.net) == module_digest(whole.net)
     (file,) = folder.glob("best-*")
     again = prepare_training(run, here, "accuracy")
-    assert checkpoints.load_best_weights(file, again.staged_model.model, again.net)
+    assert checkpoint_content.load_best_weights(file, again.staged_model.model, again.net)
     assert torch.equal(outputs(again), outputs(whole))
 
 

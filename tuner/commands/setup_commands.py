@@ -99,8 +99,7 @@ def models(
     as_: As = None,
     debug: Debug = False,
 ) -> None:
-    """List the models, those that match a pattern, what each freeze depth of one saves, or which
-    suit your data.
+    """List the models or those of a pattern; show what freezing one saves, or which suit some data.
 
     Models are scored by a linear probe and by LogME on the features of a sample. It takes no
     fine-tuning, and what it says is an estimate: search over the best few.

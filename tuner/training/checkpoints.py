@@ -29,8 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import tuner
-from tuner.config.run import LoraOptions
-from tuner.core.adapters import has_adapters, load_trained_state, trained_state
+from tuner.core.adapters import load_trained_state, trained_state
 from tuner.core.device_transfers import HostCopy
 from tuner.files.atomic import atomic_path, disk_errors, fsync
 from tuner.files.checkpoint_files import (
@@ -40,7 +39,6 @@ from tuner.files.checkpoint_files import (
     remove_paths,
 )
 from tuner.messages import Epoch
-from tuner.training.adapters import merged_state
 from tuner.training.checkpoint_content import (
     match_memory_layout,
     native_state,
@@ -383,30 +381,3 @@ def has_same_shapes(tensors: dict[str, Tensor], net: nn.Module) -> bool:
     """Whether the tensors are exactly those of `net` that are trained, in its shapes."""
     shapes = {name: value.shape for name, value in trained_state(net).items()}
     return {name: value.shape for name, value in select_prefix(tensors, "net.").items()} == shapes
-
-
-def load_best_weights(
-    path: Path, model: nn.Module, net: nn.Module, adapters: LoraOptions | None = None
-) -> bool:
-    """Loads what `Checkpoints.save_best_weights` wrote into `net`; False where it is damaged or of
-    another model.
-
-    `adapters`: those of a run with which the file was written. In a net that has none they are
-    added to its weights.
-    """
-    content = read_verified(path)
-    if content is None:
-        return False
-    tensors, own = safetensors.torch.load(content), native_state(model, net)
-    if adapters is not None and not has_adapters(net):
-        try:
-            tensors = merged_state(model, tensors, adapters)
-        except (AttributeError, KeyError, RuntimeError):  # layers or shapes that it does not have
-            return False
-        own = {name: value for name, value in own.items() if name in tensors}
-    if {name: value.shape for name, value in tensors.items()} != {
-        name: value.shape for name, value in own.items()
-    }:
-        return False
-    model.load_state_dict(tensors, strict=False)
-    return True

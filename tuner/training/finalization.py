@@ -26,7 +26,7 @@ from tuner.manifest import (
 from tuner.messages import Assignment, DefaultTestJob, Epoch, FinalizeJob, Ingredient
 from tuner.training.adapters import merge_adapters
 from tuner.training.building import DeviceSource, load_dataset
-from tuner.training.checkpoints import load_best_weights
+from tuner.training.checkpoint_content import load_best_weights
 from tuner.training.devices import select_device
 from tuner.training.epoch import Diverged, TrainingContext, predict_source
 from tuner.training.exported_models import load_exporter, model_without_weights

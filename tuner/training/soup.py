@@ -35,8 +35,7 @@ from tuner.training.batch_norm import (
     estimate_statistics,
     norms_with_statistics,
 )
-from tuner.training.checkpoint_content import read_header
-from tuner.training.checkpoints import load_best_weights
+from tuner.training.checkpoint_content import load_best_weights, read_header
 from tuner.training.devices import select_device
 from tuner.training.epoch import Diverged, TrainingContext, predict_source
 from tuner.training.own_metric import score_own_metric
