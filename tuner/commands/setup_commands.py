@@ -101,8 +101,7 @@ def models(
 ) -> None:
     """List the models or those of a pattern; show what freezing one saves, or which suit some data.
 
-    Models are scored by a linear probe and by LogME on the features of a sample. It takes no
-    fine-tuning, and what it says is an estimate: search over the best few.
+    With --for they are scored by one forward pass over a sample: an estimate, without fine-tuning.
     """
     from tuner.config import plugins
 
