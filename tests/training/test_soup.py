@@ -19,7 +19,7 @@ from tuner.config.run import EngineSettings, PluginConfig, Run
 from tuner.errors import DataError
 from tuner.messages import Assignment, Ingredient, SoupJob
 from tuner.training import batch_norm, soup
-from tuner.training.checkpoints import load_best_weights
+from tuner.training.checkpoint_content import load_best_weights
 from tuner.training.epoch import predict_source
 from tuner.training.training_loop import copy_state, run_training_examples
 

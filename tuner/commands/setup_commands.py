@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from tuner.commands.arguments import As, Debug, Json, PresetOption, Studies, check_preset
+from tuner.errors import SpaceError
 
 
 def init(
@@ -57,11 +58,63 @@ def models(
             metavar="NAME",
         ),
     ] = None,
+    for_: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="a folder or file of data: score models on a sample of it, by one forward pass "
+            "each",
+            metavar="DATA",
+        ),
+    ] = None,
+    among: Annotated[
+        str | None,
+        typer.Option(
+            help="with --for: the models to score, as names and patterns with commas between; "
+            "default: some of each kind",
+            metavar="PATTERN",
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="with --for: weights of your own for a model; may be repeated",
+            metavar="MODEL=FILE",
+        ),
+    ] = None,
+    time: Annotated[
+        str,
+        typer.Option(
+            help="with --for: after so long no further model is begun", metavar="DURATION"
+        ),
+    ] = "10m",
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            help="with --for: a new space file that searches the best models and the one that is "
+            "strongest in general",
+            metavar="FILE",
+        ),
+    ] = None,
+    as_: As = None,
     debug: Debug = False,
 ) -> None:
-    """List the models, those that match a pattern, or what each freeze depth of one saves."""
+    """List the models or those of a pattern; show what freezing one saves, or which suit some data.
+
+    With --for they are scored by one forward pass over a sample: an estimate, without fine-tuning.
+    """
     from tuner.config import plugins
 
+    if for_ is not None:
+        from tuner.commands.model_choice import choose_models
+
+        if name is not None:
+            raise SpaceError(f"{name}: with --for the models are named by --among")
+        choose_models(for_, among, time, weights or (), as_, write)
+        return
+    given = {"--among": among, "--weights": weights, "--write": write, "--as": as_}
+    for option in (option for option, value in given.items() if value):
+        raise SpaceError(f"{option} is for scoring models on data; give the data with --for")
     if name is None:
         typer.echo("\n".join(plugins.list_names("model")))
         return

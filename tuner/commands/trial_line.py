@@ -25,7 +25,7 @@ KEY_LABELS = {
     "batch_size": "batch",
     "label_smoothing": "smooth",
 }
-KEYS_WITH_OWN_COLUMN = ("freeze_depth", "epochs")  # they have columns of their own
+KEYS_WITH_OWN_COLUMN = ("freeze_depth", "freeze", "epochs")  # they have columns of their own
 PROGRESS_WIDTH = 36  # what `| 12/50, 3 pruned, eta 18m` may need
 
 
@@ -83,11 +83,16 @@ class TrialLineFormatter:
             star,
             self.format_best(best) if self.shows_best else "",
             self.format_params(trial.params),
-            f"freeze {run.recipe.freeze_depth:>{len(str(self.max_depth))}}/{self.max_depth}",
+            self.format_frozen(run),
             ended.rstrip() if not self.shows_progress else f"{ended:<{2 * self.epoch_width + 17}}",
             f"| {progress}" if self.shows_progress else "",
         ]
         return " ".join(part for part in parts if part).rstrip()
+
+    def format_frozen(self, run: Run) -> str:
+        if run.recipe.freeze is not None:
+            return f"freeze {run.recipe.freeze:4.0%}"
+        return f"freeze {run.recipe.freeze_depth:>{len(str(self.max_depth))}}/{self.max_depth}"
 
     def format_score(self, value: float | None) -> str:
         width = len(self.metric) + 7

@@ -24,6 +24,7 @@ UNMIXABLE_TASKS = {
     "text_generation": "the next token of two mixed texts is not defined",
 }
 """Why a task has no mixup and cutmix."""
+SHARE_OF_A_STAGE = 0.25  # of which no text model that can be frozen has less than one stage
 
 
 def check_policies(draft: Draft) -> None:
@@ -89,6 +90,10 @@ def check_mixing(draft: Draft) -> None:
 def _may_freeze_nothing(draft: Draft, path: KeyPath) -> bool:
     """Whether a trial can have the searched key `path` and a freeze depth of 0."""
     condition = draft.conditions.get(path, {})
+    share = draft.values.get(("recipe", "freeze"))
+    if share is not None:
+        lowest = [domain.lowest for domain in draft.domains_of(("recipe", "freeze"))] or [share]
+        return min(lowest) < SHARE_OF_A_STAGE
     written = condition.get("freeze_depth") if isinstance(condition, dict) else None
     depths = written if isinstance(written, list) else [written]
     if written is None:

@@ -104,9 +104,11 @@ def resolve_condition(draft: Draft, path: DomainLocation, when: Any) -> Conditio
 
 
 def find_condition_key(draft: Draft, path: DomainLocation, key: str) -> KeyPath | None:
-    """The key that a condition names: one of the same mapping or section, or section.key."""
+    """The key that a condition names: one of the same mapping or section, or section.key; the
+    name of a section alone is the name in it.
+    """
     own, parts = path_of(path), tuple(key.split("."))
-    candidates = ((*own[:-1], *parts), (own[0], *parts), parts)
+    candidates = ((*own[:-1], *parts), (own[0], *parts), parts, (*parts, "name"))
     target = next((candidate for candidate in candidates if candidate in draft.fields), None)
     if target is None:
         near = [p[1] for p in draft.fields if p[0] == own[0] and p != own]

@@ -132,6 +132,7 @@ def parse_space(doc: Document, *, of_study: bool = False) -> Space:
     recipe = recipe if isinstance(recipe, dict) else {}
     recipe_fields = model_recipe_fields(draft, draft.values.get(("model", "name")))
     section_keys.read_section(draft, ("recipe",), recipe, recipe_fields)
+    check_frozen(draft)
     add_recipes_of_models(draft, recipe)
     augmentation_checks.check_mixing(draft)
     check_recipe_of_task(draft)
@@ -283,6 +284,17 @@ def check_recipe_of_task(draft: Draft) -> None:
                 f"{task} has no such key, only {fields.join_alternatives(tasks_by_key[key])}: its "
                 f"examples do not have one class each; drop the key{hint}",
             )
+
+
+def check_frozen(draft: Draft) -> None:
+    """Whether the file says in one way how much is frozen."""
+    has_share = draft.possible_values(("recipe", "freeze")) != (None,)
+    if has_share and draft.possible_values(("recipe", "freeze_depth")) not in {(0,), (None,)}:
+        draft.add_problem(
+            ("recipe", "freeze"),
+            "freeze_depth says already how much is frozen; keep freeze_depth where one model is "
+            "searched, freeze where several with other numbers of stages are",
+        )
 
 
 def add_recipes_of_models(draft: Draft, written: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ Every field is a YAML key; its annotation is the schema, its description the hel
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -25,6 +26,27 @@ __all__ = ["ConfirmSettings", "EngineSettings", "SearchSettings", "Section", "pa
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 RgbTriple = tuple[float, float, float]
 LOADED_LATER = "later"  # stands for weights that are filled in after the model is built
+
+
+class LoraOptions(Section):
+    """LoRA: low-rank changes of frozen layers. Hu et al., ICLR 2022.
+
+    The default scale and rate are those of Schulman et al., LoRA Without Regret, 2025: with alpha
+    32 the best rate hardly depends on the rank, and is about ten times that of all weights.
+    """
+
+    rank: int = Field(
+        16, ge=0, le=4096, description="of each adapter; 0: no adapters, all weights are trained"
+    )
+    alpha: float = Field(
+        32.0, gt=0, le=65_536, description="what adapters add is multiplied by alpha / rank"
+    )
+    targets: Literal["auto"] | tuple[str, ...] = Field(
+        "auto",
+        description="the layers that get adapters, by the ends of their names, such as [query, "
+        "value]; auto: every linear layer behind the frozen stages and before the head",
+    )
+    lr: float = Field(10.0, gt=0, le=1000, description="factor of recipe.lr for the adapters")
 
 
 class Recipe(Section):
@@ -88,6 +110,19 @@ class Recipe(Section):
         "and for embeddings of positions and class tokens",
     )
     freeze_depth: int = Field(0, ge=0, description="stages frozen, counted from the input")
+    freeze: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="in place of freeze_depth: the share of the stages that are frozen, rounded to "
+        "whole ones; 0: none, 1: all but the head; one range for models with other numbers of "
+        "stages",
+    )
+    lora: LoraOptions | None = Field(
+        None,
+        description="adapters by peft for the layers behind the frozen stages: these layers stay "
+        "as they are, and adapters and head alone are trained; null: all weights are trained",
+    )
     unfreeze_every: int = Field(
         0,
         ge=0,
@@ -178,6 +213,22 @@ class Recipe(Section):
     fit: Literal["train", "train+valid"] = Field(
         "train", description="what to learn from; best.yaml says train+valid"
     )
+
+    def depth_of(self, max_depth: int) -> int:
+        """The freeze depth of a model whose greatest one is `max_depth`."""
+        if self.freeze is None:
+            return self.freeze_depth
+        return math.floor(self.freeze * max_depth + 0.5)
+
+    @property
+    def frozen(self) -> float:
+        """How much of a model is frozen: a number that orders the runs of one study and model."""
+        return self.freeze_depth if self.freeze is None else self.freeze
+
+    @property
+    def adapters(self) -> LoraOptions | None:
+        """The options of the adapters; None where there are none."""
+        return self.lora if self.lora is not None and self.lora.rank > 0 else None
 
 
 class SplitOptions(Section):

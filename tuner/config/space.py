@@ -234,23 +234,15 @@ class Space:
             task=self._plugin_config("task", values),
             data=self._plugin_config("data", values),
             model=self._plugin_config("model", values),
-            recipe=Recipe(
-                **{path[1]: value for path, value in values.items() if path[0] == "recipe"}
-            ),
+            recipe=Recipe(**_section_values("recipe", values)),
             seed=seed if given is None else given,
         )
 
     def _plugin_config(self, section: str, values: Mapping[KeyPath, Any]) -> PluginConfig:
         name = values[section, "name"]
         wanted = plugins.read_keys(section, name).fields
-        options: dict[str, Any] = {}
-        for path, value in values.items():
-            if path[0] == section and len(path) > 1 and path[1] in wanted:
-                mapping = options
-                for key in path[1:-1]:
-                    mapping = mapping.setdefault(key, {})
-                mapping[path[-1]] = value
-        return PluginConfig(name, options)
+        options = _section_values(section, values)
+        return PluginConfig(name, {key: options[key] for key in options if key in wanted})
 
     def default_params(self) -> dict[str, Any]:
         """The default recipe as far as the space allows, as parameter name -> value."""
@@ -318,9 +310,16 @@ class Space:
 
     def highest(self, path: KeyPath, model: str | None = None) -> Any:
         """The largest value of a key that a trial, or a trial with this model, can have."""
-        domains = [d.domain for d in self.dimensions if d.path == path]
+        dimensions = [d for d in self.dimensions if d.path == path]
+        domains = [
+            d.domain
+            for d in dimensions
+            if model is None or model in d.condition.get(MODEL_NAME, (model,))
+        ]
         if domains:
             return max(domain.highest for domain in domains)
+        if dimensions:  # those of other models
+            return self._default(path, str(model))
         if model is not None:
             return self.fixed_values(model)[path]
         return max([self.values[path], *self.by_model.get(path, {}).values()])
@@ -342,6 +341,18 @@ class Space:
             elif path in self.by_model:
                 section[path[-1]] = {"by_model": dict(self.by_model[path])}
         return tree | self.settings.to_dict()
+
+
+def _section_values(section: str, values: Mapping[KeyPath, Any]) -> dict[str, Any]:
+    """The keys of a section with their values; the keys of a mapping are in a mapping."""
+    content: dict[str, Any] = {}
+    for path, value in values.items():
+        if path[0] == section and len(path) > 1:
+            mapping = content
+            for key in path[1:-1]:
+                mapping = mapping.setdefault(key, {})
+            mapping[path[-1]] = value
+    return content
 
 
 def _suggest_value(trial: SuggestsValues, dimension: Dimension) -> Any:

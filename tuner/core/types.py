@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from tuner.core.adapters import trained_parameters
 from tuner.core.example_results import ExampleResults, join_pairs, repeat_pair
 from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
 from tuner.core.target_scale import TargetScale
@@ -162,7 +163,7 @@ class StagedModel:
 
         Returns:
             The prefix, frozen and in eval mode, so that BatchNorm does not change; and the
-            trainable suffix.
+            suffix, of which all is trained, or with adapters these and the head.
 
         Raises:
             ValueError: There is no such depth.
@@ -171,7 +172,9 @@ class StagedModel:
             raise ValueError(f"freeze depth must be in 0..{self.max_depth}, got {depth}")
         items = iter(self.stages.items())
         prefix = nn.Sequential(OrderedDict(islice(items, depth))).eval().requires_grad_(False)
-        suffix = nn.Sequential(OrderedDict(items)).requires_grad_(True)
+        suffix = nn.Sequential(OrderedDict(items)).requires_grad_(False)
+        for parameter in trained_parameters(suffix).values():
+            parameter.requires_grad_(True)
         return prefix, suffix
 
 

@@ -128,6 +128,7 @@ def build(
     name: str,
     task: str,
     outputs: int,
+    own_precision: bool = False,
     *,
     folder: Annotated[
         str | None,
@@ -159,7 +160,8 @@ def build(
 ) -> StagedModel:
     """The model with a head of `outputs` classes, or one that predicts the next token.
 
-    Depth 1 freezes the embeddings, each depth after it one block more.
+    Depth 1 freezes the embeddings, each depth after it one block more. With `own_precision` weights
+    that are stored in bfloat16 stay in it, but for those of the head; otherwise all are float32.
 
     Raises:
         SpaceError: The model is not for the task.
@@ -202,13 +204,16 @@ def build(
                 model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
             else:
                 assert root is not None
-                model, notes = _load_pretrained(auto, root, config)
+                dtype = _stored_type(root) if own_precision else torch.float32
+                model, notes = _load_pretrained(auto, root, config, dtype)
     except ValueError as error:
         raise SpaceError(
             f"model.name: {name}: transformers {library.__version__}: {_short_message(error)}"
         ) from None
     model.config.use_cache = False  # the cache of keys and values only wastes memory in training
-    return stage_transformer(model, task, notes)
+    staged_model = stage_transformer(model, task, notes)
+    list(staged_model.stages.values())[-1].float()
+    return staged_model
 
 
 def _set_dropout(config: Any, dropout: float | None) -> None:
@@ -262,7 +267,24 @@ def _model_config(library: Any, name: str, root: Path | None) -> Any:
         ) from None
 
 
-def _load_pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
+def _stored_type(root: Path) -> torch.dtype:
+    """The precision in which a folder's weights are computed: bfloat16 where they are stored so."""
+    import safetensors
+
+    path = root / _hub.WEIGHTS_FILE
+    if not path.is_file():
+        path = min(root.glob("*.safetensors"), default=path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            kinds = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return torch.float32  # what is wrong with the file is said where it is loaded
+    return torch.bfloat16 if kinds and kinds.count("BF16") * 2 > len(kinds) else torch.float32
+
+
+def _load_pretrained(
+    auto: Any, root: Path, config: Any, dtype: torch.dtype
+) -> tuple[Any, tuple[str, ...]]:
     """The model with the folder's weights, and notes on what is new in it.
 
     Raises:
@@ -281,7 +303,7 @@ def _load_pretrained(auto: Any, root: Path, config: Any) -> tuple[Any, tuple[str
         model, loading_info = auto.from_pretrained(
             root,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

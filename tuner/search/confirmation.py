@@ -82,9 +82,9 @@ class Candidate:
         return statistics.stdev(self.known_scores) if len(self.known_scores) > 1 else None
 
     @property
-    def cost(self) -> tuple[int, int]:
+    def cost(self) -> tuple[int, float]:
         """What is smaller for a cheaper trial: its epochs, and then the stages it trains."""
-        return int(self.trial.user_attrs[history.BEST_EPOCH]), -self.run.recipe.freeze_depth
+        return int(self.trial.user_attrs[history.BEST_EPOCH]), -self.run.recipe.frozen
 
 
 @dataclass(frozen=True)

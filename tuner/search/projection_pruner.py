@@ -14,6 +14,7 @@ from tuner.config.space import key_of_parameter
 from tuner.search.history import sign_of
 
 STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 1, 5
+STAGES_OF_A_SHARE = 8  # that a model has, for the distance of trials that freeze a share of them
 
 
 class ProjectionPruner(optuna.pruners.BasePruner):
@@ -58,7 +59,7 @@ class ProjectionPruner(optuna.pruners.BasePruner):
         return projection < statistics.median(sign * float(peer.value or 0.0) for peer in completed)
 
     def _length(self, trial: FrozenTrial) -> int:
-        return _value_of_key(trial, "epochs", self.epochs)
+        return int(_value_of_key(trial, "epochs", self.epochs))
 
     def _values_until(self, trial: FrozenTrial, epochs_done: int, length: int) -> dict[int, float]:
         """Return the values of a trial up to the share `epochs_done / length` of its own length.
@@ -72,13 +73,14 @@ class ProjectionPruner(optuna.pruners.BasePruner):
     def _distance(self, a: FrozenTrial, b: FrozenTrial) -> float:
         """Return the difference in stages plus the difference in doublings of the length."""
         depth = abs(_value_of_key(a, "freeze_depth", 0) - _value_of_key(b, "freeze_depth", 0))
-        return depth + abs(math.log2(self._length(a) / self._length(b)))
+        share = abs(_value_of_key(a, "freeze", 0) - _value_of_key(b, "freeze", 0))
+        return depth + STAGES_OF_A_SHARE * share + abs(math.log2(self._length(a) / self._length(b)))
 
 
-def _value_of_key(trial: FrozenTrial, key: str, default: int) -> int:
+def _value_of_key(trial: FrozenTrial, key: str, default: float) -> float:
     """Return what a trial has for a key, which may have several ranges."""
     values = (value for name, value in trial.params.items() if key_of_parameter(name) == key)
-    return int(next(values, default))
+    return float(next(values, default))
 
 
 def _best_value(values: Mapping[int, float], sign: int) -> float:

@@ -12,7 +12,8 @@ from tuner.search.history import IS_DEFAULT_RECIPE, PROPOSAL, params_key
 from tuner.search.samplers import SAMPLERS, Startup, derive_seed, make_startup
 from tuner.search.windowed_study import WindowedStudy
 
-EPOCHS_PATH, FREEZE_DEPTH_PATH = ("recipe", "epochs"), ("recipe", "freeze_depth")
+EPOCHS_PATH = ("recipe", "epochs")
+FREEZE_KEYS = ("freeze_depth", "freeze")  # of the recipe; a file has one of them
 
 
 class TrialProposer:
@@ -76,7 +77,7 @@ class TrialProposer:
         begins_as_probe = run.recipe.head == "probe" and run.model.options.get("weights") != "none"
         if (
             begins_as_probe
-            and any(key_of_parameter(name) == "freeze_depth" for name in params)
+            and any(key_of_parameter(name) in FREEZE_KEYS for name in params)
             and params != default
             and self.trial_budget() > 1
             and self.search_settings.sampler != "grid"
@@ -85,8 +86,8 @@ class TrialProposer:
         return None
 
     def _linear_probe_value(self, dimension: Dimension) -> Any:
-        if dimension.path == FREEZE_DEPTH_PATH:
-            return int(dimension.domain.highest)
+        if dimension.path in {("recipe", key) for key in FREEZE_KEYS}:
+            return dimension.domain.highest
         if dimension.path == EPOCHS_PATH:
             return int(dimension.domain.lowest)
         return self.space.default_value(dimension)

@@ -49,7 +49,12 @@ def _is_constant(values: Tensor, constant: float) -> bool:
 
 
 def statistics_adapt(recipe: Recipe) -> bool:
-    """Whether the statistics of pretrained BatchNorm adapt to the training examples."""
+    """Whether the statistics of pretrained BatchNorm adapt to the training examples.
+
+    Below adapters they do not: the layers there stay as they are.
+    """
+    if recipe.adapters is not None:
+        return False
     if recipe.batchnorm == "auto":
         return recipe.batch_size >= MIN_ADAPT_BATCH
     return recipe.batchnorm == "adapt"

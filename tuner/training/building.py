@@ -154,7 +154,7 @@ def copy_cached_model(
     computed_by = f"{device_context.precision} {device_context.device.type}"
     key = (
         f"{run.task.name} {run.model.to_dict()} {run.data.options.get('size')} {output_count} "
-        f"{device_context.home} {computed_by}"
+        f"{device_context.home} {computed_by} {run.recipe.adapters is not None}"
     )
     if key not in _cached_models:
         if len(_cached_models) >= MAX_CACHED_MODELS:
@@ -187,9 +187,11 @@ def build_model(run: Run, home: Path, output_count: int) -> StagedModel:
     name, options = run.model.name, dict(run.model.options)
     build = plugins.load_plugin("model", name)
     if ":" not in name:
-        size = run.data.options.get("size")
-        if size is not None and "size" in inspect.signature(build).parameters:
+        size, known = run.data.options.get("size"), inspect.signature(build).parameters
+        if size is not None and "size" in known:
             options["size"] = size  # some models are made for one size of images
+        if run.recipe.adapters is not None and "own_precision" in known:
+            options["own_precision"] = True  # what stays as it is needs no more digits
         staged_model: StagedModel = build(home, name, run.task.name, output_count, **options)
         return staged_model
     try:

@@ -8,10 +8,17 @@ https://github.com/huggingface/safetensors, "Format".
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from tuner.config.run import LoraOptions
+from tuner.core.adapters import has_adapters, trained_state
+from tuner.files.checkpoint_files import read_verified
+from tuner.training.adapters import merged_state
 
 TYPE_NAMES = {
     torch.float64: "F64",
@@ -106,10 +113,37 @@ def to_independent_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def native_state(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of `net` under the names that they have in `model`."""
+    """The trained parameters and the buffers of `net` under the names that they have in `model`."""
     names = {id(value): name for name, value in model.state_dict(keep_vars=True).items()}
     return {
         names[id(value)]: value
-        for value in net.state_dict(keep_vars=True).values()
+        for value in trained_state(net, keep_vars=True).values()
         if id(value) in names
     }
+
+
+def load_best_weights(
+    path: Path, model: nn.Module, net: nn.Module, adapters: LoraOptions | None = None
+) -> bool:
+    """Loads what `Checkpoints.save_best_weights` wrote into `net`; False where it is damaged or of
+    another model.
+
+    `adapters`: those of a run with which the file was written. In a net that has none they are
+    added to its weights.
+    """
+    content = read_verified(path)
+    if content is None:
+        return False
+    tensors, own = safetensors.torch.load(content), native_state(model, net)
+    if adapters is not None and not has_adapters(net):
+        try:
+            tensors = merged_state(model, tensors, adapters)
+        except (AttributeError, KeyError, RuntimeError):  # layers or shapes that it does not have
+            return False
+        own = {name: value for name, value in own.items() if name in tensors}
+    if {name: value.shape for name, value in tensors.items()} != {
+        name: value.shape for name, value in own.items()
+    }:
+        return False
+    model.load_state_dict(tensors, strict=False)
+    return True

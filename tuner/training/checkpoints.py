@@ -1,11 +1,11 @@
 """Checkpoints: what a training needs to go on where it was killed, as files.
 
-A checkpoint has the weights, the states of optimizer and schedule, the epochs so far, and the best
-epoch's weights. It is one safetensors file, `<epoch>-<SHA-256>.safetensors`: nothing in it is
-pickled, and reading it executes nothing. It is written under another name in the same folder and
-then renamed, so that a killed process leaves the old file or the new one. Two files stay: the
-newest, and the newest before it that was synced to the disk. The synced one is used when a power
-cut has damaged the newest.
+A checkpoint has the weights that are trained, the states of optimizer and schedule, the epochs so
+far, and the best epoch's weights. It is one safetensors file, `<epoch>-<SHA-256>.safetensors`:
+nothing in it is pickled, and reading it executes nothing. It is written under another name in the
+same folder and then renamed, so that a killed process leaves the old file or the new one. Two files
+stay: the newest, and the newest before it that was synced to the disk. The synced one is used when
+a power cut has damaged the newest.
 
 What is not in a checkpoint needs no saving. Random states (Python's, numpy's, torch's, the GPU's)
 follow from the seed and the epoch: `epoch.train_one_epoch` sets them, so that a trial draws the
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import tuner
+from tuner.core.adapters import load_trained_state, trained_state
 from tuner.core.device_transfers import HostCopy
 from tuner.files.atomic import atomic_path, disk_errors, fsync
 from tuner.files.checkpoint_files import (
@@ -101,9 +102,9 @@ class TrainingState:
         return nullcontext() if self.average is None else self.average.applied()
 
     def copy_validated_weights(self) -> dict[str, Tensor]:
-        """A copy of the state dict of the net with these weights."""
+        """A copy of the state of the net that is trained, with these weights."""
         with self.validated_weights():
-            return {name: v.detach().clone() for name, v in self.net.state_dict().items()}
+            return {name: v.detach().clone() for name, v in trained_state(self.net).items()}
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ class Checkpoints:
 
 def collect_state(training: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A training's state, split into tensors and values for JSON."""
-    tensors = {f"net.{name}": value for name, value in training.net.state_dict().items()}
+    tensors = {f"net.{name}": value for name, value in trained_state(training.net).items()}
     if training.average is not None:
         tensors |= {f"average.{name}": v for name, v in training.average.tensors.items()}
     optimizer = training.optimizer.state_dict()
@@ -348,7 +349,7 @@ def restore_state(
     training: TrainingState, tensors: dict[str, Tensor], values: dict[str, Any]
 ) -> None:
     """Loads what `collect_state` gave into `training`."""
-    training.net.load_state_dict(select_prefix(tensors, "net."))
+    load_trained_state(training.net, select_prefix(tensors, "net."))
     if training.average is not None:
         training.average.load(select_prefix(tensors, "average."))
     optimizer = training.optimizer.state_dict()
@@ -379,22 +380,6 @@ def restore_state(
 
 
 def has_same_shapes(tensors: dict[str, Tensor], net: nn.Module) -> bool:
-    """Whether the tensors are exactly those of `net`, in its shapes."""
-    shapes = {name: value.shape for name, value in net.state_dict().items()}
+    """Whether the tensors are exactly those of `net` that are trained, in its shapes."""
+    shapes = {name: value.shape for name, value in trained_state(net).items()}
     return {name: value.shape for name, value in select_prefix(tensors, "net.").items()} == shapes
-
-
-def load_best_weights(path: Path, model: nn.Module, net: nn.Module) -> bool:
-    """Loads what `Checkpoints.save_best_weights` wrote into `net`; False where it is damaged or of
-    another model.
-    """
-    content = read_verified(path)
-    if content is None:
-        return False
-    tensors, own = safetensors.torch.load(content), native_state(model, net)
-    if {name: value.shape for name, value in tensors.items()} != {
-        name: value.shape for name, value in own.items()
-    }:
-        return False
-    model.load_state_dict(tensors, strict=False)
-    return True

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tuner.config.objective import Direction
 from tuner.config.run import Recipe
+from tuner.core.adapters import trained_parameters
 from tuner.core.device_transfers import HostCopy
 from tuner.core.input_spec import TensorTree, begin_copy_to_cpu
 from tuner.core.targets import split_weights
@@ -168,12 +169,12 @@ def freeze_waiting_stages(net: nn.Module, unfreeze_every: int, epoch: int) -> No
     """
     if not unfreeze_every:
         return
-    stages = list(net.children())
-    waiting = max(0, len(stages) - 1 - (epoch - 1) // unfreeze_every)
-    for number, stage in enumerate(stages):
-        stage.requires_grad_(number >= waiting)
-        if number < waiting:
-            stage.eval()
+    stages = dict(net.named_children())
+    waiting = list(stages)[: max(0, len(stages) - 1 - (epoch - 1) // unfreeze_every)]
+    for name, parameter in trained_parameters(net).items():
+        parameter.requires_grad_(name.partition(".")[0] not in waiting)
+    for name in waiting:
+        stages[name].eval()
 
 
 def describe_divergence(losses: Sequence[LossParts], first_step: int) -> str:

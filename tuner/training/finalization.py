@@ -33,8 +33,9 @@ from tuner.messages import (
     Ingredient,
     scale_probability,
 )
+from tuner.training.adapters import merge_adapters
 from tuner.training.building import DeviceSource, load_dataset
-from tuner.training.checkpoints import load_best_weights
+from tuner.training.checkpoint_content import load_best_weights
 from tuner.training.devices import select_device
 from tuner.training.epoch import Diverged, TrainingContext, predict_source
 from tuner.training.exported_models import load_exporter, model_without_weights
@@ -102,6 +103,7 @@ def finalize(
         return None
     staged_model = trained.staged_model
     staged_model.model.cpu().float().to(memory_format=torch.contiguous_format)
+    merge_adapters(staged_model.model)
     model = ExportModule(
         staged_model, dataset.input_spec, trained.temperature, trained.target_scale
     ).eval()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tuner.config.run import Recipe
+from tuner.core.adapters import MARK, trained_parameters
 from tuner.core.types import StagedModel
 
 # SGD with momentum: Sutskever et al., ICML 2013. Adam and Adamax: Kingma and Ba, ICLR 2015. AdamW:
@@ -125,17 +126,16 @@ def stage_rates(staged_model: StagedModel, recipe: Recipe) -> dict[str, float]:
 def parameter_groups(
     net: nn.Module, recipe: Recipe, stage_rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """The parameters of `net` in groups of equal rate and weight decay, for torch.optim.
+    """The trained parameters of `net` in groups of equal rate and weight decay, for torch.optim.
 
     Without rates by stage and without weight decay there is one group. A parameter that several
     stages share belongs to the first of them. The module `auxiliary` of a stage is an auxiliary
     classifier (torchvision's FCN and DeepLabV3 have one in their head).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in net.named_parameters():
+    for name, parameter in trained_parameters(net).items():
         rate = stage_rates.get(name.partition(".")[0], 1.0)
-        if ".auxiliary." in name:
-            rate *= recipe.auxiliary_lr
+        rate *= part_rate(name, recipe)
         decay = recipe.weight_decay
         if not recipe.decay_norms and not is_decayed(name, parameter):
             decay = 0.0
@@ -144,6 +144,15 @@ def parameter_groups(
         {"params": parameters, "lr": recipe.lr * rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
     ]
+
+
+def part_rate(name: str, recipe: Recipe) -> float:
+    """The factor of the rate for a part of a stage: an auxiliary classifier, or an adapter."""
+    if ".auxiliary." in name:
+        return recipe.auxiliary_lr
+    if MARK in name and recipe.adapters is not None:
+        return recipe.adapters.lr
+    return 1.0
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

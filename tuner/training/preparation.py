@@ -13,6 +13,7 @@ from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task
 from tuner.errors import SpaceError
 from tuner.training import activation_cache, linear_probe, pixel_probe
+from tuner.training.adapters import attach_adapters
 from tuner.training.batch_norm import pretrained_norms
 from tuner.training.building import (
     DeviceSource,
@@ -142,7 +143,9 @@ def prepare_training(
     """
     dataset = load_dataset(run, device_context.home)
     staged_model, digests = copy_cached_model(run, device_context, len(dataset.classes))
-    depth = run.recipe.freeze_depth
+    if any(value.dtype == torch.bfloat16 for value in staged_model.model.parameters()):
+        device_context = replace(device_context, precision="bfloat16")
+    depth = run.recipe.depth_of(staged_model.max_depth)
     if depth > staged_model.max_depth:
         raise SpaceError(
             f"recipe.freeze_depth: {depth}, but {run.model.name} allows 0..{staged_model.max_depth}"
@@ -154,9 +157,21 @@ def prepare_training(
     if starts_from_probe(run, staged_model):
         probe_head(loaded)
     context = loaded.make_context(depth, run.recipe)
+    adapters = run.recipe.adapters
+    if adapters is not None:
+        attach_adapters(
+            staged_model, depth, adapters, run.model.name, lambda: run_one_example(context)
+        )
     if device_context.compiles_suffix:
         context.net.compile()  # in place, so that its modules and names stay
     return context
+
+
+def run_one_example(context: TrainingContext) -> None:
+    """Sends a training example through the net, in eval mode."""
+    context.net.eval()
+    with context.device_context.autocast():
+        context.task.predict(context.net, context.train.take(torch.arange(1), 0).x)
 
 
 def starts_from_probe(run: Run, staged_model: StagedModel) -> bool:
@@ -275,8 +290,12 @@ class MemorySource:
             source.take(index, 0)
             for index in torch.split(torch.arange(len(source)), MAX_EVAL_BATCH)
         ]
-        x, y = (_join([batch[part] for batch in chunks]) for part in (0, 1))
-        return MemorySource(x, y, source.digest)
+        return MemorySource.join([x for x, _ in chunks], [y for _, y in chunks], source.digest)
+
+    @staticmethod
+    def join(inputs: list[TensorTree], targets: list[TensorTree], digest: str) -> "MemorySource":
+        """A source of the examples of some batches."""
+        return MemorySource(_join(inputs), _join(targets), digest)
 
     def __len__(self) -> int:
         return len(next(iter(tree_to_dict(self.y).values())))

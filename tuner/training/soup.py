@@ -35,8 +35,7 @@ from tuner.training.batch_norm import (
     estimate_statistics,
     norms_with_statistics,
 )
-from tuner.training.checkpoint_content import read_header
-from tuner.training.checkpoints import load_best_weights
+from tuner.training.checkpoint_content import load_best_weights, read_header
 from tuner.training.devices import select_device
 from tuner.training.epoch import Diverged, TrainingContext, predict_source
 from tuner.training.own_metric import score_own_metric
@@ -133,10 +132,15 @@ def soup_digest(ingredients: Sequence[Ingredient]) -> str:
 
 
 def run_at_common_depth(run: Run, ingredients: Sequence[Ingredient]) -> Run:
-    """A run that freezes the stages which all ingredients froze; without ingredients the run."""
-    depths = [ingredient.run.recipe.freeze_depth for ingredient in ingredients]
-    depth = min(depths, default=run.recipe.freeze_depth)
-    return replace(run, recipe=run.recipe.model_copy(update={"freeze_depth": depth}))
+    """A run that freezes the stages which all ingredients froze; without ingredients the run.
+
+    It has no adapters, since those of the ingredients are added to its weights.
+    """
+    if not ingredients:
+        return run
+    shallowest = min((each.run.recipe for each in ingredients), key=lambda recipe: recipe.frozen)
+    changes = {"freeze_depth": shallowest.freeze_depth, "freeze": shallowest.freeze, "lora": None}
+    return replace(run, recipe=run.recipe.model_copy(update=changes))
 
 
 def prepare_common_stages(
@@ -158,9 +162,11 @@ def read_state(
     Raises DataError.
     """
     context.net.load_state_dict(start)
-    _, suffix = context.staged_model.split(ingredient.run.recipe.freeze_depth)
+    depth = ingredient.run.recipe.depth_of(context.staged_model.max_depth)
+    _, suffix = context.staged_model.split(depth)
     path = Path(ingredient.weights_file)
-    if not load_best_weights(path, context.staged_model.model, suffix):
+    adapters = ingredient.run.recipe.adapters
+    if not load_best_weights(path, context.staged_model.model, suffix, adapters):
         raise DataError(
             f"{path}: the weights of trial {ingredient.trial_number} are damaged or of another "
             "model; search.soup: none makes the winner without them"

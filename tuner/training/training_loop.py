@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tuner.config.objective import is_improvement
 from tuner.config.run import Recipe, Run
+from tuner.core.adapters import load_trained_state, trained_state
 from tuner.core.device_transfers import copies_asynchronously
 from tuner.core.types import Dataset
 from tuner.errors import DataError
@@ -161,7 +162,7 @@ def fit_with_checkpoints(
     if best is None and training.average is not None:
         training.average.swap()
     if best is not None:
-        context.net.load_state_dict(best.weights)
+        load_trained_state(context.net, best.weights)
         if checkpoints is not None:
             checkpoints.save_best_weights(context.staged_model.model, context.net)
 
@@ -237,10 +238,10 @@ def replay_epochs(
             yield EpochOutcome(epoch, [], {})
             continue
         latest_weights = copy_state(context)
-        context.net.load_state_dict(restored.best_weights)
+        load_trained_state(context.net, restored.best_weights)
         size = min(batch_size, training.micro_batch_size.value)
         predictions = predict_source(context, context.valid, size)
-        context.net.load_state_dict(latest_weights)
+        load_trained_state(context.net, latest_weights)
         yield EpochOutcome(epoch, predictions, restored.best_weights)
 
 
@@ -312,8 +313,8 @@ def is_out_of_patience(recipe: Recipe, epoch: Epoch, best: BestEpoch | None) -> 
 
 
 def copy_state(context: TrainingContext) -> dict[str, Tensor]:
-    """A copy of the net's state dict."""
-    return {name: value.detach().clone() for name, value in context.net.state_dict().items()}
+    """A copy of the state of the net that is trained."""
+    return {name: value.detach().clone() for name, value in trained_state(context.net).items()}
 
 
 def drain_notes(training: TrainingState, checkpoints: Checkpoints | None) -> tuple[str, ...]:

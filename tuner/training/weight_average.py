@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tuner.core.adapters import trained_state
+
 
 class WeightAverage:
-    """The average of everything in the state dict of `net`.
+    """The average of everything of `net` that is trained.
 
     Parameters and BatchNorm's running statistics are averaged, as timm and YOLOX do; integers, such
     as BatchNorm's count of batches, are copied. `tensors` has them by name; a tensor that has
@@ -38,7 +40,7 @@ class WeightAverage:
         """The tensors of the net, each under the first of its names."""
         names: dict[int, str] = {}
         own = {}
-        for name, value in self.net.state_dict(keep_vars=True).items():
+        for name, value in trained_state(self.net, keep_vars=True).items():
             if names.setdefault(id(value), name) == name:
                 own[name] = value
         return own

@@ -16,6 +16,7 @@ from tuner.config.run import PluginConfig
 from tuner.core.weights import is_path
 from tuner.files.downloads import forbid_downloads
 from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
+from tuner.training.adapters import find_layers, import_peft
 from tuner.training.building import build_model, check_metric, load_dataset
 from tuner.training.cross_validation import fit_folds, prepare_folds, runs_of_folds
 from tuner.training.devices import DeviceContext, select_device, select_gpus
@@ -39,6 +40,10 @@ def survey_models(
         select_device(assignment.engine, home, slot)
         staged_model = build_model(assignment.run.without_weights(), home, 2)
         depths[assignment.run.model.name] = staged_model.max_depth
+        lora = assignment.run.recipe.lora
+        if lora is not None:
+            import_peft()
+            find_layers(staged_model, 0, lora, assignment.run.model.name)
     return ModelSurvey(depths, gpu_count=len(select_gpus(assignments[0].engine)))
 
 
