@@ -101,9 +101,7 @@ class FileExamples:
         return f"{self.path}:{self.lines[index]}"
 
 
-def read_files(
-    path: str, keys: ColumnKeys, home: Path | None = None
-) -> dict[int, FileExamples]:
+def read_files(path: str, keys: ColumnKeys, home: Path | None = None) -> dict[int, FileExamples]:
     """The examples of the file of each split; of UNSPLIT alone where `path` is a file.
 
     `home`: the folder with the caches, to which an archive is unpacked. Raises DataError.

@@ -86,7 +86,7 @@ class Augmenter:
 
     def _draw_transform(self, draws: RandomDraws, y: TensorTree) -> AffineTransform:
         boxes = None
-        if isinstance(y, dict):  # crops are chosen by what there is to learn
+        if isinstance(y, dict) and "boxes" in y:  # crops are chosen by what there is to learn
             boxes = y["boxes"].where((y["labels"] > NO_OBJECT)[..., None], 0.0)
         return draw_transform(self.policy, draws, self.old_side, self.side, boxes)
 
