@@ -367,6 +367,7 @@ def _format_usage(m: Mapping[str, Any]) -> str:
         "crop": f"shorter side resized to {p['resize']} ({p['interpolation']}), centre crop",
         "letterbox": f"longer side resized to {p['size']} ({p['interpolation']}), "
         "the rest grey (114), centred",
+        "stretch": f"both sides resized to {p['size']} ({p['interpolation']})",
     }
     return (
         f"Input: RGB in 0..1, float32, batch x 3 x {p['size']} x {p['size']}: {fits[p['fit']]}. "

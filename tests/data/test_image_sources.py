@@ -208,14 +208,14 @@ def test_a_broken_link_is_an_unreadable_image(tmp_path: Path) -> None:
 
 def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = paint(tmp_path / "photos", {"cat": 3, "dog": 3})
-    real = os.listdir
+    real = os.scandir
 
-    def denied(path: Any) -> list[str]:
+    def denied(path: Any) -> Any:
         if Path(path) == root / "dog":
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(os, "listdir", denied)
+    monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(DataError) as error:
         load(root)
     assert str(error.value) == f"data.path: {root / 'dog'}: Permission denied; mend or remove it"

@@ -112,7 +112,8 @@ def test_damage_to_any_file_of_an_entry_is_named_and_mended(
     expected = made(tmp_path)
     (entry,) = cache_entries.list_entries(tmp_path / kind)
     again = 0
-    for name in sorted(path.name for path in entry.iterdir()):
+    names = {path.name for path in entry.iterdir()} - {cache_entries.VERDICT}
+    for name in sorted(names):
         for harm, damage in list(harms(entry / name)):
             if (entry / name).stat().st_size == 0 and harm != "gone":
                 continue  # an empty file has no byte to lose
@@ -141,10 +142,20 @@ def test_an_entry_is_read_through_once_in_a_process_and_again_when_it_changes(
     monkeypatch.setattr(cache_entries, "file_sha256", lambda path: read.append(path) or real(path))
     assert try_open(entry) is not None and read == []  # it was hashed while it was written
     cache_entries._verified_states.clear()  # as another process begins
-    assert try_open(entry) is not None and len(read) == 3
-    assert try_open(entry) is not None and len(read) == 3
+    assert try_open(entry) is not None and read == []  # the verdict lies beside the files
     os.utime(entry / "pixels.bin", (1, 1))
-    assert try_open(entry) is not None and len(read) == 6
+    assert try_open(entry) is not None and len(read) == 3
+    for how in ("gone", "old", "damaged"):
+        cache_entries._verified_states.clear()
+        read.clear()
+        if how == "gone":
+            (entry / cache_entries.VERDICT).unlink()
+        elif how == "old":
+            os.utime(entry / cache_entries.VERDICT, (1, 1))
+        else:
+            (entry / cache_entries.VERDICT).write_text("[[1")
+        assert try_open(entry) is not None and len(read) == 3, how
+        assert try_open(entry) is not None and len(read) == 3, how
 
 
 # -- readers

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import box_files, image_tables, mask_files, small_transformers
+from tests.helpers import box_files, image_tables, instance_files, mask_files, small_transformers
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.training.devices import select_device
@@ -71,6 +71,14 @@ TINY_TASKS = {
             ("pycocotools",),
         ),
         TinyTask(
+            "instance_segmentation",
+            "mask_map",
+            "data: {name: coco, path: FOLDER/instances/instances.json, size: 64}\n"
+            "model: {name: maskrcnn_resnet50_fpn, weights: none, backbone: none}",
+            lambda folder: instance_files.write_instances(folder / "instances"),
+            ("pycocotools",),
+        ),
+        TinyTask(
             "segmentation",
             "mean_iou",
             "data: {name: masks, path: FOLDER/masks, size: 64}\n"
@@ -109,7 +117,14 @@ TINY_TASKS = {
         ),
     )
 }
-SLOW_ON_CPU = ("detection", "multilabel", "regression", "text_classification", "text_generation")
+SLOW_ON_CPU = (
+    "detection",
+    "instance_segmentation",
+    "multilabel",
+    "regression",
+    "text_classification",
+    "text_generation",
+)
 
 
 def list_cases(*names: str) -> list[Any]:

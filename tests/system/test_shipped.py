@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CommandResult
-from tests.helpers import box_files, image_tables, mask_files, small_transformers
+from tests.helpers import box_files, image_tables, instance_files, mask_files, small_transformers
 from tuner.config import parsing, plugins, space, yaml_document
 from tuner.config.run import Recipe
 
@@ -24,6 +24,11 @@ TINY = {
         "data={name: voc, path: voc, size: 64}",
         "model={name: fasterrcnn/timm/mobilenetv3_small_050, backbone: none, regions: 16, proposals: 50}",
         "recipe.freeze_depth=8",
+    ],
+    "maskrcnn": [
+        "data={name: coco, path: instances/instances.json, size: 64}",
+        "model={name: maskrcnn_resnet50_fpn, weights: none, backbone: none}",
+        "recipe.freeze_depth=6",
     ],
     "yolo": [
         "data={name: voc, path: voc, size: 64}",
@@ -55,7 +60,7 @@ PACKAGES = {
     "gpt2": "transformers",
     "unet": "segmentation_models_pytorch",
 }
-SLOW = {"rtdetr", "vgg", "cifar10_resnet50", "fasterrcnn"}
+SLOW = {"maskrcnn", "rtdetr", "vgg", "cifar10_resnet50", "fasterrcnn"}
 
 
 def files(slow: set[str]) -> list[object]:
@@ -70,6 +75,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the files name, in the current folder."""
     monkeypatch.chdir(tmp_path)
     box_files.write_voc(Path("voc"))
+    instance_files.write_instances(Path("instances"))
     mask_files.write_images_and_masks(Path("masks"))
     small_transformers.write_csv(Path("messages.csv"))
     image_tables.write_table(Path("photos"))

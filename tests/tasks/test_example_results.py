@@ -74,12 +74,26 @@ def make_numbers(count: int) -> Pairs:
     return [(row[None], numbers[None]) for row, numbers in zip(predicted, truth, strict=True)]
 
 
+def make_instances(count: int) -> Pairs:
+    """The objects of `make_objects` with masks that fill most of their boxes."""
+    g, pairs = generator(2), []
+    for predicted, truth in make_objects(count):
+        cells = torch.rand(*predicted["labels"].shape, 28, 28, generator=g) / 2 + 0.48
+        layers = torch.zeros(1, 4, 72, 72, dtype=torch.uint8)
+        for i, (left, top, right, bottom) in enumerate(truth["boxes"][0].int().tolist()):
+            layers[0, i, top:bottom, left:right] = i + 1
+            layers[0, i, top : top + 5, left : left + 5] = 0
+        pairs.append(({**predicted, "masks": cells}, {**truth, "layers": layers}))
+    return pairs
+
+
 MADE = {
     "multilabel": make_label_sets,
     "text_multilabel": make_label_sets,
     "regression": make_numbers,
     "text_regression": make_numbers,
     "classification": make_classes,
+    "instance_segmentation": make_instances,
     "text_classification": make_classes,
     "segmentation": make_masks,
     "text_generation": make_texts,

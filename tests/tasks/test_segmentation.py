@@ -372,3 +372,39 @@ def test_pixels_are_counted_as_torchmetrics_counts_them() -> None:
     assert torch.equal(count_pixels(predicted, truth, 200), expected)
     truth[:] = IGNORED
     assert not count_pixels(predicted, truth, 200).any()
+
+
+def test_the_test_score_is_that_of_the_pixels_of_the_original_masks(
+    space: Path, tmp_path: Path
+) -> None:
+    from tuner.config import parsing, yaml_document
+    from tuner.config.run import EngineSettings
+    from tuner.training.devices import select_device
+    from tuner.training.finalization import score_test_split
+    from tuner.training.preparation import prepare_training
+
+    run = parsing.parse_space(yaml_document.parse_document(space.read_text(), "s.yaml")).sample(
+        None, seed=0
+    )
+    device = select_device(EngineSettings(device="cpu"), tmp_path / "home")
+    context = prepare_training(run, device, "mean_iou")
+    tested = score_test_split(context, "digest", 4, None, False)
+    total = torch.zeros(2, 2, dtype=torch.int64)
+    sizes = []
+    dataset = context.dataset
+    assert isinstance(dataset.input_spec, ImageInputSpec)
+    for number in range(len(dataset.test)):
+        truth = dataset.test.take_original(number)  # type: ignore[attr-defined]
+        x = dataset.input_spec.to_model_input(
+            dataset.test.take(torch.tensor([number]), 0).x, device.device
+        )
+        with torch.no_grad():
+            logits = context.net.eval()(x)
+        height, width = truth.shape
+        predicted = torch.from_numpy(mask_on_image(logits[0], width, height, dataset.input_spec))
+        total += count_pixels(predicted[None], truth[None], 2)
+        sizes.append(width * height)
+    assert tested.results["true"].sum(1).tolist() == sizes
+    assert len(set(sizes)) > 1  # a canvas has one size
+    hits, true, seen = total.diag(), total.sum(1), total.sum(0)
+    assert tested.scores["mean_iou"] == pytest.approx(float((hits / (true + seen - hits)).mean()))

@@ -25,6 +25,7 @@ CACHE_LABELS = {
     "images": "decoded images",
     "tokens": "encoded texts",
     "probes": "probed heads",
+    "unpacked": "unpacked data",
     "checkpoints": "checkpoints",
 }
 DOWNLOAD_LABELS = {

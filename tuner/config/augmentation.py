@@ -135,6 +135,13 @@ POLICIES: Mapping[str, Mapping[str, AugmentationPolicy]] = {
         "standard": AugmentationPolicy(flip=True, iou_crop=True, zoom_out=2.0, colour=0.3),
         "strong": AugmentationPolicy(flip=True, mosaic=0.5, scale=0.5, colour=0.4, hue=0.015),
     },
+    "instance_segmentation": {
+        "none": NO_AUGMENTATION,
+        "flip": FLIP_ALONE,
+        "light": AugmentationPolicy(flip=True, scale=0.25),
+        "standard": AugmentationPolicy(flip=True, iou_crop=True, zoom_out=2.0, colour=0.3),
+        "strong": AugmentationPolicy(flip=True, scale=0.5, colour=0.4, hue=0.015),
+    },
     "segmentation": {
         "none": NO_AUGMENTATION,
         "flip": FLIP_ALONE,
@@ -156,6 +163,11 @@ REFUSED_KEYS: Mapping[str, Mapping[str, str]] = {
     "detection": {
         "trivialaugment": _MOVES_PIXELS.format("boxes"),
         "randaugment": _MOVES_PIXELS.format("boxes"),
+    },
+    "instance_segmentation": {
+        "trivialaugment": _MOVES_PIXELS.format("masks"),
+        "randaugment": _MOVES_PIXELS.format("masks"),
+        "mosaic": "a mosaic of four images has more objects than numbers; use scale",
     },
     "segmentation": {
         "trivialaugment": _MOVES_PIXELS.format("masks"),

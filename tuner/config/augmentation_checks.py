@@ -20,6 +20,7 @@ AUGMENT: KeyPath = ("data", "augment")
 VIEWS: KeyPath = ("data", "views")
 UNMIXABLE_TASKS = {
     "detection": "two mixed images have no common boxes",
+    "instance_segmentation": "two mixed images have no common masks",
     "segmentation": "a pixel of two mixed images has two classes",
     "text_generation": "the next token of two mixed texts is not defined",
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.core.input_spec import TensorTree, tree_to_dict
-from tuner.core.targets import NO_OBJECT
+from tuner.core.targets import NO_OBJECT, ignored_label, masks_of_objects
 
 IMAGE_NAME = "image"  # of a bare tensor
 TARGET_PREFIX = "target."
@@ -58,8 +58,7 @@ class DetectorHead(nn.Module, ABC):
         with _disable_autocast(next(iter(inputs.values())).device.type):
             inputs = {name: _to_float32(tensor) for name, tensor in inputs.items()}
             if targets:
-                boxes, labels = targets[f"{TARGET_PREFIX}boxes"], targets[f"{TARGET_PREFIX}labels"]
-                return self.losses(inputs, unpad_objects(boxes, labels))
+                return self.losses(inputs, unpad_targets(targets))
             return pad_objects(self.detect(inputs))
 
     @abstractmethod
@@ -68,7 +67,8 @@ class DetectorHead(nn.Module, ABC):
 
         Args:
             x: Activations, batch-first tensors by name.
-            targets: The objects of each image.
+            targets: The objects of each image; where the data has masks, `masks` too, uint8
+                (k, side, side).
         """
 
     @abstractmethod
@@ -111,24 +111,65 @@ def join_targets(x: TensorTree, y: TensorTree) -> dict[str, Tensor]:
 
 
 def unpad_objects(boxes: Tensor, labels: Tensor) -> list[Objects]:
-    """Padded boxes (n, k, 4) and labels (n, k) as the objects of each image."""
+    """Padded boxes (n, k, 4) and labels (n, k) as the objects of each image, without ignored
+    areas.
+    """
     return [
         {"boxes": image_boxes[is_object], "labels": image_labels[is_object]}
         for image_boxes, image_labels, is_object in zip(
-            boxes, labels, labels != NO_OBJECT, strict=True
+            boxes, labels, labels > NO_OBJECT, strict=True
         )
     ]
 
 
+def unpad_targets(targets: dict[str, Tensor]) -> list[Objects]:
+    """The objects of each image, of targets as they travel with the activations."""
+    boxes, labels, layers = (
+        targets.get(f"{TARGET_PREFIX}{name}") for name in ("boxes", "labels", "layers")
+    )
+    assert boxes is not None and labels is not None
+    images = unpad_objects(boxes, labels)
+    if layers is None:
+        return images
+    return [
+        {**objects, "masks": masks_of_objects(image_layers, rows).to(torch.uint8)}
+        for objects, image_layers, image_labels in zip(images, layers, labels, strict=True)
+        for rows in [(image_labels > NO_OBJECT).nonzero()[:, 0]]
+    ]
+
+
+def unpad_with_ignored(boxes: Tensor, labels: Tensor) -> list[Objects]:
+    """Padded boxes (n, k, 4) and labels (n, k) as the objects and the ignored areas of each image.
+
+    `iscrowd`, bool (k,), is true for the ignored areas, as COCO calls it; their `labels` are those
+    of the class.
+    """
+    images = []
+    for image_boxes, image_labels in zip(boxes, labels, strict=True):
+        rows = image_labels != NO_OBJECT
+        real = image_labels[rows]
+        is_ignored = real < NO_OBJECT
+        images.append(
+            {
+                "boxes": image_boxes[rows],
+                "labels": real.where(~is_ignored, ignored_label(0) - real),
+                "iscrowd": is_ignored,
+            }
+        )
+    return images
+
+
 def pad_objects(images: Sequence[Objects], max_objects: int = MAX_OBJECTS) -> dict[str, Tensor]:
-    """The objects of each image as batch-first tensors: boxes (n, k, 4), scores and labels (n, k).
+    """The objects of each image as batch-first tensors: boxes (n, k, 4), scores and labels (n, k),
+    and masks (n, k, h, w) where there are masks.
 
     k is `max_objects`. No shape depends on the data, so the function can be exported.
     """
-    padding = {"boxes": 0, "scores": 0, "labels": NO_OBJECT}
+    padding = {"boxes": 0, "scores": 0, "labels": NO_OBJECT, "masks": 0}
     return {
         name: torch.stack([_pad_rows(image[name], max_objects, value) for image in images])
         for name, value in padding.items()
+        if name in images[0]
     }
 
 

@@ -32,6 +32,8 @@ class Placement(NamedTuple):
 def place_on_canvas(width: int, height: int, image_spec: ImageInputSpec) -> Placement:
     """The placement of an image of `width` x `height` pixels on the canvas of `image_spec`."""
     size = image_spec.size
+    if image_spec.fit == "stretch":
+        return Placement(size, size, 0, 0)
     if image_spec.fit == "letterbox":
         scale = size / max(width, height)
         new_width, new_height = (min(size, max(1, round(side * scale))) for side in (width, height))

@@ -91,8 +91,10 @@ class ImageInputSpec:
         mean: Of red, green and blue, in 0..1.
         std: Of red, green and blue, in 0..1.
         fit: crop resizes the shorter side to `resize` and takes the centre; letterbox resizes the
-            longer side to `size` and pads.
+            longer side to `size` and pads; stretch resizes both sides to `size`.
         multiple: `size` must be a multiple of it.
+        grey_bits: The bits of grey values in images that have more than 8, which become 8: those
+            that the largest value of the dataset has. None: of each image alone.
     """
 
     size: int
@@ -102,6 +104,7 @@ class ImageInputSpec:
     std: RgbTriple
     fit: str = "crop"
     multiple: int = 1
+    grey_bits: int | None = None
 
     @property
     def max_length(self) -> int | None:

@@ -3,6 +3,7 @@
 They are moved with the image.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -16,9 +17,19 @@ from tuner.files.cache_entries import PinnedEntry
 
 MIN_VISIBLE_SHARE = 0.25  # of a box's area; with less of it on the canvas the object is dropped
 MIN_BOX_SIDE = 1.0  # pixels; an object with a smaller box is dropped
-NO_OBJECT = -1  # label of the rows that pad an image's boxes
+NO_OBJECT = -1  # label of the rows that pad an image's boxes; labels below it: `ignored_label`
 TARGET, EXAMPLE_WEIGHT = "target", "example_weight"  # tensors of a target that is weighted
 IGNORED = 255  # class of pixels that are not counted, such as the borders of a letterbox
+
+
+def ignored_label(label: int) -> int:
+    """The label, below NO_OBJECT, of an ignored area: objects of this class may be in it, and
+    whether they are detected does not count. It is its own inverse.
+
+    Such are COCO's crowds and Pascal VOC's difficult objects. They are no objects to learn, but
+    they move with the image as objects do.
+    """
+    return NO_OBJECT - 1 - label
 
 
 class Targets(Protocol):
@@ -119,12 +130,14 @@ def split_weights(y: TensorTree) -> tuple[TensorTree, Tensor | None]:
 class Masks:
     """One class per pixel: uint8 (n, size, size), IGNORED where a pixel is not counted.
 
-    `masks` is mapped from files of `entry`, which stay while this object lives.
+    `masks` is mapped from files of `entry`, which stay while this object lives. `read_original`
+    gives the mask of a row as it is on the disk, uint8 (height, width) of its image.
     """
 
     entry: PinnedEntry
     masks: Tensor
     digest: str
+    read_original: Callable[[int], Tensor] | None = None
     task: ClassVar[str] = "segmentation"
 
     @property
@@ -148,12 +161,23 @@ class Masks:
         return transform.sample(y[:, None], "nearest", IGNORED)[:, 0].to(torch.uint8)
 
 
+def masks_of_objects(layers: Tensor, rows: Tensor) -> Tensor:
+    """The masks of some objects of an image: bool (k, side, side).
+
+    Args:
+        layers: uint8 (layers, side, side), as `InstanceMasks` has them.
+        rows: int64 (k,), the rows of the objects among the padded objects of the image.
+    """
+    return (layers[None] == (rows + 1).view(-1, 1, 1, 1)).any(1)
+
+
 @dataclass(frozen=True)
 class Boxes:
     """The objects of each image, padded to the number k of the image with the most objects.
 
     `boxes` is float32 (n, k, 4): left, top, right, bottom in pixels of the canvas. `labels` is
-    int64 (n, k). Rows that pad are boxes of 0 with the label NO_OBJECT. `canvas_side` is in pixels.
+    int64 (n, k). Rows that pad are boxes of 0 with the label NO_OBJECT; labels below it are those
+    of ignored areas, `ignored_label`. `canvas_side` is in pixels.
     """
 
     boxes: Tensor
@@ -201,3 +225,47 @@ class Boxes:
             "boxes": boxes.where(is_object[..., None], 0.0),
             "labels": y["labels"].where(is_object, NO_OBJECT),
         }
+
+
+@dataclass(frozen=True)
+class InstanceMasks:
+    """The objects of each image with a mask each.
+
+    `layers` is uint8 (n, layers, size, size): of each pixel the number of the object that it
+    belongs to, which is its row in `objects`, from 1; 0: no object. Objects that overlap lie in
+    different layers. It is mapped from files of `entry`, which stay while this object lives.
+    """
+
+    objects: Boxes
+    entry: PinnedEntry
+    layers: Tensor
+    digest: str
+    task: ClassVar[str] = "instance_segmentation"
+
+    @property
+    def content(self) -> tuple[bytes, ...]:
+        return (*self.objects.content, self.digest.encode())
+
+    def take(self, rows: Tensor) -> TensorTree:
+        objects = self.objects.take(rows)
+        assert isinstance(objects, dict)
+        return {**objects, "layers": self.layers[rows]}
+
+    def mirror(self, y: TensorTree, which: Tensor) -> TensorTree:
+        y = self.objects.mirror(y, which)
+        assert isinstance(y, dict)
+        y["layers"][which] = y["layers"][which].flip(3)
+        return y
+
+    def crop(self, y: TensorTree, margin: int) -> TensorTree:
+        y = self.objects.crop(y, margin)
+        assert isinstance(y, dict)
+        stop = y["layers"].shape[3] - margin
+        return {**y, "layers": y["layers"][:, :, margin:stop, margin:stop]}
+
+    def transform(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
+        """Boxes as `Boxes.transform`; the mask of an object that is dropped there is not used."""
+        y = self.objects.transform(y, transform)
+        assert isinstance(y, dict)
+        layers = transform.sample(y["layers"], "nearest", 0).to(torch.uint8)
+        return {**y, "layers": layers}

@@ -101,14 +101,14 @@ class FileExamples:
         return f"{self.path}:{self.lines[index]}"
 
 
-def read_files(path: str, keys: ColumnKeys) -> dict[int, FileExamples]:
+def read_files(path: str, keys: ColumnKeys, home: Path | None = None) -> dict[int, FileExamples]:
     """The examples of the file of each split; of UNSPLIT alone where `path` is a file.
 
-    Raises DataError.
+    `home`: the folder with the caches, to which an archive is unpacked. Raises DataError.
     """
     stated = (keys.name, keys.second, *keys.label_names, *keys.optional_names.values())
     expected = (*filter(None, stated), *keys.usual_names, *USUAL_LABEL_COLUMNS)
-    files = find_split_files(path)
+    files = find_split_files(path, home)
     if keys.split is not None and UNSPLIT not in files:
         raise DataError(
             f"data.split: {path} has a file for each split; drop the key, or name one file"
@@ -119,9 +119,9 @@ def read_files(path: str, keys: ColumnKeys) -> dict[int, FileExamples]:
     }
 
 
-def find_split_files(path: str) -> dict[int, Path]:
+def find_split_files(path: str, home: Path | None = None) -> dict[int, Path]:
     """The file of each split; UNSPLIT alone where `path` is a file."""
-    root = resolve_path(path)
+    root = resolve_path(path, home)
     if not root.is_dir():
         return {UNSPLIT: root}
     names = sorted(root.iterdir())

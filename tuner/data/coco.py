@@ -1,4 +1,5 @@
-"""COCO: JSON files with images, categories, and boxes as left, top, width, height in pixels.
+"""COCO: JSON files with images, categories, and boxes as left, top, width, height in pixels; for
+instance segmentation also masks, as polygons or run lengths.
 
 Lin et al., Microsoft COCO: Common Objects in Context, ECCV 2014.
 """
@@ -7,7 +8,7 @@ import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -22,9 +23,10 @@ from tuner.preprocessing.detection_dataset import (
     check_relative_name,
     detection_dataset,
 )
+from tuner.preprocessing.instance_masks import Shape, find_shape_problem
 from tuner.preprocessing.splits import SPLIT_BY_NAME, TRAIN, UNSPLIT
 
-TASKS = ("detection",)
+TASKS = ("detection", "instance_segmentation")
 ANNOTATION_PATTERNS = (
     "annotations/instances_{}*.json",
     "annotations/{}*.json",
@@ -34,6 +36,15 @@ ANNOTATION_PATTERNS = (
 MAX_SIDE_PIXELS = 1e9  # pixels that a side of a box may state
 JsonObject = dict[str, Any]
 CategoryNames = dict[int, str]  # by category id
+
+
+class CocoObject(NamedTuple):
+    """An object or a crowd; its mask is checked only where masks are needed."""
+
+    box: Box
+    category: int
+    location: str
+    shape: Shape
 
 
 def load(
@@ -59,7 +70,7 @@ def load(
     Args:
         home: the folder with the caches.
         input_spec: how the examples must look for the model's weights.
-        task: `detection`.
+        task: `detection` or `instance_segmentation`.
         path: a JSON file, or a folder with one JSON file per split.
         images: the folder of the images, if they are not beside the annotations.
         image: the image keys of the `data:` section.
@@ -67,20 +78,39 @@ def load(
     Raises:
         DataError: files are missing, or annotations are unreadable or wrong.
     """
-    files = _find_annotation_files(path)
+    files = _find_annotation_files(home, path)
     contents = {split: _read_json(file) for split, file in files.items()}
     categories = _merge_categories(files, contents)
     image_folder = Path(images).expanduser() if images else None
     annotated: list[AnnotatedImage] = []
+    with_masks = task == "instance_segmentation"
     for split, content in contents.items():
+        if with_masks:
+            _check_masks(content, files[split])
         annotated += _annotated_images(content, files[split], image_folder, categories, split)
     classes, annotated = _number_classes(annotated, categories)
-    return detection_dataset(home, annotated, classes, image, input_spec)
+    return detection_dataset(home, annotated, classes, image, input_spec, with_masks=with_masks)
 
 
-def _find_annotation_files(path: str) -> dict[int, Path]:
+def _check_masks(content: JsonObject, file: Path) -> None:
+    """Raise DataError where objects have no proper mask."""
+    problems = [
+        f"{file}: annotations[{number}]: {problem}"
+        for number, annotation in enumerate(content["annotations"])
+        if isinstance(annotation, dict)
+        and (problem := find_shape_problem(annotation.get("segmentation")))
+    ]
+    if problems:
+        raise DataError(
+            *limit_listing(problems),
+            f"data: {len(problems)} of {len(content['annotations'])} objects have no mask that can "
+            "be read; mend or remove them, or use task: detection, which needs none",
+        )
+
+
+def _find_annotation_files(home: Path, path: str) -> dict[int, Path]:
     """The file of each split; UNSPLIT alone if there is one file for all. Raises DataError."""
-    root = resolve_path(path)
+    root = resolve_path(path, home)
     if root.is_file():
         return {UNSPLIT: root}
     files: dict[int, Path] = {}
@@ -147,9 +177,20 @@ def _number_classes(
     used = sorted({category for image in annotated for category in image.labels})
     label_of = {category: label for label, category in enumerate(used)}
     return [categories[category] for category in used], [
-        replace(image, labels=[label_of[category] for category in image.labels])
-        for image in annotated
+        _with_labels(image, label_of) for image in annotated
     ]
+
+
+def _with_labels(image: AnnotatedImage, label_of: dict[int, int]) -> AnnotatedImage:
+    """The image with labels instead of category ids; crowds of other categories are left out."""
+    kept = [i for i, category in enumerate(image.ignored_labels) if category in label_of]
+    return replace(
+        image,
+        labels=[label_of[category] for category in image.labels],
+        ignored_boxes=[image.ignored_boxes[i] for i in kept],
+        ignored_labels=[label_of[image.ignored_labels[i]] for i in kept],
+        ignored_shapes=[image.ignored_shapes[i] for i in kept],
+    )
 
 
 def _index_by_id(content: JsonObject, key: str, file: Path) -> dict[int, JsonObject]:
@@ -173,6 +214,7 @@ def _annotated_images(
     """
     images = _index_by_id(content, "images", file)
     objects = _objects_by_image(content, file, images, categories)
+    crowds = _crowds_by_image(content, images, categories)
     annotated = []
     for number, image in images.items():
         if not isinstance(image.get("file_name"), str):
@@ -181,11 +223,15 @@ def _annotated_images(
         annotated.append(
             AnnotatedImage(
                 _image_path(file, folder, name),
-                boxes=[box for box, _, _ in objects[number]],
-                labels=[category for _, category, _ in objects[number]],
-                locations=[location for _, _, location in objects[number]],
+                boxes=[one.box for one in objects[number]],
+                labels=[one.category for one in objects[number]],
+                locations=[one.location for one in objects[number]],
                 split=split,
                 stated_size=_stated_size(image),
+                ignored_boxes=[one.box for one in crowds[number]],
+                ignored_labels=[one.category for one in crowds[number]],
+                shapes=[one.shape for one in objects[number]],
+                ignored_shapes=[one.shape for one in crowds[number]],
             )
         )
     return annotated
@@ -193,13 +239,13 @@ def _annotated_images(
 
 def _objects_by_image(
     content: JsonObject, file: Path, images: dict[int, JsonObject], categories: CategoryNames
-) -> dict[int, list[tuple[Box, int, str]]]:
-    """Box, category id and location of each object, by the id of its image.
+) -> dict[int, list[CocoObject]]:
+    """The objects by the id of their image, without crowds.
 
     Raises:
         DataError: objects have no box, or an unknown image or category. The message names them.
     """
-    objects: dict[int, list[tuple[Box, int, str]]] = defaultdict(list)
+    objects: dict[int, list[CocoObject]] = defaultdict(list)
     problems: list[str] = []
     for number, annotation in enumerate(content["annotations"]):
         location = f"{file}: annotations[{number}]"
@@ -207,21 +253,36 @@ def _objects_by_image(
         if problem:
             problems.append(f"{location}: {problem}")
         elif not annotation.get("iscrowd"):  # a crowd is not one object
-            left, top, width, height = map(float, annotation["bbox"])
             image_id = annotation["image_id"]
-            objects[image_id].append(
-                (
-                    (left, top, left + width, top + height),
-                    annotation["category_id"],
-                    f"{location} ({images[image_id].get('file_name')})",
-                )
-            )
+            name = f"{location} ({images[image_id].get('file_name')})"
+            objects[image_id].append(_read_object(annotation, name))
     if problems:
         raise DataError(
             *limit_listing(problems),
             f"data: {len(problems)} annotations are wrong; mend or remove them",
         )
     return objects
+
+
+def _crowds_by_image(
+    content: JsonObject, images: dict[int, JsonObject], categories: CategoryNames
+) -> dict[int, list[CocoObject]]:
+    """The areas that are marked as crowds, by the id of their image."""
+    crowds: dict[int, list[CocoObject]] = defaultdict(list)
+    for annotation in content["annotations"]:
+        if not _find_annotation_problem(annotation, images, categories) and annotation.get(
+            "iscrowd"
+        ):
+            crowds[annotation["image_id"]].append(_read_object(annotation, ""))
+    return crowds
+
+
+def _read_object(annotation: JsonObject, location: str) -> CocoObject:
+    left, top, width, height = map(float, annotation["bbox"])
+    box = (left, top, left + width, top + height)
+    return CocoObject(
+        box, annotation["category_id"], location, annotation.get("segmentation") or []
+    )
 
 
 def _find_annotation_problem(

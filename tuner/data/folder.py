@@ -61,7 +61,7 @@ def load(
     Raises:
         DataError: folders are missing, unreadable or empty, or splits have different classes.
     """
-    root = resolve_folder(path, "a folder with one folder of images per class")
+    root = resolve_folder(path, "a folder with one folder of images per class", home)
     loops: list[str] = []
     try:
         folders = _find_split_folders(root, path)
@@ -184,19 +184,22 @@ def _images_below(folder: Path, visited: set[FolderIdentity], loops: list[str]) 
     Links are followed, but no folder is read twice: `visited` grows, and endless links are added
     to `loops`.
     """
-    for child in sorted(folder.iterdir()):
+    with os.scandir(folder) as entries:  # which knows the kind of each without a system call
+        children = sorted(entries, key=lambda entry: entry.name)
+    for child in children:
         if child.name.startswith("."):
             continue
-        if child.is_symlink() and _is_endless_link(child):
-            loops.append(str(child))
+        if child.is_symlink() and _is_endless_link(Path(child.path)):
+            loops.append(child.path)
         elif child.is_dir():
-            if _folder_identity(child) in visited:
-                loops.append(str(child))
+            inner = Path(child.path)
+            if _folder_identity(inner) in visited:
+                loops.append(child.path)
             else:
-                visited.add(_folder_identity(child))
-                yield from _images_below(child, visited, loops)
-        elif child.suffix.lower() in SUFFIXES:
-            yield child
+                visited.add(_folder_identity(inner))
+                yield from _images_below(inner, visited, loops)
+        elif os.path.splitext(child.name)[1].lower() in SUFFIXES:
+            yield Path(child.path)
 
 
 def _check_same_classes(folders: dict[int, Path], images: dict[int, ImagesByClass]) -> None:

@@ -86,7 +86,7 @@ def load(
     Raises:
         DataError: files are missing, unreadable or wrong.
     """
-    root = resolve_folder(path)
+    root = resolve_folder(path, home=home)
     pairs: list[ImageMaskPair] = []
     split: list[int] = []
     split_folders = find_split_folders(root, images, masks)

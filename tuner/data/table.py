@@ -128,8 +128,8 @@ def load(
         weight=weight,
         header=header,
     )
-    files = read_files(path, keys)
-    images = find_images(files, _base_folder(path, folder), folder is not None)
+    files = read_files(path, keys, home)
+    images = find_images(files, _base_folder(home, path, folder), folder is not None)
     kind = TARGET_KINDS.get(task, "class")
     items = make_items(files, kind, images, separator)
     warnings = [warning for file in files.values() for warning in file.warnings]
@@ -137,10 +137,10 @@ def load(
     return make_dataset(home, items, options, input_spec, warnings)
 
 
-def _base_folder(path: str, folder: str | None) -> Path:
+def _base_folder(home: Path, path: str, folder: str | None) -> Path:
     if folder is not None:
-        return resolve_folder(folder, key="data.folder")
-    root = resolve_path(path)
+        return resolve_folder(folder, home=home, key="data.folder")
+    root = resolve_path(path, home)
     return root if root.is_dir() else root.parent
 
 

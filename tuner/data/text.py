@@ -142,7 +142,7 @@ def load(
         weight=weight,
         header=header,
     )
-    files = read_files(path, keys)
+    files = read_files(path, keys, home)
     texts = [cells for file in files.values() for cells in file.examples]
     items = make_items(files, kind, texts, separator)
     if kind == "class":

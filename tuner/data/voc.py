@@ -6,7 +6,7 @@ Everingham et al., The Pascal Visual Object Classes Challenge, IJCV 2010.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 from xml.etree import ElementTree
 
 from pydantic import Field
@@ -51,7 +51,11 @@ def load(
         Field(description="names of the classes in order; null: those found (for masks: VOC's 21)"),
     ] = None,
     difficult: Annotated[
-        bool, Field(description="whether objects that are marked as difficult count too")
+        bool,
+        Field(
+            description="whether objects that are marked as difficult are learnt and count; "
+            "otherwise their detection counts neither as right nor as wrong, as in VOC"
+        ),
     ] = False,
     image: ImageOptions,
 ) -> Dataset:
@@ -66,13 +70,13 @@ def load(
         path: the folder that holds VOC's folders.
         classes: the names of the classes in order, if they are not those that occur (for masks:
             if they are not VOC's).
-        difficult: whether objects that are marked as difficult count too.
+        difficult: whether objects that are marked as difficult are learnt and count.
         image: the image keys of the `data:` section.
 
     Raises:
         DataError: files are missing, unreadable or wrong.
     """
-    root = resolve_folder(path)
+    root = resolve_folder(path, home=home)
     if task == "segmentation":
         return voc_segmentation_dataset(home, root, input_spec, image, classes)
     default_folder = _find_inner_folder(root, IMAGE_FOLDERS)
@@ -84,19 +88,23 @@ def load(
         for stem, file in files.items()
         if stem in splits
     }
-    objects_by_stem = {stem: objects for stem, (objects, _) in annotations.items()}
+    objects_by_stem = {stem: annotation.objects for stem, annotation in annotations.items()}
     names = classes or _list_class_names(objects_by_stem)
     _check_class_names(objects_by_stem, names)
     annotated = [
         AnnotatedImage(
             images.get(stem, default_folder / f"{stem}.jpg"),
-            boxes=[box for _, box, _ in objects],
-            labels=[names.index(name) for name, _, _ in objects],
-            locations=[location for _, _, location in objects],
+            boxes=[box for _, box, _ in annotation.objects],
+            labels=[names.index(name) for name, _, _ in annotation.objects],
+            locations=[location for _, _, location in annotation.objects],
             split=splits[stem],
-            stated_size=size,
+            stated_size=annotation.size,
+            ignored_boxes=[box for name, box, _ in annotation.ignored if name in names],
+            ignored_labels=[
+                names.index(name) for name, _, _ in annotation.ignored if name in names
+            ],
         )
-        for stem, (objects, size) in annotations.items()
+        for stem, annotation in annotations.items()
     ]
     warnings = _warn_not_annotated([path for stem, path in images.items() if stem not in files])
     warnings += warn_about_unread_files([default_folder])
@@ -176,22 +184,34 @@ def _read_splits(root: Path, files: dict[str, Path]) -> dict[str, int]:
     return splits or dict.fromkeys(files, TRAIN)
 
 
-def _read_annotation(file: Path, *, difficult: bool) -> tuple[NamedObjects, ImageSize | None]:
-    """The objects of a file, and the image's size that it states, if any. Raises DataError."""
+class Annotation(NamedTuple):
+    """What an XML file says: its objects, the difficult ones that are ignored, and the image's
+    size, if it states one.
+    """
+
+    objects: NamedObjects
+    ignored: NamedObjects
+    size: ImageSize | None
+
+
+def _read_annotation(file: Path, *, difficult: bool) -> Annotation:
+    """Read a file; `difficult`: no object is ignored. Raises DataError."""
     content = _parse_xml(file)
     objects: NamedObjects = []
+    ignored: NamedObjects = []
     for number, element in enumerate(content.iter("object"), 1):
         location = f"{file}: object {number}"
         name = (element.findtext("name") or "").strip()
         if not name:
             raise DataError(f"{location}: it has no <name>")
-        if difficult or (element.findtext("difficult") or "0").strip() != "1":
-            left, top, right, bottom = (
-                _read_number(element, side, location) for side in ("xmin", "ymin", "xmax", "ymax")
-            )
-            # VOC counts pixels from 1 and includes the last one
-            objects.append((name, (left - 1, top - 1, right, bottom), location))
-    return objects, _read_size(content)
+        left, top, right, bottom = (
+            _read_number(element, side, location) for side in ("xmin", "ymin", "xmax", "ymax")
+        )
+        is_ignored = not difficult and (element.findtext("difficult") or "0").strip() == "1"
+        # VOC counts pixels from 1 and includes the last one
+        box = (left - 1, top - 1, right, bottom)
+        (ignored if is_ignored else objects).append((name, box, location))
+    return Annotation(objects, ignored, _read_size(content))
 
 
 def _parse_xml(file: Path) -> ElementTree.Element:

@@ -1,6 +1,7 @@
 """YOLO's text files: one per image, one line per object.
 
-A line holds class, centre x, centre y, width, height, in shares of the image's sides. The layout is
+A line holds class, centre x, centre y, width, height, in shares of the image's sides; or class and
+the x and y of each corner of a polygon, which is the mask, and whose box is taken. The layout is
 that of Ultralytics and Darknet: data.yaml names classes and splits, or classes.txt names the
 classes; labels/ lies beside images/.
 """
@@ -9,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import Field
@@ -27,11 +28,13 @@ from tuner.preprocessing.detection_dataset import (
 )
 from tuner.preprocessing.image_decoding import SUFFIXES
 from tuner.preprocessing.image_files import warn_about_unread_files
+from tuner.preprocessing.instance_masks import Shape
 from tuner.preprocessing.splits import SPLIT_BY_NAME, TRAIN, UNSPLIT
 
-TASKS = ("detection",)
+TASKS = ("detection", "instance_segmentation")
 DESCRIPTIONS = ("data.yaml", "data.yml")
 CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
+MIN_POLYGON_WORDS = 7  # of a line: a class and three corners
 MAX_TEXT_BYTES = 10_000_000  # of one text file
 MAX_YAML_BYTES = 200_000  # of data.yaml
 SplitImages = list[tuple[Path, int]]  # images with their splits
@@ -52,14 +55,14 @@ def load(
     Args:
         home: the folder with the caches.
         input_spec: how the examples must look for the model's weights.
-        task: `detection`.
+        task: `detection` or `instance_segmentation`.
         path: a data.yaml, or a folder that holds one, or classes.txt beside images/ and labels/.
         image: the image keys of the `data:` section.
 
     Raises:
         DataError: files are missing, unreadable or wrong.
     """
-    root = resolve_path(path)
+    root = resolve_path(path, home)
     description = root if root.is_file() else _first_file(root, DESCRIPTIONS)
     if description is not None:
         yaml_content = _read_data_yaml(description)
@@ -77,7 +80,28 @@ def load(
             *limit_listing(problems), f"data: {len(problems)} lines are wrong; mend or remove them"
         )
     warnings = warn_about_unread_files({image_path.parent for image_path, _ in images})
-    return detection_dataset(home, annotated, classes, image, input_spec, warnings)
+    with_masks = task == "instance_segmentation"
+    if with_masks:
+        _check_polygons(annotated)
+    return detection_dataset(
+        home, annotated, classes, image, input_spec, warnings, with_masks=with_masks
+    )
+
+
+def _check_polygons(annotated: list[AnnotatedImage]) -> None:
+    """Raise DataError where objects are boxes, which have no mask."""
+    boxes = [
+        f"{location}: a box, no polygon"
+        for image in annotated
+        for location, shape in zip(image.locations, image.shapes, strict=True)
+        if not shape
+    ]
+    if boxes:
+        raise DataError(
+            *limit_listing(boxes),
+            f"data: {len(boxes)} objects have no mask; write class and corners of a polygon, or "
+            "use task: detection, which needs none",
+        )
 
 
 def _first_file(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -236,6 +260,7 @@ def _annotate_image(
     boxes: list[Box] = []
     labels: list[int] = []
     locations: list[str] = []
+    shapes: list[Shape] = []
     problems: list[str] = []
     for number, line in enumerate(_read_text(file).splitlines() if file else (), 1):
         if not line.strip():
@@ -244,10 +269,14 @@ def _annotate_image(
         if isinstance(parsed, str):
             problems.append(f"{file}:{number}: {parsed}")
         else:
-            boxes.append(parsed[0])
-            labels.append(parsed[1])
+            boxes.append(parsed.box)
+            labels.append(parsed.label)
+            shapes.append(parsed.shape)
             locations.append(f"{file}:{number}")
-    return AnnotatedImage(image, boxes, labels, locations, split, is_relative=True), problems
+    annotated = AnnotatedImage(
+        image, boxes, labels, locations, split, is_relative=True, shapes=shapes
+    )
+    return annotated, problems
 
 
 def _label_file(image: Path) -> Path | None:
@@ -259,26 +288,43 @@ def _label_file(image: Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _parse_line(line: str, classes: list[str]) -> tuple[Box, int] | str:
-    """The box and the label of an object, or what is wrong with its line."""
+class YoloObject(NamedTuple):
+    """What a line says; `shape` is empty where it has no polygon."""
+
+    box: Box
+    label: int
+    shape: Shape
+
+
+def _parse_line(line: str, classes: list[str]) -> YoloObject | str:
+    """An object, or what is wrong with its line."""
     words = line.split()
-    if len(words) != 5:
-        return f"expected class, centre x, centre y, width, height; got {len(words)} values"
+    is_polygon = len(words) >= MIN_POLYGON_WORDS and len(words) % 2 == 1
+    if len(words) != 5 and not is_polygon:
+        return (
+            "expected class, centre x, centre y, width, height, or class and the corners of a "
+            f"polygon; got {len(words)} values"
+        )
     try:
-        x, y, width, height = map(float, words[1:])
+        numbers = list(map(float, words[1:]))
     except ValueError:
-        return f"expected four numbers after the class, got {' '.join(words[1:])[:100]!r}"
+        return f"expected numbers after the class, got {' '.join(words[1:])[:100]!r}"
     if not words[0].isdecimal() or len(words[0]) > 9 or int(words[0]) >= len(classes):
         return (
             f"class {words[0][:100]!r}, but there are {len(classes)} classes, "
             f"0 to {len(classes) - 1}"
         )
-    if max(x, y, width, height) > 1.5:
+    if max(numbers) > 1.5:
         return (
-            f"box {' '.join(words[1:])}: these are pixels; "
+            f"{'polygon' if is_polygon else 'box'} {' '.join(words[1:])[:100]}: these are pixels; "
             "expected shares of the image's sides, 0 to 1"
         )
-    return (x - width / 2, y - height / 2, x + width / 2, y + height / 2), int(words[0])
+    if is_polygon:
+        xs, ys = numbers[::2], numbers[1::2]
+        return YoloObject((min(xs), min(ys), max(xs), max(ys)), int(words[0]), [numbers])
+    x, y, width, height = numbers
+    box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    return YoloObject(box, int(words[0]), [])
 
 
 def _read_text(file: Path) -> str:

@@ -18,9 +18,11 @@ from tuner.files import removal
 from tuner.files.atomic import file_lock, file_sha256, flock, lock_path, remove_leftovers
 from tuner.files.removal import SUMS
 
+VERDICT = "verified.json"  # in an entry: how its files were when they were last read through
+VERDICT_DAYS = 7  # after which they are read through again, as disks can lose bits
 UNUSED_DAYS = 60  # after which an entry goes when another is made
 
-FileStates = tuple[tuple[str, int, int, int], ...]
+FileStates = tuple[tuple[str, int, int, int, int], ...]
 _verified_states: dict[
     Path, FileStates
 ] = {}  # what this process has read through; hashing costs about half a second a gigabyte
@@ -38,12 +40,14 @@ class PinnedEntry:
 
 
 def write_checksums(folder: Path, known_digests: Mapping[str, str] | None = None) -> None:
-    """Writes the checksum file, which vouches for the other files of a folder.
+    """Writes the checksum file, which vouches for the other files of a folder, but not for those
+    in folders inside it.
 
     `known_digests`: the SHA-256 of the files that were hashed while they were written.
     """
     known_digests = known_digests or {}
-    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    files = (path for path in folder.iterdir() if path.is_file())
+    names = sorted(path.name for path in files if path.name not in (SUMS, VERDICT))
     (folder / SUMS).write_text(
         json.dumps({name: known_digests.get(name) or file_sha256(folder / name) for name in names})
     )
@@ -73,8 +77,9 @@ def open_or_create(folder: Path, create: Callable[[], None]) -> PinnedEntry:
 def try_open(folder: Path, *, just_written: bool = False) -> PinnedEntry | None:
     """The entry in `folder`; None where there is none or it is damaged.
 
-    This process checks an entry when it opens it for the first time. `just_written`: this process
-    has just written it, so it need not be read again.
+    Files are read through when they are opened for the first time on this machine, when they have
+    changed since, and every VERDICT_DAYS days. `just_written`: this process has just written them,
+    so they need not be read again.
     """
     try:
         handle = os.open(folder / SUMS, os.O_RDONLY)
@@ -107,17 +112,36 @@ def find_damage(folder: Path, *, just_written: bool = False) -> str:
         state = tuple((name, *_file_state(folder / name)) for name in (SUMS, *sums))
     except (OSError, TypeError, ValueError):
         return f"a file that {SUMS} names is missing"
-    if not just_written and _verified_states.get(folder) != state:
-        for name, digest in sums.items():
+    if _verified_states.get(folder) == state:
+        return ""
+    if just_written or _read_verdict(folder) != state:
+        unread = {} if just_written else sums
+        for name, digest in unread.items():
             if file_sha256(folder / name) != digest:
                 return f"{name} differs from its SHA-256"
+        _write_verdict(folder, state)
     _verified_states[folder] = state
     return ""
 
 
-def _file_state(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+def _read_verdict(folder: Path) -> FileStates | None:
+    """How the files were when they were read through; None where that is unknown or long ago."""
+    try:
+        age = time.time() - (folder / VERDICT).stat().st_mtime
+        rows = json.loads((folder / VERDICT).read_text())
+        return tuple(map(tuple, rows)) if 0 <= age < VERDICT_DAYS * 86_400 else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write_verdict(folder: Path, state: FileStates) -> None:
+    with contextlib.suppress(OSError):  # a cache that is read-only is read through each time
+        (folder / VERDICT).write_text(json.dumps(state))
+
+
+def _file_state(path: Path) -> tuple[int, int, int, int]:
+    stat = path.stat()  # the last one is set by every change, and by no program at will
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def evict_entry(folder: Path) -> bool:

@@ -30,7 +30,7 @@ from tuner.models._hub import WEIGHTS_FILE, hub_url
 from tuner.preprocessing.tokenization import silence_transformers
 
 # RGB of 0..1, 640 pixels a side
-INPUT_SPEC = ImageInputSpec(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="letterbox")
+INPUT_SPEC = ImageInputSpec(640, 640, "bilinear", (0.0,) * 3, (1.0,) * 3, fit="stretch")
 CLASS_PARAMETER_PREFIXES = (
     "class_embed.",
     "model.decoder.class_embed.",

@@ -117,16 +117,14 @@ class TorchvisionHead(detectors.DetectorHead):
 
     def losses(self, x: dict[str, Tensor], targets: list[Objects]) -> dict[str, Tensor]:
         shifted_targets = [
-            {"boxes": target["boxes"], "labels": target["labels"] + self.first_label}
-            for target in targets
+            {**target, "labels": target["labels"] + self.first_label} for target in targets
         ]
         losses: dict[str, Tensor] = self.run_from_features(x, shifted_targets)
         return losses
 
     def detect(self, x: dict[str, Tensor]) -> list[Objects]:
         return [
-            {**objects, "labels": objects["labels"] - self.first_label}
-            for objects in self.run_from_features(x, None)
+            shift_labels(objects, self.first_label) for objects in self.run_from_features(x, None)
         ]
 
     def run_from_features(self, x: dict[str, Tensor], targets: list[Objects] | None) -> Any:
@@ -178,15 +176,24 @@ class IdentityTransform(nn.Module):
         return result
 
 
+def shift_labels(objects: Objects, first_label: int) -> Objects:
+    """torchvision's objects with our labels. Masks, float32 (k, 1, 28, 28), lose their channel."""
+    shifted = {**objects, "labels": objects["labels"] - first_label}
+    if "masks" in objects:
+        shifted["masks"] = objects["masks"][:, 0]
+    return shifted
+
+
 def make_native_forward(first_label: int) -> Callable[[nn.Module, TensorTree], TensorTree]:
     """A function that calls the whole model on a batch, in torchvision's own way."""
 
     def call(model: Any, x: TensorTree) -> TensorTree:
         assert isinstance(x, Tensor)
         model.transform.fixed_size = (x.shape[-1], x.shape[-2])
-        return pad_objects(
-            [{**objects, "labels": objects["labels"] - first_label} for objects in model(list(x))]
-        )
+        if "MaskRCNN" in type(model).__name__:
+            # it would enlarge the masks to the size of the image
+            model.transform.postprocess = IdentityTransform().postprocess
+        return pad_objects([shift_labels(objects, first_label) for objects in model(list(x))])
 
     return call
 

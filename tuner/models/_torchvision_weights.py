@@ -24,6 +24,7 @@ from tuner.core.weights import (
 from tuner.errors import SpaceError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WITHOUT_EPS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "maskrcnn_resnet50_fpn")
 NOT_LOADED = ("none", LOADED_LATER)  # for these values no file is read
 
 
@@ -32,6 +33,13 @@ def letterbox_spec(
 ) -> ImageInputSpec:
     """An input spec of a square canvas of `size` pixels, to which images are letterboxed."""
     return ImageInputSpec(size, size, "bilinear", mean, std, "letterbox")
+
+
+def stretched_spec(size: int, mean: RgbTriple, std: RgbTriple) -> ImageInputSpec:
+    """An input spec of a square canvas of `size` pixels, to which images are stretched, as SSD's
+    authors do.
+    """
+    return ImageInputSpec(size, size, "bilinear", mean, std, "stretch")
 
 
 def weights_entry(name: str, weights: str, key: str) -> Any:
@@ -51,7 +59,7 @@ def weights_entry(name: str, weights: str, key: str) -> Any:
 
 
 def load_detector_weights(
-    home: Path, model: nn.Module, name: str, weights: str, head: str
+    home: Path, model: nn.Module, name: str, weights: str, head: str | tuple[str, ...]
 ) -> tuple[str, ...]:
     """Load the weights of a whole detector and return notes for the user.
 
@@ -62,7 +70,7 @@ def load_detector_weights(
         model: The detector.
         name: Its name in torchvision.
         weights: default, a name of torchvision's, none, LOADED_LATER, or a path.
-        head: The name of the layers that depend on the classes.
+        head: The name of the layers that depend on the classes, or several.
 
     Raises:
         SpaceError: The name is unknown.
@@ -74,10 +82,11 @@ def load_detector_weights(
         state, source = read_state_dict(Path(weights)), weights
     else:
         entry = weights_entry(name, weights, "weights")
+        heads = (head,) if isinstance(head, str) else head
         state = {
             k: v
             for k, v in read_state_dict(fetch_weights(home, entry.url)).items()
-            if not k.startswith(f"{head}.")
+            if not k.startswith(tuple(f"{name}." for name in heads))
         }
         source = str(entry)
     model_keys = set(model.state_dict())
@@ -143,7 +152,7 @@ def freeze_batch_norm(module: nn.Module, eps: float | None = None) -> None:
 
 
 def build_pyramid_detector(
-    home: Path, name: str, classes: int, weights: str, backbone: str, head: str
+    home: Path, name: str, classes: int, weights: str, backbone: str, head: str | tuple[str, ...]
 ) -> tuple[Any, tuple[str, ...]]:
     """torchvision's detector `name` over a feature pyramid, and notes for the user.
 
@@ -151,11 +160,9 @@ def build_pyramid_detector(
     """
     model: Any = get_model(name, weights=None, weights_backbone=None, num_classes=classes)
     if (weights != "none" or backbone != "none") and not name.endswith("_v2"):
-        # torchvision's weights of these two were trained when its BatchNorm added nothing to the
+        # torchvision's weights of these were trained when its BatchNorm added nothing to the
         # variance
-        without_eps = (
-            name in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn") and weights != "none"
-        )
+        without_eps = name in WITHOUT_EPS and weights != "none"
         freeze_batch_norm(model.backbone.body, 0.0 if without_eps else None)
     if weights != "none":
         return model, load_detector_weights(home, model, name, weights, head)

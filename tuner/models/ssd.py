@@ -32,9 +32,9 @@ from tuner.models._torchvision_detectors import (
     stage_groups,
 )
 from tuner.models._torchvision_weights import (
-    letterbox_spec,
     load_backbone_weights,
     load_detector_weights,
+    stretched_spec,
 )
 
 TASKS = ("detection",)
@@ -60,8 +60,8 @@ MIN_CANVAS_SIDE = 268  # pixels; on a smaller canvas SSD300's last feature map w
 
 def input_spec(name: str, *, weights: str = "default", backbone: str = "default") -> ImageInputSpec:
     if name == "ssd300_vgg16":
-        return letterbox_spec(300, (0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255))
-    return letterbox_spec(320, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        return stretched_spec(300, (0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255))
+    return stretched_spec(320, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def build(

@@ -85,7 +85,9 @@ class Augmenter:
         return ImageBatch(pixels, self.targets.crop(batch.y, margin))
 
     def _draw_transform(self, draws: RandomDraws, y: TensorTree) -> AffineTransform:
-        boxes = y["boxes"] if isinstance(y, dict) else None
+        boxes = None
+        if isinstance(y, dict) and "boxes" in y:  # crops are chosen by what there is to learn
+            boxes = y["boxes"].where((y["labels"] > NO_OBJECT)[..., None], 0.0)
         return draw_transform(self.policy, draws, self.old_side, self.side, boxes)
 
     def _move(self, batch: ImageBatch, transform: AffineTransform) -> ImageBatch:

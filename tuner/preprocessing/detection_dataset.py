@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from tuner.config.run import ImageOptions
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec
-from tuner.core.targets import NO_OBJECT, Boxes
+from tuner.core.targets import NO_OBJECT, Boxes, InstanceMasks, Targets, ignored_label
 from tuner.core.types import Dataset
 from tuner.errors import DataError, limit_listing
 from tuner.preprocessing.image_dataset import assemble_dataset
 from tuner.preprocessing.image_files import warn_about_unread_files
-from tuner.preprocessing.image_store import ImageStore
+from tuner.preprocessing.image_store import ImageStore, open_image_store, stored_pixels
+from tuner.preprocessing.instance_masks import Shape, make_layers_decoder
 from tuner.preprocessing.splits import SPLIT_NAMES, UNSPLIT, Items
 
+MAX_EMPTY_SHARE = 0.01  # of the boxes that may be empty, and are dropped
 STRATA = ("images with objects", "images without objects")
 Box = tuple[float, float, float, float]
 
@@ -37,6 +39,10 @@ class AnnotatedImage:
         split: TRAIN, VALID, TEST or UNSPLIT.
         is_relative: whether the boxes are in shares of the image's sides, 0 to 1.
         stated_size: width and height of the image in pixels according to the annotation.
+        ignored_boxes: areas in which detections of a class do not count, such as crowds.
+        ignored_labels: the index of the class of each ignored area.
+        shapes: the mask of each object, where the annotation has masks.
+        ignored_shapes: the mask of each ignored area.
     """
 
     path: Path
@@ -46,6 +52,10 @@ class AnnotatedImage:
     split: int = UNSPLIT
     is_relative: bool = False
     stated_size: tuple[int, int] | None = None
+    ignored_boxes: Sequence[Box] = ()
+    ignored_labels: Sequence[int] = ()
+    shapes: Sequence[Shape] = ()
+    ignored_shapes: Sequence[Shape] = ()
 
 
 def detection_dataset(
@@ -55,6 +65,8 @@ def detection_dataset(
     options: ImageOptions,
     input_spec: InputSpec,
     warnings: Sequence[str] = (),
+    *,
+    with_masks: bool = False,
 ) -> Dataset:
     """Split and decode annotated images, and move their boxes to the model's canvas.
 
@@ -65,17 +77,19 @@ def detection_dataset(
         options: the image keys of the `data:` section.
         input_spec: how the examples must look for the model's weights.
         warnings: what the data source has to say already.
+        with_masks: whether the objects have masks, which are targets too.
 
     Raises:
-        DataError: images are missing or are named twice, there are no objects at all, or a box
-            is empty, inverted or wholly outside its image.
+        DataError: images are missing or are named twice, there are no objects at all, a box is
+            inverted or wholly outside its image, or more than a few boxes are empty.
     """
     _check_images_exist(annotated)
+    annotated, empty_warnings = drop_empty_boxes(annotated)
     if not any(image.labels for image in annotated):
         raise DataError(
             f"data: {len(annotated)} images, but not one object on them; check the annotations"
         )
-    warnings = list(warnings)
+    warnings = [*warnings, *empty_warnings]
     empty_count = sum(not image.labels for image in annotated)
     if empty_count:
         warnings.append(f"data: {empty_count} of {len(annotated)} images have no objects")
@@ -83,13 +97,47 @@ def detection_dataset(
 
     def make_targets(
         store: ImageStore, items: Items, image_spec: ImageInputSpec
-    ) -> tuple[Boxes, list[str]]:
+    ) -> tuple[Targets, list[str]]:
         readable = [by_path[path] for path in items.examples]
-        return boxes_on_canvas(readable, store.original_sizes, image_spec)
+        boxes, box_warnings = boxes_on_canvas(readable, store.original_sizes, image_spec)
+        if not with_masks:
+            return boxes, box_warnings
+        return _draw_masks(home, readable, store, boxes, image_spec), box_warnings
 
     return assemble_dataset(
         home, _make_items(annotated), options, input_spec, tuple(classes), make_targets, warnings
     )
+
+
+def _draw_masks(
+    home: Path,
+    annotated: Sequence[AnnotatedImage],
+    store: ImageStore,
+    boxes: Boxes,
+    image_spec: ImageInputSpec,
+) -> InstanceMasks:
+    """The masks of the objects of all images, drawn once and kept in the cache."""
+    sizes = {
+        image.path: (width, height)
+        for image, (width, height) in zip(annotated, store.original_sizes.tolist(), strict=True)
+    }
+    shapes = {
+        image.path: [*image.shapes, *_shapes_of_kept_areas(image, *sizes[image.path])]
+        for image in annotated
+    }
+    decoder = make_layers_decoder(shapes, sizes, is_relative=annotated[0].is_relative)
+    masks = open_image_store(home, list(shapes), image_spec, "error", decoder)
+    return InstanceMasks(boxes, masks.entry, stored_pixels(masks), masks.digest)
+
+
+def _shapes_of_kept_areas(image: AnnotatedImage, width: int, height: int) -> list[Shape]:
+    """The masks of the ignored areas that `boxes_on_canvas` keeps, in their order."""
+    unit = np.array([width, height] * 2) if image.is_relative else np.ones(4)
+    return [
+        shape
+        for box, shape in zip(image.ignored_boxes, image.ignored_shapes, strict=True)
+        if not find_box_problem(np.array(box) * unit, width, height)
+    ]
 
 
 def _check_images_exist(annotated: Sequence[AnnotatedImage]) -> None:
@@ -109,6 +157,54 @@ def _check_images_exist(annotated: Sequence[AnnotatedImage]) -> None:
             *limit_listing(twice),
             f"data: {len(twice)} images are named more than once; keep one of each",
         )
+
+
+def drop_empty_boxes(
+    annotated: Sequence[AnnotatedImage],
+) -> tuple[Sequence[AnnotatedImage], list[str]]:
+    """The images without objects whose box has no width or no height; a warning names these.
+
+    Published sets have a few of these: two of the 860,001 boxes of COCO's train2017.
+
+    Raises:
+        DataError: they are MAX_EMPTY_SHARE of all boxes or more.
+    """
+    empty = [
+        f"{location}: box ({', '.join(f'{side:g}' for side in box)}) is empty"
+        for image in annotated
+        for box, location in zip(image.boxes, image.locations, strict=True)
+        if _is_empty(box)
+    ]
+    if not empty:
+        return annotated, []
+    total = sum(len(image.boxes) for image in annotated)
+    if len(empty) >= MAX_EMPTY_SHARE * total:
+        raise DataError(
+            *limit_listing(empty),
+            f"data: {len(empty)} of {total} boxes have no width or no height; fewer than "
+            f"{MAX_EMPTY_SHARE:.0%} would be left out; are the columns in the right order? "
+            "mend or remove them",
+        )
+    cleaned = [_without_empty_boxes(image) for image in annotated]
+    return cleaned, _warn_about(empty, "boxes have no width or no height and are left out")
+
+
+def _is_empty(box: Box) -> bool:
+    left, top, right, bottom = box
+    return left == right or top == bottom
+
+
+def _without_empty_boxes(image: AnnotatedImage) -> AnnotatedImage:
+    kept = [i for i, box in enumerate(image.boxes) if not _is_empty(box)]
+    if len(kept) == len(image.boxes):
+        return image
+    return replace(
+        image,
+        boxes=[image.boxes[i] for i in kept],
+        labels=[image.labels[i] for i in kept],
+        locations=[image.locations[i] for i in kept],
+        shapes=[image.shapes[i] for i in kept] if image.shapes else (),
+    )
 
 
 def _make_items(annotated: Sequence[AnnotatedImage]) -> Items:
@@ -138,20 +234,21 @@ def boxes_on_canvas(
         The boxes, and warnings: boxes that reach beyond their image are clipped with a warning.
 
     Raises:
-        DataError: boxes are empty, inverted, not finite, or wholly outside their image. The
-            message names each of them.
+        DataError: boxes are inverted, not finite, or wholly outside their image. The message
+            names each of them. Ignored areas of this kind are left out.
     """
     problems: list[str] = []
     clipped: list[str] = []
-    most = max(1, *(len(image.labels) for image in annotated))
+    most = max(1, *(len(image.labels) + len(image.ignored_labels) for image in annotated))
     boxes = np.zeros((len(annotated), most, 4), np.float32)
     labels = np.full((len(annotated), most), NO_OBJECT, np.int64)
     for row, (image, (width, height)) in enumerate(zip(annotated, sizes.tolist(), strict=True)):
         placement = place_on_canvas(width, height, image_spec)
-        scale = [placement.width / width, placement.height / height] * 2
-        shift = [placement.left, placement.top] * 2
+        scale = np.array([placement.width / width, placement.height / height] * 2)
+        shift = np.array([placement.left, placement.top] * 2)
+        unit = np.array([width, height] * 2) if image.is_relative else np.ones(4)
         for i, (box, location) in enumerate(zip(image.boxes, image.locations, strict=True)):
-            pixels = np.array(box) * (np.array([width, height] * 2) if image.is_relative else 1.0)
+            pixels = np.array(box) * unit
             problem = find_box_problem(pixels, width, height)
             if problem:
                 problems.append(f"{location}: {problem}")
@@ -164,6 +261,13 @@ def boxes_on_canvas(
                 )
             boxes[row, i] = inside * scale + shift
         labels[row, : len(image.labels)] = image.labels
+        row_after = len(image.labels)
+        for box, label in zip(image.ignored_boxes, image.ignored_labels, strict=True):
+            pixels = np.array(box) * unit
+            if not find_box_problem(pixels, width, height):
+                boxes[row, row_after] = pixels.clip(0, [width, height] * 2) * scale + shift
+                labels[row, row_after] = ignored_label(label)
+                row_after += 1
     if problems:
         raise DataError(
             *limit_listing(problems), f"data: {len(problems)} boxes are wrong; mend or remove them"

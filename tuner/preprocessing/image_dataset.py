@@ -22,7 +22,7 @@ from tuner.config.run import ImageOptions
 from tuner.core.device_transfers import gather_rows, send
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
 from tuner.core.subset import Subset, subset_of
-from tuner.core.targets import Labels, Targets, labels_of
+from tuner.core.targets import Labels, Masks, Targets, labels_of
 from tuner.core.types import Batch, Dataset, Source
 from tuner.errors import DataError, SpaceError
 from tuner.files.cache_entries import PinnedEntry
@@ -31,7 +31,7 @@ from tuner.preprocessing.duplicate_images import (
     find_images_in_two_classes,
     find_images_in_two_splits,
 )
-from tuner.preprocessing.image_store import ImageStore, open_image_store
+from tuner.preprocessing.image_store import ImageStore, StreamedPixels, open_image_store
 from tuner.preprocessing.random_draws import hash_32_bits
 from tuner.preprocessing.resident_tensors import ResidentTensors, share_tensors
 from tuner.preprocessing.splits import (
@@ -58,7 +58,7 @@ class ImageSource:
     """
 
     entry: PinnedEntry
-    pixels: Tensor
+    pixels: Tensor | StreamedPixels
     targets: Targets
     rows: Tensor
     side: int
@@ -86,6 +86,8 @@ class ImageSource:
         """Pixels and targets as they are stored. Boxes stay on the CPU, where they are computed."""
         y = self.targets.take(rows)
         on_device = send(y, self.device) if isinstance(y, Tensor) else y
+        if isinstance(self.pixels, StreamedPixels):
+            return Batch(send(self.pixels.take(rows), self.device), on_device)
         pixels = self.pixels if self.resident is None else self.resident.tensors["pixels"]
         return Batch(gather_rows(pixels, rows, self.device), on_device)
 
@@ -111,6 +113,15 @@ class ImageSource:
         """The targets of these examples, not augmented."""
         return self.targets.take(self.rows[index])
 
+    @property
+    def has_originals(self) -> bool:
+        return isinstance(self.targets, Masks) and self.targets.read_original is not None
+
+    def take_original(self, number: int) -> Tensor:
+        """The mask of an example as it is on the disk, uint8 (height, width)."""
+        assert isinstance(self.targets, Masks) and self.targets.read_original is not None
+        return self.targets.read_original(int(self.rows[number]))
+
     def is_resident(self, view: int) -> bool:
         """Whether a batch needs hardly any work of the CPU.
 
@@ -134,7 +145,9 @@ def augment_on(source: Source, device: torch.device, *, resident: bool = False) 
         return replace(source, whole=augment_on(source.whole, device, resident=resident))
     if not isinstance(source, ImageSource):
         return source
-    tensors = share_tensors({"pixels": source.pixels}, device) if resident else None
+    if not resident or isinstance(source.pixels, StreamedPixels):
+        return replace(source, device=device, resident=None)
+    tensors = share_tensors({"pixels": source.pixels}, device)
     return replace(source, device=device, resident=tensors)
 
 
@@ -235,8 +248,11 @@ def assemble_dataset(
     image_spec = resolve_image_spec(options, input_spec)
     items = assign_and_limit_splits(items, options)
     stored_spec = replace(image_spec, size=stored_side(image_spec, options.augment))
-    store = open_image_store(home, items.examples, stored_spec, options.on_bad_image)
+    store = open_image_store(
+        home, items.examples, stored_spec, options.on_bad_image, may_stream=True
+    )
     items = items.select(store.readable)
+    image_spec = replace(image_spec, grey_bits=store.grey_bits)
     targets, target_warnings = make_targets(store, items, stored_spec)
     policy = _policy_for(options, targets)
     content = content_digest(store.digest, *targets.content, *classes)

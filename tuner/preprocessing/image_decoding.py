@@ -18,6 +18,7 @@ from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec
 
 MAX_PIXELS = 50_000_000
+GREY_BITS = (8, 10, 12, 14, 16)  # that cameras and scanners give
 LETTERBOX_GREY = 114  # grey of the borders of a letterboxed image, as in YOLO
 # Pillow chooses a decoder by content, not by the file's name, and other formats may start
 # programs, as EPS does
@@ -109,7 +110,7 @@ def decode(picture: Picture, image_spec: ImageInputSpec) -> Pixels:
         # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time;
         # twice the side that is needed keeps the detail
         image.draft("RGB", (2 * image_spec.resize, 2 * image_spec.resize))
-        upright = _to_rgb(ImageOps.exif_transpose(image))
+        upright = _to_rgb(ImageOps.exif_transpose(image), image_spec.grey_bits)
         return np.asarray(fit_to_canvas(upright, image_spec)).transpose(2, 0, 1)
 
 
@@ -129,9 +130,9 @@ def _open_image(picture: Picture) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, grey_bits: int | None) -> Image.Image:
     if image.mode.startswith("I"):
-        image = _to_eight_bits(np.asarray(image).astype(np.int64))
+        image = _to_eight_bits(np.asarray(image).astype(np.int64), grey_bits)
     if image.mode == "F":
         raise ValueError(
             "its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits"
@@ -142,15 +143,35 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_eight_bits(grey: NDArray[np.int64]) -> Image.Image:
-    """16 bits of grey as 8 bits; Pillow would clip them at 255.
+def _to_eight_bits(grey: NDArray[np.int64], grey_bits: int | None) -> Image.Image:
+    """Grey of `grey_bits` bits as 8 bits; Pillow would clip it at 255.
 
-    Values that fit into 8 bits stay as they are.
+    None: 16 bits, or 8 where the values of this image fit into them.
     """
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65_535:
         raise ValueError(f"its grey values reach from {low} to {high}; save it with 8 or 16 bits")
-    return Image.fromarray((grey >> 8 if high > 255 else grey).astype(np.uint8))
+    if grey_bits is None:
+        grey_bits = 16 if high > 255 else 8
+    return Image.fromarray((grey >> (grey_bits - 8)).clip(max=255).astype(np.uint8))
+
+
+def highest_grey(picture: PathOrPixels) -> int:
+    """The highest grey value of an image with more than 8 bits of grey; 0 for any other image, and
+    for one that cannot be read.
+    """
+    if not isinstance(picture, Path):
+        return 0
+    try:
+        with _open_image(picture) as image:
+            return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+    except DECODE_ERRORS:
+        return 0
+
+
+def bits_of_grey(highest: int) -> int:
+    """The least of GREY_BITS that hold a grey value; the most where none does."""
+    return next((bits for bits in GREY_BITS if highest < 1 << bits), GREY_BITS[-1])
 
 
 def fit_to_canvas(
@@ -182,6 +203,8 @@ def fit_to_canvas(
         resampling = RESAMPLING_FILTERS[interpolation or image_spec.interpolation]
         image = image.resize(resized_size, resampling)
     left, top = placement.left, placement.top
+    if image_spec.fit == "stretch":
+        return image
     if image_spec.fit == "crop":
         return image.crop((-left, -top, size - left, size - top))
     canvas = Image.new(image.mode, (size, size), border if image.mode == "L" else (border,) * 3)
@@ -189,10 +212,10 @@ def fit_to_canvas(
     return canvas
 
 
-def load_upright(picture: Picture) -> Image.Image:
-    """The whole image in RGB. Raises one of DECODE_ERRORS."""
+def load_upright(picture: Picture, grey_bits: int | None = None) -> Image.Image:
+    """The whole image in RGB; `grey_bits` as in ImageInputSpec. Raises one of DECODE_ERRORS."""
     with _open_image(picture) as image:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image), grey_bits)
 
 
 def upright_size(picture: PathOrPixels) -> tuple[int, int]:

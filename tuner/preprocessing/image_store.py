@@ -1,12 +1,17 @@
-"""Decodes images once and stores them as uint8 in a memory-mapped file for all later runs."""
+"""Decodes images once and stores them as uint8 in a memory-mapped file for all later runs.
 
+Where they would not fit the disk, they are decoded each time that they are taken.
+"""
+
+import functools
 import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,17 @@ from torch import Tensor
 from tuner.core.input_spec import ImageInputSpec
 from tuner.errors import DataError, limit_listing
 from tuner.files.atomic import atomic_folder, disk_errors
-from tuner.files.cache_entries import PinnedEntry, make_space, open_or_create, write_checksums
+from tuner.files.cache_entries import (
+    PinnedEntry,
+    disk_usage,
+    make_space,
+    open_or_create,
+    write_checksums,
+)
 from tuner.preprocessing import image_decoding
 from tuner.preprocessing.image_decoding import PathOrPixels
 
-FORMAT_VERSION = 5  # of the stored files; another number is another store
+FORMAT_VERSION = 6  # of the stored files; another number is another store
 IMAGES_PER_CHUNK = 512  # decoded at once, so that a large dataset does not fill the memory
 
 
@@ -32,22 +43,24 @@ class ImageStore:
 
     Args:
         entry: the cache entry. Keep it as long as the pixels are used, so that it is not evicted.
-        pixels: uint8 (n, channels, size, size), mapped from a file.
+        pixels: uint8 (n, channels, size, size), mapped from a file; or what decodes them.
         readable: int64 (n,), the indices of the images that could be read.
         original_sizes: int64 (n, 2), width and height in pixels of each upright image as it was.
         equal_rows: int64 (k, 2), a row and the first row with equal pixels, for each of the k rows
             whose pixels an earlier row has too.
         digest: equal pixels have an equal digest, wherever the files lie.
         warnings: about images that were left out.
+        grey_bits: the bits of grey of the images that have more than 8; None: none has.
     """
 
     entry: PinnedEntry
-    pixels: Tensor
+    pixels: "Tensor | StreamedPixels"
     readable: NDArray[np.int64]
     original_sizes: NDArray[np.int64]
     equal_rows: NDArray[np.int64]
     digest: str
     warnings: tuple[str, ...]
+    grey_bits: int | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,45 @@ class ImageDecoder:
     try_decode: Callable[[PathOrPixels, ImageInputSpec], NDArray[np.uint8] | str]
 
 
+@dataclass(frozen=True)
+class StreamedPixels:
+    """Images that are decoded each time that they are taken.
+
+    Args:
+        pictures: the images, each of which could be read before.
+        image_spec: the canvas.
+        decoder: how an image becomes pixels.
+    """
+
+    pictures: Sequence[PathOrPixels]
+    image_spec: ImageInputSpec
+    decoder: ImageDecoder
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The images at `rows` (int64, of any shape, on the CPU): uint8 (*, channels, size, size).
+
+        Raises:
+            DataError: an image can no longer be read.
+        """
+        chosen = [self.pictures[row] for row in rows.flatten().tolist()]
+        with image_decoding.silence_pillow():
+            results = list(_decoding_pool().map(self._decode, chosen))
+        pixels = torch.from_numpy(np.stack(results))
+        return pixels.view(*rows.shape, *pixels.shape[1:])
+
+    def _decode(self, picture: PathOrPixels) -> NDArray[np.uint8]:
+        result = self.decoder.try_decode(picture, self.image_spec)
+        if isinstance(result, str):
+            raise DataError(f"{result}; it could be read before: restore it, or start again")
+        return result
+
+
+@functools.cache
+def _decoding_pool() -> ThreadPoolExecutor:
+    """Threads, as Pillow decodes and resizes without Python's lock."""
+    return ThreadPoolExecutor(os.cpu_count(), "decode")
+
+
 def _try_decode_rgb(picture: PathOrPixels, image_spec: ImageInputSpec) -> NDArray[np.uint8] | str:
     return image_decoding.try_decode(picture, image_spec)
 
@@ -78,6 +130,8 @@ def open_image_store(
     image_spec: ImageInputSpec,
     on_bad_image: str,
     decoder: ImageDecoder = RGB_DECODER,
+    *,
+    may_stream: bool = False,
 ) -> ImageStore:
     """Decode images, or take them from the cache if the same images were decoded before.
 
@@ -87,32 +141,78 @@ def open_image_store(
         image_spec: the canvas.
         on_bad_image: `error`, or `skip` to leave out a few unreadable images.
         decoder: how an image becomes pixels.
+        may_stream: whether images that would not fit the disk are decoded each time that they are
+            taken. They are decoded once to check them, and what is known of them is kept.
 
     Raises:
         DataError: images are unreadable and may not be left out.
     """
     folder = home / "images" / _store_key(pictures, image_spec, decoder)
+    byte_count = len(pictures) * decoder.channels * image_spec.size**2
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        is_streamed = may_stream and not folder.is_dir() and not fits_disk(folder, byte_count)
+        if is_streamed:
+            folder = folder.with_name(f"{folder.name}-1")
+            byte_count = 0
         entry = open_or_create(
-            folder, lambda: _build_store(folder, pictures, image_spec, on_bad_image, decoder)
+            folder,
+            lambda: _build_store(folder, pictures, image_spec, on_bad_image, decoder, byte_count),
         )
         meta = json.loads((folder / "meta.json").read_text())
-    pixels = torch.from_file(
-        str(folder / "pixels.bin"), shared=False, size=math.prod(meta["shape"]), dtype=torch.uint8
-    )
     warnings = _check_unreadable(
         meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt"
     )
+    if is_streamed:
+        warnings.append(_streaming_note(len(pictures), math.prod(meta["shape"])))
     return ImageStore(
         entry,
-        pixels.view(meta["shape"]),
+        _stream(pictures, image_spec, decoder, meta)
+        if is_streamed
+        else _map_pixels(folder, meta["shape"]),
         readable=np.array(meta["kept"], np.int64),
         original_sizes=np.array(meta["sizes"], np.int64).reshape(-1, 2),
         equal_rows=np.array(meta["same"], np.int64).reshape(-1, 2),
         digest=meta["digest"],
         warnings=tuple(warnings),
+        grey_bits=meta["grey_bits"],
     )
+
+
+def stored_pixels(store: ImageStore) -> Tensor:
+    """The pixels of a store that was opened without `may_stream`."""
+    assert isinstance(store.pixels, Tensor)
+    return store.pixels
+
+
+def fits_disk(folder: Path, byte_count: int) -> bool:
+    """Whether images may take so many bytes: at most the half of what the disk has for them."""
+    free = shutil.disk_usage(folder.parent).free
+    return byte_count <= (disk_usage(folder.parent) + free) / 2
+
+
+def _streaming_note(count: int, byte_count: int) -> str:
+    return (
+        f"data: {count:,} decoded images would take {byte_count / 1e9:.1f} GB, more than half of "
+        "what the disk has for them; they are decoded anew in each epoch, which is slower; lower "
+        "data.size, or set TUNER_HOME to a larger disk"
+    )
+
+
+def _map_pixels(folder: Path, shape: Sequence[int]) -> Tensor:
+    size = math.prod(shape)
+    flat = torch.from_file(str(folder / "pixels.bin"), shared=False, size=size, dtype=torch.uint8)
+    return flat.view(shape)
+
+
+def _stream(
+    pictures: Sequence[PathOrPixels],
+    image_spec: ImageInputSpec,
+    decoder: ImageDecoder,
+    meta: dict[str, Any],
+) -> StreamedPixels:
+    readable = [pictures[row] for row in meta["kept"]]
+    return StreamedPixels(readable, replace(image_spec, grey_bits=meta["grey_bits"]), decoder)
 
 
 def _store_key(
@@ -124,14 +224,16 @@ def _store_key(
     """
     geometry = f"{image_spec.size} {image_spec.resize} {image_spec.interpolation} {image_spec.fit}"
     digest = hashlib.sha256(f"{FORMAT_VERSION} {decoder.name} {geometry}\n".encode())
+    absolute = functools.cache(os.path.abspath)  # of the few folders of many files
     for picture in pictures:
         if isinstance(picture, Path):
             try:
-                stat = picture.stat()
+                stat = os.stat(picture)
                 state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
             except OSError as error:  # a broken link is an unreadable image like others
                 state = f"error {error.errno}"
-            digest.update(os.fsencode(f"{os.path.abspath(picture)}\0{state}\n"))
+            folder, name = os.path.split(picture)
+            digest.update(os.fsencode(f"{absolute(folder)}/{name}\0{state}\n"))
         else:
             digest.update(f"{picture.shape}".encode() + np.ascontiguousarray(picture).data)
     return digest.hexdigest()[:32]
@@ -143,17 +245,19 @@ def _build_store(
     image_spec: ImageInputSpec,
     on_bad_image: str,
     decoder: ImageDecoder,
+    byte_count: int,
 ) -> None:
-    byte_count = len(pictures) * decoder.channels * image_spec.size**2
+    """Decode the images; with a `byte_count` of 0 only what is known of them is kept."""
     make_space(folder.parent, byte_count)
     with atomic_folder(folder, byte_count, "images") as temporary:
-        meta = _decode_all(temporary / "pixels.bin", pictures, image_spec, decoder)
+        pixels_file = temporary / "pixels.bin" if byte_count else Path(os.devnull)
+        meta = _decode_all(pixels_file, pictures, image_spec, decoder)
         _check_unreadable(meta["bad"], len(pictures), on_bad_image, folder / "unreadable.txt")
         (temporary / "unreadable.txt").write_text(
             "".join(f"{line}\n" for line in meta["bad"]), errors="surrogateescape"
         )
         (temporary / "meta.json").write_text(json.dumps(meta))
-        write_checksums(temporary, {"pixels.bin": meta["digest"]})
+        write_checksums(temporary, {pixels_file.name: meta["digest"]})
 
 
 def _decode_all(
@@ -171,6 +275,8 @@ def _decode_all(
         open(path, "wb") as file,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
+        grey_bits = _find_grey_bits(pictures, pool)
+        image_spec = replace(image_spec, grey_bits=grey_bits)
         for start in range(0, len(pictures), IMAGES_PER_CHUNK):
             chunk = pictures[start : start + IMAGES_PER_CHUNK]
             results = pool.map(lambda picture: decoder.try_decode(picture, image_spec), chunk)
@@ -195,7 +301,18 @@ def _decode_all(
         "same": equal_rows,
         "bad": unreadable,
         "digest": digest.hexdigest(),
+        "grey_bits": grey_bits,
     }
+
+
+def _find_grey_bits(pictures: Sequence[PathOrPixels], pool: ThreadPoolExecutor) -> int | None:
+    """The bits of the highest grey value of all images with more than 8 bits; None: there are none.
+
+    One number for the whole set, since an image alone does not tell: a dark one of 16 bits has
+    values as one of 8 bits, and the brightest of 12 bits would be a sixteenth of white.
+    """
+    highest = max(pool.map(image_decoding.highest_grey, pictures), default=0)
+    return image_decoding.bits_of_grey(highest) if highest else None
 
 
 def _check_unreadable(

@@ -83,10 +83,15 @@ def place_mask(ids: MaskArray, size: tuple[int, int], image_spec: ImageInputSpec
         size: width and height of the image in pixels.
         image_spec: the canvas; what the mask does not cover is IGNORED.
     """
-    mask = Image.fromarray(ids)
-    if mask.size != size:
-        mask = mask.resize(size, Image.Resampling.NEAREST)
+    mask = Image.fromarray(resize_mask(ids, size))
     return np.asarray(image_decoding.fit_to_canvas(mask, image_spec, "nearest", IGNORED))[None]
+
+
+def resize_mask(ids: MaskArray, size: tuple[int, int]) -> MaskArray:
+    """A mask, uint8 (h, w), at the width and height of its image in pixels."""
+    if (ids.shape[1], ids.shape[0]) == size:
+        return ids
+    return np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST)).copy()
 
 
 def decode_mask(path: Path, colour_map: ColourMap = None) -> MaskArray:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tuner.config.run import ImageOptions
@@ -15,12 +16,14 @@ from tuner.errors import DataError, limit_listing, nearest_path_hint
 from tuner.preprocessing.image_dataset import assemble_dataset
 from tuner.preprocessing.image_decoding import SUFFIXES
 from tuner.preprocessing.image_files import warn_about_unread_files
-from tuner.preprocessing.image_store import ImageStore, open_image_store
+from tuner.preprocessing.image_store import ImageStore, open_image_store, stored_pixels
 from tuner.preprocessing.mask_decoding import (
     MaskArray,
+    decode_mask,
     make_colour_map,
     make_mask_decoder,
     place_mask,
+    resize_mask,
     value_flags,
 )
 from tuner.preprocessing.splits import TRAIN, Items, read_split_lists
@@ -82,7 +85,7 @@ def segmentation_dataset(
     flags = open_image_store(home, masks, FLAGS_SPEC, options.on_bad_image, flags_decoder)
     pairs, split = [pairs[int(i)] for i in flags.readable], split[flags.readable]
     classes, ids = resolve_classes(
-        flags.pixels.flatten(1).numpy().astype(bool), [mask for _, mask in pairs], legend
+        stored_pixels(flags).flatten(1).numpy().astype(bool), [mask for _, mask in pairs], legend
     )
     mask_of_image = dict(pairs)
     mask_sizes = _size_by_mask([mask for _, mask in pairs], flags)
@@ -100,7 +103,15 @@ def segmentation_dataset(
         name = f"masks {ids.tobytes().hex()} {list(image_sizes.values())}"
         decoder = make_mask_decoder(name, colour_map, transform)
         store = open_image_store(home, own_masks, image_spec, "error", decoder)
-        return Masks(store.entry, store.pixels[:, 0], store.digest), size_warnings
+
+        def read_original(row: int) -> torch.Tensor:
+            mask = own_masks[row]
+            original = ids[decode_mask(mask, colour_map)]
+            return torch.from_numpy(resize_mask(original, image_sizes[mask]))
+
+        return Masks(
+            store.entry, stored_pixels(store)[:, 0], store.digest, read_original
+        ), size_warnings
 
     items = Items([image for image, _ in pairs], np.zeros(len(pairs), np.int64), ("images",), split)
     all_warnings = [*warnings, *flags.warnings, *_warn_jpeg(masks)]

@@ -11,20 +11,22 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from tuner.config.run import Recipe
-from tuner.core.detectors import Objects, join_targets, unpad_objects
+from tuner.core.detectors import Objects, join_targets, unpad_with_ignored
 from tuner.core.example_results import ExampleResults
-from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to_dict
-from tuner.core.targets import NO_OBJECT
 from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.errors import limit_listing
 from tuner.tasks import _annotated_images, _average_precision
+from tuner.tasks._detected_objects import (
+    EXAMPLES_SHOWN,
+    MAX_OBJECTS_NAMED,
+    above_confidence,
+    boxes_on_original,
+    objects_difference,
+    unpad_predictions,
+)
 
 METRICS = ("map", "map_50", "map_75", "mar_100")
-EXAMPLES_SHOWN = 8  # validation examples on the contact sheet
-MAX_OBJECTS_NAMED = 5  # objects that a line names
-NOISE_SCORE = 0.05  # scores up to this are noise: formats may differ in such objects
-SCORE_TOLERANCE = 1e-3  # scores of one object in two formats may differ by rounding
 
 
 def build(
@@ -58,7 +60,9 @@ class Detection(Task):
 
     Scores are COCO's (Lin et al., Microsoft COCO, ECCV 2014): the mean over classes of average
     precision, for boxes that overlap by an intersection over union of 0.5 to 0.95 (`map`), 0.5 or
-    0.75; and average recall with 100 objects per image. They are 0 if no object is found.
+    0.75; and average recall with 100 objects per image. They are 0 if no object is found. A
+    detection of which so large a part lies in an ignored area of its class counts neither as right
+    nor as wrong.
     """
 
     metrics = METRICS
@@ -113,9 +117,11 @@ class Detection(Task):
         rows = []
         for image_pixels, (predicted, truth) in zip(pixels.numpy(), examples, strict=True):
             image = _annotated_images.image_of_pixels(image_pixels)
-            labels = truth["labels"].tolist()
+            counted = ~truth["iscrowd"]
+            labels = truth["labels"][counted].tolist()
             names = [self.classes[label] for label in labels]
-            true_boxes = _annotated_images.draw_boxes(image, truth["boxes"].tolist(), names, labels)
+            boxes = truth["boxes"][counted].tolist()
+            true_boxes = _annotated_images.draw_boxes(image, boxes, names, labels)
             confident = above_confidence(predicted, self.confidence)
             rows.append([true_boxes, self.draw_objects(image, confident)])
         return _annotated_images.make_contact_sheet(
@@ -158,7 +164,11 @@ class Detection(Task):
         The difference of boxes is relative to the side of the canvas. An object that only one
         output has counts by its score.
         """
-        pairs = zip(_unpad(tree_to_dict(expected)), _unpad(tree_to_dict(got)), strict=True)
+        pairs = zip(
+            unpad_predictions(tree_to_dict(expected)),
+            unpad_predictions(tree_to_dict(got)),
+            strict=True,
+        )
         return max((objects_difference(a, b) for a, b in pairs), default=0.0)
 
     def describe_predictions(
@@ -171,7 +181,9 @@ class Detection(Task):
         assert isinstance(input_spec, ImageInputSpec)
         return [
             self.describe_image(objects, image, input_spec)
-            for objects, image in zip(_unpad(tree_to_dict(function(x))), originals, strict=True)
+            for objects, image in zip(
+                unpad_predictions(tree_to_dict(function(x))), originals, strict=True
+            )
         ]
 
     def describe_image(
@@ -209,103 +221,9 @@ def compute_map(pairs: Iterable[tuple[Any, Any]], *, per_class: bool) -> dict[st
     return result
 
 
-def boxes_on_original(boxes: Tensor, width: int, height: int, image_spec: ImageInputSpec) -> Tensor:
-    """Boxes on the canvas, float32 (n, 4), in pixels of the original image of width x height."""
-    placement = place_on_canvas(width, height, image_spec)
-    scale = torch.tensor([width / placement.width, height / placement.height] * 2)
-    shift = torch.tensor([placement.left, placement.top] * 2)
-    limit = torch.tensor([width, height] * 2, dtype=torch.float32)
-    return ((boxes - shift) * scale).clamp(min=0).minimum(limit)
-
-
-def above_confidence(objects: Objects, confidence: float) -> Objects:
-    """The objects with a score of at least `confidence`."""
-    rows = objects["scores"] >= confidence
-    return {name: objects[name][rows] for name in ("boxes", "scores", "labels")}
-
-
-def objects_difference(expected: Objects, got: Objects) -> float:
-    """How much the objects of one image differ between two outputs, whatever their order.
-
-    Each expected object is matched with the nearest object that is still unmatched, the highest
-    score first. A pair counts by its difference, an object without a partner by its score.
-    Objects whose score is noise do not count.
-
-    Args:
-        expected: `boxes` (n, 4), `scores` (n,) falling, `labels` (n,), and `full`.
-        got: the same of the other output.
-    """
-    floor = _score_floor(expected, got)
-    side = max(1.0, float(expected["boxes"].abs().max())) if len(expected["boxes"]) else 1.0
-    unmatched = set(range(len(got["scores"])))
-    worst = 0.0
-    for row, score in enumerate(expected["scores"].tolist()):
-        if score <= floor:
-            continue
-        difference, match = _find_match(expected, row, got, unmatched, side)
-        if difference < score:
-            unmatched.discard(match)
-        worst = max(worst, min(difference, score))
-    extra = [got["scores"][row].item() for row in unmatched]
-    return max([worst, *(score for score in extra if score > floor + SCORE_TOLERANCE)])
-
-
-def _score_floor(expected: Objects, got: Objects) -> float:
-    """The score up to which objects do not count.
-
-    An output has room for a certain number of objects. If it is full, the last of them may be
-    others in the other output, so scores near its lowest do not count.
-    """
-    lowest = [
-        float(objects["scores"].min()) + SCORE_TOLERANCE
-        for objects in (expected, got)
-        if len(objects["scores"]) and objects["full"]
-    ]
-    return max([NOISE_SCORE, *lowest])
-
-
-def _find_match(
-    expected: Objects, row: int, got: Objects, unmatched: set[int], side: float
-) -> tuple[float, int]:
-    """The nearest unmatched object of the same class: its difference and its row.
-
-    The difference is that of the boxes relative to `side`, or that of the scores if it is larger;
-    infinity if there is no such object.
-    """
-    differences = [
-        (
-            max(
-                float((expected["boxes"][row] - got["boxes"][i]).abs().max()) / side,
-                float((expected["scores"][row] - got["scores"][i]).abs()),
-            ),
-            i,
-        )
-        for i in unmatched
-        if got["labels"][i] == expected["labels"][row]
-    ]
-    return min(differences, default=(float("inf"), -1))
-
-
-def _unpad(padded: dict[str, Tensor]) -> list[Objects]:
-    """The objects of each image; `full`: there was no padding, so there may have been more."""
-    images = []
-    columns = (padded["boxes"], padded["scores"], padded["labels"])
-    for boxes, scores, labels in zip(*columns, strict=True):
-        real = labels != NO_OBJECT
-        images.append(
-            {
-                "boxes": boxes[real],
-                "scores": scores[real],
-                "labels": labels[real],
-                "full": real.all(),
-            }
-        )
-    return images
-
-
 def _pairs_by_image(batch: tuple[Any, Any]) -> Iterator[tuple[Objects, Objects]]:
     """(prediction, truth) of each image of a batch."""
     padded, truth = batch
-    true_objects = unpad_objects(truth["boxes"].cpu(), truth["labels"].cpu())
-    for predicted, true in zip(_unpad(padded), true_objects, strict=True):
+    true_objects = unpad_with_ignored(truth["boxes"].cpu(), truth["labels"].cpu())
+    for predicted, true in zip(unpad_predictions(padded), true_objects, strict=True):
         yield {name: predicted[name] for name in ("boxes", "scores", "labels")}, true

@@ -8,7 +8,7 @@ segmentation_models_pytorch.
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -106,6 +106,16 @@ class Segmentation(Task):
     def predict(self, net: nn.Module, x: TensorTree) -> Tensor:
         return _main_output(tree_to_dict(net(x))).argmax(1).to(torch.uint8)
 
+    def predict_originals(
+        self, net: nn.Module, x: TensorTree, sizes: Sequence[tuple[int, int]], input_spec: InputSpec
+    ) -> Iterator[Tensor]:
+        """The class of each pixel of each original image, uint8 (1, height, width)."""
+        assert isinstance(input_spec, ImageInputSpec)
+        logits = _main_output(tree_to_dict(net(x)))
+        for image_logits, (width, height) in zip(logits, sizes, strict=True):
+            mask = mask_on_image(image_logits.cpu(), width, height, input_spec)
+            yield torch.from_numpy(mask)[None]
+
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Mean IoU, Dice (F1) and recall of the classes, and the share of right pixels.
 
@@ -202,12 +212,13 @@ def count_pixels(predicted: Tensor, truth: Tensor, class_count: int) -> Tensor:
     Rows are true classes. It is computed on the device of `predicted`.
 
     Args:
-        predicted: uint8 (n, h, w), on any device.
+        predicted: uint8 (n, h, w), on any device, IGNORED where a pixel is not seen.
         truth: uint8 (n, h, w), IGNORED where a pixel does not count.
         class_count: The number of classes, below IGNORED.
     """
     cells = class_count**2
     rows = truth.to(predicted.device)
+    rows = rows.masked_fill(predicted == IGNORED, IGNORED)  # what a crop does not show
     # int32 is half as much memory to read; a pixel that does not count goes into a cell behind all
     index = rows.int() * class_count + predicted
     index = index.masked_fill_(rows == IGNORED, cells)

@@ -13,9 +13,10 @@ import torch
 
 from tuner.config.run import Run
 from tuner.core.export_module import ExportModule
+from tuner.core.input_spec import TensorTree
 from tuner.core.output_modules import FlippedPair, ScaledLogits, require_flips
 from tuner.core.target_scale import TargetScale
-from tuner.core.types import StagedModel, Task
+from tuner.core.types import OriginalTargetSource, Source, StagedModel, Task
 from tuner.errors import DataError, NoUsableTrial
 from tuner.manifest import (
     TEST_RESULTS,
@@ -37,7 +38,7 @@ from tuner.training.adapters import merge_adapters
 from tuner.training.building import DeviceSource, load_dataset
 from tuner.training.checkpoint_content import load_best_weights
 from tuner.training.devices import select_device
-from tuner.training.epoch import Diverged, TrainingContext, predict_source
+from tuner.training.epoch import MAX_EVAL_BATCH, Diverged, TrainingContext, predict_source
 from tuner.training.exported_models import load_exporter, model_without_weights
 from tuner.training.own_metric import score_own_metric
 from tuner.training.preparation import prepare_training
@@ -289,20 +290,56 @@ def score_test_split(
         )
     if temperature is not None:
         net = ScaledLogits(net, temperature)
-    pairs = predict_source(replace(context, net=net), source, batch_size)
-    scores = context.task.score(pairs)
+    context = replace(context, net=net)
+    pairs = predict_source(context, source, batch_size)
+    originals = find_originals(task, context.dataset.test)
+    if originals is not None:
+        results = task.example_results(predict_originals(context, source, originals, batch_size))
+        scores = task.score_results(results, torch.ones(len(source), dtype=torch.int64))
+    else:
+        results, scores = task.example_results(pairs), task.score(pairs)
     if not all(map(math.isfinite, scores.values())):
         raise Diverged("the test scores are not finite")
     return TestedRun(
         run_digest,
         context.dataset.digest,
         scores | score_own_metric(context.metric, pairs),
-        context.task.class_scores(pairs),
+        task.class_scores(pairs),
         len(context.test),
-        context.task.example_results(pairs),
+        results,
         temperature,
         test_flips,
     )
+
+
+def find_originals(task: Task, source: Source) -> OriginalTargetSource | None:
+    """The source, where it has targets as they are on the disk and the task predicts such."""
+    if type(task).predict_originals is Task.predict_originals:
+        return None
+    if isinstance(source, OriginalTargetSource) and source.has_originals:
+        return source
+    return None
+
+
+@torch.no_grad()
+def predict_originals(
+    context: TrainingContext, source: Source, originals: OriginalTargetSource, batch_size: int
+) -> Iterator[tuple[TensorTree, TensorTree]]:
+    """Yields the prediction and the target of each example at the size of its original image.
+
+    One at a time, as originals may be large.
+    """
+    context.net.eval()
+    input_spec = context.dataset.input_spec
+    for index in torch.split(torch.arange(len(source)), min(MAX_EVAL_BATCH, 4 * batch_size)):
+        truths = [originals.take_original(number) for number in index.tolist()]
+        sizes = [(truth.shape[1], truth.shape[0]) for truth in truths]
+        with context.device_context.autocast():
+            predictions = context.task.predict_originals(
+                context.net, source.take(index, 0).x, sizes, input_spec
+            )
+            for prediction, truth in zip(predictions, truths, strict=True):
+                yield prediction, truth[None]
 
 
 def load_earlier_export(folder: Path, job: FinalizeJob) -> TrainedModel | None:

@@ -247,7 +247,7 @@ def read_image_batches(
                 else:
                     batch.names.append(name)
                     pixels.append(decoded)
-                    batch.originals.append(load_upright(image))
+                    batch.originals.append(load_upright(image, input_spec.grey_bits))
         x = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
         yield replace(batch, x=input_spec.to_export_input(x))
 

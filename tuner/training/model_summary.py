@@ -92,13 +92,16 @@ def _task_of(name: str) -> str:
     return plugins.list_tasks("model", name)[0] if ":" not in name else "classification"
 
 
+DETECTOR_TASKS = ("detection", "instance_segmentation")
+
+
 def _light_device(name: str) -> torch.device:
     """The device on which a model is built to be counted.
 
     The meta device has no numbers, and counting needs none. But a user's own model may read numbers
     while it is built, and a detector while it counts objects.
     """
-    return torch.device("cpu" if ":" in name or _task_of(name) == "detection" else "meta")
+    return torch.device("cpu" if ":" in name or _task_of(name) in DETECTOR_TASKS else "meta")
 
 
 def _build(config: PluginConfig, outputs: int) -> StagedModel:
