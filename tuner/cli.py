@@ -271,6 +271,7 @@ def clean(
 for command in (
     model_commands.predict,
     model_commands.test,
+    model_commands.serve,
     study_commands.ls,
     study_commands.trials,
     study_commands.show,

@@ -15,6 +15,7 @@ from tuner.commands.arguments import (
     Flips,
     Json,
     OneFormat,
+    Port,
     Studies,
     StudyOrExport,
     Trust,
@@ -57,8 +58,7 @@ def predict(
 ) -> None:
     """Apply an exported model to images or texts.
 
-    It tells classes with probabilities, draws boxes and masks, labels or continues texts. A folder
-    may hold any number of files.
+    It tells classes with probabilities, draws boxes and masks, labels or continues texts.
     """
     from tuner.commands.predict import PredictionOutput, print_predictions
     from tuner.training import inference
@@ -102,3 +102,34 @@ def test(
 
     settings = TestSettings(format_, device, batch, trust, flips)
     run_test(studies, study, data, out, settings, as_json=json_)
+
+
+def serve(
+    study: StudyOrExport,
+    port: Port = 8000,
+    max_mb: Annotated[
+        float, typer.Option(min=0.001, help="the most that a request may have", metavar="MB")
+    ] = 20.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="the most that a request may take", metavar="S")
+    ] = 30.0,
+    format_: OneFormat = None,
+    trust: Trust = False,
+    flips: Flips = None,
+    device: Device = "auto",
+    studies: Studies = Path("studies"),
+    debug: Debug = False,
+) -> None:
+    """Serve an exported model on 127.0.0.1: a page to drop a picture on, and JSON.
+
+    POST /predict takes the bytes of an image, or a text as {"text": ...}.
+    """
+    from tuner.commands.serving import ServeSettings, serve_model
+
+    serve_model(
+        studies,
+        study,
+        port,
+        ServeSettings(format_, device, trust, flips, max_mb, seconds),
+        lambda page: typer.echo(f"{study}: {page}  (Ctrl-C ends it)"),
+    )
