@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import typer
 
-from tuner.errors import DataError
+from tuner.errors import DataError, StorageError
 from tuner.files.atomic import disk_errors
 from tuner.training import inference
 
@@ -63,6 +63,8 @@ def open_table(path: Path | None) -> Iterator[TextIO | None]:
     if path is None:
         yield None
         return
+    if not path.parent.is_dir():
+        raise StorageError(f"{path}: {path.parent} is no folder; make it, or write elsewhere")
     with disk_errors(path), path.open("w", encoding="utf-8", errors="replace", newline="") as file:
         csv.writer(file, lineterminator="\n").writerow(["example", "answer", "score", "values"])
         yield file

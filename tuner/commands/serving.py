@@ -32,7 +32,7 @@ from tuner.dashboard.guard import (
     refuse,
 )
 from tuner.dashboard.server import make_server
-from tuner.preprocessing.image_decoding import DECODE_ERRORS, FORMATS
+from tuner.preprocessing.image_decoding import DECODE_ERRORS, FORMATS, silence_pillow
 from tuner.training.inference import NamedPrediction, Predictor, find_export, open_predictor
 
 MAX_WAITING = 32  # requests at a time; others are told to come again
@@ -191,10 +191,10 @@ class ModelApp:
     # -- predictions
 
     def read_examples(self, environ: Environment) -> list[Any]:
-        """The images or texts of a request. Raises RequestProblem."""
+        """The texts of a request, or the bytes of its image. Raises RequestProblem."""
         body = self.read_body(environ)
         if not self.predictor.takes_texts:
-            return [open_image(body)]
+            return [body]
         try:
             if str(environ.get("CONTENT_TYPE", "")).startswith("text/plain"):
                 return [body.decode()]
@@ -229,11 +229,14 @@ class ModelApp:
         return body
 
     def predict(self, examples: list[Any]) -> Any:
-        """What the model says: of an image or a text one answer, of texts a list."""
+        """What the model says of the bytes of an image, or of texts: one answer, or a list of them.
+
+        Raises RequestProblem.
+        """
         if not self.waiting.acquire(blocking=False):
             raise RequestProblem("503 Service Unavailable", "too many requests; try again")
         try:
-            future = self.worker.submit(lambda: list(self.predictor.predict_all(examples)))
+            future = self.worker.submit(self.compute, examples)
             answers = future.result(self.settings.seconds)
         except OutOfTime:
             future.cancel()
@@ -245,6 +248,14 @@ class ModelApp:
             self.waiting.release()
         values = [answer_values(answer) for answer in answers]
         return values[0] if len(values) == 1 else {"answers": values}
+
+    def compute(self, examples: list[Any]) -> list[NamedPrediction | str]:
+        """The predictions; images are opened here too, since Pillow's warnings can be silenced in
+        one thread only.
+        """
+        with silence_pillow():
+            opened = [open_image(e) if isinstance(e, bytes) else e for e in examples]
+            return list(self.predictor.predict_all(opened))
 
 
 def open_image(body: bytes) -> Image.Image:

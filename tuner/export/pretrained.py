@@ -93,4 +93,4 @@ def load(path: Path, blank: Callable[[], ExportModule]) -> Callable[[TensorTree]
     import timm
 
     module = timm.create_model(f"local-dir:{path.parent}", pretrained=True).eval()
-    return lambda x: module((x - model.mean) / model.std)
+    return lambda x: module((x - model.mean) / model.std)  # type: ignore[operator]
