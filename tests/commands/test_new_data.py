@@ -98,14 +98,16 @@ def test_the_studys_own_data_are_no_new_data(tuner: Tuner, studied: Path, tmp_pa
 def test_classes_go_by_name_and_what_is_no_class_stays() -> None:
     table = class_table(["cat", "dog", "hen"], ["dog", "cat"])
     assert table.tolist() == [1, 0]
-    assert rename_classes(torch.tensor([0, 1, 1]), table).tolist() == [1, 0, 0]
+    assert rename_classes(torch.tensor([0, 1, 1]), table, 3).tolist() == [1, 0, 0]
     mask = torch.tensor([[0, 1, 255]], dtype=torch.uint8)
-    renamed = rename_classes(mask, table)
+    renamed = rename_classes(mask, table, 3)
     assert isinstance(renamed, torch.Tensor)
     assert (renamed.tolist(), renamed.dtype) == ([[1, 0, 255]], torch.uint8)
     boxes = {"boxes": torch.zeros(1, 2, 4), "labels": torch.tensor([[1, -1]])}
-    moved = rename_classes(boxes, table)
+    moved = rename_classes(boxes, table, 3)
     assert isinstance(moved, dict) and moved["labels"].tolist() == [[0, -1]]
+    several = rename_classes(torch.tensor([[1.0, 0.0]]), table, 3)
+    assert isinstance(several, torch.Tensor) and several.tolist() == [[0.0, 1.0, 0.0]]
     with pytest.raises(DataError, match=r"'dgo'.*did you mean 'dog'"):
         class_table(["cat", "dog"], ["dgo"])
 

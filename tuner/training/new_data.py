@@ -18,6 +18,7 @@ from tuner.config import plugins
 from tuner.config.run import Run
 from tuner.core.example_results import ExampleResults
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
+from tuner.core.targets import split_weights
 from tuner.core.types import Dataset, Task
 from tuner.errors import DataError, suggest_names
 from tuner.preprocessing.splits import all_for_testing
@@ -119,13 +120,18 @@ def class_table(model_classes: Sequence[str], data_classes: Sequence[str]) -> Te
     return torch.tensor([model_classes.index(name) for name in data_classes], dtype=torch.int64)
 
 
-def rename_classes(y: TensorTree, table: Tensor) -> TensorTree:
-    """Targets whose classes are those of the data, with the classes of the model instead.
+def rename_classes(y: TensorTree, table: Tensor, count: int) -> TensorTree:
+    """Targets whose classes are those of the data, with the `count` classes of the model instead.
 
-    Values beyond the table (pixels that do not count, rows without an object) stay.
+    Values beyond the table (pixels that do not count, rows without an object) stay. A class that
+    the data lack is a column of zeros, where a target has a column for each class.
     """
     if isinstance(y, dict):
         return {k: _look_up(v, table) if k == "labels" else v for k, v in y.items()}
+    if y.is_floating_point():
+        columns = torch.zeros(len(y), count, dtype=y.dtype)
+        columns[:, table] = y
+        return columns
     return _look_up(y, table)
 
 
@@ -152,7 +158,8 @@ def test_on(predictor: Predictor, data: NewData, metric: str, batch_size: int) -
             predictor.function,  # type: ignore[arg-type]  # it is called as a module is
             predictor.input_spec.to_export_input(x),
         )
-        pairs.append((predicted, y if table is None else rename_classes(y, table)))
+        y, _ = split_weights(y)  # weights count in the loss alone
+        pairs.append((predicted, y if table is None else rename_classes(y, table, len(classes))))
     scores = task.score(pairs) | score_own_metric(metric, pairs)
     results = task.example_results(pairs)
     return NewDataTest(

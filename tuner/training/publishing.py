@@ -19,6 +19,7 @@ from tuner.config.objective import metric_label
 from tuner.config.run import Run
 from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import TensorTree
+from tuner.core.targets import split_weights
 from tuner.core.types import Dataset, Task
 from tuner.errors import ExportMismatch
 from tuner.export._readme import format_readme
@@ -207,7 +208,8 @@ class ValidationScorer:
         for index in torch.split(torch.arange(self.count), SAMPLE_COUNT):
             x, y = self.dataset.valid.take(index, 0)
             inputs = self.dataset.input_spec.to_export_input(x)
-            pairs.append((self.task.predict(function, inputs), y))  # type: ignore[arg-type]
+            predicted = self.task.predict(function, inputs)  # type: ignore[arg-type]
+            pairs.append((predicted, split_weights(y)[0]))
         return (self.task.score(pairs) | score_own_metric(self.metric, pairs))[self.metric]
 
     def compare(
