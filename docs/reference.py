@@ -302,7 +302,7 @@ def reference() -> str:
     formats = named_in(sections["export"])
     lines += ["| key | value | default | searched | meaning |", "|---|---|---|---|---|"]
     lines += [
-        f"| `export` | one or a list of {', '.join(f'`{f}`' for f in formats)}; `null` | all that can hold the model | no | the formats in which the winner is exported |",
+        f"| `export` | one or a list of {', '.join(f'`{f}`' for f in formats)}; `null` | `safetensors`, `torch_export` and `onnx`, as far as they can hold the model | no | the formats in which the winner is exported |",
         f"| `storage` | text or `null` | `null` | no | {sections['storage']['description']} |",
         f"| `seed` | {value_type(sections['seed'])} | {code(sections['seed'].get('default'))} | no | {sections['seed'].get('description', '')} |",
         "",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 import tuner
-from tuner.commands import arguments, setup_commands, study_commands
+from tuner.commands import arguments, model_commands, setup_commands, study_commands
 from tuner.commands.arguments import (
     As,
     Command,
@@ -208,46 +208,6 @@ def export(
 
 
 @app.command(cls=Command)
-def predict(
-    study: Annotated[
-        str, typer.Argument(help="a study's name, or an export's folder", metavar="STUDY_OR_EXPORT")
-    ],
-    examples: Annotated[
-        list[str],
-        typer.Argument(
-            help="images, folders, globs; or texts, and files with one a line", metavar="EXAMPLE"
-        ),
-    ],
-    format_: Annotated[
-        str | None, typer.Option("--format", help="which export to use", metavar="FORMAT")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="the folder for pictures of boxes and masks", metavar="FOLDER")
-    ] = Path("predictions"),
-    trust: Annotated[
-        bool, typer.Option("--trust", help="import and run the code that the export names")
-    ] = False,
-    flips: arguments.Flips = None,
-    device: arguments.Device = "auto",
-    studies: Studies = Path("studies"),
-    json_: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Apply an exported model to images or texts.
-
-    It tells classes with probabilities, draws boxes and masks, labels or continues texts.
-    """
-    from tuner.commands.predict import print_predictions
-    from tuner.training import inference
-
-    published = inference.find_export(studies, study)
-    predictions = inference.predict_examples(
-        published, examples, format_, device, trust=trust, flips=flips
-    )
-    print_predictions(predictions, out, as_json=json_)
-
-
-@app.command(cls=Command)
 def dashboard(
     study: Annotated[
         str | None, typer.Argument(help="a study's name; default: the latest", metavar="STUDY")
@@ -311,6 +271,9 @@ def clean(
 
 # in the order in which --help lists them, after those above
 for command in (
+    model_commands.predict,
+    model_commands.test,
+    model_commands.serve,
     study_commands.ls,
     study_commands.trials,
     study_commands.show,

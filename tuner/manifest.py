@@ -263,7 +263,8 @@ def format_model_card(m: Mapping[str, Any]) -> str:
         for name in test
     )
     exports = "\n".join(
-        f"| {e['file']} | {name} | {e['largest_difference']:.1e} | {e['milliseconds']:g} |"
+        f"| {e['file']} | {name} | {e['largest_difference']:.1e} | {e['milliseconds']:g} "
+        f"| {_format_megabytes(e)} |"
         for name, e in m["exports"].items()
     )
     listed = ", ".join(m["classes"][:50]) + (" …" if len(m["classes"]) > 50 else "")
@@ -309,10 +310,50 @@ Found by `tuner` {m["tuner"]} in {study}, searched for the {which} {metric_label
 
 {_format_usage(m)}
 
-| file | format | largest difference from the trained model | ms for one example, CPU |
-|---|---|---|---|
+| file | format | largest difference from the trained model | ms for one example, CPU | MB |
+|---|---|---|---|---|
 {exports}
-"""
+{describe_formats(m)}"""
+
+
+def describe_check(entry: Mapping[str, Any]) -> str:
+    """How a format was compared with the model: by its outputs, or by its validation score."""
+    if "validation_score" not in entry:
+        return f"verified to {entry['largest_difference']:.0e}"
+    scores = f"{entry['validation_score']:.4f}, the model {entry['model_validation_score']:.4f}"
+    return f"lossy: on validation {scores}"
+
+
+def _format_megabytes(entry: Mapping[str, Any]) -> str:
+    """The size of a format; exports of earlier versions do not say it."""
+    return f"{entry['megabytes']:.1f}" if "megabytes" in entry else ""
+
+
+def describe_formats(m: Mapping[str, Any]) -> str:
+    """How the formats were measured, what lossy ones score and what was left out, as paragraphs."""
+    paragraphs = ""
+    measured = m.get("measured")
+    if measured is not None:
+        paragraphs += (
+            f"\nMeasured at the export in one process: the median of {measured['calls']} calls "
+            f"with one example, {measured['threads']} threads, {measured['machine']}.\n"
+        )
+    for name, entry in m["exports"].items():
+        if "validation_score" in entry:
+            calibrated = (
+                f", calibrated on {entry['calibration_examples']} validation examples"
+                if "calibration_examples" in entry
+                else ""
+            )
+            paragraphs += (
+                f"\n{name}{calibrated}: validation {metric_label(m['metric'])} "
+                f"{entry['validation_score']:.4f} on {entry['validation_examples']:,} examples, "
+                f"the model itself {entry['model_validation_score']:.4f}; it was published because "
+                f"it loses at most {entry['allowed_loss']:g}.\n"
+            )
+    for name, reason in m.get("left_out", {}).items():
+        paragraphs += f"\n{name} was not published: {reason}.\n"
+    return paragraphs
 
 
 def _format_classes(per_class: Mapping[str, Mapping[str, float]]) -> str:

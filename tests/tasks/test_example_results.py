@@ -152,8 +152,8 @@ def test_the_scores_of_any_draw_follow_from_the_results(name: str) -> None:
 def test_a_metric_that_needs_all_logits_is_scored_in_the_plain_way() -> None:
     task, pairs = build("classification"), make_classes(EXAMPLES)
     tested = TestedRun("r", "d", task.score(pairs), {}, EXAMPLES, task.example_results(pairs))
-    assert choose_score(task, "auroc", tested) is plain_score
-    assert choose_score(task, "accuracy", tested) is not plain_score
+    assert choose_score(task, "auroc", tested.results, tested.count) is plain_score
+    assert choose_score(task, "accuracy", tested.results, tested.count) is not plain_score
 
 
 @pytest.mark.parametrize("name", ["classification", "segmentation", "text_generation"])

@@ -60,6 +60,19 @@ Port = Annotated[
     int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0 takes a free one", metavar="N")
 ]
 Study = Annotated[str, typer.Argument(help="a study's name", metavar="STUDY")]
+StudyOrExport = Annotated[
+    str, typer.Argument(help="a study's name, or an export's folder", metavar="STUDY_OR_EXPORT")
+]
+OneFormat = Annotated[
+    str | None, typer.Option("--format", help="which export to use", metavar="FORMAT")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="import and run the code that the export names")
+]
+Batch = Annotated[
+    int,
+    typer.Option("--batch", min=1, max=4096, help="how many are computed at a time", metavar="N"),
+]
 LatestStudy = Annotated[
     str | None, typer.Argument(help="a study's name; default: the latest", metavar="STUDY")
 ]

@@ -20,7 +20,19 @@ from tuner.config.requirements import needed, pip_install
 from tuner.errors import StorageError
 
 PACKAGES = ("torch", "torchvision", "optuna", "optuna-dashboard", "numpy", "onnxruntime")
-EXTRAS = ("timm", "segmentation", "text", "lora", "yolo", "ray", "postgres", "pandas")
+EXTRAS = (
+    "timm",
+    "segmentation",
+    "text",
+    "lora",
+    "yolo",
+    "parquet",
+    "datasets",
+    "ray",
+    "postgres",
+    "pandas",
+    "openvino",
+)
 LOW_DISK_BYTES = 2e9
 
 

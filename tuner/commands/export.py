@@ -150,6 +150,7 @@ def show_published(console: Console, published: PublishedExport) -> None:
     )
     for kind, e in published.manifest["exports"].items():
         console.print_line(
-            f"export  {published.folder / e['file']}  {kind}, verified to "
-            f"{e['largest_difference']:.0e}"
+            f"export  {published.folder / e['file']}  {kind}, {manifest.describe_check(e)}"
         )
+    for kind, reason in published.manifest.get("left_out", {}).items():
+        console.warn(f"{kind} was not published: {reason}")

@@ -16,7 +16,7 @@ import tuner
 from tuner.commands import report_charts, report_content
 from tuner.commands.console import Console
 from tuner.commands.report_charts import Curve, Point
-from tuner.commands.report_content import StudyReport, gather_report
+from tuner.commands.report_content import Findings, StudyReport, gather_report
 from tuner.commands.report_markdown import format_markdown
 from tuner.commands.study_view import StudyView, open_folder, open_view, trial_seconds
 from tuner.commands.trial_line import format_duration, reached_score
@@ -24,7 +24,7 @@ from tuner.errors import StorageError
 from tuner.files.atomic import atomic_path
 from tuner.files.removal import is_own_report
 
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATES = Path(__file__).parent
 MAX_CURVES = 60  # of other trials; more would be a grey surface
 PNG_MAGIC = b"\x89PNG"
 SHOWN_ELSEWHERE = ("curve.png", "confusion.png", "mistakes.png", "per_class.csv")
@@ -68,12 +68,9 @@ def write_report(view: StudyView, out: Path | None, *, markdown: bool) -> Path:
 
 def format_html(report: StudyReport) -> str:
     """The whole page; it needs no network and no other file."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     header, best_rows = report_content.best_table(report)
-    return template.render(
+    return render_page(
+        "report.html",
         r=report,
         tuner_version=tuner.__version__,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
@@ -85,11 +82,13 @@ def format_html(report: StudyReport) -> str:
         cost=Markup(draw_costs(report)),
         has_default=any(kind_of(report, trial) == "default" for trial in report.view.trials),
         importance=report_content.importance_sentences(report.importances, len(report.view.ranked)),
+        whose="Validation examples in the winner's best epoch",
+        tested="test",
         confusion=confusion_rows(report),
         class_rows=report_content.class_table(report),
         photos=(report_content.figure_values(report, "mistakes") or {}).get("mistakes", []),
-        sheets=list(contact_sheets(report)),
-        tables=list(tables(report)),
+        sheets=contact_sheets(report, "validation"),
+        tables=tables(report, "validation"),
         best_header=header,
         best_rows=best_rows,
         early=report_content.early_ends(report.view),
@@ -97,6 +96,17 @@ def format_html(report: StudyReport) -> str:
         facts=report_content.repeat_facts(report),
         files=report_content.own_files(report.view.folder),
     )
+
+
+def render_page(name: str, **values: Any) -> str:
+    """A page from its template."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name).render(**values)
 
 
 def headline(report: StudyReport) -> list[tuple[str, str]]:
@@ -148,7 +158,7 @@ def draw_costs(report: StudyReport) -> str:
     return report_charts.score_against_cost(points, front, f"validation {report.metric}")
 
 
-def confusion_rows(report: StudyReport) -> dict[str, Any] | None:
+def confusion_rows(report: Findings) -> dict[str, Any] | None:
     """The confusion matrix with the share of the true class in each cell."""
     values = report_content.figure_values(report, "confusion")
     if values is None or len(values["classes"]) > report_content.MAX_TABLE_ROWS:
@@ -160,27 +170,27 @@ def confusion_rows(report: StudyReport) -> dict[str, Any] | None:
     return {"classes": values["classes"], "rows": rows}
 
 
-def contact_sheets(report: StudyReport) -> list[tuple[str, str]]:
-    """The winner's pictures that a task drew, as base64 with a heading."""
+def contact_sheets(report: Findings, examples: str) -> list[tuple[str, str]]:
+    """The pictures that a task drew of some examples, as base64 with a heading."""
     return [
-        (_heading(name), base64.b64encode(content).decode())
+        (_heading(name, examples), base64.b64encode(content).decode())
         for name, content in report.artifacts.items()
         if content.startswith(PNG_MAGIC)
     ]
 
 
-def tables(report: StudyReport) -> list[tuple[str, list[list[str]]]]:
-    """The winner's tables that the page does not show otherwise."""
+def tables(report: Findings, examples: str) -> list[tuple[str, list[list[str]]]]:
+    """The tables of some examples that the page does not show otherwise."""
     shown = SHOWN_ELSEWHERE if report_content.class_table(report) else SHOWN_ELSEWHERE[:-1]
     names = [n for n in report.artifacts if n.endswith(".csv") and n not in shown]
-    read = [(_heading(name), report_content.csv_table(report, name)) for name in names]
+    read = [(_heading(name, examples), report_content.csv_table(report, name)) for name in names]
     return [(heading, table) for heading, table in read if len(table) > 1]
 
 
-def _heading(name: str) -> str:
+def _heading(name: str, examples: str) -> str:
     """`per_class.csv` as `Per class, on validation examples`."""
     words = Path(name).stem.replace("_", " ")
-    return f"{words[:1].upper()}{words[1:]}, on validation examples"
+    return f"{words[:1].upper()}{words[1:]}, on {examples} examples"
 
 
 def repeat_commands(report: StudyReport) -> list[tuple[str, str]]:

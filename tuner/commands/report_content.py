@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import optuna
 from optuna.artifacts import get_all_artifact_meta
@@ -30,6 +30,18 @@ MIN_TRIALS_FOR_IMPORTANCE = 6  # completed ones; of fewer, importances are chanc
 MANY_TRIALS = 100  # from which importances are more than hints
 MAX_TABLE_ROWS = 30  # of a table in a report
 WILSON_Z = 1.959964  # of the normal distribution's middle 95 %
+
+
+class Findings(Protocol):
+    """What a page shows of a model's scores: an export's manifest or the like, and the files by
+    name that a task made of its predictions.
+    """
+
+    @property
+    def manifest(self) -> Mapping[str, Any] | None: ...
+
+    @property
+    def artifacts(self) -> Mapping[str, bytes]: ...
 
 
 @dataclass(frozen=True)
@@ -285,8 +297,8 @@ def best_table(report: StudyReport) -> tuple[list[str], list[list[str]]]:
     return ["trial", report.metric, "time", *keys], rows
 
 
-def class_table(report: StudyReport) -> list[tuple[str, str, str, str, str]]:
-    """Precision, recall, F1 and number of test examples of each class, the worst first."""
+def class_table(report: Findings) -> list[tuple[str, str, str, str, str]]:
+    """Precision, recall, F1 and number of tested examples of each class, the worst first."""
     classes = (report.manifest or {}).get("scores", {}).get("per_class", {})
     rows = [(name, scores) for name, scores in classes.items() if "f1" in scores]
     rows.sort(key=lambda row: row[1]["f1"])
@@ -296,7 +308,7 @@ def class_table(report: StudyReport) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
-def figure_values(report: StudyReport, kind: str) -> dict[str, Any] | None:
+def figure_values(report: Findings, kind: str) -> dict[str, Any] | None:
     """The numbers of a deferred figure among the winner's artifacts, such as `confusion`."""
     for content in report.artifacts.values():
         if content.startswith(PREFIX):
@@ -306,7 +318,7 @@ def figure_values(report: StudyReport, kind: str) -> dict[str, Any] | None:
     return None
 
 
-def csv_table(report: StudyReport, name: str) -> list[list[str]]:
+def csv_table(report: Findings, name: str) -> list[list[str]]:
     """A CSV file among the winner's artifacts, header first; empty where there is none."""
     content = report.artifacts.get(name)
     if content is None:

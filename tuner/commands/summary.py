@@ -16,7 +16,13 @@ from tuner.commands.progress import Progress
 from tuner.commands.trial_line import format_value
 from tuner.config.objective import Direction, is_improvement, metric_label
 from tuner.config.run import Run
-from tuner.manifest import PublishedExport, averaged_runs, describe_comparison, describe_soup
+from tuner.manifest import (
+    PublishedExport,
+    averaged_runs,
+    describe_check,
+    describe_comparison,
+    describe_soup,
+)
 from tuner.search.confirmation import Confirmed
 from tuner.search.leases import CoordinatorInfo
 
@@ -156,9 +162,12 @@ def export_lines(published: PublishedExport, metric: str) -> Iterator[str]:
     yield f"export   {published.folder}"
     width = max((len(e["file"]) for e in m["exports"].values()), default=0)
     for kind, e in m["exports"].items():
-        megabytes = (published.folder / e["file"]).stat().st_size / 1e6
-        verified = f"{kind}, verified to {e['largest_difference']:.0e}"
+        size = (published.folder / e["file"]).stat().st_size / 1e6
+        megabytes = e.get("megabytes", size)
+        verified = f"{kind}, {describe_check(e)}"
         yield f"         {e['file']:<{width}}  {megabytes:>6.1f} MB  {verified}"
+    for kind, reason in m.get("left_out", {}).items():
+        yield f"         {kind} was not published: {reason}"
 
 
 def validation_gap_lines(

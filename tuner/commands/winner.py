@@ -377,6 +377,6 @@ def is_stale(
     m = published.manifest
     return (
         not is_export_of(m, run, outputs)
-        or not set(formats) <= set(m["exports"])
+        or not set(formats) <= {*m["exports"], *m.get("left_out", {})}
         or (confirmation is not None and m.get("confirmation") != confirmation)
     )

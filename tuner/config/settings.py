@@ -22,7 +22,8 @@ RAY_ONLY_KEYS = (
     "cpus_per_trial",
     "ship",
 )  # engine keys that only ray has
-EXPORT_FORMATS = ("safetensors", "torch_export", "onnx")
+EXPORT_FORMATS = ("safetensors", "torch_export", "onnx")  # by default
+MORE_FORMATS = ("onnx_fp16", "onnx_int8", "openvino")  # of most models, where they are named
 # keys of search that only some tasks have: the values that every task may have, and why not others
 KEYS_OF_SOME_TASKS = {
     "calibrate": (
@@ -288,9 +289,9 @@ def read_storage_url(draft: Draft) -> str | None:
 def read_export_formats(draft: Draft) -> tuple[str, ...]:
     model = draft.values.get(("model", "name"))
     holds = (
-        plugins.read_model_constant(model, "EXPORTS", EXPORT_FORMATS)
+        plugins.read_model_constant(model, "EXPORTS", (*EXPORT_FORMATS, *MORE_FORMATS))
         if isinstance(model, str)
-        else EXPORT_FORMATS
+        else plugins.list_names("export")
     )
     written = draft.document.content.get(
         "export", [name for name in EXPORT_FORMATS if name in holds]
@@ -305,7 +306,7 @@ def read_export_formats(draft: Draft) -> tuple[str, ...]:
         return ()
     for i, name in enumerate(formats):
         check_plugin(draft, "export", ("export", i), name)
-        if name in EXPORT_FORMATS and name not in holds:
+        if name in plugins.list_names("export") and name not in holds:
             draft.add_problem(
                 ("export", i), f"{name} cannot hold {model}; {fields.join_alternatives(holds)} can"
             )

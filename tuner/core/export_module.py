@@ -43,6 +43,7 @@ class ExportModule(nn.Module):
         super().__init__()
         self.function = staged.as_module()
         self.staged = (staged,)  # in a tuple, so that torch does not register its model as a child
+        self.input_spec = input_spec
         self.max_length = input_spec.max_length
         self.has_normalisation = input_spec.normalisation() is not None
         for name, values in zip(("mean", "std"), input_spec.normalisation() or (), strict=False):

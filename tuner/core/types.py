@@ -199,6 +199,18 @@ class Prediction:
     picture: bytes | None = None
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """An example that got a wrong class: its index, both classes by name, and the probability of
+    the wrong one.
+    """
+
+    index: int
+    truth: str
+    predicted: str
+    confidence: float
+
+
 class Task(ABC):
     """What a model learns. A task does not know the freeze depth.
 
@@ -297,6 +309,17 @@ class Task(ABC):
             leaves this as it is.
         """
         return {}
+
+    def list_mistakes(self, pairs: Sequence[tuple[Any, Any]]) -> list[Mistake] | None:
+        """The examples that got a wrong class, the surest first.
+
+        Args:
+            pairs: (prediction, target) of each batch.
+
+        Returns:
+            None for a task that does not give each example one class; it leaves this as it is.
+        """
+        return None
 
     def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
         """What each example adds to the scores: all that `score_results` needs.

@@ -236,8 +236,8 @@ class _HttpServer(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer)
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in mid-answer is no error worth a traceback."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
+        """A browser that goes away, or says nothing, is no error worth a traceback."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
@@ -246,11 +246,17 @@ class _QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
         """One line per request would drown the search's own."""
 
 
-def make_server(application: App, port: int) -> wsgiref.simple_server.WSGIServer:
-    """Bound to 127.0.0.1; port 0 takes a free one. Raises StorageError when the port is taken."""
+def make_server(
+    application: App, port: int, timeout: float | None = None
+) -> wsgiref.simple_server.WSGIServer:
+    """Bound to 127.0.0.1; port 0 takes a free one. Raises StorageError when the port is taken.
+
+    `timeout`: how many seconds a connection may be silent; None: for ever.
+    """
+    handler = type("Handler", (_QuietHandler,), {"timeout": timeout})
     try:
         return wsgiref.simple_server.make_server(
-            "127.0.0.1", port, application, server_class=_HttpServer, handler_class=_QuietHandler
+            "127.0.0.1", port, application, server_class=_HttpServer, handler_class=handler
         )
     except OSError as error:
         raise StorageError(

@@ -28,6 +28,7 @@ from tuner.preprocessing.splits import (
     Items,
     assign_and_limit_splits,
     check_classes,
+    rows_of,
 )
 
 TASKS = ("text_classification", "text_multilabel", "text_regression", "text_generation")
@@ -178,7 +179,7 @@ def _make_dataset(
     content = content_digest(encoded.digest, *labels.content, *classes)
 
     def make_source(*splits: int) -> tokenization.TextSource:
-        rows = np.flatnonzero(np.isin(items.split, splits))
+        rows = rows_of(items, *splits)
         if len(rows) == 0:
             raise DataError(f"data: no {SPLIT_NAMES[splits[0]]} texts")
         return tokenization.TextSource(

@@ -21,6 +21,15 @@ from tuner.models._timm_stages import DEFAULT_SIDE, classifier_names, stages_of
 
 TASKS = ("classification", "multilabel", "regression")
 NAMES = ("timm/*",)
+EXPORTS = (
+    "safetensors",
+    "torch_export",
+    "onnx",
+    "onnx_fp16",
+    "onnx_int8",
+    "openvino",
+    "pretrained",
+)
 # Convolutional networks have tuner's own default recipe. Transformers and ConvNeXts need smaller
 # rates, smaller still in the first stages:
 # ViT: MAE's FINETUNE.md: AdamW, lr 5e-4 for 256 images, here for 32; weight decay 0.05, decay by

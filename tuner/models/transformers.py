@@ -23,6 +23,15 @@ from tuner.preprocessing.tokenization import load_tokenizer, silence_transformer
 
 TASKS = ("text_classification", "text_multilabel", "text_regression", "text_generation")
 NAMES = ("bert", "distilbert", "roberta", "gpt2", "hf/*")
+EXPORTS = (
+    "safetensors",
+    "torch_export",
+    "onnx",
+    "onnx_fp16",
+    "onnx_int8",
+    "openvino",
+    "pretrained",
+)
 RECIPES = {
     # Devlin et al., section A.3: batch 16 or 32, lr 5e-5, 3e-5 or 2e-5, 3 or 4 epochs, decay 0.01,
     # warmup, linear; Mosbach et al., On the Stability of Fine-tuning BERT, ICLR 2021: 2e-5,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +41,7 @@ from tuner.preprocessing.splits import (
     Items,
     assign_and_limit_splits,
     check_classes,
+    rows_of,
 )
 
 AUGMENTATION_VERSION = 1  # another number, other pixels of the same policy
@@ -258,7 +258,7 @@ def assemble_dataset(
     content = content_digest(store.digest, *targets.content, *classes)
 
     def make_source(*splits: int, policy: AugmentationPolicy = NO_AUGMENTATION) -> ImageSource:
-        rows = np.flatnonzero(np.isin(items.split, splits))
+        rows = rows_of(items, *splits)
         if len(rows) == 0:
             raise DataError(f"data: no {SPLIT_NAMES[splits[0]]} image can be read")
         own_rows = torch.from_numpy(rows)

@@ -118,16 +118,18 @@ def _open_image(picture: Picture) -> Image.Image:
     """The image with its pixels not decoded yet. Raises ValueError if they are too many."""
     image: Image.Image
     if isinstance(picture, Image.Image):
-        image = picture.copy()  # what is opened here is closed, and the caller's stays open
+        image = picture
     elif isinstance(picture, Path):
         image = Image.open(picture, formats=FORMATS)
     else:
         image = Image.fromarray(picture)
     # the size is from the header, and no memory for the pixels is allocated yet
     if image.width * image.height > MAX_PIXELS:
-        image.close()
+        if image is not picture:
+            image.close()
         raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-    return image
+    # what is opened here is closed, and the caller's own image stays open
+    return image.copy() if image is picture else image
 
 
 def _to_rgb(image: Image.Image, grey_bits: int | None) -> Image.Image:

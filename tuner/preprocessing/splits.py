@@ -1,7 +1,9 @@
 """Divides the examples of a dataset into splits: by given names, or by a seed."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+import contextvars
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,42 @@ class Items:
         return self.groups is None and self.memberships is None
 
 
+@dataclass
+class NewExamples:
+    """The examples of data that are read for a test alone, in the order of their source."""
+
+    examples: list[Any] = field(default_factory=list)
+
+
+_new_examples: contextvars.ContextVar[NewExamples | None] = contextvars.ContextVar(
+    "_new_examples", default=None
+)
+
+
+@contextlib.contextmanager
+def all_for_testing() -> Iterator[NewExamples]:
+    """In this block every example that a data source reads belongs to the test split.
+
+    The other splits are the same examples again, so that a dataset can be made without any for
+    training. What is yielded gets the examples.
+    """
+    record = NewExamples()
+    token = _new_examples.set(record)
+    try:
+        yield record
+    finally:
+        _new_examples.reset(token)
+
+
+def rows_of(items: Items, *splits: int) -> NDArray[np.int64]:
+    """The rows of the items in some splits, int64 (n,)."""
+    record = _new_examples.get()
+    if record is None:
+        return np.flatnonzero(np.isin(items.split, splits))
+    record.examples = list(items.examples)
+    return np.arange(len(items.split))
+
+
 def group_by_split(paths: Iterable[Path]) -> dict[int, list[Path]]:
     """The files and folders whose names mean a split, by split. Other names are ignored.
 
@@ -129,11 +167,18 @@ def assign_and_limit_splits(items: Items, options: SplitOptions) -> Items:
     Raises:
         DataError: there are too few examples.
     """
+    if _new_examples.get() is not None:
+        return replace(items, split=np.full(len(items.split), TEST, np.int64))
     return assign_fold(limit_splits(assign_splits(items, options), options), options)
 
 
 def check_classes(items: Items) -> None:
-    """Raise DataError unless there are at least two classes, and examples of each."""
+    """Raise DataError unless there are at least two classes, and examples of each.
+
+    New examples, with which a model is only tested, may be of one class.
+    """
+    if _new_examples.get() is not None:
+        return
     if len(items.strata) < 2:
         names = ", ".join(map(repr, items.strata))
         count = f"{len(items.strata)} ({names})" if items.strata else "none"

@@ -12,7 +12,7 @@ from tuner.core.example_results import ExampleResults
 from tuner.core.input_spec import InputSpec, TensorTree
 from tuner.core.losses import class_cross_entropy, weights_of_classes
 from tuner.core.targets import split_weights
-from tuner.core.types import Batch, Prediction, Task, relative_difference
+from tuner.core.types import Batch, Mistake, Prediction, Task, relative_difference
 from tuner.tasks._classification_reports import (
     concatenate_pairs,
     describe_probabilities,
@@ -96,6 +96,17 @@ class Classifier(Task):
         """Precision, recall, F1 and number of examples of each class."""
         matrix = multiclass_confusion_matrix(*concatenate_pairs(pairs), len(self.classes))
         return per_class_scores(matrix, self.classes)
+
+    def list_mistakes(self, pairs: Sequence[tuple[Any, Any]]) -> list[Mistake]:
+        logits, truth = concatenate_pairs(pairs)
+        confidence, predicted = logits.softmax(1).max(1)
+        wrong = (predicted != truth).nonzero().flatten()
+        wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
+        columns = (wrong, truth[wrong], predicted[wrong], confidence[wrong])
+        return [
+            Mistake(index, self.classes[true], self.classes[given], probability)
+            for index, true, given, probability in zip(*(c.tolist() for c in columns), strict=True)
+        ]
 
     def example_results(self, pairs: Iterable[tuple[Any, Any]]) -> ExampleResults:
         return classification_results(pairs)

@@ -2,6 +2,7 @@
 the folder in place.
 """
 
+import contextlib
 import json
 import platform
 import shutil
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 
 import tuner
+from tuner.config.objective import metric_label
 from tuner.config.run import Run
 from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import TensorTree
+from tuner.core.targets import split_weights
 from tuner.core.types import Dataset, Task
 from tuner.errors import ExportMismatch
+from tuner.export._readme import format_readme
 from tuner.files import removal
 from tuner.files.atomic import disk_errors, file_sha256, fsync, half_export
 from tuner.files.crash_points import crash_point
@@ -27,9 +31,15 @@ from tuner.manifest import TEST_RESULTS, PublishedExport, format_model_card
 from tuner.messages import FinalizeJob
 from tuner.training.building import build_task
 from tuner.training.exported_models import load_exporter, open_export, slice_rows
+from tuner.training.own_metric import score_own_metric
 
 MAX_RELATIVE_DIFFERENCE = 1e-3  # of an export's output from the model's
 SAMPLE_COUNT = 16  # test examples on which they are compared
+MAX_SCORE_LOSS = 0.01  # one point, or 1 % of a score that is no share, that a lossy format may lose
+MAX_SCORED = 1000  # validation examples on which a lossy format is scored
+TIMED_CALLS = 30
+MODEL_JSON = "model.json"
+OWN_FOLDERS = ("openvino", "pretrained")  # of formats that are several files
 
 
 def publish(
@@ -61,11 +71,12 @@ def publish(
                 (temporary / TEST_RESULTS).write_bytes(tested_run)
             manifest = make_manifest(job, model, dataset, scores, seconds)
             manifest |= findings
-            manifest["exports"] = save_and_verify_all(
+            manifest |= save_and_verify_all(
                 job, model, dataset, PublishedExport(temporary, manifest)
             )
-            (temporary / "model.json").write_text(format_json(manifest))
+            (temporary / MODEL_JSON).write_text(format_json(manifest))
             (temporary / "MODEL_CARD.md").write_text(format_model_card(manifest))
+            (temporary / "README.md").write_text(format_readme(manifest))
             crash_point("export.filled")
             written = sorted(path for path in temporary.rglob("*") if path.is_file())
             manifest["files"] = {
@@ -114,29 +125,114 @@ def save_and_verify_all(
 ) -> dict[str, Any]:
     """Saves each format, reads it back, and compares it with the model on real examples.
 
-    Returns the manifest's entry for each format. Raises ExportMismatch.
+    A lossy format, such as 8-bit integers, is compared by its score on the validation examples
+    instead, and left out where that falls.
+
+    Returns:
+        What the manifest says: the entry of each format as `exports`, and as `left_out` why a
+        format was not published.
+
+    Raises:
+        ExportMismatch: A format that is not lossy differs from the model.
     """
     task = build_task(job.assignment.run, dataset.classes)
     examples, batched = sample_inputs(dataset), model.staged[0].exports_batched
     first_example = slice_rows(examples, slice(0, 1))
     expected = model(examples)
+    scorer = ValidationScorer(job, model, dataset, task)
     exports: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     for name in export_formats(job):
         exporter = load_exporter(name)
         file = unpublished.folder / exporter.FILE
-        exporter.save(model, examples if batched else first_example, file)
-        exports[name] = {"file": exporter.FILE, "batched": batched}
-        manifest = {**unpublished.manifest, "exports": exports}
+        count = getattr(exporter, "CALIBRATION_EXAMPLES", 0)
+        taken = calibration_inputs(dataset, count) if count else examples
+        exporter.save(model, taken if batched else first_example, file)
+        entry: dict[str, Any] = {"file": exporter.FILE, "batched": batched}
+        manifest = {**unpublished.manifest, "exports": {name: entry}}
         function = open_export(PublishedExport(unpublished.folder, manifest), name)
-        difference = max(
-            verify_output(name, task, expected, function(examples)),
-            verify_output(name, task, slice_rows(expected, slice(0, 1)), function(first_example)),
-        )
-        exports[name] |= {
+        if getattr(exporter, "LOSSY", False):
+            problem = scorer.compare(entry, function)
+            if problem is not None:
+                left_out[name] = problem
+                file.unlink()
+                continue
+            if count:
+                entry["calibration_examples"] = min(count, len(dataset.valid))
+            difference = task.output_difference(expected, function(examples))
+        else:
+            difference = max(
+                verify_output(name, task, expected, function(examples)),
+                verify_output(
+                    name, task, slice_rows(expected, slice(0, 1)), function(first_example)
+                ),
+            )
+        exports[name] = entry | {
             "largest_difference": difference,
             "milliseconds": measure_latency(function, first_example),
+            "megabytes": round(bytes_of(file) / 1e6, 3),
         }
-    return exports
+    return {"exports": exports, "left_out": left_out, "measured": describe_machine()}
+
+
+def calibration_inputs(dataset: Dataset, count: int) -> TensorTree:
+    """Validation examples as an export takes them, spread over the whole split."""
+    total = len(dataset.valid)
+    index = torch.linspace(0, total - 1, min(count, total)).round().long()
+    return dataset.input_spec.to_export_input(dataset.valid.take(index, 0).x)
+
+
+def bytes_of(file: Path) -> int:
+    """The bytes of an export: of its file, or of the folder of its own that the file lies in."""
+    folder = file.parent
+    is_own_folder = not (folder / MODEL_JSON).exists() and folder.name in OWN_FOLDERS
+    files = folder.iterdir() if is_own_folder else [file]
+    return sum(path.stat().st_size for path in files)
+
+
+class ValidationScorer:
+    """Compares the validation score of exports with that of the model, which is computed once.
+
+    At most MAX_SCORED validation examples are used.
+    """
+
+    def __init__(self, job: FinalizeJob, model: ExportModule, dataset: Dataset, task: Task) -> None:
+        self.metric = job.assignment.metric
+        self.sign = -1 if job.assignment.direction == "minimise" else 1
+        self.model, self.dataset, self.task = model, dataset, task
+        self.count = min(MAX_SCORED, len(dataset.valid))
+        self.of_model: float | None = None
+
+    def score(self, function: Callable[[TensorTree], TensorTree]) -> float:
+        pairs = []
+        for index in torch.split(torch.arange(self.count), SAMPLE_COUNT):
+            x, y = self.dataset.valid.take(index, 0)
+            inputs = self.dataset.input_spec.to_export_input(x)
+            predicted = self.task.predict(function, inputs)  # type: ignore[arg-type]
+            pairs.append((predicted, split_weights(y)[0]))
+        return (self.task.score(pairs) | score_own_metric(self.metric, pairs))[self.metric]
+
+    def compare(
+        self, entry: dict[str, Any], function: Callable[[TensorTree], TensorTree]
+    ) -> str | None:
+        """Adds the score to the manifest's entry. Returns why the format is left out, or None."""
+        if self.of_model is None:
+            self.of_model = self.score(self.model)
+        actual = self.score(function)
+        in_points = 0 <= actual <= 1 and 0 <= self.of_model <= 1
+        allowed = MAX_SCORE_LOSS * (1 if in_points else abs(self.of_model))
+        if not self.sign * (self.of_model - actual) <= allowed:  # true for NaN too
+            return (
+                f"its validation {metric_label(self.metric)} is {actual:.4f}, and the model's "
+                f"{self.of_model:.4f} (allowed: {allowed:.4f} less)"
+            )
+        entry |= {
+            "validation_score": actual,
+            "model_validation_score": self.of_model,
+            "allowed_loss": allowed,
+            "validation_examples": self.count,
+        }
+        return None
 
 
 def verify_output(name: str, task: Task, expected: TensorTree, actual: TensorTree) -> float:
@@ -154,15 +250,29 @@ def verify_output(name: str, task: Task, expected: TensorTree, actual: TensorTre
 
 
 def measure_latency(function: Callable[[TensorTree], TensorTree], example: TensorTree) -> float:
-    """The median of 10 calls in milliseconds, for one example on this machine's CPU; 2 calls come
-    first to warm up.
+    """The median of TIMED_CALLS calls in milliseconds, for one example on this machine's CPU; 3
+    calls come first to warm up. All formats are measured one after another in this process.
     """
     milliseconds = []
-    for _ in range(12):
+    for _ in range(3 + TIMED_CALLS):
         start = time.perf_counter()
         function(example)
         milliseconds.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(milliseconds[2:]), 3)
+    return round(statistics.median(milliseconds[3:]), 3)
+
+
+def describe_machine() -> dict[str, Any]:
+    """On what and how often the exports were measured."""
+    names = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "calls": TIMED_CALLS,
+        "examples": 1,
+        "machine": names[0] if names else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def make_manifest(

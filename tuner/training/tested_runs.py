@@ -122,7 +122,7 @@ def draw_differences(
 def _draw_differences(
     task: Task, metric: str, winner: TestedRun, default: TestedRun, seed: int
 ) -> Tensor:
-    score = choose_score(task, metric, winner)
+    score = choose_score(task, metric, winner.results, winner.count)
     generator = torch.Generator().manual_seed(seed)
     differences = []
     for _ in range(PLAIN_DRAWS if score == plain_score else DRAWS):
@@ -146,9 +146,11 @@ def quick_score(task: Task, results: ExampleResults, counts: Tensor) -> dict[str
     return task.score_results(results, counts)
 
 
-def choose_score(task: Task, metric: str, tested: TestedRun) -> ScoreDraw:
-    """The task's own way to score a draw, where it has one that gives the metric."""
+def choose_score(task: Task, metric: str, results: ExampleResults, count: int) -> ScoreDraw:
+    """The task's own way to score a draw of `count` examples, where it has one that gives the
+    metric.
+    """
     if type(task).score_results is Task.score_results:
         return plain_score
-    all_once = torch.ones(tested.count, dtype=torch.int64)
-    return quick_score if metric in quick_score(task, tested.results, all_once) else plain_score
+    all_once = torch.ones(count, dtype=torch.int64)
+    return quick_score if metric in quick_score(task, results, all_once) else plain_score

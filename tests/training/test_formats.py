@@ -1,0 +1,130 @@
+"""Formats that lose a little are published where the validation score holds; each export's README is true without tuner."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tests.conftest import CommandResult
+from tests.helpers.tiny_tasks import TINY_TASKS
+from tuner.core.export_module import ExportModule
+from tuner.core.input_spec import ImageInputSpec
+from tuner.core.types import StagedModel
+from tuner.export import onnx_int8, pretrained
+from tuner.messages import Assignment, FinalizeJob
+from tuner.training import publishing
+
+Tuner = Callable[..., CommandResult]
+# each argument is a program, which begins with nothing but Python
+WITHOUT_TUNER = (
+    "import sys; sys.modules['tuner'] = None\nfor program in sys.argv[1:]: exec(program, {})"
+)
+LOSSY = ["onnx_fp16", "onnx_int8"]
+
+
+def programs(export: Path) -> dict[str, str]:
+    """The program of each format in the README of an export."""
+    found = re.findall(
+        r"## (\w+)\n\n```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL
+    )
+    return dict(found)
+
+
+def test_the_calibration_gets_one_example_after_another() -> None:
+    examples = torch.arange(3 * 3 * 4 * 4).view(3, 3, 4, 4).float()
+    reader = onnx_int8.CalibrationReader(examples)
+    given = [reader.get_next() for _ in range(4)]
+    assert given[3] is None
+    assert torch.equal(
+        torch.cat([torch.from_numpy(one["image"]) for one in given[:3] if one]), examples
+    )
+
+
+def test_a_format_that_loses_more_than_a_point_is_left_out(tmp_path: Path) -> None:
+    tiny = TINY_TASKS["classification"]
+    run = tiny.make_run(tmp_path)
+    context = tiny.prepare(run, tmp_path, "cpu")
+    model = ExportModule(context.staged_model, context.dataset.input_spec).eval()
+    settings: Any = None
+    job = FinalizeJob(Assignment(run, "accuracy", settings, ""), (), "", "tiny", 0)
+    scorer = publishing.ValidationScorer(job, model, context.dataset, context.task)
+    entry: dict[str, Any] = {}
+    with torch.no_grad():
+        assert scorer.compare(entry, model) is None
+        assert entry["validation_score"] == entry["model_validation_score"] == scorer.score(model)
+        assert (entry["allowed_loss"], entry["validation_examples"]) == (
+            0.01,
+            len(context.dataset.valid),
+        )
+        scorer.of_model = 0.9
+        problem = scorer.compare({}, lambda x: model(x).roll(1, 1))
+    assert problem is not None
+    assert re.fullmatch(
+        r"its validation accuracy is 0\.\d{4}, and the model's 0\.9000 \(allowed: 0\.0100 less\)",
+        problem,
+    )
+
+
+def test_the_temperature_is_folded_into_the_last_layer_and_taken_out_again() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    spec = ImageInputSpec(2, 2, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    staged = StagedModel(model, {"flat": model[0], "head": model[1]})
+    module = ExportModule(staged, spec, temperature=1.7).eval()
+    x = torch.rand(4, 3, 2, 2)
+    before = module(x)
+    pretrained.divide_logits(model, module)
+    assert torch.allclose(model((x - 0.5) / 0.2), before, atol=1e-5)
+    pretrained.multiply_logits(model, module)
+    assert torch.allclose(module(x), before, atol=1e-5)
+
+
+def test_formats_are_named_and_those_that_cannot_hold_a_model_are_refused(
+    tuner: Tuner, small: Path
+) -> None:
+    said = tuner("check", small, "export=[pretrained]")
+    assert said.code == 2 and "export.0: pretrained cannot hold resnet18_slim" in said.err
+    assert tuner("check", small, "export=[onnx_fp16,onnx_int8,openvino]").code == 0
+
+
+@pytest.mark.slow
+def test_every_readme_loads_its_formats_without_tuner(
+    tuner: Tuner, studied: Path, tmp_path: Path
+) -> None:
+    """All formats of a model, and each program of the README says what `tuner predict` says."""
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install openvino")
+    wanted = ["torch_export", "onnx", *LOSSY, "openvino"]
+    said = tuner("export", "small", *(word for name in wanted for word in ("--format", name)))
+    assert said.code == 0, said.err
+    export = studied / "export"
+    manifest = json.loads((export / "manifest.json").read_text())
+    kept = set(manifest["exports"]) | set(manifest["left_out"])
+    assert kept == {"safetensors", *wanted}
+    assert manifest["measured"]["calls"] == 30 and manifest["measured"]["machine"]
+    sizes = {name: entry["megabytes"] for name, entry in manifest["exports"].items()}
+    assert all(size < sizes["onnx"] for name, size in sizes.items() if name in LOSSY)
+    image = export / "image.jpg"
+    Image.effect_noise((50, 40), 90).convert("RGB").save(image)
+    answer = json.loads(tuner("predict", "small", image, "--json").out)["classes"]
+    best = max(answer, key=answer.get)
+    written = programs(export)
+    assert set(written) == set(manifest["exports"]) - {"safetensors"}
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_TUNER, *written.values()],
+        cwd=export,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    for name, line in zip(written, ended.stdout.splitlines(), strict=True):
+        said_class, probability = line.split()
+        assert abs(float(probability) - answer[said_class]) < (0.1 if name in LOSSY else 2e-3), name
+        assert said_class == best or name in LOSSY
