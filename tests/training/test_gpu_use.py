@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.tiny_tasks import TINY_TASKS
 from tuner.config.run import EngineSettings
-from tuner.messages import Assignment, Epoch
+from tuner.messages import Assignment, Epoch, GpuUse
 from tuner.training import gpu_use, worker_jobs
 from tuner.training.gpu_use import CONTEXT_BYTES, GpuMeter
 
@@ -80,4 +80,4 @@ def test_a_trial_tells_what_it_used_where_the_file_asks_for_it(
         result = worker_jobs.run_trial(assignment, lambda epoch: True, 0)
         assert result.state == "complete" and (result.gpu_use is not None) == measured
         if result.gpu_use is not None:
-            assert result.gpu_use.busy == 0.3 and result.gpu_use.memory == 0.1
+            assert result.gpu_use == GpuUse(0.1, pytest.approx(0.3))

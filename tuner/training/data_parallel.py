@@ -43,7 +43,7 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
-    store: distributed.Store | None = None
+    store: "torch._C._distributed_c10d.Store | None" = None
     _trainings: "itertools.count[int]" = field(default_factory=itertools.count, compare=False)
 
     @property
@@ -106,7 +106,7 @@ class TrainingTurns:
             store.set(key, f"{GOES_ON} {epoch}")
             return True
         store.wait([key], PATIENCE)
-        said = store.get(key).decode()
+        said: str = store.get(key).decode()
         if said not in (ENDS, f"{GOES_ON} {epoch}"):
             raise RuntimeError(f"rank {self.ranks.rank} is at epoch {epoch}; rank 0 {said}")
         return said != ENDS
@@ -131,13 +131,14 @@ def join_ranks(rank: int, count: int, meeting_file: Path) -> Ranks:
 
     They exchange gradients by NCCL between GPUs and by gloo between CPUs.
     """
-    store = distributed.FileStore(str(meeting_file), count)
+    store = distributed.FileStore(str(meeting_file), count)  # type: ignore[attr-defined]
     store.set_timeout(PATIENCE)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(
         backend, store=store, rank=rank, world_size=count, timeout=PATIENCE
     )
-    _joined.append(Ranks(rank, count, distributed.PrefixStore("tuner", store)))
+    announcements = distributed.PrefixStore("tuner", store)  # type: ignore[attr-defined]
+    _joined.append(Ranks(rank, count, announcements))
     return _joined[-1]
 
 

@@ -112,12 +112,14 @@ class Ending(NamedTuple):
 
     kind: str
     value: Any
+    rank: int
 
 
 def run_once(job: RankJob, report: Callable[[Any], bool], count: int) -> Ending:
     """Starts the ranks and waits until they have ended.
 
-    Returns how rank 0 ended, or how the first rank ended that did not succeed.
+    Returns how rank 0 ended, or how a rank ended that did not succeed: one that said nothing, or
+    else the first that said so. Other ranks may fail because of it.
     """
     with (
         removal.scratch() as folder,
@@ -129,11 +131,14 @@ def run_once(job: RankJob, report: Callable[[Any], bool], count: int) -> Ending:
             links.serve(POLL_SECONDS)
         while links.serve(0):
             pass
+    said = {ending.rank for ending in links.endings}
+    died = [
+        Ending("died", failure.exitcode, rank)
+        for rank, failure in result.failures.items()
+        if rank not in said and failure.exitcode != -signal.SIGTERM  # with which others are ended
+    ]
     bad = [ending for ending in links.endings if ending.kind != "done"]
-    if bad or not result.is_failed():
-        return (bad or links.endings)[0]
-    first = min(result.failures.values(), key=lambda failure: failure.timestamp)
-    return Ending("died", first.exitcode)
+    return [*died, *bad, *links.endings][0]
 
 
 @dataclass
@@ -160,13 +165,13 @@ class RankLinks:
 
     def _answer(self, link: Connection) -> None:
         try:
-            kind, value = link.recv()
+            kind, value, rank = link.recv()
         except (EOFError, OSError):  # it has ended
             self.links.remove(link)
             link.close()
             return
         if kind != "report":
-            self.endings.append(Ending(kind, value))
+            self.endings.append(Ending(kind, value, rank))
             return
         answer = self.report(value)
         with contextlib.suppress(OSError):  # it was killed meanwhile

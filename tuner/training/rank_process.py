@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
         job = link.recv()
         kind, value = carry_out(job, link, rank, count, folder / MEETING_NAME)
         if kind != "done" or rank == 0:
-            link.send((kind, value))
+            link.send((kind, value, rank))
     if kind != "done":
         # at once: a collective that waits for the other ranks would hold up an orderly end
         os._exit(1)
@@ -45,7 +45,7 @@ def carry_out(job: Any, link: Connection, rank: int, count: int, meeting: Path) 
     def report(value: Any) -> bool:
         if rank > 0:
             return True  # rank 0 says when the training ends
-        link.send(("report", value))
+        link.send(("report", value, rank))
         return bool(link.recv())
 
     module, _, function = job.function.partition(":")
