@@ -51,13 +51,13 @@ ROWS = (
     Row("checkpoints", "gpu_training:checkpoint_row", 45),
     Row("busy", "gpu_training:busy_row", 15),
     Row("memory", "gpu_training:memory_row", 10),
-    Row("faster-rcnn", "gpu_training:faster_rcnn_row", 20, ("pycocotools",)),
-    Row("rt-detr", "gpu_training:rtdetr_row", 25, ("pycocotools", "transformers", "scipy")),
+    Row("faster-rcnn", "gpu_training:faster_rcnn_row", 20, ("faster_coco_eval",)),
+    Row("rt-detr", "gpu_training:rtdetr_row", 25, ("faster_coco_eval", "transformers", "scipy")),
     Row("u-net", "gpu_training:unet_row", 15, ("segmentation_models_pytorch", "timm")),
     Row("bert", "gpu_training:bert_row", 20, ("transformers",)),
     Row("search", "gpu_search:search_row", 75, ("optuna", "typer", "rich")),
     Row("sharing", "gpu_search:sharing_row", 75, ("optuna", "typer", "rich")),
-    Row("precision", "gpu_precision:precision_row", 60, ("pycocotools",)),
+    Row("precision", "gpu_precision:precision_row", 60, ("faster_coco_eval",)),
     Row("photographs", "gpu_training:photograph_row", 35),
 )
 

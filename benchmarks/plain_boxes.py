@@ -148,7 +148,7 @@ def train(args: argparse.Namespace, params: dict[str, Any]) -> Iterator[tuple[fl
 @torch.inference_mode()
 def mean_average_precision(model: nn.Module, data: Boxes) -> float:
     model.eval()
-    metric = MeanAveragePrecision(backend="pycocotools")
+    metric = MeanAveragePrecision(backend="faster_coco_eval")
     for batch in data.loader():
         images, targets = zip(*batch, strict=True)
         metric.update(model(list(images)), list(targets))

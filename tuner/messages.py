@@ -110,11 +110,22 @@ def mean_thresholds(thresholds: Iterable[tuple[float, ...]]) -> tuple[float, ...
 
 
 @dataclass(frozen=True)
+class GpuUse:
+    """What a trial used of a GPU that it had for itself: shares of 1.
+
+    `memory` is the most that it needed; `busy` of its epochs' time, None where that cannot be seen.
+    """
+
+    memory: float
+    busy: float | None
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """The result of a trial.
 
     `best_epoch` is the number of the best epoch; `artifacts` are file name -> content for the
-    dashboard.
+    dashboard. `gpu_use` is measured with `engine.per_gpu: auto` on a GPU.
     """
 
     state: Literal["complete", "stopped", "diverged", "oom"]
@@ -123,6 +134,7 @@ class TrialResult:
     artifacts: dict[str, bytes]
     seconds: float
     reason: str = ""
+    gpu_use: GpuUse | None = None
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ TINY_TASKS = {
             "data: {name: voc, path: FOLDER/voc, size: 64}\n"
             "model: {name: fasterrcnn_mobilenet_v3_large_320_fpn, weights: none, backbone: none}",
             lambda folder: box_files.write_voc(folder / "voc"),
-            ("pycocotools",),
+            ("faster_coco_eval",),
         ),
         TinyTask(
             "instance_segmentation",

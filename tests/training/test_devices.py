@@ -13,7 +13,8 @@ from tuner.config.run import EngineSettings
 from tuner.errors import StorageError
 from tuner.messages import Assignment
 from tuner.preprocessing import resident_tensors
-from tuner.training import worker_jobs
+from tuner.training import devices, worker_jobs
+from tuner.training.data_parallel import Ranks
 from tuner.training.devices import select_device, select_gpus
 
 Tuner = Callable[..., CommandResult]
@@ -68,6 +69,30 @@ def test_workers_are_dealt_out_over_the_gpus_in_use(
     ]
 
 
+@pytest.mark.parametrize(("rank", "of_slots"), [(0, "0 2 0"), (1, "1 3 1")])
+def test_the_ranks_of_a_slot_have_gpus_of_their_own(
+    rank: int,
+    of_slots: str,
+    four: dict[str, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "joined_ranks", lambda: Ranks(rank, 2))
+    asked = EngineSettings(gpus_per_trial=2)
+    contexts = [select_device(asked, tmp_path, slot) for slot in range(3)]
+    assert [str(context.device) for context in contexts] == [f"cuda:{n}" for n in of_slots.split()]
+    assert {context.ranks.rank for context in contexts} == {rank}
+
+
+def test_a_trial_gets_no_more_gpus_than_there_are(four: dict[str, float]) -> None:
+    assert select_gpus(EngineSettings(gpus_per_trial=4)) == (0, 1, 2, 3)
+    for engine, seen in (({"gpus": 2}, "2 GPUs"), ({"gpus": [3]}, "1 GPU"), ({}, "4 GPUs")):
+        asked = EngineSettings.model_validate({"gpus_per_trial": 5, **engine})
+        with pytest.raises(StorageError, match=f"engine.gpus_per_trial: 5, but .* has {seen} to "):
+            select_gpus(asked)
+    assert select_gpus(EngineSettings(device="cpu", gpus_per_trial=9)) == ()
+
+
 def test_the_gpu_of_a_slot_is_the_current_one_and_computes_fast(
     four: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +125,7 @@ def test_on_the_cpu_nothing_of_this_is_set(tmp_path: Path) -> None:
         ({"workers": 4}, 1.0),
         ({"name": "ray", "workers": 8}, None),  # they are on other machines
         ({"workers": 2, "per_gpu": 2}, 1 / 2),
+        ({"workers": 4, "gpus_per_trial": 2}, 1 / 2),
     ],
 )
 def test_workers_that_share_a_gpu_share_its_memory(
@@ -131,6 +157,9 @@ def test_a_worker_keeps_tensors_in_half_of_its_part_of_the_gpu(
         (["gpus=[0, 3]"], 2),
         (["workers=5", "per_gpu=2"], 5),
         (["device=cuda:1"], 1),
+        (["per_gpu=auto"], 4),  # until the first trials are measured
+        (["gpus_per_trial=2"], 2),
+        (["gpus_per_trial=3"], 1),
     ],
 )
 def test_one_worker_per_gpu_unless_the_file_says_otherwise(
@@ -200,6 +229,26 @@ def test_a_gpu_that_is_not_there_is_named_with_those_that_are(four: dict[str, fl
             "engine.per_gpu: is for GPUs, and device is cpu; for several workers write workers: 2",
         ),
         (["engine.workers=0"], "engine.workers: must be at least 1, got 0"),
+        (
+            ["engine={name: local, per_gpu: auto, workers: 3}"],
+            "engine.per_gpu: auto, but workers: 3 already says how many there are; keep one of the two",
+        ),
+        (
+            ["engine={name: local, gpus_per_trial: 0.5}"],
+            "engine.gpus_per_trial: a whole number of GPUs, at least 1, got 0.5; for several trials on one GPU write per_gpu: 2",
+        ),
+        (
+            ["engine={name: local, gpus_per_trial: 2, per_gpu: auto}"],
+            "engine.gpus_per_trial: 2, and per_gpu: auto; a trial has several GPUs, or a part of one",
+        ),
+        (
+            ["engine.gpus_per_trial=2"],
+            "engine.gpus_per_trial: 2, but the engine inline has one process; write name: local",
+        ),
+        (
+            ["engine={name: local, device: 'cuda:1', gpus_per_trial: 2}"],
+            "engine.gpus_per_trial: 2, but device: cuda:1 is one GPU; write device: cuda",
+        ),
     ],
 )
 def test_wrong_values_are_named_before_anything_is_made(
@@ -217,6 +266,17 @@ def test_31_gpus_where_there_are_none_end_before_anything_is_made(
         pytest.skip("this machine has a GPU")
     said = tuner("run", small, "engine.device=auto", f"engine.gpus={value}")
     assert said.code == 4 and f"engine.gpus: {value}" in said.err and "sees no GPU here" in said.err
+    assert not (small.parent / "studies").exists()
+
+
+def test_31_several_gpus_where_there_is_none_end_before_anything_is_made(
+    tuner: Tuner, small: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    said = tuner("run", small, "engine={name: local, gpus_per_trial: 2}")
+    assert said.code == 4 and "engine.gpus_per_trial: 2, but torch" in said.err
+    assert "has no GPU to use here; write a smaller number, or leave gpus_per_trial out" in said.err
     assert not (small.parent / "studies").exists()
 
 

@@ -97,7 +97,7 @@ def device_facts(home: Path) -> dict[str, Any]:
     used = {
         "device": str(context.device),
         "precision": context.precision,
-        "workers": max(1, len(select_gpus(engine)) * engine.per_gpu),
+        "workers": max(1, len(select_gpus(engine)) * engine.gpu_sharing // engine.rank_count),
     }
     return {"gpus": gpus, "used": used}
 

@@ -10,6 +10,7 @@ import optuna
 
 from tuner.commands.combined_listener import CombinedListener
 from tuner.commands.console import Console
+from tuner.commands.gpu_sharing import measure_first_trials
 from tuner.commands.session import (
     INSTEAD,
     Folders,
@@ -74,6 +75,8 @@ def run_study(space: Space, folders: Folders, console: Console) -> Summary:
                 workers,
             )
             try:
+                if s.settings.engine.per_gpu == "auto" and survey.gpu_count:
+                    workers = measure_first_trials(s, coordinator, survey.gpu_count)
                 search_until_done(s, coordinator, workers)
             except StorageError:
                 if s.stop_signal:  # the database went away, and who waited for it had enough
@@ -134,12 +137,15 @@ def check_free_space(folders: Folders, facts: DatasetReport) -> None:
 def worker_count(space: Space, gpus: int) -> int:
     """How many workers carry out trials, unless the file says it.
 
-    `per_gpu` for each GPU in use, or one on the CPU; on a Ray cluster as many as it has room for.
+    `per_gpu` for each GPU in use, one for each `gpus_per_trial` of them, or one on the CPU; on a
+    Ray cluster as many as it has room for.
     """
     engine = space.settings.engine
     if isinstance(engine.workers, int):
         return engine.workers
-    return AS_MANY_AS_POSSIBLE if engine.name == "ray" else max(1, gpus * engine.per_gpu)
+    if engine.name == "ray":
+        return AS_MANY_AS_POSSIBLE
+    return max(1, gpus * engine.gpu_sharing // engine.rank_count)
 
 
 def open_coordinator(

@@ -93,6 +93,11 @@ class Session:
             direction=self.settings.search.direction or "maximise",
         )
 
+    def share_gpus(self, workers: int) -> None:
+        """From now on so many workers share a GPU."""
+        engine = self.settings.engine.model_copy(update={"per_gpu": workers})
+        self.settings = replace(self.settings, engine=engine)
+
     def run_job(
         self,
         function: str,

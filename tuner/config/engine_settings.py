@@ -58,14 +58,21 @@ class EngineSettings(Section):
     gpus: Annotated[int | list[int] | None, AfterValidator(_check_gpus)] = Field(
         None, description="how many of a machine's GPUs, or a list of their numbers; null: all"
     )
-    per_gpu: int = Field(
-        1, ge=1, le=64, description="workers that share a GPU, each with its part of the memory"
+    per_gpu: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        1,
+        description="workers that share a GPU, each with its part of the memory; auto: the first "
+        "trial has it alone, and what it used says how many follow, at most 8",
     )
     address: Annotated[str, AfterValidator(_check_address)] = Field(
         "auto", description="ray: auto finds a running cluster; local; or HOST:PORT"
     )
     gpus_per_trial: float | None = Field(
-        None, ge=0, le=1, description="ray: 1, or a fraction; null: 1 where the cluster has GPUs"
+        None,
+        ge=0,
+        le=64,
+        description="local: how many GPUs train one model together, each a part of every batch, by "
+        "torch's DistributedDataParallel; with device: cpu so many processes. ray: at most 1, "
+        "or a fraction. null: 1 where there are GPUs",
     )
     cpus_per_trial: int = Field(1, ge=1, le=1024, description="ray: cores of a trial")
     stall: Annotated[str, AfterValidator(_stall)] = Field(
@@ -96,3 +103,13 @@ class EngineSettings(Section):
     cache_gb: float = Field(
         4.0, ge=0, le=100_000, description="disk for remembered activations, gigabytes"
     )
+
+    @property
+    def gpu_sharing(self) -> int:
+        """How many workers share a GPU; with auto one, until the first trials are measured."""
+        return 1 if self.per_gpu == "auto" else self.per_gpu
+
+    @property
+    def rank_count(self) -> int:
+        """How many processes of this machine train one model together."""
+        return max(1, int(self.gpus_per_trial or 1))

@@ -18,7 +18,6 @@ from tuner.errors import NO_MEAN_OF_OUTPUTS, SpaceError, suggest_names
 
 RAY_ONLY_KEYS = (
     "address",
-    "gpus_per_trial",
     "cpus_per_trial",
     "ship",
 )  # engine keys that only ray has
@@ -42,6 +41,7 @@ def read_settings(draft: Draft) -> Settings | None:
     read_plain_section(draft, "engine", EngineSettings)
     check_plugin(draft, "engine", ("engine", "name"), draft.values.get(("engine", "name"), "local"))
     check_gpu_sharing(draft)
+    check_gpus_per_trial(draft)
     check_engine_keys(draft)
     check_study_name(draft)
     resolve_metric(draft)
@@ -128,11 +128,46 @@ def check_gpu_sharing(draft: Draft) -> None:
             f"which GPUs is already said by device: {device}; keep one of the two, or write "
             "device: cuda",
         )
+    workers = draft.values.get(("engine", "workers"))
+    if share == "auto" and isinstance(workers, int):
+        draft.add_problem(
+            ("engine", "per_gpu"),
+            f"auto, but workers: {workers} already says how many there are; keep one of the two",
+        )
     if isinstance(share, int) and share > 1 and device in ("cpu", "mps"):
         draft.add_problem(
             ("engine", "per_gpu"),
             f"is for GPUs, and device is {device}; for several workers write workers: {share}",
         )
+
+
+def check_gpus_per_trial(draft: Draft) -> None:
+    """Checks that the engine can give one trial so many GPUs, or such a part of one."""
+    name, device, share, count = (
+        draft.values.get(("engine", key)) for key in ("name", "device", "per_gpu", "gpus_per_trial")
+    )
+    if not isinstance(count, int | float) or isinstance(count, bool):
+        return
+    problem = None
+    if name == "ray":
+        if count > 1:
+            problem = (
+                f"must be at most 1 with Ray, got {count:g}; several GPUs train one model with "
+                "engine: {name: local}"
+            )
+    elif count != int(count) or count < 1:
+        problem = (
+            f"a whole number of GPUs, at least 1, got {count:g}; for several trials on one GPU "
+            "write per_gpu: 2"
+        )
+    elif count > 1 and name == "inline":
+        problem = f"{count:g}, but the engine inline has one process; write name: local"
+    elif count > 1 and share != 1:
+        problem = f"{count:g}, and per_gpu: {share}; a trial has several GPUs, or a part of one"
+    elif count > 1 and (device == "mps" or str(device).startswith("cuda:")):
+        problem = f"{count:g}, but device: {device} is one GPU; write device: cuda"
+    if problem:
+        draft.add_problem(("engine", "gpus_per_trial"), problem)
 
 
 def check_plugin(draft: Draft, what: str, path: tuple[str | int, ...], name: Any) -> None:

@@ -212,8 +212,11 @@ class Detection(Task):
 
 
 def compute_map(pairs: Iterable[tuple[Any, Any]], *, per_class: bool) -> dict[str, Tensor]:
-    """COCO's metrics over all batches, by torchmetrics' names."""
-    metric = MeanAveragePrecision(class_metrics=per_class, backend="pycocotools")
+    """COCO's metrics over all batches, by torchmetrics' names.
+
+    faster-coco-eval gives what pycocotools gives, in a fraction of the time.
+    """
+    metric = MeanAveragePrecision(class_metrics=per_class, backend="faster_coco_eval")
     for batch in pairs:
         predicted, truth = zip(*_pairs_by_image(batch), strict=True)
         metric.update(list(predicted), list(truth))

@@ -63,7 +63,8 @@ class TrainingState:
     """What changes while `net` is trained, and goes into a checkpoint.
 
     `average` is what is validated in place of the net's weights; None: these themselves. `scaler`
-    scales the loss; None: it is not scaled.
+    scales the loss; None: it is not scaled. `losses` gives the parts of the loss of a batch, and
+    the mean gradients of several ranks where it is DistributedDataParallel; None: the task does.
     """
 
     net: nn.Module
@@ -72,6 +73,7 @@ class TrainingState:
     micro_batch_size: MicroBatchSize
     average: WeightAverage | None = None
     scaler: torch.amp.GradScaler | None = None
+    losses: nn.Module | None = None
 
     def step(self, clip_norm: float | None) -> None:
         """A step of the optimizer, of the schedule and of the average.

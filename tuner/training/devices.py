@@ -10,6 +10,7 @@ import torch
 from tuner.config.run import EngineSettings
 from tuner.errors import StorageError
 from tuner.training.activation_cache import CacheLimits
+from tuner.training.data_parallel import ALONE, Ranks, joined_ranks
 
 FIRST_TENSOR_CORES = (7, 0)  # compute capability of NVIDIA's Volta
 
@@ -24,6 +25,7 @@ class DeviceContext:
     cache_limits: CacheLimits
     micro_batches: int = 1  # per batch; more than 1 after an attempt had too little memory
     compiles_suffix: bool = False
+    ranks: Ranks = ALONE  # the processes that train one model together
 
     def autocast(self) -> AbstractContextManager[None]:
         """A context of autocast to bfloat16 or float16; with float32 it changes nothing."""
@@ -34,21 +36,24 @@ class DeviceContext:
 def select_device(
     engine: EngineSettings, home: Path, slot: int = 0, micro_batches: int = 1
 ) -> DeviceContext:
-    """The device of the worker in `slot`, from 0. The slots use the selected GPUs in turn.
+    """The device of the worker in `slot`, from 0. The slots use the selected GPUs in turn, each of
+    them one for each of its ranks.
 
     Raises:
         StorageError: The device that `engine` names is not there.
     """
+    ranks = joined_ranks()
     gpus = select_gpus(engine)
     if gpus:
-        device = torch.device("cuda", gpus[slot % len(gpus)])
+        device = torch.device("cuda", gpus[(slot * ranks.count + ranks.rank) % len(gpus)])
         _set_up_gpu(device)
         _limit_gpu_memory(engine, device, len(gpus))
     else:
         device = _select_device_without_gpu(engine.device)
     precision = _fast_precision(device) if engine.precision == "auto" else engine.precision
     limits = CacheLimits(home, engine.cache_gb, engine.cache)
-    return DeviceContext(home, device, precision, limits, micro_batches, engine.compile == "suffix")
+    compiles_suffix = engine.compile == "suffix"
+    return DeviceContext(home, device, precision, limits, micro_batches, compiles_suffix, ranks)
 
 
 def _set_up_gpu(device: torch.device) -> None:
@@ -76,8 +81,21 @@ def _fast_precision(device: torch.device) -> str:
 def select_gpus(engine: EngineSettings) -> tuple[int, ...]:
     """The numbers of the GPUs to use; none on another device.
 
-    Raises StorageError when a named GPU is not there.
+    Raises StorageError when a named GPU is not there, or when there are too few for one trial.
     """
+    selected = _named_gpus(engine)
+    needed = engine.rank_count
+    if needed > max(1, len(selected)) and engine.device != "cpu":
+        seen = "no GPU" if not selected else f"{len(selected)} GPU{'s'[: len(selected) != 1]}"
+        raise StorageError(
+            f"engine.gpus_per_trial: {needed}, but torch {torch.__version__} has {seen} to use "
+            "here; write a smaller number, or leave gpus_per_trial out"
+        )
+    return selected
+
+
+def _named_gpus(engine: EngineSettings) -> tuple[int, ...]:
+    """The numbers of the GPUs that the engine may use. Raises StorageError."""
     kind, _, number = engine.device.partition(":")
     if kind not in ("auto", "cuda"):
         return ()
@@ -114,7 +132,7 @@ def _limit_gpu_memory(engine: EngineSettings, device: torch.device, count: int) 
     # the workers of the other engines are not all on this machine
     is_local = engine.name == "local"
     workers = engine.workers if is_local and isinstance(engine.workers, int) else 1
-    sharing = max(engine.per_gpu, math.ceil(workers / count))
+    sharing = max(engine.gpu_sharing, math.ceil(workers * engine.rank_count / count))
     if sharing > 1 or is_local:  # Ray limits its slots itself
         torch.cuda.set_per_process_memory_fraction(1 / sharing, device)
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +29,14 @@ from tuner.training.batch_mixing import BatchMixing, draw_mixing
 from tuner.training.batch_norm import set_train_mode
 from tuner.training.checkpoints import TrainingState
 from tuner.training.class_balance import balanced_order
+from tuner.training.data_parallel import (
+    ALONE,
+    SEED_STRIDE,
+    LossParts,
+    Ranks,
+    StepLosses,
+    without_exchange,
+)
 from tuner.training.devices import DeviceContext
 from tuner.training.micro_batches import retry_on_oom
 
@@ -36,8 +45,6 @@ MAX_EVAL_BATCH = (
 )
 BATCHES_PER_BUCKET = 32  # batches whose examples are sorted by length together
 STEPS_BETWEEN_CHECKS = 50  # after so many steps the loss is read and must be finite
-LossParts = dict[str, Tensor]
-"""Scalar tensors by name; their sum is what training minimises."""
 PredictionPairs = list[tuple[Any, Any]]
 """(prediction, target) of each batch, in the order of the examples."""
 
@@ -76,9 +83,12 @@ def train_one_epoch(
 ) -> float:
     """Makes one pass over the training examples and returns the mean loss.
 
+    With several ranks this one takes its share of each batch, and the loss is that of all.
+
     Raises Diverged, with the step and the part of the loss, when the loss is not finite.
     """
-    seed_everything(seed * 1_000_003 + epoch)
+    ranks = context.device_context.ranks
+    seed_everything(seed * 1_000_003 + epoch + SEED_STRIDE * ranks.rank)
     view = (epoch - 1) % context.train.views if context.train.views else epoch - 1
     batches = shuffle_into_batches(
         len(context.train),
@@ -91,16 +101,20 @@ def train_one_epoch(
     set_train_mode(context.net, context.pretrained_norms, recipe, len(batches))
     freeze_waiting_stages(context.net, recipe.unfreeze_every, epoch)
     groups = group_batches(batches, recipe.accumulate)
-    check = LossCheck(epoch, context.device_context.device)
-    feed = feed_batches(context, context.train, groups, training.micro_batch_size.split_batch, view)
+    check = LossCheck(epoch, context.device_context.device, ranks)
+    shares = [ranks.shares(group) for group in groups]
+    steps = [own for own, _ in shares]
+    feed = feed_batches(context, context.train, steps, training.micro_batch_size.split_batch, view)
     with feed:
         for step, group in enumerate(groups):
             mixing = draw_mixing(recipe, seed, epoch, step + 1)
-            parts = retry_on_oom(
-                partial(backward, context, feed, step, training, mixing),
-                training.micro_batch_size,
-                max(map(len, group)),
+            compute = partial(
+                backward, context, feed, step, training, mixing, weight=shares[step][1]
             )
+            if ranks.count == 1:
+                parts = retry_on_oom(compute, training.micro_batch_size, max(map(len, group)))
+            else:  # the other ranks would wait for gradients; `rank_launcher` begins again
+                parts = compute()
             training.step(recipe.clip_norm)
             check.add(parts, sum(map(len, group)))
     return check.finish() / len(context.train)
@@ -110,11 +124,12 @@ class LossCheck:
     """Adds up the losses of an epoch and looks now and then whether they are finite.
 
     Reading a number of a GPU waits until the GPU has computed it. So every STEPS_BETWEEN_CHECKS
-    steps the total begins its way to the CPU, and it is read when it has arrived.
+    steps the total begins its way to the CPU, and it is read when it has arrived. Several ranks
+    look at the end of the epoch, because all of them must end it at the same step.
     """
 
-    def __init__(self, epoch: int, device: torch.device) -> None:
-        self.epoch = epoch
+    def __init__(self, epoch: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.epoch, self.ranks = epoch, ranks
         self.total = torch.zeros((), device=device)
         self.steps = 0
         self.unchecked: list[LossParts] = []  # those of the last steps
@@ -126,6 +141,9 @@ class LossCheck:
         self.total += sum_parts(parts) * example_count
         self.unchecked.append(parts)
         self.steps += 1
+        if self.ranks.count > 1:
+            del self.unchecked[:-STEPS_BETWEEN_CHECKS]
+            return
         if self.copy is None and self.steps % STEPS_BETWEEN_CHECKS == 0:
             self.copy, self.copied_steps = HostCopy({"total": self.total}), self.steps
         if self.copy is not None and self.copy.is_ready():
@@ -135,7 +153,7 @@ class LossCheck:
     def finish(self) -> float:
         """The sum of the losses of all examples. Waits for the device. Raises Diverged."""
         self.copied_steps = self.steps
-        return self._read(HostCopy({"total": self.total}))
+        return self._read(HostCopy({"total": self.ranks.mean(self.total)}))
 
     def _read(self, copy: HostCopy) -> float:
         total = float(copy.wait()["total"])
@@ -211,6 +229,7 @@ def backward(
     step: int,
     training: TrainingState,
     mixing: BatchMixing | None = None,
+    weight: float = 1.0,
 ) -> LossParts:
     """Computes the gradients of the mean loss of the batches of a step, which stay in the net.
 
@@ -221,22 +240,25 @@ def backward(
     are not ignored, the objects), and in BatchNorm, whose statistics are those of a micro-batch.
     Examples are mixed with others of their micro-batch.
 
+    The mean loss is multiplied by `weight`. Of several ranks each has its share of the batches, and
+    the gradients that stay are the mean over the ranks.
+
     Returns the parts of the loss, detached.
     """
     training.optimizer.zero_grad(set_to_none=True)
     totals: LossParts = {}
-    count = sum(map(len, feed.steps[step]))
+    losses = training.losses or StepLosses(context.net, context.task.loss_parts)
+    count = left = sum(map(len, feed.steps[step]))
     for micro_batch, batch in feed.parts(step):
-        with context.device_context.autocast():
-            loss_parts = context.task.loss_parts
-            parts = (
-                loss_parts(context.net, batch)
-                if mixing is None
-                else mixing.loss_parts(loss_parts, context.net, batch)
-            )
-        weight = len(micro_batch) / count
-        weighted = {name: part * weight if weight < 1 else part for name, part in parts.items()}
-        training.backward(sum_parts(weighted))
+        left -= len(micro_batch)
+        factor = weight * len(micro_batch) / count
+        with without_exchange(losses) if left else nullcontext():
+            with context.device_context.autocast():
+                parts = losses(batch, mixing)
+            weighted = {
+                name: part if factor == 1 else part * factor for name, part in parts.items()
+            }
+            training.backward(sum_parts(weighted))
         for name, part in weighted.items():
             totals[name] = totals[name] + part.detach() if name in totals else part.detach()
     return totals

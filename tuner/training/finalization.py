@@ -43,6 +43,7 @@ from tuner.training.exported_models import load_exporter, model_without_weights
 from tuner.training.own_metric import score_own_metric
 from tuner.training.preparation import prepare_training
 from tuner.training.publishing import publish
+from tuner.training.rank_launcher import call_on_ranks
 from tuner.training.soup import make_soup, run_at_common_depth, soup_digest
 from tuner.training.tested_runs import TestedRun, compare_tested_runs
 from tuner.training.training_loop import FitProgress, fit, open_checkpoints
@@ -97,11 +98,27 @@ def finalize(
     """
     folder = Path(job.export_folder)
     recover_export(folder)
+    trained = load_earlier_export(folder, job)
+    if trained is not None:
+        return publish_model(job, trained)
+    published: PublishedExport | None = call_on_ranks(
+        f"{__name__}:finalize_anew", job, report, slot, trains=is_trained(job)
+    )
+    return published
+
+
+def finalize_anew(
+    job: FinalizeJob, report: Callable[[Epoch], bool], slot: int
+) -> PublishedExport | None:
+    """`finalize` without an earlier export, in this process, which may be one of several ranks."""
+    trained = train_winner(job, report, slot)
+    return publish_model(job, trained) if trained is not None else None
+
+
+def publish_model(job: FinalizeJob, trained: TrainedModel) -> PublishedExport:
+    """Exports a trained model and publishes the export. Raises ExportMismatch."""
     assignment = job.assignment
     dataset = load_dataset(assignment.run, Path(assignment.home))
-    trained = load_earlier_export(folder, job) or train_winner(job, report, slot)
-    if trained is None:
-        return None
     staged_model = trained.staged_model
     staged_model.model.cpu().float().to(memory_format=torch.contiguous_format)
     merge_adapters(staged_model.model)
@@ -127,6 +144,16 @@ def run_default_test(
     Returns the content of the file with its test; None when `report` returned False. Raises
     NoUsableTrial, DataError.
     """
+    content: bytes | None = call_on_ranks(
+        f"{__name__}:run_default_test_here", job, report, slot, trains=is_trained(job)
+    )
+    return content
+
+
+def run_default_test_here(
+    job: DefaultTestJob, report: Callable[[Epoch], bool], slot: int
+) -> bytes | None:
+    """`run_default_test` in this process, which may be one of several ranks."""
     trained = train_model(job, report, slot)
     return trained.tested_run.to_bytes() if trained is not None else None
 
@@ -174,6 +201,12 @@ def train_winner(
         )
     findings["comparison"] = comparison
     return TrainedModel(context.staged_model, scores, seconds, findings, tested_run.to_bytes())
+
+
+def is_trained(job: FinalizeJob | DefaultTestJob) -> bool:
+    """Whether a job trains a model, and takes no weights that trials left."""
+    takes_soup = isinstance(job, FinalizeJob) and job.soup is not None and job.soup.ingredients
+    return job.weights_file is None and not takes_soup
 
 
 class TestedModel(NamedTuple):

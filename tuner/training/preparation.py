@@ -23,6 +23,7 @@ from tuner.training.building import (
     put_on_device,
 )
 from tuner.training.class_balance import count_classes, read_labels
+from tuner.training.data_parallel import ALONE
 from tuner.training.devices import DeviceContext
 from tuner.training.epoch import MAX_EVAL_BATCH, Diverged, TrainingContext
 from tuner.training.frozen_prefix import MAX_EXAMPLES_AT_ONCE, FrozenPrefix
@@ -269,7 +270,12 @@ def check_finite(layer: nn.Module) -> None:
 def train_hidden_layers(loaded: LoadedRun, train: Source, valid: Source) -> None:
     """Trains the whole head on features in memory. Raises Diverged."""
     context = loaded.make_context(loaded.staged_model.max_depth, loaded.probe_recipe)
-    in_memory = replace(context, train=MemorySource.of(train), valid=MemorySource.of(valid))
+    in_memory = replace(
+        context,
+        train=MemorySource.of(train),
+        valid=MemorySource.of(valid),
+        device_context=replace(context.device_context, ranks=ALONE),  # each rank its own, alike
+    )
     deque(fit(in_memory, loaded.probe_recipe, seed=0), maxlen=0)
 
 

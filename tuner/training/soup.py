@@ -40,6 +40,7 @@ from tuner.training.devices import select_device
 from tuner.training.epoch import Diverged, TrainingContext, predict_source
 from tuner.training.own_metric import score_own_metric
 from tuner.training.preparation import prepare_training
+from tuner.training.rank_launcher import call_on_ranks
 from tuner.training.training_loop import copy_state, fit, open_checkpoints, run_training_examples
 
 State = dict[str, Tensor]
@@ -217,6 +218,16 @@ def retrain_ingredient(
         NoUsableTrial: The training diverged.
         DataError, StorageError: The data cannot be read, or the weights not written.
     """
+    file: str | None = call_on_ranks(
+        f"{__name__}:retrain_ingredient_here", assignment, report, slot
+    )
+    return file
+
+
+def retrain_ingredient_here(
+    assignment: Assignment, report: Callable[[Epoch], bool], slot: int
+) -> str | None:
+    """`retrain_ingredient` in this process, which may be one of several ranks."""
     assert assignment.checkpoint_folder is not None
     run, folder = assignment.run, Path(assignment.checkpoint_folder)
     device_context = select_device(

@@ -20,6 +20,7 @@ from tuner.errors import DataError
 from tuner.messages import Epoch
 from tuner.training import batch_norm
 from tuner.training.checkpoints import Checkpoints, RestoredProgress, TrainingState
+from tuner.training.data_parallel import Dismissed, TrainingTurns, make_losses
 from tuner.training.epoch import (
     MAX_EVAL_BATCH,
     Diverged,
@@ -106,6 +107,9 @@ def fit(
     validation (fit: train+valid) the last epoch's weights stay. Equal seeds give equal epochs on
     one machine.
 
+    With several ranks every one of them calls it. Only rank 0 has scores, writes checkpoints and
+    returns.
+
     Args:
         context: What `prepare_training` made.
         recipe: How to train.
@@ -118,29 +122,36 @@ def fit(
     Raises:
         Diverged: The loss or a score is not finite.
         StorageError: A checkpoint cannot be written.
+        Dismissed: The training has ended, on a rank other than 0.
     """
+    ranks = context.device_context.ranks
+    turns = ranks.begin_training()
+    train = fit_with_checkpoints if ranks.is_first else follow_training
     try:
-        yield from fit_with_checkpoints(context, recipe, seed, checkpoints)
+        yield from train(context, recipe, seed, checkpoints, turns)
         if checkpoints is not None:
             checkpoints.finish()
     finally:
+        turns.end()
         if checkpoints is not None:  # nobody writes after the training, however it ends
             checkpoints.abandon()
 
 
 def fit_with_checkpoints(
-    context: TrainingContext, recipe: Recipe, seed: int, checkpoints: Checkpoints | None
+    context: TrainingContext,
+    recipe: Recipe,
+    seed: int,
+    checkpoints: Checkpoints | None,
+    turns: TrainingTurns,
 ) -> Iterator[FitProgress]:
     """The epochs of `fit`. At the end the last checkpoint may still be being written."""
-    training = start_training(context, recipe, seed)
-    restored = checkpoints.restore_newest(training) if checkpoints is not None else None
-    if restored is None:
-        adopt_training_statistics(context, recipe, training)
+    training, restored = begin_or_continue(context, recipe, seed, checkpoints)
+    replayed = len(restored.epochs) if restored else 0
     epochs: list[Epoch] = []
     best: BestEpoch | None = None
     for outcome in chain(
         replay_epochs(context, training, restored, recipe.batch_size),
-        train_epochs(context, recipe, training, seed, len(restored.epochs) if restored else 0),
+        train_epochs(context, recipe, training, seed, replayed, turns),
     ):
         epochs.append(outcome.epoch)
         if is_better(outcome.epoch, best, context):
@@ -167,6 +178,39 @@ def fit_with_checkpoints(
             checkpoints.save_best_weights(context.staged_model.model, context.net)
 
 
+def follow_training(
+    context: TrainingContext,
+    recipe: Recipe,
+    seed: int,
+    checkpoints: Checkpoints | None,
+    turns: TrainingTurns,
+) -> Iterator[FitProgress]:
+    """`fit_with_checkpoints` on a rank other than 0: it computes its share of each step, and has no
+    scores. At the end it raises Dismissed.
+    """
+    training, restored = begin_or_continue(context, recipe, seed, checkpoints)
+    earlier = restored.epochs if restored else []
+    for epoch in earlier:  # so that folds stay in step
+        yield FitProgress(replace(epoch, scores={}), [], None)
+    for outcome in train_epochs(context, recipe, training, seed, len(earlier), turns):
+        yield FitProgress(outcome.epoch, [], None)
+    raise Dismissed
+
+
+def begin_or_continue(
+    context: TrainingContext, recipe: Recipe, seed: int, checkpoints: Checkpoints | None
+) -> tuple[TrainingState, RestoredProgress | None]:
+    """The state of a training before its next epoch, and what a checkpoint has of the epochs
+    before.
+    """
+    training = start_training(context, recipe, seed)
+    restored = checkpoints.restore_newest(training) if checkpoints is not None else None
+    if restored is None:
+        adopt_training_statistics(context, recipe, training)
+    context.device_context.ranks.synchronize(context.net)
+    return training, restored
+
+
 def start_training(context: TrainingContext, recipe: Recipe, seed: int) -> TrainingState:
     """The state of a training before its first epoch."""
     rates = stage_rates(context.staged_model, recipe)
@@ -176,13 +220,15 @@ def start_training(context: TrainingContext, recipe: Recipe, seed: int) -> Train
     )
     steps = recipe.epochs * len(group_batches(batches, recipe.accumulate))
     schedule = make_schedule(optimizer, recipe, steps)
-    micro_batch_size = initial_micro_batch_size(
-        context.net, recipe.batch_size, context.device_context.micro_batches
-    )
-    average = WeightAverage(context.net, recipe.ema) if recipe.ema else None
     device_context = context.device_context
+    share = math.ceil(recipe.batch_size / device_context.ranks.count)
+    micro_batch_size = initial_micro_batch_size(context.net, share, device_context.micro_batches)
+    average = WeightAverage(context.net, recipe.ema) if recipe.ema else None
     scaler = make_scaler(optimizer, device_context.device, device_context.precision)
-    return TrainingState(context.net, optimizer, schedule, micro_batch_size, average, scaler)
+    losses = make_losses(context.net, context.task.loss_parts, device_context.ranks)
+    return TrainingState(
+        context.net, optimizer, schedule, micro_batch_size, average, scaler, losses
+    )
 
 
 def adopt_training_statistics(
@@ -246,10 +292,19 @@ def replay_epochs(
 
 
 def train_epochs(
-    context: TrainingContext, recipe: Recipe, training: TrainingState, seed: int, replayed: int
+    context: TrainingContext,
+    recipe: Recipe,
+    training: TrainingState,
+    seed: int,
+    replayed: int,
+    turns: TrainingTurns,
 ) -> Iterator[EpochOutcome]:
-    """Trains the epochs after the `replayed` ones and yields each. Raises Diverged."""
+    """Trains the epochs after the `replayed` ones, as long as they are to be trained, and yields
+    each. Raises Diverged.
+    """
     for number in range(replayed + 1, last_epoch(recipe) + 1):
+        if not turns.goes_on(number):
+            return
         yield run_epoch(context, recipe, training, seed, number)
 
 
@@ -261,7 +316,7 @@ def run_epoch(
     loss = train_one_epoch(context, recipe, training, seed, number)
     predictions: PredictionPairs = []
     scores: dict[str, float] = {}
-    if is_validated(recipe, number):
+    if is_validated(recipe, number) and context.device_context.ranks.is_first:
         size = min(recipe.batch_size, training.micro_batch_size.value)
         with training.validated_weights():
             scores, predictions = score_source(context, context.valid, size)

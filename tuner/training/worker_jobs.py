@@ -15,14 +15,24 @@ from tuner.config.objective import Direction
 from tuner.config.run import PluginConfig
 from tuner.core.weights import is_path
 from tuner.files.downloads import forbid_downloads
-from tuner.messages import Assignment, DatasetReport, Epoch, ModelSurvey, TrialResult
+from tuner.messages import (
+    Assignment,
+    DatasetReport,
+    Epoch,
+    GpuUse,
+    ModelSurvey,
+    TrialResult,
+)
 from tuner.training.adapters import find_layers, import_peft
 from tuner.training.building import build_model, check_metric, load_dataset
 from tuner.training.cross_validation import fit_folds, prepare_folds, runs_of_folds
+from tuner.training.data_parallel import joined_ranks
 from tuner.training.devices import DeviceContext, select_device, select_gpus
 from tuner.training.epoch import Diverged, TrainingContext
+from tuner.training.gpu_use import GpuMeter
 from tuner.training.micro_batches import is_out_of_memory, release_memory
 from tuner.training.preparation import prepare_training
+from tuner.training.rank_launcher import call_on_ranks
 from tuner.training.training_loop import BestEpoch, check_batch_size
 
 
@@ -97,8 +107,32 @@ class TrialTraining(NamedTuple):
 
 def run_trial(assignment: Assignment, report: Callable[[Epoch], bool], slot: int) -> TrialResult:
     """Carries out one trial: trains until the training ends or `report` returns False."""
+    return run_on_gpus(f"{__name__}:run_trial_here", assignment, report, slot)
+
+
+def run_repeat(assignment: Assignment, report: Callable[[Epoch], bool], slot: int) -> TrialResult:
+    """Trains a trial again, on one fold of the data, as `run_trial` does. It makes no artifacts."""
+    return run_on_gpus(f"{__name__}:run_repeat_here", assignment, report, slot)
+
+
+def run_on_gpus(
+    function: str, assignment: Assignment, report: Callable[[Epoch], bool], slot: int
+) -> TrialResult:
+    """The result of a training on as many GPUs as the engine says for a trial."""
     start = time.monotonic()
-    training = train_trial(assignment, report, slot)
+    try:
+        result: TrialResult = call_on_ranks(function, assignment, report, slot)
+    except torch.OutOfMemoryError as error:
+        return TrialResult("oom", (), 0, {}, time.monotonic() - start, str(error))
+    return result
+
+
+def run_trial_here(
+    assignment: Assignment, report: Callable[[Epoch], bool], slot: int
+) -> TrialResult:
+    """`run_trial` in this process, which may be one of several ranks."""
+    start = time.monotonic()
+    training, gpu_use = train_and_measure(assignment, report, slot)
     if training.state == "oom":
         release_memory()
     return TrialResult(
@@ -108,11 +142,27 @@ def run_trial(assignment: Assignment, report: Callable[[Epoch], bool], slot: int
         make_artifacts(training, assignment.metric, assignment.direction),
         time.monotonic() - start,
         training.reason,
+        gpu_use,
     )
 
 
-def run_repeat(assignment: Assignment, report: Callable[[Epoch], bool], slot: int) -> TrialResult:
-    """Trains a trial again, on one fold of the data, as `run_trial` does. It makes no artifacts."""
+def train_and_measure(
+    assignment: Assignment, report: Callable[[Epoch], bool], slot: int
+) -> tuple[TrialTraining, GpuUse | None]:
+    """Trains a trial, and measures what it uses of its GPU where `engine.per_gpu` is auto."""
+    if assignment.engine.per_gpu == "auto":
+        device = select_device(assignment.engine, Path(assignment.home), slot).device
+        if device.type == "cuda":
+            with GpuMeter(device) as meter:
+                training = train_trial(assignment, meter.listening(report), slot)
+            return training, meter.use()
+    return train_trial(assignment, report, slot), None
+
+
+def run_repeat_here(
+    assignment: Assignment, report: Callable[[Epoch], bool], slot: int
+) -> TrialResult:
+    """`run_repeat` in this process, which may be one of several ranks."""
     start = time.monotonic()
 
     def prepare(device_context: DeviceContext) -> list[TrainingContext]:
@@ -171,8 +221,8 @@ def train_trial(
     except Diverged as error:
         state, reason = "diverged", str(error)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
+        if not is_out_of_memory(error) or joined_ranks().count > 1:
+            raise  # the launcher of ranks begins again with smaller parts of batches
         # neither best epoch nor context: they have tensors, and the caller frees the memory
         return TrialTraining("oom", str(error).splitlines()[0], epochs, None, None)
     return TrialTraining(state, reason, epochs, best, contexts[0] if contexts else None)
