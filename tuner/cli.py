@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+import time
 import traceback
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -24,7 +25,9 @@ from tuner.commands.arguments import (
     Port,
     Quiet,
     Studies,
+    TimeOption,
     check_preset,
+    check_time,
 )
 from tuner.errors import SpaceError, TunerError
 
@@ -77,6 +80,7 @@ def run(
         ),
     ] = None,
     as_: As = None,
+    time_: TimeOption = None,
     quiet: Quiet = False,
     json_: Json = False,
     debug: Debug = False,
@@ -85,13 +89,16 @@ def run(
 
     Given a folder or file of data, it writes a space file for it first, as `tuner init` does.
     """
+    began = time.monotonic()
     from tuner.commands.init import is_data, space_file_of
     from tuner.commands.run import run_study
 
+    if time_ is not None:
+        overrides = [*(overrides or ()), f"search.time={check_time(time_)}"]
     if is_data(file):
         wanted = None if preset is None else check_preset(preset)
         with redirect_stdout(sys.stderr) if quiet or json_ else nullcontext():
-            file = space_file_of(file, wanted, as_)
+            file = space_file_of(file, wanted, as_, time_)
     elif preset is not None or as_ is not None:
         raise SpaceError(f"--preset and --as are for data; {file} says itself what is searched")
 
@@ -102,11 +109,7 @@ def run(
 
         server = start_dashboard(space, folders, port, console)
     try:
-        summary = run_study(space, folders, console)
-        if summary.made_elsewhere is None:
-            from tuner.commands.report import write_report_of
-
-            write_report_of(summary.folder, console)
+        summary = run_study(space, folders, console, began)
         console.print_summary(summary)
     finally:
         if server is not None:

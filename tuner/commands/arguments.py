@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from tuner.config.durations import parse_duration
 from tuner.errors import SpaceError, suggest_names
 
 
@@ -86,6 +87,25 @@ As = Annotated[
         "--as", help="how to read data that can be read in several ways", metavar="READING"
     ),
 ]
+
+
+TimeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--time",
+        help="how long the whole command takes, with retraining and export: 30m, 2h",
+        metavar="TIME",
+    ),
+]
+
+
+def check_time(text: str) -> str:
+    """A duration. Raises SpaceError on any other text."""
+    try:
+        parse_duration(text)
+    except ValueError as error:
+        raise SpaceError(f"--time {text!r}: {error}") from None
+    return text
 
 
 def check_preset(name: str) -> str:

@@ -35,6 +35,7 @@ from tuner.search.history import DUPLICATE_OF, REASON
 
 OutputMode = Literal["normal", "quiet", "json"]
 ASCII = str.maketrans({"★": "*", "…": "..."})
+OPEN_BUDGET_WIDTH = 999  # trials, for the width of their numbers where the time is the budget
 STYLES = {TrialState.PRUNED: "dim", TrialState.FAIL: "red"}
 
 
@@ -105,7 +106,7 @@ class Console:
         self.line_formatter = TrialLineFormatter(
             space,
             str(self.search.metric),
-            progress.budget,
+            OPEN_BUDGET_WIDTH if progress.is_open else progress.budget,
             depth,
             self.out.width if self.shows_bars else None,
         )
@@ -117,7 +118,9 @@ class Console:
             classes=list(facts.classes),
             parameters=facts.parameter_count,
             depths=survey.max_depths,
-            trials_left=max(0, progress.budget - progress.budget_used),
+            trials_left=None
+            if progress.is_open
+            else max(0, progress.budget - progress.budget_used),
         )
         for line in opening_lines(space, facts, survey, progress, workers):
             self.print_line(line)
@@ -126,7 +129,7 @@ class Console:
         if self.bar is not None:
             self.total_bar = self.bar.add_task(
                 "search",
-                total=progress.budget,
+                total=None if progress.is_open else progress.budget,
                 completed=progress.budget_used,
                 state=self.progress_text(progress, in_bar=True),
             )
@@ -214,7 +217,7 @@ class Console:
     def progress_text(self, progress: Progress, *, in_bar: bool = False) -> str:
         """`12/50, 3 pruned, eta 18m`; in the bar, which has its own line, with the best trial."""
         used, budget = progress.budget_used, progress.budget
-        texts = [f"{used}/{budget}"]
+        texts = [f"{used} trials" if progress.is_open else f"{used}/{budget}"]
         if in_bar and self.best is not None:
             texts.append(f"best {self.best[0]:.4f} #{self.best[1]}")
         if self.pruned:
@@ -225,13 +228,12 @@ class Console:
         return ", ".join(texts)
 
     def seconds_left(self, done: int, remaining: int) -> float:
-        """How long `remaining` trials take at the pace of those `done`, or until the timeout."""
+        """How long `remaining` trials take at the pace of those `done`, or until the time is up."""
         assert self.search is not None
         elapsed = time.monotonic() - self.started_at
         left = elapsed / done * remaining
-        if self.search.timeout is None:
-            return left
-        return max(0.0, min(left, parse_duration(self.search.timeout) - elapsed))
+        limits = [parse_duration(t) for t in (self.search.timeout, self.search.time) if t]
+        return max(0.0, min([left, *(limit - elapsed for limit in limits)]))
 
     def close_bars(self) -> None:
         """Takes the bars away."""
@@ -302,13 +304,15 @@ def opening_lines(
     depth = max(survey.max_depths.values())
     yield f"model  {models}, {millions:.2f} M parameters, freeze depth 0..{depth}"
     trials = f"{progress.budget} trials"
-    if progress.budget_used:
+    if search.time is not None:
+        trials = f"{search.time}, {'as many trials as fit' if progress.is_open else trials}"
+    elif progress.budget_used:
         trials = f"{progress.budget_used} of {progress.budget} trials done"
     yield (
         f"search {trials}, {search.sampler} sampler, {search.pruner} pruner, "
         f"{describe_workers(workers, survey.gpu_count)}"
     )
-    if after := describe_trainings_after(search, progress.budget):
+    if after := describe_trainings_after(search, 0 if progress.is_open else progress.budget):
         yield f"then   {after}"
 
 

@@ -18,7 +18,12 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".txt", 
 
 
 def carry_out(
-    name: str | None, example: bool, out: Path | None, preset: str, as_: str | None
+    name: str | None,
+    example: bool,
+    out: Path | None,
+    preset: str,
+    as_: str | None,
+    time: str | None = None,
 ) -> None:
     """Lists the examples, writes the named one here, or writes a space file for some data."""
     if name is None:
@@ -27,7 +32,7 @@ def carry_out(
         typer.echo("\n`tuner init --example NAME` writes one into this folder")
         typer.echo("`tuner init DATA` writes a space file for a folder or a file of yours")
     elif not example and (Path(name).expanduser().exists() or name not in names()):
-        written = write_space(name, out, preset, as_)
+        written = write_space(name, out, preset, as_, time)
         typer.echo(f"change it as you like, then `tuner run {written}`")
     elif not example:
         raise SpaceError(f"to write an example here: `tuner init --example {name}`")
@@ -36,7 +41,9 @@ def carry_out(
         typer.echo(f"wrote {file}; change what it says of your data, then `tuner check {file}`")
 
 
-def write_space(data: str, out: Path | None, preset: str, as_: str | None) -> Path:
+def write_space(
+    data: str, out: Path | None, preset: str, as_: str | None, time: str | None = None
+) -> Path:
     """Writes a space file for a folder or file of data, and says what was seen.
 
     Raises DataError where it is no data, SpaceError where it can be read in several ways, or the
@@ -53,7 +60,7 @@ def write_space(data: str, out: Path | None, preset: str, as_: str | None) -> Pa
     home = home_folder(lambda text: print(f"tuner: warning: {text}", file=sys.stderr))
     machine = Machine(has_gpu(), can_download(), home)
     file = out or default_file(data)
-    write_new(file, format_space(reading, machine, preset))
+    write_new(file, format_space(reading, machine, preset, time))
     typer.echo(f"{data}: {reading.description}")
     typer.echo(f"wrote {file} (preset {preset})")
     return file
@@ -92,8 +99,10 @@ def is_data(path: Path) -> bool:
     return path.is_dir() or (path.is_file() and path.suffix.lower() in TABLE_SUFFIXES)
 
 
-def space_file_of(data: Path, preset: str | None, as_: str | None) -> Path:
+def space_file_of(data: Path, preset: str | None, as_: str | None, time: str | None) -> Path:
     """The space file of some data for `tuner run DATA`: written at the first time, used later.
+
+    With a time it has no number of trials.
 
     Raises SpaceError where a file of that name is about something else, DataError.
     """
@@ -101,7 +110,7 @@ def space_file_of(data: Path, preset: str | None, as_: str | None) -> Path:
 
     file = default_file(str(data))
     if not file.exists():
-        return write_space(str(data), file, preset or "medium", as_)
+        return write_space(str(data), file, preset or "medium", as_, time)
     if preset is not None or as_ is not None:
         raise SpaceError(
             f"{file} is there already, so --preset and --as are not used; `tuner run {file}` goes "

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tuner.config.search_settings import AS_MANY_AS_FIT
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -10,3 +12,8 @@ class Progress:
     budget_used: int
     budget: int
     running: frozenset[int] = frozenset()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the time alone is the budget, so that there is no number of trials."""
+        return self.budget == AS_MANY_AS_FIT

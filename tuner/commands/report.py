@@ -121,7 +121,8 @@ def headline(report: StudyReport) -> list[tuple[str, str]]:
     if winner is not None and (value := reached_score(winner)) is not None:
         numbers.append((f"validation {report.metric}", f"{value:.4f}"))
     seconds = sum(trial_seconds(t) or 0 for t in view.trials)
-    numbers.append((f"of {view.budget} trials ended", str(view.budget_used)))
+    of = f"of {view.budget} " if view.budget else ""
+    numbers.append((f"{of}trials ended", str(view.budget_used)))
     numbers.append(("of training in the search", format_duration(seconds)))
     return numbers
 

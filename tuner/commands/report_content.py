@@ -115,6 +115,14 @@ def find_importances(view: StudyView) -> dict[str, float]:
 # -- in plain words
 
 
+def budget_words(view: StudyView) -> str:
+    """The budget of a search: its trials, its time, or both."""
+    trials, limit = f"{view.budget} trials", view.search.get("time")
+    if limit is None:
+        return trials
+    return f"{trials} and {limit}" if view.budget else f"{limit}, and as many trials as fit"
+
+
 def asked_sentences(report: StudyReport) -> list[str]:
     """What was asked for."""
     view, content = report.view, report.view.content
@@ -125,7 +133,7 @@ def asked_sentences(report: StudyReport) -> list[str]:
     sentences = [
         f"Fine-tune {model} for {task.replace('_', ' ')} on {path or data}, and find the recipe "
         f"with the {which} {report.metric} on the validation examples.",
-        f"The budget was {view.budget} trials, proposed by the sampler {search.get('sampler')}; "
+        f"The budget was {budget_words(view)}, proposed by the sampler {search.get('sampler')}; "
         f"the pruner {search.get('pruner')} ended those that promised nothing.",
     ]
     searched = searched_ranges(view.trials)

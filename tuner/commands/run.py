@@ -10,6 +10,8 @@ import optuna
 
 from tuner.commands.combined_listener import CombinedListener
 from tuner.commands.console import Console
+from tuner.commands.ended_search import EndedSearch
+from tuner.commands.finishing_times import FinishingClock, FinishingTimes
 from tuner.commands.gpu_sharing import measure_first_trials
 from tuner.commands.session import (
     INSTEAD,
@@ -21,10 +23,10 @@ from tuner.commands.session import (
     write_yaml,
 )
 from tuner.commands.summary import Summary
-from tuner.commands.winner import EndedSearch, finalize_once, progress_of
+from tuner.commands.winner import finalize_once, progress_of
 from tuner.config import database_url
 from tuner.config.parsing import with_values
-from tuner.config.run import ConfirmSettings, SearchSettings
+from tuner.config.run import ConfirmSettings, SearchSettings, parse_duration
 from tuner.config.space import Space
 from tuner.config.yaml_document import COMMAND_LINE
 from tuner.dashboard.artifacts import ArtifactWriter
@@ -39,13 +41,34 @@ from tuner.search.coordinator import Coordinator
 from tuner.search.optuna_internals import study_id_of
 from tuner.search.pruners import PRUNERS
 from tuner.search.study_identity import defaulted_keys, identity
+from tuner.search.time_limit import TimeLimit
 
 # bytes that must be free beside what is written, for the database and the cache's small things
 RESERVE_BYTES = 100_000_000
 
 
-def run_study(space: Space, folders: Folders, console: Console) -> Summary:
-    """Searches until the budget is spent, finalizes the winner, and returns the summary."""
+def run_study(
+    space: Space, folders: Folders, console: Console, began: float | None = None
+) -> Summary:
+    """Searches until the budget is spent, makes the winner and the report, returns the summary.
+
+    `began`: when the command began, by `time.monotonic()`; None: now.
+    """
+    began = time.monotonic() if began is None else began
+    summary, finishing = search_and_finalize(space, folders, console, began)
+    if summary.made_elsewhere is None:
+        from tuner.commands.report import write_report_of
+
+        write_report_of(summary.folder, console)
+    if finishing is not None:
+        finishing.end()
+    return summary
+
+
+def search_and_finalize(
+    space: Space, folders: Folders, console: Console, began: float
+) -> tuple[Summary, FinishingClock | None]:
+    """The summary, and with `search.time` the clock that measures what follows the search."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     removal.require_own(folders.study_folder(space))
     removal.require_target(folders.study_folder(space) / "export", INSTEAD)
@@ -61,11 +84,13 @@ def run_study(space: Space, folders: Folders, console: Console) -> Summary:
             contextlib.ExitStack() as stack,
         ):
             remove_leftovers(folder)  # what a killed search left
-            coordinator = open_coordinator(s, folder, facts.digest, stack)
+            workers = worker_count(space, survey.gpu_count)
+            times = FinishingTimes(folders.home, space, survey, facts)
+            limit = make_time_limit(s.settings.search, began, times, workers)
+            coordinator = open_coordinator(s, folder, facts.digest, stack, limit)
             sizes = facts.split_sizes["train"], facts.split_sizes["valid"]
             history.keep_split_sizes(coordinator.study, *sizes)
             before = coordinator.budget_used
-            workers = worker_count(space, survey.gpu_count)
             console.start_search(
                 coordinator.space,
                 lambda: progress_of(coordinator),
@@ -88,8 +113,22 @@ def run_study(space: Space, folders: Folders, console: Console) -> Summary:
                 raise interrupted_error(s.stop_signal)
             if coordinator.fatal_error is not None:
                 raise coordinator.fatal_error
+            if coordinator.end_reason is not None:
+                console.note(f"the search ends: {coordinator.end_reason}")
             is_new = coordinator.budget_used > before
-            return finalize_once(EndedSearch(s, coordinator, folder, sizes, workers, is_new))
+            clock = FinishingClock(times, limit) if limit is not None else None
+            ended = EndedSearch(s, coordinator, folder, sizes, workers, is_new, clock)
+            return finalize_once(ended), clock
+
+
+def make_time_limit(
+    search: SearchSettings, began: float, times: FinishingTimes, workers: int
+) -> TimeLimit | None:
+    """The limit that `search.time` states."""
+    if search.time is None:
+        return None
+    finishing = times.read(time.monotonic() - began)
+    return TimeLimit(parse_duration(search.time), began, finishing, workers)
 
 
 def search_until_done(session: Session, coordinator: Coordinator, workers: int) -> None:
@@ -103,7 +142,7 @@ def search_until_done(session: Session, coordinator: Coordinator, workers: int) 
             coordinator.next_job,
             coordinator.report,
             coordinator.on_job_end,
-            session.go_on,
+            lambda: session.go_on() and not coordinator.must_end_now(),
             workers,
         )
         if (
@@ -149,7 +188,11 @@ def worker_count(space: Space, gpus: int) -> int:
 
 
 def open_coordinator(
-    session: Session, folder: Path, data_digest: str, stack: contextlib.ExitStack
+    session: Session,
+    folder: Path,
+    data_digest: str,
+    stack: contextlib.ExitStack,
+    time_limit: TimeLimit | None = None,
 ) -> Coordinator:
     """Makes or continues the study. `stack` closes the database and ends the lease."""
     space, search = session.space, session.settings.search
@@ -215,6 +258,7 @@ def open_coordinator(
         lease,
         keeping,
         folder,
+        time_limit,
     )
     if warning := coordinator.proposer.warning():
         session.console.warn(warning)

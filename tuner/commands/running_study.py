@@ -84,7 +84,8 @@ def status_lines(view: StudyView, values: dict[str, Any]) -> list[str]:
     """What a person reads."""
     who = f" by {', '.join(view.coordinators)}" if view.coordinators else ""
     others = [f"{n} {state}" for state, n in values["states"].items() if state != "complete"]
-    ended = f"{values['trials']} of {values['budget']} ended"
+    of = f" of {values['budget']}" if values["budget"] else ""
+    ended = f"{values['trials']}{of} ended"
     lines = [
         f"study    {view.name}: {view.state}{who}",
         f"trials   {', '.join([ended, *others])}",
@@ -184,7 +185,7 @@ def enqueue_trial(view: StudyView, settings: list[str]) -> None:
     typer.echo(f"enqueued: {'  '.join(f'{k} {plain_value(v)}' for k, v in params.items())}")
     if view.coordinators:
         typer.echo("it is tried as soon as a worker is free")
-    elif view.budget_used >= view.budget:
+    elif view.budget_used >= view.budget > 0:
         file = shlex.quote(str(view.folder / "space.yaml"))
         more = view.budget_used + 1
         typer.echo(f"the budget is spent; try it with `tuner run {file} search.trials={more}`")

@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from tuner.commands.arguments import As, Debug, Json, PresetOption, Studies, check_preset
+from tuner.commands.arguments import (
+    As,
+    Debug,
+    Json,
+    PresetOption,
+    Studies,
+    TimeOption,
+    check_preset,
+    check_time,
+)
 from tuner.errors import SpaceError
 
 
@@ -28,6 +37,7 @@ def init(
     ] = None,
     preset: PresetOption = "medium",
     as_: As = None,
+    time: TimeOption = None,
     example: Annotated[
         bool, typer.Option("--example", help="write the example of this name here, to be changed")
     ] = False,
@@ -39,7 +49,7 @@ def init(
     """
     from tuner.commands.init import carry_out
 
-    carry_out(name, example, out, check_preset(preset), as_)
+    carry_out(name, example, out, check_preset(preset), as_, check_time(time) if time else None)
 
 
 def doctor(studies: Studies = Path("studies"), json_: Json = False, debug: Debug = False) -> None:

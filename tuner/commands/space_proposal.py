@@ -129,8 +129,13 @@ def has_weights(model: ModelChoice, home: Path) -> bool:
     return any(folder.is_dir() and any(folder.glob(model.weights_file)) for folder in folders)
 
 
-def format_space(reading: DataReading, machine: Machine, preset: str) -> str:
-    """The space file as text, with comments. It can be run as it is."""
+def format_space(
+    reading: DataReading, machine: Machine, preset: str, time: str | None = None
+) -> str:
+    """The space file as text, with comments. It can be run as it is.
+
+    `time`: how long the search takes; None: the preset has a number of trials.
+    """
     model = choose_model(reading.task, machine)
     trials = TRIALS[preset]
     lines = [
@@ -145,7 +150,9 @@ def format_space(reading: DataReading, machine: Machine, preset: str) -> str:
         "recipe:                  # what is left out has the defaults of the model's authors",
         *_recipe_lines(reading, machine, model, preset),
         "search:",
-        f"  trials: {trials}{_comment('more find better values; the same command goes on')}",
+        f"  trials: {trials}{_comment('more find better values; the same command goes on')}"
+        if time is None
+        else f"  time: {time}{_comment('of the whole command; or a number of trials')}",
         *_metric_lines(reading),
         "export: [safetensors, onnx]",
     ]

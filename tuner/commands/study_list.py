@@ -91,7 +91,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     def score(value: float | None) -> str:
         return "" if value is None else f"{value:.4f}"
 
-    counts = "" if row["trials"] is None else f"{row['trials']}/{row['budget']}"
+    counts = "" if row["trials"] is None else f"{row['trials']}/{row['budget'] or '-'}"
     label = metric_label(row["metric"]) if row["metric"] else ""
     best, test = score(row["best"]), score(row["test"])
     return (row["study"], row["state"], counts, best, label, test, row["changed"])

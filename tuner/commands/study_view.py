@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import yaml_document
 from tuner.config.objective import Direction
+from tuner.config.search_settings import AS_MANY_AS_FIT
 from tuner.dashboard.server import find_study, open_read_only
 from tuner.errors import DataError, SpaceError
 from tuner.files.removal import MANIFEST
@@ -74,7 +75,9 @@ class StudyView:
 
     @property
     def budget(self) -> int:
-        return int(self.search.get("trials") or 0)
+        """The number of trials that may end; 0 where the time alone is the budget."""
+        trials = int(self.search.get("trials") or 0)
+        return 0 if trials == AS_MANY_AS_FIT else trials
 
     @cached_property
     def budget_used(self) -> int:

@@ -146,6 +146,8 @@ def describe_end(trial: FrozenTrial) -> str:
     if DUPLICATE_OF in trial.user_attrs:
         return f" same as #{trial.user_attrs[DUPLICATE_OF]}"
     reason = (str(trial.user_attrs.get(REASON, "")).splitlines() or [""])[0]
+    if trial.state == TrialState.COMPLETE:
+        return f" {reason}" if reason else ""
     if trial.state == TrialState.PRUNED:
         return f" pruned{f' ({reason})' if reason else ''}"
     return (

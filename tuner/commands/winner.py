@@ -1,13 +1,13 @@
 """The winner of a study: chosen, written to best.yaml, retrained, tested and exported."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from tuner import manifest
+from tuner.commands.ended_search import EndedSearch
 from tuner.commands.exported_run import (
     choose_export,
     choose_outputs,
@@ -15,7 +15,7 @@ from tuner.commands.exported_run import (
     with_thresholds,
 )
 from tuner.commands.progress import Progress
-from tuner.commands.session import Session, interrupted_error, study_name, write_yaml
+from tuner.commands.session import interrupted_error, study_name, write_yaml
 from tuner.commands.soup import (
     is_current,
     manifest_of_run,
@@ -41,6 +41,7 @@ from tuner.search.confirmation import (
     any_repeat_kept,
     read_confirmed,
     settings_for,
+    training_seconds,
 )
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import derive_seed
@@ -73,22 +74,6 @@ def best_yaml_content(run: Run, space: Space, outputs: OutputSettings) -> dict[s
         "engine": settings.engine.model_dump(),
         "export": list(settings.export),
     }
-
-
-@dataclass(frozen=True)
-class EndedSearch:
-    """A search whose budget is spent: what the winner is made of.
-
-    `split_sizes` are the numbers of training and validation examples. `workers`: how many carry
-    out trials. `new_trials`: whether this command added any.
-    """
-
-    session: Session
-    coordinator: Coordinator
-    folder: Path
-    split_sizes: tuple[int, int]
-    workers: int
-    new_trials: bool
 
 
 def finalize_once(ended: EndedSearch) -> Summary:
@@ -226,6 +211,9 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
     soup = plan_soup(session, folder, candidates, earlier)
     averaged = manifest.averaged_runs(soup.findings if soup is not None else None)
     is_tested = earlier is not None and manifest.averaged_runs(earlier.get("soup")) == averaged
+    comparison = None if is_tested else compare_with_default(ended, winner, is_soup=bool(averaged))
+    if weights is None and not averaged:
+        ended.trained(training_seconds(winner))
     published = session.finalize(
         run,
         folder / "export",
@@ -233,12 +221,14 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
         winner.number,
         soup.valid_scores if soup is not None and averaged else winner.user_attrs[history.SCORES],
         weights,
-        None if is_tested else compare_with_default(ended, winner, is_soup=bool(averaged)),
+        comparison,
         confirmation,
         soup,
         outputs,
     )
     remove_soup_checkpoints(folder)
+    if ended.clock is not None:
+        ended.clock.exported = True
     if compared := manifest.describe_comparison(published.manifest):
         write_result_note(coordinator.study, f"trial {winner.number}: {compared}")
     return replace(summary, published=published, anything_new=True)
@@ -273,8 +263,12 @@ def confirm_best(ended: EndedSearch) -> Confirmed | None:
         tell,
         session.stopping,
     )
+    seconds = confirmation.estimate_seconds(ended.workers)
+    if confirmation.count and not ended.has_time_for(seconds + winner_seconds(ended)):
+        console.warn("search.time leaves no time to confirm the best trials; the best one wins")
+        return None
     if confirmation.count:
-        seconds = confirmation.estimate_seconds(ended.workers)
+        ended.trained(seconds)
         console.note(
             f"confirming {', '.join(f'#{n}' for n in confirmation.trial_numbers)}: "
             f"{confirmation.count} trainings with other seeds and other validation examples, "
@@ -295,6 +289,14 @@ def confirm_best(ended: EndedSearch) -> Confirmed | None:
     if confirmed is None:
         console.warn("no trial could be repeated, so the best one wins unconfirmed")
     return confirmed
+
+
+def winner_seconds(ended: EndedSearch) -> float:
+    """About how long the training of the winner takes."""
+    if not ended.session.settings.search.retrain:
+        return 0.0
+    winner = choose_unconfirmed(ended.coordinator.study, ended.session.space).winner
+    return training_seconds(winner)
 
 
 def is_of_earlier_version(ended: EndedSearch) -> bool:
@@ -353,6 +355,13 @@ def compare_with_default(
         "test_flips": outputs.test_flips,
     }
     tested = find_tested_run(folder, wanted, folder / "export" / manifest.TEST_RESULTS)
+    if tested is None and weights is None:
+        if not ended.has_time_for(training_seconds(default) + training_seconds(winner)):
+            session.console.warn(
+                "not compared with the default recipe: search.time leaves no time to train it"
+            )
+            return None
+        ended.trained(training_seconds(default))
     if tested is None:
         kept = (folder / CHECKPOINTS_FOLDER / "default").absolute()
         try:

@@ -9,6 +9,7 @@ from tuner.config.durations import check_duration
 from tuner.config.objective import Direction
 from tuner.config.section import Section
 
+AS_MANY_AS_FIT = 1_000_000  # trials: so many that the time alone is the budget
 STUDY_NAME_PATTERN = re.compile(r"[^/\x00-\x1f]{1,200}")
 
 
@@ -27,10 +28,35 @@ class ConfirmSettings(Section):
     repeats: int = Field(3, ge=1, le=20, description="how often each is trained again")
 
 
+class StopSettings(Section):
+    """When a search that finds nothing better ends."""
+
+    trials: int = Field(15, ge=1, le=1_000_000, description="so many trials in a row")
+    gain: float = Field(0.0, ge=0, description="in which the best improved by no more than this")
+
+
 class SearchSettings(Section):
     """How the space is searched."""
 
-    trials: int = Field(20, ge=1, le=1_000_000, description="the budget: trials that ended")
+    trials: int = Field(
+        20,
+        ge=1,
+        le=AS_MANY_AS_FIT,
+        description="the budget: trials that ended; with `time` the default is as many as fit",
+    )
+    time: Annotated[str | None, AfterValidator(check_duration)] = Field(
+        None,
+        description="how long the whole command takes, with the trainings after the search, test "
+        "and export: 90s, 10m, 1h30m, 1.5h, 2d",
+    )
+    stop: StopSettings | None = Field(
+        None,
+        description="end where the best improved by no more than `gain` in the last `trials` "
+        "trials",
+    )
+    target: float | None = Field(
+        None, description="end as soon as a trial's metric is as good as this"
+    )
     timeout: Annotated[str | None, AfterValidator(check_duration)] = Field(
         None, description="ask no more this long after the command began: 90s, 10m, 1h30m, 1.5h, 2d"
     )

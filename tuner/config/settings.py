@@ -12,6 +12,7 @@ from tuner.config import database_url, fields, plugins, section_keys
 from tuner.config.draft import Draft
 from tuner.config.objective import is_own_metric
 from tuner.config.run import EngineSettings, SearchSettings, Settings
+from tuner.config.search_settings import AS_MANY_AS_FIT
 from tuner.config.space import KeyPath
 from tuner.config.yaml_document import describe_value
 from tuner.errors import NO_MEAN_OF_OUTPUTS, SpaceError, suggest_names
@@ -45,6 +46,7 @@ def read_settings(draft: Draft) -> Settings | None:
     check_engine_keys(draft)
     check_study_name(draft)
     resolve_metric(draft)
+    leave_trials_to_time(draft)
     check_search_of_task(draft)
     storage, formats = read_storage_url(draft), read_export_formats(draft)
     if len(draft.problems) > before:
@@ -54,6 +56,15 @@ def read_settings(draft: Draft) -> Settings | None:
         for section in ("search", "engine")
     )
     return Settings(SearchSettings(**search), EngineSettings(**engine), storage, formats)
+
+
+def leave_trials_to_time(draft: Draft) -> None:
+    """With `search.time` and no `search.trials` the time alone is the budget."""
+    written = draft.document.content.get("search")
+    if isinstance(written, dict) and "trials" in written:
+        return
+    if draft.values.get(("search", "time")) is not None:
+        draft.values["search", "trials"] = AS_MANY_AS_FIT
 
 
 def read_plain_section(

@@ -138,6 +138,13 @@ def _is_equal(candidate: Candidate, best: Candidate, sign: int) -> bool:
     return mean == 0 or mean < spread / math.sqrt(len(differences)) * (1 - ROUNDING)
 
 
+def training_seconds(trial: FrozenTrial) -> float:
+    """About how long a completed trial takes up to its best epoch, when it is trained again."""
+    epochs = max(1, max(trial.intermediate_values, default=1))
+    seconds = float(trial.user_attrs.get("seconds", 0.0))
+    return seconds * min(1.0, int(trial.user_attrs[history.BEST_EPOCH]) / epochs)
+
+
 def read_candidates(
     study: optuna.Study, space: Space, settings: ConfirmSettings
 ) -> list[tuple[Candidate, dict[int, dict[str, Any]]]]:
@@ -270,10 +277,7 @@ class Confirmation:
         trials = {t.number: t for t in history.completed_trials(self.study)}
         total = 0.0
         for number, _ in self.missing:
-            trial = trials[number]
-            epochs = max(1, len(trial.intermediate_values))
-            seconds = float(trial.user_attrs.get("seconds", 0.0))
-            total += seconds * min(1.0, self.best_epochs[number] / epochs)
+            total += training_seconds(trials[number])
         return total / max(1, min(workers, len(self.missing)))
 
     # -- what an engine calls

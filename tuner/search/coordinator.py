@@ -14,6 +14,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
 from tuner.config.run import Run, parse_duration
+from tuner.config.search_settings import AS_MANY_AS_FIT
 from tuner.config.space import Space
 from tuner.errors import TunerError
 from tuner.files.checkpoint_files import CheckpointRetention
@@ -30,6 +31,8 @@ from tuner.search.ledger import Ledger
 from tuner.search.proposals import TrialProposer
 from tuner.search.running_trial import RunningTrial, SearchListener
 from tuner.search.samplers import derive_seed
+from tuner.search.stop_rules import DUPLICATES_IN_A_ROW, reason_to_stop
+from tuner.search.time_limit import TimeLimit
 from tuner.search.trial_outcomes import TrialOutcomes
 from tuner.search.windowed_study import WindowedStudy
 
@@ -52,9 +55,13 @@ class Coordinator:
         coordination: SingleCoordinator | SharedCoordination | None = None,
         retention: CheckpointRetention | None = None,
         enqueued_folder: Path | None = None,
+        time_limit: TimeLimit | None = None,
     ) -> None:
         self.study = WindowedStudy(study)
         self.enqueued_folder = enqueued_folder
+        self.time_limit = time_limit
+        self.end_reason: str | None = None  # why the search ends before its budget is spent
+        self.duplicates_in_a_row = 0
         self.space = space
         self.make_assignment = make_assignment
         self.listener = listener
@@ -81,6 +88,7 @@ class Coordinator:
             listener,
             should_stop,
         )
+        self._read_trials()
 
     @property
     def budget_used(self) -> int:
@@ -157,7 +165,7 @@ class Coordinator:
             return False
         if self.coordination.is_shared and time.monotonic() - self.last_empty_poll < POLL_SECONDS:
             return False
-        return not self.is_past_timeout()
+        return not self.is_past_timeout() and not self._has_reason_to_stop()
 
     def propose_trial(self) -> Trial | None:
         """Start a trial of the study, if the budget allows one more."""
@@ -188,10 +196,29 @@ class Coordinator:
         return self.budget_used + running_count < self.proposer.trial_budget()
 
     def is_past_timeout(self) -> bool:
-        return (
-            self.search_settings.timeout is not None
-            and time.monotonic() - self.since > parse_duration(self.search_settings.timeout)
-        )
+        """Return whether no trial begins any more, by `search.timeout` or `search.time`."""
+        timeout = self.search_settings.timeout
+        is_late = timeout is not None and time.monotonic() - self.since > parse_duration(timeout)
+        return is_late or self.is_out_of_time()
+
+    def is_out_of_time(self) -> bool:
+        """Return whether `search.time` leaves no time for a further trial."""
+        return self.time_limit is not None and not self.time_limit.has_time_for_trial()
+
+    def must_end_now(self) -> bool:
+        """Return whether running epochs are not waited for, because the command would be late."""
+        return self.time_limit is not None and self.time_limit.must_end_now()
+
+    def _has_reason_to_stop(self) -> bool:
+        self.end_reason = reason_to_stop(self.study, self.search_settings)
+        has_open_budget = self.search_settings.trials == AS_MANY_AS_FIT
+        if has_open_budget and self.duplicates_in_a_row >= DUPLICATES_IN_A_ROW:
+            self.end_reason = f"the last {DUPLICATES_IN_A_ROW} trials repeated earlier ones"
+        return self.end_reason is not None
+
+    def _read_trials(self) -> None:
+        if self.time_limit is not None:
+            self.time_limit.read_trials(self.study, self.space)
 
     def waits_for_others(self) -> bool:
         """Return whether others run trials that this coordinator would retry if they died."""
@@ -213,7 +240,9 @@ class Coordinator:
         crash_point("search.drawn")
         originals = [*self.running.values(), *self.outcomes.suspected().values()]
         if self.duplicates.takes(trial, run, proposal, originals):
+            self.duplicates_in_a_row += 1
             return None
+        self.duplicates_in_a_row = 0
         self.started_count += 1
         running = self.running[trial.number] = RunningTrial(
             trial,
@@ -250,9 +279,19 @@ class Coordinator:
         except UpdateFinishedTrialError:
             return False  # another process ended it
         self.outcomes.accepted(running)
-        return not (running.is_pruned or self.should_stop())
+        self._count_epoch(running, epoch, score)
+        return not (running.is_pruned or running.is_out_of_time or self.should_stop())
+
+    def _count_epoch(self, running: RunningTrial, epoch: Epoch, score: float | None) -> None:
+        """Note what a trial costs, and whether the time ends it before its next epoch."""
+        running.trained_seconds += epoch.seconds
+        running.epoch_seconds = max(running.epoch_seconds, epoch.seconds)
+        running.is_scored = running.is_scored or score is not None
+        if self.time_limit is not None and epoch.number < running.epochs and not running.is_pruned:
+            running.is_out_of_time = not self.time_limit.has_time_for_epoch(running)
 
     def on_job_end(self, job: Job, outcome: Outcome) -> None:
         """Record how a trial ended, once."""
         self.last_empty_poll = float("-inf")
         self.outcomes.record(self.running.pop(job.number), outcome, self.started_count)
+        self._read_trials()

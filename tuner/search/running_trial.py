@@ -23,6 +23,10 @@ class RunningTrial:
     killed: int = 0  # earlier attempts whose workers a memory limit ended
     refused: bool = False  # an earlier attempt was refused by its worker
     is_pruned: bool = False
+    is_out_of_time: bool = False  # search.time has ended it
+    trained_seconds: float = 0.0  # of all its epochs so far
+    epoch_seconds: float = 0.0  # of its longest epoch
+    is_scored: bool = False  # an epoch of it has a score
 
     @property
     def number(self) -> int:

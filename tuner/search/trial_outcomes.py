@@ -33,6 +33,7 @@ from tuner.search.ledger import ENDED_STATES, Ledger
 from tuner.search.running_trial import RunningTrial, SearchListener
 from tuner.search.windowed_study import WindowedStudy
 
+OUT_OF_TIME = "ended by search.time"
 SUSPECTS = 3  # trials refused in a row that end the search
 
 
@@ -99,7 +100,8 @@ class TrialOutcomes:
 
     def _finish(self, running: RunningTrial, result: TrialResult) -> None:
         trial = running.trial
-        if result.state == "stopped" and not running.is_pruned:
+        by_time = result.state == "stopped" and running.is_out_of_time and self._can_win(result)
+        if result.state == "stopped" and not (running.is_pruned or by_time):
             self.ledger.retry_own(
                 running.trial, running.proposal, "interrupted", counts_as_attempt=False
             )
@@ -116,10 +118,13 @@ class TrialOutcomes:
                 trial.set_user_attr(THRESHOLDS, list(best.thresholds))
         if failed:
             trial.set_user_attr(REASON, f"{result.state}: {result.reason}")
+        if by_time:
+            reached = f"after epoch {len(result.epochs)} of {running.epochs}"
+            trial.set_user_attr(REASON, f"{OUT_OF_TIME} {reached}")
         # before `tell`, because artifacts can be attached only to a running trial
         self.listener.save_artifacts(trial, running.run, result)
         crash_point("search.files")
-        if result.state == "complete":
+        if result.state == "complete" or by_time:
             value = result.epochs[result.best_epoch - 1].scores[str(self.search.metric)]
             ended = self.study.tell(running.number, value)
         else:
@@ -131,6 +136,13 @@ class TrialOutcomes:
             self._count_failure(f"{result.state}: {result.reason}", same_cause=False)
         else:
             self.failures.clear()
+
+    def _can_win(self, result: TrialResult) -> bool:
+        """Whether a trial that the time has ended can be the winner: it has a score, and its
+        weights, which only a training that has ended leaves, are not needed.
+        """
+        needs_no_weights = self.search.retrain and self.search.soup == "none"
+        return result.best_epoch > 0 and needs_no_weights
 
     def _close(
         self, running: RunningTrial, ended: FrozenTrial, result: TrialResult | None = None

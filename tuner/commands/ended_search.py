@@ -1,0 +1,35 @@
+"""A search whose budget is spent, as a value: what the winner is made of."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.commands.finishing_times import FinishingClock
+from tuner.commands.session import Session
+from tuner.search.coordinator import Coordinator
+
+
+@dataclass(frozen=True)
+class EndedSearch:
+    """A search whose budget is spent: what the winner is made of.
+
+    `split_sizes` are the numbers of training and validation examples. `workers`: how many carry
+    out trials. `new_trials`: whether this command added any. `clock`: measures what follows the
+    search, where its time is limited.
+    """
+
+    session: Session
+    coordinator: Coordinator
+    folder: Path
+    split_sizes: tuple[int, int]
+    workers: int
+    new_trials: bool
+    clock: FinishingClock | None = None
+
+    def has_time_for(self, seconds: float) -> bool:
+        """Whether a training of so many seconds fits the time that `search.time` leaves."""
+        return self.clock is None or self.clock.has_time_for(seconds)
+
+    def trained(self, seconds: float) -> None:
+        """Notes that a training of about so many seconds was made."""
+        if self.clock is not None:
+            self.clock.expected += seconds
