@@ -196,7 +196,8 @@ def run(
     Args:
         space: Data (a folder, a table), for which a space file is written into the current folder
             as `tuner init` does; or a space file; or its content as a dict.
-        time: How long the search may ask for trials, such as `"1h"` or `"30m"`.
+        time: How long the whole call may take, with retraining, test and export, such as `"1h"` or
+            `"30m"`.
         preset: With data: `"quick"`, `"medium"` (the default) or `"best"`.
         read_as: With data that can be read in several ways: which one.
         settings: Keys of the space that differ, such as `{"search.trials": 5}`.
@@ -221,12 +222,12 @@ def run(
     console = Console("quiet" if quiet else "normal")
     changes = dict(settings or {})
     if time is not None:
-        changes["search.timeout"] = time
+        changes["search.time"] = time
     if name is not None:
         changes["search.name"] = name
     parsed = parsing.parse_space(
         parsing.apply_overrides(
-            _document(space, preset, read_as, quiet=quiet),
+            _document(space, preset, read_as, time, quiet=quiet),
             [f"{key}={_value_text(key, value)}" for key, value in changes.items()],
         )
     )
@@ -254,7 +255,12 @@ def _value_text(key: str, value: Any) -> str:
 
 
 def _document(
-    space: PathLike | Mapping[str, Any], preset: str | None, read_as: str | None, *, quiet: bool
+    space: PathLike | Mapping[str, Any],
+    preset: str | None,
+    read_as: str | None,
+    time: str | None,
+    *,
+    quiet: bool,
 ) -> Document:
     """What was given, as a document."""
     from tuner.commands.arguments import check_preset
@@ -264,7 +270,7 @@ def _document(
     if not isinstance(space, Mapping) and is_data(Path(space)):
         wanted = None if preset is None else check_preset(preset)
         with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
-            space = space_file_of(Path(space), wanted, read_as)
+            space = space_file_of(Path(space), wanted, read_as, time)
     elif preset is not None or read_as is not None:
         raise SpaceError("preset and read_as are for data; this space says itself what is searched")
     if isinstance(space, Mapping):
