@@ -135,7 +135,9 @@ def parameter_groups(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_parameters(net).items():
         rate = stage_rates.get(name.partition(".")[0], 1.0)
-        rate *= part_rate(name, recipe)
+        factor = part_rate(name, recipe)
+        if factor != 1:
+            rate *= factor
         decay = recipe.weight_decay
         if not recipe.decay_norms and not is_decayed(name, parameter):
             decay = 0.0
