@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         InputSpec,
         TensorTree,
         TextInputSpec,
+        relative_difference,
         tree_to_dict,
     )
     from tuner.core.targets import IGNORED, NO_OBJECT, Boxes, Labels, Masks, Targets
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
         Source,
         StagedModel,
         Task,
-        relative_difference,
         split_sequential,
     )
     from tuner.core.weights import load_matching_state, read_state_dict
@@ -185,6 +185,7 @@ _NAMES_BY_MODULE = {
         "InputSpec",
         "TensorTree",
         "TextInputSpec",
+        "relative_difference",
         "tree_to_dict",
     ),
     "tuner.core.targets": ("IGNORED", "NO_OBJECT", "Boxes", "Labels", "Masks", "Targets"),
@@ -195,7 +196,6 @@ _NAMES_BY_MODULE = {
         "Source",
         "StagedModel",
         "Task",
-        "relative_difference",
         "split_sequential",
     ),
     "tuner.core.weights": ("load_matching_state", "read_state_dict"),

@@ -128,7 +128,7 @@ def check(
 ) -> None:
     """Find what can be wrong before training. Nothing is downloaded."""
     from tuner.commands.session import open_session
-    from tuner.config.plugins import output_word
+    from tuner.config.related_tasks import output_word
     from tuner.config.space import dump_yaml
 
     space, folders, console = open_space(file, overrides, Path("studies"), False, False)

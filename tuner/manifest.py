@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.config.objective import metric_label
-from tuner.config.plugins import output_word
+from tuner.config.related_tasks import output_word
 from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.errors import DataError
 from tuner.files import removal

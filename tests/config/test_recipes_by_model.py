@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import FixedTrial
 
 from tests.conftest import SMALL
-from tuner.config import parsing, plugins, yaml_document
+from tuner.config import parsing, related_tasks, yaml_document
 from tuner.config.run import Recipe, Run
 from tuner.config.space import Space, dump_yaml
 from tuner.errors import SpaceError
@@ -38,7 +38,7 @@ def test_each_model_has_its_own_familys_recipe(models: tuple[str, ...]) -> None:
     for name in models:
         alone = space(name, "{freeze_depth: 1}").sample(None)
         assert sample(searched, name, freeze_depth=1) == alone
-        stated = plugins.read_recipe(name, "detection")
+        stated = related_tasks.read_recipe(name, "detection")
         assert alone.recipe == Recipe(**stated, freeze_depth=1)
     assert {run.model.name: run.recipe.optimizer for run in searched.plugin_combinations()} == {
         name: "adamw" if name == "rtdetr_r18" else "sgd" for name in models

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tuner.config import parsing, plugins, yaml_document
+from tuner.config import parsing, plugins, related_tasks, yaml_document
 from tuner.config.run import Recipe
 from tuner.errors import SpaceError
 
@@ -104,9 +104,9 @@ def test_a_recipe_may_follow_the_models_name(monkeypatch: pytest.MonkeyPatch) ->
             "resnet1*": {"classification": {"lr": 1.0}},
         },
     )
-    assert plugins.read_recipe("resnet18", "classification") == {"lr": 1.0, "epochs": 4}
-    assert plugins.read_recipe("resnet50", "classification") == {"lr": 2e-5, "epochs": 4}
-    assert plugins.read_recipe("resnet18", "detection") == {}
+    assert related_tasks.read_recipe("resnet18", "classification") == {"lr": 1.0, "epochs": 4}
+    assert related_tasks.read_recipe("resnet50", "classification") == {"lr": 2e-5, "epochs": 4}
+    assert related_tasks.read_recipe("resnet18", "detection") == {}
     found = parsing.parse_space(yaml_document.parse_document(TEXT, "f")).make_run({}).recipe
     assert found.lr == 1.0
 

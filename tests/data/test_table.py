@@ -159,6 +159,20 @@ def test_weights_go_with_their_images_and_have_a_mean_of_1(tmp_path: Path, photo
     assert data.digest != load(tmp_path / "m.csv", photos).digest
 
 
+@pytest.mark.parametrize("augment", ["flip", "standard", "strong"])
+def test_weighted_images_are_augmented_as_others_are(
+    augment: str, tmp_path: Path, photos: Path
+) -> None:
+    path = write_csv(tmp_path / "m.csv", rows())
+    plain = load(path, photos, augment=augment)
+    weighted = load(path, photos, augment=augment, weight="w")
+    index = torch.arange(len(plain.train))
+    for view in range(3):
+        x, y = plain.train.take(index, view)
+        same_x, same_y = weighted.train.take(index, view)
+        assert torch.equal(x, same_x) and torch.equal(y, same_y["target"])  # type: ignore[arg-type,call-overload,index]
+
+
 def changed(number: int, **cells: Any) -> list[dict[str, Any]]:
     content = rows()
     content[number] |= cells

@@ -14,15 +14,8 @@ from tests.helpers import segmenters, small_transformers
 from tuner.config import parsing, plugins, yaml_document
 from tuner.config.run import EngineSettings, PluginConfig, Recipe, Run
 from tuner.core.detectors import join_targets
-from tuner.core.input_spec import InputSpec, TensorTree
-from tuner.core.types import (
-    Batch,
-    Dataset,
-    Prediction,
-    StagedModel,
-    Task,
-    relative_difference,
-)
+from tuner.core.input_spec import InputSpec, TensorTree, relative_difference
+from tuner.core.types import Batch, Dataset, Prediction, StagedModel, Task
 from tuner.training.batch_norm import pretrained_norms
 from tuner.training.building import build_model
 from tuner.training.devices import DeviceContext, select_device

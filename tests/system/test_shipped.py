@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import CommandResult
 from tests.helpers import box_files, image_tables, instance_files, mask_files, small_transformers
-from tuner.config import parsing, plugins, space, yaml_document
+from tuner.config import parsing, related_tasks, space, yaml_document
 from tuner.config.run import Recipe
 
 FILES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
@@ -91,7 +91,7 @@ def test_a_shipped_file_resolves_and_reads_back(path: Path) -> None:
         == found
     )
     run = found.make_run({})
-    stated = plugins.read_recipe(run.model.name, run.task.name)
+    stated = related_tasks.read_recipe(run.model.name, run.task.name)
     # the first trials are what the model's people begin with
     rates = [
         v for name, v in found.default_params().items() if space.key_of_parameter(name) == "lr"

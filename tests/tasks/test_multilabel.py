@@ -15,7 +15,7 @@ from tuner.core.types import Batch
 from tuner.errors import SpaceError
 from tuner.tasks import multilabel, regression, text_multilabel
 from tuner.tasks._multilabel_scores import fit_thresholds
-from tuner.training.finalization import decide_thresholds
+from tuner.training.label_thresholds import decide_thresholds
 
 LABELS = ("a", "b", "c")
 

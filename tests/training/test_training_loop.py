@@ -16,10 +16,10 @@ from tuner.messages import Epoch
 from tuner.training import training_loop
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.epoch import Diverged, group_batches
+from tuner.training.micro_batches import check_batch_size
 from tuner.training.optimizers import OPTIMIZERS, lr_factor, make_optimizer, make_schedule
 from tuner.training.preparation import prepare_training
 from tuner.training.training_loop import (
-    check_batch_size,
     fit,
     predict_source,
     shuffle_into_batches,

@@ -25,7 +25,7 @@ from tuner.commands.trial_line import (
     short_label,
 )
 from tuner.config.objective import is_improvement
-from tuner.config.plugins import output_word
+from tuner.config.related_tasks import output_word
 from tuner.config.run import Run, SearchSettings, parse_duration
 from tuner.config.space import Space
 from tuner.jobs import AS_MANY_AS_POSSIBLE

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from tuner.commands import table_scan
-from tuner.config import plugins
+from tuner.config import plugins, related_tasks
 from tuner.data._labelled_rows import USUAL_LABEL_COLUMNS
 from tuner.data._rows import KIND_BY_SUFFIX, TableRows, read_rows
 from tuner.errors import DataError, limit_listing
@@ -53,7 +53,7 @@ class DataReading:
     def description(self) -> str:
         """What was seen, in words."""
         kind = "texts" if self.side is None else "images"
-        word = plugins.output_word(self.task)
+        word = related_tasks.output_word(self.task)
         classes = f" of {len(self.class_sizes)} {word}" if self.class_sizes else ""
         inside = f", split into {' and '.join(self.splits)}" if self.splits else ""
         return f"{self.examples:,} {kind}{classes}{inside}: {self.task.replace('_', ' ')}"

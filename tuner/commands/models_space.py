@@ -12,7 +12,7 @@ from tuner.commands.space_proposal import (
     has_rare_classes,
     round_down,
 )
-from tuner.config import plugins
+from tuner.config import plugins, related_tasks
 from tuner.config.run import Recipe
 from tuner.config.space import dump_yaml
 
@@ -74,7 +74,7 @@ def _recipe(reading: DataReading, names: list[str], machine: Machine) -> dict[st
     """The ranges, each model's around the rate of its authors."""
     rates = {}
     for name in names:
-        authors = plugins.read_recipe(name, reading.task)
+        authors = related_tasks.read_recipe(name, reading.task)
         rates[name] = float(authors.get("lr", Recipe.model_fields["lr"].default))
     low, high = choose_epochs(reading, machine, PRESET)
     recipe: dict[str, Any] = {

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.commands.data_scan import DataReading
-from tuner.config import plugins
+from tuner.config import plugins, related_tasks
 from tuner.config.run import Recipe
 
 TRIALS: dict[str, int] = {"quick": 6, "medium": 16, "best": 40}
@@ -115,7 +115,7 @@ def choose_model(task: str, machine: Machine) -> ModelChoice:
 
     Where nothing is installed it is the first of all, and `tuner check` says what to install.
     """
-    choices = MODELS[plugins.related_task(task), machine.has_gpu]
+    choices = MODELS[related_tasks.related_task(task), machine.has_gpu]
     installed = [m for m in choices if importlib.util.find_spec(m.package) is not None]
     ready = [m for m in installed if machine.can_download or has_weights(m, machine.home)]
     return (ready or installed or list(choices))[0]
@@ -188,7 +188,7 @@ def _augment(preset: str) -> str:
 def choose_size(reading: DataReading, model: ModelChoice, preset: str) -> int:
     """The side of the images, pixels: the preset's, at most twice their own, a multiple of 32."""
     wanted = model.sizes[list(TRIALS).index(preset)]
-    if plugins.related_task(reading.task) != "classification" or reading.side is None:
+    if related_tasks.related_task(reading.task) != "classification" or reading.side is None:
         return wanted
     return min(wanted, max(32, round(2 * reading.side / 32) * 32))
 
@@ -202,7 +202,7 @@ def _weights_lines(model: ModelChoice) -> list[str]:
 def _recipe_lines(
     reading: DataReading, machine: Machine, model: ModelChoice, preset: str
 ) -> list[str]:
-    authors = plugins.read_recipe(model.name, reading.task)
+    authors = related_tasks.read_recipe(model.name, reading.task)
     rate = float(authors.get("lr", Recipe.model_fields["lr"].default))
     low, high = choose_epochs(reading, machine, preset)
     epochs = f"{{low: {low}, high: {high}}}" if high > low else str(high)

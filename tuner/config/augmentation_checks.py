@@ -4,7 +4,7 @@ one key.
 
 from typing import Any
 
-from tuner.config import plugins
+from tuner.config import related_tasks
 from tuner.config.augmentation import (
     FLIP_VERSIONS,
     POLICIES,
@@ -30,7 +30,7 @@ SHARE_OF_A_STAGE = 0.25  # of which no text model that can be frozen has less th
 
 def check_policies(draft: Draft) -> None:
     """Whether the task can use each policy, and each key of a policy that is written by hand."""
-    task = plugins.related_task(str(draft.values.get(("task", "name"))))
+    task = related_tasks.related_task(str(draft.values.get(("task", "name"))))
     if not _has_image_options(draft) or task not in POLICIES:
         return
     for name in draft.possible_values(AUGMENT) or ():
@@ -75,9 +75,9 @@ def check_mixing(draft: Draft) -> None:
             continue
         if task in UNMIXABLE_TASKS:
             draft.add_problem(path, f"{task} cannot use it: {UNMIXABLE_TASKS[task]}")
-        elif plugins.related_task(task) == "text_classification" and key == "cutmix":
+        elif related_tasks.related_task(task) == "text_classification" and key == "cutmix":
             draft.add_problem(path, f"{task} cannot use it: texts have no rectangles; use mixup")
-        elif plugins.related_task(task) == "text_classification" and _may_freeze_nothing(
+        elif related_tasks.related_task(task) == "text_classification" and _may_freeze_nothing(
             draft, path
         ):
             draft.add_problem(

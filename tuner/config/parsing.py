@@ -18,6 +18,7 @@ from tuner.config import (
     conditions,
     fields,
     plugins,
+    related_tasks,
     section_keys,
     yaml_document,
 )
@@ -251,7 +252,7 @@ def model_recipe_fields(draft: Draft, name: Any) -> dict[str, FieldInfo]:
     if not isinstance(name, str) or ":" in name:
         return recipe_fields
     task = draft.values.get(("task", "name"))
-    for key, value in plugins.read_recipe(name, str(task)).items():
+    for key, value in related_tasks.read_recipe(name, str(task)).items():
         recipe_fields[key] = FieldInfo.merge_field_infos(recipe_fields[key], default=value)
     return recipe_fields
 

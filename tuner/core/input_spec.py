@@ -26,6 +26,25 @@ def tree_to_dict(tree: TensorTree) -> dict[str, Tensor]:
     return tree if isinstance(tree, dict) else {"": tree}
 
 
+def relative_difference(expected: TensorTree, got: TensorTree) -> float:
+    """The largest difference between two trees of equal names and shapes.
+
+    It is relative to the largest absolute value that is expected, or to 1 where that is less.
+    """
+    pairs = [
+        (value.float(), tree_to_dict(got)[name].float())
+        for name, value in tree_to_dict(expected).items()
+    ]
+    return max(
+        (
+            float((a - b).abs().max()) / max(1.0, float(a.abs().max()))
+            for a, b in pairs
+            if a.numel()
+        ),
+        default=0.0,
+    )
+
+
 def begin_copy_to_cpu(tree: TensorTree) -> Callable[[], TensorTree]:
     """Begins to copy a tree to the CPU. The function that is returned waits for it and gives it.
 

@@ -4,8 +4,6 @@ A `Batch` is what flows, `Source` and `Dataset` are where it comes from, a `Stag
 trained, and a `Task` is what it is trained for.
 """
 
-import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,18 +11,13 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from tuner.core.adapters import trained_parameters
 from tuner.core.example_results import ExampleResults, join_pairs, repeat_pair
-from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
+from tuner.core.input_spec import InputSpec, TensorTree
 from tuner.core.target_scale import TargetScale
 
-# the rate in the representation of torch's dropout, torchvision's and timm's stochastic depth
-DROPOUT_RATE = re.compile(
-    r"(\b(?:\w*Dropout\w*|DropPath|StochasticDepth)\()(?:p|drop_prob)=[0-9.e-]+"
-)
 NECK_NAMES = ("neck", "fpn", "extra", "decoder")  # of a stage between backbone and head
 
 
@@ -398,45 +391,9 @@ class Task(ABC):
         """
 
 
-def relative_difference(expected: TensorTree, got: TensorTree) -> float:
-    """The largest difference between two trees of equal names and shapes.
-
-    It is relative to the largest absolute value that is expected, or to 1 where that is less.
-    """
-    pairs = [
-        (value.float(), tree_to_dict(got)[name].float())
-        for name, value in tree_to_dict(expected).items()
-    ]
-    return max(
-        (
-            float((a - b).abs().max()) / max(1.0, float(a.abs().max()))
-            for a, b in pairs
-            if a.numel()
-        ),
-        default=0.0,
-    )
-
-
 def split_sequential(model: nn.Module) -> StagedModel:
     """The stages of a user's own model: the children of an nn.Sequential; any other model is one
     stage.
     """
     children = dict(model.named_children()) if isinstance(model, nn.Sequential) else {}
     return StagedModel(model, children or {"model": model})
-
-
-def module_digest(module: nn.Module, *, ignore_dropout: bool = False) -> str:
-    """SHA-256 over a module's structure, parameters and buffers.
-
-    With `ignore_dropout` modules that differ in the rates of dropout alone have equal digests, as
-    in eval mode they have equal outputs.
-    """
-    structure = repr(module)
-    if ignore_dropout:
-        structure = DROPOUT_RATE.sub(r"\1", structure)
-    digest = hashlib.sha256(structure.encode())
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(content.numpy().data)
-    return digest.hexdigest()

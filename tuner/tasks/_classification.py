@@ -9,10 +9,10 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner.config.run import Recipe
 from tuner.core.example_results import ExampleResults
-from tuner.core.input_spec import InputSpec, TensorTree
+from tuner.core.input_spec import InputSpec, TensorTree, relative_difference
 from tuner.core.losses import class_cross_entropy, weights_of_classes
 from tuner.core.targets import split_weights
-from tuner.core.types import Batch, Mistake, Prediction, Task, relative_difference
+from tuner.core.types import Batch, Mistake, Prediction, Task
 from tuner.tasks._classification_reports import (
     concatenate_pairs,
     describe_probabilities,

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tuner.config.run import Recipe
 from tuner.core.example_results import ExampleResults
-from tuner.core.input_spec import InputSpec, TensorTree
+from tuner.core.input_spec import InputSpec, TensorTree, relative_difference
 from tuner.core.losses import weighted_mean
 from tuner.core.targets import split_weights
-from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
+from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.errors import SpaceError
 from tuner.preprocessing.tokenization import trim_padding
 from tuner.tasks._classification_reports import concatenate_pairs, encode_csv

@@ -23,10 +23,16 @@ from tuner import deferred_figures
 from tuner.config.run import Recipe
 from tuner.core.example_results import ExampleResults
 from tuner.core.geometry import place_on_canvas
-from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to_dict
+from tuner.core.input_spec import (
+    ImageInputSpec,
+    InputSpec,
+    TensorTree,
+    relative_difference,
+    tree_to_dict,
+)
 from tuner.core.losses import mean_cross_entropy, weights_of_classes
 from tuner.core.targets import IGNORED
-from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
+from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.tasks import _annotated_images
 
 METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tuner.config.run import Recipe
 from tuner.core.example_results import ExampleResults
-from tuner.core.input_spec import InputSpec, TensorTree, TextInputSpec
+from tuner.core.input_spec import InputSpec, TensorTree, TextInputSpec, relative_difference
 from tuner.core.losses import mean_cross_entropy
-from tuner.core.types import Batch, Dataset, Prediction, Task, relative_difference
+from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.preprocessing.tokenization import (
     cut_padding,
     decode_texts,

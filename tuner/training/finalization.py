@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tuner.config.run import Run
 from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import TensorTree
 from tuner.core.output_modules import FlippedPair, ScaledLogits, require_flips
@@ -32,7 +31,6 @@ from tuner.messages import (
     Epoch,
     FinalizeJob,
     Ingredient,
-    scale_probability,
 )
 from tuner.training.adapters import merge_adapters
 from tuner.training.building import DeviceSource, load_dataset
@@ -40,6 +38,7 @@ from tuner.training.checkpoint_content import load_best_weights
 from tuner.training.devices import select_device
 from tuner.training.epoch import MAX_EVAL_BATCH, Diverged, TrainingContext, predict_source
 from tuner.training.exported_models import load_exporter, model_without_weights
+from tuner.training.label_thresholds import decide_thresholds
 from tuner.training.own_metric import score_own_metric
 from tuner.training.preparation import prepare_training
 from tuner.training.publishing import publish
@@ -274,23 +273,6 @@ def train_model(
     except Diverged as error:
         raise NoUsableTrial(f"training diverged ({error}); {DIVERGED_HINT}") from None
     return TestedModel(context, valid_scores, tested_run, thresholds)
-
-
-def decide_thresholds(
-    context: TrainingContext, run: Run, fitted: tuple[float, ...], temperature: float | None
-) -> tuple[float, ...] | None:
-    """The probabilities from which on a test example has each label; None: the task has no labels.
-
-    They are those that the run states, or those that fit the validation examples. A training
-    without validation, whose run states none, decides at 0.5: the test examples must not choose.
-    """
-    if type(context.task).at_thresholds is Task.at_thresholds:
-        return None
-    count = len(context.dataset.classes)
-    stated = run.task.options.get("thresholds")
-    if stated is not None:
-        return tuple(stated) if isinstance(stated, tuple) else (float(stated),) * count
-    return tuple(scale_probability(value, temperature) for value in fitted) or (0.5,) * count
 
 
 def retrain(assignment: Assignment, context: TrainingContext) -> Iterator[FitProgress]:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tuner.config.run import Run
+from tuner.core.types import Dataset
+from tuner.errors import DataError
 from tuner.preprocessing.resident_tensors import give_back_memory, has_resident_tensors
 
 Result = TypeVar("Result")
@@ -119,3 +122,26 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def check_batch_size(dataset: Dataset, run: Run) -> list[str]:
+    """Warnings about a batch size that the data cannot fill.
+
+    Raises:
+        DataError: There are fewer than 2 training examples.
+    """
+    count = len(dataset.train)
+    if count < 2:
+        raise DataError(f"data: {count} training examples; at least 2 are needed")
+    recipe = run.recipe
+    if recipe.batch_size <= count <= recipe.batch_size * (recipe.accumulate - 1):
+        return [
+            f"recipe.accumulate: {recipe.accumulate} batches of {recipe.batch_size}, but there are "
+            f"{count} training examples; each epoch is one step"
+        ]
+    if recipe.batch_size > count:
+        return [
+            f"recipe.batch_size: {recipe.batch_size}, but there are {count} training examples; "
+            f"each epoch is one batch of {count}"
+        ]
+    return []

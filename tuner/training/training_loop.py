@@ -15,8 +15,6 @@ from tuner.config.objective import is_improvement
 from tuner.config.run import Recipe, Run
 from tuner.core.adapters import load_trained_state, trained_state
 from tuner.core.device_transfers import copies_asynchronously
-from tuner.core.types import Dataset
-from tuner.errors import DataError
 from tuner.messages import Epoch
 from tuner.training import batch_norm
 from tuner.training.checkpoints import Checkpoints, RestoredProgress, TrainingState
@@ -379,26 +377,3 @@ def drain_notes(training: TrainingState, checkpoints: Checkpoints | None) -> tup
         drained += notes
         notes.clear()
     return tuple(drained)
-
-
-def check_batch_size(dataset: Dataset, run: Run) -> list[str]:
-    """Warnings about a batch size that the data cannot fill.
-
-    Raises:
-        DataError: There are fewer than 2 training examples.
-    """
-    count = len(dataset.train)
-    if count < 2:
-        raise DataError(f"data: {count} training examples; at least 2 are needed")
-    recipe = run.recipe
-    if recipe.batch_size <= count <= recipe.batch_size * (recipe.accumulate - 1):
-        return [
-            f"recipe.accumulate: {recipe.accumulate} batches of {recipe.batch_size}, but there are "
-            f"{count} training examples; each epoch is one step"
-        ]
-    if recipe.batch_size > count:
-        return [
-            f"recipe.batch_size: {recipe.batch_size}, but there are {count} training examples; "
-            f"each epoch is one batch of {count}"
-        ]
-    return []

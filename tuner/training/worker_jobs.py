@@ -30,10 +30,10 @@ from tuner.training.data_parallel import joined_ranks
 from tuner.training.devices import DeviceContext, select_device, select_gpus
 from tuner.training.epoch import Diverged, TrainingContext
 from tuner.training.gpu_use import GpuMeter
-from tuner.training.micro_batches import is_out_of_memory, release_memory
+from tuner.training.micro_batches import check_batch_size, is_out_of_memory, release_memory
 from tuner.training.preparation import prepare_training
 from tuner.training.rank_launcher import call_on_ranks
-from tuner.training.training_loop import BestEpoch, check_batch_size
+from tuner.training.training_loop import BestEpoch
 
 
 def survey_models(
