@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers.split_laws import check_partition, check_split
-from tuner.core.types import StagedModel, module_digest
+from tuner.core.module_digests import module_digest
+from tuner.core.types import StagedModel
 from tuner.models._cutter import cut_model
 from tuner.models._forward_pass import UncutModel
 from tuner.models._graph_stage import pack_values, unpack_values

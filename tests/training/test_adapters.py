@@ -15,7 +15,7 @@ from tests.helpers import small_transformers
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.core.adapters import MARK, trained_parameters
-from tuner.core.types import module_digest
+from tuner.core.module_digests import module_digest
 from tuner.errors import SpaceError
 from tuner.files.checkpoint_files import list_checkpoints
 from tuner.messages import Assignment, Ingredient

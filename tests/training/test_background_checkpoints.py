@@ -14,7 +14,7 @@ from tests.conftest import SMALL, limit_file_size
 from tests.helpers.forked_commands import ForkServer, forks
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
-from tuner.core.types import module_digest
+from tuner.core.module_digests import module_digest
 from tuner.errors import StorageError
 from tuner.files.checkpoint_files import list_checkpoints
 from tuner.training import checkpoints, training_loop

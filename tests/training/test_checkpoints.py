@@ -15,7 +15,7 @@ from tests.conftest import SMALL, limit_file_size
 from tests.helpers import box_files, counting_model, small_transformers
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, PluginConfig, Run
-from tuner.core.types import module_digest
+from tuner.core.module_digests import module_digest
 from tuner.errors import StorageError
 from tuner.files import checkpoint_files
 from tuner.files.atomic import file_sha256

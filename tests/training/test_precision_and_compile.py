@@ -11,7 +11,7 @@ from torch import nn
 from tests.conftest import SMALL
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
-from tuner.core.types import module_digest
+from tuner.core.module_digests import module_digest
 from tuner.training import checkpoints
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.preparation import prepare_training

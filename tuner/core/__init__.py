@@ -1,5 +1,6 @@
 """The vocabulary that tasks, models, data sources and export formats are written in."""
 
+from tuner.core.module_digests import module_digest
 from tuner.core.types import (
     Batch,
     Dataset,
@@ -7,7 +8,6 @@ from tuner.core.types import (
     Source,
     StagedModel,
     Task,
-    module_digest,
     relative_difference,
     split_sequential,
 )

@@ -4,8 +4,6 @@ A `Batch` is what flows, `Source` and `Dataset` are where it comes from, a `Stag
 trained, and a `Task` is what it is trained for.
 """
 
-import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +11,6 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from tuner.core.adapters import trained_parameters
@@ -21,10 +18,6 @@ from tuner.core.example_results import ExampleResults, join_pairs, repeat_pair
 from tuner.core.input_spec import InputSpec, TensorTree, tree_to_dict
 from tuner.core.target_scale import TargetScale
 
-# the rate in the representation of torch's dropout, torchvision's and timm's stochastic depth
-DROPOUT_RATE = re.compile(
-    r"(\b(?:\w*Dropout\w*|DropPath|StochasticDepth)\()(?:p|drop_prob)=[0-9.e-]+"
-)
 NECK_NAMES = ("neck", "fpn", "extra", "decoder")  # of a stage between backbone and head
 
 
@@ -69,18 +62,6 @@ class TargetSource(Protocol):
 
     def take_targets(self, index: Tensor) -> TensorTree:
         """The targets of the examples at `index` (int64, (n,)), without augmentation."""
-
-
-@runtime_checkable
-class OriginalTargetSource(Protocol):
-    """A source that can give targets as they are on the disk, not as they lie on the canvas."""
-
-    @property
-    def has_originals(self) -> bool:
-        """Whether there are such targets."""
-
-    def take_original(self, number: int) -> Tensor:
-        """The original target of one example: of a mask uint8 (height, width)."""
 
 
 @runtime_checkable
@@ -241,19 +222,11 @@ class Task(ABC):
     def predict_originals(
         self, net: nn.Module, x: TensorTree, sizes: Sequence[tuple[int, int]], input_spec: InputSpec
     ) -> Iterable[TensorTree]:
-        """The prediction for each example of a batch in the form of its original target, with a
-        batch dimension of 1, for the score on the test examples.
+        """The prediction for each example as its original target is, with a batch dimension of 1,
+        for the test scores: of a source that is an OriginalTargetSource.
 
-        Only a task whose data sources are OriginalTargetSources is asked.
-
-        Args:
-            net: What gives outputs.
-            x: Inputs of `net`.
-            sizes: Width and height in pixels of each original image.
-            input_spec: How the original images lie on the canvas.
-
-        Raises:
-            NotImplementedError: The task has no such predictions.
+        `sizes`: width and height in pixels of each original image; `input_spec`: how these lie on
+        the canvas. Raises NotImplementedError where the task has no such predictions.
         """
         raise NotImplementedError
 
@@ -423,20 +396,3 @@ def split_sequential(model: nn.Module) -> StagedModel:
     """
     children = dict(model.named_children()) if isinstance(model, nn.Sequential) else {}
     return StagedModel(model, children or {"model": model})
-
-
-def module_digest(module: nn.Module, *, ignore_dropout: bool = False) -> str:
-    """SHA-256 over a module's structure, parameters and buffers.
-
-    With `ignore_dropout` modules that differ in the rates of dropout alone have equal digests, as
-    in eval mode they have equal outputs.
-    """
-    structure = repr(module)
-    if ignore_dropout:
-        structure = DROPOUT_RATE.sub(r"\1", structure)
-    digest = hashlib.sha256(structure.encode())
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(content.numpy().data)
-    return digest.hexdigest()

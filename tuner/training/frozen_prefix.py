@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tuner.core.input_spec import TensorTree
-from tuner.core.types import Batch, Source, module_digest
+from tuner.core.module_digests import module_digest
+from tuner.core.types import Batch, Source
 from tuner.preprocessing.tokenization import trim_padding
 from tuner.training.code_digest import code_digest
 
