@@ -23,6 +23,7 @@ from tuner.search.study_identity import Comparison, defaulted_keys, identity
 HEADS = {
     "classification": "task: classification\nmodel: resnet18_slim\ndata: {name: digits",
     "detection": "task: detection\nmodel: yolox_s\ndata: {name: coco, path: x",
+    "instance_segmentation": "task: instance_segmentation\nmodel: maskrcnn_resnet50_fpn\ndata: {name: coco, path: x",
     "segmentation": "task: segmentation\nmodel: lraspp_mobilenet_v3_large\ndata: {name: masks, path: x",
 }
 

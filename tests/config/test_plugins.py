@@ -76,6 +76,7 @@ def test_the_folders_are_listed_without_importing() -> None:
     tasks = {
         "classification",
         "detection",
+        "instance_segmentation",
         "multilabel",
         "regression",
         "segmentation",

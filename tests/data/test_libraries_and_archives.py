@@ -228,7 +228,7 @@ def test_masks_of_a_saved_dataset_are_those_of_files(library: Any, tmp_path: Pat
 
 
 def test_texts_of_a_saved_dataset(library: Any, tmp_path: Path) -> None:
-    small_transformers.write_model_folder(tmp_path / "bert", "bert")
+    small_transformers.write_model_folder(tmp_path, "bert")
     spec = TextInputSpec(str(tmp_path / "bert"), 16)
     features = library.Features(
         {"text": library.Value("string"), "label": library.ClassLabel(names=["ham", "spam"])}

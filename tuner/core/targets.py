@@ -5,7 +5,7 @@ They are moved with the image.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from numpy.typing import NDArray
@@ -60,6 +60,18 @@ class Targets(Protocol):
 
     def transform(self, y: TensorTree, transform: AffineTransform) -> TensorTree:
         """The targets `y` of a batch whose images are transformed."""
+
+
+@runtime_checkable
+class OriginalTargetSource(Protocol):
+    """A source that can give targets as they are on the disk, not as they lie on the canvas."""
+
+    @property
+    def has_originals(self) -> bool:
+        """Whether there are such targets."""
+
+    def take_original(self, number: int) -> Tensor:
+        """The original target of one example: of a mask uint8 (height, width)."""
 
 
 @dataclass(frozen=True)

@@ -65,18 +65,6 @@ class TargetSource(Protocol):
 
 
 @runtime_checkable
-class OriginalTargetSource(Protocol):
-    """A source that can give targets as they are on the disk, not as they lie on the canvas."""
-
-    @property
-    def has_originals(self) -> bool:
-        """Whether there are such targets."""
-
-    def take_original(self, number: int) -> Tensor:
-        """The original target of one example: of a mask uint8 (height, width)."""
-
-
-@runtime_checkable
 class ResidentSource(Protocol):
     """A source whose examples may be in the memory of a device."""
 
@@ -234,19 +222,11 @@ class Task(ABC):
     def predict_originals(
         self, net: nn.Module, x: TensorTree, sizes: Sequence[tuple[int, int]], input_spec: InputSpec
     ) -> Iterable[TensorTree]:
-        """The prediction for each example of a batch in the form of its original target, with a
-        batch dimension of 1, for the score on the test examples.
+        """The prediction for each example as its original target is, with a batch dimension of 1,
+        for the test scores: of a source that is an OriginalTargetSource.
 
-        Only a task whose data sources are OriginalTargetSources is asked.
-
-        Args:
-            net: What gives outputs.
-            x: Inputs of `net`.
-            sizes: Width and height in pixels of each original image.
-            input_spec: How the original images lie on the canvas.
-
-        Raises:
-            NotImplementedError: The task has no such predictions.
+        `sizes`: width and height in pixels of each original image; `input_spec`: how these lie on
+        the canvas. Raises NotImplementedError where the task has no such predictions.
         """
         raise NotImplementedError
 

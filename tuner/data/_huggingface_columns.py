@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tuner.config.requirements import pip_install
 from tuner.config.run import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
@@ -45,8 +46,8 @@ def import_library() -> Any:
         import datasets
     except ImportError as error:
         raise SpaceError(
-            f"data.name: huggingface needs the library datasets ({error}); install it with "
-            "`pip install 'tuner-finetune[datasets]'`"
+            f"data.name: huggingface needs the package datasets ({error}): "
+            f"{pip_install('datasets')}"
         ) from None
     datasets.disable_progress_bars()
     return datasets

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from faster_coco_eval.core import mask as coco_masks
 from numpy.typing import NDArray
-from pycocotools import mask as coco_masks
 
 from tuner.core.geometry import Placement, place_on_canvas
 from tuner.core.input_spec import ImageInputSpec
@@ -95,7 +95,7 @@ def draw_shape(
 def decode_run_lengths(shape: Mapping[str, Any]) -> Mask:
     """The mask that run lengths stand for, bool (height, width).
 
-    pycocotools' own function warns with NumPy 2, and warnings cannot be silenced in one thread.
+    Written out, as the library's own function needs the text form, and does not say what is wrong.
 
     Raises:
         ValueError: the counts do not add up to the size, or are no text of COCO's.

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from faster_coco_eval.core import mask as coco_masks
 from numpy.typing import NDArray
-from pycocotools import mask as coco_masks
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image

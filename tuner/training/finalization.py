@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tuner.core.export_module import ExportModule
-from tuner.core.input_spec import TensorTree
 from tuner.core.output_modules import FlippedPair, ScaledLogits, require_flips
 from tuner.core.target_scale import TargetScale
-from tuner.core.types import OriginalTargetSource, Source, StagedModel, Task
+from tuner.core.types import StagedModel, Task
 from tuner.errors import DataError, NoUsableTrial
 from tuner.manifest import (
     TEST_RESULTS,
@@ -36,9 +35,10 @@ from tuner.training.adapters import merge_adapters
 from tuner.training.building import DeviceSource, load_dataset
 from tuner.training.checkpoint_content import load_best_weights
 from tuner.training.devices import select_device
-from tuner.training.epoch import MAX_EVAL_BATCH, Diverged, TrainingContext, predict_source
+from tuner.training.epoch import Diverged, TrainingContext, predict_source
 from tuner.training.exported_models import load_exporter, model_without_weights
 from tuner.training.label_thresholds import decide_thresholds
+from tuner.training.original_targets import find_originals, predict_originals
 from tuner.training.own_metric import score_own_metric
 from tuner.training.preparation import prepare_training
 from tuner.training.publishing import publish
@@ -325,36 +325,6 @@ def score_test_split(
         temperature,
         test_flips,
     )
-
-
-def find_originals(task: Task, source: Source) -> OriginalTargetSource | None:
-    """The source, where it has targets as they are on the disk and the task predicts such."""
-    if type(task).predict_originals is Task.predict_originals:
-        return None
-    if isinstance(source, OriginalTargetSource) and source.has_originals:
-        return source
-    return None
-
-
-@torch.no_grad()
-def predict_originals(
-    context: TrainingContext, source: Source, originals: OriginalTargetSource, batch_size: int
-) -> Iterator[tuple[TensorTree, TensorTree]]:
-    """Yields the prediction and the target of each example at the size of its original image.
-
-    One at a time, as originals may be large.
-    """
-    context.net.eval()
-    input_spec = context.dataset.input_spec
-    for index in torch.split(torch.arange(len(source)), min(MAX_EVAL_BATCH, 4 * batch_size)):
-        truths = [originals.take_original(number) for number in index.tolist()]
-        sizes = [(truth.shape[1], truth.shape[0]) for truth in truths]
-        with context.device_context.autocast():
-            predictions = context.task.predict_originals(
-                context.net, source.take(index, 0).x, sizes, input_spec
-            )
-            for prediction, truth in zip(predictions, truths, strict=True):
-                yield prediction, truth[None]
 
 
 def load_earlier_export(folder: Path, job: FinalizeJob) -> TrainedModel | None:
