@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.conftest import SMALL
 
@@ -227,3 +228,24 @@ def answers(url: str, search: "subprocess.Popen[str]") -> None:
         except OSError:
             time.sleep(0.2)
     raise AssertionError(f"{url} did not answer while the search ran")
+
+
+def test_a_picture_dropped_on_the_page_of_serve_gets_its_classes(place: Path, browser: Any) -> None:
+    """An answer with a bar for each class, and a sentence for what is no picture."""
+    Image.effect_noise((60, 40), 90).convert("RGB").save(place / "new.png")
+    (place / "bad.png").write_text("no picture")
+    command = [*TUNER, "serve", "small", "--port", str(free())]
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            browser.get(process.stdout.readline().split()[1])
+            assert "token" not in browser.current_url
+            chooser = browser.find_element(By.ID, "file")
+            chooser.send_keys(str(place / "new.png"))
+            bars = wait(browser, lambda b: b.find_elements(By.CSS_SELECTOR, "#answer .bar"))
+            assert len(bars) == 3 and sum(float(bar.text.split()[-2]) for bar in bars) > 99
+            assert complaints(browser) == []
+            chooser.send_keys(str(place / "bad.png"))
+            wait(browser, lambda b: "no image" in b.find_element(By.ID, "problem").text)
+        finally:
+            process.terminate()

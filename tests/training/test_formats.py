@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.conftest import CommandResult
-from tests.helpers.tiny_tasks import TINY_TASKS
+from tests.conftest import SMALL, CommandResult
+from tests.helpers.tiny_tasks import TINY_TASKS, write_bert_and_texts
 from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import StagedModel
@@ -128,3 +128,40 @@ def test_every_readme_loads_its_formats_without_tuner(
         said_class, probability = line.split()
         assert abs(float(probability) - answer[said_class]) < (0.1 if name in LOSSY else 2e-3), name
         assert said_class == best or name in LOSSY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+def test_a_pretrained_folder_is_loaded_by_its_library_alone(
+    tuner: Tuner, tmp_path: Path, name: str
+) -> None:
+    """With the temperature in its last layer: the program of the README says what the ONNX file says."""
+    pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}")
+    if name == "timm":
+        space = SMALL.replace(
+            "{name: resnet18_slim, weights: bundled}", "{name: timm/resnet10t, weights: none}"
+        ).partition("recipe:")[0]
+        space += "recipe: {epochs: 1, batch_size: 16}\n"
+    else:
+        write_bert_and_texts(tmp_path)
+        space = f"task: text_classification\ndata: {{name: text, path: {tmp_path}/texts.csv}}\nmodel: {{name: bert, folder: {tmp_path}/bert, length: 16}}\nrecipe: {{epochs: 1, batch_size: 8}}\n"
+    (tmp_path / "p.yaml").write_text(
+        f"{space}engine: {{name: inline, device: cpu}}\nsearch: {{calibrate: 1.7}}\nexport: [onnx, pretrained]\n"
+    )
+    said = tuner("train", "p.yaml", "--out", "out")
+    assert said.code == 0, said.err
+    export = tmp_path / "out"
+    manifest = json.loads((export / "manifest.json").read_text())
+    assert manifest["exports"]["pretrained"]["largest_difference"] < 1e-3
+    Image.effect_noise((50, 40), 90).convert("RGB").save(export / "image.jpg")
+    written = programs(export)
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_TUNER, written["onnx"], written["pretrained"]],
+        cwd=export,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    by_onnx, by_library = ended.stdout.splitlines()
+    assert by_onnx.split()[0] == by_library

@@ -32,7 +32,10 @@ def predict(
     ],
     format_: OneFormat = None,
     out: Annotated[
-        Path, typer.Option(help="the folder for pictures of boxes and masks", metavar="FOLDER")
+        Path,
+        typer.Option(
+            help="the folder for pictures of boxes, masks and heat maps", metavar="FOLDER"
+        ),
     ] = Path("predictions"),
     csv_: Annotated[
         Path | None,
@@ -48,6 +51,9 @@ def predict(
             metavar="P",
         ),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="draw which parts of an image speak for its class")
+    ] = False,
     batch: Batch = 16,
     trust: Trust = False,
     flips: Flips = None,
@@ -65,7 +71,14 @@ def predict(
 
     published = inference.find_export(studies, study)
     predictions = inference.predict_examples(
-        published, examples, format_, device, trust=trust, flips=flips, batch_size=batch
+        published,
+        examples,
+        format_,
+        device,
+        trust=trust,
+        flips=flips,
+        batch_size=batch,
+        explain=explain,
     )
     print_predictions(predictions, PredictionOutput(out, csv_, least, as_json=json_))
 

@@ -48,6 +48,14 @@ def model_without_weights(published: PublishedExport) -> ExportModule:
     return ExportModule(staged_model, input_spec, manifest.get("temperature"), target_scale)
 
 
+def open_weights(published: PublishedExport) -> ExportModule:
+    """The exported model with its weights, in eval mode on the CPU."""
+    model = model_without_weights(published)
+    entry = published.manifest["exports"][FORMAT_OF_ANY_DEVICE]
+    load_exporter(FORMAT_OF_ANY_DEVICE).restore(published.folder / entry["file"], model)
+    return model.eval()
+
+
 def select_prediction_device(name: str, export_format: str) -> torch.device:
     """The device on which a format of an export computes.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tuner.config import plugins
+from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import (
     ImageInputSpec,
     InputSpec,
@@ -32,7 +33,13 @@ from tuner.preprocessing.image_decoding import (
     try_decode,
 )
 from tuner.training.building import build_task
-from tuner.training.exported_models import open_export, select_prediction_device
+from tuner.training.exported_models import (
+    FORMAT_OF_ANY_DEVICE,
+    open_export,
+    open_weights,
+    select_prediction_device,
+)
+from tuner.training.heat_maps import draw_heat_map, heat_maps
 
 BATCH_SIZE = 16  # examples
 PREFERRED_FORMATS = ("safetensors", "torch_export", "onnx")
@@ -79,6 +86,7 @@ def predict_examples(
     trust: bool = False,
     flips: bool | None = None,
     batch_size: int = BATCH_SIZE,
+    explain: bool = False,
 ) -> Iterator[NamedPrediction | str]:
     """Predicts images or texts by an export, a batch at a time.
 
@@ -91,6 +99,7 @@ def predict_examples(
         flips: Whether the outputs for each image and its mirror image are averaged; None: as the
             export was tested.
         batch_size: How many examples are in memory at a time.
+        explain: Whether the picture of each prediction is a heat map of what speaks for its class.
 
     Yields:
         A prediction for each example, or a sentence about an example that cannot be read.
@@ -102,6 +111,8 @@ def predict_examples(
         DataError: An example does not exist.
     """
     predictor = open_predictor(published, export_format, device, trust=trust, flips=flips)
+    if explain:
+        predictor = replace(predictor, explained=require_explainable(predictor, export_format))
     sources = read_texts(examples) if predictor.takes_texts else find_images(examples)
     return predictor.predict_all(sources, batch_size)
 
@@ -109,7 +120,8 @@ def predict_examples(
 @dataclass(frozen=True)
 class Predictor:
     """An opened export: a function from examples as an export takes them to the model's output,
-    with the task that reads the output. `device` is where it computes.
+    with the task that reads the output. `device` is where it computes. `explained`: the model, on
+    the CPU, whose heat maps become the pictures of predictions.
     """
 
     published: PublishedExport
@@ -117,6 +129,7 @@ class Predictor:
     task: Task
     input_spec: InputSpec
     device: torch.device
+    explained: ExportModule | None = None
 
     @property
     def takes_texts(self) -> bool:
@@ -145,9 +158,37 @@ class Predictor:
         if not batch.names:
             return []
         with torch.no_grad():
-            return self.task.describe_predictions(
+            predictions = self.task.describe_predictions(
                 self.function, batch.x, batch.originals, self.input_spec
             )
+        if self.explained is None:
+            return predictions
+        assert isinstance(batch.x, torch.Tensor)
+        names = list(self.published.manifest["classes"])
+        likeliest = [
+            max(p.values["classes"].items(), key=lambda pair: pair[1])[0] for p in predictions
+        ]
+        classes = torch.tensor([names.index(name) for name in likeliest])
+        heats = heat_maps(self.explained, batch.x, classes)
+        return [
+            replace(prediction, picture=draw_heat_map(pixels, heat))
+            for prediction, pixels, heat in zip(predictions, batch.x, heats, strict=True)
+        ]
+
+
+def require_explainable(predictor: Predictor, export_format: str | None) -> ExportModule:
+    """The model of an export whose predictions can be explained. Raises SpaceError on others."""
+    task = predictor.published.run.task.name
+    if task != "classification" or predictor.takes_texts:
+        raise SpaceError(
+            "--explain draws what speaks for the class of an image; this is "
+            f"{task.replace('_', ' ')}"
+        )
+    if export_format not in (None, FORMAT_OF_ANY_DEVICE):
+        raise SpaceError(
+            f"--explain needs the gradients of --format {FORMAT_OF_ANY_DEVICE}, not {export_format}"
+        )
+    return open_weights(predictor.published)
 
 
 def require_format(published: PublishedExport, export_format: str) -> None:

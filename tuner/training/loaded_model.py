@@ -15,7 +15,7 @@ from tuner.core.input_spec import TensorTree
 from tuner.core.types import Prediction
 from tuner.errors import DataError, SpaceError
 from tuner.preprocessing.example_files import walk_images
-from tuner.training.exported_models import load_exporter, model_without_weights
+from tuner.training.exported_models import open_weights
 from tuner.training.inference import BATCH_SIZE, Predictor, find_export, open_predictor
 
 Example = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
@@ -136,11 +136,7 @@ class Model:
         `prepare` gives. The normalisation is inside.
         """
         if self._module is None:
-            published = self._predictor.published
-            module = model_without_weights(published)
-            file = published.manifest["exports"]["safetensors"]["file"]
-            load_exporter("safetensors").restore(published.folder / file, module)
-            self._module = module.eval()
+            self._module = open_weights(self._predictor.published)
         return self._module
 
     @staticmethod
