@@ -286,6 +286,7 @@ for command in (
     study_commands.stop,
     study_commands.enqueue,
     setup_commands.init,
+    setup_commands.plan,
     setup_commands.models,
     setup_commands.doctor,
     setup_commands.schema,

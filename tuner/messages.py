@@ -249,3 +249,58 @@ class FinalizeJob:
     confirmation: dict[str, Any] | None = None
     soup: Soup | None = None
     outputs: OutputSettings = OutputSettings()
+
+
+@dataclass(frozen=True)
+class ProfileJob:
+    """Measure what trainings cost: one run for each model and its data, and the freeze depths."""
+
+    assignment: Assignment
+    runs: tuple[Run, ...]
+    depths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DepthCost:
+    """What training at one freeze depth costs for an example.
+
+    `train_seconds` and `valid_seconds` are of one epoch. `fill_seconds` is what it takes to compute
+    an example's activations, once; without the cache it comes on top of every epoch. `cached_bytes`
+    is their size. Both are 0 where nothing is cached.
+    """
+
+    depth: int
+    train_seconds: float
+    valid_seconds: float
+    fill_seconds: float
+    cached_bytes: float
+    is_cached: bool
+
+
+@dataclass(frozen=True)
+class TrainingProfile:
+    """What trainings of one model cost. `begin_seconds`: to load data and model the first time;
+    `setup_seconds`: before each training. `peak_bytes`: of the process that measured it.
+    """
+
+    depths: tuple[DepthCost, ...]
+    begin_seconds: float
+    setup_seconds: float
+    split_sizes: dict[str, int]
+    peak_bytes: int
+
+    def cost_at(self, depth: int) -> DepthCost:
+        """The cost at the nearest depth that was measured."""
+        return min(self.depths, key=lambda cost: abs(cost.depth - depth))
+
+    def seconds_of_training(self, depth: int, epochs: int, *, validates: bool = True) -> float:
+        """Of one training whose activations, if any, are cached."""
+        cost = self.cost_at(depth)
+        train, valid = self.split_sizes["train"], self.split_sizes["valid"]
+        beside = cost.valid_seconds * valid if validates else 0.0
+        return self.setup_seconds + epochs * (cost.train_seconds * train + beside)
+
+    def seconds_to_fill(self, depth: int) -> float:
+        """Of computing the activations of train and validation examples, once."""
+        examples = self.split_sizes["train"] + self.split_sizes["valid"]
+        return self.cost_at(depth).fill_seconds * examples

@@ -215,7 +215,6 @@ def run(
         NoUsableTrial: The search ended without a model.
         Interrupted: By Ctrl-C; the same call continues.
     """
-    from tuner.commands.report import write_report_of
     from tuner.commands.run import run_study
     from tuner.commands.session import Folders, home_folder
 
@@ -237,8 +236,6 @@ def run(
     except Interrupted as error:
         problem = "interrupted; the same call of tuner.run continues where it stopped"
         raise Interrupted(error.code - 128, problem) from None
-    if summary.made_elsewhere is None:
-        write_report_of(summary.folder, console)
     console.print_summary(summary)
     return Study(summary.folder)
 

@@ -96,7 +96,7 @@ def test_a_report_goes_where_it_is_asked_to(studied: Path, tmp_path: Path) -> No
     ("space", "arguments", "problem"),
     [
         ({"recipe": {"momentun": 0.9}}, {}, "dict: recipe.momentun: unknown key; did you mean"),
-        ({}, {"time": "1 fortnight"}, "search.timeout"),
+        ({}, {"time": "1 fortnight"}, "search.time"),
         ({}, {"settings": {"recipe.lr": object()}}, "recipe.lr: a object has no place in a space"),
         ({}, {"preset": "quick"}, "preset and read_as are for data"),
     ],

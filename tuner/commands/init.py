@@ -99,7 +99,7 @@ def is_data(path: Path) -> bool:
     return path.is_dir() or (path.is_file() and path.suffix.lower() in TABLE_SUFFIXES)
 
 
-def space_file_of(data: Path, preset: str | None, as_: str | None, time: str | None) -> Path:
+def space_file_of(data: Path, preset: str | None, as_: str | None, time: str | None = None) -> Path:
     """The space file of some data for `tuner run DATA`: written at the first time, used later.
 
     With a time it has no number of trials.

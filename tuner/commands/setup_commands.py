@@ -4,6 +4,7 @@ What a command does is in a module of its own, imported when the command runs.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,9 @@ import typer
 from tuner.commands.arguments import (
     As,
     Debug,
+    FileOrData,
     Json,
+    Overrides,
     PresetOption,
     Studies,
     TimeOption,
@@ -50,6 +53,36 @@ def init(
     from tuner.commands.init import carry_out
 
     carry_out(name, example, out, check_preset(preset), as_, check_time(time) if time else None)
+
+
+def plan(
+    file: FileOrData,
+    overrides: Overrides = None,
+    preset: PresetOption = "medium",
+    as_: As = None,
+    studies: Studies = Path("studies"),
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say how long a search will take, and what it needs, from some steps at each freeze depth.
+
+    Given a folder or file of data, it writes a space file for it first, as `tuner init` does.
+    """
+    from contextlib import nullcontext, redirect_stdout
+
+    from tuner.commands.console import Console
+    from tuner.commands.init import is_data, space_file_of
+    from tuner.commands.plan import print_plan
+    from tuner.commands.session import Folders, home_folder
+    from tuner.config import parsing
+
+    if is_data(file):
+        with redirect_stdout(sys.stderr) if json_ else nullcontext():
+            wanted = None if preset == "medium" else check_preset(preset)
+            file = space_file_of(file, wanted, as_)
+    space = parsing.load_space(file, overrides or ())
+    console = Console("quiet")
+    print_plan(space, Folders(studies, home_folder(console.warn)), console, as_json=json_)
 
 
 def doctor(studies: Studies = Path("studies"), json_: Json = False, debug: Debug = False) -> None:

@@ -142,19 +142,13 @@ def prepare_training(
         SpaceError: The run does not fit the model.
         Diverged: The linear probe diverged.
     """
-    dataset = load_dataset(run, device_context.home)
-    staged_model, digests = copy_cached_model(run, device_context, len(dataset.classes))
-    if any(value.dtype == torch.bfloat16 for value in staged_model.model.parameters()):
-        device_context = replace(device_context, precision="bfloat16")
+    loaded = load_run(run, device_context, metric, direction)
+    device_context, staged_model = loaded.device_context, loaded.staged_model
     depth = run.recipe.depth_of(staged_model.max_depth)
     if depth > staged_model.max_depth:
         raise SpaceError(
             f"recipe.freeze_depth: {depth}, but {run.model.name} allows 0..{staged_model.max_depth}"
         )
-    staged_model.model.to(  # type: ignore[call-overload]
-        device_context.device, memory_format=torch.channels_last
-    )
-    loaded = LoadedRun(run, dataset, staged_model, digests, device_context, metric, direction)
     if starts_from_probe(run, staged_model):
         probe_head(loaded)
     context = loaded.make_context(depth, run.recipe)
@@ -166,6 +160,23 @@ def prepare_training(
     if device_context.compiles_suffix:
         context.net.compile()  # in place, so that its modules and names stay
     return context
+
+
+def load_run(
+    run: Run, device_context: DeviceContext, metric: str, direction: Direction = "maximise"
+) -> LoadedRun:
+    """Loads the data and the model of a run, and puts the model on the device.
+
+    Raises DataError, SpaceError.
+    """
+    dataset = load_dataset(run, device_context.home)
+    staged_model, digests = copy_cached_model(run, device_context, len(dataset.classes))
+    if any(value.dtype == torch.bfloat16 for value in staged_model.model.parameters()):
+        device_context = replace(device_context, precision="bfloat16")
+    staged_model.model.to(  # type: ignore[call-overload]
+        device_context.device, memory_format=torch.channels_last
+    )
+    return LoadedRun(run, dataset, staged_model, digests, device_context, metric, direction)
 
 
 def run_one_example(context: TrainingContext) -> None:
