@@ -14,7 +14,7 @@ import torch
 from tuner.core.export_module import ExportModule
 from tuner.core.output_modules import FlippedPair, ScaledLogits, require_flips
 from tuner.core.target_scale import TargetScale
-from tuner.core.types import StagedModel, Task
+from tuner.core.types import StagedModel
 from tuner.errors import DataError, NoUsableTrial
 from tuner.manifest import (
     TEST_RESULTS,
