@@ -65,10 +65,10 @@ def weights(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def report_and_lack_memory(assignment: Assignment, report: Any, slot: int) -> Any:
-    """Rank 1 has room for a quarter of a batch; rank 0 tells how often it reported."""
+    """Rank 1 has room for half of its share; rank 0 tells how often it reported."""
     ranks = joined_ranks()
     value = ranks.mean(torch.tensor(float(ranks.rank)))
-    if ranks.rank == 1 and assignment.micro_batches < 4:
+    if ranks.rank == 1 and assignment.micro_batches < 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more")
     count = 0
     while report(count):

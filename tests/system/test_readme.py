@@ -65,7 +65,7 @@ def test_the_engines_and_storages_shown_are_understood(monkeypatch: pytest.Monke
     shown = next(
         block for language, block in BLOCKS if language == "yaml" and "storage:" in block
     ).splitlines()
-    assert len(shown) == 3
+    assert len(shown) == 4
     for line in shown:
         parsing.parse_space(yaml_document.parse_document(f"{base}\n{line}", "README.md"))
 

@@ -183,9 +183,7 @@ def follow_training(
     checkpoints: Checkpoints | None,
     turns: TrainingTurns,
 ) -> Iterator[FitProgress]:
-    """`fit_with_checkpoints` on a rank other than 0: it computes its share of each step, and has no
-    scores. At the end it raises Dismissed.
-    """
+    """The epochs on a rank other than 0, without scores; then Dismissed."""
     training, restored = begin_or_continue(context, recipe, seed, checkpoints)
     earlier = restored.epochs if restored else []
     for epoch in earlier:  # so that folds stay in step
@@ -198,9 +196,7 @@ def follow_training(
 def begin_or_continue(
     context: TrainingContext, recipe: Recipe, seed: int, checkpoints: Checkpoints | None
 ) -> tuple[TrainingState, RestoredProgress | None]:
-    """The state of a training before its next epoch, and what a checkpoint has of the epochs
-    before.
-    """
+    """The state of a training before its next epoch, and what a checkpoint has of earlier ones."""
     training = start_training(context, recipe, seed)
     restored = checkpoints.restore_newest(training) if checkpoints is not None else None
     if restored is None:
