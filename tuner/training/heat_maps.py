@@ -78,7 +78,7 @@ def as_maps(features: Tensor) -> Tensor:
         return features.flatten(1)[:, :, None, None]
     side = math.isqrt(features.shape[1])
     patches = features[:, features.shape[1] - side * side :]
-    return patches.transpose(1, 2).unflatten(2, (side, side))
+    return patches.transpose(1, 2).reshape(features.shape[0], -1, side, side)
 
 
 def draw_heat_map(pixels: Tensor, heat: Tensor) -> bytes:
