@@ -25,7 +25,7 @@ PLATFORMS = ("manylinux2014_x86_64", *(f"manylinux_2_{n}_x86_64" for n in (5, 12
 PACKAGES = {
     "tuner itself": "pydantic pydantic_core annotated-types typing-inspection PyYAML typer rich click "
     "shellingham annotated-doc markdown-it-py mdurl Pygments torchmetrics lightning-utilities "
-    "packaging safetensors faster-coco-eval",
+    "packaging safetensors faster-coco-eval pycocotools",
     "the search": "optuna alembic SQLAlchemy Mako colorlog tqdm",
     "plots": "matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil tzdata",
     "timm and U-Net": "timm segmentation_models_pytorch",
