@@ -87,7 +87,15 @@ def test_the_folders_are_listed_without_importing() -> None:
     }
     assert set(plugins.list_names("task")) == tasks
     assert {"digits", "folder", "cifar10", "synthetic"} <= set(plugins.list_names("data"))
-    assert plugins.list_names("export") == ["onnx", "safetensors", "torch_export"]
+    assert plugins.list_names("export") == [
+        "onnx",
+        "onnx_fp16",
+        "onnx_int8",
+        "openvino",
+        "pretrained",
+        "safetensors",
+        "torch_export",
+    ]
     assert {"inline", "local"} <= set(plugins.list_names("engine")) and not any(
         n.startswith("_") for n in plugins.list_names("engine")
     )

@@ -129,8 +129,8 @@ def test_the_metric_is_the_tasks_first_unless_written() -> None:
         ("engine: {name: ray, address: 'ray://h:10001'}", "4: engine.address: Ray's client protocol hides which node fails, and its port runs anyone's code; start the command on a machine of the cluster and write auto, or HOST:PORT of its head, got the string 'ray://h:10001'"),
         ("engine: {name: ray, address: somewhere}", "4: engine.address: write auto, local, or HOST:PORT of the cluster's head, such as 10.0.0.1:6379, got the string 'somewhere'"),
         ("engine: {name: ray, gpus_per_trial: 1.5}", "4: engine.gpus_per_trial: must be at most 1 with Ray, got 1.5; several GPUs train one model with engine: {name: local}"),
-        ("export: {a: b}", "4: export: expected a list of formats (onnx, safetensors, torch_export), got a mapping"),
-        ("export: [onnx, onix]", "4: export.1: 'onix' is not known; did you mean 'onnx'? (allowed: onnx, safetensors, torch_export); your own goes as package.module:attribute"),
+        ("export: {a: b}", "4: export: expected a list of formats (onnx, onnx_fp16, onnx_int8, openvino, pretrained, safetensors, torch_export), got a mapping"),
+        ("export: [onnx, onix]", "4: export.1: 'onix' is not known; did you mean 'onnx'? (allowed: onnx, onnx_fp16, onnx_int8, openvino, pretrained, safetensors, torch_export); your own goes as package.module:attribute"),
         ("storage: 5", "4: storage: expected a database URL such as postgresql://host/name, got 5"),
         ("storage: postgres://u@h/d", "4: storage: the scheme is called postgresql://, not postgres://"),
     ],
@@ -145,7 +145,7 @@ def test_a_problem_says_where_what_and_what_is_allowed(text: str, says: str) -> 
         (
             "",
             [
-                "task: needs a name: classification, detection, segmentation, text_classification, text_generation, or your own as package.module:attribute"
+                "task: needs a name: classification, detection, instance_segmentation, multilabel, regression, segmentation, text_classification, text_generation, text_multilabel, text_regression, or your own as package.module:attribute"
             ],
         ),
         (

@@ -121,7 +121,7 @@ def load(source: str, root: Path, home: Path) -> Dataset:
         if not model.exists():
             small_transformers.write_model_folder(home, "bert", weights=False)
         spec = TextInputSpec(str(model), 16, ("input_ids", "attention_mask", "token_type_ids"))
-        keys = {"split": SplitOptions()}
+        keys = {"options": SplitOptions()}
     loaded: Dataset = module.load(home, spec, task, path=str(root), **keys)
     return loaded
 

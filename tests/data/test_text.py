@@ -377,7 +377,8 @@ def test_the_command_line_tells_it_without_a_traceback(
     wrong = tuner("check", "x.yaml", "data=digits")
     assert (
         wrong.code == 2
-        and "digits is for classification, not for text_classification (allowed: text)" in wrong.err
+        and "digits is for classification, not for text_classification (allowed: huggingface, text)"
+        in wrong.err
     )
 
 

@@ -11,6 +11,7 @@ import tuner
 
 ROOT = Path(tuner.__file__).parents[1]
 BOUNDED = {"torch", "torchvision", "optuna", "optuna-dashboard", "transformers", "libreyolo", "ray"}
+BOUNDED |= {"datasets"}
 
 
 @pytest.mark.parametrize(

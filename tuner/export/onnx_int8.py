@@ -14,11 +14,11 @@ from typing import Any
 from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.export._onnx_files import arrays_of, open_onnx, write_onnx
+from tuner.files import removal
 
 FILE = "model_int8.onnx"
 LOSSY = True
 CALIBRATION_EXAMPLES = 128  # validation examples that `save` gets
-FLOAT_ENDING = ".float.onnx"
 
 
 class CalibrationReader:
@@ -42,9 +42,9 @@ def save(model: ExportModule, example: TensorTree, path: Path) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     logging.getLogger().setLevel(logging.ERROR)  # it recommends what is done here already
-    as_float, prepared = path.with_suffix(FLOAT_ENDING), path.with_suffix(".prepared.onnx")
-    write_onnx(model, example, as_float)
-    try:
+    with removal.scratch() as folder:
+        as_float, prepared = folder / "float.onnx", folder / "prepared.onnx"
+        write_onnx(model, example, as_float)
         quant_pre_process(str(as_float), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
@@ -55,9 +55,6 @@ def save(model: ExportModule, example: TensorTree, path: Path) -> None:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-    finally:
-        as_float.unlink(missing_ok=True)
-        prepared.unlink(missing_ok=True)
 
 
 def load(path: Path, blank: Callable[[], ExportModule]) -> Callable[[TensorTree], TensorTree]:

@@ -15,6 +15,7 @@ from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import TensorTree
 from tuner.errors import SpaceError
 from tuner.export._onnx_files import OUTPUT_NAME, arrays_of, write_onnx
+from tuner.files import removal
 
 FILE = "openvino/model.xml"  # the weights lie beside it, in model.bin
 
@@ -36,12 +37,10 @@ def check() -> None:
 def save(model: ExportModule, example: TensorTree, path: Path) -> None:
     openvino = import_openvino()
     path.parent.mkdir(exist_ok=True)
-    graph = path.with_suffix(".onnx")
-    write_onnx(model, example, graph)
-    try:
+    with removal.scratch() as folder:
+        graph = folder / "model.onnx"
+        write_onnx(model, example, graph)
         openvino.save_model(openvino.convert_model(graph), path, compress_to_fp16=False)
-    finally:
-        graph.unlink(missing_ok=True)
 
 
 def load(path: Path, blank: Callable[[], ExportModule]) -> Callable[[TensorTree], TensorTree]:

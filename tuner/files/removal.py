@@ -207,6 +207,12 @@ def remove_half_export(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_left_out(folder: Path, name: str) -> None:
+    """Removes a file of an export that is being written, because it is not published."""
+    if HALF_EXPORT.fullmatch(folder.name) and _is_inside(folder, name):
+        (folder / name).unlink(missing_ok=True)
+
+
 def require_target(folder: Path, instead: str) -> None:
     """Raises StorageError, saying what to do `instead`, where an export at `folder` loses data."""
     if os.path.lexists(folder) and not folder.is_dir():

@@ -96,7 +96,8 @@ def _entries(folder: Path) -> Iterator[tuple[Path, bool]]:
             first.sort(key=lambda entry: entry.name)
         for entry in itertools.chain(first, entries):
             is_folder = entry.is_dir(follow_symlinks=False)
-            if is_folder or not entry.is_dir():
+            # os.path.isdir says no of a link that leads nowhere or to itself
+            if is_folder or not (entry.is_symlink() and os.path.isdir(entry.path)):
                 yield Path(entry.path), is_folder
 
 

@@ -297,7 +297,8 @@ class Checkpoints:
         if not has_same_shapes(tensors, training.net):
             return "of another model"
         restore_state(training, tensors, values)
-        epochs = [Epoch(*entry) for entry in values["epochs"]]
+        # JSON has no tuples, and a checkpoint of an earlier version no thresholds
+        epochs = [Epoch(*entry[:5], *map(tuple, entry[5:])) for entry in values["epochs"]]
         if values["best"] == len(epochs):
             best = training.copy_validated_weights()
         else:

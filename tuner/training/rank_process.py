@@ -1,11 +1,12 @@
 """One rank of a training on several GPUs: the process that `rank_launcher` starts."""
 
 import contextlib
+import copy
 import os
-import pickle
 import sys
 import traceback
 from multiprocessing.connection import Client, Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def portable(error: Exception) -> Exception:
     trace = traceback.format_exc()
     with contextlib.suppress(Exception):
         error.add_note(trace)
-        pickle.loads(pickle.dumps(error))
+        ForkingPickler.dumps(error)
+        copy.deepcopy(error)  # makes it anew, as the worker does when it unpickles it
         return error
     described = RuntimeError(f"{type(error).__name__}: {error}")
     described.add_note(trace)
