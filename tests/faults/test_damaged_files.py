@@ -15,10 +15,11 @@ from tests.helpers.damaged_files import damage, retype_value
 from tuner.config.run import ImageOptions, SplitOptions
 from tuner.core.input_spec import ImageInputSpec
 from tuner.data import coco, text, voc, yolo
-from tuner.data._rows import read_rows
+from tuner.data._labelled_rows import ColumnKeys, read_files
+from tuner.data._row_targets import make_items
 from tuner.errors import DataError, TunerError
 from tuner.preprocessing import image_decoding, mask_decoding
-from tuner.preprocessing.splits import UNSPLIT, assign_and_limit_splits, check_classes
+from tuner.preprocessing.splits import assign_and_limit_splits, check_classes
 
 SIDE = ImageInputSpec(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3)
 QUICK, MANY = 40, 800  # files a kind
@@ -34,14 +35,10 @@ def boxes(load: Callable[..., Any]) -> Callable[[Path], object]:
 
 def rowed(root: Path) -> object:
     (path,) = (p for p in root.iterdir() if p.is_file())
-    found = text._read_examples(
-        read_rows(path, None, (*text.USUAL_TEXT_COLUMNS, *text.USUAL_LABEL_COLUMNS)),
-        None,
-        None,
-        None,
-        True,
-    )
-    items = text._make_items({UNSPLIT: found}, True)
+    keys = ColumnKeys("text", None, text.USUAL_TEXT_COLUMNS, is_labelled=True)
+    files = read_files(str(path), keys)
+    rows = [cells for file in files.values() for cells in file.examples]
+    items = make_items(files, "class", rows)
     check_classes(items)
     return assign_and_limit_splits(items, SplitOptions())
 

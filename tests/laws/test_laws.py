@@ -190,6 +190,10 @@ def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(
     )
 
 
+# the largest difference of an output: of float16 about 1e-3; 8-bit integers are judged by their score
+LARGEST_DIFFERENCE = {"onnx_fp16": 1e-2, "onnx_int8": 1.0}
+
+
 @pytest.mark.parametrize("kind", plugins.list_names("export"))
 def test_export_what_is_read_back_agrees_with_the_model(
     kind: str, tuner: Callable[..., CommandResult], small: Path
@@ -202,12 +206,14 @@ def test_export_what_is_read_back_agrees_with_the_model(
         "recipe.momentum=0.9",
         "recipe.freeze_depth=2",
         "recipe.epochs=1",
+        # a library of models can only hold its own
+        *(["model={name: timm/resnet10t, weights: none}"] if kind == "pretrained" else []),
         f"export=[{kind}]",
         "--quiet",
     )
     assert said.code == 0, said.err
     manifest = json.loads((small.parent / "studies/small/train/manifest.json").read_text())
-    assert manifest["exports"][kind]["largest_difference"] < 1e-3
+    assert manifest["exports"][kind]["largest_difference"] < LARGEST_DIFFERENCE.get(kind, 1e-3)
     assert {
         n: hashlib.sha256((small.parent / "studies/small/train" / n).read_bytes()).hexdigest()
         for n in manifest["files"]

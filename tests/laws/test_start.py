@@ -42,6 +42,7 @@ MEMBERS = [
     ("detection", "yolox_nano", 64),
     pytest.param("detection", "yolov9_t", 64, marks=slow),
     pytest.param("detection", "rtdetr_r18", 128, marks=slow),
+    pytest.param("instance_segmentation", "maskrcnn_resnet50_fpn", 64, marks=slow),
     pytest.param("detection", "dfine_n", 256, marks=slow),
     pytest.param("segmentation", "fcn_resnet50", 32, marks=slow),
 ]
@@ -71,7 +72,13 @@ class Pictures:
         if self.task == "segmentation":
             return Batch(x, (index % 3)[:, None, None].expand(-1, self.side, self.side))
         boxes = (BOXES * self.side).expand(len(index), 2, 4)
-        return Batch(x, {"boxes": boxes, "labels": torch.tensor([[0, 2]]).expand(len(index), 2)})
+        y = {"boxes": boxes, "labels": torch.tensor([[0, 2]]).expand(len(index), 2)}
+        if self.task == "instance_segmentation":
+            layer = torch.zeros(self.side, self.side, dtype=torch.uint8)
+            for number, (left, top, right, bottom) in enumerate((BOXES * self.side).int().tolist()):
+                layer[top:bottom, left:right] = number + 1
+            y["layers"] = layer.expand(len(index), 1, -1, -1)
+        return Batch(x, y)
 
 
 class AnyTask(Task):

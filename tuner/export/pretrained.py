@@ -88,7 +88,8 @@ def load(path: Path, blank: Callable[[], ExportModule]) -> Callable[[TensorTree]
         import transformers
 
         kind = type(model.staged[0].model).__name__
-        native = getattr(transformers, kind).from_pretrained(path.parent).eval()
+        family = getattr(transformers, kind)
+        native = family.from_pretrained(path.parent, trust_remote_code=False).eval()
         return lambda x: native(**x).logits  # type: ignore[arg-type]
     import timm
 

@@ -37,9 +37,6 @@ DATABASE = re.compile(r"study\.db(-wal|-shm|-journal)?")
 HOLDER = re.compile(r"(pid \d+ on host .*)?")  # what a lock file holds: nothing, or who has it
 
 
-# -- single files
-
-
 def remove_file(path: Path) -> bool:
     """Removes a half-written file, a checkpoint or an enqueued trial, by its mark, if it is one."""
     marked = any(mark.fullmatch(path.name) for mark in (HALF_FILE, CHECKPOINT, NOTE, ENQUEUED))
@@ -191,8 +188,12 @@ def remove_export(folder: Path) -> None:
 
 
 def remove_gone(folder: Path, name: str) -> None:
-    """Removes a file of a kept folder that a job has removed on its own machine."""
-    if _is_inside(folder, name):
+    """Removes a file of a kept folder that a job has removed on its own machine, or of an export
+    that is being written and leaves it out.
+    """
+    if _is_inside(folder, name) and HALF_EXPORT.fullmatch(folder.name):
+        (folder / name).unlink(missing_ok=True)
+    elif _is_inside(folder, name):
         remove_file(folder / name)
 
 
@@ -205,12 +206,6 @@ def remove_half_export(folder: Path) -> None:
     """Removes an export that was being written, or one that another has replaced."""
     if HALF_EXPORT.fullmatch(folder.name) and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_left_out(folder: Path, name: str) -> None:
-    """Removes a file of an export that is being written, because it is not published."""
-    if HALF_EXPORT.fullmatch(folder.name) and _is_inside(folder, name):
-        (folder / name).unlink(missing_ok=True)
 
 
 def require_target(folder: Path, instead: str) -> None:

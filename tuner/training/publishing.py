@@ -156,7 +156,7 @@ def save_and_verify_all(
             problem = scorer.compare(entry, function)
             if problem is not None:
                 left_out[name] = problem
-                removal.remove_left_out(unpublished.folder, exporter.FILE)
+                removal.remove_gone(unpublished.folder, exporter.FILE)
                 continue
             if count:
                 entry["calibration_examples"] = min(count, len(dataset.valid))
