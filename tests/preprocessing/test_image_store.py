@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tuner.core.input_spec import ImageInputSpec
@@ -251,3 +252,36 @@ def test_two_processes_build_one_store(
     assert digests[0] == digests[1]
     by = (tmp_path / "decoded").read_text().split()
     assert len(by) == 40 and len(set(by)) == 1
+
+
+def test_images_that_would_not_fit_the_disk_are_decoded_each_time(
+    tmp_path: Path,
+    files: Callable[[str, int], list[Path]],
+    decoded: list[PathOrPixels],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures = files("a", 5)
+    stored = open_image_store(tmp_path / "home", pictures, SMALL, "error")
+    monkeypatch.setattr(storing, "fits_disk", lambda folder, byte_count: False)
+    decoded.clear()
+    for attempt in range(2):
+        streamed = open_image_store(tmp_path / "other", pictures, SMALL, "error", may_stream=True)
+        assert len(decoded) == 5 + 2 * attempt  # what is known of them is kept
+        assert isinstance(streamed.pixels, storing.StreamedPixels)
+        assert (
+            streamed.digest == stored.digest
+            and "decoded anew in each epoch" in streamed.warnings[0]
+        )
+        rows = torch.tensor([4, 1])
+        assert streamed.pixels.take(rows).equal(storing.stored_pixels(stored)[rows])
+    assert not list((tmp_path / "other").rglob("pixels.bin"))
+    pictures[4].write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"4\.png: .*it could be read before"):
+        streamed.pixels.take(torch.tensor([4]))
+    again = open_image_store(tmp_path / "home", pictures[:4], SMALL, "error", may_stream=False)
+    assert len(storing.stored_pixels(again)) == 4
+
+
+def test_what_fits_the_disk_is_stored(tmp_path: Path) -> None:
+    assert storing.fits_disk(tmp_path / "images", 1_000_000)
+    assert not storing.fits_disk(tmp_path / "images", 10**18)

@@ -227,13 +227,15 @@ def _store_key(
     absolute = functools.cache(os.path.abspath)  # of the few folders of many files
     for picture in pictures:
         if isinstance(picture, Path):
+            path = os.fspath(picture)
             try:
-                stat = os.stat(picture)
+                stat = os.stat(path)
                 state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
             except OSError as error:  # a broken link is an unreadable image like others
                 state = f"error {error.errno}"
-            folder, name = os.path.split(picture)
-            digest.update(os.fsencode(f"{absolute(folder)}/{name}\0{state}\n"))
+            name = path.rpartition("/")[2]
+            folder = absolute(path[: len(path) - len(name)])
+            digest.update(os.fsencode(f"{folder}/{name}\0{state}\n"))
         else:
             digest.update(f"{picture.shape}".encode() + np.ascontiguousarray(picture).data)
     return digest.hexdigest()[:32]
