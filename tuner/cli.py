@@ -192,21 +192,39 @@ def export(
     format_: Annotated[
         list[str] | None,
         typer.Option(
-            "--format", help="safetensors, torch_export, onnx; may be repeated", metavar="FORMAT"
+            "--format",
+            help="safetensors, torch_export, onnx, onnx_fp16, onnx_int8, openvino or pretrained; "
+            "may be repeated",
+            metavar="FORMAT",
         ),
     ] = None,
     trial: Annotated[
         int | None, typer.Option(help="another trial than the best; it is retrained", metavar="N")
     ] = None,
+    within: Annotated[
+        str | None,
+        typer.Option(
+            help="the cheapest model whose validation score is so much below the best at most",
+            metavar="SHARE",
+        ),
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(help="with --within: milliseconds, megabytes or parameters", metavar="COST"),
+    ] = "milliseconds",
     studies: Studies = Path("studies"),
     quiet: Quiet = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
     """Export a study's best model, or another trial's."""
-    from tuner.commands.export import export_trial, show_published
+    from tuner.commands.export import choose_cheapest, export_trial, parse_share, show_published
 
     console = make_console(quiet, json_)
+    if within is not None:
+        if trial is not None:
+            raise SpaceError("--trial and --within: choose one of them")
+        trial = choose_cheapest(studies, study, parse_share(within), by, console)
     show_published(console, export_trial(studies, study, tuple(format_ or ()), trial, console))
 
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ class Assignment:
     `checkpoint_folder` is where the run continues from and leaves its state; `keep_best_weights`:
     at its end also the weights of the best epoch. `micro_batches`: into how many parts a batch is
     divided, whose gradients are added up, because whole batches did not fit the machine's memory.
+    `limits`: what the model may cost, by the names of `search.limits`; empty: nothing is measured.
     """
 
     run: Run
@@ -43,6 +44,7 @@ class Assignment:
     keep_best_weights: bool = False
     micro_batches: int = 1
     direction: Direction = "maximise"
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,15 +128,17 @@ class TrialResult:
 
     `best_epoch` is the number of the best epoch; `artifacts` are file name -> content for the
     dashboard. `gpu_use` is measured with `engine.per_gpu: auto` on a GPU.
+    dashboard. `costs` are what the model costs, where there are limits.
     """
 
-    state: Literal["complete", "stopped", "diverged", "oom"]
+    state: Literal["complete", "stopped", "diverged", "oom", "over_limit"]
     epochs: tuple[Epoch, ...]
     best_epoch: int
     artifacts: dict[str, bytes]
     seconds: float
     reason: str = ""
     gpu_use: GpuUse | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

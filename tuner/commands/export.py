@@ -17,6 +17,7 @@ from tuner.commands.soup import (
     remove_soup_checkpoints,
     soup_candidates,
 )
+from tuner.commands.study_view import StudyView, open_view
 from tuner.config import parsing, plugins, yaml_document
 from tuner.config.objective import metric_label
 from tuner.config.space import Space
@@ -30,6 +31,7 @@ from tuner.search.history import DUPLICATE_OF, REASON
 from tuner.search.pruners import PRUNERS
 from tuner.search.winner_choice import choose_unconfirmed
 
+COSTS_BY = ("milliseconds", "megabytes", "parameters")
 MAX_SCORES_SHOWN = 4  # of the test examples; the model card has all
 
 
@@ -101,6 +103,74 @@ def export_trial(
         )
         remove_soup_checkpoints(folder)
         return published
+
+
+def choose_cheapest(
+    studies: Path, name: str, within: float, by: str, console: Console
+) -> int | None:
+    """The trial with the cheapest model among those whose validation score is nearly the best.
+
+    Args:
+        studies: The folder of the studies.
+        name: The study.
+        within: How much worse than the best its score may be, as a share of the best.
+        by: milliseconds, megabytes or parameters.
+        console: Hears what was measured.
+
+    Returns:
+        The trial's number; None: it is the winner, whose export is the study's own.
+
+    Raises:
+        DataError: No trial completed.
+        SpaceError: `by` is unknown.
+    """
+    if by not in COSTS_BY:
+        raise SpaceError(f"--by {by!r} is not known{suggest_names(by, COSTS_BY)}")
+    view = open_view(studies, name)
+    with contextlib.closing(view):
+        trials = nearly_best(view, within)
+        space = load_study_space(view.folder)
+        runs = [history.run_of_trial(space, view.study, trial) for trial in trials]
+        winner = view.published.manifest["trial"] if view.published else view.ranked[0].number
+    with open_session(space, Folders(studies, home_folder(console.warn)), console) as s:
+        costs: list[dict[str, float]] = s.run_job(
+            "tuner.training.model_costs:measure_costs",
+            tuple(s.make_assignment(run) for run in runs),
+        )
+    number, cost = min(
+        zip((t.number for t in trials), costs, strict=True), key=lambda pair: pair[1][by]
+    )
+    models = {run.model.name for run in runs}
+    console.note(
+        f"{len(trials)} trials with {len(models)} models are within {100 * within:g} % of the best "
+        f"score; #{number} has the least {by}: {cost[by]:,.6g} (one process, median of 10 calls "
+        "with one example, torch on this CPU)"
+    )
+    return None if number == winner else number
+
+
+def nearly_best(view: StudyView, within: float) -> list[FrozenTrial]:
+    """The completed trials whose score is at most `within`, a share, worse than the best, the best
+    first. Raises DataError without any.
+    """
+    if not view.ranked:
+        raise DataError(f"study {view.name!r}: no trial completed")
+    sign = history.sign_of(view.study.direction)
+    best = float(view.ranked[0].value or 0)
+    least = sign * best - within * abs(best)
+    return [t for t in view.ranked if sign * float(t.value or 0) >= least]
+
+
+def parse_share(text: str) -> float:
+    """`1%` or `0.01` as 0.01. Raises SpaceError."""
+    number = text.strip().removesuffix("%")
+    try:
+        share = float(number) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise SpaceError(f"--within {text!r}: write a share such as 1% or 0.01")
+    return share
 
 
 def load_study_space(folder: Path) -> Space:

@@ -91,6 +91,7 @@ class Session:
             str(self.folders.home),
             allow_downloads,
             direction=self.settings.search.direction or "maximise",
+            limits=limits.values() if (limits := self.settings.search.limits) else {},
         )
 
     def share_gpus(self, workers: int) -> None:

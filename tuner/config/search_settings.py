@@ -35,6 +35,33 @@ class StopSettings(Section):
     gain: float = Field(0.0, ge=0, description="in which the best improved by no more than this")
 
 
+COUNT_UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
+
+
+class LimitSettings(Section):
+    """What a model may cost where it is used."""
+
+    milliseconds: float | None = Field(
+        None,
+        gt=0,
+        description="for one example, the median of ten calls of the model in torch on the CPU of "
+        "the machine that trains",
+    )
+    megabytes: float | None = Field(None, gt=0, description="of its weights in float32")
+    parameters: (
+        Annotated[int, Field(ge=1)]
+        | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[kMB]$")]
+        | None
+    ) = Field(None, description="how many it has: 5000000, 5M, 300k, 1.2B")
+
+    def values(self) -> dict[str, float]:
+        """The limits that are stated, by name."""
+        stated = {name: value for name, value in self.model_dump().items() if value is not None}
+        if isinstance(self.parameters, str):
+            stated["parameters"] = float(self.parameters[:-1]) * COUNT_UNITS[self.parameters[-1]]
+        return {name: float(value) for name, value in stated.items()}
+
+
 class SearchSettings(Section):
     """How the space is searched."""
 
@@ -106,6 +133,11 @@ class SearchSettings(Section):
         description="which trial wins where none is confirmed; beyond-noise: the default recipe, "
         "unless the best trial is better by more than the noise of the validation examples (for "
         "shares of right examples, such as accuracy); best: the best trial",
+    )
+    limits: LimitSettings | None = Field(
+        None,
+        description="what the winner may cost; a trial of a model beyond a limit is ended before "
+        "it is trained, and the sampler learns from it (constraints of Optuna)",
     )
     compare: Literal["default", "none"] = Field(
         "default",

@@ -23,6 +23,7 @@ BEST_EPOCH = "best_epoch"
 SCORES = "scores"  # all scores of the best epoch
 THRESHOLDS = "thresholds"  # of the labels, likewise
 TEMPERATURE = "temperature"  # of the best epoch, where the task has one
+COSTS = "tuner:costs"  # of its model, where there are limits
 FAILED_PERMANENTLY = "tuner:final"  # whether a failed trial is not tried again
 TRACEBACK = "tuner:trace"
 KILLED = "tuner:killed"  # how many earlier attempts of a trial a memory limit ended

@@ -6,7 +6,7 @@ The result is recorded, or the trial is retried, or the search ends because of i
 from collections.abc import Callable
 
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner.config.run import SearchSettings
 from tuner.errors import StorageError, TunerError
@@ -19,6 +19,7 @@ from tuner.search.duplicate_trials import DuplicateTrials
 from tuner.search.failures import FailureLimits
 from tuner.search.history import (
     BEST_EPOCH,
+    COSTS,
     FAILED_PERMANENTLY,
     KILLED,
     REASON,
@@ -106,7 +107,8 @@ class TrialOutcomes:
                 running.trial, running.proposal, "interrupted", counts_as_attempt=False
             )
             return
-        failed = result.state in ("diverged", "oom")
+        failed = result.state in ("diverged", "oom", "over_limit")
+        self._record_costs(trial, result)
         trial.set_user_attr("seconds", round(result.seconds, 3))
         if result.best_epoch:
             best = result.epochs[result.best_epoch - 1]
@@ -143,6 +145,17 @@ class TrialOutcomes:
         """
         needs_no_weights = self.search.retrain and self.search.soup == "none"
         return result.best_epoch > 0 and needs_no_weights
+
+    def _record_costs(self, trial: Trial, result: TrialResult) -> None:
+        """Store what the trial's model costs, and by how much of a limit it is above or below it:
+        sampler TPE takes trials above 0 for worse than all others.
+        """
+        if not result.costs:
+            return
+        trial.set_user_attr(COSTS, dict(result.costs))
+        limits = self.search.limits.values() if self.search.limits else {}
+        for name, limit in limits.items():
+            trial.set_constraint(name, result.costs[name] / limit - 1)
 
     def _close(
         self, running: RunningTrial, ended: FrozenTrial, result: TrialResult | None = None

@@ -22,12 +22,13 @@ from tuner.core.input_spec import TensorTree
 from tuner.core.targets import split_weights
 from tuner.core.types import Dataset, Task
 from tuner.errors import ExportMismatch
+from tuner.export._model_card import format_model_card
 from tuner.export._readme import format_readme
 from tuner.files import removal
 from tuner.files.atomic import disk_errors, file_sha256, fsync, half_export
 from tuner.files.crash_points import crash_point
 from tuner.files.removal import MANIFEST
-from tuner.manifest import TEST_RESULTS, PublishedExport, format_model_card
+from tuner.manifest import TEST_RESULTS, PublishedExport
 from tuner.messages import FinalizeJob
 from tuner.training.building import build_task
 from tuner.training.exported_models import load_exporter, open_export, slice_rows

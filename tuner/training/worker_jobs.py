@@ -5,6 +5,7 @@ Values in, values out.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +32,7 @@ from tuner.training.devices import DeviceContext, select_device, select_gpus
 from tuner.training.epoch import Diverged, TrainingContext
 from tuner.training.gpu_use import GpuMeter
 from tuner.training.micro_batches import check_batch_size, is_out_of_memory, release_memory
+from tuner.training.model_costs import costs_of, describe_excess
 from tuner.training.preparation import prepare_training
 from tuner.training.rank_launcher import call_on_ranks
 from tuner.training.training_loop import BestEpoch
@@ -106,8 +108,19 @@ class TrialTraining(NamedTuple):
 
 
 def run_trial(assignment: Assignment, report: Callable[[Epoch], bool], slot: int) -> TrialResult:
-    """Carries out one trial: trains until the training ends or `report` returns False."""
-    return run_on_gpus(f"{__name__}:run_trial_here", assignment, report, slot)
+    """Carries out one trial: trains until the training ends or `report` returns False.
+
+    A model beyond a limit is not trained.
+    """
+    if not assignment.limits:
+        return run_on_gpus(f"{__name__}:run_trial_here", assignment, report, slot)
+    start = time.monotonic()
+    costs = costs_of(assignment.run, Path(assignment.home))
+    excess = describe_excess(costs, assignment.limits)
+    if excess is not None:
+        return TrialResult("over_limit", (), 0, {}, time.monotonic() - start, excess, costs=costs)
+    result = run_on_gpus(f"{__name__}:run_trial_here", assignment, report, slot)
+    return replace(result, costs=costs)
 
 
 def run_repeat(assignment: Assignment, report: Callable[[Epoch], bool], slot: int) -> TrialResult:

@@ -1,0 +1,101 @@
+"""Limits on what a model may cost, and the choice of the cheapest nearly-best model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+
+from tests.conftest import SMALL, CommandResult
+from tuner.commands.export import parse_share
+from tuner.config.search_settings import LimitSettings
+from tuner.errors import SpaceError
+from tuner.training.model_costs import describe_excess
+
+Tuner = Callable[..., CommandResult]
+# 0.70 and 0.35 million parameters
+TWO_MODELS = SMALL.replace(
+    "model: {name: resnet18_slim, weights: bundled}",
+    "model: {name: [resnet18_slim, shufflenet_v2_x0_5], weights: none}",
+).replace("freeze_depth: {low: 0, high: 5}", "freeze_depth: 0")
+
+
+def test_counts_may_have_a_unit() -> None:
+    assert LimitSettings(parameters="5M", megabytes=30).values() == {
+        "megabytes": 30.0,
+        "parameters": 5e6,
+    }
+    assert LimitSettings(parameters="1.2B").values() == {"parameters": 1.2e9}
+    assert LimitSettings(parameters=300).values() == {"parameters": 300.0}
+
+
+def test_an_excess_is_said_with_its_limit() -> None:
+    costs = {"parameters": 25_000_000.0, "megabytes": 100.0, "milliseconds": 8.0}
+    assert describe_excess(costs, {"parameters": 5e6, "milliseconds": 20.0}) == (
+        "25,000,000 parameters, at most 5,000,000"
+    )
+    assert describe_excess(costs, {"megabytes": 100.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        ("{parameters: 5Q}", "search.limits"),
+        ("{megabytes: 0}", "search.limits.megabytes"),
+        ("{milisec: 3}", "search.limits.milisec"),
+    ],
+)
+def test_limits_that_are_none_are_refused(
+    tuner: Tuner, small: Path, limits: str, problem: str
+) -> None:
+    said = tuner("check", small, f"search.limits={limits}")
+    assert said.code == 2 and problem in said.err
+
+
+def test_shares_are_read_and_others_refused() -> None:
+    assert (parse_share("1%"), parse_share("0.02"), parse_share("0 %")) == (0.01, 0.02, 0.0)
+    for text in ("much", "-1%", "100%"):
+        with pytest.raises(SpaceError, match="write a share"):
+            parse_share(text)
+
+
+def test_a_model_beyond_a_limit_is_not_trained_and_cannot_win(tuner: Tuner, tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(TWO_MODELS)
+    said = tuner(
+        "run",
+        "two.yaml",
+        "search.limits={parameters: 500k, milliseconds: 60000}",
+        "search.trials=5",
+        "search.sampler=random",
+        "search.retrain=false",
+    )
+    assert said.code == 0, said.err
+    manifest = json.loads((tmp_path / "studies/two/export/manifest.json").read_text())
+    assert manifest["run"]["model"]["name"] == "shufflenet_v2_x0_5"
+    study = optuna.load_study(
+        study_name="two", storage=f"sqlite:///{tmp_path}/studies/two/study.db"
+    )
+    trials = study.get_trials()
+    over = [t for t in trials if t.user_attrs["tuner:costs"]["parameters"] > 500_000]
+    assert 0 < len(over) < len(trials)
+    for trial in trials:
+        assert (trial in over) == (trial.constraints["parameters"] > 0)
+        assert (trial in over) == (not trial.intermediate_values)
+        assert trial.constraints["milliseconds"] < 0
+    assert all("parameters, at most 500,000" in t.user_attrs["tuner:reason"] for t in over)
+    assert all(t.state == optuna.trial.TrialState.PRUNED for t in over)
+
+
+@pytest.mark.slow
+def test_the_cheapest_of_the_nearly_best_is_exported(tuner: Tuner, tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(TWO_MODELS)
+    said = tuner("run", "two.yaml", "search.trials=5", "search.sampler=random")
+    assert said.code == 0, said.err
+    said = tuner("export", "two", "--within", "99%", "--by", "parameters")
+    assert said.code == 0 and "has the least parameters" in said.out
+    exported = list((tmp_path / "studies/two").glob("export*/manifest.json"))
+    names = {json.loads(p.read_text())["run"]["model"]["name"] for p in exported}
+    assert "shufflenet_v2_x0_5" in names
+    assert tuner("export", "two", "--within", "1%", "--by", "beauty").code == 2
+    assert tuner("export", "two", "--within", "1%", "--trial", "0").code == 2
