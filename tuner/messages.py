@@ -127,8 +127,8 @@ class TrialResult:
     """The result of a trial.
 
     `best_epoch` is the number of the best epoch; `artifacts` are file name -> content for the
-    dashboard. `gpu_use` is measured with `engine.per_gpu: auto` on a GPU.
-    dashboard. `costs` are what the model costs, where there are limits.
+    dashboard. `gpu_use` is measured with `engine.per_gpu: auto` on a GPU, `costs` are what the
+    model costs where there are limits.
     """
 
     state: Literal["complete", "stopped", "diverged", "oom", "over_limit"]
