@@ -1,6 +1,6 @@
 """The table of the classes on a model card."""
 
-from tuner.manifest import MAX_CLASSES_LISTED, _format_classes
+from tuner.export._model_card import MAX_CLASSES_LISTED, _format_classes
 
 
 def scores(f1: float) -> dict[str, float]:

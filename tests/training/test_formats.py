@@ -95,6 +95,7 @@ def test_formats_are_named_and_those_that_cannot_hold_a_model_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_readme_loads_its_formats_without_tuner(
     tuner: Tuner, studied: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_every_readme_loads_its_formats_without_tuner(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_a_pretrained_folder_is_loaded_by_its_library_alone(
     tuner: Tuner, tmp_path: Path, name: str
