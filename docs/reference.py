@@ -298,13 +298,14 @@ def reference() -> str:
         f"Where trials run. `engine: NAME` is short for `engine: {{name: NAME}}`; the engines are {', '.join(f'`{e}`' for e in engines)}.",
         "",
     ]
-    lines += [*table("engine", engine["properties"], []), "## export, storage, seed", ""]
+    lines += [*table("engine", engine["properties"], []), "## export, storage, seed, try", ""]
     formats = named_in(sections["export"])
     lines += ["| key | value | default | searched | meaning |", "|---|---|---|---|---|"]
     lines += [
         f"| `export` | one or a list of {', '.join(f'`{f}`' for f in formats)}; `null` | `safetensors`, `torch_export` and `onnx`, as far as they can hold the model | no | the formats in which the winner is exported |",
         f"| `storage` | text or `null` | `null` | no | {sections['storage']['description']} |",
         f"| `seed` | {value_type(sections['seed'])} | {code(sections['seed'].get('default'))} | no | {sections['seed'].get('description', '')} |",
+        f"| `try` | a list of mappings or `null` | `null` | no | {sections['try']['description']} |",
         "",
         "## Commands",
         "",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CommandResult
-from tuner.commands.running_study import checked_value
+from tuner.config.given_params import checked_value
 from tuner.config.space import Choice, Dimension, Range
 from tuner.errors import SpaceError
 

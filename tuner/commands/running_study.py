@@ -18,10 +18,11 @@ from optuna.trial import TrialState
 from tuner.commands.export import load_study_space
 from tuner.commands.study_view import LOCK_HOLDER, StudyView, open_folder, trial_seconds
 from tuner.commands.trial_line import format_duration, plain_value
+from tuner.config.given_params import checked_params
 from tuner.config.objective import metric_label
-from tuner.config.space import Choice, Dimension, Range, Space
+from tuner.config.space import Space
 from tuner.config.yaml_document import parse_override_value
-from tuner.errors import SpaceError, StorageError, suggest_names
+from tuner.errors import SpaceError, StorageError
 from tuner.files.enqueued_files import list_enqueued, write_enqueued
 
 POLL_SECONDS = 0.2
@@ -195,51 +196,10 @@ def enqueue_trial(view: StudyView, settings: list[str]) -> None:
 
 def chosen_params(space: Space, settings: list[str]) -> dict[str, Any]:
     """The parameters of a trial as name -> value, checked. Raises SpaceError."""
-    given, known = {}, [d.name for d in space.dimensions] + [d.key for d in space.dimensions]
+    given = {}
     for text in settings:
         key, equals, value = text.partition("=")
-        key = key.removeprefix("recipe.")
         if not equals:
             raise SpaceError(f"{text!r}: expected KEY=VALUE, such as lr=0.001")
-        if key not in known:
-            raise SpaceError(f"{key}: not searched by this study{suggest_names(key, set(known))}")
         given[key] = parse_override_value(value)
-    if not given:
-        raise SpaceError(f"name at least one key, such as {known[0] if known else 'lr'}=…")
-    used: set[str] = set()
-
-    def value_of(dimension: Dimension) -> Any:
-        for name in (dimension.name, dimension.key):
-            if name in given:
-                used.add(name)
-                return checked_value(dimension, given[name])
-        return space.default_value(dimension)
-
-    params = space.choose_params(value_of)
-    unused = [key for key in given if key not in used]
-    if unused:
-        raise SpaceError(f"{unused[0]}: not searched with these values of the other keys")
-    return params
-
-
-def checked_value(dimension: Dimension, value: Any) -> Any:
-    """A value of a searched key. Raises SpaceError where it lies outside its domain."""
-    domain = dimension.domain
-    if isinstance(domain, Choice):
-        for option in domain.options:
-            if option == value and isinstance(option, bool) == isinstance(value, bool):
-                return option
-        allowed = ", ".join(map(plain_value, domain.options))
-        raise SpaceError(f"{dimension.name}: {value!r} is none of its choices: {allowed}")
-    return checked_number(dimension.name, domain, value)
-
-
-def checked_number(name: str, domain: Range, value: Any) -> Any:
-    """A number inside a range. Raises SpaceError."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not domain.low <= value <= domain.high:
-        between = f"{plain_value(domain.low)} to {plain_value(domain.high)}"
-        raise SpaceError(f"{name}: {value!r} is outside the study's range, {between}")
-    if domain.integer and value != int(value):
-        raise SpaceError(f"{name}: {value!r} is no whole number")
-    return int(value) if domain.integer else float(value)
+    return checked_params(space, given)

@@ -34,6 +34,12 @@ def space_schema() -> dict[str, Any]:
             "model": plugin_schema("model"),
             "recipe": section_schema(Recipe.model_fields, searched=True, by_model=True),
             "seed": value_schema(TopLevelKeys.model_fields["seed"]),
+            "try": {
+                "type": ["array", "null"],
+                "items": {"type": "object", "minProperties": 1},
+                "description": "recipes that are tried first, right after the default recipe: "
+                "values of searched keys; others have their defaults",
+            },
             "search": section_schema(SearchSettings.model_fields, searched=False),
             "engine": {
                 "anyOf": [

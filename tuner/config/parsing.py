@@ -23,6 +23,7 @@ from tuner.config import (
     yaml_document,
 )
 from tuner.config.draft import Draft
+from tuner.config.given_params import checked_params
 from tuner.config.run import Recipe, SearchSettings
 from tuner.config.section import Section
 from tuner.config.settings import read_settings
@@ -31,7 +32,7 @@ from tuner.config.yaml_document import COMMAND_LINE, Document, describe_value, f
 from tuner.errors import SpaceError, suggest_names
 
 PLUGIN_SECTIONS = ("task", "data", "model")
-SECTIONS = (*PLUGIN_SECTIONS, "recipe", "seed", "search", "engine", "storage", "export")
+SECTIONS = (*PLUGIN_SECTIONS, "recipe", "seed", "try", "search", "engine", "storage", "export")
 
 
 class TopLevelKeys(Section):
@@ -146,7 +147,29 @@ def parse_space(doc: Document, *, of_study: bool = False) -> Space:
     if draft.problems or settings is None:
         raise SpaceError(*dict.fromkeys(draft.problems))
     space = Space(draft.values, searched, settings, doc, draft.defaults(), draft.by_model)
-    return replace(space, values={**space.values, **space.default_choices()})
+    space = replace(space, values={**space.values, **space.default_choices()})
+    return replace(space, first_guesses=read_first_guesses(draft, space))
+
+
+def read_first_guesses(draft: Draft, space: Space) -> tuple[Mapping[str, Any], ...]:
+    """The recipes under `try`, as parameters of trials. Raises SpaceError with every problem."""
+    written = draft.document.content.get("try")
+    written = [] if written is None else written
+    if not isinstance(written, list) or not all(isinstance(guess, dict) for guess in written):
+        draft.add_problem(("try",), "expected a list of recipes, such as [{lr: 0.001}]")
+        raise SpaceError(*draft.problems)
+    if written and space.settings.search.sampler == "grid":
+        draft.add_problem(("try",), "the grid tries every combination; drop it")
+    guesses = []
+    for number, guess in enumerate(written):
+        try:
+            guesses.append(checked_params(space, guess))
+        except SpaceError as error:
+            for problem in error.problems:
+                draft.add_problem(("try", number), problem)
+    if draft.problems:
+        raise SpaceError(*draft.problems)
+    return tuple(guesses)
 
 
 def read_plugin_section(draft: Draft, section: str) -> None:

@@ -180,6 +180,7 @@ class Space:
     document: Document = field(compare=False)
     defaults: Mapping[KeyPath, Any] = field(compare=False, default_factory=dict)
     by_model: Mapping[KeyPath, Mapping[str, Any]] = field(default_factory=dict)
+    first_guesses: tuple[Mapping[str, Any], ...] = ()  # parameters that are tried first
 
     def sample(self, trial: SuggestsValues | None, seed: int = 0) -> Run:
         """The run that `trial` chooses. Without a trial there must be nothing to choose."""
@@ -340,7 +341,8 @@ class Space:
                 section[path[-1]] = written if len(written) > 1 else written[0]
             elif path in self.by_model:
                 section[path[-1]] = {"by_model": dict(self.by_model[path])}
-        return tree | self.settings.to_dict()
+        guesses = {"try": [dict(guess) for guess in self.first_guesses]}
+        return tree | (guesses if self.first_guesses else {}) | self.settings.to_dict()
 
 
 def _section_values(section: str, values: Mapping[KeyPath, Any]) -> dict[str, Any]:

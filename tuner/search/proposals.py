@@ -21,7 +21,8 @@ class TrialProposer:
 
     Proposals are counted from 0. Each depends on the seed, on its number, and on the trials before
     it. The first is the linear-probe trial: what the pretrained features give with a head alone.
-    The second is the default recipe. After that the sampler proposes.
+    The second is the default recipe. Then come the first guesses of the file, and after that the
+    sampler proposes.
     """
 
     def __init__(self, study: WindowedStudy, space: Space) -> None:
@@ -132,15 +133,27 @@ class TrialProposer:
             self.study.enqueue_trial(point)
         elif self.linear_probe_params and proposal == 1 and not self._default_was_enqueued():
             self._enqueue_default()
+        elif (guess := self._guess_of(proposal)) is not None:
+            self.study.enqueue_trial(guess)
         self.study.sampler = SAMPLERS[self.search_settings.sampler](
             derive_seed(self.search_settings.seed, proposal), self._startup(proposal)
         )
         with self.study.window():
             return self.study.ask()
 
+    @property
+    def _first_count(self) -> int:
+        """The number of proposals before the first guesses."""
+        return 1 if self.linear_probe_params is None else 2
+
+    def _guess_of(self, proposal: int) -> dict[str, Any] | None:
+        """Return the first guess that a proposal tries, or None where the sampler proposes."""
+        guesses, index = self.space.first_guesses, proposal - self._first_count
+        return dict(guesses[index]) if 0 <= index < len(guesses) else None
+
     def _startup(self, proposal: int) -> Startup:
         """Return what a proposal takes while there are too few trials to learn from."""
-        enqueued = 1 if self.linear_probe_params is None else 2
+        enqueued = self._first_count + len(self.space.first_guesses)
         names = [d.name for d in self.space.dimensions]
         seed = derive_seed(self.search_settings.seed)
         return make_startup(self.search_settings.trials, names, seed, max(0, proposal - enqueued))

@@ -1,0 +1,67 @@
+"""The parameters of a trial that a person gives: first guesses of a file, and enqueued trials."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tuner.config.space import Choice, Dimension, Range, Space
+from tuner.errors import SpaceError, suggest_names
+
+
+def _shown(value: Any) -> str:
+    """0.0005 and not 5.00e-4: people know decimals better."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def checked_params(space: Space, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a trial as name -> value: those given, and the defaults of the others.
+
+    Raises SpaceError where a key is not searched, or a value lies outside its range.
+    """
+    values: dict[str, Any] = {}
+    known = list(dict.fromkeys(n for d in space.dimensions for n in (d.key, d.name)))
+    for key, value in given.items():
+        short = str(key).removeprefix("recipe.")
+        if short not in known:
+            raise SpaceError(f"{short}: not searched by this study{suggest_names(short, known)}")
+        values[short] = value
+    if not values:
+        raise SpaceError(f"name at least one key, such as {known[0] if known else 'lr'}=…")
+    used: set[str] = set()
+
+    def value_of(dimension: Dimension) -> Any:
+        for name in (dimension.name, dimension.key):
+            if name in values:
+                used.add(name)
+                return checked_value(dimension, values[name])
+        return space.default_value(dimension)
+
+    params = space.choose_params(value_of)
+    unused = [key for key in values if key not in used]
+    if unused:
+        raise SpaceError(f"{unused[0]}: not searched with these values of the other keys")
+    return params
+
+
+def checked_value(dimension: Dimension, value: Any) -> Any:
+    """A value of a searched key. Raises SpaceError where it lies outside its domain."""
+    domain = dimension.domain
+    if isinstance(domain, Choice):
+        for option in domain.options:
+            if option == value and isinstance(option, bool) == isinstance(value, bool):
+                return option
+        allowed = ", ".join(map(_shown, domain.options))
+        raise SpaceError(f"{dimension.name}: {value!r} is none of its choices: {allowed}")
+    return checked_number(dimension.name, domain, value)
+
+
+def checked_number(name: str, domain: Range, value: Any) -> Any:
+    """A number inside a range. Raises SpaceError."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not domain.low <= value <= domain.high:
+        between = f"{_shown(domain.low)} to {_shown(domain.high)}"
+        raise SpaceError(f"{name}: {value!r} is outside the study's range, {between}")
+    if domain.integer and value != int(value):
+        raise SpaceError(f"{name}: {value!r} is no whole number")
+    return int(value) if domain.integer else float(value)
