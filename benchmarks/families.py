@@ -2,7 +2,7 @@
 
     taskset -c 0 python benchmarks/families.py [--only vit swin] [--repeats 3]
 
-One small member of each family, with random weights, on made-up images of 128 pixels or made-up texts of 30 to 120 tokens. For each
+One small member of each family, with random weights, on made-up images of 128 pixels or made-up texts of 15 to 60 words. For each
 model three trainings take turns, an epoch each, in one process: tuner with nothing frozen and nothing cached, tuner with all stages
 but the head frozen and their activations cached before, and a bare loop over the same batches, which are read and normalised before
 the clock starts: the library's own model, the same loss, optimizer and validation. Seconds are those of the CPU (`process_time`), so
