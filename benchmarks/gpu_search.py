@@ -124,7 +124,7 @@ def sharing_row(setup: Setup) -> Iterator[Figure]:
 
 def trials_an_hour(setup: Setup, workers: int) -> float:
     """Of a search in its stride: the trials after the first of each worker, whose processes start meanwhile."""
-    trials = workers + setup.pick(max(4, 2 * workers), 2)
+    trials = workers + setup.pick(max(4, 2 * workers), 1)
     folder = photographs(setup, square(setup))
     recipe = {
         "lr": {"low": 1e-4, "high": 1e-1, "log": True},

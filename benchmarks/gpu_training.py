@@ -198,7 +198,7 @@ def task_figure(
     setup: Setup, name: str, run: Run, metric: str, loop: Iterator[None], context: TrainingContext
 ) -> Figure:
     arms = {"tuner": epochs(context, run, setup), "library": plain(loop, setup)}
-    seconds = take_turns(arms, setup.pick(3, 1))
+    seconds = take_turns(arms, setup.pick(3, 1), warmup=setup.pick(1, 0))
     what = f"{name}: training pass, tuner ÷ the library's own loop"
     return compare(
         what, seconds["tuner"], seconds["library"], 1.0, f"s for {len(context.train)} examples"
