@@ -126,6 +126,7 @@ def test_an_interval_is_that_of_the_binomial() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(TINY_TASKS))
 def test_every_task_can_be_tested_with_new_data(name: str, tmp_path: Path) -> None:
     tiny = TINY_TASKS[name]

@@ -234,6 +234,8 @@ def test_a_picture_dropped_on_the_page_of_serve_gets_its_classes(place: Path, br
     """An answer with a bar for each class, and a sentence for what is no picture."""
     Image.effect_noise((60, 40), 90).convert("RGB").save(place / "new.png")
     (place / "bad.png").write_text("no picture")
+    environ = os.environ | {"TUNER_HOME": str(place / "home")}
+    subprocess.run([*TUNER, "export", "small", "--quiet"], cwd=place, env=environ, check=True)
     command = [*TUNER, "serve", "small", "--port", str(free())]
     with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as process:
         try:
