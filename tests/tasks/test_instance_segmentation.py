@@ -333,7 +333,9 @@ def test_masks_of_people_through_export_and_prediction(
     annotations: list[dict[str, Any]] = []
     for number, file in enumerate(masks):
         (picture,) = (root / "Training_Images").glob(f"{file.stem}.*")
-        values = np.asarray(Image.open(file).convert("L")) > 127
+        with Image.open(picture) as image:
+            mask_image = Image.open(file).convert("L").resize(image.size, Image.Resampling.NEAREST)
+        values = np.asarray(mask_image) > 127
         components, count = ndimage.label(values)
         images.append({"id": number, "file_name": picture.name})
         for i in range(1, count + 1):
@@ -359,7 +361,7 @@ def test_masks_of_people_through_export_and_prediction(
         "task: instance_segmentation\n"
         "data: {name: coco, path: people.json, images: humans/Training_Images, size: 96}\n"
         "model: {name: maskrcnn_resnet50_fpn, weights: none, backbone: none}\n"
-        "recipe: {epochs: 1, batch_size: 2, freeze_depth: 4}\n"
+        "recipe: {epochs: 1, batch_size: 4, freeze_depth: 4, lr: 0.0001, clip_norm: 1.0}\n"
         "search: {trials: 1}\nengine: {name: inline, device: cpu}\nexport: [safetensors, onnx]\n"
     )
     result = tuner("run", tmp_path / "s.yaml")
