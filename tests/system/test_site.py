@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,4 +121,3 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     home = (tmp_path / "site/index.html").read_text()
     assert 'href="docs/tutorial/"' in home and "https://fonts." not in home
     assert (tmp_path / "site/docs/freezing.svg").is_file()
-    shutil.rmtree(tmp_path / "site")
