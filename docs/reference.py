@@ -298,7 +298,11 @@ def reference() -> str:
         f"Where trials run. `engine: NAME` is short for `engine: {{name: NAME}}`; the engines are {', '.join(f'`{e}`' for e in engines)}.",
         "",
     ]
-    lines += [*table("engine", engine["properties"], []), "## export, storage, seed, try, track", ""]
+    lines += [
+        *table("engine", engine["properties"], []),
+        "## export, storage, seed, try, track",
+        "",
+    ]
     formats, trackers = named_in(sections["export"]), named_in(sections["track"])
     lines += ["| key | value | default | searched | meaning |", "|---|---|---|---|---|"]
     lines += [

@@ -64,12 +64,8 @@ def test_what_an_extra_needs_is_read_from_the_installed_package_or_the_clone(
 def test_every_extra_that_a_message_speaks_of_exists() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "tuner").rglob("*.py"))
     asked = set(re.findall(r"""pip_install\(["'](\w+)["']\)""", sources))
-<<<<<<< HEAD
-    assert asked == set(EXTRAS) - {"test", "docs"}
-=======
     trackers = set(plugins.list_names("tracker"))  # the extra of a tracker has its name
-    assert asked | trackers == set(EXTRAS) - {"test"}
->>>>>>> a5eedba (Trackers: a search is followed in TensorBoard, MLflow or W&B, or by one's own)
+    assert asked | trackers == set(EXTRAS) - {"test", "docs"}
 
 
 def test_examples_are_listed_and_written_but_nothing_is_overwritten(

@@ -58,7 +58,8 @@ def space_schema() -> dict[str, Any]:
             "track": {
                 "anyOf": [{"type": "null"}, tracker, {"type": "array", "items": tracker}],
                 "description": "where a search is followed beside console and dashboard: a run for "
-                "each trial, in the study's folder unless the tracker's own variables say otherwise",
+                "each trial, in the study's folder unless the tracker's own variables say "
+                "otherwise",
             },
         },
     }
