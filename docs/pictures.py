@@ -1,6 +1,6 @@
-"""Makes the pictures of README.md from the program as it is.
+"""Makes the pictures of README.md and docs/ from the program as it is.
 
-    python docs/pictures.py                        the terminal and the dashboard, from one search
+    python docs/pictures.py                        the terminal and the dashboard, from one search; freeze depth, as measured
     python docs/pictures.py --data FOLDER          also detection and segmentation, from trainings on real photographs
 
 FOLDER holds raccoon.tar (200 photographs with boxes in Pascal VOC's XML), humans.tar (290 photographs of people with masks) and
@@ -10,9 +10,11 @@ the reason is printed. Minutes on two CPU cores.
 
 import argparse
 import io
+import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -33,6 +35,8 @@ WINDOW = "1280,1380"  # with what a browser shows around the page
 HEIGHT = 430  # of a photograph at most; README shows it smaller
 PATIENCE = 60  # seconds in which the dashboard draws its plots
 BACKBONE = "tf_efficientnet_lite0"
+REPLAY = DOCS.parent / "benchmarks/plots/replay.json"
+FROZEN, TRAINED = "#4c78a8", "#f58518"
 
 DETECTION = """
 task: {{name: detection, confidence: 0.7}}
@@ -173,9 +177,51 @@ def predict(
     image.save(picture, optimize=True)
 
 
+def freezing(place: Path, data: Path | None) -> None:
+    """Freeze depth: which stages are frozen, and what a training takes, as benchmarks/replay.py measured it."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    measured = json.loads(REPLAY.read_text())["repeats"]
+    plain, tuner = (
+        [
+            statistics.median(times)
+            for times in zip(*(r[arm]["trials"] for r in measured), strict=True)
+        ]
+        for arm in ("plain", "tuner")
+    )
+    depths, stages = range(len(tuner)), len(tuner)
+    mpl.rcParams.update(
+        {"svg.hashsalt": "tuner", "svg.fonttype": "none", "font.family": "sans-serif"}
+    )
+    figure = Figure(figsize=(9.2, 4.2), layout="constrained")
+    model, time = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.2))
+    for depth in depths:
+        colours = [FROZEN] * depth + [TRAINED] * (stages - depth)
+        model.barh([depth] * stages, 0.9, left=range(stages), height=0.62, color=colours)
+    model.text(0, -0.95, "input", fontsize=9)
+    model.text(stages - 0.1, -0.95, "head", fontsize=9, ha="right")
+    model.set(ylabel="freeze depth", xticks=[], yticks=depths, ylim=(stages - 0.4, -1.3))
+    model.set_title("stages: frozen (blue) and trained (orange)", fontsize=11)
+    for shift, times, colour, name in (
+        (-0.18, plain, "#9a9a9a", "a plain script"),
+        (0.18, tuner, "#2b8a3e", "tuner"),
+    ):
+        rows = time.barh([d + shift for d in depths], times, height=0.34, color=colour, label=name)
+        time.bar_label(rows, [f"{t:.1f}" for t in times], padding=3, fontsize=8)
+    time.set_title("seconds of the same training", fontsize=11)
+    time.set(xticks=[], xlim=(0, 1.12 * max(plain)))
+    time.legend(loc="lower right", frameon=False)
+    for axes in (model, time):
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    figure.savefig(DOCS / "freezing.svg", metadata={"Date": None})
+
+
 PICTURES: dict[str, Callable[[Path, Path | None], None]] = {
     "terminal.svg": terminal,
     "dashboard.png": dashboard,
+    "freezing.svg": freezing,
     "detection.png": detection,
     "segmentation.png": segmentation,
 }

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         ShouldContinue,
         Stall,
     )
+    from tuner.messages import Epoch
     from tuner.preprocessing.detection_dataset import AnnotatedImage, detection_dataset
     from tuner.preprocessing.image_dataset import (
         MakeTargets,
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
         open_token_store,
         trim_padding,
     )
+    from tuner.trackers._tracked import RunEnd, TrackedRun, TrackedStudy, Tracker
 
 __all__ = [
     "IGNORED",
@@ -110,6 +112,7 @@ __all__ = [
     "DetectorHead",
     "DetectorStage",
     "EngineSettings",
+    "Epoch",
     "ExportModule",
     "ImageInputSpec",
     "ImageOptions",
@@ -129,6 +132,7 @@ __all__ = [
     "Outcome",
     "Prediction",
     "Recipe",
+    "RunEnd",
     "RunJobs",
     "ShouldContinue",
     "Source",
@@ -142,6 +146,9 @@ __all__ = [
     "TensorTree",
     "TextInputSpec",
     "TextSource",
+    "TrackedRun",
+    "TrackedStudy",
+    "Tracker",
     "TunerError",
     "assemble_dataset",
     "assign_and_limit_splits",
@@ -219,6 +226,7 @@ _NAMES_BY_MODULE = {
         "ShouldContinue",
         "Stall",
     ),
+    "tuner.messages": ("Epoch",),
     "tuner.preprocessing.detection_dataset": ("AnnotatedImage", "detection_dataset"),
     "tuner.preprocessing.image_dataset": (
         "MakeTargets",
@@ -244,6 +252,7 @@ _NAMES_BY_MODULE = {
         "open_token_store",
         "trim_padding",
     ),
+    "tuner.trackers._tracked": ("RunEnd", "TrackedRun", "TrackedStudy", "Tracker"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 

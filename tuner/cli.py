@@ -128,10 +128,12 @@ def check(
 ) -> None:
     """Find what can be wrong before training. Nothing is downloaded."""
     from tuner.commands.session import open_session
+    from tuner.commands.tracking import require_trackers
     from tuner.config.related_tasks import output_word
     from tuner.config.space import dump_yaml
 
     space, folders, console = open_space(file, overrides, Path("studies"), False, False)
+    require_trackers(space)
     with open_session(space, folders, console, engine="inline") as s:
         survey = s.survey_models()
         facts = s.inspect_data(allow_downloads=False)

@@ -108,7 +108,7 @@ def test_the_metric_is_the_tasks_first_unless_written() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("lr: 0.1", "4: lr: unknown section; 'lr' is a key of recipe (allowed: task, data, model, recipe, seed, try, search, engine, storage, export)"),
+        ("lr: 0.1", "4: lr: unknown section; 'lr' is a key of recipe (allowed: task, data, model, recipe, seed, try, search, engine, storage, export, track)"),
         ("recipe: 5", "4: recipe: expected a mapping of keys, got 5"),
         ("recipe: [a]", "4: recipe: expected a mapping of keys, got a list"),
         ("recipe: {lr: {low: 0.1, high: 0.1}}", "4: recipe.lr: low (0.1) must be below high (0.1)"),

@@ -14,11 +14,11 @@ EXAMPLES = sorted((ROOT / "examples/plugins").glob("*.py"))
 # A name that is removed or renamed here breaks the plug-ins of users: CHANGELOG.md must say so.
 NAMES = """
     IGNORED IMAGENET_SPEC IMAGE_NAME NO_OBJECT TEST TRAIN UNSPLIT VALID
-    AnnotatedImage Batch Boxes DataError Dataset DetectorHead DetectorStage EngineSettings
+    AnnotatedImage Batch Boxes DataError Dataset DetectorHead DetectorStage EngineSettings Epoch
     ExportModule ImageInputSpec ImageOptions ImageStore InputSpec Items Job Labels LossCause
-    MakeTargets MaskLegend Masks NextJob Objects OnEnd OnReport Outcome Prediction Recipe RunJobs
+    MakeTargets MaskLegend Masks NextJob Objects OnEnd OnReport Outcome Prediction Recipe RunEnd RunJobs
     ShouldContinue Source SpaceError SplitOptions StagedModel Stall StorageError Targets Task
-    TensorTree TextInputSpec TextSource TunerError
+    TensorTree TextInputSpec TextSource TrackedRun TrackedStudy Tracker TunerError
     assemble_dataset assign_and_limit_splits check_classes classification_dataset content_digest
     decode_texts detection_dataset join_targets load_matching_state load_tokenizer nearest_hint
     open_token_store pad_objects read_state_dict relative_difference run_job segmentation_dataset

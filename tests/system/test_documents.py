@@ -10,7 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     path
-    for folder in (".", "docs", "benchmarks", "examples/slurm", "examples/kubernetes")
+    for folder in (
+        ".",
+        "docs",
+        "docs/tasks",
+        "benchmarks",
+        "examples/slurm",
+        "examples/kubernetes",
+        "examples/plugins",
+    )
     for path in sorted((ROOT / folder).glob("*.md"))
     if path.name != "CHANGELOG.md"
 ]

@@ -11,7 +11,7 @@ import tuner
 
 ROOT = Path(tuner.__file__).parents[1]
 BOUNDED = {"torch", "torchvision", "optuna", "optuna-dashboard", "transformers", "libreyolo", "ray"}
-BOUNDED |= {"datasets"}
+BOUNDED |= {"datasets", "mkdocs-material"}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tuner.commands.session import (
     write_yaml,
 )
 from tuner.commands.summary import Summary
+from tuner.commands.tracking import Tracking, require_trackers
 from tuner.commands.winner import finalize_once, progress_of
 from tuner.config import database_url
 from tuner.config.parsing import with_values
@@ -70,6 +71,7 @@ def search_and_finalize(
 ) -> tuple[Summary, FinishingClock | None]:
     """The summary, and with `search.time` the clock that measures what follows the search."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    require_trackers(space)
     removal.require_own(folders.study_folder(space))
     removal.require_target(folders.study_folder(space) / "export", INSTEAD)
     with open_session(space, folders, console) as s:
@@ -87,7 +89,7 @@ def search_and_finalize(
             workers = worker_count(space, survey.gpu_count)
             times = FinishingTimes(folders.home, space, survey, facts)
             limit = make_time_limit(s.settings.search, began, times, workers)
-            coordinator = open_coordinator(s, folder, facts.digest, stack, limit)
+            coordinator, tracking = open_coordinator(s, folder, facts.digest, stack, limit)
             sizes = facts.split_sizes["train"], facts.split_sizes["valid"]
             history.keep_split_sizes(coordinator.study, *sizes)
             before = coordinator.budget_used
@@ -118,7 +120,9 @@ def search_and_finalize(
             is_new = coordinator.budget_used > before
             clock = FinishingClock(times, limit) if limit is not None else None
             ended = EndedSearch(s, coordinator, folder, sizes, workers, is_new, clock)
-            return finalize_once(ended), clock
+            summary = finalize_once(ended)
+            tracking.on_winner(summary)
+            return summary, clock
 
 
 def make_time_limit(
@@ -193,8 +197,11 @@ def open_coordinator(
     data_digest: str,
     stack: contextlib.ExitStack,
     time_limit: TimeLimit | None = None,
-) -> Coordinator:
-    """Makes or continues the study. `stack` closes the database and ends the lease."""
+) -> tuple[Coordinator, Tracking]:
+    """Makes or continues the study.
+
+    `stack` lets the trackers come to their end, closes the database and ends the lease.
+    """
     space, search = session.space, session.settings.search
     database = storage.open_storage(
         session.settings.storage, folder, session.console.warn, lambda: session.stop_signal.is_now
@@ -249,11 +256,13 @@ def open_coordinator(
             f"study {study.study_name!r} is also being run by {other} since {other.since}"
         )
     keeping = CheckpointRetention((folder / CHECKPOINTS_FOLDER).absolute(), kept_count(search))
+    tracking = Tracking(session, study, folder)
+    stack.callback(tracking.close)
     coordinator = Coordinator(
         study,
         space,
         session.make_assignment,
-        CombinedListener(session.console, artifacts),
+        CombinedListener(session.console, artifacts, tracking),
         session.stopping,
         lease,
         keeping,
@@ -262,7 +271,7 @@ def open_coordinator(
     )
     if warning := coordinator.proposer.warning():
         session.console.warn(warning)
-    return coordinator
+    return coordinator, tracking
 
 
 def kept_count(search: SearchSettings) -> int:

@@ -21,7 +21,10 @@ CONDITION_SCHEMA = {
 
 def space_schema() -> dict[str, Any]:
     """Everything `tuner check` takes, ranges and choices included."""
-    one = {"anyOf": [{"enum": plugins.list_names("export")}, _import_path_schema()]}
+    one, tracker = (
+        {"anyOf": [{"enum": plugins.list_names(kind)}, _import_path_schema()]}
+        for kind in ("export", "tracker")
+    )
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "tuner search space",
@@ -52,6 +55,12 @@ def space_schema() -> dict[str, Any]:
                 "description": "SQLAlchemy URL; null: SQLite in the study's folder",
             },
             "export": {"anyOf": [{"type": "null"}, one, {"type": "array", "items": one}]},
+            "track": {
+                "anyOf": [{"type": "null"}, tracker, {"type": "array", "items": tracker}],
+                "description": "where a search is followed beside console and dashboard: a run for "
+                "each trial, in the study's folder unless the tracker's own variables say "
+                "otherwise",
+            },
         },
     }
 

@@ -32,7 +32,17 @@ from tuner.config.yaml_document import COMMAND_LINE, Document, describe_value, f
 from tuner.errors import SpaceError, suggest_names
 
 PLUGIN_SECTIONS = ("task", "data", "model")
-SECTIONS = (*PLUGIN_SECTIONS, "recipe", "seed", "try", "search", "engine", "storage", "export")
+SECTIONS = (
+    *PLUGIN_SECTIONS,
+    "recipe",
+    "seed",
+    "try",
+    "search",
+    "engine",
+    "storage",
+    "export",
+    "track",
+)
 
 
 class TopLevelKeys(Section):

@@ -19,6 +19,7 @@ annotations are the schema.
                         not the usual ones
     export/<name>.py    FILE; save(model, example, path); load(path, blank)
     engines/<name>.py   run(engine, warn), a context manager that gives a RunJobs
+    trackers/<name>.py  PACKAGE (what it needs); start(study) -> Tracker
 
 Every kind also accepts the user's own, as `package.module:attribute`. Then tuner calls it:
 
@@ -35,6 +36,7 @@ Every kind also accepts the user's own, as `package.module:attribute`. Then tune
     export  an object with FILE, save and load, such as a class with static methods. It has no keys.
     metric  attribute(predictions, targets) -> float, in search.metric. It has no keys.
     engine  attribute(engine, warn), as above. Its keys are those of EngineSettings and no others.
+    tracker attribute(study) -> Tracker, in the process that owns the study. It has no keys.
 
 The module is imported wherever the name is checked or used: in the coordinator and in every worker,
 from PYTHONPATH or from the current folder. `tuner.api` has what such a module imports from tuner.
@@ -68,6 +70,7 @@ PLUGIN_FOLDERS = {
     "model": "models",
     "export": "export",
     "engine": "engines",
+    "tracker": "trackers",
 }
 ENTRY_POINTS = {
     "task": "build",
@@ -75,6 +78,7 @@ ENTRY_POINTS = {
     "model": "build",
     "export": "save",
     "engine": "run",
+    "tracker": "start",
 }
 IMPORT_PATH_PATTERN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _ANNOTATION_NAMES = {

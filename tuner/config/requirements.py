@@ -1,5 +1,6 @@
 """How to install what an optional part of tuner needs."""
 
+import contextlib
 import re
 import shlex
 import tomllib
@@ -20,13 +21,14 @@ def pip_install(extra: str) -> str:
 
 def needed(extra: str) -> list[str]:
     """From the installed package, or from pyproject.toml where tuner runs in its clone without
-    being installed.
+    being installed, or was installed from there before there was such an extra.
     """
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         stated = metadata.requires(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:
-        project = Path(__file__).parents[2] / "pyproject.toml"
-        content = tomllib.loads(project.read_text(encoding="utf-8"))
-        return list(content["project"]["optional-dependencies"][extra])
-    matches = [match for match in map(EXTRA.fullmatch, stated) if match]
-    return [match["requirement"] for match in matches if match["extra"] == extra]
+        matches = [match for match in map(EXTRA.fullmatch, stated) if match]
+        found = [match["requirement"] for match in matches if match["extra"] == extra]
+        if found:
+            return found
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    content = tomllib.loads(project.read_text(encoding="utf-8"))
+    return list(content["project"]["optional-dependencies"][extra])

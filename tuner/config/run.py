@@ -355,6 +355,7 @@ class Settings:
     engine: EngineSettings
     storage: str | None
     export: tuple[str, ...]
+    track: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -362,4 +363,5 @@ class Settings:
             "engine": self.engine.model_dump(),
             "storage": self.storage and database_url.without_password(self.storage),
             "export": list(self.export),
+            "track": list(self.track),
         }

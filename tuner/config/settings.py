@@ -1,4 +1,4 @@
-"""The sections without ranges: search, engine, storage, export."""
+"""The sections without ranges: search, engine, storage, export, track."""
 
 import inspect
 import json
@@ -49,13 +49,14 @@ def read_settings(draft: Draft) -> Settings | None:
     leave_trials_to_time(draft)
     check_search_of_task(draft)
     storage, formats = read_storage_url(draft), read_export_formats(draft)
+    trackers = read_trackers(draft)
     if len(draft.problems) > before:
         return None
     search, engine = (
         {p[1]: draft.values.pop(p) for p in list(draft.values) if p[0] == section}
         for section in ("search", "engine")
     )
-    return Settings(SearchSettings(**search), EngineSettings(**engine), storage, formats)
+    return Settings(SearchSettings(**search), EngineSettings(**engine), storage, formats, trackers)
 
 
 def leave_trials_to_time(draft: Draft) -> None:
@@ -342,18 +343,31 @@ def read_export_formats(draft: Draft) -> tuple[str, ...]:
     written = draft.document.content.get(
         "export", [name for name in EXPORT_FORMATS if name in holds]
     )
-    formats = [] if written is None else [written] if isinstance(written, str) else written
-    if not isinstance(formats, list):
-        draft.add_problem(
-            ("export",),
-            f"expected a list of formats ({', '.join(plugins.list_names('export'))}), got "
-            f"{describe_value(formats)}",
-        )
-        return ()
+    formats = read_names(draft, "export", "export", "formats", written)
     for i, name in enumerate(formats):
-        check_plugin(draft, "export", ("export", i), name)
         if name in plugins.list_names("export") and name not in holds:
             draft.add_problem(
                 ("export", i), f"{name} cannot hold {model}; {fields.join_alternatives(holds)} can"
             )
-    return tuple(dict.fromkeys(str(name) for name in formats))
+    return tuple(dict.fromkeys(formats))
+
+
+def read_trackers(draft: Draft) -> tuple[str, ...]:
+    """The trackers under `track`. Whether their packages are there is asked before a search."""
+    written = draft.document.content.get("track")
+    return tuple(dict.fromkeys(read_names(draft, "track", "tracker", "trackers", written)))
+
+
+def read_names(draft: Draft, key: str, kind: str, words: str, written: Any) -> list[str]:
+    """One plug-in of a kind, or a list of them; empty where the file has no list."""
+    names = [] if written is None else [written] if isinstance(written, str) else written
+    if not isinstance(names, list):
+        draft.add_problem(
+            (key,),
+            f"expected a list of {words} ({', '.join(plugins.list_names(kind))}), got "
+            f"{describe_value(names)}",
+        )
+        return []
+    for i, name in enumerate(names):
+        check_plugin(draft, kind, (key, i), name)
+    return [str(name) for name in names]
