@@ -251,6 +251,8 @@ def build_text_model(kind: str, task: str) -> StagedModel:
     auto = transformers.AutoModelForSequenceClassification
     if task == "text_generation":
         auto = transformers.AutoModelForCausalLM
+    if task == "token_classification":
+        auto = transformers.AutoModelForTokenClassification
     torch.manual_seed(0)
     model = auto.from_config(config, dtype=torch.float32)
     model.config.use_cache = False

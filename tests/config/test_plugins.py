@@ -84,6 +84,7 @@ def test_the_folders_are_listed_without_importing() -> None:
         "text_generation",
         "text_multilabel",
         "text_regression",
+        "token_classification",
     }
     assert set(plugins.list_names("task")) == tasks
     assert {"digits", "folder", "cifar10", "synthetic"} <= set(plugins.list_names("data"))

@@ -145,7 +145,7 @@ def test_a_problem_says_where_what_and_what_is_allowed(text: str, says: str) -> 
         (
             "",
             [
-                "task: needs a name: classification, detection, instance_segmentation, multilabel, regression, segmentation, text_classification, text_generation, text_multilabel, text_regression, or your own as package.module:attribute"
+                "task: needs a name: classification, detection, instance_segmentation, multilabel, regression, segmentation, text_classification, text_generation, text_multilabel, text_regression, token_classification, or your own as package.module:attribute"
             ],
         ),
         (

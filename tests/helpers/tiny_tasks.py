@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import box_files, image_tables, instance_files, mask_files, small_transformers
+from tests.helpers import (
+    box_files,
+    image_tables,
+    instance_files,
+    mask_files,
+    small_transformers,
+    tagged_files,
+)
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.training.devices import select_device
@@ -46,6 +53,11 @@ class TinyTask:
 def write_bert_and_texts(folder: Path) -> None:
     small_transformers.write_model_folder(folder, "bert")
     small_transformers.write_csv(folder / "texts.csv")
+
+
+def write_bert_and_names(folder: Path) -> None:
+    small_transformers.write_model_folder(folder, "bert")
+    tagged_files.write_conll(folder / "names.conll")
 
 
 def write_gpt2_and_texts(folder: Path) -> None:
@@ -115,6 +127,14 @@ TINY_TASKS = {
             write_gpt2_and_texts,
             ("transformers",),
         ),
+        TinyTask(
+            "token_classification",
+            "entity_f1",
+            "data: {name: tagged_text, path: FOLDER/names.conll}\n"
+            "model: {name: bert, folder: FOLDER/bert, length: 32}",
+            write_bert_and_names,
+            ("transformers",),
+        ),
     )
 }
 SLOW_ON_CPU = (
@@ -124,6 +144,7 @@ SLOW_ON_CPU = (
     "regression",
     "text_classification",
     "text_generation",
+    "token_classification",
 )
 
 

@@ -56,6 +56,28 @@ def test_every_family_is_cut_at_its_blocks(kind: str, task: str) -> None:
     check_split(staged, padded_texts())
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "bert",
+        "distilbert",
+        "roberta",
+        "deberta-v2",
+        "modernbert",
+        "albert",
+        "electra",
+        "mpnet",
+        "gpt2",
+        "llama",
+    ],
+)
+def test_with_a_tag_for_each_token_the_cut_is_the_same(kind: str) -> None:
+    staged = built(kind, "token_classification")
+    assert staged.uncut_reason is None and staged.can_probe and staged.max_depth == 4
+    check_partition(staged)
+    check_split(staged, padded_texts())
+
+
 @pytest.mark.parametrize("kind", ["deberta-v2", "modernbert", "llama"])
 def test_while_training_the_stages_drop_what_the_model_drops(kind: str) -> None:
     staged = built(kind, "text_classification")

@@ -87,6 +87,18 @@ def make_instances(count: int) -> Pairs:
     return pairs
 
 
+TAGS = ("O", "B-a", "I-a", "B-b", "I-b")
+
+
+def make_tags(count: int) -> Pairs:
+    """Tags of which three in four are right, where a third of the tokens do not count."""
+    truth = torch.randint(0, 5, (count, 1, 9), generator=generator(), dtype=torch.int16)
+    noise = torch.randint(0, 5, truth.shape, generator=generator(1), dtype=torch.int16)
+    predicted = truth.where(torch.rand(truth.shape, generator=generator(2)) < 0.75, noise)
+    truth[torch.rand(truth.shape, generator=generator(3)) < 0.3] = -100
+    return list(zip(predicted.long(), truth, strict=True))
+
+
 MADE = {
     "multilabel": make_label_sets,
     "text_multilabel": make_label_sets,
@@ -98,6 +110,7 @@ MADE = {
     "segmentation": make_masks,
     "text_generation": make_texts,
     "detection": make_objects,
+    "token_classification": make_tags,
 }
 
 
@@ -105,7 +118,8 @@ def build(name: str) -> Task:
     fixed = (
         {"thresholds": 0.5} if name.endswith("multilabel") else {}
     )  # those of a draw would differ
-    task: Task = plugins.load_plugin("task", name)(CLASSES, Recipe(), **fixed)
+    classes = TAGS if name == "token_classification" else CLASSES
+    task: Task = plugins.load_plugin("task", name)(classes, Recipe(), **fixed)
     return task
 
 

@@ -15,6 +15,7 @@ from tuner.commands import table_scan
 from tuner.config import plugins, related_tasks
 from tuner.data._labelled_rows import USUAL_LABEL_COLUMNS
 from tuner.data._rows import KIND_BY_SUFFIX, TableRows, read_rows
+from tuner.data._tagged_files import TAGGED_SUFFIXES, has_tags, read_tagged_file
 from tuner.errors import DataError, limit_listing
 from tuner.preprocessing.data_paths import resolve_path
 from tuner.preprocessing.image_decoding import FORMATS, SUFFIXES
@@ -87,7 +88,7 @@ def explain_unreadable(given: str) -> str:
     return (
         f"{given}: not known as data{inside}; expected folders of images by class, VOC, COCO or "
         "YOLO annotations, images/ and masks/, or a csv, tsv, JSON lines or Parquet "
-        "file of images or texts; "
+        "file of images or texts, or a CoNLL file of tagged words; "
         "`tuner init` lists examples"
     )
 
@@ -225,15 +226,34 @@ def _scan_file(path: Path, given: str) -> Iterator[DataReading]:
     elif suffix == ".json" and (count := coco_images(path)):
         side = median_side(list(_images_below(path.parent)))
         yield DataReading("detection", "coco", given, count, "coco/detection", side=side)
+    elif suffix in TAGGED_SUFFIXES:
+        yield _read_tagged({TRAIN: path}, given)
     elif suffix in KIND_BY_SUFFIX or suffix == "":
         yield from _scan_tables({TRAIN: path}, given)
 
 
+def _read_tagged(files: dict[int, Path], given: str) -> DataReading:
+    count = sum(len(read_tagged_file(path).texts) for path in files.values())
+    return DataReading(
+        "token_classification",
+        "tagged_text",
+        given,
+        count,
+        "tagged_text/token_classification",
+        splits=_split_words(files) if len(files) > 1 else (),
+    )
+
+
 def _scan_split_tables(root: Path, given: str) -> Iterator[DataReading]:
-    files = [p for p in root.iterdir() if p.is_file() and p.suffix.lower() in KIND_BY_SUFFIX]
-    groups = group_by_split(files)
-    if TRAIN in groups:
-        yield from _scan_tables({split: paths[0] for split, paths in groups.items()}, given)
+    suffixes = {*KIND_BY_SUFFIX, *TAGGED_SUFFIXES}
+    files = [p for p in root.iterdir() if p.is_file() and p.suffix.lower() in suffixes]
+    by_split = {split: paths[0] for split, paths in group_by_split(files).items()}
+    if TRAIN not in by_split:
+        return
+    if by_split[TRAIN].suffix.lower() in TAGGED_SUFFIXES:
+        yield _read_tagged(by_split, given)
+    else:
+        yield from _scan_tables(by_split, given)
 
 
 def _scan_tables(files: dict[int, Path], given: str) -> Iterator[DataReading]:
@@ -242,6 +262,9 @@ def _scan_tables(files: dict[int, Path], given: str) -> Iterator[DataReading]:
     usual_labels = USUAL_LABEL_COLUMNS
     usual = (*usual_texts, *usual_labels)
     rows = read_rows(files[TRAIN], None, usual)
+    if has_tags(rows.columns):
+        yield _read_tagged(files, given)
+        return
     keys: dict[str, Any] = {}
     if table_scan.has_unusual_header(rows):
         rows, keys = read_rows(files[TRAIN], True, usual), {"header": True}

@@ -84,6 +84,10 @@ def print_prediction(
     if output.least is not None and "classes" in values:
         answer, score = best_answer(values)
         line = f"{answer} {score:.3f}" if score is not None else answer
+    elif output.least is not None and "entities" in values:
+        from tuner.tasks.token_classification import describe_entities
+
+        line = describe_entities(values["entities"])
     typer.echo(f"{prediction.name}  {line}{arrow}")
 
 
@@ -96,6 +100,8 @@ def limit_values(values: Mapping[str, Any], least: float | None) -> dict[str, An
         kept["classes"] = {name: p for name, p in kept["classes"].items() if p >= least}
     if "objects" in kept:
         kept["objects"] = [one for one in kept["objects"] if one["score"] >= least]
+    if "entities" in kept:
+        kept["entities"] = [one for one in kept["entities"] if one["probability"] >= least]
     return kept
 
 
@@ -109,7 +115,8 @@ def best_answer(values: Mapping[str, Any]) -> tuple[str, float | None]:
 
 def table_rows(prediction: inference.NamedPrediction, least: float | None) -> Iterator[list[Any]]:
     """The rows of an example: its likeliest class with all probabilities; or a row for each object
-    with its box, or for each class with its share of the pixels; or the continuation of a text.
+    with its box, for each entity with its characters, or for each class with its share of the
+    pixels; or the continuation of a text.
     """
     values = limit_values(prediction.prediction.values, least)
     name = prediction.name
@@ -121,6 +128,10 @@ def table_rows(prediction: inference.NamedPrediction, least: float | None) -> It
     elif "objects" in values:
         for one in values["objects"]:
             yield [name, one["label"], round(one["score"], DIGITS), json.dumps(one["box"])]
+    elif "entities" in values:
+        for one in values["entities"]:
+            place = json.dumps({key: one[key] for key in ("start", "end", "text")})
+            yield [name, one["label"], round(one["probability"], DIGITS), place]
     elif "shares" in values:
         for label, share in values["shares"].items():
             if share > 0:

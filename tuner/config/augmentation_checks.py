@@ -22,6 +22,7 @@ UNMIXABLE_TASKS = {
     "detection": "two mixed images have no common boxes",
     "instance_segmentation": "two mixed images have no common masks",
     "segmentation": "a pixel of two mixed images has two classes",
+    "token_classification": "a token of two mixed texts has two classes",
     "text_generation": "the next token of two mixed texts is not defined",
 }
 """Why a task has no mixup and cutmix."""

@@ -20,6 +20,7 @@ MIN_BOX_SIDE = 1.0  # pixels; an object with a smaller box is dropped
 NO_OBJECT = -1  # label of the rows that pad an image's boxes; labels below it: `ignored_label`
 TARGET, EXAMPLE_WEIGHT = "target", "example_weight"  # tensors of a target that is weighted
 IGNORED = 255  # class of pixels that are not counted, such as the borders of a letterbox
+IGNORED_TAG = -100  # tag of tokens that are not counted, such as all but the first of a word
 
 
 def ignored_label(label: int) -> int:
@@ -80,7 +81,8 @@ class Labels:
 
     Args:
         labels: One class per image, int64 (n,); or float32 (n, outputs): 1 for each label of an
-            image and 0 for others, or the numbers to be estimated.
+            image and 0 for others, or the numbers to be estimated; or int16 (n, length): the tag of
+            each token of a text, IGNORED_TAG where it is not counted.
         weights: float32 (n,), how much each example counts in the loss; None: all alike. With
             weights a target is a dict of TARGET and EXAMPLE_WEIGHT.
     """

@@ -3,7 +3,7 @@
 `text` and `table` read their files by this, so that both have the same keys.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,20 +119,24 @@ def read_files(path: str, keys: ColumnKeys, home: Path | None = None) -> dict[in
     }
 
 
-def find_split_files(path: str, home: Path | None = None) -> dict[int, Path]:
-    """The file of each split; UNSPLIT alone where `path` is a file."""
+def find_split_files(
+    path: str, home: Path | None = None, suffixes: Collection[str] = tuple(KIND_BY_SUFFIX)
+) -> dict[int, Path]:
+    """The file of each split, with one of these endings or none; UNSPLIT alone where `path` is a
+    file.
+    """
     root = resolve_path(path, home)
     if not root.is_dir():
         return {UNSPLIT: root}
     names = sorted(root.iterdir())
     groups = group_by_split(
-        file for file in names if file.is_file() and file.suffix.lower() in ("", *KIND_BY_SUFFIX)
+        file for file in names if file.is_file() and file.suffix.lower() in ("", *suffixes)
     )
     if TRAIN not in groups:
         listed = ", ".join(limit_listing([file.name for file in names])) or "nothing"
         raise DataError(
-            f"data.path: {path} has no train file, such as train.csv (it holds {listed}); "
-            "name the file itself where there is one"
+            f"data.path: {path} has no train file, such as train{next(iter(suffixes))} "
+            f"(it holds {listed}); name the file itself where there is one"
         )
     return require_one_per_split(groups, path)
 

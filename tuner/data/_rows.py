@@ -57,7 +57,7 @@ def read_rows(path: Path, header: bool | None, expected_columns: Sequence[str]) 
     """
     if path.suffix.lower() == ".parquet":
         return _require_rows(_read_parquet(path))
-    text = _read_text(path)
+    text = read_text(path)
     kind = KIND_BY_SUFFIX.get(path.suffix.lower()) or _guess_kind(text)
     if kind == "jsonl":
         return _read_jsonl(path, text)
@@ -68,7 +68,7 @@ def read_rows(path: Path, header: bool | None, expected_columns: Sequence[str]) 
     return _require_rows(_read_table(path, text, kind, header, expected_columns))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The file's characters; all line ends become \\n."""
     try:
         size = path.stat().st_size

@@ -4,32 +4,20 @@ For text generation also a plain text file with one text per line.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
-import torch
 from pydantic import Field
 
 from tuner.config.run import SplitOptions
 from tuner.core.input_spec import InputSpec, TextInputSpec
-from tuner.core.subset import subset_of
 from tuner.core.targets import Labels, labels_of
 from tuner.core.types import Dataset
+from tuner.data._encoded_texts import make_dataset, warn_shared_texts
 from tuner.data._labelled_rows import ColumnKeys, read_files
 from tuner.data._row_targets import TARGET_KINDS, make_items
-from tuner.errors import DataError, SpaceError
+from tuner.errors import SpaceError
 from tuner.preprocessing import tokenization
-from tuner.preprocessing.image_dataset import content_digest
-from tuner.preprocessing.splits import (
-    SPLIT_NAMES,
-    TEST,
-    TRAIN,
-    VALID,
-    Items,
-    assign_and_limit_splits,
-    check_classes,
-    rows_of,
-)
+from tuner.preprocessing.splits import assign_and_limit_splits, check_classes
 
 TASKS = ("text_classification", "text_multilabel", "text_regression", "text_generation")
 USUAL_TEXT_COLUMNS = (
@@ -156,7 +144,7 @@ def load(
     encoded = tokenization.open_token_store(home, input_spec, first_texts, second_texts)
     warnings = (
         *(warning for file in files.values() for warning in file.warnings),
-        *_warn_shared_texts(items),
+        *warn_shared_texts(items),
         *_warn_truncated(encoded.truncated_count, len(first_texts), input_spec),
     )
     # texts that are continued have their numbers of tokens instead of labels
@@ -165,59 +153,7 @@ def load(
         if kind == "none"
         else labels_of(items.labels, items.targets, items.weights)
     )
-    return _make_dataset(encoded, items, input_spec, labels, warnings)
-
-
-def _make_dataset(
-    encoded: tokenization.EncodedTexts,
-    items: Items,
-    input_spec: TextInputSpec,
-    labels: Labels,
-    warnings: tuple[str, ...],
-) -> Dataset:
-    classes = items.outputs
-    content = content_digest(encoded.digest, *labels.content, *classes)
-
-    def make_source(*splits: int) -> tokenization.TextSource:
-        rows = rows_of(items, *splits)
-        if len(rows) == 0:
-            raise DataError(f"data: no {SPLIT_NAMES[splits[0]]} texts")
-        return tokenization.TextSource(
-            encoded, labels.tree, torch.from_numpy(rows), content_digest(content, rows.tobytes())
-        )
-
-    train, valid, test = make_source(TRAIN), make_source(VALID), make_source(TEST)
-    full = make_source(TRAIN, VALID)
-    digest = content_digest(content, train.digest, valid.digest, test.digest)
-    return Dataset(
-        train=subset_of(full, train),
-        valid=subset_of(full, valid),
-        test=test,
-        full=full,
-        classes=classes,
-        input_spec=input_spec,
-        digest=digest,
-        warnings=warnings,
-    )
-
-
-def _warn_shared_texts(items: Items) -> list[str]:
-    """Warnings about validation and test texts that are also training texts."""
-
-    def texts_of(split: int) -> list[Any]:
-        return [items.examples[int(i)] for i in np.flatnonzero(items.split == split)]
-
-    train_texts = set(texts_of(TRAIN))
-    warnings = []
-    for split in (VALID, TEST):
-        texts = texts_of(split)
-        shared_count = sum(text in train_texts for text in texts)
-        if shared_count:
-            warnings.append(
-                f"data: {shared_count} of {len(texts)} {SPLIT_NAMES[split]} texts are also "
-                "training texts, so scores flatter; remove duplicates"
-            )
-    return warnings
+    return make_dataset(encoded, items, input_spec, labels, warnings)
 
 
 def _warn_truncated(truncated_count: int, total: int, input_spec: TextInputSpec) -> list[str]:

@@ -249,6 +249,29 @@ class LastToken(nn.Module):
         return select_last_token(self.norm(x["hidden"]), x["attention_mask"])
 
 
+class AllTokens(nn.Module):
+    """The vectors of all tokens, normalised where the model has a norm behind its blocks."""
+
+    def __init__(self, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return x if self.norm is None else {**x, "hidden": self.norm(x["hidden"])}
+
+
+class TokenHead(nn.Module):
+    """Logits of each token, (n, length, classes), from its vector alone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        y: Tensor = self.inner(x["hidden"])
+        return y
+
+
 class SingleTokenInput(nn.Module):
     """A module that takes the first of many tokens, called with one token alone."""
 

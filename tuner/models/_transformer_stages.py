@@ -1,8 +1,9 @@
 """Cuts transformers' models of texts: embeddings, each block, and the head.
 
 Two shapes are known: encoders (embeddings, blocks, pooling, head) and decoders (token embeddings,
-blocks, norm, head). Both are recognised by the model's modules, put together, run on a short text,
-and compared with the model. Only then they are believed; any other model stays whole.
+blocks, norm, head). For token classification nothing is pooled: the head sees every token. Both are
+recognised by the model's modules, put together, run on a short text, and compared with the model.
+Only then they are believed; any other model stays whole.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from tuner.models._cutter import compare_stages
 from tuner.models._forward_pass import TRACE_ERRORS, UncutModel
 from tuner.models._transformer_blocks import (
     AlbertGroup,
+    AllTokens,
     DebertaBlock,
     EmbeddingStage,
     FirstToken,
@@ -26,6 +28,7 @@ from tuner.models._transformer_blocks import (
     MpnetBlock,
     SingleTokenInput,
     TokenEmbeddingStage,
+    TokenHead,
     TransformerBlock,
     VocabularyHead,
     WholeModel,
@@ -58,17 +61,21 @@ def stage_transformer(model: Any, task: str, notes: tuple[str, ...]) -> StagedMo
 
     Args:
         model: One of transformers' models for the task.
-        task: text_classification or text_generation.
+        task: text_classification, text_generation or token_classification.
         notes: What the user is told about the weights: one line for each new module.
     """
-    generating = task == "text_generation"
+    generating, tagging = task == "text_generation", task == "token_classification"
     is_decoder = _find(model.base_model, TOKEN_EMBEDDINGS) is not None
-    forward = _compute_last_token_logits if is_decoder and not generating else _compute_logits
+    takes_last = is_decoder and not generating and not tagging
+    forward = _compute_last_token_logits if takes_last else _compute_logits
     try:
         if generating and not is_decoder:
             raise UncutModel("no decoder was recognised in it")
-        make = _decoder_stages if is_decoder else _encoder_stages
-        stages = make(model, generating)
+        stages = (
+            _decoder_stages(model, generating, tagging)
+            if is_decoder
+            else _encoder_stages(model, tagging)
+        )
         if not next(model.parameters()).is_meta:  # there are no numbers to compare, only sizes
             _compare(model, stages, forward)
     except (UncutModel, *TRACE_ERRORS) as error:
@@ -154,18 +161,29 @@ def _layer_types(config: Any, count: int) -> list[str]:
 # -- encoders
 
 
-def _encoder_stages(model: Any, generating: bool) -> Stages:
+def _token_head(model: Any) -> nn.Module:
+    """From the vector of each token to its logits, as the model's own class does it."""
+    parts = (
+        getattr(model, "head", None),  # ModernBERT's
+        _find(model, ("dropout", "drop")),
+        _find(model, ("classifier", "score")),
+    )
+    return TokenHead(nn.Sequential(*(part for part in parts if part is not None)))
+
+
+def _encoder_stages(model: Any, tagging: bool) -> Stages:
     """The stages of BERT and of models like it.
 
     The last block ends with the vector of the first token, or with the mean of all where the model
-    pools so: the head uses only this.
+    pools so: the head uses only this. With `tagging` it ends with all tokens.
     """
     trunk, config = model.base_model, model.config
     blocks = _encoder_blocks(trunk, config)
     if not blocks:
         raise UncutModel("no blocks were recognised in it")
     names = list(blocks)
-    blocks[names[-1]] = nn.Sequential(blocks[names[-1]], _pooling(trunk, config))
+    ending = AllTokens(_find(trunk, ("final_norm",))) if tagging else _pooling(trunk, config)
+    blocks[names[-1]] = nn.Sequential(blocks[names[-1]], ending)
     inputs = [
         module
         for path in (
@@ -182,7 +200,8 @@ def _encoder_stages(model: Any, generating: bool) -> Stages:
         getattr(trunk, "embeddings_project", None),
         nn.ModuleList(inputs) if inputs else None,
     )
-    return {"embeddings": embeddings, **blocks, "head": _encoder_head(model, trunk)}
+    head = _token_head(model) if tagging else _encoder_head(model, trunk)
+    return {"embeddings": embeddings, **blocks, "head": head}
 
 
 def _encoder_blocks(trunk: Any, config: Any) -> Stages:
@@ -250,11 +269,12 @@ def _encoder_head(model: Any, trunk: Any) -> nn.Module:
 # -- decoders
 
 
-def _decoder_stages(model: Any, generating: bool) -> Stages:
+def _decoder_stages(model: Any, generating: bool, tagging: bool) -> Stages:
     """The stages of GPT-2, Llama and models like them.
 
-    For classification the last block ends with the vector of the last token. For text generation
-    the head is the last norm, and the token embeddings used once more where they are tied.
+    For classification the last block ends with the vector of the last token, with `tagging` with
+    those of all tokens. For text generation the head is the last norm, and the token embeddings
+    used once more where they are tied.
     """
     trunk, config = model.base_model, model.config
     layers, norm = list(_find(trunk, LAYERS) or []), _find(trunk, NORMS)
@@ -274,8 +294,11 @@ def _decoder_stages(model: Any, generating: bool) -> Stages:
         block = TransformerBlock(
             config, layers[i], causal=True, layer_type=layer_type, rotary=rotary
         )
-        ends_with_vector = not generating and i + 1 == len(layers)
-        stages[f"block{i}"] = nn.Sequential(block, LastToken(norm)) if ends_with_vector else block
+        ending = AllTokens(norm) if tagging else LastToken(norm)
+        is_last = not generating and i + 1 == len(layers)
+        stages[f"block{i}"] = nn.Sequential(block, ending) if is_last else block
+    if tagging:
+        return {**stages, "head": _token_head(model)}
     if not generating:
         return {**stages, "head": nn.Sequential(model.score)}
     cap = getattr(config, "final_logit_softcapping", None)

@@ -21,7 +21,13 @@ from tuner.models import _hub
 from tuner.models._transformer_stages import stage_transformer
 from tuner.preprocessing.tokenization import load_tokenizer, silence_transformers
 
-TASKS = ("text_classification", "text_multilabel", "text_regression", "text_generation")
+TASKS = (
+    "text_classification",
+    "text_multilabel",
+    "text_regression",
+    "text_generation",
+    "token_classification",
+)
 NAMES = ("bert", "distilbert", "roberta", "gpt2", "hf/*")
 EXPORTS = (
     "safetensors",
@@ -75,6 +81,11 @@ DROPOUT_NAMES = (
     "embd_pdrop",
     "resid_pdrop",
 )
+AUTO_CLASSES = {
+    "text_generation": "AutoModelForCausalLM",
+    "token_classification": "AutoModelForTokenClassification",
+}
+"""The library's class by task; of other tasks the one for whole texts."""
 ENCODER_TYPES = (
     "bert",
     "distilbert",
@@ -167,7 +178,8 @@ def build(
         ),
     ] = None,
 ) -> StagedModel:
-    """The model with a head of `outputs` classes, or one that predicts the next token.
+    """The model with a head of `outputs` classes for each text, or for each token of it; or one
+    that predicts the next token.
 
     Depth 1 freezes the embeddings, each depth after it one block more. With `own_precision` weights
     that are stored in bfloat16 stay in it, but for those of the head; otherwise all are float32.
@@ -203,9 +215,7 @@ def build(
     _set_dropout(config, dropout)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = getattr(config, "eos_token_id", None)
-    auto = (
-        library.AutoModelForCausalLM if generating else library.AutoModelForSequenceClassification
-    )
+    auto = getattr(library, AUTO_CLASSES.get(task, "AutoModelForSequenceClassification"))
     notes: tuple[str, ...] = ()
     try:
         with silence_transformers():

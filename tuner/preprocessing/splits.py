@@ -72,6 +72,10 @@ class Items:
             **optional,
         )
 
+    def with_examples(self, examples: Sequence[Any]) -> "Items":
+        """The items with these examples instead, in the same order."""
+        return replace(self, examples=examples)
+
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of what a model gives: classes, labels or targets."""

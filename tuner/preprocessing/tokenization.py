@@ -26,6 +26,7 @@ from tuner.preprocessing.ragged_tensors import padded_width
 from tuner.preprocessing.tensor_files import TensorWriter, map_tensors
 
 FORMAT_VERSION = 1  # of the stored files; another number is another store
+TOKEN_STARTS = "token_starts"  # a stored tensor that is no input of a model
 TEXTS_PER_CHUNK = 1024  # texts encoded at once
 
 
@@ -67,6 +68,23 @@ def _encode_int32(
         for name in input_spec.input_names
     }
     return tensors, sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+
+
+def locate_tokens(input_spec: TextInputSpec, texts: Sequence[str]) -> Tensor:
+    """Where each token of each text begins: int32 (n, length), the index of its first character
+    that is no space; -1 for padding and for tokens that no characters belong to, such as [CLS].
+    """
+    encoded = load_tokenizer(input_spec.tokenizer_folder)(
+        list(texts), padding="max_length", truncation=True, max_length=input_spec.length
+    )
+    starts = torch.full((len(texts), input_spec.length), -1, dtype=torch.int32)
+    for row, text, encoding in zip(starts, texts, encoded.encodings, strict=True):
+        for position, (begin, end) in enumerate(encoding.offsets):
+            characters = text[begin:end]
+            visible = characters.lstrip()
+            if visible:
+                row[position] = end - len(visible)
+    return starts
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -212,6 +230,8 @@ class EncodedTexts:
         lengths: int64 (n,), the number of tokens of each text.
         truncated_count: how many texts were longer than the length.
         digest: names the texts and the tokenizer.
+        token_starts: int32 (n, length), as `locate_tokens` gives them; None: they were not asked
+            for.
     """
 
     entry: PinnedEntry
@@ -219,22 +239,33 @@ class EncodedTexts:
     lengths: Tensor
     truncated_count: int
     digest: str
+    token_starts: Tensor | None = None
 
 
 def open_token_store(
-    home: Path, input_spec: TextInputSpec, texts: Sequence[str], second_texts: Sequence[str] | None
+    home: Path,
+    input_spec: TextInputSpec,
+    texts: Sequence[str],
+    second_texts: Sequence[str] | None,
+    *,
+    locate: bool = False,
 ) -> EncodedTexts:
-    """Encode texts, or take them from the cache if the same tokenizer encoded them before."""
-    key = _store_key(input_spec, texts, second_texts)
+    """Encode texts, or take them from the cache if the same tokenizer encoded them before.
+
+    With `locate` the place of each token in its text is kept too.
+    """
+    key = _store_key(input_spec, texts, second_texts) + (f"-{TOKEN_STARTS}" if locate else "")
     folder = home / "tokens" / key
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         entry = open_or_create(
-            folder, lambda: _build_store(folder, input_spec, texts, second_texts)
+            folder, lambda: _build_store(folder, input_spec, texts, second_texts, locate)
         )
         note = json.loads((folder / "note.json").read_text())
     tensors = map_tensors(entry, len(texts))
-    return EncodedTexts(entry, tensors, token_counts(tensors["attention_mask"]), note["cut"], key)
+    starts = tensors.pop(TOKEN_STARTS, None)
+    lengths = token_counts(tensors["attention_mask"])
+    return EncodedTexts(entry, tensors, lengths, note["cut"], key, starts)
 
 
 def _store_key(
@@ -256,11 +287,16 @@ def _store_key(
 
 
 def _build_store(
-    folder: Path, input_spec: TextInputSpec, texts: Sequence[str], second: Sequence[str] | None
+    folder: Path,
+    input_spec: TextInputSpec,
+    texts: Sequence[str],
+    second: Sequence[str] | None,
+    locate: bool,
 ) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     truncated_count = 0
-    byte_count = 4 * len(input_spec.input_names) * len(texts) * input_spec.length
+    tensor_count = len(input_spec.input_names) + locate
+    byte_count = 4 * tensor_count * len(texts) * input_spec.length
     make_space(folder.parent, byte_count)
     with atomic_folder(folder, byte_count, "tokens") as temporary:
         writer = TensorWriter(temporary)
@@ -269,6 +305,8 @@ def _build_store(
             tensors, chunk_truncated_count = _encode_int32(
                 input_spec, texts[chunk], second[chunk] if second else None
             )
+            if locate:
+                tensors[TOKEN_STARTS] = locate_tokens(input_spec, texts[chunk])
             writer.append(tensors)
             truncated_count += chunk_truncated_count
         (temporary / "note.json").write_text(json.dumps({"cut": truncated_count}))

@@ -31,9 +31,9 @@ def read_labels(source: Source) -> Tensor:
 
 
 def count_classes(source: Source, class_count: int) -> Tensor:
-    """How many examples, or pixels, of each class a source has: int64 (classes,), on the CPU.
+    """How many examples, pixels or words of each class a source has: int64 (classes,), on the CPU.
 
-    Pixels that do not count are left out.
+    Pixels and tokens that do not count are left out.
     """
     key = f"{source.digest} {class_count}"
     if key not in _class_counts:
@@ -42,7 +42,8 @@ def count_classes(source: Source, class_count: int) -> Tensor:
             targets = read_targets(source, index)
             assert isinstance(targets, Tensor)
             labels = targets.flatten().cpu().long()
-            counts += torch.bincount(labels[labels < class_count], minlength=class_count)
+            counted = labels[(labels >= 0) & (labels < class_count)]
+            counts += torch.bincount(counted, minlength=class_count)
         _class_counts[key] = counts
     return _class_counts[key]
 

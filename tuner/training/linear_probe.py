@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tuner.core.input_spec import TensorTree, tree_to_dict
+from tuner.core.targets import IGNORED_TAG
 from tuner.core.types import Batch, Source
 from tuner.files.atomic import atomic_folder, disk_errors
 from tuner.files.cache_entries import make_space, open_or_create, write_checksums
@@ -101,7 +102,8 @@ def find_output_layer(
     """The linear layer whose output is the output of `head` for the inputs `x`, which are as
     `autocast` computes them.
 
-    None where `head` does not end with a linear layer over vectors: then there is no linear probe.
+    None where `head` does not end with a linear layer over vectors, one for each example or for
+    each of its tokens: then there is no linear probe.
     """
     outputs: list[tuple[nn.Linear, Tensor]] = []
     hooks = [
@@ -116,7 +118,7 @@ def find_output_layer(
     finally:
         for hook in hooks:
             hook.remove()
-    if not outputs or not isinstance(output, Tensor) or output.dim() != 2:
+    if not outputs or not isinstance(output, Tensor) or output.dim() not in (2, 3):
         return None
     layer, layer_output = outputs[-1]
     return layer if torch.equal(layer_output.reshape(output.shape), output) else None
@@ -141,6 +143,8 @@ def collect_layer_examples(
 ) -> LayerExamples:
     """The inputs of a layer of `head`, in eval mode, for the first view of `source`.
 
+    Where each token has a target, those tokens that count are the examples.
+
     Args:
         head: The last stage of a model.
         layer: The layer of `head`.
@@ -150,20 +154,35 @@ def collect_layer_examples(
     """
     inputs: list[Tensor] = []
     targets: list[dict[str, Tensor]] = []
-    hook = layer.register_forward_pre_hook(
-        lambda _, arguments: inputs.append(arguments[0].flatten(0, -2).float())
-    )
+    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     head.eval()
     try:
         for index in torch.split(_choose_rows(len(source), layer), chunk):
             x, y = source.take(index, 0)
             with autocast():
                 head(x)
+            if isinstance(y, Tensor) and y.dim() == 2 and not y.is_floating_point():
+                inputs[-1], y = _counted_tokens(inputs[-1], y)
+            inputs[-1] = inputs[-1].flatten(0, -2).float()
             targets.append(tree_to_dict(y))
     finally:
         hook.remove()
     joined = {name: torch.cat([part[name] for part in targets]) for name in targets[0]}
-    return LayerExamples(torch.cat(inputs), joined[""] if set(joined) == {""} else joined)
+    examples = LayerExamples(torch.cat(inputs), joined[""] if set(joined) == {""} else joined)
+    rows = _choose_rows(len(examples), layer)  # of tokens there may be more than of examples
+    return examples if len(rows) == len(examples) else examples.select(rows)
+
+
+def _counted_tokens(hidden: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors of the tokens that count, (k, features), and their tags, (k,).
+
+    Args:
+        hidden: (n, width, features).
+        tags: integers (n, length), not below `width` in length, IGNORED_TAG for other tokens.
+    """
+    tags = tags[:, : hidden.shape[1]].to(hidden.device)
+    counted = tags != IGNORED_TAG
+    return hidden[counted], tags[counted]
 
 
 def _choose_rows(count: int, layer: nn.Linear) -> Tensor:
