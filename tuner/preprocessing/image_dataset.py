@@ -30,7 +30,12 @@ from tuner.preprocessing.duplicate_images import (
     find_images_in_two_classes,
     find_images_in_two_splits,
 )
-from tuner.preprocessing.image_store import ImageStore, StreamedPixels, open_image_store
+from tuner.preprocessing.image_store import (
+    LEAVE_OUT_ALL,
+    ImageStore,
+    StreamedPixels,
+    open_image_store,
+)
 from tuner.preprocessing.random_draws import hash_32_bits
 from tuner.preprocessing.resident_tensors import ResidentTensors, share_tensors
 from tuner.preprocessing.splits import (
@@ -41,6 +46,7 @@ from tuner.preprocessing.splits import (
     Items,
     assign_and_limit_splits,
     check_classes,
+    examined_data,
     rows_of,
 )
 
@@ -248,10 +254,13 @@ def assemble_dataset(
     image_spec = resolve_image_spec(options, input_spec)
     items = assign_and_limit_splits(items, options)
     stored_spec = replace(image_spec, size=stored_side(image_spec, options.augment))
-    store = open_image_store(
-        home, items.examples, stored_spec, options.on_bad_image, may_stream=True
-    )
+    record = examined_data()
+    on_bad_image = options.on_bad_image if record is None else LEAVE_OUT_ALL
+    store = open_image_store(home, items.examples, stored_spec, on_bad_image, may_stream=True)
     items = items.select(store.readable)
+    if record is not None:
+        record.items, record.image_sizes = items, store.original_sizes
+        record.equal_rows, record.unreadable = store.equal_rows, store.unreadable
     image_spec = replace(image_spec, grey_bits=store.grey_bits)
     targets, target_warnings = make_targets(store, items, stored_spec)
     policy = _policy_for(options, targets)

@@ -34,6 +34,7 @@ from tuner.preprocessing import image_decoding
 from tuner.preprocessing.image_decoding import PathOrPixels
 
 FORMAT_VERSION = 6  # of the stored files; another number is another store
+LEAVE_OUT_ALL = "leave out all"  # of `on_bad_image`: unreadable images are told by the store alone
 IMAGES_PER_CHUNK = 512  # decoded at once, so that a large dataset does not fill the memory
 
 
@@ -51,6 +52,7 @@ class ImageStore:
         digest: equal pixels have an equal digest, wherever the files lie.
         warnings: about images that were left out.
         grey_bits: the bits of grey of the images that have more than 8; None: none has.
+        unreadable: one line for each image that cannot be read.
     """
 
     entry: PinnedEntry
@@ -61,6 +63,7 @@ class ImageStore:
     digest: str
     warnings: tuple[str, ...]
     grey_bits: int | None
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def open_image_store(
         home: the folder with the caches.
         pictures: the images.
         image_spec: the canvas.
-        on_bad_image: `error`, or `skip` to leave out a few unreadable images.
+        on_bad_image: `error`, `skip` to leave out a few unreadable images, or LEAVE_OUT_ALL.
         decoder: how an image becomes pixels.
         may_stream: whether images that would not fit the disk are decoded each time that they are
             taken. They are decoded once to check them, and what is known of them is kept.
@@ -176,6 +179,7 @@ def open_image_store(
         digest=meta["digest"],
         warnings=tuple(warnings),
         grey_bits=meta["grey_bits"],
+        unreadable=tuple(meta["bad"]),
     )
 
 
@@ -321,7 +325,7 @@ def _check_unreadable(
     unreadable: Sequence[str], total: int, on_bad_image: str, list_file: Path
 ) -> list[str]:
     """Warnings about unreadable images. Raises DataError unless they may be skipped and are few."""
-    if not unreadable:
+    if not unreadable or on_bad_image == LEAVE_OUT_ALL:
         return []
     listed = limit_listing(unreadable)
     summary = f"data: {len(unreadable)} of {total} images cannot be read"

@@ -95,6 +95,48 @@ _new_examples: contextvars.ContextVar[NewExamples | None] = contextvars.ContextV
 )
 
 
+@dataclass
+class ExaminedData:
+    """What data sources make known of their examples in a block of `examining_data`.
+
+    Args:
+        items: The examples with their splits, those that can be read; None: the source splits by
+            itself.
+        image_sizes: int64 (n, 2), width and height in pixels of each image; None: no images.
+        equal_rows: int64 (k, 2), as in `ImageStore`; None: no images.
+        unreadable: One line for each image that cannot be read.
+    """
+
+    items: Items | None = None
+    image_sizes: NDArray[np.int64] | None = None
+    equal_rows: NDArray[np.int64] | None = None
+    unreadable: tuple[str, ...] = ()
+
+
+_examined: contextvars.ContextVar[ExaminedData | None] = contextvars.ContextVar(
+    "_examined", default=None
+)
+
+
+@contextlib.contextmanager
+def examining_data() -> Iterator[ExaminedData]:
+    """In this block a data source makes known what it reads, and leaves out every unreadable image.
+
+    What is yielded gets what is known of the source's examples.
+    """
+    record = ExaminedData()
+    token = _examined.set(record)
+    try:
+        yield record
+    finally:
+        _examined.reset(token)
+
+
+def examined_data() -> ExaminedData | None:
+    """The record of the block of `examining_data` that this is in, if any."""
+    return _examined.get()
+
+
 @contextlib.contextmanager
 def all_for_testing() -> Iterator[NewExamples]:
     """In this block every example that a data source reads belongs to the test split.
@@ -169,7 +211,11 @@ def assign_and_limit_splits(items: Items, options: SplitOptions) -> Items:
     """
     if _new_examples.get() is not None:
         return replace(items, split=np.full(len(items.split), TEST, np.int64))
-    return assign_fold(limit_splits(assign_splits(items, options), options), options)
+    items = assign_fold(limit_splits(assign_splits(items, options), options), options)
+    record = _examined.get()
+    if record is not None:
+        record.items = items
+    return items
 
 
 def check_classes(items: Items) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tuner.config.run import Run
 from tuner.core.input_spec import TensorTree
-from tuner.core.types import Source, Task
+from tuner.core.types import Source, StagedModel, Task
 from tuner.errors import SpaceError, TunerError
 from tuner.training.building import (
     DeviceSource,
@@ -77,15 +77,7 @@ def score_model(run: Run, device_context: DeviceContext) -> ModelScore:
     except TunerError as error:
         raise UnusableModel(error.problems[0]) from None
     dataset = load_dataset(run, device_context.home)
-    try:
-        staged_model = build_model(run, device_context.home, len(dataset.classes))
-    except TunerError as error:
-        raise UnusableModel(error.problems[0]) from None
-    if not staged_model.can_probe or not staged_model.max_depth:
-        raise UnusableModel("it has no linear head behind features that can be frozen")
-    staged_model.model.to(  # type: ignore[call-overload]
-        device_context.device, memory_format=torch.channels_last
-    )
+    staged_model = build_probed_model(run, device_context, len(dataset.classes))
     trunk, head = staged_model.split(staged_model.max_depth)
     head.eval()
     passes = [
@@ -104,6 +96,23 @@ def score_model(run: Run, device_context: DeviceContext) -> ModelScore:
         sum(value.numel() for value in staged_model.model.parameters()),
         train.inputs.shape[1],
     )
+
+
+def build_probed_model(run: Run, device_context: DeviceContext, output_count: int) -> StagedModel:
+    """The model of a run on the device, with stages whose outputs can be probed.
+
+    Raises UnusableModel where it cannot be had, or it has no features to probe.
+    """
+    try:
+        staged_model = build_model(run, device_context.home, output_count)
+    except TunerError as error:
+        raise UnusableModel(error.problems[0]) from None
+    if not staged_model.can_probe or not staged_model.max_depth:
+        raise UnusableModel("it has no linear head behind features that can be frozen")
+    staged_model.model.to(  # type: ignore[call-overload]
+        device_context.device, memory_format=torch.channels_last
+    )
+    return staged_model
 
 
 class FeaturePass(NamedTuple):
