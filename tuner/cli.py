@@ -119,18 +119,51 @@ def run(
 
 @app.command(cls=Command)
 def check(
-    file: File,
+    file: FileOrData,
     overrides: Overrides = None,
     print_: Annotated[
         bool, typer.Option("--print", help="print the whole file with its defaults")
     ] = False,
+    data: Annotated[
+        bool,
+        typer.Option(
+            "--data",
+            help="examine the data and write a page: counts, sizes, unreadable and odd files, "
+            "duplicates, leaks between splits, labels that a linear probe doubts",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="with --data: the page; default: NAME.data.html", metavar="FILE"
+        ),
+    ] = None,
+    as_: As = None,
+    json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Find what can be wrong before training. Nothing is downloaded."""
+    """Find what can be wrong before training. Nothing is downloaded.
+
+    With --data the exit code is 3 where something is certainly wrong: an unreadable image, an
+    example in two splits or under two classes. It is 0 where there are only notes, such as doubts.
+    """
+    from tuner.commands.data_check import check_data
+    from tuner.commands.init import is_data
     from tuner.commands.session import open_session
     from tuner.commands.tracking import require_trackers
     from tuner.config.related_tasks import output_word
     from tuner.config.space import dump_yaml
+
+    if data:
+        check_data(file, overrides or (), out, as_, as_json=json_)
+        return
+    for option in [o for o, v in {"--out": out, "--as": as_, "--json": json_}.items() if v]:
+        raise SpaceError(f"{option} is for examining data; add --data")
+    if is_data(file):
+        raise SpaceError(
+            f"{file} is data; examine it with `tuner check {file} --data`, or write a space file "
+            f"for it with `tuner init {file}`"
+        )
 
     space, folders, console = open_space(file, overrides, Path("studies"), False, False)
     require_trackers(space)

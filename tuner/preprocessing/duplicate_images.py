@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from tuner.errors import limit_listing
 from tuner.preprocessing.image_decoding import PathOrPixels
-from tuner.preprocessing.splits import SPLIT_NAMES
+from tuner.preprocessing.splits import SPLIT_NAMES, examined_data
 
 MAX_PAIRS_LISTED = 5  # pairs of images that a message names
 
@@ -26,6 +26,8 @@ def find_images_in_two_splits(
     Returns:
         One line, or none.
     """
+    if examined_data() is not None:
+        return []  # who examines the data tells all of them
     names = [SPLIT_NAMES[int(number)] for number in split]
     return _format_warning(images, names, equal_rows, "parts", "so that scores may be too good")
 
@@ -37,6 +39,8 @@ def find_images_in_two_classes(
     equal_rows: NDArray[np.int64],
 ) -> list[str]:
     """A warning if equal images lie in different classes; arguments as above."""
+    if examined_data() is not None:
+        return []
     names = [repr(classes[int(label)]) for label in labels]
     return _format_warning(
         images, names, equal_rows, "classes", "so that one of the two labels is wrong"
