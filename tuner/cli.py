@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -29,6 +28,7 @@ from tuner.commands.arguments import (
     check_preset,
     check_time,
 )
+from tuner.commands.error_messages import print_error, refuse_windows, report_bug
 from tuner.errors import SpaceError, TunerError
 
 if TYPE_CHECKING:
@@ -393,26 +393,3 @@ def main() -> NoReturn:
     except Exception as error:
         code = report_bug(error, debug)
     sys.exit(code)
-
-
-def refuse_windows() -> int:
-    link = "https://learn.microsoft.com/windows/wsl/install"
-    hint = f"on Windows use WSL2 ({link}) and install it there"
-    print(f"tuner: error: tuner runs on Linux and macOS; {hint}", file=sys.stderr)
-    return SpaceError.code
-
-
-def print_error(error: TunerError, debug: bool) -> int:
-    if debug:
-        print(getattr(error, "traceback", "") or traceback.format_exc(), file=sys.stderr)
-    for problem in error.problems:
-        print(f"tuner: error: {problem}", file=sys.stderr)
-    return error.code
-
-
-def report_bug(error: Exception, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
-    problem = f"{type(error).__name__}: {error}; run again with --debug and report what it prints"
-    print(f"tuner: error: a bug in tuner: {problem}", file=sys.stderr)
-    return 1

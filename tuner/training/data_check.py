@@ -117,7 +117,8 @@ def examine_data(run: Run, device_context: DeviceContext) -> CheckedData:
         items = record.items
         is_image = record.image_sizes is not None
         classes, counts = count_classes(dataset, items)
-        blank, similar = [], []
+        blank: list[int] = []
+        similar: list[tuple[int, int]] = []
         if is_image:
             equal = group_pairs(record.equal_rows)
             blank, similar = compare_images(dataset, items.split, equal)
