@@ -55,12 +55,11 @@ def test_most_wrong_labels_are_found_and_doubts_are_no_faults(tuner: Tuner) -> N
     assert len(set(wrong) & set(listed)) >= 0.8 * SWAPPED
     assert len(set(wrong) & set(listed[: 2 * SWAPPED])) >= 0.7 * SWAPPED  # at the top
     assert len(listed) < 60  # and not by doubting everything
-    found = next(doubt for doubt in values["doubted"] if doubt["example"] in wrong)
-    assert int(found["likely"]) == (int(found["given"]) - 1) % 10 and found["split"] in (
-        "train",
-        "valid",
-        "test",
-    )
+    caught = [doubt for doubt in values["doubted"] if doubt["example"] in wrong]
+    right = [d for d in caught if int(d["likely"]) == (int(d["given"]) - 1) % 10]
+    assert len(right) >= 0.7 * len(caught)
+    found = right[0]
+    assert found["split"] in ("train", "valid", "test")
     assert found["given_probability"] < found["likely_probability"]
     page = Path(values["page"]).read_text()
     assert found["example"] in page and page.count("data:image/jpeg;base64,") >= len(wrong) - 3

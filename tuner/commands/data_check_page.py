@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import tuner
-from tuner.commands.data_check import (
+from tuner.commands.data_findings import (
     SPLIT_WORDS,
     Finding,
     class_rows,
