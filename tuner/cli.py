@@ -144,8 +144,7 @@ def check(
 ) -> None:
     """Find what can be wrong before training. Nothing is downloaded.
 
-    With --data the exit code is 3 where something is certainly wrong: an unreadable image, an
-    example in two splits or under two classes. It is 0 where there are only notes, such as doubts.
+    With --data it exits with 3 where something is certainly wrong, with 0 where only doubts are.
     """
     from tuner.commands.data_check import check_data
     from tuner.commands.init import is_data
