@@ -55,14 +55,16 @@ def test_most_wrong_labels_are_found_and_doubts_are_no_faults(tuner: Tuner) -> N
     assert len(set(wrong) & set(listed)) >= 0.8 * SWAPPED
     assert len(set(wrong) & set(listed[: 2 * SWAPPED])) >= 0.7 * SWAPPED  # at the top
     assert len(listed) < 60  # and not by doubting everything
-    caught = [doubt for doubt in values["doubted"] if doubt["example"] in wrong]
-    right = [d for d in caught if int(d["likely"]) == (int(d["given"]) - 1) % 10]
-    assert len(right) >= 0.7 * len(caught)
-    found = right[0]
-    assert found["split"] in ("train", "valid", "test")
-    assert found["given_probability"] < found["likely_probability"]
+    found = [doubt for doubt in values["doubted"] if doubt["example"] in wrong]
+    true = [d for d in found if int(d["likely"]) == (int(d["given"]) - 1) % 10]
+    assert len(true) >= 0.3 * SWAPPED  # by chance about one of nine names the true class
+    assert {doubt["split"] for doubt in values["doubted"]} <= {"train", "valid", "test"}
+    assert all(d["given_probability"] < d["likely_probability"] for d in values["doubted"])
     page = Path(values["page"]).read_text()
-    assert found["example"] in page and page.count("data:image/jpeg;base64,") >= len(wrong) - 3
+    assert (
+        all(doubt["example"] in page for doubt in found)
+        and page.count("data:image/jpeg;base64,") >= len(wrong) - 3
+    )
     assert not re.search(r"(src|href)=\"(?!data:)", page), "it needs no other file"
     assert not Path("digits.yaml").exists()
     # the first page is replaced, and a file of somebody else's is not
