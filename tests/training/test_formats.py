@@ -127,7 +127,9 @@ def test_every_readme_loads_its_formats_without_tuner(
     assert ended.returncode == 0, ended.stderr
     for name, line in zip(written, ended.stdout.splitlines(), strict=True):
         said_class, probability = line.split()
-        assert abs(float(probability) - answer[said_class]) < (0.25 if name in LOSSY else 2e-3), name
+        assert abs(float(probability) - answer[said_class]) < (0.25 if name in LOSSY else 2e-3), (
+            name
+        )
         assert said_class == best or name in LOSSY
 
 

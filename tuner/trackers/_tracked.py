@@ -10,6 +10,8 @@ from tuner.messages import Epoch
 
 WINNER = "winner"  # the key of the run of the winner as it is exported
 
+FORMATS = ("PNG", "JPEG")  # in which tasks make pictures
+
 
 @dataclass(frozen=True)
 class TrackedStudy:

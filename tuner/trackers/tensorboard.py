@@ -12,7 +12,14 @@ from typing import Any
 from PIL import Image
 
 from tuner.messages import Epoch
-from tuner.trackers._tracked import RunEnd, TrackedRun, TrackedStudy, epoch_values, pictures
+from tuner.trackers._tracked import (
+    FORMATS,
+    RunEnd,
+    TrackedRun,
+    TrackedStudy,
+    epoch_values,
+    pictures,
+)
 
 PACKAGE = "tensorboard"
 STATUS = {"complete": "STATUS_SUCCESS", "pruned": "STATUS_SUCCESS", "failed": "STATUS_FAILURE"}
@@ -94,7 +101,7 @@ class TensorBoardTracker:
         return self.summaries.Summary(value=[value])
 
     def _image(self, content: bytes) -> Any:
-        width, height = Image.open(io.BytesIO(content)).size
+        width, height = Image.open(io.BytesIO(content), formats=FORMATS).size
         return self.summaries.Summary.Image(
             height=height, width=width, colorspace=4, encoded_image_string=content
         )

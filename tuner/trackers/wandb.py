@@ -11,7 +11,14 @@ from typing import Any
 from PIL import Image
 
 from tuner.messages import Epoch
-from tuner.trackers._tracked import RunEnd, TrackedRun, TrackedStudy, epoch_values, pictures
+from tuner.trackers._tracked import (
+    FORMATS,
+    RunEnd,
+    TrackedRun,
+    TrackedStudy,
+    epoch_values,
+    pictures,
+)
 
 PACKAGE = "wandb"
 
@@ -39,7 +46,7 @@ class WandbTracker:
     def end_run(self, run: TrackedRun, end: RunEnd) -> None:
         tracked = self._run(run)
         images = {
-            name: self.wandb.Image(Image.open(io.BytesIO(content)))
+            name: self.wandb.Image(Image.open(io.BytesIO(content), formats=FORMATS))
             for name, content in pictures(end.files).items()
         }
         if images:
