@@ -42,7 +42,7 @@ def test_tagged_texts_from_a_file_to_a_prediction(
     assert manifest["classes"] == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
     assert manifest["scores"]["test"]["entity_f1"] > 0.7
     assert set(manifest["scores"]["per_class"]) == {"PER", "LOC"}
-    text = "We met Ann Lowell in New Haven, a warm day!"
+    text = "We met Ann Lowell in New Haven on a warm day"
     for kind in formats:
         said = tuner("predict", "t", text, "bad hours", "--json", "--format", kind)
         assert said.code == 0, said.err
