@@ -18,6 +18,7 @@ from tuner.config.augmentation import POLICIES
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "docs" / "reference.md"
+IMAGE_KEY = "size"  # a data source of images has it, one of texts has not
 Schema = Mapping[str, Any]
 OPENING = """# Reference
 
@@ -159,7 +160,7 @@ def plugins(section: str, schema: Schema) -> Iterator[str]:
     forms = list(plugin_forms(schema))
     shared: list[str] = []
     if section == "data":
-        images = [keys for names, keys, _ in forms if names != ["text"]]
+        images = [keys for _, keys, _ in forms if IMAGE_KEY in keys]
         shared = [name for name in images[0] if all(name in keys for keys in images)]
     for names, keys, required in forms:
         own = {name: key for name, key in keys.items() if name not in shared}
@@ -171,8 +172,8 @@ def plugins(section: str, schema: Schema) -> Iterator[str]:
             yield f"**{', '.join(f'`{name}`' for name in names)}**: no keys."
             yield ""
     if shared:
-        keys = next(keys for names, keys, _ in forms if names != ["text"])
-        texts = next(keys for names, keys, _ in forms if names == ["text"])
+        keys = next(keys for _, keys, _ in forms if IMAGE_KEY in keys)
+        texts = next(keys for _, keys, _ in forms if IMAGE_KEY not in keys)
         both = [name for name in shared if name in texts]
         yield "**Every data source**"
         yield ""
