@@ -23,7 +23,8 @@ from tuner.core.targets import NO_OBJECT
 from tuner.core.types import Batch, StagedModel, Task
 from tuner.errors import SpaceError
 from tuner.export import onnx, torch_export
-from tuner.tasks.detection import boxes_on_original, build, objects_difference
+from tuner.tasks._detected_objects import boxes_on_original, objects_difference
+from tuner.tasks.detection import build
 from tuner.training.model_summary import summarize_model
 
 # name, pixels of a canvas that is quickly computed, stages

@@ -1,17 +1,23 @@
 """What the tasks whose predictions are objects share: how objects are compared between two formats,
-and how they lie on the original image.
+and how they and their masks lie on an image.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
+from faster_coco_eval.core import mask as coco_masks
+from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from tuner.core.detectors import Objects
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.targets import NO_OBJECT
 
-EXAMPLES_SHOWN = 8  # validation examples on the contact sheet
-MAX_OBJECTS_NAMED = 5  # objects that a line names
+OBJECT_FIELDS = ("boxes", "scores", "labels", "masks")  # detectors give no masks
+MASK_THRESHOLD = 0.5  # probability from which a pixel belongs to the object
 NOISE_SCORE = 0.05  # scores up to this are noise: formats may differ in such objects
 SCORE_TOLERANCE = 1e-3  # scores of one object in two formats may differ by rounding
 
@@ -28,7 +34,33 @@ def boxes_on_original(boxes: Tensor, width: int, height: int, image_spec: ImageI
 def above_confidence(objects: Objects, confidence: float) -> Objects:
     """The objects with a score of at least `confidence`."""
     rows = objects["scores"] >= confidence
-    return {name: objects[name][rows] for name in ("boxes", "scores", "labels")}
+    return {name: objects[name][rows] for name in OBJECT_FIELDS if name in objects}
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, width: int, height: int | None = None) -> Tensor:
+    """The masks of boxes as pixels of an image: bool (k, height, width).
+
+    Args:
+        masks: float32 (k, 28, 28), the probability of each cell of a box.
+        boxes: float32 (k, 4), left, top, right, bottom in pixels.
+        width: the width of the image.
+        height: the height of the image; None: as its width.
+    """
+    size = (width if height is None else height, width)
+    pasted = [
+        paste_masks_in_image(mask[None, None], box[None], size)[0, 0] >= MASK_THRESHOLD
+        for mask, box in zip(masks, boxes, strict=True)
+    ]
+    return torch.stack(pasted) if pasted else torch.zeros(0, *size, dtype=torch.bool)
+
+
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """Masks, bool (k, h, w), as COCO's run lengths."""
+    if not len(masks):
+        return []
+    columns: NDArray[np.uint8] = np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8))
+    encoded: list[dict[str, Any]] = coco_masks.encode(columns)
+    return encoded
 
 
 def objects_difference(expected: Objects, got: Objects) -> float:
@@ -103,7 +135,7 @@ def _mask_difference(expected: Objects, row: int, got: Objects, other: int) -> f
 
 def unpad_predictions(padded: dict[str, Tensor]) -> list[Objects]:
     """The objects of each image; `full`: there was no padding, so there may have been more."""
-    names = [name for name in ("boxes", "scores", "labels", "masks") if name in padded]
+    names = [name for name in OBJECT_FIELDS if name in padded]
     images = []
     for row, labels in enumerate(padded["labels"]):
         real = labels != NO_OBJECT
