@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from tuner.commands.data_findings import Finding, check_lines, check_values, find_problems
-from tuner.commands.init import choose_label, default_file, has_gpu, is_data
+from tuner.commands.init import choose_reading, default_file, has_gpu, is_data
 from tuner.commands.session import home_folder
 from tuner.config import parsing, yaml_document
 from tuner.config.engine_settings import EngineSettings
 from tuner.config.run import Run
 from tuner.errors import DataError, StorageError
 from tuner.files.atomic import atomic_path
+from tuner.files.removal import begins_with
 
 if TYPE_CHECKING:
     from tuner.training.data_check import CheckedData
@@ -70,14 +71,9 @@ def find_run(path: Path, overrides: Sequence[str], as_: str | None, home: Path) 
     if not is_data(path):
         space = parsing.load_space(path, overrides)
         return next(iter(space.plugin_combinations()))
-    from tuner.commands.data_scan import explain_unreadable, scan_data
     from tuner.commands.space_proposal import Machine, format_space
 
-    readings = scan_data(str(path))
-    if not readings:
-        raise DataError(explain_unreadable(str(path)))
-    by_label = {reading.label: reading for reading in readings}
-    reading = by_label[choose_label(str(path), list(by_label), as_)]
+    reading = choose_reading(str(path), as_)
     text = format_space(reading, Machine(has_gpu(), False, home), "medium")
     document = parsing.apply_overrides(yaml_document.parse_document(text, str(path)), overrides)
     return next(iter(parsing.parse_space(document).plugin_combinations()))
@@ -85,10 +81,8 @@ def find_run(path: Path, overrides: Sequence[str], as_: str | None, home: Path) 
 
 def require_own_page(page: Path) -> None:
     """Raises StorageError where a page would replace a file that no check wrote."""
-    if page.exists():
-        with page.open(encoding="utf-8", errors="replace") as file:
-            if not file.readline().startswith(PAGE_HEADER):
-                raise StorageError(f"{page} is no page of `tuner check`; name another with --out")
+    if page.exists() and not begins_with(page, PAGE_HEADER):
+        raise StorageError(f"{page} is no page of `tuner check`; name another with --out")
 
 
 def write_page(page: Path, name: str, data: "CheckedData", findings: list[Finding]) -> None:

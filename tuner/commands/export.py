@@ -134,7 +134,7 @@ def choose_cheapest(
         winner = view.published.manifest["trial"] if view.published else view.ranked[0].number
     with open_session(space, Folders(studies, home_folder(console.warn)), console) as s:
         costs: list[dict[str, float]] = s.run_job(
-            "tuner.training.model_costs:measure_costs",
+            "tuner.training.model_costs:measure_model_costs",
             tuple(s.make_assignment(run) for run in runs),
         )
     number, cost = min(

@@ -4,12 +4,16 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from tuner.commands.session import home_folder
 from tuner.errors import DataError, SpaceError, suggest_names
 from tuner.files.atomic import disk_errors
+
+if TYPE_CHECKING:
+    from tuner.commands.data_scan import DataReading
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 WEIGHT_HOSTS = ("https://huggingface.co", "https://download.pytorch.org")
@@ -49,14 +53,9 @@ def write_space(
     Raises DataError where it is no data, SpaceError where it can be read in several ways, or the
     file is there already.
     """
-    from tuner.commands.data_scan import explain_unreadable, scan_data
     from tuner.commands.space_proposal import Machine, format_space
 
-    readings = scan_data(data)
-    if not readings:
-        raise DataError(explain_unreadable(data))
-    by_label = {reading.label: reading for reading in readings}
-    reading = by_label[choose_label(data, list(by_label), as_)]
+    reading = choose_reading(data, as_)
     home = home_folder(lambda text: print(f"tuner: warning: {text}", file=sys.stderr))
     machine = Machine(has_gpu(), can_download(), home)
     file = out or default_file(data)
@@ -70,6 +69,19 @@ def default_file(data: str) -> Path:
     """Where the space file of some data is written: its name in the current folder."""
     path = Path(data).expanduser().resolve()
     return Path(f"{(path.name if path.is_dir() else path.stem) or 'data'}.yaml")
+
+
+def choose_reading(data: str, as_: str | None) -> "DataReading":
+    """The one way in which data are read.
+
+    Raises DataError where it is no data, SpaceError where it can be read in several ways.
+    """
+    from tuner.commands.data_scan import explain_unreadable, scan_data
+
+    by_label = {reading.label: reading for reading in scan_data(data)}
+    if not by_label:
+        raise DataError(explain_unreadable(data))
+    return by_label[choose_label(data, list(by_label), as_)]
 
 
 def choose_label(data: str, labels: list[str], as_: str | None) -> str:

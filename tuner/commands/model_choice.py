@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tuner.commands.columns import align_columns
-from tuner.commands.data_scan import DataReading, explain_unreadable, scan_data
-from tuner.commands.init import choose_label, has_gpu, write_new
+from tuner.commands.data_scan import DataReading
+from tuner.commands.init import choose_reading, has_gpu, write_new
 from tuner.commands.models_space import format_models_space
 from tuner.commands.session import home_folder
 from tuner.config import parsing, plugins, yaml_document
@@ -75,11 +75,7 @@ def choose_models(
         DataError: The data cannot be read, or no candidate can be scored.
         SpaceError: An option is wrong.
     """
-    readings = scan_data(data)
-    if not readings:
-        raise DataError(explain_unreadable(data))
-    by_label = {reading.label: reading for reading in readings}
-    reading = by_label[choose_label(data, list(by_label), as_)]
+    reading = choose_reading(data, as_)
     own_weights = read_weights(weights)
     names = find_candidates(reading, among, own_weights)
     seconds = read_time(time_limit)

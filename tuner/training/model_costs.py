@@ -36,18 +36,19 @@ def costs_of(run: Run, home: Path) -> dict[str, float]:
         _known[key] = {
             "parameters": float(sum(p.numel() for p in staged_model.model.parameters())),
             "megabytes": round(FLOAT_BYTES * weights / 1e6, 3),
-            "milliseconds": median_milliseconds(lambda: model(example)),
+            "milliseconds": median_milliseconds(lambda: model(example), TIMED_CALLS, WARM_UP_CALLS),
         }
     return _known[key]
 
 
-def median_milliseconds(call: Callable[[], Any]) -> float:
+def median_milliseconds(call: Callable[[], Any], calls: int, warm_up_calls: int) -> float:
+    """The median of `calls` calls, after others that warm up."""
     milliseconds = []
-    for _ in range(WARM_UP_CALLS + TIMED_CALLS):
+    for _ in range(warm_up_calls + calls):
         start = time.perf_counter()
         call()
         milliseconds.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(milliseconds[WARM_UP_CALLS:]), 3)
+    return round(statistics.median(milliseconds[warm_up_calls:]), 3)
 
 
 def describe_excess(costs: Mapping[str, float], limits: Mapping[str, float]) -> str | None:
@@ -62,7 +63,7 @@ def describe_excess(costs: Mapping[str, float], limits: Mapping[str, float]) -> 
     return "; ".join(over) or None
 
 
-def measure_costs(
+def measure_model_costs(
     assignments: tuple[Assignment, ...], report: Callable[[Any], bool], slot: int
 ) -> list[dict[str, float]]:
     """The costs of each run's model, all measured one after another in this process."""

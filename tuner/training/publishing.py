@@ -6,9 +6,8 @@ import contextlib
 import json
 import platform
 import shutil
-import statistics
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,14 @@ from tuner.manifest import TEST_RESULTS, PublishedExport
 from tuner.messages import FinalizeJob
 from tuner.training.building import build_task
 from tuner.training.exported_models import load_exporter, open_export, slice_rows
+from tuner.training.model_costs import median_milliseconds
 from tuner.training.own_metric import score_own_metric
 
 MAX_RELATIVE_DIFFERENCE = 1e-3  # of an export's output from the model's
 SAMPLE_COUNT = 16  # test examples on which they are compared
 MAX_SCORE_LOSS = 0.01  # one point, or 1 % of a score that is no share, that a lossy format may lose
 MAX_SCORED = 1000  # validation examples on which a lossy format is scored
-TIMED_CALLS = 30
+TIMED_CALLS, WARM_UP_CALLS = 30, 3
 MODEL_JSON = "model.json"
 OWN_FOLDERS = ("openvino", "pretrained")  # of formats that are several files
 
@@ -170,10 +170,13 @@ def save_and_verify_all(
             )
         exports[name] = entry | {
             "largest_difference": difference,
-            "milliseconds": measure_latency(function, first_example),
+            # of one example on the CPU; all formats one after another in this process
+            "milliseconds": median_milliseconds(
+                partial(function, first_example), TIMED_CALLS, WARM_UP_CALLS
+            ),
             "megabytes": round(bytes_of(file) / 1e6, 3),
         }
-    return {"exports": exports, "left_out": left_out, "measured": describe_machine()}
+    return {"exports": exports, "left_out": left_out, "measured": describe_measurement()}
 
 
 def calibration_inputs(dataset: Dataset, count: int) -> TensorTree:
@@ -250,19 +253,7 @@ def verify_output(name: str, task: Task, expected: TensorTree, actual: TensorTre
     return difference
 
 
-def measure_latency(function: Callable[[TensorTree], TensorTree], example: TensorTree) -> float:
-    """The median of TIMED_CALLS calls in milliseconds, for one example on this machine's CPU; 3
-    calls come first to warm up. All formats are measured one after another in this process.
-    """
-    milliseconds = []
-    for _ in range(3 + TIMED_CALLS):
-        start = time.perf_counter()
-        function(example)
-        milliseconds.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(milliseconds[3:]), 3)
-
-
-def describe_machine() -> dict[str, Any]:
+def describe_measurement() -> dict[str, Any]:
     """On what and how often the exports were measured."""
     names = []
     with contextlib.suppress(OSError):
