@@ -306,7 +306,7 @@ def test_check_looks_at_local_weights_and_downloads_nothing(tuner: Tuner, small:
     )  # named weights are fetched by run only
 
 
-@pytest.mark.parametrize("name", ["a$_{$", "猫", "x" * 100])
+@pytest.mark.parametrize("name", ["a$_{$猫" + "x" * 100])
 def test_odd_class_names_reach_the_pictures(name: str, tuner: Tuner, small: Path) -> None:
     from PIL import Image
 

@@ -248,6 +248,7 @@ CONFIRM = ("data.noise=3", "search.trials=3", "search.pruner=none", "recipe.epoc
 CONFIRMED = (*CONFIRM, "search.confirm={top: 2, repeats: 2}")
 
 
+@pytest.mark.slow
 def test_the_best_trials_are_confirmed_and_killed_and_continued_equals_undisturbed(
     tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

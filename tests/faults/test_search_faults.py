@@ -275,10 +275,8 @@ def until(process: "subprocess.Popen[str]", begin: str) -> None:
     raise AssertionError(f"never printed {begin!r}: {process.communicate()}")
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
 def test_32_a_signal_stops_in_order_and_the_same_command_continues(
     number: signal.Signals, code: int, tuner: Tuner, small: Path
 ) -> None:

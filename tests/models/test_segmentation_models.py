@@ -214,7 +214,6 @@ def here(home: Path, cache: str) -> DeviceContext:
 
 CUTS = [
     (f"unet/{SMALL}", 3),
-    (f"unet/{SMALL}", 7),
     (f"fpn/{SMALL}", 8),
     ("deeplabv3_mobilenet_v3_large", 4),
     ("lraspp_mobilenet_v3_large", 6),

@@ -59,9 +59,13 @@ def fresh(folder: Path | None, pruner: str) -> optuna.Study:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "on_disk"), [*((name, False) for name in sorted(SAMPLERS)), ("tpe", True)]
+    ("pruner", "sampler", "on_disk"),
+    [
+        *((pruner, sampler, False) for pruner in sorted(PRUNERS) for sampler in sorted(SAMPLERS)),
+        ("projection", "tpe", True),  # a database hands out what the memory does, whoever prunes
+        ("hyperband", "tpe", True),
+    ],
 )
-@pytest.mark.parametrize("pruner", sorted(PRUNERS))
 def test_a_window_that_holds_all_proposes_and_prunes_as_optuna_does(
     pruner: str, sampler: str, on_disk: bool, tmp_path: Path
 ) -> None:

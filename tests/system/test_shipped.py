@@ -18,8 +18,8 @@ TINY = {
     "resnet": ["recipe.freeze_depth=4"],
     "cifar10_resnet50": [IMAGES, "model.weights=none", "recipe.batch_size=64"],
     "vgg": [IMAGES, "model.name=vgg11_bn", "model.weights=none", "recipe.freeze_depth=7"],
-    "timm": [IMAGES, "model.weights=none", "recipe.freeze_depth=9"],
-    "imagefolder": [IMAGES, "model.weights=none"],
+    "timm": [IMAGES, "model={name: timm/resnet10t, weights: none}", "recipe.freeze_depth=5"],
+    "imagefolder": [IMAGES, "model={name: resnet18_slim, weights: none}"],
     "fasterrcnn": [
         "data={name: voc, path: voc, size: 64}",
         "model={name: fasterrcnn/timm/mobilenetv3_small_050, backbone: none, regions: 16, proposals: 50}",
@@ -48,8 +48,8 @@ TINY = {
         "data={name: masks, path: masks, size: 32}",
         "model={name: lraspp_mobilenet_v3_large, weights: none}",
     ],
-    "multilabel": [PHOTOS, "model.weights=none", "recipe.freeze_depth=5"],
-    "regression": [PHOTOS, "model.weights=none", "recipe.freeze_depth=5"],
+    "multilabel": [PHOTOS, "model={name: resnet18_slim, weights: none}", "recipe.freeze_depth=5"],
+    "regression": [PHOTOS, "model={name: resnet18_slim, weights: none}", "recipe.freeze_depth=5"],
     "bert": [*TEXTS, "model.folder=bert"],
     "gpt2": [*TEXTS, "model.folder=gpt2"],
 }

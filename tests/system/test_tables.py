@@ -84,6 +84,7 @@ def test_labels_from_a_table_to_a_prediction(tuner: Callable[..., CommandResult]
     assert set(said_of["labels"]) == above  # type: ignore[call-overload]
 
 
+@pytest.mark.slow
 def test_numbers_from_a_table_to_a_prediction(tuner: Callable[..., CommandResult]) -> None:
     image_tables.write_table(Path("photos"), 48)
     file = write_space(

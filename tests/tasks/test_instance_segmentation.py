@@ -264,6 +264,7 @@ def staged() -> StagedModel:
     return model
 
 
+@pytest.mark.slow
 def test_mask_rcnn_is_cut_as_faster_rcnn_is(staged: StagedModel) -> None:
     assert list(staged.stages) == ["stem", "layer1", "layer2", "layer3", "layer4", "fpn", "head"]
     check_partition(staged)

@@ -31,6 +31,7 @@ def train(
     return None if last else json.loads(said.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_process_trains(server: ForkServer, tmp_path: Path) -> None:
     """Shares of uneven size, accumulated gradients, micro-batches, clipping, an average of the weights, stages that wait."""
     alone = train(server, tmp_path, "alone", 1)
