@@ -3,14 +3,15 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.helpers import asynchronous_copies
-from tests.helpers.asynchronous_copies import DelayedStream
+from tests.helpers.asynchronous_copies import DelayedEvent, DelayedStream
 from tests.helpers.frozen_prefixes import CountingSource, make_frozen_prefix, make_linear_chain
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings
@@ -21,6 +22,7 @@ from tuner.core.subset import Subset
 from tuner.core.types import Batch
 from tuner.preprocessing import resident_tensors
 from tuner.preprocessing.resident_tensors import ResidentTensors, share_tensors
+from tuner.tasks.detection import Detection
 from tuner.training import epoch
 from tuner.training.activation_cache import CachedSource, CacheLimits, source_behind
 from tuner.training.batch_feed import BatchFeed
@@ -163,6 +165,45 @@ def test_a_training_on_the_way_of_a_gpu_is_the_plain_one_to_the_bit(
     assert len(streams) == 4  # of two epochs; all validation examples are one batch
     assert [len(stream.threads) > 0 for stream in streams] == [True, False] * 2
     assert copies.pinned > 50 and copies.events
+
+
+class TrueObjects(nn.Module):
+    """Finds in each image the one object that `Pictures` says is there."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        corners = torch.tensor([0.0, 0.0, 9.0, 9.0], device=x.device)
+        boxes = (x[:, None, None] + corners).double()
+        ones = torch.ones(len(x), 1, device=x.device)
+        return {"boxes": boxes, "scores": ones, "labels": 0 * ones.long()}
+
+
+class Pictures(Numbers):
+    """Each of the hundred has one object, at its number."""
+
+    def take(self, index: Tensor, view: int) -> Batch:
+        found = TrueObjects()(index.float())
+        return Batch(index.float(), {name: found[name] for name in ("boxes", "labels")})
+
+
+def test_objects_are_scored_while_the_next_batch_is_computed(
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Detection(("object",), 0.5)
+    on_device = task.predict(TrueObjects().to("meta"), torch.zeros(2, device="meta"))
+    assert {value.device.type for value in on_device.values()} == {"meta"}  # type: ignore[union-attr]
+    assert on_device["boxes"].dtype == torch.float32  # type: ignore[call-overload]
+    asynchronous_copies.pretend(monkeypatch)
+    happened: list[str] = []
+    monkeypatch.setattr(DelayedEvent, "synchronize", lambda event: happened.append("waited"))
+    net = TrueObjects()
+    net.register_forward_hook(lambda *_: happened.append("computed"))
+    context = cast(TrainingContext, SimpleNamespace(net=net, task=task, device_context=here))
+    monkeypatch.setattr(epoch, "side_stream_for", lambda *_: None)
+    scores, pairs = epoch.score_source(context, Pictures(), batch_size=10)
+    assert scores["map"] == 1.0
+    assert [len(truth["labels"]) for _, truth in pairs] == [40, 40, 20]
+    waits = ["waited"] * 2  # for the prediction and for the target
+    assert happened == ["computed", "computed", *waits, "computed", *waits, *waits]
 
 
 def test_a_loss_is_looked_at_when_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
