@@ -113,12 +113,21 @@ def libreyolos_own(
 
 
 @pytest.mark.parametrize("name", SMALLEST)
-def test_losses_gradients_and_statistics_are_the_librarys_own(name: str) -> None:
+def test_losses_gradients_and_statistics_are_the_librarys_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[str] = []  # the reserve of the GPU's memory, by whom
+    turn = "libreyolo"
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(turn))
     staged, x = made(name), make_model_input(EVERY[name].input_spec(name))
     model, order, labels = libreyolos_own(name, staged.model.state_dict())
     native = model.train()(order(x), targets=labels)
     native["total_loss"].backward()
+    turn = "tuner"
     losses = staged.split(0)[1].train()(join_targets(x, make_targets()))
+    assert given_back == (["libreyolo"] * 3 if name == "yolox_nano" else [])  # for each image
+    torch.cuda.empty_cache()
+    assert given_back.pop() == "tuner"
     total = sum(losses.values())
     total.backward()
     assert total.item() == pytest.approx(native["total_loss"].item(), rel=1e-6)

@@ -19,6 +19,9 @@ from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings
 from tuner.core.subset import Subset
 from tuner.files.cache_entries import evict_until_fits
+from tuner.preprocessing import resident_tensors
+from tuner.preprocessing.resident_tensors import ResidentTensors
+from tuner.training import cache_filling
 from tuner.training.activation_cache import CachedSource, CacheLimits, source_behind
 from tuner.training.devices import select_device
 from tuner.training.frozen_prefix import UncachedSource
@@ -234,6 +237,61 @@ def remembered_behind(home: Path, stage: nn.Module, source: CountingSource) -> C
     behind = source_behind(frozen, source, CacheLimits(home, mode="always"))
     assert isinstance(behind, CachedSource)
     return behind
+
+
+class Many(CountingSource):
+    def __len__(self) -> int:
+        return 600
+
+
+@pytest.mark.parametrize(
+    ("in_main_memory", "on_gpu", "needed_on_gpu", "length"),
+    [
+        (1e12, 0, 0, 64),  # as many as the frozen prefix takes at most
+        (4 * 16 * 20, 0, 0, 16),  # 20 examples of 16 bytes are a quarter of it
+        (1, 0, 0, 1),
+        (1e12, 10**9, 8 * 1000, 512),
+        (1e12, 4 * 1000 * 130, 8 * 1000, 128),
+        (4 * 16 * 40, 10**9, 8 * 1000, 32),  # the outputs are collected in main memory
+        (1e12, 0, 8 * 1000, 1),
+    ],
+)
+def test_a_chunk_has_as_many_examples_as_fit_what_is_free(
+    in_main_memory: float,
+    on_gpu: int,
+    needed_on_gpu: int,
+    length: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache_filling, "available_main_memory", lambda: in_main_memory)
+    monkeypatch.setattr(cache_filling, "available_bytes", lambda device: on_gpu)
+    monkeypatch.setattr(
+        cache_filling, "measure_need", lambda compute, device: (compute(), needed_on_gpu)
+    )
+    stage, index = Hungry(10_000), torch.arange(600)
+    got = remembered_behind(tmp_path, stage, Many()).take(index, 0).x
+    assert isinstance(got, Tensor) and torch.equal(got, 2.0 * index[:, None])
+    whole, rest = divmod(600 - 8, length)
+    assert stage.sizes == [8, *whole * [length], *([rest] if rest else [])]
+
+
+def test_what_a_gpu_keeps_is_given_back_before_one_example_is_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident_tensors, "available_bytes", lambda device: 10**6)
+    kept = ResidentTensors({"a": torch.ones(3)}, torch.device("cpu"))
+    assert kept.is_resident()
+
+    class Crowded(Hungry):
+        def forward(self, x: Tensor) -> Tensor:
+            self.most = 0 if kept.on_device is not None else 10
+            return super().forward(x)
+
+    stage = Crowded(0)
+    got = remembered_behind(tmp_path, stage, CountingSource()).take(torch.arange(8), 0).x
+    assert isinstance(got, Tensor) and got.flatten().tolist() == [2.0 * i for i in range(8)]
+    assert stage.sizes == [8, 4, 2, 1] + 8 * [1]
 
 
 def test_an_example_that_alone_is_too_much_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

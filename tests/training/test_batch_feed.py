@@ -3,25 +3,31 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.helpers import asynchronous_copies
-from tests.helpers.asynchronous_copies import DelayedStream
+from tests.helpers.asynchronous_copies import DelayedEvent, DelayedStream
+from tests.helpers.frozen_prefixes import CountingSource, make_frozen_prefix, make_linear_chain
 from tuner.config import parsing, yaml_document
 from tuner.config.run import EngineSettings
 from tuner.core import device_transfers
 from tuner.core.device_transfers import HostCopy
+from tuner.core.input_spec import tree_to_dict
+from tuner.core.subset import Subset
 from tuner.core.types import Batch
 from tuner.preprocessing import resident_tensors
 from tuner.preprocessing.resident_tensors import ResidentTensors, share_tensors
+from tuner.tasks.detection import Detection
 from tuner.training import epoch
+from tuner.training.activation_cache import CachedSource, CacheLimits, source_behind
 from tuner.training.batch_feed import BatchFeed
 from tuner.training.devices import DeviceContext, select_device
-from tuner.training.epoch import Diverged, LossCheck
+from tuner.training.epoch import Diverged, LossCheck, TrainingContext
 from tuner.training.micro_batches import MicroBatchSize, retry_on_oom
 from tuner.training.preparation import prepare_training
 from tuner.training.training_loop import fit
@@ -32,7 +38,7 @@ AUGMENTED = """
 task: classification
 data: {name: synthetic, examples: 60, size: 32, augment: AUGMENT}
 model: {name: resnet18_slim, weights: none}
-recipe: {freeze_depth: 0, epochs: 2, batch_size: 16, mixup: 0.4, cutmix: 1.0, ema: 0.9}
+recipe: {freeze_depth: DEPTH, epochs: 2, batch_size: 16, mixup: 0.4, cutmix: 1.0, ema: 0.9}
 """
 
 
@@ -122,12 +128,21 @@ def here(tmp_path: Path) -> DeviceContext:
     return select_device(EngineSettings(device="cpu"), tmp_path)
 
 
-def fitted(here: DeviceContext, augment: str) -> list[Any]:
-    text = AUGMENTED.replace("AUGMENT", augment)
+def fitted(
+    here: DeviceContext,
+    augment: str,
+    depth: int = 0,
+    change: Callable[[TrainingContext], None] = lambda context: None,
+) -> list[Any]:
+    """Losses and scores of the epochs, the weights after them, and the notes."""
+    text = AUGMENTED.replace("AUGMENT", augment).replace("DEPTH", str(depth))
     run = parsing.parse_space(yaml_document.parse_document(text, "run.yaml")).sample(None, seed=2)
     context = prepare_training(run, here, "accuracy")
-    told = [(p.epoch.loss, p.epoch.scores) for p in fit(context, run.recipe, run.seed)]
-    return [told, [value.clone() for value in context.net.state_dict().values()]]
+    change(context)
+    epochs = [progress.epoch for progress in fit(context, run.recipe, run.seed)]
+    told = [(epoch.loss, epoch.scores) for epoch in epochs]
+    weights = [value.clone() for value in context.net.state_dict().values()]
+    return [told, weights, [note for epoch in epochs for note in epoch.notes]]
 
 
 @pytest.mark.parametrize("augment", ["strong", "flip"])
@@ -150,6 +165,45 @@ def test_a_training_on_the_way_of_a_gpu_is_the_plain_one_to_the_bit(
     assert len(streams) == 4  # of two epochs; all validation examples are one batch
     assert [len(stream.threads) > 0 for stream in streams] == [True, False] * 2
     assert copies.pinned > 50 and copies.events
+
+
+class TrueObjects(nn.Module):
+    """Finds in each image the one object that `Pictures` says is there."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        corners = torch.tensor([0.0, 0.0, 9.0, 9.0], device=x.device)
+        boxes = (x[:, None, None] + corners).double()
+        ones = torch.ones(len(x), 1, device=x.device)
+        return {"boxes": boxes, "scores": ones, "labels": 0 * ones.long()}
+
+
+class Pictures(Numbers):
+    """Each of the hundred has one object, at its number."""
+
+    def take(self, index: Tensor, view: int) -> Batch:
+        found = TrueObjects()(index.float())
+        return Batch(index.float(), {name: found[name] for name in ("boxes", "labels")})
+
+
+def test_objects_are_scored_while_the_next_batch_is_computed(
+    here: DeviceContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Detection(("object",), 0.5)
+    on_device = task.predict(TrueObjects().to("meta"), torch.zeros(2, device="meta"))
+    assert {value.device.type for value in on_device.values()} == {"meta"}  # type: ignore[union-attr]
+    assert on_device["boxes"].dtype == torch.float32  # type: ignore[call-overload]
+    asynchronous_copies.pretend(monkeypatch)
+    happened: list[str] = []
+    monkeypatch.setattr(DelayedEvent, "synchronize", lambda event: happened.append("waited"))
+    net = TrueObjects()
+    net.register_forward_hook(lambda *_: happened.append("computed"))
+    context = cast(TrainingContext, SimpleNamespace(net=net, task=task, device_context=here))
+    monkeypatch.setattr(epoch, "side_stream_for", lambda *_: None)
+    scores, pairs = epoch.score_source(context, Pictures(), batch_size=10)
+    assert scores["map"] == 1.0
+    assert [len(truth["labels"]) for _, truth in pairs] == [40, 40, 20]
+    waits = ["waited"] * 2  # for the prediction and for the target
+    assert happened == ["computed", "computed", *waits, "computed", *waits, *waits]
 
 
 def test_a_loss_is_looked_at_when_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,3 +304,63 @@ def test_pixels_in_the_memory_of_the_device_train_to_the_bit_as_those_in_files(
     assert kept[0] == plain[0]
     assert all(torch.equal(a, b) for a, b in zip(kept[1], plain[1], strict=True))
     assert len(questions) == 1  # training and validation images are rows of the same tensor
+
+
+def test_activations_leave_when_training_needs_the_room_and_the_batch_stays_whole(
+    memory: SetFree, tmp_path: Path
+) -> None:
+    here = select_device(EngineSettings(device="cpu", cache="always"), tmp_path)
+    plain = fitted(here, "flip", depth=5)
+    assert plain[2] == [] and resident_tensors.resident_bytes(CPU) == 0
+    memory(10**9)
+    sizes: list[int] = []
+
+    def run_out_once(context: TrainingContext) -> None:
+        loss_parts = context.task.loss_parts
+
+        def losses(net: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            sizes.append(len(next(iter(tree_to_dict(batch.y).values()))))
+            if len(sizes) == 3:
+                assert resident_tensors.has_resident_tensors()
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return loss_parts(net, batch)
+
+        context.task.loss_parts = losses  # type: ignore[method-assign]
+
+    crowded = fitted(here, "flip", depth=5, change=run_out_once)
+    assert crowded[2] == [
+        "out of memory; images and activations that the GPU kept are read from files again"
+    ]
+    assert sizes[2] == sizes[3] == 16  # the step that failed comes again, in one part
+    assert crowded[0] == plain[0]
+    assert all(torch.equal(a, b) for a, b in zip(crowded[1], plain[1], strict=True))
+
+
+def test_views_and_subsets_share_one_allowance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each entry has 8 examples of 12 bytes, and 8 of its target."""
+    resident_tensors.give_back_memory()
+    free = 800
+    monkeypatch.setattr(
+        resident_tensors,
+        "available_bytes",
+        lambda device: free - resident_tensors.resident_bytes(device),
+    )
+    limits, prefix = CacheLimits(tmp_path, mode="always"), make_frozen_prefix(make_linear_chain(3))
+    source = CountingSource()
+    whole = source_behind(prefix, source, limits)
+    part = source_behind(prefix, Subset(source, torch.tensor([1, 3]), "odd"), limits)
+    deeper = source_behind(make_frozen_prefix(make_linear_chain(3, 3)), source, limits)
+    resident = []
+    for behind, view in ((whole, 0), (part, 0), (whole, 1), (part, 1), (deeper, 0)):
+        assert isinstance(behind, CachedSource)
+        resident.append(behind.is_resident(view))
+    assert resident == [True, True, True, True, False]  # 480 bytes would be more than half
+    assert resident_tensors.resident_bytes(CPU) == 320
+    del whole, part, behind  # as when a trial ends: what it kept leaves with it
+    assert isinstance(deeper, CachedSource)
+    again = source_behind(make_frozen_prefix(make_linear_chain(3, 3)), source, limits)
+    assert resident_tensors.resident_bytes(CPU) == 0 and isinstance(again, CachedSource)
+    del deeper
+    assert again.is_resident(0)

@@ -1,6 +1,8 @@
 """Which errors mean that the memory ran out: these halve the batch, and end a trial as out of memory; others do not."""
 
+import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.conftest import SMALL
 from tuner.config import parsing, yaml_document
-from tuner.messages import Assignment
+from tuner.messages import Assignment, Epoch
 from tuner.training import worker_jobs
 from tuner.training.micro_batches import MicroBatchSize, is_out_of_memory, retry_on_oom
 
@@ -67,6 +69,40 @@ class Failing(nn.Module):
 
 def failing(outputs: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), Failing(), nn.Linear(3 * 32 * 32, outputs))
+
+
+class Counted(nn.Linear):
+    """A layer that is in `trained` as long as it lives, once it was trained."""
+
+    trained: ClassVar["weakref.WeakSet[Counted]"] = weakref.WeakSet()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.trained.add(self)
+        return super().forward(input)
+
+
+def counted(outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), Counted(3 * 32 * 32, outputs))
+
+
+def test_after_a_trial_torch_reserves_no_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+
+    def hear(epoch: Epoch) -> bool:
+        trained.append(len(Counted.trained))
+        return True
+
+    # called when the memory of the model is free: then there is something to give back
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: trained.append(len(Counted.trained)))
+    document = yaml_document.parse_document(SMALL, "small.yaml")
+    document.content["model"] = "tests.training.test_micro_batches:counted"
+    space = parsing.parse_space(document)
+    assignment = Assignment(space.make_run({}), "accuracy", space.settings.engine, str(tmp_path))
+    assert worker_jobs.run_trial(assignment, hear, 0).state == "complete"
+    assert set(trained[:-1]) == {1} and trained[-1] == 0
 
 
 def test_a_trial_for_which_nothing_fits_ends_with_that_reason(

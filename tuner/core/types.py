@@ -202,6 +202,8 @@ class Task(ABC):
     metrics: tuple[str, ...]
     output_description: ClassVar[str]  # an export's output, in words
     target_scale: TargetScale | None = None  # of a net that gives standardised targets
+    # `score` works on the CPU: it gets batches there, each while the next one is computed
+    scores_on_cpu: ClassVar[bool] = False
 
     @abstractmethod
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:

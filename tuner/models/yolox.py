@@ -5,6 +5,8 @@ Cut at the stem, each part of the backbone, and the neck.
 Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv:2107.08430.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,11 +137,27 @@ class DecoupledHead(DetectorHead):
         target_rows = targets_to_rows(
             [t["boxes"] for t in targets], [t["labels"] for t in targets], 0, convert_to_centres
         )
-        losses = self.head([x[level] for level in LEVELS], labels=target_rows)
+        with _reserve_kept():
+            losses = self.head([x[level] for level in LEVELS], labels=target_rows)
         return {name: losses[name] for name in ("iou_loss", "obj_loss", "cls_loss")}
 
     def detect(self, x: dict[str, Tensor]) -> list[Objects]:
         return decode_objects(self.head([x[level] for level in LEVELS]), 8 * x[LEVELS[0]].shape[-1])
+
+
+@contextmanager
+def _reserve_kept() -> Iterator[None]:
+    """A context in which torch keeps what it has reserved of a GPU's memory.
+
+    libreyolo's loss gives it back for each image of each step, and asks the GPU anew for what the
+    next image needs; both wait for the GPU.
+    """
+    give_back = torch.cuda.empty_cache
+    torch.cuda.empty_cache = lambda: None
+    try:
+        yield
+    finally:
+        torch.cuda.empty_cache = give_back
 
 
 def convert_to_centres(boxes: Tensor) -> Tensor:

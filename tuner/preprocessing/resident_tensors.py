@@ -10,6 +10,8 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import Tensor
 
+from tuner.core.device_memory import available_bytes
+
 SHARE = 0.5  # of the memory that is free or that such tensors have
 
 
@@ -81,21 +83,6 @@ def resident_bytes(device: torch.device) -> int:
         if tensors.device == device and tensors.on_device is not None
         for tensor in tensors.on_device.values()
     )
-
-
-def available_bytes(device: torch.device) -> int:
-    """The bytes on a GPU that this process could still use; 0 on another device.
-
-    What torch has reserved and no tensor uses counts as free. Of a GPU that several workers share,
-    this worker has its fraction.
-    """
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    unused = torch.cuda.memory_reserved(device) - allocated
-    own_limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    return max(0, min(free + unused, own_limit - allocated))
 
 
 def has_resident_tensors() -> bool:

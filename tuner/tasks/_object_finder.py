@@ -37,6 +37,8 @@ class ObjectFinder(Task):
         confidence: Objects with a lower score are neither listed nor drawn. Metrics use all.
     """
 
+    scores_on_cpu = True
+
     def __init__(self, classes: tuple[str, ...], confidence: float) -> None:
         self.classes, self.confidence = classes, confidence
 
@@ -56,6 +58,12 @@ class ObjectFinder(Task):
         """The model's own losses, by its names for them."""
         losses: dict[str, Tensor] = net(join_targets(batch.x, batch.y))
         return losses
+
+    def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
+        return {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in tree_to_dict(net(x)).items()
+        }
 
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         return {

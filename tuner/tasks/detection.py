@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
 from tuner.config.run import Recipe
 from tuner.core.detectors import Objects, unpad_with_ignored
 from tuner.core.example_results import ExampleResults
-from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.types import Task
 from tuner.tasks import _average_precision
 from tuner.tasks._detected_objects import unpad_predictions
@@ -49,7 +48,7 @@ class Detection(ObjectFinder):
     """Finds objects: boxes with a class and a score.
 
     y is what `core.targets.Boxes` gives. Predictions are the padded objects of each image, as
-    `core.detectors` defines them, on the CPU.
+    `core.detectors` defines them.
 
     Scores are COCO's (Lin et al., Microsoft COCO, ECCV 2014): the mean over classes of average
     precision, for boxes that overlap by an intersection over union of 0.5 to 0.95 (`map`), 0.5 or
@@ -63,12 +62,6 @@ class Detection(ObjectFinder):
         "boxes as left, top, right, bottom in pixels of the input; scores, falling; "
         "labels in the order of the classes, -1: no more objects"
     )
-
-    def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
-        return {
-            name: tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu()
-            for name, tensor in tree_to_dict(net(x)).items()
-        }
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         metrics = self._compute_map(pairs, per_class=False)
@@ -107,8 +100,8 @@ class Detection(ObjectFinder):
 
     def pairs_by_image(self, batch: tuple[Any, Any]) -> Iterator[tuple[Objects, Objects]]:
         """(prediction, truth) of each image of a batch."""
-        padded, truth = batch
-        true_objects = unpad_with_ignored(truth["boxes"].cpu(), truth["labels"].cpu())
+        padded, truth = ({name: value.cpu() for name, value in half.items()} for half in batch)
+        true_objects = unpad_with_ignored(truth["boxes"], truth["labels"])
         for predicted, true in zip(unpad_predictions(padded), true_objects, strict=True):
             yield {name: predicted[name] for name in ("boxes", "scores", "labels")}, true
 

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from faster_coco_eval.core import mask as coco_masks
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from tuner.config.run import Recipe
 from tuner.core.detectors import Objects, unpad_with_ignored
 from tuner.core.example_results import ExampleResults
-from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.targets import NO_OBJECT, masks_of_objects
 from tuner.core.types import Task
 from tuner.tasks import _average_precision
@@ -76,12 +75,6 @@ class InstanceSegmentation(ObjectFinder):
         "order of the classes, -1: no more objects; masks: of each cell of 28 x 28 in the box, the "
         "probability that it belongs to the object"
     )
-
-    def predict(self, net: nn.Module, x: TensorTree) -> TensorTree:
-        return {
-            name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in tree_to_dict(net(x)).items()
-        }
 
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         results = self.example_results(pairs)

@@ -74,6 +74,7 @@ class TokenClassification(Task):
     """
 
     metrics = METRICS
+    scores_on_cpu = True
 
     output_description = (
         "logits (batch, token, tag) in the order of the classes, which are the tags; that of a "

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tuner.core.device_memory import available_main_memory
 from tuner.core.subset import Subset
 from tuner.core.types import Batch, Source
 from tuner.files.atomic import disk_errors
@@ -71,20 +72,9 @@ def is_worthwhile(cached: "CachedSource") -> bool:
     bytes_needed = cost["bytes"] * len(cached.uncached) * (cached.views or 1)
     if bytes_needed > min(cached.byte_limit, 0.8 * shutil.disk_usage(cached.folder).free):
         return False
-    is_read_from_disk = bytes_needed > 0.5 * _available_memory()
+    is_read_from_disk = bytes_needed > 0.5 * available_main_memory()
     disk_seconds = cost["bytes"] / DISK_BYTES_PER_SECOND if is_read_from_disk else 0.0
     return cost["reading"] + disk_seconds <= cost["computing"]
-
-
-def _available_memory() -> float:
-    """Bytes that new files can fill before some of them must be read from the disk again."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(
-            1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")
-        )
-    except (OSError, StopIteration):
-        return math.inf
 
 
 class CachedSource:

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from tuner.core.device_memory import available_bytes, available_main_memory, measure_need
 from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.files.atomic import atomic_folder, file_lock, lock_path, remove_leftovers
 from tuner.files.cache_entries import evict_until_fits, try_open
 from tuner.preprocessing.ragged_tensors import drop_padding
+from tuner.preprocessing.resident_tensors import give_back_memory, has_resident_tensors
 from tuner.preprocessing.tensor_files import (
     EntryReader,
     TensorWriter,
@@ -25,31 +27,45 @@ from tuner.training.micro_batches import is_out_of_memory, release_memory
 
 Result = TypeVar("Result")
 
+FIRST_CHUNK = 8  # examples; what they need tells how many fit into the memory
+MAX_CHUNK_ON_GPU = 512  # examples; larger chunks would not be computed faster
+MEMORY_SHARE = 0.25  # of the memory that is free, for a chunk
+
 
 class CacheFull(Exception):
     """Entries that other processes read leave too little space within the limit."""
 
 
 def compute_in_chunks(
-    index: Tensor, max_length: int, compute: Callable[[Tensor], Result]
+    index: Tensor,
+    length: int,
+    compute: Callable[[Tensor], Result],
+    later_length: Callable[[Result], int] | None = None,
 ) -> Iterator[Result]:
     """Yields `compute(chunk)` for one chunk of `index` after the other.
 
-    Chunks have `max_length` examples. Where the memory runs out, they become half as long, and stay
-    so. Only where one example is too much, the error is raised.
+    Chunks have `length` examples; those after the first have as many as `later_length` makes of
+    its result. Where the memory runs out, they become half as long, and stay so. Only where one
+    example is too much, even when a GPU keeps nothing else, the error is raised.
     """
     begin = 0
     while begin < len(index):
-        chunk = index[begin : begin + max_length]
+        chunk = index[begin : begin + length]
         try:
-            yield compute(chunk)
+            result = compute(chunk)
             begin += len(chunk)
+            if later_length is not None:
+                length, later_length = later_length(result), None
+            yield result
+            del result  # before the next one is computed
             continue
         except RuntimeError as error:
-            if not is_out_of_memory(error) or len(chunk) == 1:
+            if not is_out_of_memory(error) or (len(chunk) == 1 and not has_resident_tensors()):
                 raise
         # outside of the except block: the error's traceback kept the tensors of the failed call
-        max_length = len(chunk) // 2
+        if len(chunk) == 1:
+            give_back_memory()
+        length, later_length = max(1, len(chunk) // 2), None
         release_memory()
 
 
@@ -95,12 +111,32 @@ class StageInput:
 
 @dataclass(frozen=True)
 class FillChunk:
-    """Some examples that went through a prefix, between the stages that are kept."""
+    """Some examples that went through a prefix, between the stages that are kept.
+
+    `device_bytes` is the most memory that they needed at once on a GPU.
+    """
 
     stages: dict[int, StageTensors]  # after which stage
     targets: StageTensors
     example_count: int
     counts: Tensor | None  # as in StageInput
+    device_bytes: int
+
+    def length_that_fits(self, device: torch.device, max_length: int) -> int:
+        """How many examples like these fit into MEMORY_SHARE of what is free.
+
+        At most `max_length`; on a GPU, which tells what was needed, MAX_CHUNK_ON_GPU. Below that it
+        is a power of two, so that it does not follow every change of the free memory.
+        """
+        stored_bytes = sum(part.bytes_for(1, 1) for part in (*self.stages.values(), self.targets))
+        needs = [(available_main_memory(), stored_bytes)]
+        if self.device_bytes:
+            needs.append((available_bytes(device), self.device_bytes))
+            max_length = MAX_CHUNK_ON_GPU
+        fitting = min(MEMORY_SHARE * free * self.example_count / need for free, need in needs)
+        if fitting >= max_length:
+            return max_length
+        return 1 << max(0, int(fitting).bit_length() - 1)
 
 
 class PrefixPass:
@@ -156,7 +192,11 @@ class PrefixPass:
         }
 
     def compute(self, index: Tensor) -> FillChunk:
-        """Sends the examples at `index` through the stages."""
+        """Sends the examples at `index` through the stages, and measures what that needs."""
+        chunk, device_bytes = measure_need(lambda: self._compute(index), self.prefix.device)
+        return replace(chunk, device_bytes=device_bytes)
+
+    def _compute(self, index: Tensor) -> FillChunk:
         inputs = self.take(index)
         stages = {
             stage: self.to_stored(stage, x, inputs.counts)
@@ -164,7 +204,7 @@ class PrefixPass:
             if stage in self.kept_stages
         }
         targets = StageTensors(prefix_targets(inputs.y), {})
-        return FillChunk(stages, targets, len(index), inputs.counts)
+        return FillChunk(stages, targets, len(index), inputs.counts, device_bytes=0)
 
     def to_stored(self, stage: int, x: TensorTree, counts: Tensor | None) -> StageTensors:
         """The outputs of a stage as they are stored."""
@@ -183,9 +223,10 @@ class CacheFill:
     """One pass over a source that fills the entry of a view, and entries of shallower stages that
     are small.
 
-    The pass begins at the deepest shallower stage that is in the cache. The first chunk shows how
-    large each stage's outputs are. From it follows the plan: which stages are kept, and how many
-    bytes each needs. Then the entries are opened, and each chunk is computed and written.
+    The pass begins at the deepest shallower stage that is in the cache. The first chunk is small
+    and shows how large each stage's outputs are and how much memory computing them needs. From it
+    follow the plan (which stages are kept, and how many bytes each needs) and the length of the
+    later chunks. Then the entries are opened, and each chunk is computed and written.
 
     Args:
         uncached: what is computed.
@@ -213,8 +254,12 @@ class CacheFill:
         """
         remove_leftovers(self.folder)
         prefix_pass = self._begin_pass()
+        prefix = self.uncached.prefix
         chunks = compute_in_chunks(
-            prefix_pass.order, self.uncached.prefix.max_batch, prefix_pass.compute
+            prefix_pass.order,
+            min(FIRST_CHUNK, prefix.max_batch),
+            prefix_pass.compute,
+            lambda chunk: chunk.length_that_fits(prefix.device, prefix.max_batch),
         )
         chunk = next(chunks)
         bytes_needed = self._plan(chunk, prefix_pass.begin)

@@ -45,6 +45,7 @@ MAX_EVAL_BATCH = (
 )
 BATCHES_PER_BUCKET = 32  # batches whose examples are sorted by length together
 STEPS_BETWEEN_CHECKS = 50  # after so many steps the loss is read and must be finite
+Pair = tuple[TensorTree, TensorTree]  # prediction and target of a batch
 PredictionPairs = list[tuple[Any, Any]]
 """(prediction, target) of each batch, in the order of the examples."""
 
@@ -316,35 +317,44 @@ def score_source(
 ) -> tuple[dict[str, float], PredictionPairs]:
     """The scores of the net on all examples of `source`, and its predictions.
 
-    The task scores batches where they were computed, while they are on their way to the CPU. There
-    they stay, so that a GPU has those of one batch alone.
+    The task scores batches where they were computed, while they are on their way to the CPU, or on
+    the CPU, each while the device computes the next one. On the CPU they stay, so that a GPU has
+    those of two batches at most.
     """
-    copies: list[list[Callable[[], TensorTree]]] = []
+    copies: list[Callable[[], Pair]] = []
 
-    def pairs() -> Iterator[tuple[TensorTree, TensorTree]]:
+    def pairs() -> Iterator[Pair]:
         for pair in predict_batches(context, source, batch_size):
-            copies.append([begin_copy_to_cpu(tree) for tree in pair])
-            yield pair
+            copies.append(begin_pair_copy(pair))
+            if not context.task.scores_on_cpu:
+                yield pair
+            elif len(copies) > 1:
+                yield copies[-2]()
+        if context.task.scores_on_cpu:
+            yield copies[-1]()
 
     batches = pairs()
     scores = context.task.score(batches)
     deque(batches, maxlen=0)  # a score may need no predictions
-    return scores, [(wait_prediction(), wait_target()) for wait_prediction, wait_target in copies]
+    return scores, [wait() for wait in copies]
 
 
 def predict_source(context: TrainingContext, source: Source, batch_size: int) -> PredictionPairs:
     """The net's predictions for all examples of `source`, in order, in eval mode, on the CPU."""
-    copies = [
-        [begin_copy_to_cpu(tree) for tree in pair]
-        for pair in predict_batches(context, source, batch_size)
-    ]
-    return [(wait_prediction(), wait_target()) for wait_prediction, wait_target in copies]
+    batches = predict_batches(context, source, batch_size)
+    return [wait() for wait in [begin_pair_copy(pair) for pair in batches]]
+
+
+def begin_pair_copy(pair: Pair) -> Callable[[], Pair]:
+    """Begins to copy a prediction and its target to the CPU. The function that is returned waits
+    for them and gives them; called again, it gives the same.
+    """
+    waits = [begin_copy_to_cpu(tree) for tree in pair]
+    return functools.cache(lambda: (waits[0](), waits[1]()))
 
 
 @torch.no_grad()
-def predict_batches(
-    context: TrainingContext, source: Source, batch_size: int
-) -> Iterator[tuple[TensorTree, TensorTree]]:
+def predict_batches(context: TrainingContext, source: Source, batch_size: int) -> Iterator[Pair]:
     """Yields prediction and target of each batch of `source`, as the device computes them."""
     context.net.eval()
     batches = torch.split(torch.arange(len(source)), min(MAX_EVAL_BATCH, 4 * batch_size))

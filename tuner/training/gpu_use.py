@@ -7,6 +7,7 @@ from types import TracebackType
 
 import torch
 
+from tuner.core.device_memory import forget_peak, peak_bytes
 from tuner.messages import Epoch, GpuUse
 from tuner.preprocessing.resident_tensors import resident_bytes
 
@@ -32,7 +33,7 @@ class GpuMeter:
         self.thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> "GpuMeter":
-        torch.cuda.reset_peak_memory_stats(self.device)
+        forget_peak(self.device)
         self.thread.start()
         return self
 
@@ -70,7 +71,7 @@ class GpuMeter:
         needs the room.
         """
         total = torch.cuda.get_device_properties(self.device).total_memory
-        needed = torch.cuda.max_memory_allocated(self.device) - resident_bytes(self.device)
+        needed = peak_bytes(self.device) - resident_bytes(self.device)
         busy = [share for moment, share in self.samples if self.begin <= moment <= self.end]
         return GpuUse(
             memory=min(1.0, (needed + CONTEXT_BYTES) / total),

@@ -118,9 +118,15 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def release_memory() -> None:
     """Frees tensors that nothing uses any more, on the GPU too."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
+    release_reserved_memory()
+
+
+def release_reserved_memory() -> None:
+    """Gives back to the GPU what torch has reserved and no tensor uses, so that whoever shares the
+    GPU has it too.
+    """
+    torch.cuda.empty_cache()  # does nothing where no GPU was used
+    if torch.backends.mps.is_available():
         torch.mps.empty_cache()
 
 

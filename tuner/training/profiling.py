@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tuner.core.device_memory import peak_bytes
 from tuner.core.subset import Subset
 from tuner.core.types import Source
 from tuner.messages import DepthCost, ProfileJob, TrainingProfile
@@ -118,6 +119,6 @@ def time_validation(context: TrainingContext, batch_size: int) -> float:
 def peak_memory(device: torch.device) -> int:
     """The most bytes that this process had: on the GPU where it uses one, else in main memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return peak_bytes(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -31,7 +31,12 @@ from tuner.training.data_parallel import joined_ranks
 from tuner.training.devices import DeviceContext, select_device, select_gpus
 from tuner.training.epoch import Diverged, TrainingContext
 from tuner.training.gpu_use import GpuMeter
-from tuner.training.micro_batches import check_batch_size, is_out_of_memory, release_memory
+from tuner.training.micro_batches import (
+    check_batch_size,
+    is_out_of_memory,
+    release_memory,
+    release_reserved_memory,
+)
 from tuner.training.model_costs import costs_of, describe_excess
 from tuner.training.preparation import prepare_training
 from tuner.training.rank_launcher import call_on_ranks
@@ -131,12 +136,18 @@ def run_repeat(assignment: Assignment, report: Callable[[Epoch], bool], slot: in
 def run_on_gpus(
     function: str, assignment: Assignment, report: Callable[[Epoch], bool], slot: int
 ) -> TrialResult:
-    """The result of a training on as many GPUs as the engine says for a trial."""
+    """The result of a training on as many GPUs as the engine says for a trial.
+
+    Afterwards torch keeps no memory of the GPU in reserve: the next trial judges by what is free
+    what it may keep there, and so do workers that share the GPU.
+    """
     start = time.monotonic()
     try:
         result: TrialResult = call_on_ranks(function, assignment, report, slot)
     except torch.OutOfMemoryError as error:
         return TrialResult("oom", (), 0, {}, time.monotonic() - start, str(error))
+    finally:
+        release_reserved_memory()
     return result
 
 
