@@ -87,7 +87,7 @@ MODELS: dict[tuple[str, bool], tuple[ModelChoice, ...]] = {
         ModelChoice("fasterrcnn_resnet50_fpn", 6, (416, 512, 640), weights_file=_FRCNN),
     ),
     ("segmentation", False): (
-        ModelChoice("lraspp_mobilenet_v3_large", 6, (128, 160, 224), weights_file="lraspp_*"),
+        ModelChoice("lraspp_mobilenet_v3_large", 6, (160, 224, 256), weights_file="lraspp_*"),
     ),
     ("segmentation", True): (
         ModelChoice(
