@@ -1,5 +1,6 @@
 """The rows of the GPU kit that are about whole commands: a search against a plain Optuna script, and workers that share a GPU."""
 
+import functools
 import json
 import os
 import sys
@@ -56,37 +57,21 @@ def trial_ends(lines: arms.Lines) -> list[float]:
 
 def search_row(setup: Setup) -> Iterator[Figure]:
     """The same 16 trials of a ResNet-18 by `tuner run` and by Optuna over ImageFolder and DataLoader."""
-    side, batch, epochs = setup.pick(224, 32), setup.pick(128, 16), setup.pick(2, 1)
-    folder = photographs(setup, square(setup))
-    depths, rates = setup.pick((DEPTHS, RATES), ((0, 5), (0.01,)))
+    depths, rates = grid(setup)
     trials = [{"freeze_depth": depth, "lr": lr} for depth in depths for lr in rates]
     listed = setup.folder / "trials.json"
     listed.write_text(json.dumps(trials))
-    recipe = {
-        "freeze_depth": list(depths),
-        "lr": list(rates),
-        "epochs": epochs,
-        "batch_size": batch,
-    }
-    search = {"trials": len(trials), "sampler": "grid"}
-    # one setting for both: what freezing spares must not go to another choice of the statistics
-    recipe |= {"batchnorm": "adapt", "head": "fresh"}
-    file = write_space(
-        setup.folder / "search.yaml", folder, "resnet18", side, recipe, search, engine(setup, 1)
-    )
-    tuner = stamped(setup, arms.tuner("run", file, setup.folder / "studies"))
+    tuner = grid_search(setup)
     workers = setup.pick(min(16, len(os.sched_getaffinity(0))), 0)
     script = [
         sys.executable,
         ROOT / "benchmarks" / "gpu_plain_search.py",
-        folder,
+        photographs(setup, square(setup)),
         "--trials",
         listed,
     ]
     words = {
-        "size": side,
-        "batch": batch,
-        "epochs": epochs,
+        **sizes(setup),
         "workers": workers,
         "device": setup.device,
     }
@@ -97,6 +82,41 @@ def search_row(setup: Setup) -> Iterator[Figure]:
     notes = f"trials that ended: {counts[0]} and {counts[1]}"
     whole = tuner[-1]["at"], plain[-1]["at"]
     yield compare(what, [whole[0]], [whole[1]], 1 / 5, "s, the whole command", notes=notes)
+
+
+def grid(setup: Setup) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Freeze depths and learning rates, of which each pair is a trial."""
+    return setup.pick((DEPTHS, RATES), ((0, 5), (0.01,)))
+
+
+def sizes(setup: Setup) -> dict[str, int]:
+    """The pixels of a side, the images of a batch, and the epochs of a trial."""
+    return {"size": setup.pick(224, 32), "batch": setup.pick(128, 16), "epochs": setup.pick(2, 1)}
+
+
+@functools.cache
+def grid_search(setup: Setup) -> arms.Lines:
+    """What `tuner run` says while it carries out all trials of the grid, with one worker."""
+    (depths, rates), size = grid(setup), sizes(setup)
+    recipe = {
+        "freeze_depth": list(depths),
+        "lr": list(rates),
+        "epochs": size["epochs"],
+        "batch_size": size["batch"],
+        # one setting for both: what freezing spares must not go to another choice of the statistics
+        "batchnorm": "adapt",
+        "head": "fresh",
+    }
+    file = write_space(
+        setup.folder / "search.yaml",
+        photographs(setup, square(setup)),
+        "resnet18",
+        size["size"],
+        recipe,
+        {"trials": len(depths) * len(rates), "sampler": "grid"},
+        engine(setup, 1),
+    )
+    return stamped(setup, arms.tuner("run", file, setup.folder / "studies"))
 
 
 def engine(setup: Setup, per_gpu: int) -> dict[str, Any]:
@@ -123,7 +143,12 @@ def sharing_row(setup: Setup) -> Iterator[Figure]:
 
 
 def trials_an_hour(setup: Setup, workers: int) -> float:
-    """Of a search in its stride: the trials after the first of each worker, whose processes start meanwhile."""
+    """Of a search in its stride: the trials after the first of each worker, whose processes start meanwhile.
+
+    In miniature the search of the other row, which has one worker, is read again.
+    """
+    if setup.small and workers == 1:
+        return rate_after_first(trial_ends(grid_search(setup)), workers)
     trials = workers + setup.pick(max(4, 2 * workers), 1)
     folder = photographs(setup, square(setup))
     recipe = {
@@ -141,5 +166,10 @@ def trials_an_hour(setup: Setup, workers: int) -> float:
         {"trials": trials, "sampler": "random"},
         engine(setup, workers),
     )
-    ends = trial_ends(stamped(setup, arms.tuner("run", file, setup.folder / "studies")))
+    command = arms.tuner("run", file, setup.folder / "studies")
+    return rate_after_first(trial_ends(stamped(setup, command)), workers)
+
+
+def rate_after_first(ends: list[float], workers: int) -> float:
+    """Trials an hour after the first trial of each worker."""
     return 3600 * (len(ends) - workers) / (ends[-1] - ends[workers - 1])

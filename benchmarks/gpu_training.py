@@ -245,8 +245,8 @@ def rtdetr_row(setup: Setup) -> Iterator[Figure]:
 
 
 def limited(setup: Setup) -> str:
-    """In miniature ten images: detectors are slow on a CPU."""
-    return f"data.limit={setup.pick(1000, 10)}"
+    """In miniature four images: detectors are slow on a CPU."""
+    return f"data.limit={setup.pick(1000, 4)}"
 
 
 def unet_row(setup: Setup) -> Iterator[Figure]:

@@ -110,14 +110,24 @@ def join_targets(x: TensorTree, y: TensorTree) -> dict[str, Tensor]:
     }
 
 
+def rows_of_objects(labels: Tensor) -> tuple[Tensor, ...]:
+    """Where the objects of each image are in padded labels (n, k), ignored areas left out: int64.
+
+    The CPU waits for the device as often as for one image, however many there are.
+    """
+    is_object = labels > NO_OBJECT
+    counts: list[int] = is_object.sum(1).tolist()
+    return is_object.nonzero()[:, 1].split(counts)
+
+
 def unpad_objects(boxes: Tensor, labels: Tensor) -> list[Objects]:
     """Padded boxes (n, k, 4) and labels (n, k) as the objects of each image, without ignored
     areas.
     """
     return [
-        {"boxes": image_boxes[is_object], "labels": image_labels[is_object]}
-        for image_boxes, image_labels, is_object in zip(
-            boxes, labels, labels > NO_OBJECT, strict=True
+        {"boxes": image_boxes[rows], "labels": image_labels[rows]}
+        for image_boxes, image_labels, rows in zip(
+            boxes, labels, rows_of_objects(labels), strict=True
         )
     ]
 
@@ -133,8 +143,7 @@ def unpad_targets(targets: dict[str, Tensor]) -> list[Objects]:
         return images
     return [
         {**objects, "masks": masks_of_objects(image_layers, rows).to(torch.uint8)}
-        for objects, image_layers, image_labels in zip(images, layers, labels, strict=True)
-        for rows in [(image_labels > NO_OBJECT).nonzero()[:, 0]]
+        for objects, image_layers, rows in zip(images, layers, rows_of_objects(labels), strict=True)
     ]
 
 
