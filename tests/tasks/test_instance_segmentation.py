@@ -323,54 +323,65 @@ def test_what_is_told_has_the_mask_at_the_size_of_the_image() -> None:
 def test_masks_of_people_through_export_and_prediction(
     shared: Path, tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
-    """Each connected component of a real mask is an object, as a polygon or as run lengths."""
-    from scipy import ndimage
-
+    """Real photographs, and ImageNet's weights in the backbone, which is frozen and cached."""
     with tarfile.open(shared / "humans.tar") as archive:
         archive.extractall(tmp_path, filter="data")
-    root = tmp_path / "humans"
-    masks = sorted((root / "Ground_Truth").glob("*.png"))[:24]
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, file in enumerate(masks):
-        (picture,) = (root / "Training_Images").glob(f"{file.stem}.*")
-        with Image.open(picture) as image:
-            mask_image = Image.open(file).convert("L").resize(image.size, Image.Resampling.NEAREST)
-        values = np.asarray(mask_image) > 127
-        components, count = ndimage.label(values)
-        images.append({"id": number, "file_name": picture.name})
-        for i in range(1, count + 1):
-            mask = components == i
-            if mask.sum() < 100:
-                continue
-            code = coco_masks.encode(np.asfortranarray(mask.astype(np.uint8)))
-            annotations.append(
-                {
-                    "image_id": number,
-                    "category_id": 1,
-                    "bbox": coco_masks.toBbox(code).tolist(),
-                    "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
-                }
-            )
-    content = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "person"}],
-    }
-    (tmp_path / "people.json").write_text(json.dumps(content))
+    pictures = write_people(tmp_path / "humans", tmp_path / "people.json", 80)
+    backbone = shared / "tf_efficientnet_lite0.safetensors"
     (tmp_path / "s.yaml").write_text(
         "task: instance_segmentation\n"
-        "data: {name: coco, path: people.json, images: humans/Training_Images, size: 96}\n"
-        "model: {name: maskrcnn_resnet50_fpn, weights: none, backbone: none}\n"
-        "recipe: {epochs: 1, batch_size: 4, freeze_depth: 4, lr: 0.0001, clip_norm: 1.0}\n"
+        "data: {name: coco, path: people.json, images: humans/Training_Images, size: 128}\n"
+        f"model: {{name: maskrcnn/timm/tf_efficientnet_lite0, backbone: {backbone}, regions: 32, "
+        "proposals: 50}\n"
+        "recipe: {epochs: 4, batch_size: 4, freeze_depth: 7, lr: 0.01, clip_norm: 10.0}\n"
         "search: {trials: 1}\nengine: {name: inline, device: cpu}\nexport: [safetensors, onnx]\n"
     )
     result = tuner("run", tmp_path / "s.yaml")
     assert result.code == 0, result.err
     manifest = json.loads((tmp_path / "studies/s/export/manifest.json").read_text())
-    assert set(manifest["scores"]["test"]) >= {"mask_map", "map"}
+    scores = manifest["scores"]["test"]
+    assert scores["mask_map_50"] > 0.05 and scores["mask_map"] > 0.01, scores
     assert manifest["exports"]["onnx"]["largest_difference"] < 1e-3
-    picture = str(root / "Training_Images" / images[0]["file_name"])
-    result = tuner("predict", "s", picture, "--json", "--out", "seen")
+    result = tuner("predict", "s", str(pictures[0]), "--json", "--out", "seen")
     assert result.code == 0 and "objects" in json.loads(result.out)
     assert len(list((tmp_path / "seen").iterdir())) == 1
+
+
+def write_people(root: Path, target: Path, count: int) -> list[Path]:
+    """COCO's instances of some photographs: each connected part of a true mask is a person.
+
+    Returns the photographs. They are read at a quarter of their size, where finding the parts is
+    soon done; the masks are written in it too, so the photographs are made smaller as well.
+    """
+    from scipy import ndimage
+
+    pictures: list[Path] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, file in enumerate(sorted((root / "Ground_Truth").glob("*.png"))[:count]):
+        (picture,) = (root / "Training_Images").glob(f"{file.stem}.*")
+        with Image.open(picture) as image:
+            small = image.convert("RGB").resize((image.width // 4, image.height // 4))
+        small.save(picture)
+        mask_image = Image.open(file).convert("L").resize(small.size, Image.Resampling.NEAREST)
+        parts, part_count = ndimage.label(np.asarray(mask_image) > 127)
+        images.append({"id": number, "file_name": picture.name})
+        pictures.append(picture)
+        for part in range(1, part_count + 1):
+            mask = parts == part
+            if mask.sum() < 50:
+                continue
+            code = coco_masks.encode(np.asfortranarray(mask.astype(np.uint8)))
+            size = [int(side) for side in code["size"]]
+            annotations.append(
+                {
+                    "image_id": number,
+                    "category_id": 1,
+                    "bbox": coco_masks.toBbox(code).tolist(),
+                    "segmentation": {"size": size, "counts": code["counts"].decode()},
+                }
+            )
+    categories = [{"id": 1, "name": "person"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    target.write_text(json.dumps(content))
+    return pictures

@@ -24,6 +24,7 @@ from tuner.core.types import Dataset
 from tuner.data._huggingface_columns import HuggingFaceReader, Rows, import_library, write_texts
 from tuner.errors import DataError
 from tuner.files.downloads import DOWNLOADS_FORBIDDEN
+from tuner.preprocessing.packed_texts import check_packing
 from tuner.preprocessing.segmentation_dataset import MaskLegend
 from tuner.preprocessing.splits import SPLIT_BY_NAME, TRAIN, UNSPLIT
 from tuner.preprocessing.unpacked_data import unpack_once
@@ -74,6 +75,13 @@ def load(
     ignore: Annotated[
         int, Field(ge=0, le=255, description="the value of mask pixels that count for nothing")
     ] = 255,
+    pack: Annotated[
+        bool,
+        Field(
+            description="text_generation: join the texts, each with its end-of-text token, and cut "
+            "them into blocks of model.length"
+        ),
+    ] = False,
     image: ImageOptions,
 ) -> Dataset:
     """Load a dataset of the Hugging Face hub, or one saved to the disk.
@@ -92,19 +100,22 @@ def load(
         box_format: what the four numbers of a box are.
         classes: the names of the classes, for detection and segmentation.
         ignore: the value of mask pixels that belong to no class.
+        pack: whether texts to be continued are joined and cut into blocks.
         image: the image keys of the `data:` section; of texts only those of the split.
 
     Raises:
         DataError: the dataset is neither on the disk nor can be downloaded, lacks columns, or is
             wrong.
-        SpaceError: the library is not installed.
+        SpaceError: the library is not installed, or the task packs no texts.
     """
+    if pack:
+        check_packing(task, second)
     splits = _rows_by_split(_open(home, path, config, revision), path)
     if task.startswith("text_"):
         texts = write_texts(home, path, splits)
         load_texts = plugins.load_plugin("data", "text")
         split = SplitOptions(**{key: getattr(image, key) for key in SplitOptions.model_fields})
-        keys = {"text": column, "second": second, "label": label, "options": split}
+        keys = {"text": column, "second": second, "label": label, "pack": pack, "options": split}
         dataset: Dataset = load_texts(home, input_spec, task, path=str(texts), **keys)
         return dataset
     reader = HuggingFaceReader(home, input_spec, image, path, splits, column, label)

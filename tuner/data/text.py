@@ -17,6 +17,7 @@ from tuner.data._labelled_rows import ColumnKeys, read_files
 from tuner.data._row_targets import TARGET_KINDS, make_items
 from tuner.errors import SpaceError
 from tuner.preprocessing import tokenization
+from tuner.preprocessing.packed_texts import check_packing, number_streams, open_packed_store
 from tuner.preprocessing.splits import assign_and_limit_splits, check_classes
 
 TASKS = ("text_classification", "text_multilabel", "text_regression", "text_generation")
@@ -90,6 +91,13 @@ def load(
     header: Annotated[
         bool | None, Field(description="whether the first row names the columns; null: guessed")
     ] = None,
+    pack: Annotated[
+        bool,
+        Field(
+            description="text_generation: join the texts, each with its end-of-text token, and cut "
+            "them into blocks of model.length, so that no token is cut off"
+        ),
+    ] = False,
     options: SplitOptions,
 ) -> Dataset:
     """Load texts with labels, or texts to be continued.
@@ -107,17 +115,20 @@ def load(
         group: the column whose equal values stay together.
         weight: the column that says how much a row counts in the loss.
         header: whether the first row names the columns; None: guessed.
+        pack: whether texts to be continued are joined and cut into blocks.
         options: the keys of the `data:` section that say how examples are split.
 
     Raises:
         DataError: files are missing, unreadable or wrong.
-        SpaceError: the model takes no texts.
+        SpaceError: the model takes no texts, or the task does not pack them.
     """
     if not isinstance(input_spec, TextInputSpec):
         raise SpaceError(
             "data.name: these are texts, but the model wants images; "
             "use a model of texts, such as bert"
         )
+    if pack:
+        check_packing(task, second)
     kind = TARGET_KINDS.get(task, "none")
     keys = ColumnKeys(
         "text",
@@ -137,16 +148,18 @@ def load(
     if kind == "class":
         check_classes(items)
     items = assign_and_limit_splits(items, options)
+    file_warnings = [warning for file in files.values() for warning in file.warnings]
+    warnings = (*file_warnings, *warn_shared_texts(items))
     first_texts = [texts[0] for texts in items.examples]
     second_texts = [texts[1] for texts in items.examples] if second is not None else None
     if kind == "none":
         first_texts = tokenization.append_eos(input_spec, first_texts)
-    encoded = tokenization.open_token_store(home, input_spec, first_texts, second_texts)
-    warnings = (
-        *(warning for file in files.values() for warning in file.warnings),
-        *warn_shared_texts(items),
-        *_warn_truncated(encoded.truncated_count, len(first_texts), input_spec),
-    )
+    if pack:
+        streams = number_streams(items, options)
+        encoded, items = open_packed_store(home, input_spec, first_texts, items, streams)
+    else:
+        encoded = tokenization.open_token_store(home, input_spec, first_texts, second_texts)
+    warnings += _warn_truncated(encoded.truncated_count, len(first_texts), input_spec, task)
     # texts that are continued have their numbers of tokens instead of labels
     labels = (
         Labels(encoded.lengths)
@@ -156,10 +169,13 @@ def load(
     return make_dataset(encoded, items, input_spec, labels, warnings)
 
 
-def _warn_truncated(truncated_count: int, total: int, input_spec: TextInputSpec) -> list[str]:
+def _warn_truncated(
+    truncated_count: int, total: int, input_spec: TextInputSpec, task: str
+) -> tuple[str, ...]:
     if truncated_count == 0:
-        return []
-    return [
+        return ()
+    or_pack = ", or write data: {pack: true}" if task == "text_generation" else ""
+    return (
         f"data: {truncated_count} of {total} texts ({truncated_count / total:.1%}) are longer "
-        f"than {input_spec.length} tokens and are cut; raise model.length to keep more"
-    ]
+        f"than {input_spec.length} tokens and are cut; raise model.length to keep more{or_pack}",
+    )

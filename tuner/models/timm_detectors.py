@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from torch import nn
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -21,6 +21,7 @@ from tuner.core.types import StagedModel
 from tuner.core.weights import is_path, load_matching_state, read_state_dict
 from tuner.errors import SpaceError
 from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
+from tuner.models._timm_stages import classifier_names
 from tuner.models._torchvision_detectors import pyramid_stages, stage_detector
 from tuner.models._torchvision_weights import (
     NOT_LOADED,
@@ -104,22 +105,9 @@ def build(
         SpaceError: timm does not have the name, or its features are not a pyramid.
         DataError: The weights are missing or do not fit.
     """
-    timm = import_timm()
-    config = timm_config(timm, name)
-    if weights not in NOT_LOADED and not is_path(weights):
-        raise SpaceError(
-            f"model.weights: {weights!r}: {name} as a whole has none; write none, or a path, and "
-            "see model.backbone"
-        )
     kind = name.partition("/")[0]
-    classifier = timm.create_model(name.partition("timm/")[2], pretrained=False)
-    if weights == "none":
-        load_backbone_weights(home, name, classifier, config, backbone)
-    body = feature_backbone(
-        timm, classifier, name, [4, 8, 16, 32] if kind == "fasterrcnn" else [8, 16, 32]
-    )
-    if weights != "none" or backbone != "none":
-        freeze_all_batch_norm(timm, body)
+    strides = [4, 8, 16, 32] if kind == "fasterrcnn" else [8, 16, 32]
+    body = build_body(home, name, weights, backbone, strides)
     model = build_detector(kind, body, outputs, regions, proposals)
     head = (
         "roi_heads.box_predictor" if kind == "fasterrcnn" else "head.classification_head.cls_logits"
@@ -130,12 +118,40 @@ def build(
     )
 
 
+def build_body(home: Path, name: str, weights: str, backbone: str, strides: list[int]) -> Any:
+    """timm's classifier with its weights, as a row of layers with feature maps of these strides.
+
+    `weights` are those of the whole detector, which come later.
+
+    Raises:
+        SpaceError: timm does not have the name or the weights, or its features are no pyramid.
+        DataError: The weights are missing or do not fit.
+    """
+    timm = import_timm()
+    config = timm_config(timm, name)
+    if weights not in NOT_LOADED and not is_path(weights):
+        raise SpaceError(
+            f"model.weights: {weights!r}: {name} as a whole has none; write none, or a path, and "
+            "see model.backbone"
+        )
+    classifier = timm.create_model(name.partition("timm/")[2], pretrained=False)
+    if weights == "none":
+        load_backbone_weights(home, name, classifier, config, backbone)
+    body = feature_backbone(timm, classifier, name, strides)
+    if weights != "none" or backbone != "none":
+        freeze_all_batch_norm(timm, body)
+    return body
+
+
 def build_detector(kind: str, body: Any, outputs: int, regions: int, proposals: int) -> Any:
-    """torchvision's detector with its own default anchors over the body's features."""
+    """torchvision's detector with its own default anchors over the body's features.
+
+    `kind`: fasterrcnn, maskrcnn, retinanet or fcos.
+    """
     taps = {name: str(i) for i, name in enumerate(body.return_layers)}
     extra = (
         LastLevelMaxPool()
-        if kind == "fasterrcnn"
+        if kind in ("fasterrcnn", "maskrcnn")
         else LastLevelP6P7(PYRAMID_CHANNELS, PYRAMID_CHANNELS)
     )
     channels = body.feature_info.channels()
@@ -147,7 +163,8 @@ def build_detector(kind: str, body: Any, outputs: int, regions: int, proposals: 
     sizes = tuple((side,) for side in (32, 64, 128, 256, 512)[: len(taps) + 1])
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     sampled = {"box_batch_size_per_image": regions, "rpn_post_nms_top_n_test": proposals}
-    return FasterRCNN(backbone, outputs + 1, rpn_anchor_generator=anchors, **sampled)
+    two_stages = MaskRCNN if kind == "maskrcnn" else FasterRCNN
+    return two_stages(backbone, outputs + 1, rpn_anchor_generator=anchors, **sampled)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -205,7 +222,7 @@ def load_backbone_weights(
     else:
         path = download_timm_weights(home, name, backbone, config)
     state = convert_state(model, read_state_dict(path))
-    head = str(config["classifier"])
+    head = classifier_names(config)
     load_matching_state(model, state, head=head, source_name=f"backbone: {path}")
 
 

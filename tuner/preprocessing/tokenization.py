@@ -254,7 +254,7 @@ def open_token_store(
 
     With `locate` the place of each token in its text is kept too.
     """
-    key = _store_key(input_spec, texts, second_texts) + (f"-{TOKEN_STARTS}" if locate else "")
+    key = store_key(input_spec, texts, second_texts) + (f"-{TOKEN_STARTS}" if locate else "")
     folder = home / "tokens" / key
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -268,9 +268,7 @@ def open_token_store(
     return EncodedTexts(entry, tensors, lengths, note["cut"], key, starts)
 
 
-def _store_key(
-    input_spec: TextInputSpec, texts: Sequence[str], second: Sequence[str] | None
-) -> str:
+def store_key(input_spec: TextInputSpec, texts: Sequence[str], second: Sequence[str] | None) -> str:
     """The name of a store: by the tokenizer's files, the length and the texts themselves."""
     digest = hashlib.sha256(
         f"{FORMAT_VERSION} {input_spec.length} {input_spec.input_names}\n".encode()
