@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import CommandResult
 from tuner import manifest
+from tuner.files.tracker_folders import make_tracker_folder
 
 Tuner = Callable[..., CommandResult]
 
@@ -227,3 +228,20 @@ def test_the_caches_go_but_for_what_another_process_is_reading(tuner: Tuner, stu
         == list((home / "probes").iterdir())
         == []
     )
+
+
+def test_the_folders_that_tuner_made_for_trackers_go_with_the_study(
+    tuner: Tuner, study: Path
+) -> None:
+    make_tracker_folder(study / "tensorboard")
+    (study / "tensorboard/trial-0000").mkdir()
+    (study / "tensorboard/trial-0000/events.out.tfevents.1").write_bytes(bytes(2_000_000))
+    (study / "wandb").mkdir()
+    make_tracker_folder(study / "wandb")  # it was there, so it is not tuner's
+    (study / "wandb/own.txt").write_text("notes")
+    said = tuner("clean", "small", "--dry-run")
+    assert "trackers 2.0 MB" in said.out and "not tuner's 0.0 MB" in said.out, said.out
+    assert tuner("clean", "small").code == 0 and (study / "tensorboard/trial-0000").is_dir()
+    said = tuner("clean", "small", "--all", "--yes")
+    assert said.code == 0 and "kept what tuner did not make: wandb" in said.out, said.out
+    assert [path.name for path in study.rglob("*")] == ["wandb", "own.txt"]

@@ -44,11 +44,14 @@ def test_ls_of_an_empty_folder_says_how_to_make_a_study(tuner: Tuner) -> None:
 
 def test_trials_are_a_table_csv_and_json_with_equal_values(tuner: Tuner, studied: Path) -> None:
     as_json = [json.loads(line) for line in tuner("trials", "small", "--json").out.splitlines()]
-    as_csv = list(csv.DictReader(io.StringIO(tuner("trials", "small", "--csv").out)))
+    content = tuner("trials", "small", "--csv").out
+    header = next(csv.reader(io.StringIO(content)))  # `epochs` are counted, and searched as well
+    assert len(set(header)) == len(header) and {"epochs", "param.epochs"} <= set(header)
+    as_csv = list(csv.DictReader(io.StringIO(content)))
     assert [row["number"] for row in as_json] == [0, 1] == [int(r["number"]) for r in as_csv]
     for row, cells in zip(as_json, as_csv, strict=True):
         assert float(cells["value"]) == row["value"] == max(row["curve"])
-        assert float(cells["lr"]) == row["params"]["lr"]
+        assert float(cells["param.lr"]) == row["params"]["lr"]
         assert float(cells["score.accuracy"]) == row["scores"]["accuracy"]
     table = tuner("trials").out.splitlines()  # of the latest study
     assert table[0].split()[:5] == ["trial", "state", "accuracy", "epochs", "time"]

@@ -168,4 +168,4 @@ def test_a_tracker_is_named_alone_or_in_a_list_and_space_yaml_keeps_it() -> None
     assert "'tensorbord' is not known" in str(error.value) and "tensorboard" in str(error.value)
     with pytest.raises(parsing.SpaceError) as error:
         parse("{tensorboard: yes}")
-    assert "expected a list of trackers (mlflow, tensorboard, wandb)" in str(error.value)
+    assert "expected a list of trackers (mlflow, tensorboard, trackio, wandb)" in str(error.value)

@@ -47,6 +47,7 @@ LATER = (
     "export.moved",
     "soup.chosen",
     "soup.trained",
+    "search.taken",
 )  # passed only after something else has happened
 PASSED = [
     point for point in CRASH_POINTS if point.partition(".")[0] not in WORKS and point not in LATER
@@ -127,14 +128,14 @@ def calm_in_worker(forking: ForkServer, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def trials(folder: Path) -> list[tuple[Any, ...]]:
+def trials(folder: Path, name: str = "s") -> list[tuple[Any, ...]]:
     """Parameters, state and epoch scores of the trials that ended, in the order of their draws; all others failed as orphans."""
     import optuna
 
     from tuner.search import storage
 
     study = optuna.load_study(
-        study_name="s", storage=storage.open_storage(None, folder / "studies/s")
+        study_name=name, storage=storage.open_storage(None, folder / "studies" / name)
     )
     for trial in study.trials:
         assert trial.state.name in ("COMPLETE", "PRUNED", "FAIL"), trial
@@ -228,6 +229,24 @@ def test_27_killed_while_a_soup_is_made_it_ends_as_the_calm_one(
         assert code == 0, said
         ended_alike(folder, calm)
         assert not list((folder / "studies/s/checkpoints").glob("soup-*"))
+
+
+@pytest.mark.slow
+def test_27_killed_while_trials_are_taken_over_none_is_missing_and_none_is_there_twice(
+    forking: ForkServer, calm: Path, tmp_path: Path
+) -> None:
+    words = ("run", "study.yaml", "search.name=t", "search.from=[s]", "recipe.lr=[0.001, 0.02]")
+    words = (*words, "search.trials=2", "search.confirm=none", "search.compare=none")
+    for name, crash in (("calm", {}), ("killed", {"TUNER_CRASH_AT": "search.taken:2"})):
+        folder = Path(shutil.copytree(calm, tmp_path / name))
+        code, said = forking.tuner(folder, *words, **crash)
+        assert code == (137 if crash else 0), said
+        if crash:
+            code, said = forking.tuner(folder, *words)
+            assert code == 0, said
+    taken = [trial for trial in trials(tmp_path / "calm", "t") if trial[0]["lr"] == 0.001]
+    assert len(taken) >= 2
+    assert trials(tmp_path / "killed", "t") == trials(tmp_path / "calm", "t")
 
 
 @pytest.mark.slow

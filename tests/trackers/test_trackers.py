@@ -53,7 +53,7 @@ def test_tensorboard_reads_curves_parameters_pictures_and_ends_once_after_a_kill
     assert search.console.warnings == []
 
     ended = [trial for trial in search.study.get_trials() if trial.state.name != "FAIL"]
-    folders = sorted((tmp_path / "tensorboard").iterdir())
+    folders = sorted((tmp_path / "tensorboard").glob("trial-*"))
     assert [folder.name for folder in folders] == ["trial-0000", "trial-0001", "trial-0002"]
     assert len(list(folders[0].iterdir())) == 2  # a file of each command
     ended.sort(key=lambda trial: int(trial.user_attrs.get("tuner:proposal", trial.number)))
@@ -202,3 +202,40 @@ def test_a_search_is_kept_offline_by_wandb_and_by_mlflow_with_the_winners_test(
     images = list((tmp_path / "studies/t/wandb").glob("offline-run-*/files/media/images/*.png"))
     assert len(images) >= 3
     shutil.rmtree(tmp_path / "studies/t/wandb")
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the web server that it loads
+def test_trackio_reads_curves_parameters_pictures_and_ends_once_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "runs"))  # as it reads it once in a process
+    trackio = pytest.importorskip(
+        "trackio", reason="Trackio 0.43 is not here: it needs Pillow 12, the tests have 13"
+    )
+
+    search = TrackedSearch(tmp_path, "trackio", trials=3, seed=1)
+    coordinator, tracking = search.open()
+    job = coordinator.next_job()
+    assert job is not None
+    train_with_pictures(coordinator, job)
+    tracking.close()
+    coordinator.on_job_end(job, Outcome("lost", reason="killed", loss_cause="died"))
+    search.run(train_with_pictures)
+    assert search.console.warnings == [] and capsys.readouterr().out == ""
+
+    trials = {trial.number: trial for trial in search.study.get_trials()}
+    runs = {run.name: run for run in trackio.Api().runs("t")}
+    assert sorted(runs) == ["trial-0000", "trial-0001", "trial-0002"]
+    for run in runs.values():
+        trial = trials[run.config["trial"]]
+        assert run.config["lr"] == trial.params["lr"]
+        assert run.config["model.name"] == "resnet18_slim"
+        logs = trackio.sqlite_storage.SQLiteStorage.get_logs("t", run.name, run_id=run.id)
+        scores = [(log["step"], log["valid/accuracy"]) for log in logs if "valid/accuracy" in log]
+        assert dict(scores) == pytest.approx(trial.intermediate_values)
+        assert len(scores) == len(trial.intermediate_values), "an epoch is there twice"
+        (end,) = [log for log in logs if "state" in log]
+        assert end["state"] == trial.state.name.lower()
+        assert end["best/accuracy"] == pytest.approx(max(dict(scores).values()))
+        path = tmp_path / "runs/media" / end["curve"]["file_path"]
+        assert Image.open(path).size[0] > 100

@@ -17,6 +17,7 @@ from tuner.errors import DataError, SpaceError, StorageError
 from tuner.files import removal
 from tuner.files.atomic import disk_errors, remove_leftovers
 from tuner.files.cache_entries import disk_usage, evict_entry
+from tuner.files.tracker_folders import is_tracker_folder
 from tuner.search import postgresql, storage
 from tuner.search.leases import join_coordination
 
@@ -73,6 +74,8 @@ def sizes_by_kind(folder: Path) -> dict[str, int]:
             if removal.is_left(path)
             else "exports"
             if removal.files_of_export(path) is not None
+            else "trackers"
+            if is_tracker_folder(path)
             else kinds.get(path.name, "other" if removal.is_of_study(path) else "not tuner's")
         )
         sizes[kind] = sizes.get(kind, 0) + disk_usage(path)

@@ -31,7 +31,7 @@ from tuner.config.space import Space
 from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.messages import DatasetReport, Epoch, ModelSurvey, TrialResult
 from tuner.search.confirmation import settings_for
-from tuner.search.history import DUPLICATE_OF, REASON
+from tuner.search.history import DUPLICATE_OF, REASON, TAKEN_FROM
 
 OutputMode = Literal["normal", "quiet", "json"]
 ASCII = str.maketrans({"★": "*", "…": "..."})
@@ -206,7 +206,7 @@ class Console:
 
     def update_best(self, trial: FrozenTrial) -> bool:
         """Counts a trial that ended; True when the trial is the best so far."""
-        self.pruned += trial.state == TrialState.PRUNED
+        self.pruned += trial.state == TrialState.PRUNED and TAKEN_FROM not in trial.user_attrs
         if trial.state == TrialState.COMPLETE and DUPLICATE_OF not in trial.user_attrs:
             value = float(trial.value or 0)
             direction = (self.search and self.search.direction) or "maximise"

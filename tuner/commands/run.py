@@ -10,6 +10,7 @@ import optuna
 
 from tuner.commands.combined_listener import CombinedListener
 from tuner.commands.console import Console
+from tuner.commands.earlier_studies import describe_taken, read_earlier_studies
 from tuner.commands.ended_search import EndedSearch
 from tuner.commands.finishing_times import FinishingClock, FinishingTimes
 from tuner.commands.gpu_sharing import measure_first_trials
@@ -39,6 +40,7 @@ from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.messages import DatasetReport
 from tuner.search import history, leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
+from tuner.search.earlier_trials import EarlierStudy, TakenTrials, take_over
 from tuner.search.optuna_internals import study_id_of
 from tuner.search.pruners import PRUNERS
 from tuner.search.study_identity import defaulted_keys, identity
@@ -77,6 +79,7 @@ def search_and_finalize(
     with open_session(space, folders, console) as s:
         survey = s.survey_models()
         facts = s.inspect_data()
+        earlier_studies = read_earlier_studies(s, facts.digest)
         folder = folders.study_folder(space)
         place = s.settings.storage
         check_free_space(folders, facts)
@@ -89,7 +92,9 @@ def search_and_finalize(
             workers = worker_count(space, survey.gpu_count)
             times = FinishingTimes(folders.home, space, survey, facts)
             limit = make_time_limit(s.settings.search, began, times, workers)
-            coordinator, tracking = open_coordinator(s, folder, facts.digest, stack, limit)
+            coordinator, tracking = open_coordinator(
+                s, folder, facts.digest, stack, limit, earlier_studies
+            )
             sizes = facts.split_sizes["train"], facts.split_sizes["valid"]
             history.keep_split_sizes(coordinator.study, *sizes)
             before = coordinator.budget_used
@@ -197,8 +202,9 @@ def open_coordinator(
     data_digest: str,
     stack: contextlib.ExitStack,
     time_limit: TimeLimit | None = None,
+    earlier_studies: tuple[EarlierStudy, ...] = (),
 ) -> tuple[Coordinator, Tracking]:
-    """Makes or continues the study.
+    """Makes or continues the study, and takes over the fitting trials of earlier ones.
 
     `stack` lets the trackers come to their end, closes the database and ends the lease.
     """
@@ -227,7 +233,7 @@ def open_coordinator(
         data_digest = keep_earlier_defaults(session, earlier, data_digest)
         space = session.space
 
-    def open_it() -> tuple[optuna.Study, ArtifactWriter]:
+    def open_it() -> tuple[optuna.Study, ArtifactWriter, list[TakenTrials]]:
         sampler = optuna.samplers.RandomSampler()  # each ask brings its own
         pruner = PRUNERS[search.pruner](max_epochs(space))
         study = storage.open_study(
@@ -242,9 +248,11 @@ def open_coordinator(
         )
         artifacts = ArtifactWriter(study, folder, str(search.metric))
         artifacts.write_study_note(space)
-        return study, artifacts
+        return study, artifacts, take_over(study, space, earlier_studies)
 
-    study, artifacts = place.run_exclusively(0, open_it) if place else open_it()
+    study, artifacts, taken_trials = place.run_exclusively(0, open_it) if place else open_it()
+    for line in describe_taken(taken_trials):
+        session.console.note(line)
     write_yaml(
         folder / "space.yaml",
         with_study_name(space).to_dict(),

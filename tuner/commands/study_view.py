@@ -81,7 +81,7 @@ class StudyView:
 
     @cached_property
     def budget_used(self) -> int:
-        return len(history.ended_proposals(self.study))
+        return len(history.own_proposals(self.study))
 
     @cached_property
     def ranked(self) -> list[FrozenTrial]:

@@ -13,7 +13,14 @@ from tuner.commands.columns import align_columns
 from tuner.commands.study_view import StudyView, trial_seconds
 from tuner.commands.trial_line import format_duration, format_value, reached_score
 from tuner.config.objective import metric_label
-from tuner.search.history import BEST_EPOCH, DUPLICATE_OF, IS_DEFAULT_RECIPE, REASON, SCORES
+from tuner.search.history import (
+    BEST_EPOCH,
+    DUPLICATE_OF,
+    IS_DEFAULT_RECIPE,
+    REASON,
+    SCORES,
+    TAKEN_FROM,
+)
 
 
 def print_trials(view: StudyView, best: int | None, form: str) -> None:
@@ -47,6 +54,7 @@ def trial_values(trial: FrozenTrial) -> dict[str, Any]:
         "seconds": trial_seconds(trial),
         "default": bool(attributes.get(IS_DEFAULT_RECIPE)),
         "same_as": attributes.get(DUPLICATE_OF),
+        "from": attributes.get(TAKEN_FROM),
         "reason": attributes.get(REASON),
         "params": trial.params,
         "scores": attributes.get(SCORES, {}),
@@ -55,15 +63,16 @@ def trial_values(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def trials_csv(trials: Iterable[FrozenTrial]) -> str:
-    """The trials as CSV: a column for each searched key, and `score.NAME` for each score."""
+    """The trials as CSV: `param.KEY` for each searched key, and `score.NAME` for each score."""
     rows = [trial_values(trial) for trial in trials]
     params = list(dict.fromkeys(key for row in rows for key in row["params"]))
     scores = list(dict.fromkeys(key for row in rows for key in row["scores"]))
     plain = ["number", "state", "value", "best_epoch", "epochs", "seconds", "default"]
-    plain += ["same_as", "reason"]
+    plain += ["same_as", "from", "reason"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*plain, *params, *(f"score.{name}" for name in scores)])
+    header = [*(f"param.{key}" for key in params), *(f"score.{name}" for name in scores)]
+    writer.writerow([*plain, *header])
     for row in rows:
         writer.writerow(
             [
@@ -105,6 +114,8 @@ def describe_role(trial: FrozenTrial, best: int | None) -> str:
         notes.append("best")
     if attributes.get(IS_DEFAULT_RECIPE):
         notes.append("default recipe")
+    if TAKEN_FROM in attributes:
+        notes.append(f"from {attributes[TAKEN_FROM]}")
     if DUPLICATE_OF in attributes:
         notes.append(f"same as #{attributes[DUPLICATE_OF]}")
     if attributes.get(REASON):

@@ -1,9 +1,9 @@
 """The `search` section: how a space is searched, and how the winner is made."""
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, create_model
 
 from tuner.config.durations import check_duration
 from tuner.config.objective import Direction
@@ -62,7 +62,29 @@ class LimitSettings(Section):
         return {name: float(value) for name, value in stated.items()}
 
 
-class SearchSettings(Section):
+EARLIER_STUDIES_KEY = "from"  # a keyword of Python, so no class body can declare it
+
+if TYPE_CHECKING:
+    EarlierStudies = Section
+else:
+    EarlierStudies = create_model(
+        "EarlierStudies",
+        __base__=Section,
+        **{
+            EARLIER_STUDIES_KEY: (
+                tuple[str, ...],
+                Field(
+                    (),
+                    description="studies (names or folders) whose finished trials are taken over "
+                    "where they fit this file: same data, metric and direction, and parameters "
+                    "within its ranges",
+                ),
+            )
+        },
+    )
+
+
+class SearchSettings(EarlierStudies):
     """How the space is searched."""
 
     trials: int = Field(
@@ -170,3 +192,9 @@ class SearchSettings(Section):
         le=1000,
         description="trials whose best epoch's weights stay on the disk: the best so many",
     )
+
+    @property
+    def earlier_studies(self) -> tuple[str, ...]:
+        """The studies whose trials are taken over: the key `from`."""
+        studies: tuple[str, ...] = getattr(self, EARLIER_STUDIES_KEY)
+        return studies

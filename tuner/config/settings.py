@@ -48,6 +48,7 @@ def read_settings(draft: Draft) -> Settings | None:
     resolve_metric(draft)
     leave_trials_to_time(draft)
     check_search_of_task(draft)
+    check_earlier_studies(draft)
     storage, formats = read_storage_url(draft), read_export_formats(draft)
     trackers = read_trackers(draft)
     if len(draft.problems) > before:
@@ -180,6 +181,19 @@ def check_gpus_per_trial(draft: Draft) -> None:
         problem = f"{count:g}, but device: {device} is one GPU; write device: cuda"
     if problem:
         draft.add_problem(("engine", "gpus_per_trial"), problem)
+
+
+def check_earlier_studies(draft: Draft) -> None:
+    """Refuses `search.from` where the winner is not retrained.
+
+    The weights of trials that are taken over stay in their own study.
+    """
+    search = {key: draft.values.get(("search", key)) for key in ("from", "retrain")}
+    if search["from"] and search["retrain"] is False:
+        draft.add_problem(
+            ("search", "from"),
+            "needs search.retrain: true: a winner that was taken over leaves no weights here",
+        )
 
 
 def check_plugin(draft: Draft, what: str, path: tuple[str | int, ...], name: Any) -> None:

@@ -190,13 +190,18 @@ class Space:
                     f"still to be chosen: {', '.join(d.name for d in self.dimensions)}"
                 )
             return self.make_run({}, seed)
+        return self.make_run(self.choose_values(trial), seed)
+
+    def choose_values(self, trial: SuggestsValues) -> dict[KeyPath, Any]:
+        """Every key with the value that it has in the run that `trial` chooses."""
         chosen: dict[KeyPath, Any] = {}
         for dimension in self.dimensions:
             if self._is_active(dimension, chosen):
                 chosen[dimension.path] = _suggest_value(trial, dimension)
         unmet = {d.path for d in self.dimensions} - chosen.keys()
         model = chosen.get(MODEL_NAME, self.values[MODEL_NAME])
-        return self.make_run(chosen | {path: self._default(path, model) for path in unmet}, seed)
+        fixed = self.fixed_values(model)
+        return fixed | chosen | {path: self._default(path, model) for path in unmet}
 
     def _default(self, path: KeyPath, model: str) -> Any:
         """A key's own default, as it is for a model."""

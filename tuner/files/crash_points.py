@@ -18,6 +18,7 @@ CRASH_POINTS = (
         for step in ("begun", "filled", "renamed")
     ),
     "study.created",  # the study is in its database, but nothing says of what
+    "search.taken",  # a trial of an earlier study is entered, the next one is not
     "search.asked",  # a trial is RUNNING, without parameters
     "search.drawn",  # its parameters are written
     "search.reported",  # an epoch was heard

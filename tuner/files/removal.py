@@ -18,6 +18,7 @@ from pathlib import Path
 from tuner.errors import StorageError, limit_listing
 from tuner.files.crash_points import crash_point
 from tuner.files.exchange import exchanged
+from tuner.files.tracker_folders import is_tracker_folder
 
 MANIFEST = "manifest.json"  # of an export, written last: the SHA-256 of its other files
 SUMS = "sha256.json"  # of a cache's entry, written last: the SHA-256 of its other files
@@ -95,9 +96,8 @@ def scratch_until_exit() -> Path:
 
 def is_entry(folder: Path) -> bool:
     """Whether a folder is an entry of a cache: whole, damaged or half-made."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return is_entry_name(folder.name) or isinstance(_json(folder / SUMS), dict)
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    return is_folder and (is_entry_name(folder.name) or isinstance(_json(folder / SUMS), dict))
 
 
 def is_entry_name(name: str) -> bool:
@@ -352,7 +352,7 @@ def is_of_study(path: Path) -> bool:
         return is_left(path) or _has_holder(path)
     if path.is_dir():
         named = path.name in ("artifacts", "checkpoints") or path.name.endswith(".checkpoints")
-        return named or is_left(path) or files_of_export(path) is not None
+        return named or is_left(path) or bool(files_of_export(path)) or is_tracker_folder(path)
     marked = any(mark.fullmatch(path.name) for mark in (DATABASE, TESTED_RUN, ENQUEUED))
     return path.name == "lock" or marked or is_left(path)
 
@@ -366,10 +366,10 @@ def _has_holder(path: Path) -> bool:
 
 def remove_of_study(path: Path) -> None:
     """Removes one file or folder of a study's folder: of a folder, what has tuner's marks."""
-    if not is_of_study(path):
-        return
-    if not path.is_dir():
+    if is_of_study(path) and not path.is_dir():
         path.unlink(missing_ok=True)
+    elif not is_of_study(path):
+        return
     elif HALF_EXPORT.fullmatch(path.name):
         remove_half_export(path)
     elif path.name == "artifacts":
@@ -380,6 +380,8 @@ def remove_of_study(path: Path) -> None:
         remove_every_checkpoint(path)
     elif path.name.endswith(".checkpoints"):
         remove_checkpoints(path)
+    elif is_tracker_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
     else:
         remove_export(path)
 
@@ -393,7 +395,6 @@ def remove_study(folder: Path) -> None:
 
 def _json(path: Path) -> object:
     """A file's content; None where there is no file that can be read."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    return None

@@ -77,7 +77,7 @@ class Coordinator:
         self.last_empty_poll = float("-inf")
         self.coordination.run_exclusively(lambda: self.ledger.read_history(set()))
         self.retention = retention or CheckpointRetention(None, 0)
-        self.retention.take_over(history.ended_proposals(self.study))
+        self.retention.take_over(history.own_proposals(self.study))
         self.duplicates = DuplicateTrials(self.study, self.ledger, listener)
         self.outcomes = TrialOutcomes(
             self.study,

@@ -29,6 +29,8 @@ TRACEBACK = "tuner:trace"
 KILLED = "tuner:killed"  # how many earlier attempts of a trial a memory limit ended
 REFUSED = "tuner:refused"  # whether a worker refused an earlier attempt
 SPLIT_SIZES = "tuner:split_sizes"  # of a study: the numbers of training and validation examples
+TAKEN_FROM = "tuner:from"  # of a trial of another study: "STUDY #NUMBER"
+SEED = "tuner:seed"  # of such a trial's training
 OWNER = "tuner:owner"  # which coordinator runs a trial, where there may be several
 # of the trials that were enqueued at the beginning: whether the trial is the default recipe
 IS_DEFAULT_RECIPE = "tuner:default"
@@ -103,7 +105,8 @@ def keep_split_sizes(study: optuna.Study, train: int, valid: int) -> None:
 
     A study of an earlier version stays without them, so that its export stays current.
     """
-    states = {trial.state for trial in study.get_trials(deepcopy=False)}
+    own_trials = [t for t in study.get_trials(deepcopy=False) if TAKEN_FROM not in t.user_attrs]
+    states = {trial.state for trial in own_trials}
     if SPLIT_SIZES not in study.user_attrs and states <= {TrialState.WAITING}:
         study.set_user_attr(SPLIT_SIZES, [train, valid])
 
@@ -137,6 +140,11 @@ def ended_proposals(study: optuna.Study) -> dict[int, Rank | None]:
     }
 
 
+def own_proposals(study: optuna.Study) -> dict[int, Rank | None]:
+    """Return `ended_proposals` without the trials of other studies: what counts as the budget."""
+    return {number: rank for number, rank in ended_proposals(study).items() if number >= 0}
+
+
 def default_trial(study: optuna.Study) -> FrozenTrial | None:
     """Return the trial of the default recipe, or None where it has not completed.
 
@@ -155,6 +163,7 @@ def proposal_numbers(study: optuna.Study) -> dict[int, int]:
     Proposals count from 0. A first attempt is a new proposal. A retry repeats the proposal of its
     first attempt. Seeds follow the proposal and not the trial's number, because a retry moves the
     numbers of all later trials. So an interrupted search trains as an uninterrupted one.
+    The trials that `search.from` took over are none of this study's proposals: theirs are negative.
     """
     proposals: dict[int, int] = {}
     proposal_count = 0
@@ -167,8 +176,17 @@ def proposal_numbers(study: optuna.Study) -> dict[int, int]:
 
 def run_of_trial(space: Space, study: optuna.Study, trial: FrozenTrial) -> Run:
     """Return the run that a trial carried out."""
-    proposal = proposal_numbers(study)[trial.number]
-    return space.sample(
-        optuna.trial.FixedTrial(trial.params),
-        seed=derive_seed(space.settings.search.seed, proposal),
-    )
+    seed = seed_of_trial(space, trial, proposal_numbers(study))
+    return space.sample(optuna.trial.FixedTrial(trial.params), seed=seed)
+
+
+def seed_of_trial(space: Space, trial: FrozenTrial, proposals: Mapping[int, int]) -> int:
+    """Return the seed of a trial's training.
+
+    Args:
+        space: The space of the study.
+        trial: The trial.
+        proposals: The proposal of each trial, by the trial's number.
+    """
+    derived = derive_seed(space.settings.search.seed, proposals[trial.number])
+    return int(trial.user_attrs.get(SEED, derived))

@@ -46,7 +46,8 @@ class Ledger:
         coordination: SingleCoordinator | SharedCoordination,
     ) -> None:
         self.study, self.proposer, self.coordination = study, proposer, coordination
-        self.counted_numbers: set[int] = set()  # the trials that count against the budget
+        self.entered_numbers: set[int] = set()  # the trials that have ended
+        self.counted_numbers: set[int] = set()  # those of them that count against the budget
         # parameters -> the number of the trial that ended with them
         self.number_by_params: dict[str, int] = {}
         self.proposal_count = 0  # proposals made so far
@@ -65,7 +66,7 @@ class Ledger:
             own_running: The numbers of the trials that this coordinator runs.
         """
         trials = self.study.get_trials(deepcopy=False)
-        if not trials:
+        if all(history.TAKEN_FROM in t.user_attrs for t in trials):
             self.proposer.enqueue_first_trials()
         orphans = self.coordination.find_orphans(_running_elsewhere(trials, own_running))
         if orphans:
@@ -78,7 +79,7 @@ class Ledger:
         self.study.running_elsewhere = _running_elsewhere(trials, own_running)
         self.running_elsewhere = len(self.study.running_elsewhere)
         for t in trials:
-            if t.number not in self.counted_numbers and t.state.is_finished():
+            if t.number not in self.entered_numbers and t.state.is_finished():
                 self.enter_ended(t)
 
     def _requeue_orphans(self, orphans: list[FrozenTrial]) -> None:
@@ -95,10 +96,11 @@ class Ledger:
 
     def enter_ended(self, trial: FrozenTrial) -> None:
         """Enter a trial that has ended."""
+        self.entered_numbers.add(trial.number)
         if _counts_against_budget(trial):
             self.counted_numbers.add(trial.number)
-            self.study.add_ended(trial)
         if trial.state in ENDED_STATES:
+            self.study.add_ended(trial)
             self.number_by_params.setdefault(params_key(trial.params), trial.number)
 
     def retry_own(
@@ -201,7 +203,12 @@ def _running_elsewhere(trials: list[FrozenTrial], own_running: set[int]) -> list
 
 
 def _counts_against_budget(trial: FrozenTrial) -> bool:
-    """Return whether a trial counts. A failed attempt that is made again does not count."""
+    """Return whether a trial counts.
+
+    A failed attempt that is made again does not, and neither does a trial of another study.
+    """
+    if history.TAKEN_FROM in trial.user_attrs:
+        return False
     return trial.state in ENDED_STATES or (
         trial.state == TrialState.FAIL and bool(trial.user_attrs.get(FAILED_PERMANENTLY))
     )

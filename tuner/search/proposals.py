@@ -94,10 +94,12 @@ class TrialProposer:
         return self.space.default_value(dimension)
 
     def enqueue_first_trials(self) -> None:
-        """Enqueue what a new study tries first."""
+        """Enqueue what a new study tries first, unless a trial that was taken over has tried it."""
         if self.linear_probe_params:
-            self.study.enqueue_trial(self.linear_probe_params)
-        else:
+            trials = self.study.get_trials(deepcopy=False)
+            if all(t.params != self.linear_probe_params for t in trials):
+                self.study.enqueue_trial(self.linear_probe_params)
+        elif not self._default_was_enqueued():
             self._enqueue_default()
 
     def _enqueue_default(self) -> None:

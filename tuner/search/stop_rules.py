@@ -26,7 +26,8 @@ def reason_to_stop(study: optuna.Study, search: SearchSettings) -> str | None:
         return None
     if search.target is not None and best >= sign * search.target:
         return f"{sign * best:.4f} reaches the target {search.target:g} (search.target)"
-    if search.stop is None or len(values) <= search.stop.trials:
+    own_count = sum(number >= 0 for number, _ in ended)  # those of other studies come first
+    if search.stop is None or own_count < search.stop.trials or len(values) <= search.stop.trials:
         return None
     before = max(
         (value for value in values[: -search.stop.trials] if value is not None), default=None

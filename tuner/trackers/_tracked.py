@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tuner.config.objective import Direction
+from tuner.files.tracker_folders import make_tracker_folder
 from tuner.messages import Epoch
 
 WINNER = "winner"  # the key of the run of the winner as it is exported
@@ -72,6 +73,13 @@ class Tracker(Protocol):
     def end_run(self, run: TrackedRun, end: RunEnd) -> None: ...
     def close(self) -> None:
         """The command ends. Runs that did not end are continued by the next one."""
+
+
+def own_folder(study: TrackedStudy, name: str) -> Path:
+    """The folder in which a tracker keeps its files, made with the mark that it is tuner's."""
+    folder = study.folder / name
+    make_tracker_folder(folder)
+    return folder
 
 
 def epoch_values(epoch: Epoch) -> dict[str, float]:

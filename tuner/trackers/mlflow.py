@@ -10,7 +10,7 @@ from typing import Any
 
 from tuner.files import removal
 from tuner.messages import Epoch
-from tuner.trackers._tracked import RunEnd, TrackedRun, TrackedStudy, epoch_values
+from tuner.trackers._tracked import RunEnd, TrackedRun, TrackedStudy, epoch_values, own_folder
 
 PACKAGE = "mlflow"
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
@@ -34,8 +34,7 @@ class MlflowTracker:
         self.study, self.make_metric, self.make_param = study, Metric, Param
         uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
         if uri is None:
-            folder = study.folder.absolute() / "mlflow"
-            folder.mkdir(exist_ok=True)
+            folder = own_folder(study, "mlflow").absolute()
             uri, artifacts = f"sqlite:///{folder}/mlflow.db", (folder / "artifacts").as_uri()
         self.client: Any = MlflowClient(uri)
         experiment = self.client.get_experiment_by_name(study.name)

@@ -18,6 +18,7 @@ from tuner.trackers._tracked import (
     TrackedRun,
     TrackedStudy,
     epoch_values,
+    own_folder,
     pictures,
 )
 
@@ -38,7 +39,7 @@ class TensorBoardTracker:
         from tensorboard.plugins.text.summary_v2 import text_pb
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self.study = study
+        self.study, self.folder = study, own_folder(study, "tensorboard")
         self.events, self.summaries = event_pb2, summary_pb2
         self.hparams, self.plugin_data, self.metadata = summary_v2, plugin_data_pb2, metadata
         self.make_text, self.open_writer = text_pb, EventFileWriter
@@ -66,9 +67,7 @@ class TensorBoardTracker:
     def _writer(self, run: TrackedRun) -> Any:
         """The run's event file, with its parameters at the head."""
         if run.key not in self.writers:
-            writer = self.writers[run.key] = self.open_writer(
-                str(self.study.folder / "tensorboard" / run.key)
-            )
+            writer = self.writers[run.key] = self.open_writer(str(self.folder / run.key))
             # everything that an earlier attempt wrote into this folder is taken back
             begins = self.events.SessionLog(status=self.events.SessionLog.START)
             self._write(run, 0, session_log=begins)

@@ -17,6 +17,7 @@ from tuner.trackers._tracked import (
     TrackedRun,
     TrackedStudy,
     epoch_values,
+    own_folder,
     pictures,
 )
 
@@ -38,6 +39,7 @@ class WandbTracker:
 
         self.wandb: Any = wandb
         self.study = study
+        own_folder(study, "wandb")  # W&B's own name for what it makes in `dir`
         self.runs: dict[str, Any] = {}  # run's key -> W&B's run
 
     def log_epoch(self, run: TrackedRun, epoch: Epoch) -> None:
