@@ -108,7 +108,8 @@ def test_every_readme_loads_its_formats_without_tuner(
     manifest = json.loads((export / "manifest.json").read_text())
     kept = set(manifest["exports"]) | set(manifest["left_out"])
     assert kept == {"safetensors", *wanted}
-    assert manifest["measured"]["calls"] == 30 and manifest["measured"]["machine"]
+    assert all(1 <= entry["calls"] <= 30 for entry in manifest["exports"].values())
+    assert manifest["measured"]["machine"]
     sizes = {name: entry["megabytes"] for name, entry in manifest["exports"].items()}
     assert all(size < sizes["onnx"] for name, size in sizes.items() if name in LOSSY)
     image = export / "image.jpg"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -11,6 +12,7 @@ from tests.conftest import SMALL, CommandResult
 from tuner.commands.export import parse_share
 from tuner.config.search_settings import LimitSettings
 from tuner.errors import SpaceError
+from tuner.training import model_costs
 from tuner.training.model_costs import describe_excess
 
 Tuner = Callable[..., CommandResult]
@@ -99,3 +101,17 @@ def test_the_cheapest_of_the_nearly_best_is_exported(tuner: Tuner, tmp_path: Pat
     assert "shufflenet_v2_x0_5" in names
     assert tuner("export", "two", "--within", "1%", "--by", "beauty").code == 2
     assert tuner("export", "two", "--within", "1%", "--trial", "0").code == 2
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.01, 30), (0.3, 5), (5.0, 1)])
+def test_slow_calls_are_timed_less_often(
+    seconds: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(model_costs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def call() -> None:
+        now[0] += seconds
+
+    milliseconds, calls = model_costs.median_milliseconds(call, 30)
+    assert (milliseconds, calls) == (pytest.approx(1000 * seconds), expected)

@@ -118,13 +118,21 @@ def _format_megabytes(entry: Mapping[str, Any]) -> str:
     return f"{entry['megabytes']:.1f}" if "megabytes" in entry else ""
 
 
+def _format_calls(m: Mapping[str, Any]) -> str:
+    """How often the formats were called; earlier versions called all of them equally often."""
+    counts = {entry.get("calls", m["measured"].get("calls")) for entry in m["exports"].values()}
+    counts.discard(None)
+    least, most = min(counts), max(counts)
+    return f"{most} calls" if least == most else f"{least} to {most} calls"
+
+
 def describe_formats(m: Mapping[str, Any]) -> str:
     """How the formats were measured, what lossy ones score and what was left out, as paragraphs."""
     paragraphs = ""
     measured = m.get("measured")
     if measured is not None:
         paragraphs += (
-            f"\nMeasured at the export in one process: the median of {measured['calls']} calls "
+            f"\nMeasured at the export in one process: the median of {_format_calls(m)} "
             f"with one example, {measured['threads']} threads, {measured['machine']}.\n"
         )
     for name, entry in m["exports"].items():

@@ -14,6 +14,7 @@ from tuner.messages import Assignment
 from tuner.training.building import build_model, load_dataset
 
 TIMED_CALLS, WARM_UP_CALLS = 10, 2
+TIMED_SECONDS = 2.0
 FLOAT_BYTES = 4
 _known: dict[str, dict[str, float]] = {}  # of this process: equal models cost the same
 
@@ -24,7 +25,7 @@ def costs_of(run: Run, home: Path) -> dict[str, float]:
 
     Returns:
         `parameters`; `megabytes` of all weights in float32; `milliseconds`, the median of
-        TIMED_CALLS calls with one example, by torch on the CPU.
+        up to TIMED_CALLS calls with one example, by torch on the CPU.
     """
     key = f"{run.task.name} {run.model.to_dict()} {run.data.options.get('size')} {home}"
     if key not in _known:
@@ -36,19 +37,26 @@ def costs_of(run: Run, home: Path) -> dict[str, float]:
         _known[key] = {
             "parameters": float(sum(p.numel() for p in staged_model.model.parameters())),
             "megabytes": round(FLOAT_BYTES * weights / 1e6, 3),
-            "milliseconds": median_milliseconds(lambda: model(example), TIMED_CALLS, WARM_UP_CALLS),
+            "milliseconds": median_milliseconds(lambda: model(example), TIMED_CALLS)[0],
         }
     return _known[key]
 
 
-def median_milliseconds(call: Callable[[], Any], calls: int, warm_up_calls: int) -> float:
-    """The median of `calls` calls, after others that warm up."""
-    milliseconds = []
-    for _ in range(warm_up_calls + calls):
+def median_milliseconds(call: Callable[[], Any], calls: int) -> tuple[float, int]:
+    """The median of up to `calls` calls, and how many they were, after WARM_UP_CALLS that warm up.
+
+    Slow calls are fewer: they end after TIMED_SECONDS, warming up included, but are at least one.
+    """
+    milliseconds: list[float] = []
+    begin = time.perf_counter()
+    for number in range(WARM_UP_CALLS + calls):
         start = time.perf_counter()
+        if milliseconds and start - begin > TIMED_SECONDS:
+            break
         call()
-        milliseconds.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(milliseconds[warm_up_calls:]), 3)
+        if number >= WARM_UP_CALLS:
+            milliseconds.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(milliseconds), 3), len(milliseconds)
 
 
 def describe_excess(costs: Mapping[str, float], limits: Mapping[str, float]) -> str | None:

@@ -38,7 +38,7 @@ MAX_RELATIVE_DIFFERENCE = 1e-3  # of an export's output from the model's
 SAMPLE_COUNT = 16  # test examples on which they are compared
 MAX_SCORE_LOSS = 0.01  # one point, or 1 % of a score that is no share, that a lossy format may lose
 MAX_SCORED = 1000  # validation examples on which a lossy format is scored
-TIMED_CALLS, WARM_UP_CALLS = 30, 3
+TIMED_CALLS = 30
 MODEL_JSON = "model.json"
 OWN_FOLDERS = ("openvino", "pretrained")  # of formats that are several files
 
@@ -168,12 +168,12 @@ def save_and_verify_all(
                     name, task, slice_rows(expected, slice(0, 1)), function(first_example)
                 ),
             )
+        milliseconds, calls = median_milliseconds(partial(function, first_example), TIMED_CALLS)
         exports[name] = entry | {
             "largest_difference": difference,
             # of one example on the CPU; all formats one after another in this process
-            "milliseconds": median_milliseconds(
-                partial(function, first_example), TIMED_CALLS, WARM_UP_CALLS
-            ),
+            "milliseconds": milliseconds,
+            "calls": calls,
             "megabytes": round(bytes_of(file) / 1e6, 3),
         }
     return {"exports": exports, "left_out": left_out, "measured": describe_measurement()}
@@ -254,13 +254,12 @@ def verify_output(name: str, task: Task, expected: TensorTree, actual: TensorTre
 
 
 def describe_measurement() -> dict[str, Any]:
-    """On what and how often the exports were measured."""
+    """On what the exports were measured."""
     names = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "calls": TIMED_CALLS,
         "examples": 1,
         "machine": names[0] if names else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
