@@ -412,13 +412,6 @@ def check_exports(
     assert logits.shape == (3, 2, 32, 32)
 
 
-@pytest.mark.slow
-def test_an_export_agrees_and_a_runtime_alone_reads_it(
-    tuner: Callable[..., CommandResult], tmp_path: Path
-) -> None:
-    check_exports(f"unet/{SMALL}", "onnx", tuner, tmp_path)
-
-
 EXPORTED = [
     "lraspp_mobilenet_v3_large",
     "fcn_resnet50",
@@ -431,7 +424,8 @@ EXPORTED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*EXPORTED, "unet/mit_b0"])
-def test_each_system_in_every_format(
+def test_what_is_read_back_agrees_and_a_runtime_alone_reads_it(
     name: str, tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
-    check_exports(name, "onnx,torch_export", tuner, tmp_path)
+    formats = "onnx,torch_export" if name == EXPORTED[-1] else "onnx"
+    check_exports(name, formats, tuner, tmp_path)

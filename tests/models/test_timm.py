@@ -69,12 +69,12 @@ def test_a_study_of_it_ends_in_exports_that_predict(
     Path("mobile.yaml").write_text(
         f"task: classification\ndata: {{name: synthetic, size: 32, examples: 40}}\nmodel: {{name: {NAME}, weights: none}}\n"
         "recipe: {lr: {low: 1e-3, high: 1e-1, log: true}, freeze_depth: {low: 0, high: 7}, epochs: 1}\n"
-        "search: {trials: 3}\nengine: {name: inline, device: cpu}\nexport: [safetensors, torch_export, onnx]\n"
+        "search: {trials: 3}\nengine: {name: inline, device: cpu}\nexport: [safetensors, onnx]\n"
     )
     said = tuner("run", "mobile.yaml")
     assert said.code == 0, said.err
     manifest = json.loads(Path("studies/mobile/export/manifest.json").read_text())
-    assert set(manifest["exports"]) == {"safetensors", "torch_export", "onnx"}
+    assert set(manifest["exports"]) == {"safetensors", "onnx"}
     from PIL import Image
 
     Image.new("RGB", (40, 30), (200, 30, 30)).save("red.png")

@@ -369,7 +369,6 @@ def test_what_is_told_is_in_pixels_of_the_original() -> None:
                 ("ssdlite320_mobilenet_v3_large", torch_export, 64),
                 ("ssdlite320_mobilenet_v3_large", onnx, 64),
                 ("ssd300_vgg16", onnx, 300),
-                ("ssd300_vgg16", torch_export, 300),
                 ("fasterrcnn_mobilenet_v3_large_320_fpn", onnx, 64),
                 ("fasterrcnn_resnet50_fpn_v2", onnx, 64),
                 ("retinanet_resnet50_fpn", onnx, 64),

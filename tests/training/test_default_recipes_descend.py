@@ -51,7 +51,7 @@ class Family:
     packages: tuple[str, ...] = ()
     regions: int = 32
     sources: tuple[str, ...] = ("raccoon", "bccd")  # in turn
-    shares: tuple[float, ...] = (0.0, 0.5, 1.0)  # of the deepest freeze depth
+    shares: tuple[float, ...] = (0.0, 1.0)  # of the deepest freeze depth
 
 
 DETR = ("transformers",)
