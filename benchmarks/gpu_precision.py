@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from gpu_measure import Figure, Setup, release
-from gpu_training import detector_run, limited, prepare, resnet_run, square
+from gpu_training import detector_run, prepare, resnet_run, square
 
 from tuner.config.run import Run
 from tuner.training.training_loop import fit
@@ -44,7 +44,7 @@ def detector(setup: Setup) -> Run:
         f"recipe.epochs={number}",
     )
     words += ("recipe.schedule=cosine", "recipe.warmup=0.1", "recipe.batchnorm=adapt")
-    return detector_run(setup, model, setup.pick(160, 64), setup.pick(8, 4), *words, limited(setup))
+    return detector_run(setup, model, setup.pick(160, 64), setup.pick(8, 4), *words)
 
 
 def precision_figures(setup: Setup, task: str, run: Run, metric: str) -> Iterator[Figure]:

@@ -206,7 +206,8 @@ def task_figure(
 
 
 def boxes(setup: Setup, side: int) -> Path:
-    return gpu_data.write_boxes(setup.folder / f"boxes-{side}", setup.pick(160, 20), side)
+    """In miniature few images: detectors are slow on a CPU."""
+    return gpu_data.write_boxes(setup.folder / f"boxes-{side}", setup.pick(160, 8), side)
 
 
 def detector_run(setup: Setup, model: str, side: int, batch: int, *words: str) -> Run:
@@ -220,7 +221,7 @@ def faster_rcnn_row(setup: Setup) -> Iterator[Figure]:
     """Against the loop of torchvision's references/detection."""
     slim = "{name: fasterrcnn_mobilenet_v3_large_320_fpn, weights: none, backbone: none}"
     model = setup.pick("{name: fasterrcnn_resnet50_fpn, weights: none, backbone: none}", slim)
-    run = detector_run(setup, model, setup.pick(512, 64), setup.pick(8, 4), limited(setup))
+    run = detector_run(setup, model, setup.pick(512, 64), setup.pick(8, 4))
     context, other = (prepare(setup, run, "map") for _ in range(2))
     loop = gpu_loops.torchvision_epochs(other, run.recipe.batch_size, run.recipe.lr)
     yield task_figure(setup, "Faster R-CNN", run, "map", loop, context)
@@ -236,17 +237,10 @@ def rtdetr_row(setup: Setup) -> Iterator[Figure]:
         f"recipe.clip_norm={clip}",
         "recipe.ema=0",
     ]
-    run = detector_run(
-        setup, model, setup.pick(640, 128), setup.pick(16, 4), *words, limited(setup)
-    )
+    run = detector_run(setup, model, setup.pick(640, 128), setup.pick(16, 4), *words)
     context, other = (prepare(setup, run, "map") for _ in range(2))
     loop = gpu_loops.rtdetr_epochs(other, run.recipe.batch_size, lr, clip)
     yield task_figure(setup, "RT-DETR", run, "map", loop, context)
-
-
-def limited(setup: Setup) -> str:
-    """In miniature four images: detectors are slow on a CPU."""
-    return f"data.limit={setup.pick(1000, 4)}"
 
 
 def unet_row(setup: Setup) -> Iterator[Figure]:

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from tuner.core.device_memory import available_main_memory, forget_peak, measure_need, peak_bytes
+from tuner.core.device_memory import (
+    available_main_memory,
+    forget_peak,
+    measure_need,
+    needed_again,
+    peak_bytes,
+)
 
 GPU = torch.device("cuda:0")
 
@@ -41,13 +47,15 @@ def test_a_need_is_measured_alone_and_the_peak_before_it_stays_known(
         return "computed"
 
     assert measure_need(compute, GPU) == ("computed", 50)
-    assert peak_bytes(GPU) == 900
+    assert peak_bytes(GPU) == 900 and needed_again(GPU) == 800
     allocator.allocate(1000)
     assert peak_bytes(GPU) == 1100
     forget_peak(GPU)
+    assert needed_again(GPU) == 0
     assert measure_need(compute, GPU)[1] == 50 and peak_bytes(GPU) == 1150
 
 
 def test_a_cpu_counts_nothing() -> None:
-    assert measure_need(lambda: 3, torch.device("cpu")) == (3, 0)
+    cpu = torch.device("cpu")
+    assert measure_need(lambda: 3, cpu) == (3, 0) and needed_again(cpu) == 0
     assert 0 < available_main_memory() < math.inf

@@ -274,6 +274,17 @@ def test_what_a_device_keeps_is_counted_once_and_has_a_share_of_its_memory(
     assert ResidentTensors({"b": torch.ones(150, dtype=torch.uint8)}, CPU).is_resident()
 
 
+def test_copies_leave_free_what_a_training_needs_at_each_step(
+    memory: SetFree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory(1000)
+    values = {"a": torch.ones(300, dtype=torch.uint8)}
+    monkeypatch.setattr(resident_tensors, "needed_again", lambda device: 701)
+    assert not ResidentTensors(values, CPU).is_resident()
+    monkeypatch.setattr(resident_tensors, "needed_again", lambda device: 700)
+    assert ResidentTensors(values, CPU).is_resident()
+
+
 def test_what_is_kept_is_given_back_before_a_batch_is_halved(
     memory: SetFree,
 ) -> None:

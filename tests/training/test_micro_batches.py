@@ -101,7 +101,10 @@ def test_after_a_trial_torch_reserves_no_memory_for_it(
     document.content["model"] = "tests.training.test_micro_batches:counted"
     space = parsing.parse_space(document)
     assignment = Assignment(space.make_run({}), "accuracy", space.settings.engine, str(tmp_path))
+    forgotten: list[torch.device] = []
+    monkeypatch.setattr(worker_jobs, "forget_peak", forgotten.append)
     assert worker_jobs.run_trial(assignment, hear, 0).state == "complete"
+    assert forgotten == [torch.device("cpu")]  # what the trial before needed
     assert set(trained[:-1]) == {1} and trained[-1] == 0
 
 

@@ -61,7 +61,17 @@ def peak_bytes(device: torch.device) -> int:
     return max(_earlier_peaks.get(device, 0), torch.cuda.max_memory_allocated(device))
 
 
+def needed_again(device: torch.device) -> int:
+    """The bytes of a GPU that are free now and were needed since `forget_peak`: a step of a
+    training needs them, and the next step will; 0 on another device.
+    """
+    if device.type != "cuda":
+        return 0
+    return max(0, peak_bytes(device) - torch.cuda.memory_allocated(device))
+
+
 def forget_peak(device: torch.device) -> None:
     """The peak of a GPU's memory is counted from now on."""
-    _earlier_peaks.pop(device, None)
-    torch.cuda.reset_peak_memory_stats(device)
+    if device.type == "cuda":
+        _earlier_peaks.pop(device, None)
+        torch.cuda.reset_peak_memory_stats(device)

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import Tensor
 
-from tuner.core.device_memory import available_bytes
+from tuner.core.device_memory import available_bytes, needed_again
 
 SHARE = 0.5  # of the memory that is free or that such tensors have
 
@@ -68,11 +68,15 @@ def share_tensors(on_cpu: Mapping[str, Tensor], device: torch.device) -> Residen
 
 
 def fits(byte_count: int, device: torch.device) -> bool:
-    """Whether copies of so many bytes may be made: with all others they have at most SHARE of the
-    memory that nothing else uses.
+    """Whether copies of so many bytes may be made.
+
+    With all others they have at most SHARE of the memory that nothing else uses. They leave free
+    what the training has needed so far: what it made give back is not copied again meanwhile.
     """
-    resident = resident_bytes(device)
-    return resident + byte_count < SHARE * (available_bytes(device) + resident)
+    free, resident = available_bytes(device), resident_bytes(device)
+    return resident + byte_count < SHARE * (free + resident) and byte_count <= free - needed_again(
+        device
+    )
 
 
 def resident_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ import torch
 from tuner import deferred_figures
 from tuner.config.objective import Direction
 from tuner.config.run import PluginConfig
+from tuner.core.device_memory import forget_peak
 from tuner.core.weights import is_path
 from tuner.files.downloads import forbid_downloads
 from tuner.messages import (
@@ -224,6 +225,7 @@ def train_trial(
         device_context = select_device(
             assignment.engine, Path(assignment.home), slot, assignment.micro_batches
         )
+        forget_peak(device_context.device)  # an earlier trial's model may have been larger
         contexts = (
             prepare(device_context)
             if prepare is not None
