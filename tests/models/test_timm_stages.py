@@ -109,7 +109,6 @@ WINDOWED = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
         ("vit_tiny_patch16_224", SHALLOW),
         ("beit_base_patch16_224", SHALLOW),
         ("swin_tiny_patch4_window7_224", WINDOWED),
-        ("swinv2_tiny_window8_256", WINDOWED),
         ("test_maxvit", {}),
     ],
 )
