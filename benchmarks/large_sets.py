@@ -4,11 +4,13 @@
 
 It writes so many synthetic JPEGs of 224 x 224 pixels in ten folders of classes, unless they are there, and then reads them as
 `data: folder` does, each time in a process of its own: first start, second start, and as if the disk had no space for the decoded
-images. Seconds are of the wall clock and of the CPU; on a machine that does other work too, the CPU's are those to compare.
+images. Last it says how much of decoding an image holds Python's lock, which bounds what threads reach together. Seconds are of the wall clock and of the CPU; on a machine that does other work too, the CPU's are those to compare.
 """
 
 import argparse
+import cProfile
 import json
+import pstats
 import resource
 import subprocess
 import sys
@@ -21,6 +23,9 @@ from PIL import Image
 CLASSES = 10
 SIDE = 224  # pixels of the files
 STREAMED_BATCHES = 8
+DECODED = 512  # images of which the share without Python's lock is measured
+# Pillow's C functions that give the lock away
+UNLOCKED = ("'decode' of 'ImagingDecoder'", "'resize' of 'ImagingCore'")
 
 
 def write_images(root: Path, count: int) -> None:
@@ -66,6 +71,31 @@ def read(root: Path, home: Path, size: int, streamed: bool) -> dict[str, float]:
     return result
 
 
+def measure_lock(root: Path, size: int) -> dict[str, float]:
+    """Milliseconds of CPU for an image, and how many of them hold Python's lock at most: the profiler's own time is in these."""
+    from tuner.core.input_spec import ImageInputSpec
+    from tuner.preprocessing.image_decoding import decode
+
+    spec = ImageInputSpec(size, round(size * 256 / 224), "bilinear", (0.5,) * 3, (0.5,) * 3)
+    files = sorted(root.rglob("*.jpg"))[:DECODED]
+    for _ in range(2):  # the first time Pillow loads its formats
+        start = time.thread_time()
+        for file in files:
+            decode(file, spec)
+        total = time.thread_time() - start
+    profile = cProfile.Profile(time.thread_time)
+    with profile:
+        for file in files:
+            decode(file, spec)
+    rows = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    unlocked = sum(row[2] for (_, _, name), row in rows.items() if any(u in name for u in UNLOCKED))
+    milliseconds = 1000 / len(files)
+    return {
+        "CPU ms an image": total * milliseconds,
+        "with the lock": (total - unlocked) * milliseconds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,12 +103,18 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--size", type=int, default=SIDE, help="side of the decoded images, pixels")
-    parser.add_argument("--read", choices=("stored", "streamed"), help="one start in this process")
+    parser.add_argument(
+        "--read", choices=("stored", "streamed", "lock"), help="one start in this process"
+    )
     arguments = parser.parse_args()
     root = arguments.scratch / f"images-{arguments.count}"
     if arguments.read:
         home = arguments.scratch / f"home-{arguments.count}-{arguments.size}-{arguments.read}"
-        result = read(root, home, arguments.size, arguments.read == "streamed")
+        result = (
+            measure_lock(root, arguments.size)
+            if arguments.read == "lock"
+            else read(root, home, arguments.size, arguments.read == "streamed")
+        )
         print(json.dumps({name: round(value, 2) for name, value in result.items()}))
         return
     write_images(root, arguments.count)
@@ -87,7 +123,7 @@ def main() -> None:
         for kind in ("stored", "streamed")
         for start in ("first", "second")
     ]
-    for label, kind in starts:
+    for label, kind in [*starts, ("decoding", "lock")]:
         print(label, run(arguments, kind), flush=True)
 
 

@@ -164,6 +164,36 @@ def read_saved(path: Path, home: Path, task: str, spec: Any = SPEC, **keys: Any)
     return huggingface.load(home, spec, task, path=str(path), image=ImageOptions(), **keys)
 
 
+def test_rows_of_a_group_are_in_one_split(library: Any, tmp_path: Path) -> None:
+    features = library.Features(
+        {
+            "image": library.Image(),
+            "label": library.ClassLabel(names=["dog", "cat"]),
+            "who": library.Value("int64"),
+        }
+    )
+    rows = {
+        "image": [image_bytes(10 * i) for i in range(20)],
+        "label": [i % 2 for i in range(20)],
+        "who": [i // 4 for i in range(20)],
+    }
+    library.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "one"))
+    data = read_saved(tmp_path / "one", tmp_path / "home", "classification", group="who")
+    parts = [rows_of_images(s) for s in (data.train, data.valid, data.test)]
+    people = [{i // 4 for i in part} for part in parts]
+    assert all(people) and sum(map(len, people)) == 5 and sum(map(len, parts)) == 20
+    with pytest.raises(
+        DataError, match=r"data\.group: .* has no column 'whom'; did you mean 'who'"
+    ):
+        read_saved(tmp_path / "one", tmp_path / "home", "classification", group="whom")
+
+
+def rows_of_images(source: Any) -> list[int]:
+    """The rows of the saved dataset that a source has."""
+    whole = source.whole.rows[source.rows] if hasattr(source, "whole") else source.rows
+    return list(whole.tolist())
+
+
 @pytest.mark.parametrize("is_split", [False, True])
 def test_images_with_classes_of_a_saved_dataset(
     library: Any, is_split: bool, tmp_path: Path

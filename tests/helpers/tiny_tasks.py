@@ -60,6 +60,16 @@ def write_bert_and_names(folder: Path) -> None:
     tagged_files.write_conll(folder / "names.conll")
 
 
+def write_bert_and_ratings(folder: Path) -> None:
+    """Texts with any number of labels, and with a number."""
+    small_transformers.write_model_folder(folder, "bert")
+    lines = ["text,labels,stars"]
+    for text, _ in small_transformers.make_corpus(60):
+        labels = [word for word in ("cold", "fine", "fun") if word in text]
+        lines.append(f"{text},{'|'.join(labels)},{len(text)}")
+    (folder / "ratings.csv").write_text("\n".join(lines) + "\n")
+
+
 def write_gpt2_and_texts(folder: Path) -> None:
     small_transformers.write_model_folder(folder, "gpt2")
     small_transformers.write_csv(folder / "texts.csv")
@@ -86,9 +96,10 @@ TINY_TASKS = {
             "instance_segmentation",
             "mask_map",
             "data: {name: coco, path: FOLDER/instances/instances.json, size: 64}\n"
-            "model: {name: maskrcnn_resnet50_fpn, weights: none, backbone: none}",
+            "model: {name: maskrcnn/timm/mobilenetv3_small_050, backbone: none, regions: 16, "
+            "proposals: 16}",
             lambda folder: instance_files.write_instances(folder / "instances"),
-            ("pycocotools",),
+            ("pycocotools", "timm"),
         ),
         TinyTask(
             "segmentation",
@@ -120,6 +131,22 @@ TINY_TASKS = {
             ("transformers",),
         ),
         TinyTask(
+            "text_multilabel",
+            "mean_average_precision",
+            "data: {name: text, path: FOLDER/ratings.csv, label: labels}\n"
+            "model: {name: bert, folder: FOLDER/bert, length: 24}",
+            write_bert_and_ratings,
+            ("transformers",),
+        ),
+        TinyTask(
+            "text_regression",
+            "r2",
+            "data: {name: text, path: FOLDER/ratings.csv, label: stars}\n"
+            "model: {name: bert, folder: FOLDER/bert, length: 24}",
+            write_bert_and_ratings,
+            ("transformers",),
+        ),
+        TinyTask(
             "text_generation",
             "negative_log_perplexity",
             "data: {name: text, path: FOLDER/texts.csv, text: text}\n"
@@ -144,6 +171,8 @@ SLOW_ON_CPU = (
     "regression",
     "text_classification",
     "text_generation",
+    "text_multilabel",
+    "text_regression",
     "token_classification",
 )
 

@@ -43,6 +43,7 @@ MEMBERS = [
     pytest.param("detection", "yolov9_t", 64, marks=slow),
     pytest.param("detection", "rtdetr_r18", 128, marks=slow),
     pytest.param("instance_segmentation", "maskrcnn_resnet50_fpn", 64, marks=slow),
+    pytest.param("instance_segmentation", "maskrcnn/timm/mobilenetv3_small_050", 64, marks=slow),
     pytest.param("detection", "dfine_n", 256, marks=slow),
     pytest.param("segmentation", "fcn_resnet50", 32, marks=slow),
 ]
@@ -125,7 +126,8 @@ def pretrained(task: str, name: str, side: int) -> StagedModel:
         pytest.importorskip(package, exc_type=ImportError)
     options = plugins.read_keys("model", name).fields
     without = {key: "none" for key in ("weights", "backbone") if key in options}
-    config = PluginConfig(name, without)
+    few = {key: 16 for key in ("regions", "proposals") if key in options}
+    config = PluginConfig(name, {**without, **few})
     run = Run(PluginConfig(task, {}), PluginConfig("synthetic", {}), config, Recipe(), 0)
     staged = build_model(run, Path(), 3)
     generator = torch.Generator().manual_seed(5)

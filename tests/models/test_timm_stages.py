@@ -1,11 +1,14 @@
 """timm's families are cut at their blocks: small members with numbers, and the published ones by their sizes."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests.conftest import CommandResult
 from tests.helpers.benchmark_modules import load_benchmark
 from tests.helpers.small_image_models import SMALL_TIMM
 from tests.helpers.split_laws import check_partition, check_split
@@ -14,7 +17,7 @@ from tuner.core.weights import load_matching_state
 from tuner.errors import SpaceError
 from tuner.models import timm as ours
 from tuner.models._timm import convert_state
-from tuner.models._timm_stages import stages_of
+from tuner.models._timm_stages import classifier_names, stages_of
 
 timm = pytest.importorskip("timm")
 
@@ -67,16 +70,61 @@ def test_a_size_that_a_model_does_not_take_is_refused() -> None:
         built("timm/nest_tiny", 50)
 
 
-def test_positions_of_other_weights_are_resampled() -> None:
-    small, large = (
-        timm.create_model(
-            "vit_tiny_patch16_224", img_size=side, depth=1, embed_dim=16, num_heads=2, num_classes=3
-        )
-        for side in (32, 64)
+@pytest.mark.parametrize("name", ["mixer_s32_224", "levit_128s", "pit_ti_224"])
+def test_a_size_for_which_weights_are_not_resampled_is_refused_before_a_download(
+    name: str, tmp_path: Path
+) -> None:
+    said = rf"data\.size: 256, but timm/{name} is made for 224 pixels and timm does not resample"
+    with torch.device("meta"), pytest.raises(SpaceError, match=said):
+        ours.build(tmp_path, f"timm/{name}", "classification", 3, 256)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_compute_the_size_is_refused() -> None:
+    with pytest.raises(SpaceError, match=r"data\.size: 272, but .* is made for 240 pixels"):
+        built("timm/crossvit_tiny_240", 272)
+
+
+def test_the_check_refuses_a_size_before_anything_is_made(
+    tuner: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    (tmp_path / "s.yaml").write_text(
+        "task: classification\ndata: {name: digits, size: 50}\n"
+        "model: {name: timm/nest_tiny, weights: none}\nengine: {name: inline, device: cpu}\n"
     )
-    state = convert_state(large, small.state_dict())
-    assert state["pos_embed"].shape == large.pos_embed.shape
+    result = tuner("check", tmp_path / "s.yaml")
+    assert result.code == 2 and "Traceback" not in result.err
+    assert "data.size: 50, but timm/nest_tiny is made for 224 pixels" in result.err
+    assert "leave data.size out or write 224" in result.err
+    assert not (tmp_path / "studies").exists()
+
+
+SHALLOW = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+WINDOWED = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224", SHALLOW),
+        ("beit_base_patch16_224", SHALLOW),
+        ("swin_tiny_patch4_window7_224", WINDOWED),
+        ("test_maxvit", {}),
+    ],
+)
+def test_positions_of_other_weights_are_resampled(name: str, arguments: dict[str, Any]) -> None:
+    """Absolute ones, and the tables of relative ones; the model then takes images of the other size."""
+    small, large = (
+        timm.create_model(name, img_size=side, num_classes=3, **arguments) for side in (32, 64)
+    )
+    own, other = large.state_dict(), small.state_dict()
+    resized = {key for key in own if key in other and own[key].shape != other[key].shape}
+    assert resized
+    state = convert_state(large, other)
     assert load_matching_state(large, state, head="head", source_name="weights") == ()
+    for key in resized & set(state):
+        assert state[key].shape == own[key].shape
+    assert large.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
 def test_both_classifiers_of_a_distilled_model_are_new() -> None:
@@ -93,6 +141,32 @@ def test_both_classifiers_of_a_distilled_model_are_new() -> None:
 # -- all families
 
 
+@pytest.mark.parametrize(
+    ("name", "classifiers"),
+    [
+        ("deit_tiny_distilled_patch16_224", ("head", "head_dist")),
+        ("levit_128s", ("head.linear", "head_dist.linear")),
+        ("efficientformer_l1", ("head", "head_dist")),
+        ("crossvit_tiny_240", ("head.0", "head.1")),
+        ("inception_v3", ("fc",)),
+        ("vgg11", ("head.fc",)),
+    ],
+)
+def test_weights_of_other_classes_leave_every_classifier_new(
+    name: str, classifiers: tuple[str, ...]
+) -> None:
+    """By names and shapes alone: what timm publishes for 1,000 classes, in a model of three."""
+    with torch.device("meta"):
+        published = timm.create_model(name).state_dict()
+        model = timm.create_model(name, num_classes=3)
+    heads = classifier_names(model.pretrained_cfg)
+    assert heads == classifiers
+    own = model.state_dict()
+    assert own.keys() == published.keys()
+    differing = {key for key in own if own[key].shape != published[key].shape}
+    assert differing == {key for key in own if key.startswith(tuple(f"{h}." for h in heads))}
+
+
 @pytest.mark.slow
 def test_a_member_of_every_family_is_cut_as_the_page_says() -> None:
     """On the meta device, where tensors have sizes and no numbers: the stages and the partition."""
@@ -102,7 +176,7 @@ def test_a_member_of_every_family_is_cut_as_the_page_says() -> None:
         if name == "sequencer2d_s":  # its recurrent layers take minutes on this device
             continue
         staged = stages.build_image_model(f"timm/{name}", "meta")
-        row = stages.table_row(f"timm/{name}", staged, numbers=False)
+        row = stages.table_row(f"timm/{name}", staged, "sizes")
         assert row.rpartition("|")[0].rpartition("|")[0] in page, name
         if staged.max_depth > 1:
             check_partition(staged)

@@ -326,15 +326,16 @@ def test_masks_of_people_through_export_and_prediction(
     """Real photographs, and ImageNet's weights in the backbone, which is frozen and cached."""
     with tarfile.open(shared / "humans.tar") as archive:
         archive.extractall(tmp_path, filter="data")
-    pictures = write_people(tmp_path / "humans", tmp_path / "people.json", 80)
+    pictures = write_people(tmp_path / "humans", tmp_path / "people.json", 60)
     backbone = shared / "tf_efficientnet_lite0.safetensors"
     (tmp_path / "s.yaml").write_text(
         "task: instance_segmentation\n"
-        "data: {name: coco, path: people.json, images: humans/Training_Images, size: 128}\n"
-        f"model: {{name: maskrcnn/timm/tf_efficientnet_lite0, backbone: {backbone}, regions: 32, "
-        "proposals: 50}\n"
-        "recipe: {epochs: 4, batch_size: 4, freeze_depth: 7, lr: 0.01, clip_norm: 10.0}\n"
-        "search: {trials: 1}\nengine: {name: inline, device: cpu}\nexport: [safetensors, onnx]\n"
+        "data: {name: coco, path: people.json, images: humans/Training_Images, size: 96}\n"
+        f"model: {{name: maskrcnn/timm/tf_efficientnet_lite0, backbone: {backbone}, regions: 16, "
+        "proposals: 30}\n"
+        "recipe: {epochs: 3, batch_size: 4, freeze_depth: 7, lr: 0.01, clip_norm: 10.0}\n"
+        "search: {trials: 1, retrain: false}\nengine: {name: inline, device: cpu}\n"
+        "export: [safetensors, onnx]\n"
     )
     result = tuner("run", tmp_path / "s.yaml")
     assert result.code == 0, result.err

@@ -1,5 +1,7 @@
 """Adapters: they begin where the model stands, train alone with the head, are all that a checkpoint holds, and are merged in exports."""
 
+import gc
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -307,3 +309,47 @@ def test_a_vision_transformer_with_adapters_from_search_to_prediction(
     Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
     answer: CommandResult = tuner("predict", export, tmp_path / "black.png")
     assert answer.code == 0 and "black.png" in answer.out
+
+
+@pytest.mark.slow
+def test_a_large_model_is_held_once_in_its_own_precision(
+    tmp_path: Path, here: DeviceContext
+) -> None:
+    """By the bytes of all tensors that a training holds: frozen weights are there in bfloat16 alone,
+    in the training and in the model that the next trial copies (beside a GPU in the machine's
+    memory); of what is trained there are a weight, a gradient, two averages of AdamW, the best
+    epoch and the latest.
+    """
+    folder = small_transformers.write_model_folder(tmp_path, "gpt2", weights=False)
+    config = small_transformers.small_config("gpt2", 48)
+    config.n_embd, config.n_layer, config.n_head = 384, 6, 4
+    model = small_transformers.auto_class("gpt2").from_config(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    del model
+    known = storages()
+    run = text_run(tmp_path, "gpt2", freeze_depth=2, epochs=2)
+    context = prepare_training(run, here, "accuracy")
+    list(fit(context, run.recipe, run.seed))
+    held: Counter[torch.dtype] = Counter()
+    for place, (dtype, size) in storages().items():
+        held[dtype] += 0 if place in known else size
+    parameters = list(context.staged_model.model.parameters())
+    trained = {id(value) for value in trained_parameters(context.net).values()}
+    frozen_bytes = sum(2 * p.numel() for p in parameters if id(p) not in trained)
+    trained_bytes = sum(4 * p.numel() for p in parameters if id(p) in trained)
+    assert frozen_bytes > 20e6 and trained_bytes < frozen_bytes / 20
+    assert {p.dtype for p in parameters if id(p) not in trained} == {torch.bfloat16}
+    assert frozen_bytes < held[torch.bfloat16] < 2 * frozen_bytes + EXAMPLE_BYTES
+    assert trained_bytes < held[torch.float32] < 6 * trained_bytes + EXAMPLE_BYTES
+
+
+EXAMPLE_BYTES = 2e6  # of the activations of 60 short texts
+
+
+def storages() -> dict[int, tuple[torch.dtype, int]]:
+    """The memory of every tensor that is alive: type and bytes by address."""
+    gc.collect()
+    tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+    return {
+        t.untyped_storage().data_ptr(): (t.dtype, t.untyped_storage().nbytes()) for t in tensors
+    }

@@ -13,7 +13,7 @@ from tuner.config.augmentation import (
     refused_name,
 )
 from tuner.config.draft import Draft
-from tuner.config.run import ImageOptions
+from tuner.config.run import ImageFileOptions, ImageOptions
 from tuner.config.space import KeyPath
 
 AUGMENT: KeyPath = ("data", "augment")
@@ -105,7 +105,9 @@ def _may_freeze_nothing(draft: Draft, path: KeyPath) -> bool:
 
 def _has_image_options(draft: Draft) -> bool:
     """Whether the keys of the data source are those of images, and not some of its own."""
-    return draft.fields.get(AUGMENT) is ImageOptions.model_fields["augment"]
+    field = draft.fields.get(AUGMENT)
+    shared = (ImageOptions.model_fields["augment"], ImageFileOptions.model_fields["augment"])
+    return any(field is own for own in shared)
 
 
 def _is_mapping(draft: Draft) -> bool:

@@ -85,6 +85,7 @@ _ANNOTATION_NAMES = {
     "Annotated": Annotated,
     "Literal": Literal,
     "Field": Field,
+    "ImageFileOptions": run.ImageFileOptions,
     "ImageOptions": run.ImageOptions,
     "SplitOptions": run.SplitOptions,
 }

@@ -7,11 +7,12 @@ Every field is a YAML key; its annotation is the schema, its description the hel
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from tuner.config import database_url
 from tuner.config.augmentation import Augment
@@ -286,6 +287,25 @@ class ImageOptions(SplitOptions):
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="skip leaves out unreadable images, up to 1 %"
+    )
+
+
+def _check_expression(value: str | None) -> str | None:
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}; such as 'person_(\\d+)_'") from None
+    return value
+
+
+class ImageFileOptions(ImageOptions):
+    """The keys of sources whose images are files with names."""
+
+    group: Annotated[str | None, AfterValidator(_check_expression)] = Field(
+        None,
+        description="a regular expression that finds in a file's name what it shows, such as "
+        "'person_(\\d+)_': images of the same are never in different splits; with a slash in it, "
+        "it is looked for in the whole path",
     )
 
 

@@ -14,6 +14,7 @@ from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError, SpaceError, limit_listing, nearest_hint
 from tuner.preprocessing.detection_dataset import AnnotatedImage, Box, detection_dataset
+from tuner.preprocessing.example_groups import with_groups
 from tuner.preprocessing.image_dataset import classification_dataset
 from tuner.preprocessing.segmentation_dataset import MaskLegend, segmentation_dataset
 from tuner.preprocessing.splits import TEST, TRAIN, UNSPLIT, VALID, Items
@@ -64,6 +65,7 @@ class HuggingFaceReader:
         splits: the rows of each split.
         column: the column of the images, or None.
         label: the column of labels, masks or objects, or None.
+        group: the column of groups, or None.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class HuggingFaceReader:
         splits: dict[int, Rows],
         column: str | None,
         label: str | None,
+        group: str | None,
     ) -> None:
         self.home, self.input_spec, self.options, self.path = home, input_spec, options, path
         self.splits, self.label = splits, label
         self.image_column = self._find_column("column", column, USUAL_IMAGE_COLUMNS)
+        self.groups = self._read_groups(group) if group is not None else {}
 
     def _find_column(self, key: str, name: str | None, usual: Sequence[str]) -> str:
         """The named column, or the one with a usual name. Raises DataError."""
@@ -100,6 +104,14 @@ class HuggingFaceReader:
                 f"{listed}"
             )
         return name
+
+    def _read_groups(self, name: str) -> dict[int, list[str]]:
+        """The group of each row of each split."""
+        column = self._find_column("group", name, ())
+        return {
+            split: [str(value) for value in rows.with_format(None)[column]]
+            for split, rows in self.splits.items()
+        }
 
     def read_classes(self) -> Dataset:
         """Images with a class each."""
@@ -125,6 +137,9 @@ class HuggingFaceReader:
             tuple(used),
             np.array(split, np.int64),
         )
+        if self.groups:
+            groups = [self.groups[split][i] for split, rows in labelled.items() for i in rows]
+            items = with_groups(items, groups)
         missing = sum(map(len, named.values())) - len(paths)
         warnings = [f"data: {missing} images have no label and are left out"] if missing else []
         return classification_dataset(self.home, items, self.options, self.input_spec, warnings)
@@ -137,7 +152,10 @@ class HuggingFaceReader:
             pair for split in self.splits for pair in zip(images[split], masks[split], strict=True)
         ]
         split = np.array([number for number in self.splits for _ in images[number]], np.int64)
-        return segmentation_dataset(self.home, pairs, split, self.options, self.input_spec, legend)
+        groups = [name for names in self.groups.values() for name in names]
+        return segmentation_dataset(
+            self.home, pairs, split, self.options, self.input_spec, legend, groups=groups
+        )
 
     def read_boxes(self, box_format: str, classes: list[str] | None) -> Dataset:
         """Images with objects."""
@@ -164,6 +182,7 @@ class HuggingFaceReader:
                 labels,
                 [f"{self.path}: row {row}: object {i}" for i in range(len(boxes))],
                 split,
+                group=self.groups[split][row] if self.groups else None,
             )
             for split, rows in objects.items()
             for row, (boxes, labels) in enumerate(rows)

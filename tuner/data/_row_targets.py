@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tuner.data._labelled_rows import FileExamples, check_no_empty_cell, split_of_cell
 from tuner.errors import DataError, limit_listing
+from tuner.preprocessing.example_groups import number_groups
 from tuner.preprocessing.splits import TRAIN, Items
 
 TARGET_KINDS = {
@@ -49,10 +50,7 @@ def make_items(
     extras: dict[str, Any] = {"weights": read_weights(files)}
     groups = [cell for file in files.values() for cell in file.groups]
     if groups:
-        group_names = tuple(sorted(set(groups)))
-        number = {name: i for i, name in enumerate(group_names)}
-        indices = np.array([number[name] for name in groups], np.int64)
-        extras |= {"groups": indices, "group_names": group_names}
+        extras |= number_groups(groups)
     if kind == "none":
         return Items(
             examples,

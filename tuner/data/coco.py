@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from tuner.config.run import ImageOptions
+from tuner.config.run import ImageFileOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError, limit_listing
@@ -63,7 +63,7 @@ def load(
         str | None,
         Field(description="the folder of the images; null: looked for beside the annotations"),
     ] = None,
-    image: ImageOptions,
+    image: ImageFileOptions,
 ) -> Dataset:
     """Load images with boxes from COCO's JSON files.
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from tuner.config.run import ImageOptions
+from tuner.config.run import ImageFileOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError, limit_listing
@@ -47,7 +47,7 @@ def load(
             "or train/, valid/ and test/ with one folder per class each"
         ),
     ],
-    image: ImageOptions,
+    image: ImageFileOptions,
 ) -> Dataset:
     """Load images from one folder per class.
 

@@ -64,6 +64,13 @@ def load(
         str | None,
         Field(description="the column of labels, masks or objects; null: guessed from its name"),
     ] = None,
+    group: Annotated[
+        str | None,
+        Field(
+            description="the column whose equal values are never in different splits, such as "
+            "patient"
+        ),
+    ] = None,
     box_format: Annotated[
         Literal["coco", "voc"],
         Field(description="coco: left, top, width, height; voc: left, top, right, bottom; pixels"),
@@ -97,6 +104,7 @@ def load(
         column: the column of images or texts.
         second: the column of second texts.
         label: the column of labels, masks or objects.
+        group: the column whose equal values stay together.
         box_format: what the four numbers of a box are.
         classes: the names of the classes, for detection and segmentation.
         ignore: the value of mask pixels that belong to no class.
@@ -115,10 +123,11 @@ def load(
         texts = write_texts(home, path, splits)
         load_texts = plugins.load_plugin("data", "text")
         split = SplitOptions(**{key: getattr(image, key) for key in SplitOptions.model_fields})
-        keys = {"text": column, "second": second, "label": label, "pack": pack, "options": split}
+        keys = {"text": column, "second": second, "label": label, "group": group}
+        keys |= {"pack": pack, "options": split}
         dataset: Dataset = load_texts(home, input_spec, task, path=str(texts), **keys)
         return dataset
-    reader = HuggingFaceReader(home, input_spec, image, path, splits, column, label)
+    reader = HuggingFaceReader(home, input_spec, image, path, splits, column, label, group)
     if task == "classification":
         return reader.read_classes()
     if task == "segmentation":

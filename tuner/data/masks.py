@@ -17,7 +17,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from tuner.config.run import ImageOptions
+from tuner.config.run import ImageFileOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError
@@ -67,7 +67,7 @@ def load(
         list[str] | None,
         Field(description="of the classes, where masks are painted, such as '#ff0000'"),
     ] = None,
-    image: ImageOptions,
+    image: ImageFileOptions,
 ) -> Dataset:
     """Load images with a mask each.
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from pydantic import Field
 
-from tuner.config.run import ImageOptions
+from tuner.config.run import ImageFileOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError, limit_listing, suggest_names
@@ -57,7 +57,7 @@ def load(
             "otherwise their detection counts neither as right nor as wrong, as in VOC"
         ),
     ] = False,
-    image: ImageOptions,
+    image: ImageFileOptions,
 ) -> Dataset:
     """Load images with boxes or masks from Pascal VOC's folders.
 

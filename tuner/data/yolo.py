@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import yaml
 from pydantic import Field
 
-from tuner.config.run import ImageOptions
+from tuner.config.run import ImageFileOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError, limit_listing
@@ -48,7 +48,7 @@ def load(
     path: Annotated[
         str, Field(description="data.yaml, or the folder that holds it or images/ and labels/")
     ],
-    image: ImageOptions,
+    image: ImageFileOptions,
 ) -> Dataset:
     """Load images with boxes from YOLO's text files.
 

@@ -1,5 +1,6 @@
 """The package timm, its configuration of each model, and its weights."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,4 +98,6 @@ def convert_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     fits = all(name in own and own[name].shape == value.shape for name, value in state.items())
     if convert is None or fits:
         return state
-    return dict(convert(state, model))
+    with warnings.catch_warnings():  # torch's, of how timm's resampling indexes tensors
+        warnings.simplefilter("ignore", UserWarning)
+        return dict(convert(state, model))

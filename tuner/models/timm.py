@@ -9,6 +9,7 @@ Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-mod
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -16,8 +17,10 @@ from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import StagedModel
 from tuner.core.weights import is_path, load_matching_state, read_state_dict
 from tuner.errors import SpaceError
+from tuner.models._cutter import eval_mode
+from tuner.models._forward_pass import TRACE_ERRORS
 from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
-from tuner.models._timm_stages import DEFAULT_SIDE, classifier_names, stages_of
+from tuner.models._timm_stages import DEFAULT_SIDE, classifier_names, random_image, stages_of
 
 TASKS = ("classification", "multilabel", "regression")
 NAMES = ("timm/*",)
@@ -110,7 +113,7 @@ def build(
 
     Raises:
         SpaceError: timm does not have a model or weights of that name, or the model has no such
-            dropout, or does not take images of this size.
+            dropout, or it or its weights do not take images of this size.
         DataError: The weights are missing or do not fit.
     """
     timm = import_timm()
@@ -120,8 +123,10 @@ def build(
     model = _create_model(timm, name, outputs, given, config, size)
     notes: tuple[str, ...] = ()
     if weights != "none":
+        if _is_resized(config, size) and not is_path(weights):
+            _check_resampling(timm, name, config, size)
         notes = _load_weights(home, name, model, weights, config)
-    side = size or config.get("input_size", (3, DEFAULT_SIDE, DEFAULT_SIDE))[-1]
+    side = size or _own_size(config)
     stages, uncut_reason = stages_of(model, config, side)
     return StagedModel(
         model,
@@ -172,8 +177,7 @@ def _create_model(
         SpaceError: It does not take the rates or the size.
     """
     arguments: dict[str, Any] = dict(rates)
-    own_size = config.get("input_size", (3, DEFAULT_SIDE, DEFAULT_SIDE))[-1]
-    is_resized = bool(config.get("fixed_input_size")) and size not in (None, own_size)
+    is_resized = _is_resized(config, size)
     if is_resized:
         arguments["img_size"] = size
     bare = name.partition("/")[2]
@@ -181,7 +185,10 @@ def _create_model(
         model: nn.Module = timm.create_model(
             bare, pretrained=False, num_classes=outputs, **arguments
         )
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        if is_resized and size is not None:
+            with torch.no_grad(), eval_mode(model):
+                model(random_image(model, size))
+    except TRACE_ERRORS as error:
         key = next((key for key in rates if f"'{key}'" in str(error)), None)
         if key is not None:
             written = {"drop_rate": "dropout", "drop_path_rate": "drop_path"}[key]
@@ -190,8 +197,46 @@ def _create_model(
             ) from None
         if not is_resized:
             raise
-        raise SpaceError(
-            f"data.size: {size}, but {name} is made for {own_size} pixels and timm does not "
-            f"change that; leave data.size out or write {own_size}"
-        ) from None
+        raise _other_size(name, config, size, "timm does not change that") from None
     return model
+
+
+def _is_resized(config: dict[str, Any], size: int | None) -> bool:
+    """Whether a model that is made for one size of images gets another one."""
+    return bool(config.get("fixed_input_size")) and size not in (None, _own_size(config))
+
+
+def _own_size(config: dict[str, Any]) -> int:
+    """The side of the images that the weights were trained with, in pixels."""
+    return int(config.get("input_size", (3, DEFAULT_SIDE, DEFAULT_SIDE))[-1])
+
+
+def _other_size(name: str, config: dict[str, Any], size: int | None, reason: str) -> SpaceError:
+    own = _own_size(config)
+    return SpaceError(
+        f"data.size: {size}, but {name} is made for {own} pixels and {reason}; leave data.size out "
+        f"or write {own}"
+    )
+
+
+def _check_resampling(timm: Any, name: str, config: dict[str, Any], size: int | None) -> None:
+    """Checks that timm can resample the published weights for images of another size.
+
+    It is seen by names and shapes alone, before anything is downloaded.
+
+    Raises:
+        SpaceError: It cannot.
+    """
+    with torch.device("meta"):
+        published = timm.create_model(name.partition("/")[2], pretrained=False)
+        model = _create_model(timm, name, published.num_classes, {}, config, size)
+        own = model.state_dict()
+        state = convert_state(model, published.state_dict())
+    heads = tuple(f"{head}." for head in classifier_names(config))
+    if any(
+        key in own and own[key].shape != value.shape
+        for key, value in state.items()
+        if not key.startswith(heads)
+    ):
+        reason = "timm does not resample its weights; take another model, such as a ViT or Swin"
+        raise _other_size(name, config, size, reason)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import StagedModel
-from tuner.models import timm_detectors
+from tuner.models._timm_pyramid import backbone_spec, build_body, build_detector
 from tuner.models._torchvision_detectors import pyramid_stages, stage_detector
 from tuner.models._torchvision_weights import load_detector_weights
 
@@ -37,7 +37,7 @@ HEADS = ("roi_heads.box_predictor", "roi_heads.mask_predictor")  # they depend o
 
 def input_spec(name: str, *, weights: str = "none", backbone: str = "default") -> ImageInputSpec:
     """The normalisation that timm states for the backbone's weights."""
-    return timm_detectors.input_spec(name, weights=weights, backbone=backbone)
+    return backbone_spec(name)
 
 
 def build(
@@ -74,7 +74,7 @@ def build(
         SpaceError: timm does not have the name, or its features are not a pyramid.
         DataError: The weights are missing or do not fit.
     """
-    body = timm_detectors.build_body(home, name, weights, backbone, [4, 8, 16, 32])
-    model = timm_detectors.build_detector("maskrcnn", body, outputs, regions, proposals)
+    body = build_body(home, name, weights, backbone, [4, 8, 16, 32])
+    model = build_detector("maskrcnn", body, outputs, regions, proposals)
     notes = load_detector_weights(home, model, name, weights, HEADS)
     return stage_detector(model, pyramid_stages(model.backbone), 1, notes)

@@ -15,6 +15,7 @@ from tuner.core.input_spec import ImageInputSpec, InputSpec
 from tuner.core.targets import NO_OBJECT, Boxes, InstanceMasks, Targets, ignored_label
 from tuner.core.types import Dataset
 from tuner.errors import DataError, limit_listing
+from tuner.preprocessing.example_groups import with_groups
 from tuner.preprocessing.image_dataset import assemble_dataset
 from tuner.preprocessing.image_files import warn_about_unread_files
 from tuner.preprocessing.image_store import ImageStore, open_image_store, stored_pixels
@@ -43,6 +44,7 @@ class AnnotatedImage:
         ignored_labels: the index of the class of each ignored area.
         shapes: the mask of each object, where the annotation has masks.
         ignored_shapes: the mask of each ignored area.
+        group: the name of the image's group; of all images, or of none.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class AnnotatedImage:
     ignored_labels: Sequence[int] = ()
     shapes: Sequence[Shape] = ()
     ignored_shapes: Sequence[Shape] = ()
+    group: str | None = None
 
 
 def detection_dataset(
@@ -212,12 +215,13 @@ def _make_items(annotated: Sequence[AnnotatedImage]) -> Items:
     is_empty = np.array([not image.labels for image in annotated])
     enough = min(is_empty.sum(), (~is_empty).sum()) > len(SPLIT_NAMES)
     labels = is_empty.astype(np.int64) if enough else np.zeros(len(is_empty), np.int64)
-    return Items(
+    items = Items(
         [image.path for image in annotated],
         labels,
         STRATA[: 1 + int(labels.max(initial=0))],
         np.array([image.split for image in annotated], np.int64),
     )
+    return with_groups(items, [image.group for image in annotated if image.group is not None])
 
 
 def boxes_on_canvas(

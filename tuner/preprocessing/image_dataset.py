@@ -17,7 +17,7 @@ from tuner.config.augmentation import (
     resolve_policy,
     view_count,
 )
-from tuner.config.run import ImageOptions
+from tuner.config.run import ImageFileOptions, ImageOptions
 from tuner.core.device_transfers import gather_rows, send
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
 from tuner.core.subset import Subset, subset_of
@@ -30,6 +30,7 @@ from tuner.preprocessing.duplicate_images import (
     find_images_in_two_classes,
     find_images_in_two_splits,
 )
+from tuner.preprocessing.example_groups import group_by_name
 from tuner.preprocessing.image_store import (
     LEAVE_OUT_ALL,
     ImageStore,
@@ -252,6 +253,9 @@ def assemble_dataset(
         SpaceError: as `resolve_image_spec` does.
     """
     image_spec = resolve_image_spec(options, input_spec)
+    if isinstance(options, ImageFileOptions) and options.group is not None:
+        items, group_warnings = group_by_name(items, options.group)
+        warnings = [*warnings, *group_warnings]
     items = assign_and_limit_splits(items, options)
     stored_spec = replace(image_spec, size=stored_side(image_spec, options.augment))
     record = examined_data()

@@ -13,6 +13,7 @@ from tuner.core.input_spec import ImageInputSpec, InputSpec
 from tuner.core.targets import IGNORED, Masks
 from tuner.core.types import Dataset
 from tuner.errors import DataError, limit_listing, nearest_path_hint
+from tuner.preprocessing.example_groups import with_groups
 from tuner.preprocessing.image_dataset import assemble_dataset
 from tuner.preprocessing.image_decoding import SUFFIXES
 from tuner.preprocessing.image_files import warn_about_unread_files
@@ -63,6 +64,7 @@ def segmentation_dataset(
     input_spec: InputSpec,
     legend: MaskLegend,
     warnings: Sequence[str] = (),
+    groups: Sequence[str] = (),
 ) -> Dataset:
     """Split and decode images that have a mask each.
 
@@ -74,6 +76,7 @@ def segmentation_dataset(
         input_spec: how the examples must look for the model's weights.
         legend: what the values of the masks mean.
         warnings: what the data source has to say already.
+        groups: the group of each pair (n); empty: each is a group of its own.
 
     Raises:
         DataError: files are unreadable, a mask has another aspect ratio than its image, a mask
@@ -84,6 +87,7 @@ def segmentation_dataset(
     flags_decoder = make_mask_decoder("flags", colour_map, value_flags)
     flags = open_image_store(home, masks, FLAGS_SPEC, options.on_bad_image, flags_decoder)
     pairs, split = [pairs[int(i)] for i in flags.readable], split[flags.readable]
+    groups = [groups[int(i)] for i in flags.readable] if groups else ()
     classes, ids = resolve_classes(
         stored_pixels(flags).flatten(1).numpy().astype(bool), [mask for _, mask in pairs], legend
     )
@@ -114,6 +118,7 @@ def segmentation_dataset(
         ), size_warnings
 
     items = Items([image for image, _ in pairs], np.zeros(len(pairs), np.int64), ("images",), split)
+    items = with_groups(items, groups)
     all_warnings = [*warnings, *flags.warnings, *_warn_jpeg(masks)]
     return assemble_dataset(home, items, options, input_spec, classes, make_targets, all_warnings)
 
