@@ -1,26 +1,31 @@
 """Makes the pictures of README.md and docs/ from the program as it is.
 
     python docs/pictures.py                        the terminal and the dashboard, from one search; freeze depth, as measured
-    python docs/pictures.py --data FOLDER          also detection and segmentation, from trainings on real photographs
+    python docs/pictures.py --data FOLDER          also those from trainings on real photographs: a search while it runs, its report,
+                                                   the page of examined data, the page of `tuner serve`, detection, segmentation
 
-FOLDER holds raccoon.tar (200 photographs with boxes in Pascal VOC's XML), humans.tar (290 photographs of people with masks) and
-tf_efficientnet_lite0.safetensors (ImageNet weights under timm's names). A picture that cannot be made stays as it is, and
-the reason is printed. Minutes on two CPU cores.
+FOLDER holds clothing.tar (photographs of clothes, in a folder a class), raccoon.tar (200 photographs with boxes in Pascal
+VOC's XML), humans.tar (290 photographs of people with masks) and tf_efficientnet_lite0.safetensors (ImageNet weights under
+timm's names). A picture that cannot be made stays as it is, and the reason is printed. Minutes on two CPU cores.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -32,6 +37,11 @@ COMMAND = "tuner run search_spaces/resnet.yaml"  # README's first command
 COLUMNS = 96
 TALLY = re.compile(r" *\| \d+/\d+[^\n\x1b]*")  # in a terminal it is in a bar, which goes at the end
 WINDOW = "1280,1380"  # with what a browser shows around the page
+PAGE = "1100,1500"  # the upper part of a page
+COLOURS = 128  # of a page's picture, which is then small
+CLASSES, PER_CLASS = ("dress", "pants", "shoes", "t-shirt"), 30  # photographs of clothes
+ROWS = 24  # of the terminal
+TRIALS_SHOWN = 5  # lines above the table of a running search
 HEIGHT = 430  # of a photograph at most; README shows it smaller
 PATIENCE = 60  # seconds in which the dashboard draws its plots
 BACKBONE = "tf_efficientnet_lite0"
@@ -80,14 +90,16 @@ def terminal(place: Path, data: Path | None) -> None:
     """What the command prints, in its colours."""
     searched(place)
     printed = TALLY.sub("", (place / "output").read_text())
-    text = Text.from_ansi(f"$ {COMMAND}\n{printed}")
+    draw_terminal(f"$ {COMMAND}\n{printed}", "terminal")
+
+
+def draw_terminal(printed: str, name: str) -> None:
+    """What stands in a terminal, as SVG."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
-    console.print(text, soft_wrap=True)
-    picture = console.export_svg(title="tuner", unique_id="terminal")
+    console.print(Text.from_ansi(printed), soft_wrap=True)
+    picture = console.export_svg(title="tuner", unique_id=name)
     # fonts from another host would not be fetched for a picture in a page
-    (DOCS / "terminal.svg").write_text(
-        re.sub(r"@font-face \{.*?\}\n", "", picture, flags=re.DOTALL)
-    )
+    (DOCS / f"{name}.svg").write_text(re.sub(r"@font-face \{.*?\}\n", "", picture, flags=re.DOTALL))
 
 
 def searched(place: Path) -> None:
@@ -104,31 +116,138 @@ def searched(place: Path) -> None:
 
 def dashboard(place: Path, data: Path | None) -> None:
     """The study's page in a real browser."""
+    searched(place)
+    with served(place, "dashboard", "resnet", "--port", "0") as address, browser(WINDOW) as chrome:
+        chrome.get(address)
+        wait(chrome, "document.querySelectorAll('.plotly .barlayer path').length > 5")
+        chrome.save_screenshot(str(DOCS / "dashboard.png"))
+
+
+@contextlib.contextmanager
+def browser(window: str) -> Iterator[Any]:
+    """A browser without a window, of this size. Raises Missing."""
     try:
         from selenium import webdriver
-        from selenium.webdriver.support.ui import WebDriverWait
     except ImportError:
         raise Missing("selenium is not installed: pip install -e '.[test]'") from None
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (browser and driver):
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (program and driver):
         raise Missing("chromium is not installed (Debian: chromium, chromium-driver)")
-    searched(place)
     options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in ("headless=new", "no-sandbox", "hide-scrollbars", f"window-size={WINDOW}"):
+    options.binary_location = program
+    for flag in ("headless=new", "no-sandbox", "hide-scrollbars", f"window-size={window}"):
         options.add_argument(f"--{flag}")
-    command = [*TUNER, "dashboard", "resnet", "--port", "0"]
-    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as server:
-        chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+def wait(chrome: Any, condition: str) -> None:
+    """Waits until a condition in JavaScript holds in the page."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(chrome, PATIENCE).until(lambda page: page.execute_script(f"return {condition}"))
+
+
+@contextlib.contextmanager
+def served(place: Path, *words: str) -> Iterator[str]:
+    """The address that a command prints, as long as it runs."""
+    with subprocess.Popen([*TUNER, *words], cwd=place, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
         try:
-            assert server.stdout is not None
-            chrome.get(next(word for word in server.stdout.readline().split() if "http" in word))
-            drawn = "return document.querySelectorAll('.plotly .barlayer path').length > 5"
-            WebDriverWait(chrome, PATIENCE).until(lambda page: page.execute_script(drawn))
-            chrome.save_screenshot(str(DOCS / "dashboard.png"))
+            yield next(
+                word for line in server.stdout for word in line.split() if word.startswith("http")
+            )
         finally:
-            chrome.quit()
             server.terminate()
+
+
+def photograph_page(chrome: Any, picture: Path) -> None:
+    """What the browser shows, with so few colours that the file is small."""
+    image = Image.open(io.BytesIO(chrome.get_screenshot_as_png())).convert("RGB")
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(picture, optimize=True)
+
+
+# -- a search on photographs of clothes
+
+
+def running(place: Path, data: Path | None) -> None:
+    """The terminal while a search runs, in a real one."""
+    search_clothes(place, data)
+    draw_terminal(f"$ tuner run photos\n{(place / 'running').read_text()}", "running")
+
+
+def search_clothes(place: Path, data: Path | None) -> None:
+    """`tuner run photos`, once for the pictures of this call. What stands in its terminal when some
+    trials have ended is kept.
+    """
+    if (place / "studies/photos/report.html").exists():
+        return
+    if shutil.which("tmux") is None:
+        raise Missing("tmux is not installed (Debian: tmux)")
+    unpack_clothes(place, data)
+    tmux = ["tmux", "-S", str(place / "tmux")]
+    command = f"{shlex.join([*TUNER, 'run', 'photos'])} 2>{place}/errors"
+    size = ("-x", str(COLUMNS), "-y", str(ROWS))
+    subprocess.run([*tmux, "new-session", "-d", *size, "-c", str(place), command], check=True)
+    while subprocess.run([*tmux, "has-session"], capture_output=True, check=False).returncode == 0:
+        time.sleep(0.3)
+        captured = subprocess.run(
+            [*tmux, "capture-pane", "-e", "-p"], capture_output=True, text=True, check=False
+        ).stdout
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", captured)
+        ended = len(re.findall(r"^#\d+ .* ep +\d+/", plain, re.MULTILINE))
+        is_training = re.search(r"^#\d+ .* epoch +([2-9]|\d\d)/", plain, re.MULTILINE)
+        if ended >= TRIALS_SHOWN and is_training and not (place / "running").exists():
+            (place / "running").write_text(captured.rstrip() + "\n")
+    if not (place / "studies/photos/report.html").exists():
+        raise Missing(f"tuner run photos failed: {(place / 'errors').read_text()}")
+
+
+def unpack_clothes(place: Path, data: Path | None) -> None:
+    """Some photographs of some classes in `photos`, one of them twice, and another one in `new.jpg`."""
+    if data is None or not (data / "clothing.tar").exists():
+        raise Missing("name a folder with clothing.tar: --data FOLDER")
+    with tarfile.open(data / "clothing.tar") as tar:
+        tar.extractall(place, filter="data")
+    for name in CLASSES:
+        found = sorted((place / "clothing/train" / name).iterdir())
+        (place / "photos" / name).mkdir(parents=True)
+        for path in found[:PER_CLASS]:
+            path.rename(place / "photos" / name / path.name)
+    shutil.copy(found[PER_CLASS], place / "new.jpg")
+    twice = sorted((place / "photos" / CLASSES[0]).iterdir())[0]
+    shutil.copy(twice, place / "photos" / CLASSES[1] / "copy.jpg")
+
+
+def report(place: Path, data: Path | None) -> None:
+    """The report of the search on photographs."""
+    search_clothes(place, data)
+    with browser(PAGE) as chrome:
+        chrome.get((place / "studies/photos/report.html").as_uri())
+        photograph_page(chrome, DOCS / "report.png")
+
+
+def examined(place: Path, data: Path | None) -> None:
+    """The page of `tuner check --data`."""
+    search_clothes(place, data)
+    command = [*TUNER, "check", "photos.yaml", "--data", "--out", "data.html"]
+    subprocess.run(command, cwd=place, check=False)  # 3: there is something to mend, as shown
+    with browser(PAGE) as chrome:
+        chrome.get((place / "data.html").as_uri())
+        photograph_page(chrome, DOCS / "data.png")
+
+
+def serving(place: Path, data: Path | None) -> None:
+    """The page of `tuner serve`, with a photograph dropped on it."""
+    search_clothes(place, data)
+    with served(place, "serve", "photos", "--port", "0") as address, browser("760,820") as chrome:
+        chrome.get(address)
+        chrome.find_element("id", "file").send_keys(str(place / "new.jpg"))
+        wait(chrome, "document.querySelectorAll('#answer .bar').length > 2")
+        photograph_page(chrome, DOCS / "serve.png")
 
 
 def detection(place: Path, data: Path | None) -> None:
@@ -222,6 +341,10 @@ PICTURES: dict[str, Callable[[Path, Path | None], None]] = {
     "terminal.svg": terminal,
     "dashboard.png": dashboard,
     "freezing.svg": freezing,
+    "running.svg": running,
+    "report.png": report,
+    "data.png": examined,
+    "serve.png": serving,
     "detection.png": detection,
     "segmentation.png": segmentation,
 }

@@ -15,6 +15,7 @@ from tuner.files.atomic import file_sha256, lock_of_export, remove_unused_lock, 
 from tuner.files.removal import MANIFEST
 from tuner.messages import OutputSettings
 
+HEAT_MAPS = "heat_maps.json"  # in an export: some test examples with what speaks for their class
 TEST_RESULTS = "test_results.safetensors"  # in an export: what each test example adds to its scores
 
 

@@ -285,6 +285,7 @@ class DepthCost:
 class TrainingProfile:
     """What trainings of one model cost. `begin_seconds`: to load data and model the first time;
     `setup_seconds`: before each training. `peak_bytes`: of the process that measured it.
+    `largest_batch`: that the GPU can train at once at the shallowest depth; None: on no GPU.
     """
 
     depths: tuple[DepthCost, ...]
@@ -292,6 +293,7 @@ class TrainingProfile:
     setup_seconds: float
     split_sizes: dict[str, int]
     peak_bytes: int
+    largest_batch: int | None = None
 
     def cost_at(self, depth: int) -> DepthCost:
         """The cost at the nearest depth that was measured."""

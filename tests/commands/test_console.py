@@ -173,19 +173,31 @@ def test_an_ascii_terminal_gets_ascii() -> None:
 
 
 def test_in_a_terminal_a_bar_and_whole_lines_and_warnings_above_it() -> None:
-    """A pseudo-terminal: the bar is redrawn, and what is said meanwhile stands on lines of its own."""
+    """A pseudo-terminal: the table is redrawn, and what is said meanwhile stands on lines of its own."""
     code = """
-from tuner.commands.console import Console, describe_trainings_after
+import optuna
+from tuner.commands.console import Console
 from tuner.commands.progress import Progress
-from tuner.messages import Epoch
+from tuner.messages import DatasetReport, Epoch, ModelSurvey
 from tuner.config import parsing, yaml_document as document
+from tuner.search.running_trial import RunningTrial
 from tests.conftest import SMALL
-run = parsing.parse_space(document.parse_document(SMALL, "small.yaml")).make_run({})
+space = parsing.parse_space(document.parse_document(SMALL, "small.yaml"))
+facts = DatasetReport("d", ("a", "b"), {"train": 7}, {"shape": ["batch", 3, 8, 8]}, 2_000_000)
+params = {"optimizer": "sgd", "lr": 0.001, "momentum": 0.925, "freeze_depth": 4, "epochs": 3}
+trial = optuna.trial.FixedTrial(params, number=2)
+running = RunningTrial(trial, space.sample(trial), 2, 1, "", 1)
 c = Console("normal")
-show = c.show_retraining(run)
-show(Epoch(1, 0.5, {}, 0.1))
+progress = Progress(2, 4, frozenset([2]), 75.0)
+c.start_search(space, lambda: progress, [], facts, ModelSurvey({"resnet18": 5}, 0), 1)
+c.on_trial_start(running)
+c.bar.refresh()
+c.on_epoch(running, Epoch(1, 0.5, {"accuracy": 0.75}, 0.1))
+c.bar.refresh()
 c.warn("half of the images are grey")
 c.print_line("a line")
+c.close_bars()
+c.show_retraining(space.make_run({}))(Epoch(1, 0.5, {}, 0.1))
 c.close_bars()
 """
     leader, follower = pty.openpty()
@@ -215,6 +227,12 @@ c.close_bars()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "\n").split("\n")
     assert "tuner: warning: half of the images are grey" in [row.strip() for row in plain]
     assert "a line" in [row.strip() for row in plain]
+    rows = [row.strip() for row in plain if row.startswith(("search ━", "#2 "))]
+    assert any(row.startswith("search ━") and row.endswith(" 2/4, eta 1m15s") for row in rows)
+    shown = [" ".join(row.split()) for row in rows]
+    assert "#2 epoch 0/3 sgd lr 1.0e-3 mom 0.93 freeze 4/5" in shown
+    assert "#2 ━━━━ epoch 1/3 acc 0.7500 sgd lr 1.0e-3 mom 0.93 freeze 4/5" in shown
+    assert all(len(row) <= 80 for row in rows), "a row is cut where the terminal ends"
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", text), "NO_COLOR"
 
 
@@ -230,7 +248,8 @@ def test_the_console_tells_how_far_the_search_is(capsys: pytest.CaptureFixture[s
     used = 0
     facts = DatasetReport("d", ("a", "b"), {"train": 7}, {"shape": ["batch", 3, 8, 8]}, 2_000_000)
     survey = ModelSurvey({"resnet18": 5}, gpu_count=0)
-    console.start_search(SPACE, lambda: Progress(used, 4), [], facts, survey, workers=1)
+    progress = lambda: Progress(used, 4, seconds_left=75.0 if used else None)  # noqa: E731
+    console.start_search(SPACE, progress, [], facts, survey, workers=1)
     first = ended(0, [0.5])
     used = 1
     console.on_trial_end(first, SPACE.sample(optuna.trial.FixedTrial(first.params)), None)
@@ -240,7 +259,7 @@ def test_the_console_tells_how_far_the_search_is(capsys: pytest.CaptureFixture[s
     assert model == "model  resnet18, 2.00 M parameters, freeze depth 0..5"
     assert search == "search 4 trials, tpe sampler, projection pruner, 1 worker on CPU"
     assert then.startswith("then   up to 2 trainings: the winner, the default recipe")
-    assert "★ (best 0.5000 #0)" in trial and trial.endswith("| 1/4, eta 0s")
+    assert "★ (best 0.5000 #0)" in trial and trial.endswith("| 1/4, eta 1m15s")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,10 @@ def test_a_run_leaves_a_report_that_says_what_came_out(tuner: Tuner, studied: Pa
     assert manifest["run_digest"] in text and "best.yaml" in text
     assert page.count("<svg") == 2 and "Learning curves" in text
     assert "synthetic" in text and "resnet18_slim" in text and "Searched were" in text
+    explained = json.loads((studied / "export/heat_maps.json").read_text())
+    assert 0 < len(explained) <= 8 and page.count('alt="what speaks for') == len(explained)
+    assert {photo["predicted"] for photo in explained} <= set(manifest["classes"])
+    assert "heat_maps.json" in manifest["files"]
     # nothing is fetched: no address but those of namespaces, no script, all pictures inside
     assert "http" not in re.sub(r"<meta http-equiv", "", page) and "<script" not in page
     assert all(s.startswith("data:") for s in re.findall(r'src="([^"]+)', page))

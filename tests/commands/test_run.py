@@ -58,6 +58,7 @@ def test_run_searches_retrains_tests_exports_and_says_what_to_type_next(
     assert set(m["files"]) == {
         "MODEL_CARD.md",
         "README.md",
+        "heat_maps.json",
         "model.json",
         "model.safetensors",
         "test_results.safetensors",

@@ -1,72 +1,91 @@
-"""A whole study on real photographs through `folder`, as a user would run it."""
+"""The newcomer's path: from a folder of photographs to a model in a program of one's own."""
 
 import csv
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import optuna
 import pytest
 
 from tests.conftest import CommandResult
-from tuner.search import storage
+from tests.training.test_formats import WITHOUT_TUNER, programs
 
-PER_CLASS = {"train": 60, "test": 20}
+CLASSES = ("dress", "pants", "shoes")
+COUNTS = {"train": ("photos", 24), "test": ("new", 6)}  # of each class; the second: its folder
+COMMANDS = """
+tuner init photos
+tuner plan photos.yaml
+tuner run photos.yaml
+tuner report photos
+tuner test photos new
+tuner export photos
+tuner predict photos new
+"""
 
 
 @pytest.fixture
-def cifar(shared: Path, tmp_path: Path) -> Path:
-    """The first images of each class of CIFAR-10, as folders."""
-    folder = tmp_path / "cifar10"
-    with tarfile.open(shared / "cifar10.tar.gz") as archive:
-        seen: dict[tuple[str, str], int] = {}
+def photos(shared: Path, tmp_path: Path) -> Path:
+    """Photographs of clothes in `photos`, and others in `new`, in a folder a class."""
+    counts = dict.fromkeys(((split, name) for split in COUNTS for name in CLASSES), 0)
+    with tarfile.open(shared / "clothing.tar") as archive:
         for member in archive:
-            parts = Path(member.name).parts
-            if not member.isfile() or len(parts) != 4:
+            key = Path(member.name).parts[-3:-1]
+            if not member.isfile() or key not in counts or counts[key] == COUNTS[key[0]][1]:
                 continue
-            part, label = parts[1:3]
-            seen[part, label] = seen.get((part, label), 0) + 1
-            if seen[part, label] <= PER_CLASS[part]:
-                target = folder / part / label / parts[3]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source = archive.extractfile(member)
-                assert source is not None
-                target.write_bytes(source.read())
-    return folder
+            counts[key] += 1
+            target = tmp_path / COUNTS[key[0]][0] / key[1] / Path(member.name).name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = archive.extractfile(member)
+            assert source is not None
+            target.write_bytes(source.read())
+    assert list(counts.values()) == [24, 24, 24, 6, 6, 6]
+    return tmp_path
 
 
 @pytest.mark.slow
-def test_a_study_of_photographs_ends_in_a_model_that_predicts_them(
-    cifar: Path, tuner: Callable[..., CommandResult]
+def test_seven_commands_lead_from_a_folder_to_a_model_that_needs_no_tuner(
+    photos: Path, tuner: Callable[..., CommandResult]
 ) -> None:
-    space = Path(__file__).parents[2] / "search_spaces" / "resnet.yaml"
-    said = tuner(
-        "run",
-        space,
-        f"data={{name: folder, path: {cifar}, size: 64}}",
-        "search.name=cifar",
-        "search.trials=6",
-        "recipe.epochs.low=3",
-    )
-    assert said.code == 0, said.err
-    study = optuna.load_study(
-        study_name="cifar", storage=storage.open_storage(None, Path("studies/cifar"))
-    )
-    assert study.best_value > 0.25  # chance is 0.1
-    manifest = json.loads(Path("studies/cifar/export/manifest.json").read_text())
-    assert (
-        manifest["examples"] == {"train": 510, "valid": 90, "test": 200}
-        and manifest["scores"]["test"]["accuracy"] > 0.2
-    )
+    printed = {}
+    for command in COMMANDS.split("\n")[1:-1]:
+        said = tuner(*command.split()[1:])
+        assert said.code == 0 and "Traceback" not in said.err, (command, said.err)
+        printed[command.split()[1]] = said.out
+    assert "72 images of 3 classes: classification" in printed["init"]
+    assert printed["plan"].startswith("study   about ")
+
+    study = photos / "studies/photos"
+    report = (study / "report.html").read_text()
+    assert all(name in report for name in CLASSES) and "confusion" in report.lower()
+    manifest = json.loads((study / "export/manifest.json").read_text())
+    assert manifest["scores"]["valid"]["accuracy"] > 0.5  # chance is 0.33
     tables = [
-        p
-        for p in Path("studies/cifar/artifacts").iterdir()
-        if p.read_bytes().startswith(b"class,precision")
+        path
+        for path in (study / "artifacts").iterdir()
+        if path.read_bytes().startswith(b"class,precision")
     ]
-    assert tables and len(list(csv.reader(io.StringIO(tables[0].read_text())))) == 11
-    answers = tuner("predict", "cifar", cifar / "test" / "ship", "--json").out.splitlines()
-    assert len(answers) == 20 and all(
-        sum(json.loads(a)["classes"].values()) == pytest.approx(1, abs=1e-3) for a in answers
+    assert tables and len(list(csv.reader(io.StringIO(tables[0].read_text())))) == 4
+
+    tested = json.loads((photos / "tested/photos/new/scores.json").read_text())
+    assert tested["examples"] == 18
+    answers = dict(line.split()[:2] for line in printed["predict"].splitlines())
+    assert len(answers) == 18 and {Path(image).parts[0] for image in answers} == {"new"}
+    right = sum(Path(image).parts[1] == name for image, name in answers.items())
+    assert tested["scores"]["accuracy"] == pytest.approx(right / 18)
+
+    program = programs(study / "export")["onnx"]
+    image = next(iter(answers))
+    (study / "export/image.jpg").write_bytes((photos / image).read_bytes())
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_TUNER, program],
+        cwd=study / "export",
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[0] == answers[image]

@@ -15,6 +15,7 @@ from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import StagedModel
 from tuner.errors import SpaceError
+from tuner.training.explained_examples import choose_examples
 from tuner.training.heat_maps import as_maps, draw_heat_map, heat_maps
 
 SPEC = ImageInputSpec(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -70,3 +71,12 @@ def test_predict_draws_them(
         assert drawn.size == (32, 32) and drawn.mode == "RGB"
     said = tuner("predict", "small", "a.png", "--explain", "--format", "onnx")
     assert said.code == 2
+
+
+def test_shown_are_the_surest_mistakes_and_right_answers_of_all_classes() -> None:
+    truth = [0, 0, 0, 1, 1, 2, 2, 2, 0, 0, 1, 1]
+    predicted = [0, 0, 0, 1, 1, 2, 1, 0, 1, 1, 2, 0]
+    confidence = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.99, 0.98, 0.97, 0.5, 0.45, 0.4]
+    assert choose_examples(truth, predicted, confidence) == [6, 7, 8, 9, 0, 3, 5, 1]
+    assert choose_examples([0, 1], [0, 1], [0.6, 0.7]) == [1, 0]
+    assert choose_examples([0, 1], [1, 0], [0.6, 0.7]) == [1, 0]

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 from tuner.commands import summary
 from tuner.commands.progress import Progress
@@ -22,7 +23,6 @@ from tuner.commands.trial_line import (
     TrialLineFormatter,
     format_duration,
     reached_score,
-    short_label,
 )
 from tuner.config.objective import is_improvement
 from tuner.config.related_tasks import output_word
@@ -32,6 +32,7 @@ from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.messages import DatasetReport, Epoch, ModelSurvey, TrialResult
 from tuner.search.confirmation import settings_for
 from tuner.search.history import DUPLICATE_OF, REASON, TAKEN_FROM
+from tuner.search.running_trial import RunningTrial
 
 OutputMode = Literal["normal", "quiet", "json"]
 ASCII = str.maketrans({"★": "*", "…": "..."})
@@ -58,7 +59,7 @@ class Console:
         self.search: SearchSettings | None = None
         self.read_progress: Callable[[], Progress] | None = None
         self.line_formatter: TrialLineFormatter | None = None
-        self.started_at, self.used_before, self.pruned = time.monotonic(), 0, 0
+        self.started_at, self.pruned = time.monotonic(), 0
         self.best: tuple[float, int] | None = None
 
     # -- plain words
@@ -101,7 +102,7 @@ class Console:
         """
         progress = read_progress()
         self.search, self.read_progress = space.settings.search, read_progress
-        self.started_at, self.used_before = time.monotonic(), progress.budget_used
+        self.started_at = time.monotonic()
         depth = max(survey.max_depths.values())
         self.line_formatter = TrialLineFormatter(
             space,
@@ -142,8 +143,12 @@ class Console:
         if self.shows_bars:
             columns = (
                 TextColumn("{task.description:<6}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[state]}"),
+                BarColumn(bar_width=12),
+                TextColumn(
+                    "{task.fields[state]}",
+                    markup=False,  # a choice may have brackets
+                    table_column=Column(no_wrap=True, overflow="ellipsis"),
+                ),
             )
             self.bar = Bars(
                 *columns,
@@ -154,26 +159,41 @@ class Console:
             )
             self.bar.start()
 
-    def on_epoch(self, number: int, total: int, epoch: Epoch) -> None:
-        """An epoch of trial `number`, which has `total` epochs at most, has ended."""
-        for note in epoch.notes:
-            self.warn(f"trial {number}: {note}")
-        values = {"loss": epoch.loss, "scores": epoch.scores, "seconds": epoch.seconds}
-        self.emit_event("epoch", trial=number, epoch=epoch.number, of=total, **values)
-        if self.bar is None or self.read_progress is None or self.search is None:
+    def on_trial_start(self, trial: RunningTrial) -> None:
+        """A trial begins: it has a bar with its parameters until it ends."""
+        if self.bar is None or self.read_progress is None or self.line_formatter is None:
             return
         for ended in self.bar_of_trial.keys() - self.read_progress().running:
             self.bar.remove_task(self.bar_of_trial.pop(ended))
-        if number not in self.bar_of_trial:
-            self.bar_of_trial[number] = self.bar.add_task(f"#{number}", total=total, state="")
-        metric = str(self.search.metric)
-        is_scored = metric in epoch.scores  # with recipe.validate_every not each is
-        score = f"{short_label(metric)} {epoch.scores[metric]:.4f}" if is_scored else ""
-        self.bar.update(
-            self.bar_of_trial[number],
-            completed=epoch.number,
-            state=f"epoch {epoch.number}/{total}  loss {epoch.loss:.3f}  {score}",
-        )
+        if trial.number not in self.bar_of_trial:
+            self.bar_of_trial[trial.number] = self.bar.add_task(
+                f"#{trial.number}", total=trial.epochs, state=self.bar_text(trial, 0, None)
+            )
+
+    def on_epoch(self, trial: RunningTrial, epoch: Epoch) -> None:
+        """An epoch of a trial has ended."""
+        for note in epoch.notes:
+            self.warn(f"trial {trial.number}: {note}")
+        values = {"loss": epoch.loss, "scores": epoch.scores, "seconds": epoch.seconds}
+        of = trial.run.recipe.epochs
+        self.emit_event("epoch", trial=trial.number, epoch=epoch.number, of=of, **values)
+        if self.bar is None or self.read_progress is None or self.search is None:
+            return
+        self.on_trial_start(trial)
+        score = epoch.scores.get(str(self.search.metric))  # with validate_every not each has one
+        text = self.bar_text(trial, epoch.number, score)
+        self.bar.update(self.bar_of_trial[trial.number], completed=epoch.number, state=text)
+        self.update_total(self.read_progress())
+
+    def bar_text(self, trial: RunningTrial, epoch: int, score: float | None) -> str:
+        """What stands beside the bar of a running trial: epoch, score, parameters."""
+        assert self.line_formatter is not None
+        count = f"{epoch:>{len(str(trial.epochs))}}/{trial.epochs}"
+        formatter, given = self.line_formatter, trial.trial.params
+        params = f"{formatter.format_params(given)} {formatter.format_frozen(trial.run)}"
+        shown = formatter.format_score(0.0 if score is None else score)
+        shown = shown if score is not None else " " * len(shown)
+        return f"epoch {count}  {shown}  {' '.join(params.split())}"
 
     def on_trial_end(self, trial: FrozenTrial, run: Run, result: TrialResult | None) -> None:
         assert self.line_formatter is not None and self.read_progress is not None
@@ -197,12 +217,13 @@ class Console:
             self.line_formatter.format_line(trial, run, seconds, self.best, text),
             "bold" if is_best else STYLES.get(trial.state),
         )
+        self.update_total(progress)
+
+    def update_total(self, progress: Progress) -> None:
+        """Shows how far the whole search is, in the first bar."""
         if self.bar is not None and self.total_bar is not None:
-            self.bar.update(
-                self.total_bar,
-                completed=progress.budget_used,
-                state=self.progress_text(progress, in_bar=True),
-            )
+            text = self.progress_text(progress, in_bar=True)
+            self.bar.update(self.total_bar, completed=progress.budget_used, state=text)
 
     def update_best(self, trial: FrozenTrial) -> bool:
         """Counts a trial that ended; True when the trial is the best so far."""
@@ -222,18 +243,19 @@ class Console:
             texts.append(f"best {self.best[0]:.4f} #{self.best[1]}")
         if self.pruned:
             texts.append(f"{self.pruned} pruned")
-        done = used - self.used_before
-        if done > 0 and used < budget:
-            texts.append(f"eta {format_duration(self.seconds_left(done, budget - used))}")
+        left = self.seconds_left(progress)
+        if left is not None and used < budget:
+            texts.append(f"eta {format_duration(left)}")
         return ", ".join(texts)
 
-    def seconds_left(self, done: int, remaining: int) -> float:
-        """How long `remaining` trials take at the pace of those `done`, or until the time is up."""
+    def seconds_left(self, progress: Progress) -> float | None:
+        """Until the command ends; at most what `search.time` leaves. None: not known."""
         assert self.search is not None
-        elapsed = time.monotonic() - self.started_at
-        left = elapsed / done * remaining
-        limits = [parse_duration(t) for t in (self.search.timeout, self.search.time) if t]
-        return max(0.0, min([left, *(limit - elapsed for limit in limits)]))
+        limit = [parse_duration(self.search.time)] if self.search.time else []
+        ends = [seconds - (time.monotonic() - self.started_at) for seconds in limit]
+        if progress.seconds_left is not None:
+            ends.append(progress.seconds_left)
+        return max(0.0, min(ends)) if ends else None
 
     def close_bars(self) -> None:
         """Takes the bars away."""

@@ -21,19 +21,24 @@ from tuner.search.time_limit import TimeLimit
 SHORTEST_GUESS, LONGEST_GUESS = 5.0, 60.0
 
 
+def cost_key(space: Space, survey: ModelSurvey, facts: DatasetReport) -> str:
+    """The name under which the costs of such a search on this machine are kept."""
+    names = {
+        "machine": [platform.node(), platform.machine(), survey.gpu_count],
+        "models": sorted(survey.max_depths),
+        "formats": sorted(space.settings.export),
+        "compare": space.settings.search.compare,
+        "input": facts.input_description,
+        "test": math.ceil(math.log2(1 + facts.split_sizes["test"])),
+    }
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:32]
+
+
 class FinishingTimes:
     """The file with the seconds that the finishing of such a search took last."""
 
     def __init__(self, home: Path, space: Space, survey: ModelSurvey, facts: DatasetReport) -> None:
-        names = {
-            "machine": [platform.node(), platform.machine(), survey.gpu_count],
-            "models": sorted(survey.max_depths),
-            "formats": sorted(space.settings.export),
-            "compare": space.settings.search.compare,
-            "input": facts.input_description,
-            "test": math.ceil(math.log2(1 + facts.split_sizes["test"])),
-        }
-        key = hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:32]
+        key = cost_key(space, survey, facts)
         self.path = home / "costs" / f"{key}.finishing.json"
 
     def read(self, seconds_to_begin: float) -> float:

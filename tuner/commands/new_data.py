@@ -305,6 +305,7 @@ def format_page(tested: TestedStudy) -> str:
         tested="new",
         confusion=confusion_rows(tested),
         class_rows=report_content.class_table(tested),
+        explained=[],
         photos=(report_content.figure_values(tested, "mistakes") or {}).get("mistakes", []),
         sheets=contact_sheets(tested, "new"),
         tables=tables(tested, "new"),

@@ -9,6 +9,7 @@ import optuna
 import typer
 
 from tuner.commands.finishing_times import FinishingTimes
+from tuner.commands.plan_notes import PlanNotes
 from tuner.commands.run import worker_count
 from tuner.commands.session import Folders, Session, open_session
 from tuner.commands.trial_line import format_duration
@@ -44,6 +45,7 @@ def print_plan(space: Space, folders: Folders, console: Any, *, as_json: bool) -
     with open_session(space, folders, console) as session:
         survey, facts = session.survey_models(), session.inspect_data()
         plan = make_plan(session, survey, facts)
+        PlanNotes(folders.home, space, survey, facts).write(plan.profiles)
     if as_json:
         typer.echo(json.dumps(plan_values(plan)))
         return
@@ -177,10 +179,23 @@ def plan_lines(plan: Plan) -> list[str]:
     for name, profile in plan.profiles.items():
         lines += [f"model   {name}", f"depth   trial of {plan.epochs:<3}  epoch    cache"]
         lines += [depth_line(profile, cost.depth, plan.epochs) for cost in profile.depths]
+        lines += batch_lines(profile)
     peak = max(p.peak_bytes for p in plan.profiles.values())
     lines.append(f"memory  {peak / 1e9:.1f} GB a worker, measured")
     lines.append(f"disk    about {disk_bytes(plan) / 1e6:.0f} MB: activations, weights, exports")
     return lines
+
+
+def batch_lines(profile: TrainingProfile) -> list[str]:
+    """The largest batch, where there is a GPU."""
+    if profile.largest_batch is None:
+        return []
+    whole = profile.largest_batch >= profile.split_sizes["train"]
+    what = "all training examples" if whole else f"{profile.largest_batch} examples"
+    return [
+        f"batch   up to {what} at once at freeze depth {profile.depths[0].depth}; larger ones are "
+        "trained in parts, their gradients added up"
+    ]
 
 
 def depth_line(profile: TrainingProfile, depth: int, epochs: int) -> str:

@@ -7,11 +7,16 @@ from tuner.config.search_settings import AS_MANY_AS_FIT
 
 @dataclass(frozen=True)
 class Progress:
-    """The counts of a search at one moment. `running`: the numbers of the running trials."""
+    """The counts of a search at one moment.
+
+    `running`: the numbers of the running trials. `seconds_left`: until the command ends; None: not
+    known.
+    """
 
     budget_used: int
     budget: int
     running: frozenset[int] = frozenset()
+    seconds_left: float | None = None
 
     @property
     def is_open(self) -> bool:

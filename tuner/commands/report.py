@@ -87,6 +87,7 @@ def format_html(report: StudyReport) -> str:
         confusion=confusion_rows(report),
         class_rows=report_content.class_table(report),
         photos=(report_content.figure_values(report, "mistakes") or {}).get("mistakes", []),
+        explained=report_content.explained_examples(report),
         sheets=contact_sheets(report, "validation"),
         tables=tables(report, "validation"),
         best_header=header,

@@ -21,7 +21,7 @@ from tuner.commands.study_view import StudyView, trial_seconds
 from tuner.commands.trial_line import format_duration, plain_value, reached_score
 from tuner.config.objective import metric_label
 from tuner.deferred_figures import KIND_KEY, PREFIX
-from tuner.manifest import describe_comparison
+from tuner.manifest import HEAT_MAPS, describe_comparison
 from tuner.search import history
 from tuner.search.history import BEST_EPOCH, REASON
 from tuner.search.optuna_internals import storage_of
@@ -324,6 +324,15 @@ def figure_values(report: Findings, kind: str) -> dict[str, Any] | None:
             if values.pop(KIND_KEY) == kind:
                 return values
     return None
+
+
+def explained_examples(report: StudyReport) -> list[dict[str, Any]]:
+    """Some test examples with heat maps, which the export has; none where it has not."""
+    published = report.view.published
+    if published is None or HEAT_MAPS not in published.manifest["files"]:
+        return []
+    examples: list[dict[str, Any]] = json.loads((published.folder / HEAT_MAPS).read_bytes())
+    return examples
 
 
 def csv_table(report: Findings, name: str) -> list[list[str]]:

@@ -14,6 +14,7 @@ from tuner.commands.earlier_studies import describe_taken, read_earlier_studies
 from tuner.commands.ended_search import EndedSearch
 from tuner.commands.finishing_times import FinishingClock, FinishingTimes
 from tuner.commands.gpu_sharing import measure_first_trials
+from tuner.commands.plan_notes import PlanNotes
 from tuner.commands.session import (
     INSTEAD,
     Folders,
@@ -44,6 +45,7 @@ from tuner.search.earlier_trials import EarlierStudy, TakenTrials, take_over
 from tuner.search.optuna_internals import study_id_of
 from tuner.search.pruners import PRUNERS
 from tuner.search.study_identity import defaulted_keys, identity
+from tuner.search.time_left import TimeLeft
 from tuner.search.time_limit import TimeLimit
 
 # bytes that must be free beside what is written, for the database and the cache's small things
@@ -92,15 +94,17 @@ def search_and_finalize(
             workers = worker_count(space, survey.gpu_count)
             times = FinishingTimes(folders.home, space, survey, facts)
             limit = make_time_limit(s.settings.search, began, times, workers)
+            profiles = PlanNotes(folders.home, space, survey, facts).read()
+            time_left = TimeLeft(space, survey.max_depths, workers, profiles)
             coordinator, tracking = open_coordinator(
-                s, folder, facts.digest, stack, limit, earlier_studies
+                s, folder, facts.digest, stack, time_left, limit, earlier_studies
             )
             sizes = facts.split_sizes["train"], facts.split_sizes["valid"]
             history.keep_split_sizes(coordinator.study, *sizes)
             before = coordinator.budget_used
             console.start_search(
                 coordinator.space,
-                lambda: progress_of(coordinator),
+                lambda: progress_of(coordinator, time_left),
                 coordinator.study.get_trials(deepcopy=False),
                 facts,
                 survey,
@@ -201,6 +205,7 @@ def open_coordinator(
     folder: Path,
     data_digest: str,
     stack: contextlib.ExitStack,
+    time_left: TimeLeft,
     time_limit: TimeLimit | None = None,
     earlier_studies: tuple[EarlierStudy, ...] = (),
 ) -> tuple[Coordinator, Tracking]:
@@ -270,7 +275,7 @@ def open_coordinator(
         study,
         space,
         session.make_assignment,
-        CombinedListener(session.console, artifacts, tracking),
+        CombinedListener(session.console, artifacts, tracking, time_left),
         session.stopping,
         lease,
         keeping,

@@ -27,6 +27,7 @@ from tuner.commands.summary import Summary
 from tuner.commands.trial_line import format_duration
 from tuner.config.objective import metric_label
 from tuner.config.run import Run
+from tuner.config.search_settings import AS_MANY_AS_FIT
 from tuner.config.space import Space
 from tuner.dashboard.artifacts import write_result_note
 from tuner.errors import NoUsableTrial
@@ -45,18 +46,19 @@ from tuner.search.confirmation import (
 )
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import derive_seed
+from tuner.search.time_left import TimeLeft
 from tuner.search.winner_choice import WinnerChoice, choose_unconfirmed
 
 BOOTSTRAP = -1  # in a seed where a training has the number of its proposal
 
 
-def progress_of(coordinator: Coordinator) -> Progress:
+def progress_of(coordinator: Coordinator, time_left: TimeLeft | None = None) -> Progress:
     """The coordinator's counts at this moment."""
-    return Progress(
-        coordinator.budget_used,
-        coordinator.proposer.trial_budget(),
-        frozenset(coordinator.running),
-    )
+    used, budget = coordinator.budget_used, coordinator.proposer.trial_budget()
+    seconds = None
+    if time_left is not None and used < budget < AS_MANY_AS_FIT:
+        seconds = time_left.estimate(budget - used, budget)
+    return Progress(used, budget, frozenset(coordinator.running), seconds)
 
 
 def best_yaml_content(run: Run, space: Space, outputs: OutputSettings) -> dict[str, Any]:

@@ -255,6 +255,7 @@ class Coordinator:
             killed=int(attrs.get(KILLED, 0)),
             refused=bool(attrs.get(REFUSED)),
         )
+        self.listener.on_trial_start(running)
         return running
 
     def report(self, job: Job, epoch: Epoch) -> bool:

@@ -35,6 +35,35 @@ def draw_runs(space: Space, count: int = DRAWN_RUNS, seed: int = 0) -> list[Run]
     return [space.sample(study.ask()) for _ in range(count)]
 
 
+@dataclass(frozen=True)
+class ExpectedCost:
+    """Mean seconds of work: of the trials, and of the trainings after them."""
+
+    trials: float
+    after: float
+
+
+def expect_study(
+    space: Space, costs: list[float], default: float, trials: int, trials_left: float
+) -> ExpectedCost:
+    """The mean of what `estimate_study` draws, for the rest of a search.
+
+    Args:
+        space: The space.
+        costs: The seconds of the trainings of runs drawn from it.
+        default: The seconds of the default recipe's training.
+        trials: The number of trials of the search.
+        trials_left: How many of them are left.
+    """
+    search, mean = space.settings.search, statistics.fmean(costs)
+    confirm = settings_for(search, trials)
+    repeats = min(trials, confirm.top) * confirm.repeats if confirm else 0
+    after = repeats * mean
+    if search.retrain:
+        after += mean + (default if search.compare == "default" else 0.0)
+    return ExpectedCost(trials_left * mean, after)
+
+
 def estimate_study(
     space: Space,
     runs: list[Run],

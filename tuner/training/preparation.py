@@ -10,9 +10,11 @@ from tuner.config.objective import Direction
 from tuner.config.run import Recipe, Run
 from tuner.core.device_transfers import send
 from tuner.core.input_spec import TensorTree, tree_to_dict
+from tuner.core.subset import Subset
 from tuner.core.types import Batch, Dataset, Source, StagedModel, Task
 from tuner.errors import SpaceError
 from tuner.training import activation_cache, linear_probe, pixel_probe
+from tuner.training.activation_cache import CachedSource
 from tuner.training.adapters import attach_adapters
 from tuner.training.batch_norm import pretrained_norms
 from tuner.training.building import (
@@ -334,3 +336,13 @@ def _select(tree: TensorTree, index: Tensor) -> TensorTree:
     if isinstance(tree, Tensor):
         return tree[send(index, tree.device)]
     return {name: tensor[send(index, tensor.device)] for name, tensor in tree.items()}
+
+
+def few_examples(source: Source, count: int) -> Source:
+    """Some examples of a source; those of a cache are computed, and stay in memory."""
+    rows = torch.arange(min(count, len(source)))
+    if not isinstance(source, CachedSource):
+        return Subset(source, rows, f"{source.digest} {count}")
+    if source.rows is not None:
+        rows = source.rows[rows]
+    return MemorySource.of(Subset(source.uncached, rows, f"{source.digest} {count}"))

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from tuner.core.device_memory import peak_bytes
-from tuner.core.subset import Subset
-from tuner.core.types import Source
 from tuner.messages import DepthCost, ProfileJob, TrainingProfile
 from tuner.training.activation_cache import CachedSource
 from tuner.training.cache_costs import measure_costs
 from tuner.training.devices import select_device
 from tuner.training.epoch import TrainingContext, score_source
-from tuner.training.preparation import LoadedRun, MemorySource, load_run
+from tuner.training.largest_batch import largest_batch
+from tuner.training.preparation import LoadedRun, few_examples, load_run
 from tuner.training.training_loop import fit
 
 BATCHES = 3  # of training examples in a measured epoch
@@ -57,6 +56,7 @@ def profile_training(
                     "test": len(loaded.dataset.test),
                 },
                 peak_bytes=peak_memory(device.device),
+                largest_batch=largest_batch(loaded, depths[0], assignment.engine.gpu_sharing),
             )
         )
     return tuple(profiles)
@@ -88,16 +88,6 @@ def profile_depth(loaded: LoadedRun, depth: int) -> DepthCost:
         cached_bytes=size,
         is_cached=cached,
     )
-
-
-def few_examples(source: Source, count: int) -> Source:
-    """Some examples of a source; those of a cache are computed, and stay in memory."""
-    rows = torch.arange(min(count, len(source)))
-    if not isinstance(source, CachedSource):
-        return Subset(source, rows, f"{source.digest} {count}")
-    if source.rows is not None:
-        rows = source.rows[rows]
-    return MemorySource.of(Subset(source.uncached, rows, f"{source.digest} {count}"))
 
 
 def time_epoch(context: TrainingContext, recipe: Any) -> float:

@@ -27,9 +27,10 @@ from tuner.files import removal
 from tuner.files.atomic import disk_errors, file_sha256, fsync, half_export
 from tuner.files.crash_points import crash_point
 from tuner.files.removal import MANIFEST
-from tuner.manifest import TEST_RESULTS, PublishedExport
+from tuner.manifest import HEAT_MAPS, TEST_RESULTS, PublishedExport
 from tuner.messages import FinalizeJob
 from tuner.training.building import build_task
+from tuner.training.explained_examples import explain_examples
 from tuner.training.exported_models import load_exporter, open_export, slice_rows
 from tuner.training.model_costs import median_milliseconds
 from tuner.training.own_metric import score_own_metric
@@ -70,6 +71,9 @@ def publish(
                 shutil.copyfile(path, temporary / name)
             if tested_run is not None:
                 (temporary / TEST_RESULTS).write_bytes(tested_run)
+            explained = explain_examples(job.assignment.run, model, dataset)
+            if explained is not None:
+                (temporary / HEAT_MAPS).write_bytes(explained)
             manifest = make_manifest(job, model, dataset, scores, seconds)
             manifest |= findings
             manifest |= save_and_verify_all(
