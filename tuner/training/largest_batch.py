@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from tuner.core.device_memory import forget_peak, peak_bytes
 from tuner.preprocessing.resident_tensors import resident_bytes
 from tuner.training.gpu_use import CONTEXT_BYTES
 from tuner.training.preparation import LoadedRun, few_examples
@@ -76,12 +77,11 @@ def trains_within(
         train=few_examples(context.train, batch_size),
         valid=few_examples(context.valid, 1),
     )
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak(device)
     notes = [note for progress in fit(few, recipe, seed=0) for note in progress.epoch.notes]
     if any(note.startswith("out of memory with") for note in notes):
         return False
     if device.type != "cuda":
         return True
-    needed = torch.cuda.max_memory_allocated(device) - resident_bytes(device) + CONTEXT_BYTES
+    needed = peak_bytes(device) - resident_bytes(device) + CONTEXT_BYTES
     return needed <= capacity
