@@ -19,12 +19,12 @@ from tests.conftest import CommandResult
 from tests.helpers import box_files, mask_files, small_transformers
 from tests.helpers.http_server import serve_folder
 from tuner.config import plugins
-from tuner.config.run import ImageOptions
+from tuner.config.run import ImageFileOptions, ImageOptions
 from tuner.core.input_spec import ImageInputSpec, TextInputSpec
 from tuner.core.types import Dataset
 from tuner.data import folder, huggingface
 from tuner.data import torchvision as torchvision_source
-from tuner.errors import DataError
+from tuner.errors import DataError, SpaceError
 from tuner.files.downloads import forbid_downloads
 from tuner.preprocessing import unpacked_data
 
@@ -233,13 +233,19 @@ def test_boxes_of_a_saved_dataset_are_those_of_voc(library: Any, tmp_path: Path)
         for scene in scenes
     ]
     images = [str(root / "images" / f"{i:02d}.png") for i in range(20)]
-    rows = library.Dataset.from_dict({"image": images, "objects": objects}, features=features)
+    features["who"] = library.Value("int64")
+    rows = library.Dataset.from_dict(
+        {"image": images, "objects": objects, "who": [i % 10 for i in range(20)]},
+        features=features,
+    )
     rows.save_to_disk(str(tmp_path / "saved"))
     data = read_saved(tmp_path / "saved", tmp_path / "home", "detection")
     same = plugins.load_plugin("data", "voc")(
         tmp_path / "home", SPEC, "detection", path=str(root), image=ImageOptions()
     )
     assert data.classes == ("blue", "red") and data.digest == same.digest
+    grouped = read_saved(tmp_path / "saved", tmp_path / "home", "detection", group="who")
+    assert grouped.digest == read_grouped("voc", "detection", root, tmp_path / "home").digest
 
 
 def test_masks_of_a_saved_dataset_are_those_of_files(library: Any, tmp_path: Path) -> None:
@@ -248,13 +254,27 @@ def test_masks_of_a_saved_dataset_are_those_of_files(library: Any, tmp_path: Pat
         "image": [str(path) for path in sorted((root / "images").iterdir())],
         "annotation": [str(path) for path in sorted((root / "masks").iterdir())],
     }
-    features = library.Features({"image": library.Image(), "annotation": library.Image()})
+    features = library.Features(
+        {"image": library.Image(), "annotation": library.Image(), "who": library.Value("string")}
+    )
+    files["who"] = [str(i % 10) for i in range(16)]
     library.Dataset.from_dict(files, features=features).save_to_disk(str(tmp_path / "saved"))
     data = read_saved(tmp_path / "saved", tmp_path / "home", "segmentation")
     same = plugins.load_plugin("data", "masks")(
         tmp_path / "home", SPEC, "segmentation", path=str(root), image=ImageOptions()
     )
     assert data.digest == same.digest
+    grouped = read_saved(tmp_path / "saved", tmp_path / "home", "segmentation", group="who")
+    assert grouped.digest == read_grouped("masks", "segmentation", root, tmp_path / "home").digest
+
+
+def read_grouped(source: str, task: str, root: Path, home: Path) -> Dataset:
+    """The files that a saved dataset was made of, grouped by the last digit of their names."""
+    image = ImageFileOptions(group=r"(\d)\.png$")
+    dataset: Dataset = plugins.load_plugin("data", source)(
+        home, SPEC, task, path=str(root), image=image
+    )
+    return dataset
 
 
 def test_texts_of_a_saved_dataset(library: Any, tmp_path: Path) -> None:
@@ -275,6 +295,10 @@ def test_texts_of_a_saved_dataset(library: Any, tmp_path: Path) -> None:
         assert len(data.test) == (2 if name == "two" else 4), name
     data = read_saved(tmp_path / "one", tmp_path / "home", "text_generation", spec)
     assert sum(sizes(data)) == 20
+    packed = read_saved(tmp_path / "one", tmp_path / "home", "text_generation", spec, pack=True)
+    assert packed.digest != data.digest and sum(sizes(packed)) < 20
+    with pytest.raises(SpaceError, match=r"data\.pack.*the task is text_classification"):
+        read_saved(tmp_path / "one", tmp_path / "home", "text_classification", spec, pack=True)
 
 
 def test_what_is_wrong_with_a_saved_dataset(library: Any, tmp_path: Path) -> None:

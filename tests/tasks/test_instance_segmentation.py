@@ -326,7 +326,7 @@ def test_masks_of_people_through_export_and_prediction(
     """Real photographs, and ImageNet's weights in the backbone, which is frozen and cached."""
     with tarfile.open(shared / "humans.tar") as archive:
         archive.extractall(tmp_path, filter="data")
-    pictures = write_people(tmp_path / "humans", tmp_path / "people.json", 60)
+    pictures = write_people(tmp_path / "humans", tmp_path / "people.json", 48)
     backbone = shared / "tf_efficientnet_lite0.safetensors"
     (tmp_path / "s.yaml").write_text(
         "task: instance_segmentation\n"

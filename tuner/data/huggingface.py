@@ -123,18 +123,9 @@ def load(
         texts = write_texts(home, path, splits)
         load_texts = plugins.load_plugin("data", "text")
         split = SplitOptions(**{key: getattr(image, key) for key in SplitOptions.model_fields})
-        dataset: Dataset = load_texts(
-            home,
-            input_spec,
-            task,
-            path=str(texts),
-            text=column,
-            second=second,
-            label=label,
-            group=group,
-            pack=pack,
-            options=split,
-        )
+        keys: dict[str, Any] = {"text": column, "second": second, "label": label}
+        keys |= {"group": group, "pack": pack, "options": split}
+        dataset: Dataset = load_texts(home, input_spec, task, path=str(texts), **keys)
         return dataset
     reader = HuggingFaceReader(home, input_spec, image, path, splits, column, label, group)
     if task == "classification":
