@@ -42,6 +42,7 @@ FINDINGS = "1100,1458"  # the same of a page of examined data
 EXAMPLES = "1100,1210"  # the part with photographs
 COLOURS = 256  # of a page's picture, which is then small
 CLASSES, PER_CLASS = ("dress", "pants", "shoes", "t-shirt"), 30  # photographs of clothes
+NEW = "shoes"  # the class of the photograph that the model has not seen
 ROWS = 24  # of the terminal
 TRIALS_SHOWN = 5  # lines above the table of a running search
 HEIGHT = 430  # of a photograph at most; README shows it smaller
@@ -219,7 +220,8 @@ def unpack_clothes(place: Path, data: Path | None) -> None:
         (place / "photos" / name).mkdir(parents=True)
         for path in found[:PER_CLASS]:
             path.rename(place / "photos" / name / path.name)
-    shutil.copy(found[PER_CLASS], place / "new.jpg")
+        if name == NEW:
+            shutil.copy(found[PER_CLASS], place / "new.jpg")
     twice = sorted((place / "photos" / CLASSES[0]).iterdir())[0]
     shutil.copy(twice, place / "photos" / CLASSES[1] / "copy.jpg")
 
@@ -255,7 +257,7 @@ def examined(place: Path, data: Path | None) -> None:
 def serving(place: Path, data: Path | None) -> None:
     """The page of `tuner serve`, with a photograph dropped on it."""
     search_clothes(place, data)
-    with served(place, "serve", "photos", "--port", "0") as address, browser("760,820") as chrome:
+    with served(place, "serve", "photos", "--port", "0") as address, browser("760,730") as chrome:
         chrome.get(address)
         chrome.find_element("id", "file").send_keys(str(place / "new.jpg"))
         wait(chrome, "document.querySelectorAll('#answer .bar').length > 2")
