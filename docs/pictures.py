@@ -37,9 +37,12 @@ COMMAND = "tuner run search_spaces/resnet.yaml"  # README's first command
 COLUMNS = 96
 TALLY = re.compile(r" *\| \d+/\d+[^\n\x1b]*")  # in a terminal it is in a bar, which goes at the end
 WINDOW = "1280,1380"  # with what a browser shows around the page
-PAGE = "1100,1500"  # the upper part of a page
-COLOURS = 128  # of a page's picture, which is then small
+PAGE = "1100,1590"  # the upper part of a page
+FINDINGS = "1100,1458"  # the same of a page of examined data
+EXAMPLES = "1100,1210"  # the part with photographs
+COLOURS = 256  # of a page's picture, which is then small
 CLASSES, PER_CLASS = ("dress", "pants", "shoes", "t-shirt"), 30  # photographs of clothes
+NEW = "shoes"  # the class of the photograph that the model has not seen
 ROWS = 24  # of the terminal
 TRIALS_SHOWN = 5  # lines above the table of a running search
 HEIGHT = 430  # of a photograph at most; README shows it smaller
@@ -199,7 +202,7 @@ def search_clothes(place: Path, data: Path | None) -> None:
         ).stdout
         plain = re.sub(r"\x1b\[[0-9;]*m", "", captured)
         ended = len(re.findall(r"^#\d+ .* ep +\d+/", plain, re.MULTILINE))
-        is_training = re.search(r"^#\d+ .* epoch +([2-9]|\d\d)/", plain, re.MULTILINE)
+        is_training = re.search(r"^#\d+ .*━ epoch +([2-9]|\d\d)/", plain, re.MULTILINE)
         if ended >= TRIALS_SHOWN and is_training and not (place / "running").exists():
             (place / "running").write_text(captured.rstrip() + "\n")
     if not (place / "studies/photos/report.html").exists():
@@ -217,17 +220,28 @@ def unpack_clothes(place: Path, data: Path | None) -> None:
         (place / "photos" / name).mkdir(parents=True)
         for path in found[:PER_CLASS]:
             path.rename(place / "photos" / name / path.name)
-    shutil.copy(found[PER_CLASS], place / "new.jpg")
+        if name == NEW:
+            shutil.copy(found[PER_CLASS], place / "new.jpg")
     twice = sorted((place / "photos" / CLASSES[0]).iterdir())[0]
     shutil.copy(twice, place / "photos" / CLASSES[1] / "copy.jpg")
 
 
 def report(place: Path, data: Path | None) -> None:
-    """The report of the search on photographs."""
+    """The upper part of the report of the search on photographs."""
     search_clothes(place, data)
     with browser(PAGE) as chrome:
         chrome.get((place / "studies/photos/report.html").as_uri())
         photograph_page(chrome, DOCS / "report.png")
+
+
+def examples(place: Path, data: Path | None) -> None:
+    """The part of the same report that shows photographs."""
+    search_clothes(place, data)
+    with browser(EXAMPLES) as chrome:
+        chrome.get((place / "studies/photos/report.html").as_uri())
+        heading = chrome.find_element("xpath", "//h2[contains(., 'confident mistakes')]")
+        chrome.execute_script("window.scrollTo(0, arguments[0].offsetTop - 30)", heading)
+        photograph_page(chrome, DOCS / "report_examples.png")
 
 
 def examined(place: Path, data: Path | None) -> None:
@@ -235,7 +249,7 @@ def examined(place: Path, data: Path | None) -> None:
     search_clothes(place, data)
     command = [*TUNER, "check", "photos.yaml", "--data", "--out", "data.html"]
     subprocess.run(command, cwd=place, check=False)  # 3: there is something to mend, as shown
-    with browser(PAGE) as chrome:
+    with browser(FINDINGS) as chrome:
         chrome.get((place / "data.html").as_uri())
         photograph_page(chrome, DOCS / "data.png")
 
@@ -243,7 +257,7 @@ def examined(place: Path, data: Path | None) -> None:
 def serving(place: Path, data: Path | None) -> None:
     """The page of `tuner serve`, with a photograph dropped on it."""
     search_clothes(place, data)
-    with served(place, "serve", "photos", "--port", "0") as address, browser("760,820") as chrome:
+    with served(place, "serve", "photos", "--port", "0") as address, browser("760,730") as chrome:
         chrome.get(address)
         chrome.find_element("id", "file").send_keys(str(place / "new.jpg"))
         wait(chrome, "document.querySelectorAll('#answer .bar').length > 2")
@@ -343,6 +357,7 @@ PICTURES: dict[str, Callable[[Path, Path | None], None]] = {
     "freezing.svg": freezing,
     "running.svg": running,
     "report.png": report,
+    "report_examples.png": examples,
     "data.png": examined,
     "serve.png": serving,
     "detection.png": detection,

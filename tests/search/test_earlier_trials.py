@@ -103,6 +103,19 @@ def test_an_interrupted_take_over_is_continued_and_nothing_is_entered_twice() ->
     assert numbers == [-1, -2, -3, -4, -5, -6]
 
 
+def test_a_default_recipe_that_is_being_trained_is_not_taken_over() -> None:
+    earlier, space, study = earlier_study(trials=4), make_space(trials=3), empty_study()
+    run_all_jobs(make_coordinator(space, study._storage), most=1)
+    killed = make_coordinator(space, study._storage)
+    assert killed.next_job() is not None  # the default recipe begins, and the command is killed
+    (result,) = take_over(study, space, [earlier])
+    assert (result.taken, result.known) == (2, 2)  # the probe is known, and the default its own
+    run_all_jobs(make_coordinator(space, study._storage))
+    default = history.default_trial(study)
+    assert default is not None and history.BEST_EPOCH in default.user_attrs
+    assert history.TAKEN_FROM not in default.user_attrs
+
+
 def test_pruned_failed_and_repeated_trials() -> None:
     earlier, space, study = earlier_study(trials=6), make_space(trials=2), empty_study()
     trials = [optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL)]

@@ -47,6 +47,7 @@ def photos(shared: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_seven_commands_lead_from_a_folder_to_a_model_that_needs_no_tuner(
     photos: Path, tuner: Callable[..., CommandResult]
 ) -> None:

@@ -213,11 +213,13 @@ class Console:
             self.bar.remove_task(self.bar_of_trial.pop(trial.number))
         progress = self.read_progress()
         text = self.progress_text(progress)
+        self.update_total(progress)
+        if self.bar is not None:
+            self.bar.refresh()  # what is printed comes above the bars as they were drawn last
         self.print_line(
             self.line_formatter.format_line(trial, run, seconds, self.best, text),
             "bold" if is_best else STYLES.get(trial.state),
         )
-        self.update_total(progress)
 
     def update_total(self, progress: Progress) -> None:
         """Shows how far the whole search is, in the first bar."""

@@ -102,10 +102,11 @@ def take_over(
                 result.left_out[str(reason)] += 1
                 continue
             key = params_key(entry.params)
-            if key in known:
-                result.known += 1
+            if key in known or (key == default_key and has_default):
+                result.known += 1  # the study's own default recipe must not become a duplicate
                 continue
-            if key == default_key and not has_default:
+            if key == default_key:
+                has_default = True
                 entry.set_user_attr(IS_DEFAULT_RECIPE, True)
             count += 1
             entry.set_user_attr(PROPOSAL, -count)
