@@ -117,7 +117,7 @@ def rows_of_objects(labels: Tensor) -> tuple[Tensor, ...]:
     """
     is_object = labels > NO_OBJECT
     counts: list[int] = is_object.sum(1).tolist()
-    return is_object.nonzero()[:, 1].split(counts)
+    return torch.split(is_object.nonzero()[:, 1], counts)
 
 
 def unpad_objects(boxes: Tensor, labels: Tensor) -> list[Objects]:
