@@ -66,7 +66,11 @@ def test_a_task_trains_alike_from_the_cache_and_its_frozen_stage_stays_still(
     assert scores[0] == pytest.approx(scores[1], abs=2e-2)
 
 
-@pytest.mark.parametrize(("name", "words"), CASES)
+# objects of a new head have nearly equal scores, so rounding reorders them: test_start.py has these
+BEGINNERS = [case for case in CASES if case.id not in ("detection", "instance_segmentation")]
+
+
+@pytest.mark.parametrize(("name", "words"), BEGINNERS)
 def test_a_task_begins_where_its_head_begins(
     name: str, words: tuple[str, ...], tmp_path: Path
 ) -> None:
