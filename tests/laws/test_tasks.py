@@ -14,14 +14,21 @@ from tuner.training.epoch import TrainingContext, predict_source
 from tuner.training.training_loop import fit
 
 ADAPTERS = "recipe.lora={rank: 2}"
-SLOW = ("detection", "instance_segmentation", "segmentation")
+SLOW = (
+    "detection",
+    "instance_segmentation",
+    "segmentation",
+    "text_classification",
+    "text_generation",
+)
 
 
-# each task, and classification of texts with adapters
+# each task but classification, which test_laws.py and test_start.py have; and adapters
 CASES: list[Any] = [
     *(
         pytest.param(name, (), id=name, marks=[pytest.mark.slow] if name in SLOW else [])
         for name in TINY_TASKS
+        if name != "classification"
     ),
     pytest.param("text_classification", (ADAPTERS,), id="adapters"),
 ]
@@ -49,24 +56,27 @@ def test_a_task_trains_alike_from_the_cache_and_its_frozen_stage_stays_still(
 ) -> None:
     losses, scores = [], []
     for cache, kind in (("always", "CachedSource"), ("never", "UncachedSource")):
-        tiny, run, context = prepare(
-            name, tmp_path, cache, "recipe.epochs=2", "recipe.lr=1e-5", *words
-        )
+        epochs = f"recipe.epochs={1 if name in SLOW else 2}"
+        tiny, run, context = prepare(name, tmp_path, cache, epochs, "recipe.lr=1e-5", *words)
         assert type(context.train).__name__ == kind
         prefix, _ = context.staged_model.split(1)
         still = {key: value.clone() for key, value in prefix.state_dict().items()}
         moving = {key: value.clone() for key, value in context.net.state_dict().items()}
-        epochs = [progress.epoch for progress in fit(context, run.recipe, run.seed)]
+        seen = [progress.epoch for progress in fit(context, run.recipe, run.seed)]
         assert all(torch.equal(value, still[key]) for key, value in prefix.state_dict().items())
         after = context.net.state_dict()
         assert any(not torch.equal(value, after[key]) for key, value in moving.items())
-        losses.append([epoch.loss for epoch in epochs])
-        scores.append([epoch.scores[tiny.metric] for epoch in epochs])
+        losses.append([epoch.loss for epoch in seen])
+        scores.append([epoch.scores[tiny.metric] for epoch in seen])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert scores[0] == pytest.approx(scores[1], abs=2e-2)
 
 
-@pytest.mark.parametrize(("name", "words"), CASES)
+# objects of a new head have nearly equal scores, so rounding reorders them: test_start.py has these
+BEGINNERS = [case for case in CASES if case.id not in ("detection", "instance_segmentation")]
+
+
+@pytest.mark.parametrize(("name", "words"), BEGINNERS)
 def test_a_task_begins_where_its_head_begins(
     name: str, words: tuple[str, ...], tmp_path: Path
 ) -> None:
