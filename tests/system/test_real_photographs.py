@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CommandResult
-from tests.training.test_formats import WITHOUT_TUNER, programs
+from tests.helpers.exported_programs import WITHOUT_TUNER, programs
 
 CLASSES = ("dress", "pants", "shoes")
 COUNTS = {"train": ("photos", 24), "test": ("new", 6)}  # of each class; the second: its folder

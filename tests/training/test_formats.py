@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import SMALL, CommandResult
+from tests.helpers.exported_programs import WITHOUT_TUNER, programs
 from tests.helpers.tiny_tasks import TINY_TASKS, write_bert_and_texts
 from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import ImageInputSpec
@@ -23,19 +24,7 @@ from tuner.messages import Assignment, FinalizeJob
 from tuner.training import publishing
 
 Tuner = Callable[..., CommandResult]
-# each argument is a program, which begins with nothing but Python
-WITHOUT_TUNER = (
-    "import sys; sys.modules['tuner'] = None\nfor program in sys.argv[1:]: exec(program, {})"
-)
 LOSSY = ["onnx_fp16", "onnx_int8"]
-
-
-def programs(export: Path) -> dict[str, str]:
-    """The program of each format in the README of an export."""
-    found = re.findall(
-        r"## (\w+)\n\n```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL
-    )
-    return dict(found)
 
 
 def test_the_calibration_gets_one_example_after_another() -> None:

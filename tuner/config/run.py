@@ -379,7 +379,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "search": self.search.model_dump(),
+            "search": self.search.model_dump() | {"from": list(self.search.earlier_studies)},
             "engine": self.engine.model_dump(),
             "storage": self.storage and database_url.without_password(self.storage),
             "export": list(self.export),

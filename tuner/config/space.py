@@ -184,13 +184,11 @@ class Space:
 
     def sample(self, trial: SuggestsValues | None, seed: int = 0) -> Run:
         """The run that `trial` chooses. Without a trial there must be nothing to choose."""
-        if trial is None:
-            if self.dimensions:
-                raise ValueError(
-                    f"still to be chosen: {', '.join(d.name for d in self.dimensions)}"
-                )
-            return self.make_run({}, seed)
-        return self.make_run(self.choose_values(trial), seed)
+        if trial is not None:
+            return self.make_run(self.choose_values(trial), seed)
+        if self.dimensions:
+            raise ValueError(f"still to be chosen: {', '.join(d.name for d in self.dimensions)}")
+        return self.make_run({}, seed)
 
     def choose_values(self, trial: SuggestsValues) -> dict[KeyPath, Any]:
         """Every key with the value that it has in the run that `trial` chooses."""
