@@ -53,7 +53,8 @@ def test_bfloat16_has_the_loss_of_float32(task: TinyTask, device: str, tmp_path:
         training = start_training(context, run.recipe, run.seed)
         losses[precision] = train_one_epoch(context, run.recipe, training, run.seed, 1)
     assert losses["bfloat16"] != losses["float32"]  # autocast is on
-    tolerance = 0.2 if task.name == "detection" else 0.03
+    draws = task.name in ("detection", "instance_segmentation")
+    tolerance = 0.2 if draws else 0.03
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=tolerance)
 
 
