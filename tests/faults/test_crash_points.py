@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -66,15 +67,21 @@ def strings(call: ast.Call) -> list[str]:
     ]
 
 
+@functools.cache
+def called_functions() -> list[tuple[Path, ast.Call]]:
+    """Every call of a function by its name in the package's code."""
+    return [
+        (path, node)
+        for path in Path(tuner.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
+
+
 def calls(name: str) -> Iterator[tuple[Path, ast.Call]]:
-    for path in Path(tuner.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id == name
-            ):
-                yield path, node
+    for path, node in called_functions():
+        if isinstance(node.func, ast.Name) and node.func.id == name:
+            yield path, node
 
 
 def test_every_point_of_the_code_is_listed_and_every_listed_one_is_in_the_code() -> None:

@@ -16,6 +16,7 @@ from tuner.core.input_spec import ImageInputSpec
 from tuner.core.targets import split_weights
 from tuner.core.types import Dataset
 from tuner.errors import SpaceError
+from tuner.preprocessing.image_decoding import FORMATS
 from tuner.training.heat_maps import draw_heat_map, heat_maps
 
 EXAMPLES = 8  # that are shown: a few seconds on a CPU, and less than 100 kB
@@ -80,8 +81,10 @@ def choose_examples(
 
 def _beside(pixels: Tensor, heat: Tensor) -> bytes:
     """An image and its heat map beside each other, as JPEG."""
-    plain: Any = Image.open(io.BytesIO(draw_heat_map(pixels, torch.zeros_like(heat))))
-    drawn: Any = Image.open(io.BytesIO(draw_heat_map(pixels, heat)))
+    plain: Any = Image.open(
+        io.BytesIO(draw_heat_map(pixels, torch.zeros_like(heat))), formats=FORMATS
+    )
+    drawn: Any = Image.open(io.BytesIO(draw_heat_map(pixels, heat)), formats=FORMATS)
     side = max(SMALLEST_SIDE, min(plain.width, 2 * SMALLEST_SIDE))
     both = Image.new("RGB", (2 * side, side))
     for place, picture in ((0, plain), (side, drawn)):
