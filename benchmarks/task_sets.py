@@ -56,7 +56,7 @@ class TaskSet:
 REGIONS = 64
 DETECTOR = {
     "model": {"name": f"fasterrcnn/timm/{MODEL}", "regions": REGIONS, "proposals": 100},
-    "recipe": {"freeze_depth": {"low": 2, "high": 8}},  # the whole backbone at most
+    "recipe": {"freeze_depth": {"low": 4, "high": 8}},  # half of the backbone at least
     "search": {
         "retrain": False
     },  # an epoch takes half a minute and more: as the plain script, which does not retrain
@@ -68,8 +68,8 @@ SETS = {
         "raccoon",
         {"test": 40, "valid": 30, "train": None},
         space="fasterrcnn",
-        size=160,
-        epochs=6,
+        size=192,
+        epochs=8,
         trials=2,
         goals={"map": 0.50},
         keys=DETECTOR,
