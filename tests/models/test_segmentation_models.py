@@ -414,7 +414,6 @@ def check_exports(
 
 EXPORTED = [
     "lraspp_mobilenet_v3_large",
-    "fcn_resnet50",
     "deeplabv3_mobilenet_v3_large",
     "unet/resnet18",
     f"unetplusplus/{SMALL}",

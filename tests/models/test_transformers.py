@@ -462,9 +462,7 @@ def test_from_the_hub_each_file_once_pinned_and_offline_after(
     ("kind", "task", "formats"),
     [
         ("bert", "text_classification", "[onnx]"),
-        pytest.param("bert", "text_classification", "[onnx, torch_export]", marks=pytest.mark.slow),
         pytest.param("gpt2", "text_generation", "[onnx, torch_export]", marks=pytest.mark.slow),
-        pytest.param("gpt2", "text_classification", "[onnx, torch_export]", marks=pytest.mark.slow),
         pytest.param(
             "distilbert", "text_classification", "[onnx, torch_export]", marks=pytest.mark.slow
         ),
@@ -592,7 +590,7 @@ def test_real_messages_on_a_real_encoder(
         "data.limit=200",
         f"model.folder={Path(package.__file__).parent / 'model'}",
         *words,
-        "search.trials=3",
+        "search.trials=2",
         "engine.name=inline",
     )
     assert said.code == 0, said.err
