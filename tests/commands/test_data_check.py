@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from sklearn.datasets import load_digits
 
 from tests.conftest import CommandResult
 from tests.helpers import box_files, small_transformers
+from tuner.commands.data_findings import probe_sentence
 from tuner.preprocessing import near_duplicates
-from tuner.training.data_check import compare_texts
+from tuner.training.data_check import LabelProbe, compare_texts
 from tuner.training.label_doubts import deal_folds, find_doubted_labels
 
 Tuner = Callable[..., CommandResult]
@@ -190,3 +192,9 @@ def test_near_duplicates_survive_light_and_leave_others_alone() -> None:
 def test_texts_that_differ_in_case_and_points_alone_are_near() -> None:
     equal, near = compare_texts(["a b", "A, b!", "a b", "c", "?", "!"])
     assert (equal, near) == ([[0, 2]], [(0, 1)])
+
+
+@pytest.mark.parametrize(("accuracy", "is_weak"), [(0.55, True), (0.9, False)])
+def test_a_probe_that_is_often_wrong_says_so(accuracy: float, is_weak: bool) -> None:
+    checked: Any = SimpleNamespace(probe=LabelProbe("resnet18_slim", accuracy, []), names=["a"] * 9)
+    assert ("its own mistakes" in probe_sentence(checked)) == is_weak

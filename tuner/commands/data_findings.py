@@ -16,6 +16,7 @@ RARE_RATIO = 3  # between the largest and the smallest class
 NARROW = 4  # the longer side by the shorter one, from which an image is odd
 SMALL = 4  # the median shorter side by that of an image, from which it is odd
 LISTED = 10  # doubted labels on the terminal; the page and --json have all
+WEAK_PROBE = 0.8  # share of right labels below which a probe says so
 BAR_CELLS = 30
 MAX_NAME = 70  # characters of a text or path in a table
 
@@ -220,10 +221,13 @@ def probe_sentence(data: "CheckedData") -> str:
     probe = data.probe
     if probe is None:
         return f"not examined: {data.no_probe}"
-    return (
+    sentence = (
         f"{len(probe.doubts)} of {len(data.names):,} doubted by a linear probe on the features of "
         f"{probe.model}, which gets {probe.accuracy:.1%} of the labels right that it has not seen"
     )
+    if probe.accuracy < WEAK_PROBE:
+        sentence += ", so most doubts may be its own mistakes; a larger model.name doubts better"
+    return sentence
 
 
 def doubt_rows(data: "CheckedData") -> list[tuple[str, str, str, str, str, str]]:
