@@ -21,7 +21,7 @@ from tuner.core.module_digests import module_digest
 from tuner.errors import SpaceError
 from tuner.files.checkpoint_files import list_checkpoints
 from tuner.messages import Assignment, Ingredient
-from tuner.training import checkpoint_content, checkpoints, soup
+from tuner.training import building, checkpoint_content, checkpoints, soup
 from tuner.training.adapters import merge_adapters
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.epoch import TrainingContext, predict_source
@@ -326,6 +326,8 @@ def test_a_large_model_is_held_once_in_its_own_precision(
     model = small_transformers.auto_class("gpt2").from_config(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     del model
+    building._cached_models.clear()  # of an earlier test; its memory would be used again
+    building._loaded_datasets.clear()
     known = storages()
     run = text_run(tmp_path, "gpt2", freeze_depth=2, epochs=2)
     context = prepare_training(run, here, "accuracy")
