@@ -193,17 +193,20 @@ def print_goals(rows: list[dict[str, Any]]) -> None:
 def plot(found: dict[str, Any]) -> None:
     """The first score of each set over wall seconds, a dot for each arm and seed."""
     rows = found["rows"]
-    names = [name for name in task_sets.SETS if any(row["set"] == name for row in rows)]
+    arms_of = {name: {r["arm"] for r in rows if r["set"] == name} for name in task_sets.SETS}
+    names = [
+        name for name, measured in arms_of.items() if len(measured) > 1
+    ]  # one compares nothing
     if not names:
         return
     figure, panels = arms.figure(len(names))
     colours = {**arms.COLOURS, "default": "#7aa6d6"}
     for axis, name in zip(panels, names, strict=True):
         metric = METRICS[task_sets.SETS[name].kind][0]
-        for arm in ARMS:
+        for arm in sorted(arms_of[name], key=ARMS.index):
             seconds, score = (cells(rows, name, arm, key) for key in ("seconds", metric))
             axis.scatter(seconds, score, s=28, color=colours[arm], label=arm)
-        axis.set_xscale("log")
+        axis.set_xlim(left=0)
         axis.set_title(f"{name}: test {metric}", fontsize=10)
         axis.set_xlabel("wall seconds", fontsize=9)
     panels[0].legend(frameon=False, fontsize=8)
