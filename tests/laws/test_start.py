@@ -175,7 +175,9 @@ def test_frozen_statistics_keep_every_output_at_every_depth(
     staged = pretrained(task, name, side)
     before = {key: value.clone() for key, value in staged.model.state_dict().items()}
     outputs = None
-    for depth in range(staged.max_depth + 1):
+    # a head that draws masks takes seconds, so that its depths between are left out
+    step = staged.max_depth if task == "instance_segmentation" else 1
+    for depth in range(0, staged.max_depth + 1, step):
         staged.model.load_state_dict(before)
         context = context_of(task, staged, depth, side, tmp_path)
         first = [prediction for prediction, _ in predict_source(context, context.valid, 4)]

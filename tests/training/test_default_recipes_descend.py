@@ -60,7 +60,7 @@ PHOTOGRAPHS = ("clothing", "signdigits")
 SMP = ("segmentation_models_pytorch",)
 FAMILIES = (
     Family("resnet18_slim", 64, 64, 4, "weights: bundled", sources=PHOTOGRAPHS),
-    Family("vgg11_bn", 64, 64, 4, "weights: none", sources=PHOTOGRAPHS, shares=(0.5,)),
+    Family("vgg11_bn", 32, 64, 4, "weights: none", sources=PHOTOGRAPHS, shares=(0.5,)),
     Family(
         "timm/tf_efficientnet_lite0",
         96,
@@ -88,15 +88,16 @@ FAMILIES = (
     ),
     Family(
         "retinanet/timm/tf_efficientnet_lite0", options=f"backbone: {LITE0}", packages=("timm",)
+        shares=(0.5,),
     ),
     Family(
         "fcos/timm/tf_efficientnet_lite0",
         options=f"backbone: {LITE0}",
         packages=("timm",),
-        shares=(0.0, 0.5),
+        shares=(0.0,),
     ),
-    Family("rtdetr_r18", epochs=2, packages=DETR),
-    Family("dfine_n", 256, epochs=4, packages=DETR),
+    Family("rtdetr_r18", epochs=2, packages=DETR, shares=(0.0,)),
+    Family("dfine_n", 256, epochs=4, packages=DETR, shares=(1.0,)),
     Family("yolox_nano", 160, epochs=6, packages=YOLO),
     Family("yolov9_t", 160, epochs=6, packages=YOLO),
 )
