@@ -351,7 +351,8 @@ EXAMPLE_BYTES = 2e6  # of the activations of 60 short texts
 def storages() -> dict[int, tuple[torch.dtype, int]]:
     """The memory of every tensor that is alive: type and bytes by address."""
     gc.collect()
-    tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+    # not those of an earlier export, which have no memory
+    tensors = [value for value in gc.get_objects() if type(value) in (torch.Tensor, nn.Parameter)]
     return {
         t.untyped_storage().data_ptr(): (t.dtype, t.untyped_storage().nbytes()) for t in tensors
     }

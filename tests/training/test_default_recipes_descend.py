@@ -87,7 +87,9 @@ FAMILIES = (
         "fasterrcnn/timm/tf_efficientnet_lite0", options=f"backbone: {LITE0}", packages=("timm",)
     ),
     Family(
-        "retinanet/timm/tf_efficientnet_lite0", options=f"backbone: {LITE0}", packages=("timm",)
+        "retinanet/timm/tf_efficientnet_lite0",
+        options=f"backbone: {LITE0}",
+        packages=("timm",),
         shares=(0.5,),
     ),
     Family(
