@@ -163,10 +163,14 @@ class Console:
         """A trial begins: it has a bar with its parameters until it ends."""
         if self.bar is None or self.read_progress is None or self.line_formatter is None:
             return
-        for ended in self.bar_of_trial.keys() - self.read_progress().running:
-            self.bar.remove_task(self.bar_of_trial.pop(ended))
+        self.show_trial(trial, self.bar, self.read_progress())
+
+    def show_trial(self, trial: RunningTrial, bar: Bars, progress: Progress) -> None:
+        """Adds the bar of a trial where it has none, and takes away those of trials that ended."""
+        for ended in self.bar_of_trial.keys() - progress.running:
+            bar.remove_task(self.bar_of_trial.pop(ended))
         if trial.number not in self.bar_of_trial:
-            self.bar_of_trial[trial.number] = self.bar.add_task(
+            self.bar_of_trial[trial.number] = bar.add_task(
                 f"#{trial.number}", total=trial.epochs, state=self.bar_text(trial, 0, None)
             )
 
@@ -179,11 +183,12 @@ class Console:
         self.emit_event("epoch", trial=trial.number, epoch=epoch.number, of=of, **values)
         if self.bar is None or self.read_progress is None or self.search is None:
             return
-        self.on_trial_start(trial)
+        progress = self.read_progress()
+        self.show_trial(trial, self.bar, progress)
         score = epoch.scores.get(str(self.search.metric))  # with validate_every not each has one
         text = self.bar_text(trial, epoch.number, score)
         self.bar.update(self.bar_of_trial[trial.number], completed=epoch.number, state=text)
-        self.update_total(self.read_progress())
+        self.update_total(progress)
 
     def bar_text(self, trial: RunningTrial, epoch: int, score: float | None) -> str:
         """What stands beside the bar of a running trial: epoch, score, parameters."""

@@ -4,6 +4,7 @@ What an epoch costs at a freeze depth is learned from the trials. Depths that no
 what `tuner plan` has measured on this machine, if it has, or else what the nearest depth costs.
 """
 
+import bisect
 import functools
 import statistics
 from collections.abc import Mapping
@@ -36,19 +37,25 @@ class TimeLeft:
         profiles: Mapping[str, TrainingProfile],
     ) -> None:
         self.space, self.max_depths, self.workers = space, max_depths, max(1, workers)
-        # seconds of an epoch, by the model's name and the freeze depth
-        self.planned: dict[tuple[str, int], float] = {}
+        # seconds of an epoch, by the model's name and the freeze depth: planned, or the median of
+        # those that were measured, which are kept in order, as a search may have many thousands
+        self.epoch_seconds: dict[tuple[str, int], float] = {}
         self.measured: dict[tuple[str, int], list[float]] = {}
         self.setups = [profile.setup_seconds for profile in profiles.values()]
+        self.setup = statistics.median(self.setups) if self.setups else 0.0
         self.trained: dict[int, float] = {}  # seconds of the epochs of each running trial
         self.expected = self.taken = 0.0  # seconds of the trials that have ended
         for name, profile in profiles.items():
             for cost in profile.depths:
                 seconds = profile.seconds_of_training(cost.depth, 1) - profile.setup_seconds
-                self.planned[name, cost.depth] = seconds
+                self.epoch_seconds[name, cost.depth] = seconds
 
     def on_epoch(self, running: RunningTrial, epoch: Epoch) -> None:
-        self.measured.setdefault(self._key(running.run), []).append(epoch.seconds)
+        key = self._key(running.run)
+        ordered = self.measured.setdefault(key, [])
+        bisect.insort(ordered, epoch.seconds)
+        half = len(ordered) // 2
+        self.epoch_seconds[key] = (ordered[half] + ordered[~half]) / 2
         self.trained[running.number] = self.trained.get(running.number, 0.0) + epoch.seconds
 
     def on_trial_end(self, number: int, run: Run, seconds: float) -> None:
@@ -56,6 +63,7 @@ class TimeLeft:
         trained = self.trained.pop(number, 0.0)
         if trained:  # one that repeats another trial was not trained
             self.setups.append(max(0.0, seconds - trained))
+            self.setup = statistics.median(self.setups)
             self.expected += self.seconds_of(run) or 0.0
             self.taken += max(seconds, trained)
 
@@ -79,14 +87,13 @@ class TimeLeft:
     def seconds_of(self, run: Run) -> float | None:
         """Return the seconds of a run's training; None while nothing is known of any."""
         name, depth = self._key(run)
-        known = self.planned | {key: statistics.median(s) for key, s in self.measured.items()}
+        known = self.epoch_seconds
         alike = {key: seconds for key, seconds in known.items() if key[0] == name} or known
         if not alike:
             return None
         nearest = min(alike, key=lambda key: abs(key[1] - depth))
         last = min(run.recipe.epochs, run.recipe.stop_epoch or run.recipe.epochs)
-        setup = statistics.median(self.setups) if self.setups else 0.0
-        return setup + last * alike[nearest]
+        return self.setup + last * alike[nearest]
 
     @functools.cached_property
     def _runs(self) -> list[Run]:

@@ -1,9 +1,12 @@
 """What a tracker is told of a study, and what it must be able to do."""
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from PIL import Image
 
 from tuner.config.objective import Direction
 from tuner.files.tracker_folders import make_tracker_folder
@@ -86,6 +89,14 @@ def epoch_values(epoch: Epoch) -> dict[str, float]:
     """The curves' values of an epoch: `train/loss`, `valid/accuracy`, `seconds`."""
     scores = {f"valid/{name}": value for name, value in epoch.scores.items()}
     return {"train/loss": epoch.loss, **scores, "seconds": epoch.seconds}
+
+
+def open_pictures(files: Mapping[str, bytes]) -> dict[str, Image.Image]:
+    """The pictures among a trial's files, opened, by their names without the suffix."""
+    return {
+        name: Image.open(io.BytesIO(content), formats=FORMATS)
+        for name, content in pictures(files).items()
+    }
 
 
 def pictures(files: Mapping[str, bytes]) -> dict[str, bytes]:

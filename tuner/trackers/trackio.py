@@ -6,21 +6,17 @@ TRACKIO_SERVER_URL send it elsewhere. `TRACKIO_DIR=studies/NAME/trackio trackio 
 
 import contextvars
 import importlib
-import io
 import os
 from typing import Any
 
-from PIL import Image
-
 from tuner.messages import Epoch
 from tuner.trackers._tracked import (
-    FORMATS,
     RunEnd,
     TrackedRun,
     TrackedStudy,
     epoch_values,
+    open_pictures,
     own_folder,
-    pictures,
 )
 
 PACKAGE = "trackio"
@@ -51,8 +47,7 @@ class TrackioTracker:
     def end_run(self, run: TrackedRun, end: RunEnd) -> None:
         tracked = self._run(run)
         images = {
-            name: self.trackio.Image(Image.open(io.BytesIO(content), formats=FORMATS))
-            for name, content in pictures(end.files).items()
+            name: self.trackio.Image(image) for name, image in open_pictures(end.files).items()
         }
         values = {**end.scores, "state": end.state, "reason": end.reason, **images}
         tracked.log({name: value for name, value in values.items() if value != ""}, step=end.steps)

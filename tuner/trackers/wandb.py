@@ -4,21 +4,17 @@ Runs are kept offline in the study's `wandb/`, unless WANDB_MODE says otherwise;
 studies/NAME/wandb/offline-run-*` sends them. The project is WANDB_PROJECT, or `tuner`.
 """
 
-import io
 import os
 from typing import Any
 
-from PIL import Image
-
 from tuner.messages import Epoch
 from tuner.trackers._tracked import (
-    FORMATS,
     RunEnd,
     TrackedRun,
     TrackedStudy,
     epoch_values,
+    open_pictures,
     own_folder,
-    pictures,
 )
 
 PACKAGE = "wandb"
@@ -47,10 +43,7 @@ class WandbTracker:
 
     def end_run(self, run: TrackedRun, end: RunEnd) -> None:
         tracked = self._run(run)
-        images = {
-            name: self.wandb.Image(Image.open(io.BytesIO(content), formats=FORMATS))
-            for name, content in pictures(end.files).items()
-        }
+        images = {name: self.wandb.Image(image) for name, image in open_pictures(end.files).items()}
         if images:
             tracked.log(images, step=end.steps)
         tracked.summary.update({**end.scores, "state": end.state, "reason": end.reason})
