@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from tuner.config.space import Space
-from tuner.files.atomic import atomic_path, disk_errors
+from tuner.files.atomic import write_note
 from tuner.messages import DatasetReport, ModelSurvey
 from tuner.search.time_limit import TimeLimit
 
@@ -50,10 +50,7 @@ class FinishingTimes:
 
     def write(self, seconds: float) -> None:
         """Keeps what it took this time. Raises StorageError."""
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(self.path, crash_prefix="note") as temporary:
-                temporary.write_text(json.dumps({"seconds": round(max(0.0, seconds), 3)}))
+        write_note(self.path, {"seconds": round(max(0.0, seconds), 3)})
 
 
 class FinishingClock:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tuner.commands.finishing_times import cost_key
 from tuner.config.space import Space
-from tuner.files.atomic import atomic_path, disk_errors
+from tuner.files.atomic import write_note
 from tuner.messages import DatasetReport, DepthCost, ModelSurvey, TrainingProfile
 
 
@@ -33,11 +33,7 @@ class PlanNotes:
 
     def write(self, profiles: Mapping[str, TrainingProfile]) -> None:
         """Keeps the profiles. Raises StorageError."""
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(self.path, crash_prefix="note") as temporary:
-                content = {name: asdict(profile) for name, profile in profiles.items()}
-                temporary.write_text(json.dumps(content))
+        write_note(self.path, {name: asdict(profile) for name, profile in profiles.items()})
 
 
 def _profile(values: dict[str, Any]) -> TrainingProfile:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -241,6 +242,14 @@ def claimed(path: Path, busy: str, *, remove: bool = False) -> Iterator[None]:
                 if remove:
                     removal.remove_lock(path)
             return
+
+
+def write_note(path: Path, content: Any) -> None:
+    """Writes a small JSON file, whole or not at all, and makes its folder. Raises StorageError."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path, crash_prefix="note") as temporary:
+            temporary.write_text(json.dumps(content))
 
 
 def _holder() -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.input_spec import tree_to_dict
-from tuner.files.atomic import atomic_path, disk_errors
+from tuner.files.atomic import write_note
 from tuner.preprocessing.ragged_tensors import LENGTH_MULTIPLE, make_offsets
 from tuner.preprocessing.resident_tensors import fits
 from tuner.preprocessing.tensor_files import StoredExamples
@@ -43,8 +43,7 @@ def measure_costs(uncached: UncachedSource, folder: Path) -> dict[str, float]:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     costs = _measure(uncached)
-    with disk_errors(path), atomic_path(path, crash_prefix="note") as temporary:
-        temporary.write_text(json.dumps(costs))
+    write_note(path, costs)
     return costs
 
 
