@@ -1,6 +1,7 @@
 """Texts with tags: both kinds of files mean the same, the first token of a word has its tag, and errors name rows."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tuner.core.types import Dataset
 from tuner.data import tagged_text
 from tuner.data._tagged_files import normalise_tags, read_tagged_file
 from tuner.errors import DataError
+from tuner.preprocessing.splits import assign_and_limit_splits
 from tuner.preprocessing.word_alignment import align_words, find_words
 
 
@@ -23,10 +25,15 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_transformers.write_model_folder(tmp_path_factory.mktemp("model"), "bert")
 
 
-def load(path: Path, bert: Path, length: int = 32) -> Dataset:
+def load(path: Path, bert: Path, length: int = 32, group: str | None = None) -> Dataset:
     spec = TextInputSpec(str(bert), length)
     return tagged_text.load(
-        path.parent, spec, "token_classification", path=str(path), options=SplitOptions()
+        path.parent,
+        spec,
+        "token_classification",
+        path=str(path),
+        group=group,
+        options=SplitOptions(),
     )
 
 
@@ -49,6 +56,72 @@ def test_conll_and_spans_are_the_same_data(bert: Path, tmp_path: Path) -> None:
             other.full.take(index, 0).y,  # type: ignore[arg-type]
             expected.full.take(index, 0).y,  # type: ignore[arg-type]
         )
+
+
+def write_documents(root: Path, kind: str) -> Path:
+    """Twelve documents of five sentences; the number of the document is a word of each sentence."""
+    numbered = [
+        [(f"{i // 5}", "O"), *sentence]
+        for i, sentence in enumerate(tagged_files.make_sentences(60))
+    ]
+    if kind == "conll":
+        lines = [
+            ("" if i % 5 else "-DOCSTART- -X- O O\n\n")
+            + "".join(f"{word} {tag}\n" for word, tag in sentence)
+            for i, sentence in enumerate(numbered)
+        ]
+    else:
+        lines = [
+            json.dumps(
+                {
+                    "tokens": [word for word, _ in sentence],
+                    "tags": [tag for _, tag in sentence],
+                    "author": f"writer {sentence[0][0]}",
+                }
+            )
+            for sentence in numbered
+        ]
+    path = root / f"documents.{kind}"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("kind", "group"), [("conll", "document"), ("jsonl", "author")])
+def test_sentences_of_a_group_are_in_one_split(
+    kind: str, group: str, bert: Path, tmp_path: Path
+) -> None:
+    path = write_documents(tmp_path, kind)
+    file = read_tagged_file(path, group)
+    items = tagged_text.make_items({-1: file})
+    assert len(items.group_names) == 12
+    numbers = [text.text.split()[0] for text in file.texts]
+    pairs = set(zip(numbers, file.groups, strict=True))
+    assert len(pairs) == 12
+    split = assign_and_limit_splits(items, SplitOptions())
+    homes = {
+        (text.text.split()[0], at) for text, at in zip(split.examples, split.split, strict=True)
+    }
+    assert len(homes) == 12 and len({at for _, at in homes}) == 3
+    data, alone = load(path, bert, group=group), load(path, bert)
+    assert data.train.digest != alone.train.digest
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "said"),
+    [
+        ("conll", "documents", "write group: document"),
+        ("jsonl", "autor", "no column 'autor'; did you mean 'author'?"),
+    ],
+)
+def test_groups_that_a_file_lacks_are_refused(
+    kind: str, group: str, said: str, tmp_path: Path
+) -> None:
+    path = write_documents(tmp_path, kind)
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_tagged_file(path, group)
+    names = tagged_files.write_conll(tmp_path / "names.conll")
+    with pytest.raises(DataError, match=r"-DOCSTART-.*drop the key"):
+        read_tagged_file(names, "document")
 
 
 def test_the_first_token_of_a_word_has_its_tag_and_the_others_none(

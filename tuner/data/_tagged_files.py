@@ -5,12 +5,14 @@ begins one, as in the files of CoNLL-2003, and E-, S-, L- and U- of other scheme
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tuner.data._labelled_rows import check_no_empty_cell, find_column
 from tuner.data._rows import TableRows, read_rows, read_text
 from tuner.errors import DataError, limit_listing, nearest_hint
 from tuner.preprocessing.word_alignment import Span, find_words
@@ -22,6 +24,8 @@ TEXT_COLUMNS, SPAN_COLUMNS = ("text",), ("spans", "entities", "label", "labels")
 TAGGED_SUFFIXES = (".conll", ".bio", ".iob", ".iob2")  # of files that hold nothing else
 PREFIXES = {"B": "B", "I": "I", "E": "I", "L": "I", "S": "B", "U": "B"}
 DOCUMENT_MARK = "-DOCSTART-"
+DOCUMENT = "document"
+"""The group of a CoNLL file: what is between two lines of DOCUMENT_MARK."""
 TAG_RULE = "a tag is O (no entity), B-TYPE (an entity begins) or I-TYPE (it goes on)"
 FORMS = (
     'JSON lines have "tokens" and "tags", or "text" and "spans": '
@@ -40,27 +44,38 @@ class TaggedText:
 
 @dataclass(frozen=True)
 class TaggedFile:
-    """The texts of a file, the line of each, and what is odd about the file."""
+    """The texts of a file, the line of each, what is odd about the file, and the group of each
+    text (empty without groups).
+    """
 
     path: Path
     texts: list[TaggedText]
     lines: list[int]
     warnings: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
 
     def types(self) -> set[str]:
         """The types of the entities in the file."""
         return {tag[2:] for text in self.texts for tag in text.tags if tag != "O"}
 
 
-def read_tagged_file(path: Path) -> TaggedFile:
-    """The texts of a file that have words. Raises DataError, with the lines of what is wrong."""
+def read_tagged_file(path: Path, group: str | None = None) -> TaggedFile:
+    """The texts of a file that have words.
+
+    Args:
+        path: a CoNLL file, JSON lines or Parquet.
+        group: the column of the groups; of a CoNLL file, DOCUMENT.
+
+    Raises:
+        DataError: with the lines of what is wrong.
+    """
     suffix = path.suffix.lower()
     if suffix not in ("", *SUFFIXES):
         raise DataError(
             f"data.path: {path}: tagged words are in a CoNLL file (a word and its tag a line, an "
             f"empty line behind each sentence), or in JSON lines; {FORMS}"
         )
-    file = _read_table(path) if suffix in TABLE_SUFFIXES else _read_conll(path)
+    file = _read_table(path, group) if suffix in TABLE_SUFFIXES else _read_conll(path, group)
     if not file.texts:
         raise DataError(f"data.path: {path} holds no texts with tags")
     return file
@@ -106,12 +121,13 @@ def _raise_all(problems: Sequence[str], remedy: str) -> None:
 # -- CoNLL
 
 
-def _read_conll(path: Path) -> TaggedFile:
+def _read_conll(path: Path, group: str | None) -> TaggedFile:
     """The sentences of a file with a word first and its tag last in each line."""
     texts: list[TaggedText] = []
     lines: list[int] = []
     problems: list[str] = []
-    for sentence in _sentences(read_text(path)):
+    content = read_text(path)
+    for sentence in _sentences(content):
         for number, cells in sentence:
             if len(cells) < 2:
                 problems.append(f"{path}:{number}: {cells[0][:40]!r} has no tag behind it")
@@ -127,7 +143,28 @@ def _read_conll(path: Path) -> TaggedFile:
         f"{len(problems)} lines of {path} are wrong; a line has a word and its tag, with a tab or "
         f"a space between them, and {TAG_RULE}",
     )
-    return TaggedFile(path, texts, lines)
+    groups = () if group is None else _document_of_each(path, content, lines, group)
+    return TaggedFile(path, texts, lines, groups=groups)
+
+
+def _document_of_each(
+    path: Path, content: str, lines: Sequence[int], group: str
+) -> tuple[str, ...]:
+    """The document of the sentences that begin in these lines. Raises DataError."""
+    if group != DOCUMENT:
+        raise DataError(
+            f"data.group: {path} has no columns with names, so {group!r} is none of them"
+            f"{nearest_hint(group, [DOCUMENT])}; in a CoNLL file write group: {DOCUMENT}, which "
+            f"keeps together what is between two lines of {DOCUMENT_MARK}"
+        )
+    words = [line.split() for line in content.split("\n")]
+    starts = [i for i, cells in enumerate(words, 1) if cells and cells[0] == DOCUMENT_MARK]
+    if not starts:
+        raise DataError(
+            f"data.group: no line of {path} begins with {DOCUMENT_MARK}, so where its documents "
+            "begin is unknown; add these lines, or drop the key"
+        )
+    return tuple(f"{path}, document {bisect_right(starts, line)}" for line in lines)
 
 
 def _sentences(text: str) -> Iterator[list[tuple[int, list[str]]]]:
@@ -160,7 +197,7 @@ class _WrongRow(Exception):
     """A row cannot be used; the message says why, without its place."""
 
 
-def _read_table(path: Path) -> TaggedFile:
+def _read_table(path: Path, group: str | None) -> TaggedFile:
     table = read_rows(path, None, ())
     token_column, tag_column = (_column(table, names) for names in (TOKEN_COLUMNS, TAG_COLUMNS))
     text_column, span_column = (_column(table, names) for names in (TEXT_COLUMNS, SPAN_COLUMNS))
@@ -176,8 +213,10 @@ def _read_table(path: Path) -> TaggedFile:
             f"data.path: {path} has the keys {', '.join(map(repr, table.columns))}"
             f"{nearest_hint(odd, known)}; {FORMS}"
         )
+    group_column = None if group is None else find_column(table, "group", group, (), [])
     texts: list[TaggedText] = []
     lines: list[int] = []
+    groups: list[str] = []
     problems: list[str] = []
     empty: list[int] = []
     for line, row in zip(table.lines, table.values, strict=True):
@@ -189,9 +228,12 @@ def _read_table(path: Path) -> TaggedFile:
         if found.words:
             texts.append(found)
             lines.append(line)
+            groups += [] if group_column is None else [row[group_column].strip()]
         else:
             empty.append(line)
     _raise_all(problems, f"{len(problems)} rows of {path} are wrong; mend or remove them; {FORMS}")
+    if group_column is not None:
+        check_no_empty_cell(path, "a group", groups, lines)
     warnings = []
     if empty:
         listed = ", ".join(limit_listing([str(line) for line in empty]))
@@ -201,7 +243,7 @@ def _read_table(path: Path) -> TaggedFile:
             f"data.path: {path}: in {len(cut)} of {len(texts)} texts a span begins or ends inside "
             f"a word, such as in {cut[0][:60]!r}; predictions name whole words"
         )
-    return TaggedFile(path, texts, lines, tuple(warnings))
+    return TaggedFile(path, texts, lines, tuple(warnings), tuple(groups))
 
 
 def _column(table: TableRows, names: Sequence[str]) -> int | None:

@@ -21,6 +21,7 @@ from tuner.data._labelled_rows import find_split_files
 from tuner.data._tagged_files import SUFFIXES, TaggedFile, TaggedText, read_tagged_file
 from tuner.errors import DataError, SpaceError
 from tuner.preprocessing import tokenization
+from tuner.preprocessing.example_groups import with_groups
 from tuner.preprocessing.splits import TRAIN, Items, assign_and_limit_splits
 from tuner.preprocessing.word_alignment import align_words
 
@@ -40,6 +41,14 @@ def load(
             "and spans; or a folder with train, valid and test files"
         ),
     ],
+    group: Annotated[
+        str | None,
+        Field(
+            description="the column of JSON lines or Parquet whose equal values are never in "
+            "different splits, such as author; of a CoNLL file document, which is what is between "
+            "two lines of -DOCSTART-"
+        ),
+    ] = None,
     options: SplitOptions,
 ) -> Dataset:
     """Load texts whose words have tags.
@@ -49,6 +58,7 @@ def load(
         input_spec: how the examples must look for the model's weights.
         task: one of TASKS.
         path: a file, or a folder with train, valid and test files.
+        group: what keeps texts in one split: a column, or `document` in a CoNLL file.
         options: the keys of the `data:` section that say how examples are split.
 
     Raises:
@@ -61,7 +71,7 @@ def load(
             "use a model of texts, such as bert"
         )
     files = {
-        split: read_tagged_file(file)
+        split: read_tagged_file(file, group)
         for split, file in find_split_files(path, home, SUFFIXES).items()
     }
     items = assign_and_limit_splits(make_items(files), options)
@@ -108,7 +118,8 @@ def make_items(files: Mapping[int, TaggedFile]) -> Items:
         memberships[row, [index[tag[2:]] for tag in text.tags if tag != "O"]] = True
     counts = memberships.sum(0)
     rarest = np.where(memberships, counts, counts.max() + 1).argmin(1)
-    return Items(
+    groups = [name for file in files.values() for name in file.groups]
+    items = Items(
         texts,
         rarest.astype(np.int64),
         types,
@@ -116,6 +127,7 @@ def make_items(files: Mapping[int, TaggedFile]) -> Items:
         memberships,
         output_names=("O", *(f"{prefix}-{name}" for name in types for prefix in "BI")),
     )
+    return with_groups(items, groups)
 
 
 def _check_types(files: Mapping[int, TaggedFile]) -> None:
