@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from PIL import Image
 import tuner as package
 from tests.conftest import CommandResult
 from tests.helpers.tiny_tasks import TINY_TASKS
+from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.core.export_module import ExportModule
+from tuner.core.input_spec import ImageInputSpec
 from tuner.errors import DataError
 from tuner.manifest import PublishedExport
 from tuner.training.inference import Predictor
@@ -112,9 +115,24 @@ def test_classes_go_by_name_and_what_is_no_class_stays() -> None:
         class_table(["cat", "dog"], ["dgo"])
 
 
+def test_deep_grey_is_read_as_the_exports_own_images_were(tmp_path: Path) -> None:
+    """An export of 12 bits: its model knows 800 as 50, however dark the new images are."""
+    for name in "ab":
+        (tmp_path / "new" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = np.full((8, 8), 800 + number, np.uint16)
+            Image.fromarray(pixels).save(tmp_path / "new" / name / f"{number}.png")
+    spec = ImageInputSpec(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3, grey_bits=12)
+    nothing = PluginConfig("", {})
+    run = Run(PluginConfig("classification", {}), nothing, nothing, Recipe(), 0)
+    path = {"path": str(tmp_path / "new")}
+    for bits, grey in ((12, 50), (None, 200), (16, 3)):  # of the images alone: 10 bits
+        new = read_new_data(run, replace(spec, grey_bits=bits), tmp_path / "home", "folder", path)
+        assert new.dataset.test.take(torch.arange(4), 0).x.unique().tolist() == [grey]  # type: ignore[union-attr]
+
+
 def test_an_interval_is_that_of_the_binomial() -> None:
     """90 of 100 right: the bootstrap's interval of the accuracy is that of 100 tosses."""
-    from tuner.config.run import Recipe
     from tuner.tasks import classification
 
     task = classification.build(("a", "b"), Recipe())

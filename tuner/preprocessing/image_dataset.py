@@ -344,7 +344,8 @@ def _digest_text(spec: ImageInputSpec) -> str:
 def resolve_image_spec(options: ImageOptions, input_spec: InputSpec) -> ImageInputSpec:
     """The keys of the file, and what the weights need where the file leaves a key open.
 
-    A new `size` keeps the proportion of `resize` to `size`.
+    A new `size` keeps the proportion of `resize` to `size`. An export's spec states bits of grey,
+    so that new data are read as its own were.
 
     Raises:
         SpaceError: the size does not suit the model, `resize` is below the size, a standard
@@ -376,6 +377,7 @@ def resolve_image_spec(options: ImageOptions, input_spec: InputSpec) -> ImageInp
         std=options.std or input_spec.std,
         fit=input_spec.fit,
         multiple=input_spec.multiple,
+        grey_bits=input_spec.grey_bits,
     )
 
 

@@ -141,7 +141,8 @@ def open_image_store(
     Args:
         home: the folder with the caches.
         pictures: the images.
-        image_spec: the canvas.
+        image_spec: the canvas. Where it states bits of grey, these are taken, and not those that
+            the images have.
         on_bad_image: `error`, `skip` to leave out a few unreadable images, or LEAVE_OUT_ALL.
         decoder: how an image becomes pixels.
         may_stream: whether images that would not fit the disk are decoded each time that they are
@@ -227,6 +228,8 @@ def _store_key(
     Arrays count by their content.
     """
     geometry = f"{image_spec.size} {image_spec.resize} {image_spec.interpolation} {image_spec.fit}"
+    if image_spec.grey_bits is not None:
+        geometry += f" {image_spec.grey_bits} bits"
     digest = hashlib.sha256(f"{FORMAT_VERSION} {decoder.name} {geometry}\n".encode())
     absolute = functools.cache(os.path.abspath)  # of the few folders of many files
     for picture in pictures:
@@ -281,7 +284,7 @@ def _decode_all(
         open(path, "wb") as file,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        grey_bits = _find_grey_bits(pictures, pool)
+        grey_bits = image_spec.grey_bits or _find_grey_bits(pictures, pool)
         image_spec = replace(image_spec, grey_bits=grey_bits)
         for start in range(0, len(pictures), IMAGES_PER_CHUNK):
             chunk = pictures[start : start + IMAGES_PER_CHUNK]
