@@ -13,7 +13,9 @@ from tuner.core.types import Batch
 from tuner.files.cache_entries import disk_usage, list_entries
 from tuner.training.activation_cache import CachedSource, CacheLimits, source_behind
 from tuner.training.cache_costs import measure_costs
+from tuner.training.epoch import MAX_EVAL_BATCH
 from tuner.training.frozen_prefix import UncachedSource
+from tuner.training.preparation import MemorySource
 
 COUNTS = [3, 16, 9, 1, 12, 5, 20, 2, 7, 4]
 TOKEN_BYTES = 4 * WIDTH + 8  # its vector and its place in the attention mask
@@ -45,6 +47,18 @@ def test_what_is_read_is_what_would_be_computed(length: int, tmp_path: Path) -> 
     for texts in ([6], [3], [0, 3, 7], [6, 0, 1], list(range(10)), [9, 9, 2]):
         index = torch.tensor(texts)
         check_equal(from_cache.take(index, 0), uncached.take(index, 0))
+
+
+def test_batches_of_several_widths_are_in_memory_together() -> None:
+    """As in a plan, or where hidden layers of a head are trained: more texts than one batch."""
+    source = TokenSource([3] * MAX_EVAL_BATCH + [20, 5], 64)
+    uncached = UncachedSource(make_frozen_prefix(make_token_stages(2)), source)
+    index = torch.tensor([1, MAX_EVAL_BATCH, MAX_EVAL_BATCH + 1])
+    got, expected = MemorySource.of(uncached).take(index, 0).x, uncached.take(index, 0).x
+    assert isinstance(got, dict) and isinstance(expected, dict)
+    mask = expected["attention_mask"].bool()
+    assert torch.equal(got["attention_mask"], expected["attention_mask"])
+    assert torch.allclose(got["hidden"][mask], expected["hidden"][mask], atol=1e-6)
 
 
 def test_padding_is_neither_computed_nor_kept(tmp_path: Path) -> None:

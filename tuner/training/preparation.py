@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuner.config.objective import Direction
@@ -329,7 +330,19 @@ class MemorySource:
 def _join(trees: list[TensorTree]) -> TensorTree:
     if isinstance(trees[0], Tensor):
         return torch.cat([tree for tree in trees if isinstance(tree, Tensor)])
-    return {name: torch.cat([tree_to_dict(tree)[name] for tree in trees]) for name in trees[0]}
+    return {name: _join_padded([tree_to_dict(tree)[name] for tree in trees]) for name in trees[0]}
+
+
+def _join_padded(parts: list[Tensor]) -> Tensor:
+    """The rows of all parts. Batches of texts are as wide as their longest text; narrower ones are
+    padded with zeros, as their masks are.
+    """
+    if len({part.shape[1:] for part in parts}) > 1:
+        width = max(part.shape[1] for part in parts)
+        parts = [
+            F.pad(part, (*(0, 0) * (part.dim() - 2), 0, width - part.shape[1])) for part in parts
+        ]
+    return torch.cat(parts)
 
 
 def _select(tree: TensorTree, index: Tensor) -> TensorTree:
