@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from tuner.models._feature_maps import FeatureMapStage
+from tuner.models._smp_stages import WholeEncoderStage
 from tuner.training.code_digest import code_digest, name_code
 from tuner.training.frozen_prefix import stage_digests
 
@@ -96,3 +97,49 @@ def test_a_class_without_any_source_still_has_a_name() -> None:
     members: dict[str, type] = {}
     exec("class Made: pass", {"__name__": "nowhere"}, members)
     assert name_code(members["Made"]).startswith("Made ")
+
+
+class Factor(nn.Module):
+    """A module of one's own: what it does follows from an attribute that `repr` does not show."""
+
+    def __init__(self, factor: object) -> None:
+        super().__init__()
+        self.factor = factor
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(1.0, 2.0), ("mean", "max"), ([1, 2], [2, 1]), ({"a": 1}, {"a": 2}), (torch.relu, torch.tanh)],
+)
+def test_what_only_an_attribute_says_is_another_stage(one: object, other: object) -> None:
+    first, same, second = (stage_digests([Factor(v), Factor(0)], "s") for v in (one, one, other))
+    assert first == same
+    assert first[0] != second[0]
+
+
+@pytest.mark.parametrize("is_buffer", [False, True])
+def test_tensors_that_are_no_part_of_the_state_are_another_stage(is_buffer: bool) -> None:
+    digests = []
+    for value in (1.0, 2.0):
+        module = nn.Identity()
+        if is_buffer:
+            module.register_buffer("table", torch.tensor([value]), persistent=False)
+        else:
+            module.table = torch.tensor([value])
+        digests.append(stage_digests([module, nn.Identity()], "s")[0])
+    assert digests[0] != digests[1]
+
+
+def test_the_heads_of_an_attention_are_part_of_its_name() -> None:
+    digests = []
+    for heads in (2, 4):
+        torch.manual_seed(0)
+        digests.append(stage_digests([nn.MultiheadAttention(8, heads), nn.Identity()], "s")[0])
+    assert digests[0] != digests[1]
+
+
+def test_an_encoder_that_gives_other_maps_is_another_stage() -> None:
+    """U-Nets and FPNs over one encoder that is not cut: the second takes no map of half the size."""
+    maps = (("f1", "f2"), ("f2",))
+    stages = [WholeEncoderStage(nn.Identity(), taps) for taps in maps]
+    assert len({stage_digests([stage, nn.Identity()], "s")[0] for stage in stages}) == 2

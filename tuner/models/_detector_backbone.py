@@ -22,7 +22,7 @@ class CanvasCheck(nn.Module):
 
     def __init__(self, name: str, *, min_side: int = STRIDE, bgr: bool = False) -> None:
         super().__init__()
-        self.name, self.min_side, self.bgr = name, min_side, bgr
+        self._name, self.min_side, self.bgr = name, min_side, bgr  # a name changes no digest
 
     def forward(self, x: Tensor) -> Tensor:
         """The pixels (n, 3, side, side).
@@ -34,7 +34,7 @@ class CanvasCheck(nn.Module):
         if side % STRIDE or side < self.min_side:
             nearest = max(self.min_side, round(side / STRIDE) * STRIDE)
             raise SpaceError(
-                f"data.size: {side}, but {self.name} takes multiples of {STRIDE} from "
+                f"data.size: {side}, but {self._name} takes multiples of {STRIDE} from "
                 f"{self.min_side} on; nearest: {nearest}"
             )
         return x.flip(1) if self.bgr else x
