@@ -1,5 +1,7 @@
 """Formats that lose a little are published where the validation score holds; each export's README is true without tuner."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -8,18 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from tests.conftest import SMALL, CommandResult
 from tests.helpers.exported_programs import WITHOUT_TUNER, programs
 from tests.helpers.tiny_tasks import TINY_TASKS, write_bert_and_texts
 from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import ImageInputSpec
+from tuner.core.target_scale import TargetScale
 from tuner.core.types import StagedModel
+from tuner.errors import SpaceError
 from tuner.export import onnx_int8, pretrained
+from tuner.export._readme import format_answer, pretrained_program
 from tuner.messages import Assignment, FinalizeJob
 from tuner.training import publishing
 
@@ -62,17 +68,81 @@ def test_a_format_that_loses_more_than_a_point_is_left_out(tmp_path: Path) -> No
     )
 
 
-def test_the_temperature_is_folded_into_the_last_layer_and_taken_out_again() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+class TwoHeads(nn.Module):
+    """Takes the mean of two classifiers, as timm's distilled models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.head_dist = nn.Linear(12, 3), nn.Linear(12, 3)
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        return self.head, self.head_dist
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean: Tensor = (self.head(x.flatten(1)) + self.head_dist(x.flatten(1))) / 2
+        return mean
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), TwoHeads()])
+@pytest.mark.parametrize("temperature", [None, 1.7])
+def test_what_an_export_does_to_outputs_is_folded_into_the_last_layer_and_taken_out_again(
+    model: nn.Module, temperature: float | None
+) -> None:
     spec = ImageInputSpec(2, 2, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-    staged = StagedModel(model, {"flat": model[0], "head": model[1]})
-    module = ExportModule(staged, spec, temperature=1.7).eval()
+    scale = TargetScale((100.0, 5.0, 0.1), (20.0, 2.0, 0.01)) if temperature is None else None
+    module = ExportModule(StagedModel(model, {"all": model}), spec, temperature, scale).eval()
     x = torch.rand(4, 3, 2, 2)
     before = module(x)
-    pretrained.divide_logits(model, module)
-    assert torch.allclose(model((x - 0.5) / 0.2), before, atol=1e-5)
-    pretrained.multiply_logits(model, module)
-    assert torch.allclose(module(x), before, atol=1e-5)
+    with pretrained.outputs_folded_in(model, module):
+        assert torch.allclose(model((x - 0.5) / 0.2), before, rtol=1e-5, atol=1e-5)
+    assert torch.equal(module(x), before)
+
+
+def test_a_layer_without_a_bias_cannot_give_the_units_of_targets() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1, bias=False))
+    spec = ImageInputSpec(2, 2, "bilinear", (0.5,) * 3, (0.2,) * 3)
+    scale = TargetScale((1.0,), (2.0,))
+    module = ExportModule(StagedModel(model, {"all": model}), spec, None, scale)
+    with (
+        pytest.raises(SpaceError, match="no bias"),
+        pretrained.outputs_folded_in(model, module),
+    ):
+        pass
+
+
+def manifest_of(task: str) -> dict[str, Any]:
+    return {"run": {"task": {"name": task}}, "classes": ["O", "B-PER"], "preprocess": {}}
+
+
+def test_the_program_of_a_tagger_names_a_tag_for_each_token() -> None:
+    outputs = {"output": torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]]).numpy()}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(format_answer(manifest_of("token_classification")), {"outputs": outputs, "np": np})
+    assert said.getvalue() == "['B-PER', 'O', 'B-PER']\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "answer"),
+    [
+        ("text_classification", "SequenceClassification", "B-PER"),
+        ("token_classification", "TokenClassification", "['B-PER', 'O']"),
+        ("text_regression", "SequenceClassification", "{'O': 0.5, 'B-PER': 2.0}"),
+    ],
+)
+def test_the_program_of_a_pretrained_folder_is_that_of_its_task(
+    task: str, kind: str, answer: str
+) -> None:
+    manifest = manifest_of(task) | {"preprocess": {"kind": "tokens"}}
+    program = pretrained_program(manifest, "")
+    assert f"import AutoModelFor{kind}\n" in program
+    logits = torch.tensor([[0.5, 2.0]])
+    if task == "token_classification":
+        logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0]]])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(program.splitlines()[-1], {"logits": logits})
+    assert said.getvalue() == f"{answer}\n"
 
 
 def test_formats_are_named_and_those_that_cannot_hold_a_model_are_refused(

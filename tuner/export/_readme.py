@@ -3,6 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+TAGGING = "token_classification"
+AUTO_CLASSES = {
+    "text_generation": "AutoModelForCausalLM",
+    TAGGING: "AutoModelForTokenClassification",
+}
+"""transformers' class by task; of other tasks the one for whole texts."""
 ONNX_FORMATS = ("onnx", "onnx_fp16", "onnx_int8")
 OPENING = """# {title}
 
@@ -86,9 +92,14 @@ def read_example(preprocess: Mapping[str, Any], placeholder: str) -> str:
 
 def format_answer(m: Mapping[str, Any]) -> str:
     """The lines that print what `output` says."""
-    classes = m["classes"]
-    if not m["run"]["task"]["name"].endswith("classification") or not classes:
+    classes, task = m["classes"], m["run"]["task"]["name"]
+    if not task.endswith("classification") or not classes:
         return "print({name: values.shape for name, values in outputs.items()})\n"
+    if task == TAGGING:
+        return (
+            f"classes = {list(classes)!r}\n"
+            'print([classes[int(tag)] for tag in outputs["output"][0].argmax(-1)])\n'
+        )
     return (
         f"classes = {list(classes)!r}\n"
         'logits = outputs["output"][0]\n'
@@ -143,15 +154,14 @@ def pretrained_program(m: Mapping[str, Any], reading: str) -> str:
     """How transformers or timm load the folder `pretrained`."""
     preprocess = m["preprocess"]
     if preprocess["kind"] == "tokens":
-        auto = "AutoModelForSequenceClassification" if m["classes"] else "AutoModelForCausalLM"
-        named = f"{list(m['classes'])!r}[int(logits[0].argmax())]" if m["classes"] else "logits"
+        auto = AUTO_CLASSES.get(m["run"]["task"]["name"], "AutoModelForSequenceClassification")
         return (
             "import torch\n"
             f"from transformers import {auto}\n{reading}\n"
             f'model = {auto}.from_pretrained("pretrained").eval()\n'
             "with torch.no_grad():\n"
             "    logits = model(**{name: torch.from_numpy(v) for name, v in x.items()}).logits\n"
-            f"print({named})\n"
+            f"print({answer_of_logits(m)})\n"
         )
     mean, std = preprocess["mean"], preprocess["std"]
     return (
@@ -161,5 +171,20 @@ def pretrained_program(m: Mapping[str, Any], reading: str) -> str:
         f"mean, std = torch.tensor({list(mean)}), torch.tensor({list(std)})\n"
         "with torch.no_grad():\n"
         "    logits = model((torch.from_numpy(x) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1))\n"
-        f"print({list(m['classes'])!r}[int(logits[0].argmax())])\n"
+        f"print({answer_of_logits(m)})\n"
     )
+
+
+def answer_of_logits(m: Mapping[str, Any]) -> str:
+    """What is printed of torch's tensor `logits`: a class, a tag for each token, or the number of
+    each label or target.
+    """
+    names, task = list(m["classes"]), m["run"]["task"]["name"]
+    if not names:
+        return "logits"
+    if task == TAGGING:
+        return f"[{names!r}[int(tag)] for tag in logits[0].argmax(-1)]"
+    if task.endswith("classification"):
+        return f"{names!r}[int(logits[0].argmax())]"
+    values = "logits[0].sigmoid()" if task.endswith("multilabel") else "logits[0]"
+    return f"dict(zip({names!r}, {values}.tolist()))"

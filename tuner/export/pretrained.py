@@ -1,11 +1,13 @@
 """A folder that transformers or timm load by themselves, as `save_pretrained` writes it.
 
 `AutoModelForSequenceClassification.from_pretrained(folder)` with the tokenizer beside it, or
-`timm.create_model("local-dir:folder", pretrained=True)`. The temperature is folded into the last
-layer, so the logits are those of the other formats. timm's models get normalised images.
+`timm.create_model("local-dir:folder", pretrained=True)`. The temperature, or the scale of the
+targets, is folded into the last layer, so the outputs are those of the other formats. timm's models
+get normalised images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,7 @@ FILE = "pretrained/model.safetensors"
 
 def save(model: ExportModule, example: TensorTree, path: Path) -> None:
     native = model.staged[0].model
-    divide_logits(native, model)
-    try:
+    with outputs_folded_in(native, model):
         if type(native).__module__.startswith("transformers."):
             native.save_pretrained(path.parent)  # type: ignore[operator]
         elif type(native).__module__.startswith("timm."):
@@ -32,8 +33,6 @@ def save(model: ExportModule, example: TensorTree, path: Path) -> None:
                 f"export: pretrained is for models of timm and transformers, and this is "
                 f"{type(native).__name__}"
             )
-    finally:
-        multiply_logits(native, model)
 
 
 def save_timm(native: Any, model: ExportModule, folder: Path) -> None:
@@ -54,31 +53,60 @@ def save_timm(native: Any, model: ExportModule, folder: Path) -> None:
     )
 
 
-def last_layer(native: Any) -> nn.Linear | nn.Conv2d:
-    """The layer that gives the logits. Raises SpaceError where it is none that can be scaled."""
-    layers = [m for m in native.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    if not layers:
+def last_layers(native: Any) -> list[nn.Linear | nn.Conv2d]:
+    """The layer that gives the outputs; two where the model takes the mean of two classifiers, as
+    timm's distilled ones do.
+
+    Raises SpaceError where there is none that can be scaled.
+    """
+    heads = native.get_classifier() if hasattr(native, "get_classifier") else native
+    layers = [
+        [part for part in head.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+        for head in (heads if isinstance(heads, tuple) else (heads,))
+    ]
+    if not all(layers):
         raise SpaceError("export: pretrained: the model has no last layer to scale; use another")
-    return layers[-1]
+    return [of_head[-1] for of_head in layers]
 
 
-def divide_logits(native: Any, model: ExportModule) -> None:
-    _scale(native, 1 / model.temperature if model.has_temperature else None)
+@contextmanager
+def outputs_folded_in(native: Any, model: ExportModule) -> Iterator[None]:
+    """In this block the model's own outputs are those of the export: divided by the temperature, or
+    in the units of the targets.
 
-
-def multiply_logits(native: Any, model: ExportModule) -> None:
-    _scale(native, model.temperature if model.has_temperature else None)
+    Raises SpaceError where its last layer cannot give them.
+    """
+    if not (model.has_temperature or model.has_target_scale):
+        yield
+        return
+    layers = last_layers(native)
+    if model.has_target_scale and any(layer.bias is None for layer in layers):
+        raise SpaceError(
+            "export: pretrained: the model's last layer has no bias, which the units of the "
+            "targets need; leave this format out"
+        )
+    before = [(value, value.detach().clone()) for layer in layers for value in layer.parameters()]
+    try:
+        for layer in layers:
+            _fold_in(layer, model)
+        yield
+    finally:
+        with torch.no_grad():
+            for value, earlier in before:
+                value.copy_(earlier)
 
 
 @torch.no_grad()
-def _scale(native: Any, factor: Tensor | None) -> None:
-    """Multiplies the last layer, and so the logits."""
-    if factor is None:
-        return
-    layer = last_layer(native)
-    layer.weight.mul_(factor)
-    if layer.bias is not None:
-        layer.bias.mul_(factor)
+def _fold_in(layer: nn.Linear | nn.Conv2d, model: ExportModule) -> None:
+    """Scales the outputs of the layer, and shifts them where they are targets."""
+    bias: Tensor | None = layer.bias
+    if model.has_temperature:
+        for value in layer.parameters():
+            value.div_(model.temperature)
+    if model.has_target_scale and bias is not None:
+        deviation = model.target_deviation
+        layer.weight.mul_(deviation.view(-1, *[1] * (layer.weight.dim() - 1)))
+        bias.mul_(deviation).add_(model.target_mean)
 
 
 def load(path: Path, blank: Callable[[], ExportModule]) -> Callable[[TensorTree], TensorTree]:
