@@ -68,6 +68,24 @@ def test_a_format_that_loses_more_than_a_point_is_left_out(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("metric", "of_model", "of_format", "is_published"),
+    [
+        ("rmse", 0.002, 0.004, False),  # of targets such as millimetres that are told in metres
+        ("rmse", 0.002, 0.00201, True),
+        ("log_loss", 0.002, 0.004, True),
+        ("rmse", 30.0, 31.0, False),
+    ],
+)
+def test_an_error_in_the_units_of_the_targets_is_no_share(
+    metric: str, of_model: float, of_format: float, is_published: bool
+) -> None:
+    scorer = publishing.ValidationScorer.__new__(publishing.ValidationScorer)
+    scorer.metric, scorer.sign, scorer.of_model, scorer.count = metric, -1, of_model, 10
+    scorer.score = lambda function: of_format  # type: ignore[method-assign]
+    assert (scorer.compare({}, lambda x: x) is None) == is_published
+
+
 class TwoHeads(nn.Module):
     """Takes the mean of two classifiers, as timm's distilled models do."""
 

@@ -38,6 +38,7 @@ from tuner.training.own_metric import score_own_metric
 MAX_RELATIVE_DIFFERENCE = 1e-3  # of an export's output from the model's
 SAMPLE_COUNT = 16  # test examples on which they are compared
 MAX_SCORE_LOSS = 0.01  # one point, or 1 % of a score that is no share, that a lossy format may lose
+SCORES_IN_UNITS = ("mae", "rmse")  # in the units of the targets: no shares, however small they are
 MAX_SCORED = 1000  # validation examples on which a lossy format is scored
 TIMED_CALLS = 30
 MODEL_JSON = "model.json"
@@ -227,7 +228,8 @@ class ValidationScorer:
         if self.of_model is None:
             self.of_model = self.score(self.model)
         actual = self.score(function)
-        in_points = 0 <= actual <= 1 and 0 <= self.of_model <= 1
+        is_share = self.metric not in SCORES_IN_UNITS
+        in_points = is_share and 0 <= actual <= 1 and 0 <= self.of_model <= 1
         allowed = MAX_SCORE_LOSS * (1 if in_points else abs(self.of_model))
         if not self.sign * (self.of_model - actual) <= allowed:  # true for NaN too
             return (
