@@ -571,6 +571,26 @@ def test_a_continuation_ends_at_the_end_and_slides_past_the_length(folders: Path
     assert first == second  # drawn by the seed
 
 
+def test_a_text_that_is_longer_than_the_length_is_continued_at_its_end(folders: Path) -> None:
+    wanted = input_spec_of(PluginConfig("gpt2", {"folder": str(folders / "gpt2"), "length": 4}))
+    assert isinstance(wanted, TextInputSpec)
+    task = build_task(run(folders, "gpt2", "text_generation", ("task.max_new_tokens=1",)), ())
+    texts = ["we liked it a lot and left it at once", "bad"]
+    seen = []
+
+    def function(x: TensorTree) -> TensorTree:
+        assert isinstance(x, dict)
+        seen.append(x["input_ids"])
+        return torch.zeros(*x["input_ids"].shape, 200)
+
+    told = task.describe_predictions(
+        function, tokenization.encode_texts(wanted, texts), texts, wanted
+    )
+    ids = tokenization.load_tokenizer(wanted.tokenizer_folder)(texts[0]).input_ids
+    assert len(ids) > 4 and seen[0][0].tolist() == ids[-4:]
+    assert told[0].values["prompt_tokens"] == len(ids)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words",

@@ -153,13 +153,20 @@ class TextGeneration(Task):
         originals: Sequence[Any],
         input_spec: InputSpec,
     ) -> list[Prediction]:
-        """The continuation of each text, until the model ends it or after `max_new_tokens`."""
+        """The continuation of each text, until the model ends it or after `max_new_tokens`.
+
+        Of a text that is longer than the model's length the model sees the end.
+        """
         assert isinstance(x, dict) and isinstance(input_spec, TextInputSpec)
         tokenizer = load_tokenizer(input_spec.tokenizer_folder)
-        prompts = [
+        prompts: list[list[int]] = [
             ids[mask.bool()].tolist()
             for ids, mask in zip(x["input_ids"], x["attention_mask"], strict=True)
         ]
+        for number, text in enumerate(originals):
+            if len(prompts[number]) == input_spec.length:  # its end may be cut off in x
+                whole = tokenizer(text, verbose=False)["input_ids"]
+                prompts[number] = max(prompts[number], whole, key=len)
         continuations = self._continue_texts(function, prompts, input_spec, tokenizer.eos_token_id)
         predictions = []
         for prompt, new_ids in zip(prompts, continuations, strict=True):
