@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tuner.core.input_spec import ImageInputSpec
 from tuner.core.targets import NO_OBJECT
 from tuner.core.types import Dataset
 from tuner.errors import DataError
+from tuner.preprocessing.detection_dataset import AnnotatedImage, Box, boxes_on_canvas
 
 WANTED = ImageInputSpec(32, 32, "nearest", (0.5,) * 3, (0.5,) * 3, "letterbox")
 
@@ -339,3 +341,14 @@ def test_the_command_says_it_without_a_traceback(
         "check", tmp_path / "x.yaml", "engine.name=inline", f"data.path={tmp_path / 'vok'}"
     )
     assert said.code == 3 and "did you mean 'voc'" in said.err
+
+
+@pytest.mark.parametrize("box", [(639.99999, 10.0, 650.0, 20.0), (300.0, 10.0, 300.0000001, 20.0)])
+def test_a_box_of_which_rounding_leaves_nothing_is_left_out(box: Box) -> None:
+    """torchvision's losses refuse a box without a width, in the middle of a training."""
+    image = AnnotatedImage(Path("a.png"), [box, (1.0, 2.0, 3.0, 4.0)], [0, 1], ["a:1", "a:2"])
+    sizes = np.array([[640, 640]])
+    boxes, warnings = boxes_on_canvas([image], sizes, replace(WANTED, size=640, resize=640))
+    assert boxes.labels.tolist() == [[NO_OBJECT, 1]]
+    assert boxes.boxes.tolist() == [[[0, 0, 0, 0], [1, 2, 3, 4]]]
+    assert any("1 boxes have no width or no height inside" in warning for warning in warnings)

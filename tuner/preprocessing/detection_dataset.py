@@ -235,7 +235,8 @@ def boxes_on_canvas(
         image_spec: the canvas.
 
     Returns:
-        The boxes, and warnings: boxes that reach beyond their image are clipped with a warning.
+        The boxes, and warnings: boxes that reach beyond their image are clipped with a warning, and
+        those of which no width or no height is left are left out with one.
 
     Raises:
         DataError: boxes are inverted, not finite, or wholly outside their image. The message
@@ -243,6 +244,7 @@ def boxes_on_canvas(
     """
     problems: list[str] = []
     clipped: list[str] = []
+    lost: list[str] = []
     most = max(1, *(len(image.labels) + len(image.ignored_labels) for image in annotated))
     boxes = np.zeros((len(annotated), most, 4), np.float32)
     labels = np.full((len(annotated), most), NO_OBJECT, np.int64)
@@ -251,6 +253,7 @@ def boxes_on_canvas(
         scale = np.array([placement.width / width, placement.height / height] * 2)
         shift = np.array([placement.left, placement.top] * 2)
         unit = np.array([width, height] * 2) if image.is_relative else np.ones(4)
+        labels[row, : len(image.labels)] = image.labels
         for i, (box, location) in enumerate(zip(image.boxes, image.locations, strict=True)):
             pixels = np.array(box) * unit
             problem = find_box_problem(pixels, width, height)
@@ -264,7 +267,9 @@ def boxes_on_canvas(
                     f"its image of {width} x {height} pixels"
                 )
             boxes[row, i] = inside * scale + shift
-        labels[row, : len(image.labels)] = image.labels
+            if _is_empty(boxes[row, i].tolist()):  # what is left is less than a rounding
+                boxes[row, i], labels[row, i] = 0, NO_OBJECT
+                lost.append(f"{location}: box {_format_box(pixels)}")
         row_after = len(image.labels)
         for box, label in zip(image.ignored_boxes, image.ignored_labels, strict=True):
             pixels = np.array(box) * unit
@@ -277,6 +282,9 @@ def boxes_on_canvas(
             *limit_listing(problems), f"data: {len(problems)} boxes are wrong; mend or remove them"
         )
     warnings = _warn_about(clipped, "boxes reach beyond their image and are clipped")
+    warnings += _warn_about(
+        lost, "boxes have no width or no height inside of their image and are left out"
+    )
     warnings += _warn_about(
         _find_size_mismatches(annotated, sizes), "images have another size than stated"
     )
