@@ -148,6 +148,12 @@ def test_the_coordinator_stays_without_torch_and_values_without_optuna() -> None
     assert not imported_by(*[n for n in coordinator if n.split(".")[1] in WITHOUT_OPTUNA])
 
 
+def test_torchmetrics_is_imported_only_where_it_is_called() -> None:
+    """It loads transformers where that is installed: seconds of every process that trains."""
+    at_the_top = re.compile(r"^(from|import) torchmetrics", re.MULTILINE)
+    assert [dotted(path) for path in MODULES if at_the_top.search(path.read_text())] == []
+
+
 def test_help_answers_at_once() -> None:
     code = "import sys, runpy; sys.argv = ['tuner', '--help']\ntry: runpy.run_module('tuner', run_name='__main__')\nexcept SystemExit: pass\n"
     code += (

@@ -13,6 +13,7 @@ from tuner.tasks._classification_scores import (
     MAX_RANKED_CLASSES,
     classification_scores,
     cohens_kappa,
+    matthews_correlation,
     mean_ranking_scores,
 )
 
@@ -49,6 +50,7 @@ def test_scores_are_those_of_scikit_learn(classes: int) -> None:
         "f1": metrics.f1_score(truth, predicted, average="macro"),
         "auroc": auroc,
         "average_precision": precision,
+        "matthews": metrics.matthews_corrcoef(truth, predicted),
         "kappa": metrics.cohen_kappa_score(truth, predicted),
         "quadratic_kappa": metrics.cohen_kappa_score(truth, predicted, weights="quadratic"),
         "log_loss": metrics.log_loss(truth, probabilities),
@@ -73,6 +75,12 @@ def test_the_calibration_error_is_the_gap_of_confidence_and_accuracy() -> None:
     truth = torch.tensor([0] * 7 + [1] * 3 + [0] * 6 + [1] * 4)  # 0.7 right where 0.9 is said
     scores = classification_scores(logits, truth)
     assert scores["expected_calibration_error"] == pytest.approx((0.9 - 0.7) / 2, abs=1e-6)
+
+
+def test_a_confidence_on_the_edge_of_two_bins_is_in_the_upper_one() -> None:
+    logits = torch.tensor([[50.0, 0.0]] * 2 + [[0.0, 0.0]] * 2)  # confidences of 1 and of 0.5
+    scores = classification_scores(logits, torch.tensor([0, 1, 0, 0]))
+    assert scores["expected_calibration_error"] == pytest.approx((0.5 + 0.5) / 2)
 
 
 def test_logits_between_0_and_1_are_not_taken_for_probabilities() -> None:
@@ -101,6 +109,7 @@ def test_where_nothing_can_be_ranked_scores_are_those_of_a_model_that_knows_noth
     assert mean_ranking_scores(logits, truth) == {"auroc": 0.5, "average_precision": 0.0}
     all_alike = torch.tensor([[5, 0], [0, 0]])
     assert cohens_kappa(all_alike) == cohens_kappa(all_alike, quadratic=True) == 0.0
+    assert matthews_correlation(all_alike) == matthews_correlation(all_alike.T) == 0.0
 
 
 def test_the_quadratic_kappa_forgives_neighbours() -> None:

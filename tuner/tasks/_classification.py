@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner.config.run import Recipe
 from tuner.core.example_results import ExampleResults
@@ -15,6 +14,7 @@ from tuner.core.targets import split_weights
 from tuner.core.types import Batch, Mistake, Prediction, Task
 from tuner.tasks._classification_reports import (
     concatenate_pairs,
+    confusion_matrix,
     describe_probabilities,
     per_class_scores,
 )
@@ -94,7 +94,8 @@ class Classifier(Task):
 
     def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
         """Precision, recall, F1 and number of examples of each class."""
-        matrix = multiclass_confusion_matrix(*concatenate_pairs(pairs), len(self.classes))
+        logits, truth = concatenate_pairs(pairs)
+        matrix = confusion_matrix(logits.argmax(1), truth, len(self.classes))
         return per_class_scores(matrix, self.classes)
 
     def list_mistakes(self, pairs: Sequence[tuple[Any, Any]]) -> list[Mistake]:

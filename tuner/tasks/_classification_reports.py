@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tuner import deferred_figures
 from tuner.core.types import Prediction, Source
@@ -33,11 +32,26 @@ def concatenate_pairs(pairs: Iterable[tuple[Any, Any]]) -> tuple[Tensor, Tensor]
     return torch.cat(logits).cpu(), torch.cat(truth).cpu()
 
 
+def confusion_matrix(predicted: Tensor, truth: Tensor, class_count: int) -> Tensor:
+    """How many examples of each true class (rows) are given each class (columns).
+
+    Args:
+        predicted: int64 (n,), the classes that are predicted.
+        truth: int64 (n,), the true classes.
+        class_count: How many classes there are.
+
+    Returns:
+        int64 (classes, classes).
+    """
+    pairs = torch.bincount(truth * class_count + predicted, minlength=class_count**2)
+    return pairs.reshape(class_count, class_count)
+
+
 def classification_artifacts(
     logits: Tensor, truth: Tensor, classes: tuple[str, ...]
 ) -> dict[str, bytes]:
     """The confusion matrix as a plot, and each class's scores as CSV."""
-    matrix = multiclass_confusion_matrix(logits, truth, len(classes))
+    matrix = confusion_matrix(logits.argmax(1), truth, len(classes))
     return {
         "confusion.png": deferred_figures.defer_figure(
             "confusion", matrix=matrix.tolist(), classes=classes

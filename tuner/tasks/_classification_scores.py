@@ -6,16 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-    multiclass_matthews_corrcoef,
-)
 
 from tuner.core.example_results import PREDICTION, TARGET, ExampleResults
-from tuner.tasks._classification_reports import concatenate_pairs
+from tuner.tasks._classification_reports import concatenate_pairs, confusion_matrix
 
 CALIBRATION_BINS = 15  # of confidence, equally wide, as Guo et al. take them
 MAX_RANKED_CLASSES = 100  # with more, sorting the examples by each class would slow every epoch
@@ -57,21 +50,23 @@ def classification_scores(logits: Tensor, truth: Tensor) -> dict[str, float]:
         `defined_metrics` leaves out is missing.
     """
     n, predicted = logits.shape[1], logits.argmax(1)
-    matrix = multiclass_confusion_matrix(predicted, truth, n)
+    matrix = confusion_matrix(predicted, truth, n)
+    counts = matrix.double()
+    hits, true_count, predicted_count = counts.diag(), counts.sum(1), counts.sum(0)
+    occurs = true_count + predicted_count > 0
+    recall = hits / true_count.clamp(min=1)
+    f1 = 2 * hits / (true_count + predicted_count).clamp(min=1)
     log_loss = float(F.cross_entropy(logits, truth))
     scores = {
-        "accuracy": float(multiclass_accuracy(predicted, truth, n, average="micro")),
-        "balanced_accuracy": float(multiclass_accuracy(predicted, truth, n, average="macro")),
-        "f1": float(multiclass_f1_score(predicted, truth, n, average="macro")),
-        "matthews": float(multiclass_matthews_corrcoef(predicted, truth, n)),
+        "accuracy": float(hits.sum() / counts.sum()),
+        "balanced_accuracy": float(recall[occurs].mean()),
+        "f1": float(f1[occurs].mean()),
+        "matthews": matthews_correlation(matrix),
         "kappa": cohens_kappa(matrix),
         "quadratic_kappa": cohens_kappa(matrix, quadratic=True),
         "log_likelihood": -log_loss,
         "log_loss": log_loss,
-        "expected_calibration_error": float(
-            # of probabilities: torchmetrics takes logits that lie in 0..1 for probabilities
-            multiclass_calibration_error(logits.softmax(1), truth, n, CALIBRATION_BINS)
-        ),
+        "expected_calibration_error": expected_calibration_error(logits, truth),
     }
     if n <= MAX_RANKED_CLASSES:
         scores |= mean_ranking_scores(logits, truth)
@@ -79,6 +74,38 @@ def classification_scores(logits: Tensor, truth: Tensor) -> dict[str, float]:
     for name in defined_metrics(tuple(TOP_METRICS), n):
         scores[name] = float(is_hit[:, : TOP_METRICS[name]].any(1).double().mean())
     return scores
+
+
+def matthews_correlation(matrix: Tensor) -> float:
+    """The correlation of true and predicted classes (Gorodkin, Comput. Biol. Chem., 2004).
+
+    It is 0 where all examples are, or are said to be, of one class.
+
+    Args:
+        matrix: int64 (classes, classes), the confusion matrix.
+    """
+    counts = matrix.double()
+    true_count, predicted_count, total = counts.sum(1), counts.sum(0), counts.sum()
+    covariance = counts.diag().sum() * total - true_count @ predicted_count
+    variances = [total**2 - count @ count for count in (true_count, predicted_count)]
+    product = float(variances[0] * variances[1])
+    return float(covariance) / product**0.5 if product > 0 else 0.0
+
+
+def expected_calibration_error(logits: Tensor, truth: Tensor) -> float:
+    """By how much confidence and accuracy differ in a bin of confidence, mean over the examples.
+
+    Args:
+        logits: float32 (n, classes), on the CPU.
+        truth: int64 (n,), the true classes.
+    """
+    confidence, predicted = logits.softmax(1).max(1)
+    # float32 as the confidences, so that one which lies on an edge is in the bin above it
+    edges = torch.linspace(0, 1, CALIBRATION_BINS + 1)
+    bins = torch.bucketize(confidence, edges, right=True) - 1
+    gaps = (predicted == truth).double() - confidence.double()
+    sums = torch.zeros(CALIBRATION_BINS + 1, dtype=torch.float64).index_add(0, bins, gaps)
+    return float(sums.abs().sum()) / len(truth)
 
 
 def cohens_kappa(matrix: Tensor, *, quadratic: bool = False) -> float:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
 
 from tuner.config.run import Recipe
 from tuner.core.detectors import Objects, unpad_with_ignored
@@ -112,6 +111,9 @@ class Detection(ObjectFinder):
 
         faster-coco-eval gives what pycocotools gives, in a fraction of the time.
         """
+        # as late as this: torchmetrics loads transformers where it is installed: that takes seconds
+        from torchmetrics.detection import MeanAveragePrecision
+
         metric = MeanAveragePrecision(class_metrics=per_class, backend="faster_coco_eval")
         for batch in pairs:
             predicted, truth = zip(*self.pairs_by_image(batch), strict=True)
