@@ -18,13 +18,12 @@ def problems(text: str) -> list[str]:
     return list(caught.value.problems)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [(kind, name) for kind in ("data", "model") for name in plugins.list_names(kind)],
-)
-def test_every_part_says_which_tasks_it_is_for(kind: str, name: str) -> None:
-    found = plugins.list_tasks(kind, name)
-    assert found and set(found) <= set(plugins.list_names("task"))
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_every_part_says_which_tasks_it_is_for(kind: str) -> None:
+    tasks = set(plugins.list_names("task"))
+    for name in plugins.list_names(kind):
+        found = plugins.list_tasks(kind, name)
+        assert found and set(found) <= tasks, name
 
 
 def test_every_task_has_data_and_models() -> None:
@@ -35,21 +34,23 @@ def test_every_task_has_data_and_models() -> None:
         assert served == set(plugins.list_names("task"))
 
 
-@pytest.mark.parametrize("name", plugins.list_names("model"))
-def test_recipes_and_exports_that_a_model_states_exist(name: str) -> None:
-    recipes: dict[str, dict[str, Any]] = plugins.read_model_constant(name, "RECIPES", {})
-    assert set(recipes) <= set(plugins.list_tasks("model", name))
-    for recipe in recipes.values():
-        assert Recipe(**recipe)  # every key is a recipe's, every value one it takes
-    named = plugins.read_model_constant(name, "NAMED_RECIPES", {})
-    for pattern, changes in named.items():
-        assert set(changes) <= set(plugins.list_tasks("model", name))
-        assert all(Recipe(**recipes.get(task, {}) | keys) for task, keys in changes.items())
-        listed = fnmatch.filter(plugins.list_names("model"), pattern)
-        example = listed[0] if listed else pattern.replace("*", "x")
-        assert plugins.find_model_family(example) == plugins.find_model_family(name)
-    holds = plugins.read_model_constant(name, "EXPORTS", ("safetensors",))
-    assert "safetensors" in holds and set(holds) <= set(plugins.list_names("export"))
+def test_recipes_and_exports_that_a_model_states_exist() -> None:
+    exports, names = set(plugins.list_names("export")), plugins.list_names("model")
+    for name in names:
+        tasks = set(plugins.list_tasks("model", name))
+        recipes: dict[str, dict[str, Any]] = plugins.read_model_constant(name, "RECIPES", {})
+        assert set(recipes) <= tasks, name
+        for recipe in recipes.values():
+            assert Recipe(**recipe), name  # every key is a recipe's, every value one it takes
+        named = plugins.read_model_constant(name, "NAMED_RECIPES", {})
+        for pattern, changes in named.items():
+            assert set(changes) <= tasks, name
+            assert all(Recipe(**recipes.get(task, {}) | keys) for task, keys in changes.items())
+            listed = fnmatch.filter(names, pattern)
+            example = listed[0] if listed else pattern.replace("*", "x")
+            assert plugins.find_model_family(example) == plugins.find_model_family(name)
+        holds = plugins.read_model_constant(name, "EXPORTS", ("safetensors",))
+        assert "safetensors" in holds and set(holds) <= exports, name
 
 
 def stating(monkeypatch: pytest.MonkeyPatch, **constants: Any) -> None:
