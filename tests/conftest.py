@@ -15,6 +15,7 @@ from typing import TypeVar
 import pytest
 
 from tests.helpers import postgres_server
+from tests.helpers.remembered_constructions import remember_constructions
 
 # The suites start hundreds of processes. Each would compile all modules anew where compiled ones must
 # not be written.
@@ -24,6 +25,9 @@ sys.dont_write_bytecode = False
 # Before torch is loaded. A thread per core in each of several test processes at once would slow all of them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+
+# While modules are loaded, nothing of them is garbage, and looking for it takes a seventh of the time.
+gc.disable()
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -72,8 +76,11 @@ def pytest_collection_finish() -> None:
     """Thousands of tests and the modules of torch stay: nobody needs to look for garbage in them again and again."""
     import hypothesis  # noqa: F401 - when it is loaded, it asks the collector who refers to what
 
+    remember_constructions()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

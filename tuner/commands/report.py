@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import shlex
 from datetime import datetime
 from pathlib import Path
@@ -101,13 +102,17 @@ def format_html(report: StudyReport) -> str:
 
 def render_page(name: str, **values: Any) -> str:
     """A page from its template."""
-    environment = jinja2.Environment(
+    return _templates().get_template(name).render(**values)
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template(name).render(**values)
 
 
 def headline(report: StudyReport) -> list[tuple[str, str]]:
