@@ -50,6 +50,13 @@ def build_detector(name: str, outputs: int = 3, **options: Any) -> StagedModel:
     return staged
 
 
+def look_at_few_regions(model: Any, count: int = 16) -> None:
+    """A Faster R-CNN of torchvision's with so many proposals and regions of an image: a thousand take seconds."""
+    for kept in (model.rpn._pre_nms_top_n, model.rpn._post_nms_top_n):
+        kept.update(training=count, testing=count)
+    model.roi_heads.fg_bg_sampler.batch_size_per_image = count
+
+
 def adapt_statistics(net: nn.Module, x: Any) -> None:
     """Gives each BatchNorm the statistics of `x`, as a trained model has: random layers in a row would otherwise shrink
     what they pass on to nothing, or let it grow without end."""
