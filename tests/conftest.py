@@ -173,6 +173,18 @@ def studied(
     return Path(shutil.copytree(original, study))
 
 
+@pytest.fixture
+def quick_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch_export` keeps what `safetensors` keeps: for tests of a further format, whichever it is.
+
+    To trace a model takes seconds; test_laws.py and test_outputs.py do it.
+    """
+    from tuner.export import safetensors, torch_export
+
+    monkeypatch.setattr(torch_export, "save", safetensors.save)
+    monkeypatch.setattr(torch_export, "load", safetensors.load)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data beside the project; skips, saying so, where it is absent."""

@@ -35,6 +35,7 @@ def metric(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.usefixtures("quick_program")
 def test_a_study_that_minimises_from_its_file_to_its_model_card(
     tuner: Tuner, small: Path, metric: str
 ) -> None:

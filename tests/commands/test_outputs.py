@@ -90,6 +90,7 @@ def test_every_format_has_it_and_needs_no_training(
     assert torch.allclose(first, second, atol=1e-4)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("quick_program")
 def test_a_study_of_an_earlier_version_stays_as_it_is(
     tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

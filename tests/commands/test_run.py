@@ -134,13 +134,14 @@ def test_a_key_with_several_ranges_is_searched_and_best_yaml_has_one_value(
         "optimizer, lr, freeze_depth still to be chosen" in refused.err
         and "recipe.optimizer=…" in refused.err
     )
-    said = tuner("run", small, *words, "search.trials=4")
+    said = tuner("run", small, *words, "search.trials=4", "search.retrain=false")
     assert said.code == 0, said.err
     recipe = yaml.safe_load((Path("studies") / "small" / "best.yaml").read_text())["recipe"]
     low, high = {"sgd": (0.01, 0.02), "adamw": (1e-4, 2e-4)}[recipe["optimizer"]]
     assert low <= recipe["lr"] <= high
 
 
+@pytest.mark.usefixtures("quick_program")
 def test_export_adds_a_format_without_training_again_and_exports_other_trials(
     tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +202,7 @@ def test_without_retraining_and_kept_weights_there_is_a_best_yaml_and_no_export(
     assert (study / "best.yaml").exists() and not (study / "export").exists()
 
 
+@pytest.mark.usefixtures("quick_program")
 def test_without_retraining_the_best_trials_own_weights_are_exported(
     tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,7 +295,7 @@ def test_a_cache_folder_that_cannot_be_written_is_replaced_with_one_warning(
     blocked = small.parent / "blocked"
     blocked.write_text("a file where a folder should be")
     monkeypatch.setenv("TUNER_HOME", str(blocked))
-    said = tuner("run", small, "search.trials=1")
+    said = tuner("run", small, "search.trials=1", "search.retrain=false")
     assert said.code == 0 and said.err.count("cannot be written") == 1
 
 

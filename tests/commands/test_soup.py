@@ -125,6 +125,7 @@ def test_where_the_default_recipe_won_it_is_compared_with_the_soup(
     assert comparison["difference"] == expected != 0
 
 
+@pytest.mark.usefixtures("quick_program")
 def test_a_format_more_trains_nothing_and_is_of_the_soup(
     tuner: Tuner, taken: str, space: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,6 +185,7 @@ def test_a_default_recipe_that_diverges_does_not_take_the_winner_with_it(
     assert "not compared with the default recipe, since its training diverged" in said.err
 
 
+@pytest.mark.usefixtures("quick_program")
 def test_a_further_format_keeps_the_comparison(tuner: Tuner, compared: str, study: Path) -> None:
     before = manifest(study)
     assert tuner("export", "small", "--format", "torch_export").code == 0

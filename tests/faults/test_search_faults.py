@@ -84,10 +84,11 @@ def test_21_changed_images_are_refused(tuner: Tuner, small: Path) -> None:
             path = small.parent / "photos" / label / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (i * 20, 255 if label == "a" else 0, 0)).save(path)
-    words = ("run", small, "data={name: folder, path: photos}", "search.trials=1")
+    once = ("search.trials=1", "search.retrain=false")
+    words = ("run", small, "data={name: folder, path: photos}", *once)
     assert tuner(*words).code == 0
     (small.parent / "photos").rename(small.parent / "moved")  # as on another machine
-    words = ("run", small, "data={name: folder, path: moved}", "search.trials=1")
+    words = ("run", small, "data={name: folder, path: moved}", *once)
     assert tuner(*words).code == 0
     Image.new("RGB", (32, 32), "white").save(small.parent / "moved/a/0.png")
     said = tuner(*words)
@@ -126,7 +127,7 @@ def test_26_a_full_disk_is_named_and_with_space_again_it_finishes(
     place: str, tuner: Tuner, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TUNER_HOME", str(small.parent / "home"))
-    words = ("run", small, "recipe.freeze_depth=3", "search.trials=2")
+    words = ("run", small, "recipe.freeze_depth=3", "recipe.epochs=1", "search.trials=1")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -156,13 +157,13 @@ def test_26_a_database_that_cannot_be_written_ends_in_order_and_continues(
             real(self)
 
         patch.setattr(BufferedStorage, "flush", full)
-        said = tuner("run", small, "search.trials=2")
+        said = tuner("run", small, "search.trials=2", "search.retrain=false")
     assert (
         said.code == 4
         and "disk full while writing studies/small/study.db (database or disk is full)" in said.err
     )
     assert finished(small.parent / "studies/small")[0] == (0, "COMPLETE")
-    assert tuner("run", small, "search.trials=2").code == 0
+    assert tuner("run", small, "search.trials=2", "search.retrain=false").code == 0
 
 
 def test_27_an_export_killed_between_its_renames_comes_back(tmp_path: Path) -> None:
@@ -378,7 +379,7 @@ def test_33_a_tie_is_decided_by_rule_and_said(
             "log_likelihood": -1.0,
         },
     )
-    said = tuner("run", small, "search.pruner=none")
+    said = tuner("run", small, "search.pruner=none", "search.retrain=false")
     assert (
         said.code == 0
         and "best" in said.out
@@ -396,6 +397,7 @@ def test_33_only_pruned_trials_leave_no_winner(
     assert not (small.parent / "studies/small/export").exists()
 
 
+@pytest.mark.usefixtures("quick_program")
 def test_34_an_export_that_disagrees_is_not_published_and_the_earlier_one_stays(
     tuner: Tuner, studied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
