@@ -379,7 +379,8 @@ def test_33_a_tie_is_decided_by_rule_and_said(
             "log_likelihood": -1.0,
         },
     )
-    said = tuner("run", small, "search.pruner=none", "search.retrain=false")
+    once = ("recipe.epochs=1", "search.trials=2", "search.retrain=false")
+    said = tuner("run", small, "search.pruner=none", *once)
     assert (
         said.code == 0
         and "best" in said.out

@@ -108,6 +108,7 @@ def test_a_shipped_file_runs(path: Path, tuner: Callable[..., CommandResult], da
         *TINY[path.stem],
         "recipe.epochs=1",
         "search.trials=1",
+        "search.retrain=false",
         "engine.name=inline",
         "engine.device=cpu",
         "export=[safetensors]",
