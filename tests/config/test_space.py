@@ -431,12 +431,38 @@ def test_a_grid_holds_each_effective_combination_once() -> None:
         (Range(0.001, 0.1, log=True), (0.001, 0.1)),
         (Range(0, 10**12, integer=True), (0, 10**12)),
         (Choice((3, 1, 20)), (1, 20)),
+        (Choice((None, 0.5, 0.2)), (0.2, 0.5)),
     ],
 )
 def test_a_domain_has_the_ends_that_a_trial_can_reach(
     domain: Range | Choice, ends: tuple[float, float]
 ) -> None:
     assert (domain.lowest, domain.highest) == ends
+
+
+def test_choices_of_several_kinds_are_combined_as_they_are() -> None:
+    text = "task: classification\ndata: {name: digits, views: [auto, 2], limit: [null, 50]}\n"
+    document = yaml_document.parse_document(f"{text}model: resnet18_slim\n", "space.yaml")
+    options = [run.data.options for run in parsing.parse_space(document).plugin_combinations()]
+    assert {(o["views"], o["limit"]) for o in options} == {
+        ("auto", None),
+        ("auto", 50),
+        (2, None),
+        (2, 50),
+    }
+
+
+def test_a_condition_knows_a_value_that_a_sampler_has_rounded() -> None:
+    found = space(
+        "recipe: {label_smoothing: {low: 0, high: 0.4, step: 0.1}, "
+        "momentum: {low: 0.8, high: 0.9, when: {label_smoothing: 0.3}}}"
+    )
+    drawn = 0.1 * 3  # as Optuna adds steps
+    assert drawn != 0.3
+    trial = FixedTrial({"label_smoothing": drawn, "momentum": 0.85})
+    assert found.sample(trial).recipe.momentum == 0.85
+    other = FixedTrial({"label_smoothing": 0.2, "momentum": 0.85})
+    assert found.sample(other).recipe.momentum == 0.9
 
 
 def test_steps_are_counted_in_decimals() -> None:

@@ -4,6 +4,7 @@ A Run is a Space with nothing left to choose.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -16,6 +17,7 @@ from tuner.config.run import PluginConfig, Recipe, Run, Settings
 from tuner.config.yaml_document import Document, parse_scalar
 
 MAX_VALUES = 100_000  # more values than that are as good as a continuum
+ROUNDING = 1e-9  # relative, of a value that is a number of steps
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,13 @@ class Choice:
 
     @property
     def lowest(self) -> Any:
-        """The smallest option. The options must be comparable, such as numbers."""
-        return min(self.options)
+        """The smallest option but null. The others must be comparable, such as numbers."""
+        return min((option for option in self.options if option is not None), default=None)
 
     @property
     def highest(self) -> Any:
-        """The largest option. The options must be comparable, such as numbers."""
-        return max(self.options)
+        """The largest option but null. The others must be comparable, such as numbers."""
+        return max((option for option in self.options if option is not None), default=None)
 
     def values(self) -> tuple[Any, ...]:
         return self.options
@@ -226,7 +228,8 @@ class Space:
         searched = {d.path for d in self.dimensions}
         fixed = self.fixed_values(chosen.get(MODEL_NAME))
         return all(
-            (path in chosen or path not in searched) and chosen.get(path, fixed[path]) in allowed
+            (path in chosen or path not in searched)
+            and _is_named(chosen.get(path, fixed[path]), allowed)
             for path, allowed in dimension.condition.items()
         )
 
@@ -307,8 +310,9 @@ class Space:
         outer: dict[KeyPath, list[Any]] = {}
         for d in self.dimensions:
             if d.path[0] != "recipe" and len(d.path) <= 2:
-                ends = (d.domain.lowest, d.domain.highest)
-                outer.setdefault(d.path, []).extend(d.domain.values() or ends)
+                values = d.domain.values()  # of a choice they may be of several kinds
+                ends = (d.domain.lowest, d.domain.highest) if values is None else values
+                outer.setdefault(d.path, []).extend(ends)
         for combination in itertools.islice(itertools.product(*outer.values()), 64):
             yield self.make_run(dict(zip(outer, combination, strict=True)))
 
@@ -346,6 +350,19 @@ class Space:
                 section[path[-1]] = {"by_model": dict(self.by_model[path])}
         guesses = {"try": [dict(guess) for guess in self.first_guesses]}
         return tree | (guesses if self.first_guesses else {}) | self.settings.to_dict()
+
+
+def _is_named(value: Any, allowed: Sequence[Any]) -> bool:
+    """Whether a condition names a value. A sampler makes 0.30000000000000004 of three steps of 0.1,
+    and a condition says 0.3.
+    """
+    return value in allowed or (
+        isinstance(value, float)
+        and any(
+            isinstance(named, float) and math.isclose(value, named, rel_tol=ROUNDING)
+            for named in allowed
+        )
+    )
 
 
 def _section_values(section: str, values: Mapping[KeyPath, Any]) -> dict[str, Any]:
