@@ -76,6 +76,8 @@ def test_what_cannot_be_tried_is_refused(tuner: Tuner, studied: Path) -> None:
         (("leraning_rate=1",), "leraning_rate: not searched by this study"),
         (("lr",), "expected KEY=VALUE"),
         (("lr=5",), "lr: 5 is outside the study's range, 0.0001 to 0.1"),
+        (("lr=[5",), "lr: not valid YAML"),
+        (("lr=",), "lr: expected a number, 0.0001 to 0.1, got nothing"),
         (("freeze_depth=2.5",), "no whole number"),
         (("optimizer=adam",), "none of its choices: sgd, adamw"),
         (("optimizer=adamw", "momentum=0.9"), "momentum: not searched with these values"),

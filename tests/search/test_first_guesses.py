@@ -1,5 +1,7 @@
 """`try:` in a space file: recipes that are tried first."""
 
+from pathlib import Path
+
 import optuna
 import pytest
 
@@ -8,6 +10,7 @@ from tests.helpers.instant_engine import make_coordinator, run_all_jobs
 from tuner.config import parsing, yaml_document
 from tuner.config.space import Space, dump_yaml
 from tuner.errors import SpaceError
+from tuner.files.enqueued_files import write_enqueued
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 GUESSES = "[{lr: 0.002, freeze_depth: 3}, {optimizer: sgd, momentum: 0.9}]"
@@ -33,6 +36,17 @@ def test_guesses_are_tried_right_after_the_default_recipe_also_after_an_interrup
     assert [trial.params for trial in undisturbed.study.trials] == params and len(params) == 6
 
 
+def test_an_enqueued_trial_takes_no_guesss_place(tmp_path: Path) -> None:
+    space = space_with(GUESSES, "search.trials=6")
+    coordinator = make_coordinator(space)
+    coordinator.enqueued_folder = tmp_path
+    write_enqueued(tmp_path, space.default_params() | {"lr": 0.05})
+    run_all_jobs(coordinator)
+    tried = [trial.params for trial in coordinator.study.trials]
+    default = space.default_params()
+    assert tried[2:5] == [*map(dict, space.first_guesses), default | {"lr": 0.05}]
+
+
 def test_a_file_with_guesses_is_read_back_as_it_was() -> None:
     space = space_with(GUESSES)
     again = parsing.parse_space(yaml_document.parse_document(dump_yaml(space.to_dict()), "again"))
@@ -55,3 +69,29 @@ def test_guesses_that_cannot_be_tried_are_refused_with_their_line(
     with pytest.raises(SpaceError, match=r"small\.yaml:15: ") as error:
         space_with(guesses)
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("guess", "problem"),
+    [
+        ("{batch_size: 3}", "batch_size: 3 is no step of the study's range, 2 to 8 by 3; "),
+        ("{batch_size: 9}", "batch_size: 9 is no step of the study's range, 2 to 8 by 3; "),
+        ("{ema: 0.15}", "ema: 0.15 is no step of the study's range, 0.1 to 0.5 by 0.1; "),
+        ("{batch_size: '5'}", "batch_size: expected a number, 2 to 9, got the string '5'"),
+        ("{optimizer: adamv}", "none of its choices: sgd, adamw; did you mean 'adamw'?"),
+    ],
+)
+def test_a_guess_between_two_steps_or_of_another_kind_is_refused(guess: str, problem: str) -> None:
+    steps = ("recipe.batch_size={low: 2, high: 9, step: 3}",)
+    steps += ("recipe.ema={low: 0.1, high: 0.5, step: 0.1}",)
+    with pytest.raises(SpaceError) as error:
+        space_with(f"[{guess}]", *steps)
+    assert problem in str(error.value)
+    (known,) = space_with("[{batch_size: 5, ema: 0.3}]", *steps).first_guesses
+    assert (known["batch_size"], known["ema"]) == (5, 0.3)
+
+
+def test_where_a_share_may_be_none_the_linear_probe_freezes_the_largest() -> None:
+    words = ("recipe.freeze=[null, 0.5, 1.0]", "recipe.freeze_depth=0")
+    coordinator = make_coordinator(space_with("null", *words))
+    assert coordinator.proposer.linear_probe_params["freeze"] == 1.0

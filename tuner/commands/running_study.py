@@ -130,7 +130,8 @@ def stop_study(view: StudyView, *, now: bool) -> None:
         time.sleep(POLL_SECONDS)
     if elsewhere:
         raise StorageError(
-            f"study {view.name!r} is also run by {', '.join(elsewhere)}; run `tuner stop` there"
+            f"study {view.name!r} is also run by {', '.join(elsewhere)}; run `tuner stop` there, "
+            "or end it with Ctrl-C where a program of yours has called tuner.run"
         )
     typer.echo(f"study {view.name!r} has stopped; the same `tuner run` continues it")
 
@@ -201,5 +202,8 @@ def chosen_params(space: Space, settings: list[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise SpaceError(f"{text!r}: expected KEY=VALUE, such as lr=0.001")
-        given[key] = parse_override_value(value)
+        try:
+            given[key] = parse_override_value(value)
+        except SpaceError as error:
+            raise SpaceError(*(f"{key}: {problem}" for problem in error.problems)) from None
     return checked_params(space, given)

@@ -1,10 +1,12 @@
 """The parameters of a trial that a person gives: first guesses of a file, and enqueued trials."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.config.space import Choice, Dimension, Range, Space
-from tuner.errors import SpaceError, suggest_names
+from tuner.config.space import ROUNDING, Choice, Dimension, Range, Space
+from tuner.config.yaml_document import describe_value
+from tuner.errors import SpaceError, nearest_hint, suggest_names
 
 
 def _shown(value: Any) -> str:
@@ -52,16 +54,27 @@ def checked_value(dimension: Dimension, value: Any) -> Any:
             if option == value and isinstance(option, bool) == isinstance(value, bool):
                 return option
         allowed = ", ".join(map(_shown, domain.options))
-        raise SpaceError(f"{dimension.name}: {value!r} is none of its choices: {allowed}")
+        words = [option for option in domain.options if isinstance(option, str)]
+        hint = nearest_hint(value, words) if isinstance(value, str) else ""
+        raise SpaceError(f"{dimension.name}: {value!r} is none of its choices: {allowed}{hint}")
     return checked_number(dimension.name, domain, value)
 
 
 def checked_number(name: str, domain: Range, value: Any) -> Any:
     """A number inside a range. Raises SpaceError."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not domain.low <= value <= domain.high:
-        between = f"{_shown(domain.low)} to {_shown(domain.high)}"
+    between = f"{_shown(domain.low)} to {_shown(domain.high)}"
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise SpaceError(f"{name}: expected a number, {between}, got {describe_value(value)}")
+    if not domain.low <= value <= domain.high:
         raise SpaceError(f"{name}: {value!r} is outside the study's range, {between}")
     if domain.integer and value != int(value):
         raise SpaceError(f"{name}: {value!r} is no whole number")
-    return int(value) if domain.integer else float(value)
+    if domain.step is None:
+        return int(value) if domain.integer else float(value)
+    nearest = domain.nearest_value(value)
+    if not math.isclose(nearest, value, rel_tol=ROUNDING):
+        raise SpaceError(
+            f"{name}: {value!r} is no step of the study's range, {_shown(domain.low)} to "
+            f"{_shown(domain.highest)} by {_shown(domain.step)}; the nearest is {_shown(nearest)}"
+        )
+    return nearest

@@ -177,12 +177,13 @@ class Coordinator:
         return self.proposer.propose_trial(self.ledger.proposal_count)
 
     def _take_up_enqueued(self) -> None:
-        """Enqueue what a person wants to be tried next, once the first trials have begun.
+        """Enqueue what a person wants to be tried next, once the first trials have begun, those of
+        the file's own guesses among them: each of these has a proposal of its own.
 
         Where the search was killed between the two steps, the same parameters are not enqueued
         again.
         """
-        first_trials = 2 if self.proposer.linear_probe_params else 1
+        first_trials = self.proposer.first_count
         if self.enqueued_folder is None or self.ledger.proposal_count < first_trials:
             return
         for path in list_enqueued(self.enqueued_folder):

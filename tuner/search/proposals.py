@@ -144,21 +144,26 @@ class TrialProposer:
             return self.study.ask()
 
     @property
-    def _first_count(self) -> int:
-        """The number of proposals before the first guesses."""
+    def first_count(self) -> int:
+        """The number of proposals before those of the sampler, the first guesses among them."""
+        return self._count_before_guesses + len(self.space.first_guesses)
+
+    @property
+    def _count_before_guesses(self) -> int:
         return 1 if self.linear_probe_params is None else 2
 
     def _guess_of(self, proposal: int) -> dict[str, Any] | None:
         """Return the first guess that a proposal tries, or None where the sampler proposes."""
-        guesses, index = self.space.first_guesses, proposal - self._first_count
+        guesses, index = self.space.first_guesses, proposal - self._count_before_guesses
         return dict(guesses[index]) if 0 <= index < len(guesses) else None
 
     def _startup(self, proposal: int) -> Startup:
         """Return what a proposal takes while there are too few trials to learn from."""
-        enqueued = self._first_count + len(self.space.first_guesses)
         names = [d.name for d in self.space.dimensions]
         seed = derive_seed(self.search_settings.seed)
-        return make_startup(self.search_settings.trials, names, seed, max(0, proposal - enqueued))
+        return make_startup(
+            self.search_settings.trials, names, seed, max(0, proposal - self.first_count)
+        )
 
     def _next_grid_point(self) -> dict[str, Any] | None:
         trials = self.study.get_trials(deepcopy=False)
