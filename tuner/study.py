@@ -227,7 +227,7 @@ def run(
     parsed = parsing.parse_space(
         parsing.apply_overrides(
             _document(space, preset, read_as, time, quiet=quiet),
-            [f"{key}={_value_text(key, value)}" for key, value in changes.items()],
+            [f"{key}={_override_text(key, value)}" for key, value in changes.items()],
         )
     )
     folders = Folders(Path(studies), home_folder(console.warn))
@@ -241,14 +241,22 @@ def run(
 
 
 def _value_text(key: str, value: Any) -> str:
-    """A value as an override spells it; JSON is YAML. Raises SpaceError."""
+    """A value as JSON. Raises SpaceError."""
     try:
-        return json.dumps(value, default=os.fspath)
+        return json.dumps(value, default=os.fspath, ensure_ascii=False)
     except TypeError:
         raise SpaceError(
             f"settings: {key}: a {type(value).__name__} has no place in a space; use numbers, "
             "texts, lists and dicts"
         ) from None
+
+
+def _override_text(key: str, value: Any) -> str:
+    """A value as an override spells it: JSON is YAML, but for its escapes of characters beyond
+    U+FFFF, which are two halves, and for separators of lines. Raises SpaceError.
+    """
+    text = _value_text(key, value)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def _document(

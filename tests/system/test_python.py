@@ -16,8 +16,10 @@ from PIL import Image
 
 import tuner as package
 from tests.conftest import SMALL, CommandResult
+from tuner.config.parsing import apply_overrides
 from tuner.config.yaml_document import parse_document
 from tuner.errors import DataError, SpaceError
+from tuner.study import _override_text
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "first_study.ipynb"
@@ -50,6 +52,13 @@ def test_every_name_is_there_and_type_checkers_see_the_same() -> None:
         assert getattr(package, name) is getattr(importlib.import_module(module), name)
     with pytest.raises(AttributeError, match="'tuner' has no attribute 'lod'"):
         package.lod  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["fotos \U0001f600", "a\u2028b", "né #x: 'y'"])
+def test_settings_take_every_character(name: str) -> None:
+    document = parse_document(SMALL, "small.yaml")
+    apply_overrides(document, [f"search.name={_override_text('search.name', name)}"])
+    assert document.content["search"]["name"] == name and not document.problems
 
 
 def test_a_dict_is_searched_as_its_file_is(
