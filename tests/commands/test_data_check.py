@@ -149,6 +149,8 @@ def test_options_that_need_data_say_so(tuner: Tuner, small: Path) -> None:
         said = tuner("check", *words)
         assert said.code == 2 and "--data" in said.err
     assert tuner("check", "photos", "--data").code == 3  # it holds nothing
+    said = tuner("check", small, "--data", "-o", "nowhere/page.html")
+    assert said.code == 4 and "nowhere is no folder; make it, or write elsewhere" in said.err
 
 
 def test_confident_learning_by_hand() -> None:

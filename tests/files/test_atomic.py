@@ -42,6 +42,12 @@ def test_the_old_file_stays_when_it_does_not(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_a_file_in_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    says = "nowhere is no folder; make it, or write elsewhere"
+    with pytest.raises(StorageError, match=says), atomic_path(tmp_path / "nowhere" / "a"):
+        pass
+
+
 def test_a_real_write_limit_is_a_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with (

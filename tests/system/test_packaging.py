@@ -93,6 +93,9 @@ def test_examples_are_listed_and_written_but_nothing_is_overwritten(
     assert (
         answer.code == 2 and "no example is called 'resnte'; did you mean 'resnet'?" in answer.err
     )
+    answer = tuner("init", "--example", "resnet", "-o", "other.yaml")
+    assert answer.code == 0 and "tuner check other.yaml" in answer.out
+    assert "tuner run other.yaml" in (tmp_path / "other.yaml").read_text()
     answer = tuner("init", "resnet")
     assert answer.code == 2 and "`tuner init --example resnet`" in answer.err
 

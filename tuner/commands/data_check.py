@@ -80,7 +80,9 @@ def find_run(path: Path, overrides: Sequence[str], as_: str | None, home: Path) 
 
 
 def require_own_page(page: Path) -> None:
-    """Raises StorageError where a page would replace a file that no check wrote."""
+    """Raises StorageError where a page has no folder, or would replace a file of another kind."""
+    if not page.parent.is_dir():
+        raise StorageError(f"{page}: {page.parent} is no folder; make it, or write elsewhere")
     if page.exists() and not begins_with(page, PAGE_HEADER):
         raise StorageError(f"{page} is no page of `tuner check`; name another with --out")
 

@@ -41,7 +41,7 @@ def carry_out(
     elif not example:
         raise SpaceError(f"to write an example here: `tuner init --example {name}`")
     else:
-        file = write_example(name, Path.cwd()).name
+        file = write_example(name, out or Path(f"{name}.yaml"))
         typer.echo(f"wrote {file}; change what it says of your data, then `tuner check {file}`")
 
 
@@ -167,16 +167,15 @@ def list_examples() -> list[tuple[str, str]]:
     return [(name, _read(name).partition("\n")[0].lstrip("# ")) for name in names()]
 
 
-def write_example(name: str, folder: Path) -> Path:
-    """The example as a file in this folder.
+def write_example(name: str, path: Path) -> Path:
+    """The example as a file at this path.
 
     Raises SpaceError on an unknown name, and where such a file is there already.
     """
     if name not in names():
         raise SpaceError(f"no example is called {name!r}{suggest_names(name, names())}")
-    path = folder / f"{name}.yaml"
     # the commands in its comments name the file where it lies now
-    write_new(path, _read(name).replace(f"search_spaces/{name}.yaml", path.name))
+    write_new(path, _read(name).replace(f"search_spaces/{name}.yaml", str(path)))
     return path
 
 

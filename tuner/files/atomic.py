@@ -81,7 +81,11 @@ def atomic_path(
 def _locked_temporary_file(folder: Path) -> Iterator[Path]:
     """A new file, locked while it is written, so that `remove_leftovers` does not remove it."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+        try:
+            handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+        except FileNotFoundError:
+            what = "takes no files" if folder.is_dir() else "is no folder; make it"
+            raise StorageError(f"{folder} {what}, or write elsewhere") from None
         with open(handle, "rb") as file:
             flock(file, Path(name), fcntl.LOCK_EX)
             if _is_same_file(file, Path(name)):  # else it was swept before it was locked
