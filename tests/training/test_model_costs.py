@@ -1,5 +1,6 @@
 """Limits on what a model may cost, and the choice of the cheapest nearly-best model."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,12 @@ import optuna
 import pytest
 
 from tests.conftest import SMALL, CommandResult
+from tuner.commands import export
+from tuner.commands.console import Console
 from tuner.commands.export import parse_share
 from tuner.config.search_settings import LimitSettings
 from tuner.errors import SpaceError
+from tuner.search import history
 from tuner.training import model_costs
 from tuner.training.model_costs import describe_excess
 
@@ -87,6 +91,38 @@ def test_a_model_beyond_a_limit_is_not_trained_and_cannot_win(tuner: Tuner, tmp_
         assert trial.constraints["milliseconds"] < 0
     assert all("parameters, at most 500,000" in t.user_attrs["tuner:reason"] for t in over)
     assert all(t.state == optuna.trial.TrialState.PRUNED for t in over)
+
+
+def test_a_best_trial_that_did_not_win_is_exported_as_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default recipe has won within the noise, and no export says so yet."""
+    text = SMALL.replace("winner: best", "name: two, winner: beyond-noise, direction: maximise")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "space.yaml").write_text(text)
+    storage = f"sqlite:///{tmp_path}/two/study.db"
+    study = optuna.create_study(study_name="two", storage=storage, direction="maximize")
+    study.set_user_attr(history.SPLIT_SIZES, [42, 9])
+    space = export.load_study_space(tmp_path / "two")
+    for lr, value in ((0.001, 0.8), (0.01, 0.81)):
+        trial = optuna.trial.FixedTrial(space.default_params() | {"lr": lr})
+        space.sample(trial)
+        marks = {history.BEST_EPOCH: 1, history.IS_DEFAULT_RECIPE: lr == 0.001}
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=value,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs=marks,
+            )
+        )
+    session = SimpleNamespace(
+        run_job=lambda _, runs: [{"parameters": 1.0} for _ in runs], make_assignment=lambda run: run
+    )
+    monkeypatch.setattr(export, "open_session", lambda *_: contextlib.nullcontext(session))
+    console = Console("quiet")
+    assert export.choose_cheapest(tmp_path, "two", 0.0, "parameters", console) == 1
+    assert export._choose_trial(study, space, None).number == 0
 
 
 @pytest.mark.slow

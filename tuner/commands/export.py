@@ -131,7 +131,7 @@ def choose_cheapest(
         trials = nearly_best(view, within)
         space = load_study_space(view.folder)
         runs = [history.run_of_trial(space, view.study, trial) for trial in trials]
-        winner = view.published.manifest["trial"] if view.published else view.ranked[0].number
+        winner = _choose_trial(view.study, space, None).number
     with open_session(space, Folders(studies, home_folder(console.warn)), console) as s:
         costs: list[dict[str, float]] = s.run_job(
             "tuner.training.model_costs:measure_model_costs",
@@ -196,9 +196,8 @@ def _choose_trial(study: optuna.Study, space: Space, number: int | None) -> Froz
         return confirmed.winner.trial if confirmed else choose_unconfirmed(study, space).winner
     trials = study.get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
-        raise DataError(
-            f"study {study.study_name!r} has trials 0 to {len(trials) - 1}, not {number}"
-        )
+        known = f"trials 0 to {len(trials) - 1}" if trials else "no trial yet"
+        raise DataError(f"study {study.study_name!r} has {known}, not {number}")
     chosen = trials[number]
     if DUPLICATE_OF in chosen.user_attrs:
         return trials[int(chosen.user_attrs[DUPLICATE_OF])]
