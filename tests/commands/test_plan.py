@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CommandResult
+from tests.conftest import SMALL, CommandResult
 from tests.helpers.instant_engine import make_space
 from tuner.commands.plan import first_runs_of, number_of_trials
+from tuner.config.parsing import apply_overrides, parse_space
+from tuner.config.yaml_document import parse_document
 from tuner.messages import DepthCost, TrainingProfile
 from tuner.search.study_cost import draw_runs, estimate_study
 
@@ -45,6 +47,16 @@ def test_a_study_costs_its_trials_and_the_trainings_after_them() -> None:
     assert cost.low == cost.middle == cost.high == 2.0 * (30 + 2 * 3 + 2)
     cost = estimate_study(space, runs, first, 30, lambda run: float(run.recipe.epochs))
     assert 30 < cost.low < cost.middle < cost.high < 3 * 38
+
+
+def test_the_trials_of_a_grid_are_its_combinations() -> None:
+    document = parse_document(SMALL, "small.yaml")
+    words = ["search.trials=20", "search.sampler=grid", "recipe.lr=[0.001, 0.01]"]
+    words += ["recipe.momentum=0.9", "recipe.freeze_depth=0", "recipe.epochs=1"]
+    space = parse_space(apply_overrides(document, words))
+    assert number_of_trials(space, [], lambda run: 1.0, 0.0, 1) in (4, 5)  # with the default recipe
+    hour = parse_space(apply_overrides(document, ["search.time=1h"]))
+    assert number_of_trials(hour, draw_runs(hour), lambda run: 1.0, 0.0, 1) in (4, 5)
 
 
 def test_the_trials_of_a_time_are_those_that_fit_it() -> None:

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from tuner.commands.summary import validation_gap_lines
+from tuner.commands.progress import Progress
+from tuner.commands.summary import validation_gap_lines, why_nothing_is_left
+from tuner.config.search_settings import AS_MANY_AS_FIT
 
 
 def lines(valid: float, test: float, valid_count: int = 400, test_count: int = 400) -> list[str]:
@@ -38,3 +40,15 @@ def test_other_scores_have_no_such_error() -> None:
     scores = {"valid": {"map": 0.9}, "test": {"map": 0.1}}
     assert list(validation_gap_lines(scores, {"valid": 10, "test": 10})) == []
     assert lines(95.0, 10.0) == []  # a task of one's own that counts in percent
+
+
+@pytest.mark.parametrize(
+    ("used", "budget", "says"),
+    [
+        (20, 20, "20 of 20 trials are done; raise search.trials to go on"),
+        (5, 20, "the search ended after 5 of 20 trials by search.stop, search.target or the time"),
+        (5, AS_MANY_AS_FIT, "after 5 trials by search.stop, search.target or the time"),
+    ],
+)
+def test_a_search_that_has_ended_says_what_ended_it(used: int, budget: int, says: str) -> None:
+    assert says in why_nothing_is_left(Progress(used, budget))

@@ -18,6 +18,7 @@ from tuner.config.search_settings import AS_MANY_AS_FIT
 from tuner.config.space import Space
 from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.messages import DatasetReport, ModelSurvey, ProfileJob, TrainingProfile
+from tuner.search.history import params_key
 from tuner.search.study_cost import StudyCost, draw_runs, estimate_study
 
 BYTES_PER_PARAMETER = 4
@@ -113,12 +114,16 @@ def number_of_trials(
     search = space.settings.search
     if not space.dimensions:
         return 1
+    most = min(search.trials, AS_MANY_AS_FIT)
+    if search.sampler == "grid":
+        points = [space.default_params(), *space.grid_params()]
+        most = min(most, len(set(map(params_key, points))))
     if search.time is None:
-        return search.trials
+        return most
     mean = sum(map(seconds_of, runs)) / len(runs)
     after = (search.retrain + (search.compare == "default")) * mean
     fit = workers * (parse_duration(search.time) - beside - after) / max(mean, 1e-3)
-    return max(1, min(search.trials, AS_MANY_AS_FIT, int(fit)))
+    return max(1, min(most, int(fit)))
 
 
 def seconds_to_fill(

@@ -79,10 +79,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     """The summary as a person reads it."""
     winner, progress, metric = summary.winner, summary.progress, metric_label(summary.metric)
     if not summary.anything_new:
-        yield (
-            f"nothing left to do: {progress.budget_used} of {progress.budget} trials are done; "
-            "raise search.trials to go on"
-        )
+        yield f"nothing left to do: {why_nothing_is_left(progress)}"
     yield ""
     best_epoch = f"epoch {winner.user_attrs['best_epoch']} of {max(winner.intermediate_values)}"
     yield f"best     #{winner.number}, validation {metric} {winner.value:.4f} in {best_epoch}"
@@ -105,6 +102,15 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     yield f"study    {summary.folder}{report}"
     yield ""
     yield from next_steps(summary)
+
+
+def why_nothing_is_left(progress: Progress) -> str:
+    """Why a search that goes on adds nothing, and what would have it go on."""
+    used, budget = progress.budget_used, progress.budget
+    if used >= budget:
+        return f"{used} of {budget} trials are done; raise search.trials to go on"
+    of = "" if progress.is_open else f" of {budget}"
+    return f"the search ended after {used}{of} trials by search.stop, search.target or the time"
 
 
 def default_lines(summary: Summary) -> Iterator[str]:
