@@ -8,8 +8,11 @@ from pydantic.fields import FieldInfo
 
 from tuner.config import fields
 from tuner.config.run import EngineSettings, ImageOptions, Recipe, SearchSettings, parse_duration
+from tuner.config.search_settings import LimitSettings
 
 LR, EPOCHS, OPTIMIZER = (Recipe.model_fields[key] for key in ("lr", "epochs", "optimizer"))
+FROM = SearchSettings.model_fields["from"]
+PARAMETERS = LimitSettings.model_fields["parameters"]
 MEAN, NAME, TIMEOUT = (
     ImageOptions.model_fields["mean"],
     SearchSettings.model_fields["name"],
@@ -59,6 +62,17 @@ def test_only_lossless_conversions() -> None:
             "expected sgd, adam, adamw, nadam, radam, adamax, adagrad, rmsprop or adafactor, got 3",
         ),
         (MEAN, [0.1, 0.2], "expected a list of 3 numbers or null, got a list"),
+        (
+            MEAN,
+            [0.1, "a", 0.2],
+            "expected a list of 3 numbers or null; item 2 of it must be a number, got the string 'a'",
+        ),
+        (FROM, ["a", 1], "expected a list; item 2 of it must be text, got 1"),
+        (
+            PARAMETERS,
+            "5m",
+            "expected how many it has: 5000000, 5M, 300k, 1.2B, got the string '5m'",
+        ),
         (NAME, 2024, "expected text or null, got 2024"),
         (TIMEOUT, "0s", "a duration must be above 0 and at most 10,000d, got the string '0s'"),
         (

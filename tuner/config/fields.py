@@ -21,6 +21,7 @@ _BOUND_WORDS = {
     "less_than_equal": ("at most", "le"),
     "less_than": ("below", "lt"),
 }
+_ITEM_TYPES = {"string_type": "text", "int_type": "a whole number", "float_type": "a number"}
 _TYPE_NAMES = {
     float: "a number",
     int: "a whole number",
@@ -85,7 +86,14 @@ def _format_error(field: FieldInfo, value: Any, error: ValidationError) -> str:
             return f"{problem['ctx']['error']}, got {given}"
         if problem["type"] == "finite_number":
             return f"must be a finite number, got {given}"
-    if any(getattr(m, "pattern", None) for m in field.metadata):
+        place = problem["loc"][-1] if problem["loc"] else None
+        if isinstance(value, tuple) and isinstance(place, int) and problem["type"] in _ITEM_TYPES:
+            return (
+                f"expected {describe_expected(field)}; item {place + 1} of it must be "
+                f"{_ITEM_TYPES[problem['type']]}, got {describe_value(value[place])}"
+            )
+    is_pattern = any(e["type"] == "string_pattern_mismatch" for e in error.errors())
+    if is_pattern or any(getattr(m, "pattern", None) for m in field.metadata):
         return f"expected {field.description}, got {given}"
     words = [option for option in literal_choices(field) if isinstance(option, str)]
     hint = nearest_hint(value, words) if isinstance(value, str) else ""
