@@ -363,6 +363,17 @@ def test_texts_are_encoded_once_and_by_content(
     assert load(other, tmp_path / "m.csv").digest != first.digest
 
 
+def test_half_a_character_is_encoded_as_a_question_mark(wanted: TextInputSpec) -> None:
+    """JSON may hold one half of an escape, and a command line bytes that are no UTF-8."""
+    half, mark = (
+        tokenization.encode_texts(wanted, [f"good {character} film"])["input_ids"]
+        for character in "\ud83d?"
+    )
+    assert torch.equal(half, mark)
+    found = [tokenization.locate_tokens(wanted, [f"good {c} film"]) for c in "\ud83d?"]
+    assert torch.equal(*found)
+
+
 def test_the_command_line_tells_it_without_a_traceback(
     wanted: TextInputSpec, tuner: Callable[..., CommandResult]
 ) -> None:

@@ -27,6 +27,7 @@ from tuner.preprocessing.tokenization import (
     TEXTS_PER_CHUNK,
     EncodedTexts,
     decode_texts,
+    encodable_texts,
     load_tokenizer,
     store_key,
     token_counts,
@@ -156,7 +157,8 @@ def _encode_whole(input_spec: TextInputSpec, texts: Sequence[str]) -> NDArray[np
     tokenizer = load_tokenizer(input_spec.tokenizer_folder)
     chunks = [np.zeros(0, np.int32)]
     for start in range(0, len(texts), TEXTS_PER_CHUNK):
-        encoded = tokenizer(list(texts[start : start + TEXTS_PER_CHUNK]), verbose=False)
+        chunk = encodable_texts(texts[start : start + TEXTS_PER_CHUNK])
+        encoded = tokenizer(chunk, verbose=False)
         chunks += [np.array(ids, np.int32) for ids in encoded["input_ids"]]
     return np.concatenate(chunks)
 

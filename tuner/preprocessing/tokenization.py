@@ -51,13 +51,20 @@ def encode_texts(
     return {name: tensor.to(torch.int64) for name, tensor in tensors.items()}
 
 
+def encodable_texts(texts: Sequence[str]) -> list[str]:
+    """The texts as UTF-8 can hold them: half a character, which a cut in JSON's escapes leaves, is
+    a question mark. Each has as many characters as before.
+    """
+    return [text.encode(errors="replace").decode() for text in texts]
+
+
 def _encode_int32(
     input_spec: TextInputSpec, texts: Sequence[str], second_texts: Sequence[str] | None
 ) -> tuple[dict[str, Tensor], int]:
     """The tensors as int32 (n, length), and how many texts were cut."""
     encoded = load_tokenizer(input_spec.tokenizer_folder)(
-        list(texts),
-        list(second_texts) if second_texts else None,
+        encodable_texts(texts),
+        encodable_texts(second_texts) if second_texts else None,
         padding="max_length",
         truncation=True,
         max_length=input_spec.length,
@@ -75,7 +82,7 @@ def locate_tokens(input_spec: TextInputSpec, texts: Sequence[str]) -> Tensor:
     that is no space; -1 for padding and for tokens that no characters belong to, such as [CLS].
     """
     encoded = load_tokenizer(input_spec.tokenizer_folder)(
-        list(texts), padding="max_length", truncation=True, max_length=input_spec.length
+        encodable_texts(texts), padding="max_length", truncation=True, max_length=input_spec.length
     )
     starts = torch.full((len(texts), input_spec.length), -1, dtype=torch.int32)
     for row, text, encoding in zip(starts, texts, encoded.encodings, strict=True):
