@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import CommandResult
-from tuner.commands.predict import limit_values, table_rows
+from tuner.commands.predict import limit_values, open_table, require_other_file, table_rows
 from tuner.core.types import Prediction
+from tuner.errors import SpaceError, StorageError
 from tuner.preprocessing import example_files
 from tuner.training.inference import NamedPrediction
 
@@ -59,6 +60,16 @@ def test_objects_below_the_least_score_are_left_out() -> None:
     assert list(table_rows(prediction, 0.8)) == [["a.png", "cat", 0.9, "[0, 0, 1, 1]"]]
     shares = NamedPrediction("image", "a.png", Prediction("", {"shares": {"x": 0.25, "y": 0.0}}))
     assert list(table_rows(shares, None)) == [["a.png", "x", 0.25, ""]]
+
+
+def test_a_table_replaces_neither_a_folder_nor_its_examples(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("good film\n")
+    with pytest.raises(SpaceError, match="this file holds the examples"):
+        require_other_file(texts, ["a text", str(tmp_path / "." / "texts.txt")])
+    require_other_file(tmp_path / "new.csv", [str(texts)])
+    with pytest.raises(StorageError, match="Is a directory"), open_table(tmp_path):
+        pass
 
 
 def test_a_folder_of_many_files_is_read_as_it_is_predicted(

@@ -141,8 +141,9 @@ def test_a_pattern_without_an_image(
 ) -> None:
     monkeypatch.chdir(photos.parent)
     (photos / "empty").mkdir()
-    with pytest.raises(DataError, match="no image there"):
+    with pytest.raises(DataError, match="no image there") as error:
         find_images([pattern])
+    assert "did you mean" not in str(error.value)  # nothing but the name that was given is near
 
 
 def test_a_batch_is_no_limit(studies: Path, photos: Path) -> None:

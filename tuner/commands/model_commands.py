@@ -66,9 +66,10 @@ def predict(
 
     It tells classes with probabilities, draws boxes and masks, labels or continues texts.
     """
-    from tuner.commands.predict import PredictionOutput, print_predictions
+    from tuner.commands.predict import PredictionOutput, print_predictions, require_other_file
     from tuner.training import inference
 
+    require_other_file(csv_, examples)
     published = inference.find_export(studies, study)
     predictions = inference.predict_examples(
         published,

@@ -3,15 +3,16 @@
 import contextlib
 import csv
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import typer
 
-from tuner.errors import DataError, StorageError
+from tuner.errors import DataError, SpaceError, StorageError
 from tuner.files.atomic import disk_errors
 from tuner.training import inference
 
@@ -55,6 +56,15 @@ def print_predictions(
         typer.echo(f"wrote {output.table}")
     if bad:
         raise DataError(f"{bad} images cannot be read; the others were predicted")
+
+
+def require_other_file(table: Path | None, examples: Sequence[str]) -> None:
+    """Raises SpaceError where the table would replace a file whose texts are to be predicted."""
+    for example in examples if table is not None and table.exists() else ():
+        if os.path.exists(example) and os.path.samefile(example, str(table)):
+            raise SpaceError(
+                f"--csv {table}: this file holds the examples, which would be lost; name another"
+            )
 
 
 @contextlib.contextmanager

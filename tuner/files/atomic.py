@@ -289,6 +289,7 @@ def disk_errors(path: Path, bytes_needed: float | None = None) -> Iterator[None]
             errno.EPERM,
             errno.EROFS,
             errno.ENOTDIR,
+            errno.EISDIR,
             errno.EEXIST,
         ):
             raise StorageError(f"cannot write {path}: {error.strerror}") from error

@@ -54,6 +54,7 @@ def _images_of(pattern: str) -> Iterator[Path]:
     first = next(matches, None)
     if first is None:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [name for name in siblings if name != path.name]  # a folder without images
         raise DataError(f"{pattern}: no image there{nearest_hint(path.name, siblings)}")
     return itertools.chain([first], matches)
 
