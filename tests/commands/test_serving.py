@@ -87,6 +87,7 @@ def test_what_is_no_image_or_too_much_is_refused_and_the_next_is_answered(
     status, answer = ask(port, "/predict", bytes(200_000))
     assert status == 413 and "at most 0.1 MB" in answer["error"]
     assert ask(port, "/predict", b"x", Content_Length="-1")[0] in (400, 411)
+    assert ask(port, "/predict", b"x", Content_Length="9" * 5000)[0] == 413
     assert ask(port, "/predict")[0] == 405
     assert ask(port, "/etc/passwd")[0] == 404
     assert ask(port, "/predict", png())[0] == 200

@@ -37,6 +37,7 @@ from tuner.training.inference import NamedPrediction, Predictor, find_export, op
 
 MAX_WAITING = 32  # requests at a time; others are told to come again
 MAX_TEXTS = 100  # in one request
+MAX_LENGTH_DIGITS = 18  # of the number of a request's bytes
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ class ModelApp:
         length = str(environ.get("CONTENT_LENGTH") or "")
         if not length.isdecimal():
             raise RequestProblem("411 Length Required", "send Content-Length")
-        if int(length) > self.settings.megabytes * 1e6:
+        # Python reads no number of thousands of digits
+        if len(length) > MAX_LENGTH_DIGITS or int(length) > self.settings.megabytes * 1e6:
             raise RequestProblem(
                 "413 Content Too Large",
                 f"at most {self.settings.megabytes:g} MB a request (--max-mb)",
