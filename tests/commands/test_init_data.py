@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import CommandResult
 from tests.helpers import box_files, damaged_files, image_tables, mask_files
 from tuner.commands import init
-from tuner.commands.data_scan import scan_data
+from tuner.commands.data_scan import coco_images, scan_data
 from tuner.commands.space_proposal import (
     MODELS,
     TRIALS,
@@ -131,6 +131,14 @@ def test_ambiguous_data_are_an_error_with_the_choices(tuner: Tuner, tmp_path: Pa
     assert chosen.code == 0 and "task: segmentation" in (tmp_path / "seg.yaml").read_text()
     refused = tuner("init", "voc", "--as", "voc/segmentatio")
     assert refused.code == 2 and "did you mean 'voc/segmentation'?" in refused.err
+
+
+def test_a_json_file_with_cocos_keys_alone_has_no_images(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('{"images": 5, "annotations": null}')
+    assert coco_images(file) == 0
+    file.write_text('{"images": [{"id": 1}], "annotations": []}')
+    assert coco_images(file) == 1
 
 
 def test_bad_input_is_told_without_a_traceback(tuner: Tuner, tmp_path: Path) -> None:

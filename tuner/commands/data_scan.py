@@ -200,8 +200,9 @@ def coco_images(file: Path) -> int:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError):
         return 0
-    is_coco = isinstance(content, dict) and content.keys() >= {"images", "annotations"}
-    return len(content["images"]) if is_coco else 0
+    is_coco = isinstance(content, dict) and "annotations" in content
+    images = content.get("images") if is_coco else None
+    return len(images) if isinstance(images, list) else 0
 
 
 def _scan_yolo(root: Path, given: str) -> Iterator[DataReading]:
