@@ -152,7 +152,8 @@ def recover_export(folder: Path) -> None:
 def describe_comparison(m: Mapping[str, Any]) -> str | None:
     """How far the model's score is from the default recipe's on the test examples, in one sentence.
 
-    None where they were not compared. Scores from 0 to 1 are told in points, which are hundredths.
+    None where they were not compared. Shares are told in points, which are hundredths: scores from
+    0 to 1 that are not minimised, since a loss or an error below 1 is none.
     """
     comparison = m.get("comparison")
     if comparison is None:
@@ -160,9 +161,10 @@ def describe_comparison(m: Mapping[str, Any]) -> str | None:
     if "difference" not in comparison:
         return "the default recipe won: the search found nothing better"
     score, metric = m["scores"]["test"][comparison["metric"]], comparison["metric"]
-    in_points = all(0 <= value <= 1 for value in (score, comparison["default_scores"][metric]))
-    unit = "points" if in_points else metric_label(metric)
     sign = -1 if m.get("direction") == "minimise" else 1
+    both = (score, comparison["default_scores"][metric])
+    in_points = sign == 1 and all(0 <= value <= 1 for value in both)
+    unit = "points" if in_points else metric_label(metric)
 
     def signed(value: float) -> str:
         return f"{100 * value:+.1f}" if in_points else f"{value:+.4f}"

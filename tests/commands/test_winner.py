@@ -239,6 +239,26 @@ def test_the_sentence(
     assert describe_comparison(m) == expected
 
 
+def test_a_loss_below_1_is_no_share_and_has_no_points() -> None:
+    comparison = {
+        "metric": "log_loss",
+        "default_scores": {"log_loss": 0.2},
+        "difference": 0.25,
+        "interval": [0.1, 0.4],
+        "confidence": 0.95,
+    }
+    m = {
+        "comparison": comparison,
+        "direction": "minimise",
+        "scores": {"test": {"log_loss": 0.45}},
+        "examples": {"test": 300},
+    }
+    assert describe_comparison(m) == (
+        "+0.2500 log loss over the default recipe on the test examples (95 %: +0.1000 to +0.4000), "
+        "where less is better: the default recipe is better"
+    )
+
+
 def test_an_export_of_an_earlier_version_has_no_sentence() -> None:
     assert describe_comparison({"scores": {}, "recipe": Recipe().model_dump()}) is None
 
