@@ -122,6 +122,14 @@ def test_plots_hold_every_point_inside_the_frame() -> None:
     assert Scale(1, 100, 0, 1, is_log=True).ticks() == [1, 2, 5, 10, 20, 50, 100]
 
 
+def test_a_score_is_drawn_at_its_epoch_where_not_each_has_one() -> None:
+    every = Curve("each", [0.1, 0.3, 0.2, 0.4], "winner")
+    some = Curve("each other", [0.3, 0.4], "default", [2, 4])
+    svg = learning_curves([every, some], "accuracy")
+    first, second = (re.findall(r'cx="([\d.]+)"', part) for part in svg.split('class="default"'))
+    assert second == first[1::2]
+
+
 def test_words_about_importances_and_intervals() -> None:
     assert "too few" in importance_sentences({}, 3)[0]
     said = importance_sentences({"lr": 0.8, "epochs": 0.15, "momentum": 0.05}, 20)

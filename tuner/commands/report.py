@@ -145,8 +145,9 @@ def draw_curves(report: StudyReport) -> str:
     order = {"other": 0, "default": 1, "winner": 2}
     curves = []
     for trial in report.view.trials:
-        values = [score for _, score in sorted(trial.intermediate_values.items())]
-        curves.append(Curve(f"trial {trial.number}", values, kind_of(report, trial)))
+        scores = dict(sorted(trial.intermediate_values.items()))
+        label, kind = f"trial {trial.number}", kind_of(report, trial)
+        curves.append(Curve(label, list(scores.values()), kind, list(scores)))
     others = [curve for curve in curves if curve.kind == "other"][-MAX_CURVES:]
     shown = others + [curve for curve in curves if curve.kind != "other"]
     shown.sort(key=lambda curve: order[curve.kind])

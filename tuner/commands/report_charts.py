@@ -17,12 +17,19 @@ TICKS = 5
 @dataclass(frozen=True)
 class Curve:
     """The scores of one trial by epoch. `kind` is its class in the style sheet: winner, default or
-    other.
+    other. `epochs`: those that were validated; by default each from the first on.
     """
 
     label: str
     values: Sequence[float]
     kind: str = "other"
+    epochs: Sequence[int] = ()
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        """Each epoch with its score."""
+        epochs = self.epochs or range(1, len(self.values) + 1)
+        return list(zip(epochs, self.values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,12 @@ def learning_curves(curves: Sequence[Curve], y_label: str) -> str:
     drawn = [c for c in curves if c.values]
     if not drawn:
         return ""
-    x = Scale(1, max(2, *(len(c.values) for c in drawn)), LEFT, WIDTH - RIGHT)
+    last = max(epoch for c in drawn for epoch, _ in c.points)
+    x = Scale(1, max(2, last), LEFT, WIDTH - RIGHT)
     y = _y_scale([value for c in drawn for value in c.values])
     parts = []
     for curve in drawn:
-        dots = [(x(i), y(value)) for i, value in enumerate(curve.values, 1)]
+        dots = [(x(epoch), y(value)) for epoch, value in curve.points]
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in dots)
         title = f"<title>{escape(curve.label)}</title>"
         parts.append(f'<g class="{curve.kind}">{title}<polyline points="{path}"/>')

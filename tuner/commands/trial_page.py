@@ -55,7 +55,8 @@ def trial_page(view: StudyView, trial: FrozenTrial) -> Iterator[str]:
     yield f"score       {describe_score(view, trial)}"
     if curve:
         bars = sparkline(curve)
-        yield f"curve       {bars}  {curve[0]:.4f} to {curve[-1]:.4f} in {len(curve)} epochs"
+        last = max(trial.intermediate_values)  # with validate_every not each epoch has a score
+        yield f"curve       {bars}  {curve[0]:.4f} to {curve[-1]:.4f} in {last} epochs"
     scores = trial.user_attrs.get(SCORES, {})
     if scores:
         listed = ", ".join(f"{metric_label(name)} {value:.4f}" for name, value in scores.items())
