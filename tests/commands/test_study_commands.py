@@ -12,10 +12,16 @@ import pytest
 
 from tests.conftest import CommandResult
 from tuner.commands.columns import align_columns
-from tuner.commands.study_comparison import Difference, differing_keys, sentence
+from tuner.commands.study_comparison import (
+    Difference,
+    differing_keys,
+    sentence,
+    why_not_paired,
+)
 from tuner.commands.study_view import lock_holder
 from tuner.commands.trial_page import sparkline
 from tuner.config import parsing
+from tuner.manifest import TEST_RESULTS, PublishedExport
 from tuner.search import storage
 
 Tuner = Callable[..., CommandResult]
@@ -132,8 +138,21 @@ def test_a_difference_is_better_worse_or_noise_by_the_metrics_direction() -> Non
     assert "within noise" in sentence("a", "b", "f1", Difference(0.1, (-0.1, 0.3)), "maximise")
     assert "no test score" in sentence("a", "b", "f1", None, "maximise")
     data = {"name": "folder", "path": "p", "size": 32, "seed": 0}
-    assert differing_keys(data, data | {"size": 64}) == []
+    assert differing_keys(data, data | {"size": 64, "folds": 5, "mean": (0.5, 0.5, 0.5)}) == []
     assert differing_keys(data, data | {"seed": 1}) == ["seed"]
+
+
+def test_the_same_test_examples_in_another_place_are_paired(tmp_path: Path) -> None:
+    def export(path: str, digest: str) -> PublishedExport:
+        (tmp_path / TEST_RESULTS).touch()
+        parts = {"task": {"name": "classification"}, "model": {"name": "resnet18_slim"}}
+        run = parts | {"data": {"name": "folder", "path": path}, "recipe": {}, "seed": 0}
+        manifest = {"run": run, "classes": ["a", "b"], "data_digest": digest}
+        return PublishedExport(tmp_path, manifest)
+
+    here = export("photos", "1")
+    assert why_not_paired(here, export("moved", "1")) == ""
+    assert why_not_paired(here, export("moved", "2")) == "the test examples differ (data.path)"
 
 
 def test_the_version_is_printed_and_h_is_help(tuner: Tuner) -> None:
