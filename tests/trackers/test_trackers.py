@@ -1,6 +1,7 @@
 """What the trackers' own libraries read back of a search."""
 
 import io
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from tests.helpers.tracked_search import TrackedSearch
 from tuner.deferred_figures import defer_figure
 from tuner.jobs import Job, Outcome
 from tuner.search.coordinator import Coordinator
+from tuner.trackers.mlflow import allowed_name
 
 
 def train_with_pictures(c: Coordinator, job: Job) -> Outcome:
@@ -87,6 +89,13 @@ def read_values(client: Any, run: Any, name: str) -> dict[int, float]:
     values = {metric.step: metric.value for metric in history}
     assert len(values) == len(history), f"a step of {name} is there twice"
     return values
+
+
+def test_mlflow_takes_the_names_of_keys_with_several_ranges() -> None:
+    allowed = re.compile(r"[/\w.\- :]+")  # as mlflow.utils.validation has it
+    names = ["lr[sgd]", "lr[adam|adamw, epochs=3]", "model.name", "valid/mymetrics:cost"]
+    assert all(allowed.fullmatch(allowed_name(name)) for name in names)
+    assert allowed_name("lr[sgd]") == "lr.sgd" and allowed_name("model.name") == "model.name"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Runs lie in a SQLite database in the study's `mlflow/`, or where MLFLOW_TRACKING
 
 import logging
 import os
+import re
 from typing import Any
 
 from tuner.files import removal
@@ -15,6 +16,8 @@ from tuner.trackers._tracked import RunEnd, TrackedRun, TrackedStudy, epoch_valu
 PACKAGE = "mlflow"
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
 PARENT = "study"  # the key of the run that has all others
+OTHER_CHARACTERS = re.compile(r"[^/\w.\- :]")  # than those of the names of MLflow
+MAX_VALUE = 6000  # characters of a parameter
 
 
 def start(study: TrackedStudy) -> "MlflowTracker":
@@ -91,10 +94,20 @@ class MlflowTracker:
                 self.client.set_tag(run_id, name, value)
             return run_id
         run = self.client.create_run(self.experiment_id, tags={**own, **tags}, run_name=title)
-        listed = [self.make_param(name, str(value)) for name, value in params.items()]
+        listed = [
+            self.make_param(allowed_name(name), str(value)[:MAX_VALUE])
+            for name, value in params.items()
+        ]
         self.client.log_batch(run.info.run_id, params=listed)
         return str(run.info.run_id)
 
     def _log_values(self, run_id: str, values: Any, step: int) -> None:
-        metrics = [self.make_metric(name, value, 0, step) for name, value in values.items()]
+        metrics = [
+            self.make_metric(allowed_name(name), value, 0, step) for name, value in values.items()
+        ]
         self.client.log_batch(run_id, metrics=metrics)
+
+
+def allowed_name(name: str) -> str:
+    """A name as MLflow takes it, which has no brackets, bars or commas: `lr.sgd` for `lr[sgd]`."""
+    return OTHER_CHARACTERS.sub("_", name.replace("[", ".").removesuffix("]"))
