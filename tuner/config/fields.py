@@ -5,7 +5,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from tuner.config.yaml_document import describe_value
 from tuner.errors import nearest_hint
 
+ROUNDING = 1e-9  # relative, of a value that is a number of steps
 _STRICT_CONFIG = ConfigDict(strict=True, allow_inf_nan=False)
 _BOUND_WORDS = {
     "greater_than_equal": ("at least", "ge"),
@@ -208,3 +209,15 @@ def format_value(value: Any) -> str:
 
 def is_finite_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
+    """Whether a value is one of the allowed ones. A sampler makes 0.30000000000000004 of three
+    steps of 0.1, and a condition says 0.3.
+    """
+    return value in allowed or (
+        isinstance(value, float)
+        and any(
+            isinstance(one, float) and math.isclose(value, one, rel_tol=ROUNDING) for one in allowed
+        )
+    )

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.config.space import ROUNDING, Choice, Dimension, Range, Space
+from tuner.config.fields import ROUNDING
+from tuner.config.space import Choice, Dimension, Range, Space
 from tuner.config.yaml_document import describe_value
 from tuner.errors import SpaceError, nearest_hint, suggest_names
 

@@ -4,7 +4,6 @@ A Run is a Space with nothing left to choose.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -12,12 +11,11 @@ from typing import Any, Protocol
 
 import yaml
 
-from tuner.config import plugins
+from tuner.config import fields, plugins
 from tuner.config.run import PluginConfig, Recipe, Run, Settings
 from tuner.config.yaml_document import Document, parse_scalar
 
 MAX_VALUES = 100_000  # more values than that are as good as a continuum
-ROUNDING = 1e-9  # relative, of a value that is a number of steps
 
 
 @dataclass(frozen=True)
@@ -226,10 +224,9 @@ class Space:
         if not dimension.condition:
             return True
         searched = {d.path for d in self.dimensions}
-        fixed = self.fixed_values(chosen.get(MODEL_NAME))
+        values = self.fixed_values(chosen.get(MODEL_NAME)) | dict(chosen)
         return all(
-            (path in chosen or path not in searched)
-            and _is_named(chosen.get(path, fixed[path]), allowed)
+            (path in chosen or path not in searched) and fields.is_one_of(values[path], allowed)
             for path, allowed in dimension.condition.items()
         )
 
@@ -310,8 +307,7 @@ class Space:
         outer: dict[KeyPath, list[Any]] = {}
         for d in self.dimensions:
             if d.path[0] != "recipe" and len(d.path) <= 2:
-                values = d.domain.values()  # of a choice they may be of several kinds
-                ends = (d.domain.lowest, d.domain.highest) if values is None else values
+                ends = d.domain.values() or (d.domain.lowest, d.domain.highest)
                 outer.setdefault(d.path, []).extend(ends)
         for combination in itertools.islice(itertools.product(*outer.values()), 64):
             yield self.make_run(dict(zip(outer, combination, strict=True)))
@@ -350,19 +346,6 @@ class Space:
                 section[path[-1]] = {"by_model": dict(self.by_model[path])}
         guesses = {"try": [dict(guess) for guess in self.first_guesses]}
         return tree | (guesses if self.first_guesses else {}) | self.settings.to_dict()
-
-
-def _is_named(value: Any, allowed: Sequence[Any]) -> bool:
-    """Whether a condition names a value. A sampler makes 0.30000000000000004 of three steps of 0.1,
-    and a condition says 0.3.
-    """
-    return value in allowed or (
-        isinstance(value, float)
-        and any(
-            isinstance(named, float) and math.isclose(value, named, rel_tol=ROUNDING)
-            for named in allowed
-        )
-    )
 
 
 def _section_values(section: str, values: Mapping[KeyPath, Any]) -> dict[str, Any]:
