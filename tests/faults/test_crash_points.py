@@ -8,7 +8,7 @@ import json
 import shutil
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ task: classification
 data: {name: synthetic, examples: 60, classes: 3, size: 32}
 model: {name: resnet18_slim, weights: bundled}
 recipe: {optimizer: sgd, lr: [0.001, 0.01], freeze_depth: [3, 5], epochs: 2, batch_size: 16}
-search: {name: s, trials: 6, sampler: random, pruner: none, seed: 0, confirm: {top: 2, repeats: 2}}
+search: {name: s, trials: 6, sampler: random, pruner: none, seed: 0, retries: 9, confirm: {top: 2, repeats: 2}}
 engine: {name: inline, device: cpu, cache: always}
 export: [safetensors]
 """
@@ -53,6 +53,17 @@ LATER = (
 PASSED = [
     point for point in CRASH_POINTS if point.partition(".")[0] not in WORKS and point not in LATER
 ]
+# Each is a study that is killed at one point after the other, in the order in which a study passes them.
+CHAINS = (
+    ("images.begun", "study.created", "search.asked", "checkpoint.begun", "confirm.kept"),
+    ("images.filled", "file.begun", "search.drawn", "checkpoint.written", "default.tested"),
+    ("images.renamed", "file.written", "activations.begun", "checkpoint.synced", "export.filled"),
+    ("file.synced", "activations.filled", "checkpoint.renamed", "search.told:4", "export.written"),
+    ("file.renamed", "activations.renamed", "search.reported", "search.repeating", "file.begun:2"),
+    ("probe.begun", "search.files", "search.drawn:3", "file.renamed:2"),
+    ("probe.filled", "search.told", "activations.filled:3", "export.renamed"),
+    ("probe.renamed", "artifact.kept"),
+)
 
 
 # -- the list of points is the code's
@@ -198,31 +209,34 @@ def chosen(folder: Path) -> list[str]:
     ]
 
 
+def kill_in_turn(
+    points: Sequence[str], forking: ForkServer, folder: Path, *words: str
+) -> Iterator[str]:
+    """The command killed at one point after the other, each time where the kill before left it; yields each point."""
+    for point in points:
+        code, said = forking.tuner(folder, *words, TUNER_CRASH_AT=point)
+        assert code == 137, f"{point} was not passed: {said}"
+        yield point
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "point",
-    [
-        *PASSED,
-        "file.begun:2",
-        "file.renamed:2",
-        "search.drawn:3",
-        "activations.filled:3",
-        "search.told:4",
-    ],
-)
-def test_27_killed_at_a_point_and_started_again_a_study_ends_as_the_calm_one(
-    point: str, forking: ForkServer, calm: Path, tmp_path: Path
+@pytest.mark.parametrize("points", CHAINS, ids=" ".join)
+def test_27_killed_at_points_and_started_again_a_study_ends_as_the_calm_one(
+    points: tuple[str, ...], forking: ForkServer, calm: Path, tmp_path: Path
 ) -> None:
     begun(tmp_path)
-    code, said = forking.tuner(tmp_path, "run", "study.yaml", TUNER_CRASH_AT=point)
-    assert code == 137, f"{point} was not passed: {said}"
-    if (tmp_path / "studies/s/export").exists():
+    export = tmp_path / "studies/s/export"
+    for _ in kill_in_turn(points, forking, tmp_path, "run", "study.yaml"):
         assert (
-            manifest.read_export(tmp_path / "studies/s/export") is not None
+            not export.exists() or manifest.read_export(export) is not None
         )  # whole, or not there
     code, said = forking.tuner(tmp_path, "run", "study.yaml")
     assert code == 0, said
     ended_alike(tmp_path, calm)
+
+
+def test_every_point_that_the_study_passes_is_in_a_chain() -> None:
+    assert {point for chain in CHAINS for point in chain if ":" not in point} == set(PASSED)
 
 
 @pytest.mark.slow
@@ -232,15 +246,13 @@ def test_27_killed_while_a_soup_is_made_it_ends_as_the_calm_one(
     calm = begun(tmp_path / "calm", SOUP)
     code, said = forking.tuner(calm, "run", "study.yaml")
     assert code == 0 and "weights  soup of trials " in said, said
+    folder = begun(tmp_path / "killed", SOUP)
     points = ("soup.chosen", "soup.trained", "soup.trained:2", "export.written")
-    for point in points:
-        folder = begun(tmp_path / point, SOUP)
-        code, said = forking.tuner(folder, "run", "study.yaml", TUNER_CRASH_AT=point)
-        assert code == 137, f"{point} was not passed: {said}"
-        code, said = forking.tuner(folder, "run", "study.yaml")
-        assert code == 0, said
-        ended_alike(folder, calm)
-        assert not list((folder / "studies/s/checkpoints").glob("soup-*"))
+    list(kill_in_turn(points, forking, folder, "run", "study.yaml"))
+    code, said = forking.tuner(folder, "run", "study.yaml")
+    assert code == 0, said
+    ended_alike(folder, calm)
+    assert not list((folder / "studies/s/checkpoints").glob("soup-*"))
 
 
 @pytest.mark.slow
@@ -262,14 +274,12 @@ def test_27_killed_while_trials_are_taken_over_none_is_missing_and_none_is_there
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", ["search.requeued", "search.failing"])
 def test_27_killed_again_while_the_first_kill_is_mended(
-    point: str, forking: ForkServer, calm: Path, tmp_path: Path
+    forking: ForkServer, calm: Path, tmp_path: Path
 ) -> None:
     begun(tmp_path)
-    for where in ("search.reported:3", point):
-        code, said = forking.tuner(tmp_path, "run", "study.yaml", TUNER_CRASH_AT=where)
-        assert code == 137, f"{where} was not passed: {said}"
+    points = ("search.reported:3", "search.requeued", "search.failing")
+    list(kill_in_turn(points, forking, tmp_path, "run", "study.yaml"))
     code, said = forking.tuner(tmp_path, "run", "study.yaml")
     assert code == 0, said
     ended_alike(tmp_path, calm)
@@ -277,31 +287,29 @@ def test_27_killed_again_while_the_first_kill_is_mended(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("point", "atomic"),
+    ("points", "atomic"),
     [
-        ("export.filled", True),
-        ("export.written", True),
-        ("export.renamed", True),
-        ("export.moved", False),
-        ("export.renamed", False),
+        (("export.filled", "export.written", "export.renamed"), True),
+        (("export.moved", "export.renamed"), False),
     ],
 )
 def test_27_killed_while_an_export_is_replaced_the_old_or_the_new_one_is_there(
-    point: str, atomic: bool, forking: ForkServer, calm: Path, tmp_path: Path
+    points: tuple[str, ...], atomic: bool, forking: ForkServer, calm: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(calm, tmp_path, dirs_exist_ok=True)
     words = ("export", "s", "--format", "torch_export")
-    if atomic:
-        code, said = forking.tuner(tmp_path, *words, TUNER_CRASH_AT=point)
-    else:
-        work = "tests.faults.test_crash_points:in_two_steps"
-        code, said = forking.call_function(tmp_path, work, words, TUNER_CRASH_AT=point)
-    assert code == 137, f"{point} was not passed: {said}"
-    export = tmp_path / "studies/s/export"
-    there = manifest.read_export(export if export.exists() else export.with_name(".export.old"))
-    assert there is not None and ("torch_export" in there.manifest["exports"]) == (
-        point == "export.renamed"
-    )
+    for point in points:
+        if atomic:
+            code, said = forking.tuner(tmp_path, *words, TUNER_CRASH_AT=point)
+        else:
+            work = "tests.faults.test_crash_points:in_two_steps"
+            code, said = forking.call_function(tmp_path, work, words, TUNER_CRASH_AT=point)
+        assert code == 137, f"{point} was not passed: {said}"
+        export = tmp_path / "studies/s/export"
+        there = manifest.read_export(export if export.exists() else export.with_name(".export.old"))
+        assert there is not None and ("torch_export" in there.manifest["exports"]) == (
+            point == "export.renamed"
+        )
     code, said = forking.tuner(tmp_path, *words)
     assert code == 0, said
     ended_alike(tmp_path, calm)
@@ -409,16 +417,16 @@ def encoding(folder: str) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "point", [point for point in CRASH_POINTS if point.partition(".")[0] in WORKS]
-)
+@pytest.mark.parametrize("kind", WORKS)
 def test_27_what_is_written_once_is_whole_or_absent_wherever_the_kill_comes(
-    point: str, forking: ForkServer, tmp_path: Path
+    kind: str, forking: ForkServer, tmp_path: Path
 ) -> None:
+    """Killed at one point after the other, each time where the kill before left it."""
     (tmp_path / "origin").write_bytes(b"weights")
-    work = f"tests.faults.test_crash_points:{WORKS[point.partition('.')[0]]}"
-    code, said = forking.call_function(tmp_path, work, str(tmp_path), TUNER_CRASH_AT=point)
-    assert code == 137, f"{point} was not passed: {said}"
+    work = f"tests.faults.test_crash_points:{WORKS[kind]}"
+    for point in (point for point in CRASH_POINTS if point.partition(".")[0] == kind):
+        code, said = forking.call_function(tmp_path, work, str(tmp_path), TUNER_CRASH_AT=point)
+        assert code == 137, f"{point} was not passed: {said}"
     code, said = forking.call_function(tmp_path, work, str(tmp_path))
     assert code == 0, said
     other = tmp_path / "undisturbed"

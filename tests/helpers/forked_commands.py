@@ -118,4 +118,7 @@ def serve() -> None:
 if __name__ == "__main__":
     for needed in LOADED:
         importlib.import_module(needed)
+    from tuner.search import optuna_internals
+
+    optuna_internals.missing()  # each process would try Optuna's inner names anew
     serve()
