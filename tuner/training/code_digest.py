@@ -44,7 +44,14 @@ def _installed_version(package: str) -> str | None:
     A package that is installed in editable mode is read from elsewhere: its files change while its
     version stays.
     """
-    file = getattr(sys.modules.get(package), "__file__", None)
+    module = sys.modules.get(package)
+    return _version_of(module, package) if module is not None else None
+
+
+@functools.cache
+def _version_of(module: ModuleType, package: str) -> str | None:
+    """As above, once for a module that was imported: reading metadata takes milliseconds."""
+    file = getattr(module, "__file__", None)
     if file is None:
         return None
     root = Path(file).parent.parent if Path(file).stem == "__init__" else Path(file).parent
