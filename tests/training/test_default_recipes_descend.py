@@ -7,17 +7,16 @@ row in FAMILIES, and one more source in SOURCES where it needs other data.
 import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import SHARED
-from tests.helpers.detector_families import list_detector_families
+from tests.helpers.detector_families import list_detector_families, look_at_few_regions
 from tuner.config import parsing, plugins, yaml_document
 from tuner.config.run import EngineSettings, Run
 from tuner.training.devices import select_device
-from tuner.training.preparation import prepare_training
+from tuner.training.preparation import load_run, prepare_training
 from tuner.training.training_loop import fit
 
 LITE0 = SHARED / "tf_efficientnet_lite0.safetensors"
@@ -44,12 +43,12 @@ class Family:
     """
 
     model: str
-    size: int = 128  # pixels
-    examples: int = 16  # for training, and as many for validation, which are trained on too
+    size: int = 64  # pixels
+    examples: int = 12  # for training, and as many for validation, which are trained on too
     epochs: int = 2
     options: str = "weights: none"
     packages: tuple[str, ...] = ()
-    regions: int = 32
+    regions: int = 16
     sources: tuple[str, ...] = ("raccoon", "bccd")  # in turn
     shares: tuple[float, ...] = (0.0, 1.0)  # of the deepest freeze depth
 
@@ -59,27 +58,27 @@ YOLO = ("libreyolo", "cv2")
 PHOTOGRAPHS = ("clothing", "signdigits")
 SMP = ("segmentation_models_pytorch",)
 FAMILIES = (
-    Family("resnet18_slim", 64, 64, 4, "weights: bundled", sources=PHOTOGRAPHS),
+    Family("resnet18_slim", 64, 32, 3, "weights: bundled", sources=PHOTOGRAPHS),
     Family("vgg11_bn", 32, 64, 4, "weights: none", sources=PHOTOGRAPHS, shares=(0.5,)),
     Family(
         "timm/tf_efficientnet_lite0",
-        96,
         64,
-        4,
+        32,
+        3,
         f"weights: {LITE0}",
         packages=("timm",),
         sources=PHOTOGRAPHS,
     ),
-    Family("unet/tu-mobilenetv3_small_050", 64, 16, 4, packages=SMP, sources=("humans",)),
-    Family("lraspp_mobilenet_v3_large", 64, 16, 4, sources=("humans",)),
+    Family("unet/tu-mobilenetv3_small_050", 64, 12, 3, packages=SMP, sources=("humans",)),
+    Family("lraspp_mobilenet_v3_large", 64, 12, 3, sources=("humans",)),
     Family("fasterrcnn_mobilenet_v3_large_320_fpn", options="weights: none, backbone: none"),
     Family("retinanet_resnet50_fpn", options="weights: none, backbone: none", shares=(1.0,)),
     Family("fcos_resnet50_fpn", options="weights: none, backbone: none", shares=(1.0,)),
     Family(
         "ssdlite320_mobilenet_v3_large",
-        160,
-        16,
-        6,
+        96,
+        12,
+        4,
         "weights: none, backbone: none",
         shares=(0.0, 0.5),
     ),
@@ -98,10 +97,10 @@ FAMILIES = (
         packages=("timm",),
         shares=(0.0,),
     ),
-    Family("rtdetr_r18", epochs=2, packages=DETR, shares=(0.0,)),
-    Family("dfine_n", 256, epochs=4, packages=DETR, shares=(1.0,)),
-    Family("yolox_nano", 160, epochs=6, packages=YOLO),
-    Family("yolov9_t", 160, epochs=6, packages=YOLO),
+    Family("rtdetr_r18", 128, epochs=2, packages=DETR, shares=(0.0,)),
+    Family("dfine_n", 256, epochs=3, packages=DETR, shares=(1.0,)),
+    Family("yolox_nano", 96, epochs=4, packages=YOLO),
+    Family("yolov9_t", 96, epochs=4, packages=YOLO),
 )
 CASES = [
     (family, family.sources[number % len(family.sources)], share)
@@ -168,16 +167,10 @@ def test_the_loss_falls_and_stays_finite(
         pytest.skip(f"no {LITE0}")
     run = make_run(family, source, extract(source, extracted))
     device_context = select_device(EngineSettings.model_validate({"device": "cpu"}), home)
-    deepest = prepare_training(run, device_context, "map").staged_model.max_depth
+    deepest = load_run(run, device_context, "map").staged_model.max_depth
     recipe = run.recipe.model_copy(update={"freeze_depth": round(share * deepest)})
     torch.manual_seed(0)
     context = prepare_training(replace(run, recipe=recipe), device_context, "map")
-    sample_fewer_regions(context.staged_model.model, family.regions)
+    look_at_few_regions(context.staged_model.model, family.regions)
     losses = [progress.epoch.loss for progress in fit(context, recipe, seed=1)]
     assert losses[-1] < losses[0]
-
-
-def sample_fewer_regions(model: Any, count: int) -> None:
-    """For time: torchvision's second stage learns from 512 regions of each image."""
-    if hasattr(model, "roi_heads"):
-        model.roi_heads.fg_bg_sampler.batch_size_per_image = count
