@@ -415,7 +415,6 @@ def check_exports(
 EXPORTED = [
     "lraspp_mobilenet_v3_large",
     "deeplabv3_mobilenet_v3_large",
-    "unet/resnet18",
     f"unetplusplus/{SMALL}",
     f"fpn/{SMALL}",
 ]

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_masks
 from torchmetrics.detection import MeanAveragePrecision
 
 from tests.conftest import CommandResult
+from tests.helpers.detector_families import look_at_few_regions
 from tests.helpers.instance_files import HEIGHT, INK, WIDTH, triangles, write_instances
 from tests.helpers.split_laws import check_partition
 from tuner.config.run import ImageOptions, Recipe
@@ -261,6 +262,7 @@ def staged() -> StagedModel:
     for value in model.model.state_dict().values():
         if value.dim() > 1:
             value.uniform_(-0.06, 0.06, generator=generator)
+    look_at_few_regions(model.model, 16)
     return model
 
 
@@ -326,7 +328,7 @@ def test_masks_of_people_through_export_and_prediction(
     """Real photographs, and ImageNet's weights in the backbone, which is frozen and cached."""
     with tarfile.open(shared / "humans.tar") as archive:
         archive.extractall(tmp_path, filter="data")
-    pictures = write_people(tmp_path / "humans", tmp_path / "people.json", 48)
+    pictures = write_people(tmp_path / "humans", tmp_path / "people.json", 32)
     backbone = shared / "tf_efficientnet_lite0.safetensors"
     (tmp_path / "s.yaml").write_text(
         "task: instance_segmentation\n"
