@@ -23,7 +23,7 @@ from tuner.dashboard import server
 from tuner.search import history
 
 BUDGET = 8
-ROUNDS = 6  # of each case
+ROUNDS = 5  # of each case
 PATIENCE = 240.0  # seconds for whatever is waited for
 DEAD_WORKER = (
     3  # the exit code when a worker dies while data and weights are read, or the winner is made
@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("chaos")
     text = (
         SMALL.replace("inline, device: cpu", "local, device: cpu, cache: always")
-        .replace("examples: 60", "examples: 600")
+        .replace("examples: 60", "examples: 300")
         .replace("low: 1, high: 3", "low: 3, high: 6")
         .replace("trials: 4", f"trials: {BUDGET}, retries: 10")
     )

@@ -341,8 +341,7 @@ def test_32_a_second_signal_stops_now(small: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.4])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(("number", "delay"), [(signal.SIGKILL, 0.4), (signal.SIGINT, 0.0)])
 def test_27_32_an_end_while_the_winner_is_made_leaves_an_export_that_is_whole_or_absent(
     number: signal.Signals, delay: float, tuner: Tuner, small: Path
 ) -> None:

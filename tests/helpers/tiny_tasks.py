@@ -88,9 +88,10 @@ TINY_TASKS = {
             "detection",
             "map",
             "data: {name: voc, path: FOLDER/voc, size: 64}\n"
-            "model: {name: fasterrcnn_mobilenet_v3_large_320_fpn, weights: none, backbone: none}",
+            "model: {name: fasterrcnn/timm/mobilenetv3_small_050, backbone: none, regions: 16, "
+            "proposals: 16}",
             lambda folder: box_files.write_voc(folder / "voc"),
-            ("faster_coco_eval",),
+            ("faster_coco_eval", "timm"),
         ),
         TinyTask(
             "instance_segmentation",

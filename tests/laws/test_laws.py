@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -81,7 +80,6 @@ def test_stillness_after_fit_the_prefix_is_bit_identical(
         ("resnet18_slim", 1, {"augment": "flip", "views": 2}),
         ("resnet18_slim", 2, {"augment": "strong", "views": 2}),
         ("resnet18_slim", 5, {"augment": "standard"}),
-        pytest.param("vgg11_bn", 6, {"augment": "flip", "views": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_memory_fit_over_the_cache_equals_fit_without(
@@ -289,38 +287,20 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def victim(process: "subprocess.Popen[str]", who: str) -> int:
-    """The coordinator's pid, or its worker's."""
-    if who == "coordinator":
-        return process.pid
-    found = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "spawn_main"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(found.stdout.split()[0])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("who", "moment"), [("coordinator", 0.2), ("worker", 0.0)])
-def test_resume_killed_and_continued_equals_undisturbed(
-    calm: Path, who: str, moment: float
-) -> None:
-    name = f"{who}-{moment}"
+def test_resume_killed_and_continued_equals_undisturbed(calm: Path) -> None:
+    """At a moment by chance; test_resume.py kills the worker too, and counts epochs."""
+    name = "killed"
     process = start(calm, name)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("#1 "):
             break
-    time.sleep(moment)
-    os.kill(victim(process, who), signal.SIGKILL)
-    if who == "coordinator":
-        process.wait()
-        process.stdout.close()
-        finish(start(calm, name))
-    else:
-        finish(process)  # the study goes on by itself
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    finish(start(calm, name))
     assert ended_trials(calm, name) == ended_trials(calm, "calm")
     database = sqlite3.connect(calm / "studies" / name / "study.db")
     assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)

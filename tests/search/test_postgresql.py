@@ -559,6 +559,8 @@ def test_the_password_is_found_and_left_nowhere(
     process = start(
         "a",
         place,
+        "data.examples=60",
+        "recipe.epochs=1",
         *(words if how in ("variable", "written") else [*words[:2], "search.retrain=false"]),
     )
     listed = ""

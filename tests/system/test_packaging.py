@@ -142,5 +142,5 @@ def test_the_installed_wheel_works_in_a_fresh_environment_outside_the_clone(
     small = ["search.trials=2", "recipe.epochs=1", "recipe.freeze_depth=4", "data.limit=100"]
     tuner("run", "resnet.yaml", *small)
     assert (tmp_path / "studies/resnet/export/model.onnx").exists()
-    for name in names():
-        assert f"{name} " in tuner("init")
+    listed = tuner("init")
+    assert all(f"{name} " in listed for name in names())
