@@ -57,7 +57,7 @@ ROWS = (
     Row("bert", "gpu_training:bert_row", 20, ("transformers",)),
     Row("search", "gpu_search:search_row", 75, ("optuna", "typer", "rich")),
     Row("sharing", "gpu_search:sharing_row", 75, ("optuna", "typer", "rich")),
-    Row("precision", "gpu_precision:precision_row", 60, ("faster_coco_eval",)),
+    Row("precision", "gpu_precision:precision_row", 60, ("faster_coco_eval", "timm")),
     Row("photographs", "gpu_training:photograph_row", 35),
 )
 

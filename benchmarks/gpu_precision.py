@@ -35,7 +35,10 @@ def classifier(setup: Setup) -> Run:
 
 def detector(setup: Setup) -> Run:
     """A small Faster R-CNN from fresh weights, long enough that it finds rectangles."""
-    model = "{name: fasterrcnn_mobilenet_v3_large_320_fpn, weights: none, backbone: none}"
+    model = setup.pick(
+        "{name: fasterrcnn_mobilenet_v3_large_320_fpn, weights: none, backbone: none}",
+        "{name: fasterrcnn/timm/mobilenetv3_small_050, backbone: none, regions: 16, proposals: 16}",
+    )
     number = setup.pick(12, 1)
     words = (
         "recipe.optimizer=adamw",

@@ -446,7 +446,7 @@ def test_a_saved_dataset_of_real_images_through_export_and_prediction(
     (tmp_path / "s.yaml").write_text(
         "task: classification\ndata: {name: huggingface, path: digits, size: 64}\n"
         "model: {name: resnet18_slim}\nrecipe: {epochs: 2}\n"
-        "search: {trials: 2}\nengine: {name: inline, device: cpu}\nexport: [safetensors]\n"
+        "search: {trials: 1}\nengine: {name: inline, device: cpu}\nexport: [safetensors]\n"
     )
     result = tuner("run", tmp_path / "s.yaml")
     assert result.code == 0, result.err

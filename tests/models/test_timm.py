@@ -69,7 +69,7 @@ def test_a_study_of_it_ends_in_exports_that_predict(
     Path("mobile.yaml").write_text(
         f"task: classification\ndata: {{name: synthetic, size: 32, examples: 40}}\nmodel: {{name: {NAME}, weights: none}}\n"
         "recipe: {lr: {low: 1e-3, high: 1e-1, log: true}, freeze_depth: {low: 0, high: 7}, epochs: 1}\n"
-        "search: {trials: 3}\nengine: {name: inline, device: cpu}\nexport: [safetensors, onnx]\n"
+        "search: {trials: 2, compare: none}\nengine: {name: inline, device: cpu}\nexport: [safetensors, onnx]\n"
     )
     said = tuner("run", "mobile.yaml")
     assert said.code == 0, said.err
@@ -107,7 +107,9 @@ def test_real_weights_on_real_photographs(
         Path(__file__).parents[2] / "search_spaces" / "timm.yaml",
         f"model.weights={shared / 'tf_efficientnet_lite0.safetensors'}",
         "recipe.freeze_depth.low=8",
-        "search.trials=6",
+        "search.trials=2",
+        "search.compare=none",
+        "export=[safetensors]",
     )
     assert said.code == 0, said.err
     scores = json.loads(Path("studies/timm/export/manifest.json").read_text())["scores"]
