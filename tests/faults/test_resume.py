@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import tuner as package
 from tests.conftest import SMALL
+from tests.helpers.forked_commands import ForkServer, forks
 from tuner.files import checkpoint_files
 from tuner.training import checkpoints
 
@@ -41,39 +43,17 @@ export: [safetensors]
 class Studies:
     """Studies in a folder of their own, each with a file of lines, one an epoch begun."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, forking: ForkServer) -> None:
+        self.folder, self.forking = folder, forking
         (folder / "study.yaml").write_text(STUDY)
 
     def run(self, name: str, *words: str, **environ: str) -> int:
         """The exit code of `tuner run`, minus the signal where it was killed."""
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "COUNTED": str(self.lines(name)),
-            "OMP_NUM_THREADS": "1",
-            **environ,
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "tuner",
-            "run",
-            "study.yaml",
-            f"search.name={name}",
-            *words,
-        ]
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
+        environ = {"PYTHONPATH": str(ROOT), "COUNTED": str(self.lines(name)), **environ}
+        code, self.said = self.forking.tuner(
+            self.folder, "run", "study.yaml", f"search.name={name}", *words, **environ
         )
-        self.said = done.stdout + done.stderr
-        return done.returncode
+        return code
 
     def lines(self, name: str) -> Path:
         return self.folder / f"{name}.lines"
@@ -119,11 +99,12 @@ class Studies:
 
 
 @pytest.fixture(scope="module")
-def studies(tmp_path_factory: pytest.TempPathFactory) -> Studies:
-    found = Studies(tmp_path_factory.mktemp("resume"))
-    assert found.run("calm") == 0, found.said
-    assert found.begun("calm") >= TRIALS * EPOCHS + 1
-    return found
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studies]:
+    with forks() as forking:
+        found = Studies(tmp_path_factory.mktemp("resume"), forking)
+        assert found.run("calm") == 0, found.said
+        assert found.begun("calm") >= TRIALS * EPOCHS + 1
+        yield found
 
 
 @pytest.mark.parametrize(
