@@ -22,13 +22,13 @@ TINY = {
     "imagefolder": [IMAGES, "model={name: resnet18_slim, weights: none}"],
     "fasterrcnn": [
         "data={name: voc, path: voc, size: 64}",
-        "model={name: fasterrcnn/timm/mobilenetv3_small_050, backbone: none, regions: 16, proposals: 50}",
+        "model={name: fasterrcnn/timm/mobilenetv3_small_050, backbone: none, regions: 16, proposals: 16}",
         "recipe.freeze_depth=8",
     ],
     "maskrcnn": [
         "data={name: coco, path: instances/instances.json, size: 64}",
-        "model={name: maskrcnn_resnet50_fpn, weights: none, backbone: none}",
-        "recipe.freeze_depth=6",
+        "model={name: maskrcnn/timm/mobilenetv3_small_050, backbone: none, regions: 16, proposals: 16}",
+        "recipe.freeze_depth=8",
     ],
     "yolo": [
         "data={name: voc, path: voc, size: 64}",

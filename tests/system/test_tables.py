@@ -91,7 +91,7 @@ def test_numbers_from_a_table_to_a_prediction(tuner: Callable[..., CommandResult
         Path("rg.yaml"),
         "regression",
         "label: [age, height]",
-        FORMATS="safetensors, torch_export, onnx",
+        FORMATS="safetensors, onnx",
     )
     said = tuner("run", file)
     assert said.code == 0, said.err
