@@ -56,7 +56,7 @@ def check_partition(staged: StagedModel) -> None:
         own = sorted(id(v) for _, v in kind(staged.model))
         inside = sorted(id(v) for stage in staged.stages.values() for _, v in kind(stage))
         assert inside == own
-    for depth in {0, staged.max_depth // 2, staged.max_depth}:
+    for depth in sorted({0, staged.max_depth // 2, staged.max_depth}):
         staged.model.train()
         prefix, suffix = staged.split(depth)
         assert not any(p.requires_grad for p in prefix.parameters())
