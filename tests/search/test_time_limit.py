@@ -208,3 +208,24 @@ def test_a_run_with_a_time_makes_an_export_and_remembers_how_long_the_finishing_
     assert '"seconds"' in remembered.read_text()
     refused = tuner("run", small, "--time", "soon")
     assert refused.code == 2 and "--time 'soon': write a duration" in refused.err
+
+
+@pytest.mark.parametrize("seconds", range(21, 51, 3))
+def test_the_default_recipe_comes_to_its_end_where_the_time_suffices_for_it_alone(
+    seconds: int,
+) -> None:
+    """The probe takes 1 s, the default recipe 18 s. What was ended in its midst has no weights."""
+    clock = Clock()
+    c = limited(seconds, clock)
+    run_all_jobs(c, train_on(clock))
+    default = history.default_trial(c.study)
+    assert default is not None
+    is_whole = len(default.intermediate_values) == default.params["epochs"]
+    assert is_whole == (seconds >= 27)
+    again = 0.0 if is_whole else training_seconds(default)
+    assert clock.now + again + FINISHING <= seconds
+    # where each result has to be trained again, the reserve is kept
+    clock = Clock()
+    c = limited(seconds, clock, retrain="true", keep=0)
+    run_all_jobs(c, train_on(clock))
+    assert clock.now + seconds_after(c) <= seconds

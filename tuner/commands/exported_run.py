@@ -6,9 +6,12 @@ from pathlib import Path
 from optuna import Study
 from optuna.trial import FrozenTrial
 
+from tuner import manifest
+from tuner.commands.ended_search import EndedSearch
 from tuner.config.run import PluginConfig, Run, SearchSettings
 from tuner.messages import OutputSettings, scale_probability
 from tuner.search import history
+from tuner.search.confirmation import training_seconds
 
 
 def run_to_best_epoch(run: Run, epoch: int) -> Run:
@@ -81,6 +84,28 @@ def choose_export(
     if retrain:
         return retrained_run(run, epoch, history.train_share(study)), None
     return run_to_best_epoch(run, epoch), weights
+
+
+def weights_of(ended: EndedSearch, trial: FrozenTrial) -> Path | None:
+    """The weights of the best epoch that a trial left, if they are kept."""
+    proposals = history.proposal_numbers(ended.coordinator.study)
+    return ended.coordinator.retention.best_weights_of(proposals[trial.number])
+
+
+def is_retrained(
+    ended: EndedSearch, winner: FrozenTrial, run: Run, outputs: OutputSettings
+) -> bool:
+    """Whether the winner is trained again: not where that would end too late for `search.time`.
+
+    A winner that was trained again stays so. `run` is that of its retraining.
+    """
+    search = ended.session.settings.search
+    if not search.retrain or search.soup != "none" or weights_of(ended, winner) is None:
+        return search.retrain
+    manifest.recover_export(ended.folder / "export")
+    published = manifest.read_export(ended.folder / "export")
+    is_made = published is not None and manifest.is_export_of(published.manifest, run, outputs)
+    return is_made or ended.has_time_for(training_seconds(winner))
 
 
 def choose_outputs(search: SearchSettings, trial: FrozenTrial) -> OutputSettings:

@@ -11,7 +11,9 @@ from tuner.commands.ended_search import EndedSearch
 from tuner.commands.exported_run import (
     choose_export,
     choose_outputs,
+    is_retrained,
     retrained_run,
+    weights_of,
     with_thresholds,
 )
 from tuner.commands.progress import Progress
@@ -181,17 +183,16 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
     """
     session, coordinator, folder = ended.session, ended.coordinator, ended.folder
     winner, settings = summary.winner, session.settings
+    outputs = choose_outputs(settings.search, winner)
+    retrains = is_retrained(ended, winner, summary.run, outputs)
     run, weights = choose_export(
         coordinator.study,
         winner,
         trial_run,
-        coordinator.retention.best_weights_of(
-            history.proposal_numbers(coordinator.study)[winner.number]
-        ),
+        weights_of(ended, winner),
         settings.search,
-        retrain=settings.search.retrain,
+        retrain=retrains,
     )
-    outputs = choose_outputs(settings.search, winner)
     confirmation = summary.confirmed.to_dict(summary.metric) if summary.confirmed else None
     candidates = soup_candidates(session.space, coordinator.study, folder, winner)
     manifest.recover_export(folder / "export")
@@ -213,7 +214,14 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
     soup = plan_soup(session, folder, candidates, earlier)
     averaged = manifest.averaged_runs(soup.findings if soup is not None else None)
     is_tested = earlier is not None and manifest.averaged_runs(earlier.get("soup")) == averaged
-    comparison = None if is_tested else compare_with_default(ended, winner, is_soup=bool(averaged))
+    comparison = None
+    if not is_tested:
+        comparison = compare_with_default(ended, winner, is_soup=bool(averaged), retrains=retrains)
+    if settings.search.retrain and not retrains:
+        session.console.note(
+            f"search.time leaves no time to train trial {winner.number} again, so the export has "
+            "the weights that the trial left; the same command with more time trains it again"
+        )
     if weights is None and not averaged:
         ended.trained(training_seconds(winner))
     published = session.finalize(
@@ -326,12 +334,12 @@ def describe_confirmed(confirmed: Confirmed | None) -> str:
 
 
 def compare_with_default(
-    ended: EndedSearch, winner: FrozenTrial, *, is_soup: bool
+    ended: EndedSearch, winner: FrozenTrial, *, is_soup: bool, retrains: bool
 ) -> DefaultComparison | None:
     """The default recipe's test, with which the winner's is compared; None: there is none.
 
     It is made once and kept in the study's folder. Where the default recipe has won, it is compared
-    with a soup of it and other trials alone.
+    with a soup of it and other trials alone. It is trained again where the winner is.
     """
     session, coordinator, folder = ended.session, ended.coordinator, ended.folder
     default = history.default_trial(coordinator.study)
@@ -344,11 +352,9 @@ def compare_with_default(
         coordinator.study,
         default,
         history.run_of_trial(session.space, coordinator.study, default),
-        coordinator.retention.best_weights_of(
-            history.proposal_numbers(coordinator.study)[default.number]
-        ),
+        weights_of(ended, default),
         session.settings.search,
-        retrain=session.settings.search.retrain,
+        retrain=retrains,
     )
     outputs = choose_outputs(session.settings.search, default)
     wanted = {

@@ -141,8 +141,8 @@ class SearchSettings(EarlierStudies):
     )
     retrain: bool = Field(
         True,
-        description="retrain the best on train and validation before it is tested and exported; "
-        "false: as its trial left it",
+        description="retrain the best on train and validation before it is tested and exported, "
+        "unless `time` is too short for it; false: as its trial left it",
     )
     confirm: ConfirmSettings | Literal["auto", "none"] = Field(
         "auto",

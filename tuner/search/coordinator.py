@@ -290,7 +290,8 @@ class Coordinator:
         running.epoch_seconds = max(running.epoch_seconds, epoch.seconds)
         running.is_scored = running.is_scored or score is not None
         if self.time_limit is not None and epoch.number < running.epochs and not running.is_pruned:
-            running.is_out_of_time = not self.time_limit.has_time_for_epoch(running)
+            epochs_left = running.epochs - epoch.number
+            running.is_out_of_time = not self.time_limit.has_time_for_epoch(running, epochs_left)
 
     def on_job_end(self, job: Job, outcome: Outcome) -> None:
         """Record how a trial ended, once."""

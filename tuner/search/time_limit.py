@@ -7,6 +7,9 @@ The sum is the reserve: no trial begins, and none goes on, that would touch it.
 
 A trial that the time ends is complete with its best epoch so far, as one that early stopping has
 ended. So the time that it took is not lost.
+
+The default recipe may use up the reserve: one training that ended is worth more than two halves of
+one. Its weights are then exported as its trial left them.
 """
 
 import statistics
@@ -51,6 +54,7 @@ class TimeLimit:
         self.trainings = 0.0  # seconds of the trainings after the search
         self.default_seconds = 0.0  # of the default recipe's training among them
         self.epoch_seconds = 0.0  # of the trial with the longest epochs, with its preparation
+        self.can_skip_retraining = False  # an export may have the weights of a trial
 
     def seconds_left(self) -> float:
         """Until the command must have ended; below 0 when it should have."""
@@ -62,6 +66,8 @@ class TimeLimit:
 
     def read_trials(self, study: optuna.Study, space: Space) -> None:
         """Learn from the trials that have ended how long trainings take."""
+        search = space.settings.search
+        self.can_skip_retraining = search.retrain and search.soup == "none" and search.keep > 0
         ranked = [
             (rank, trial)
             for trial in history.completed_trials(study)
@@ -81,13 +87,16 @@ class TimeLimit:
         """
         return not self.trials or self.fits(self.epoch_seconds + self.trainings)
 
-    def has_time_for_epoch(self, running: RunningTrial) -> bool:
-        """Whether a running trial may train one more epoch.
+    def has_time_for_epoch(self, running: RunningTrial, epochs_left: int) -> bool:
+        """Whether a running trial may train one more epoch of those that are left.
 
-        If it wins it is trained again, and that takes as long. The command needs one result,
-        however late.
+        If it wins it is trained again, and that takes as long; the default recipe may do without,
+        if it comes to its end in time. The command needs one result, however late.
         """
         if not self.trials and not running.is_scored:
+            return True
+        skips = running.is_default and self.can_skip_retraining
+        if skips and self.fits(epochs_left * running.epoch_seconds):
             return True
         again = running.trained_seconds + running.epoch_seconds + self.default_seconds
         return self.fits(running.epoch_seconds + max(self.trainings, again))
