@@ -8,6 +8,7 @@ import torch
 
 from tests.helpers.benchmark_modules import load_benchmark
 from tests.helpers.split_laws import check_partition, check_split
+from tuner.core.module_digests import module_digest
 from tuner.core.types import StagedModel
 from tuner.models import _transformer_stages
 from tuner.models._transformer_stages import stage_transformer
@@ -109,6 +110,29 @@ def test_a_sliding_window_is_seen_although_the_texts_compared_are_short(
     whole = built("mistral", "text_generation")
     assert list(whole.stages) == ["model"]
     assert whole.uncut_reason == "its units in a row do not compute what it computes"
+
+
+@pytest.mark.parametrize(("window", "is_equal"), [(8, True), (2, False)])
+def test_the_digest_of_a_block_knows_its_window(window: int, is_equal: bool) -> None:
+    """Mistral's layers do not keep the window, and the weights are the same."""
+    digests = []
+    for width in (8, window):
+        config = transformers.AutoConfig.for_model(
+            "mistral",
+            vocab_size=60,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            sliding_window=width,
+            pad_token_id=0,
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+        staged = stage_transformer(model, "text_classification", ())
+        digests.append(module_digest(staged.stages["block0"], ignore_dropout=True))
+    assert (digests[0] == digests[1]) is is_equal
 
 
 def test_an_unknown_shape_stays_whole_and_says_so() -> None:

@@ -104,6 +104,10 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.layer, self.causal, self.layer_type = config, layer, causal, layer_type
+        # for the digest of the block: the mask follows from it, and some layers do not keep it
+        self.window = (
+            getattr(config, "sliding_window", None) if layer_type == "sliding_attention" else None
+        )
         self.rotary_holder = (rotary,)  # in a tuple, so that it does not become a child
         self.argument_names = set(inspect.signature(layer.forward).parameters)
         self.rotates_by_type = rotary is not None and (
