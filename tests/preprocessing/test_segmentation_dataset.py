@@ -24,7 +24,11 @@ from tuner.data.masks import load
 from tuner.data.voc import load as load_voc
 from tuner.errors import DataError, SpaceError
 from tuner.preprocessing.mask_decoding import decode_mask
-from tuner.preprocessing.segmentation_dataset import voc_segmentation_dataset
+from tuner.preprocessing.segmentation_dataset import (
+    MaskLegend,
+    resolve_classes,
+    voc_segmentation_dataset,
+)
 
 CANVAS = ImageInputSpec(32, 32, "nearest", (0.0,) * 3, (1.0,) * 3, "letterbox", 32)
 
@@ -161,6 +165,22 @@ def test_a_value_can_be_ignored(tmp_path: Path) -> None:
     ignoring = loaded(folder, tmp_path / "home", keys={"ignore": 2})
     assert ignoring.classes == ("0", "1")
     assert torch.equal(everything(ignoring)[1], y.masked_fill(y == 2, 255))
+
+
+@pytest.mark.parametrize(
+    ("ignore", "problem"),
+    [
+        (0, r"all 1 masks hold only '2' \(id 2\) beside the ignored 0 \(data.ignore\)"),
+        (2, r"all 1 masks hold only '0' \(id 0\) beside the ignored 2 \(data.ignore\)"),
+    ],
+)
+def test_an_ignored_value_is_no_background_of_masks_with_two_values(
+    ignore: int, problem: str
+) -> None:
+    flags = np.isin(np.arange(256), (0, 2))[None]
+    assert resolve_classes(flags, [Path("a.png")], MaskLegend())[0] == ("background", "foreground")
+    with pytest.raises(DataError, match=problem):
+        resolve_classes(flags, [Path("a.png")], MaskLegend(ignore=ignore))
 
 
 def test_ids_beyond_the_named_classes_are_refused_with_the_files(tmp_path: Path) -> None:

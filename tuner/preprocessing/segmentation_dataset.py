@@ -135,7 +135,7 @@ def resolve_classes(
     """Find out the classes of masks and which value stands for which class.
 
     Masks of 0 and one more value are binary, whatever that value is, unless more than two classes
-    are named.
+    are named, or the user ignores one of the two.
 
     Args:
         value_present: bool (n, 256), which values each mask has.
@@ -151,7 +151,9 @@ def resolve_classes(
     values = np.flatnonzero(value_present.any(0)).tolist()
     names = legend.classes
     ids = np.arange(256, dtype=np.uint8)
-    if len(values) == 2 and values[0] == 0 and values[1] > 1 and (names is None or len(names) == 2):
+    is_binary = len(values) == 2 and values[0] == 0 and values[1] > 1
+    ignores_either = legend.ignore in values and legend.ignore != IGNORED  # only a user says so
+    if is_binary and not ignores_either and (names is None or len(names) == 2):
         ids[values[1]] = 1
         values, names = [0, 1], names or ("background", "foreground")
     else:
@@ -180,8 +182,9 @@ def resolve_classes(
             if values
             else "nothing but ignored pixels"
         )
+        ignored = f" beside the ignored {legend.ignore} (data.ignore)" if ignores_either else ""
         raise DataError(
-            f"data: all {len(masks)} masks hold {only}; "
+            f"data: all {len(masks)} masks hold {only}{ignored}; "
             "segmentation needs pixels of at least 2 classes"
         )
     return names, ids
