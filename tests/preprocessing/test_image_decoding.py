@@ -13,8 +13,9 @@ from PIL import Image
 from torchvision import transforms
 
 from tests.helpers.png_headers import png_header
+from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec
-from tuner.preprocessing.image_decoding import decode, silence_pillow, try_decode
+from tuner.preprocessing.image_decoding import decode, silence_pillow, try_decode, upright_size
 
 EIGHT = ImageInputSpec(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3)
 
@@ -205,3 +206,23 @@ def test_no_cut_or_flipped_byte_raises_anything_else(tmp_path: Path, suffix: str
             damaged[rng.integers(0, min(300, len(whole)))] = rng.integers(0, 256)
             path.write_bytes(damaged)
             assert isinstance(try_decode(path, EIGHT), (str, np.ndarray))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_photograph_lies_where_its_boxes_and_masks_are_placed(
+    tmp_path: Path, orientation: int
+) -> None:
+    """It is decoded at half of its size, 65 x 35, which would have a row more on the canvas."""
+    photograph = Image.new("RGB", (130, 69), "white")
+    if orientation == 6:
+        photograph = photograph.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph.save(tmp_path / "a.jpg", exif=exif)
+    canvas = ImageInputSpec(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3, "letterbox")
+    assert upright_size(tmp_path / "a.jpg") == (130, 69)
+    placement = place_on_canvas(130, 69, canvas)
+    is_white = decode(tmp_path / "a.jpg", canvas)[0] > 200
+    assert is_white.any(1).nonzero()[0].tolist() == list(
+        range(placement.top, placement.top + placement.height)
+    )

@@ -107,11 +107,15 @@ def silence_pillow() -> Iterator[None]:
 def decode(picture: Picture, image_spec: ImageInputSpec) -> Pixels:
     """Decode an image to its canvas: uint8 (3, size, size). Raises one of DECODE_ERRORS."""
     with _open_image(picture) as image:
+        size = image.size
         # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time;
         # twice the side that is needed keeps the detail
         image.draft("RGB", (2 * image_spec.resize, 2 * image_spec.resize))
+        # boxes and masks are placed by the size of the whole image, of which it is a rounded part
+        whole_size = _upright(image, size) if image.size != size else None
         upright = _to_rgb(ImageOps.exif_transpose(image), image_spec.grey_bits)
-        return np.asarray(fit_to_canvas(upright, image_spec)).transpose(2, 0, 1)
+        on_canvas = fit_to_canvas(upright, image_spec, whole_size=whole_size)
+        return np.asarray(on_canvas).transpose(2, 0, 1)
 
 
 def _open_image(picture: Picture) -> Image.Image:
@@ -181,6 +185,7 @@ def fit_to_canvas(
     image_spec: ImageInputSpec,
     interpolation: str | None = None,
     border: int = LETTERBOX_GREY,
+    whole_size: tuple[int, int] | None = None,
 ) -> Image.Image:
     """Resize an image and place it on the model's canvas.
 
@@ -189,12 +194,14 @@ def fit_to_canvas(
         image_spec: the canvas.
         interpolation: a key of `RESAMPLING_FILTERS`; None: that of `image_spec`.
         border: the value of pixels that the image does not cover.
+        whole_size: width and height by which it is placed, where it was decoded at a part of its
+            size; None: its own.
 
     Raises:
         ValueError: the resized image would have too many pixels.
     """
     size = image_spec.size
-    placement = place_on_canvas(*image.size, image_spec)
+    placement = place_on_canvas(*(whole_size or image.size), image_spec)
     resized_size = (placement.width, placement.height)
     if placement.width * placement.height > MAX_PIXELS:
         raise ValueError(
@@ -226,8 +233,12 @@ def upright_size(picture: PathOrPixels) -> tuple[int, int]:
         return picture.shape[1], picture.shape[0]
     try:
         with Image.open(picture, formats=FORMATS) as image:
-            orientation = image.getexif().get(0x0112, 1)
-            is_quarter_turn = orientation in (5, 6, 7, 8)
-            return (image.height, image.width) if is_quarter_turn else image.size
+            return _upright(image, image.size)
     except DECODE_ERRORS:
         return 0, 0
+
+
+def _upright(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height after EXIF's orientation is applied."""
+    is_quarter_turn = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return size[::-1] if is_quarter_turn else size

@@ -124,7 +124,7 @@ def _try_decode_rgb(picture: PathOrPixels, image_spec: ImageInputSpec) -> NDArra
     return image_decoding.try_decode(picture, image_spec)
 
 
-RGB_DECODER = ImageDecoder("colour", 3, _try_decode_rgb)
+RGB_DECODER = ImageDecoder("colour 2", 3, _try_decode_rgb)
 
 
 def open_image_store(
