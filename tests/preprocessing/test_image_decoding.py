@@ -15,7 +15,13 @@ from torchvision import transforms
 from tests.helpers.png_headers import png_header
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec
-from tuner.preprocessing.image_decoding import decode, silence_pillow, try_decode, upright_size
+from tuner.preprocessing.image_decoding import (
+    decode,
+    load_upright,
+    silence_pillow,
+    try_decode,
+    upright_size,
+)
 
 EIGHT = ImageInputSpec(8, 8, "bilinear", (0.0,) * 3, (1.0,) * 3)
 
@@ -226,3 +232,15 @@ def test_a_large_photograph_lies_where_its_boxes_and_masks_are_placed(
     assert is_white.any(1).nonzero()[0].tolist() == list(
         range(placement.top, placement.top + placement.height)
     )
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_the_size_in_the_header_is_that_of_the_upright_image(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (30, 20)).save(file, exif=exif)
+    assert upright_size(file) == load_upright(file).size

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec
@@ -233,9 +233,16 @@ def upright_size(picture: PathOrPixels) -> tuple[int, int]:
         return picture.shape[1], picture.shape[0]
     try:
         with Image.open(picture, formats=FORMATS) as image:
-            return _upright(image, image.size)
+            return _upright(image, _stored_size(image))
     except DECODE_ERRORS:
         return 0, 0
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as they are stored; Pillow says those of a TIFF after the orientation."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
+    return image.size
 
 
 def _upright(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from tuner.files.cache_entries import (
 from tuner.preprocessing import image_decoding
 from tuner.preprocessing.image_decoding import PathOrPixels
 
-FORMAT_VERSION = 6  # of the stored files; another number is another store
+FORMAT_VERSION = 7  # of the stored files; another number is another store
 LEAVE_OUT_ALL = "leave out all"  # of `on_bad_image`: unreadable images are told by the store alone
 IMAGES_PER_CHUNK = 512  # decoded at once, so that a large dataset does not fill the memory
 
@@ -124,7 +124,7 @@ def _try_decode_rgb(picture: PathOrPixels, image_spec: ImageInputSpec) -> NDArra
     return image_decoding.try_decode(picture, image_spec)
 
 
-RGB_DECODER = ImageDecoder("colour 2", 3, _try_decode_rgb)
+RGB_DECODER = ImageDecoder("colour", 3, _try_decode_rgb)
 
 
 def open_image_store(
