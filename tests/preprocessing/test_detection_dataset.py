@@ -315,6 +315,44 @@ def test_what_is_wrong_in_a_line_of_yolo(line: str, said: str, tmp_path: Path) -
         loaded("yolo", root, tmp_path / "home")
 
 
+def write_poses(root: Path, keypoints: int, numbers: int, said: str) -> Path:
+    """YOLO's files with keypoints behind each box, and what data.yaml says of them."""
+    box_files.write_yolo(root, 6)
+    (root / "data.yaml").write_text(f"train: images\nnames: [blue, red]\nkpt_shape: {said}\n")
+    pose = " ".join(["0.4 0.45 2"[: 8 if numbers == 2 else None]] * keypoints)
+    for file in (root / "labels").iterdir():
+        file.write_text("".join(f"{line} {pose}\n" for line in file.read_text().splitlines()))
+    return root
+
+
+@pytest.mark.parametrize(("keypoints", "numbers"), [(3, 2), (2, 3), (3, 3)])
+def test_keypoints_behind_a_box_of_yolo_are_left_out(
+    keypoints: int, numbers: int, tmp_path: Path
+) -> None:
+    """With an odd number of words a line looks like a polygon."""
+    boxes = loaded("yolo", box_files.write_yolo(tmp_path / "boxes", 6), tmp_path / "home")
+    root = write_poses(tmp_path / "poses", keypoints, numbers, f"[{keypoints}, {numbers}]")
+    poses = loaded("yolo", root, tmp_path / "home")
+    expected, got = (d.full.take(torch.arange(len(d.full)), 0).y for d in (boxes, poses))
+    assert isinstance(expected, dict) and isinstance(got, dict)
+    assert torch.equal(got["boxes"], expected["boxes"])
+    assert f"data: {root / 'data.yaml'}: kpt_shape: keypoints are left out" in poses.warnings
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ("[4, 2]", "expected 5 values of a box and 8 of its keypoints, as kpt_shape says; got 11"),
+        ("17", r"kpt_shape: expected how many keypoints .* such as \[17, 3\], got 17"),
+    ],
+)
+def test_keypoints_that_are_not_as_data_yaml_says_are_refused(
+    shape: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=said):
+        loaded("yolo", write_poses(tmp_path / "poses", 3, 2, shape), tmp_path / "home")
+
+
 def test_images_without_a_text_file_have_no_objects(tmp_path: Path) -> None:
     root = box_files.write_yolo(tmp_path / "yolo")
     for i in range(6):

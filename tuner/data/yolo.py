@@ -1,8 +1,8 @@
 """YOLO's text files: one per image, one line per object.
 
 A line holds class, centre x, centre y, width, height, in shares of the image's sides; or class and
-the x and y of each corner of a polygon, which is the mask, and whose box is taken. The layout is
-that of Ultralytics and Darknet: data.yaml names classes and splits, or classes.txt names the
+the x and y of each corner of a polygon, which is the mask, and whose box is taken. Keypoints behind
+a box, of which data.yaml says the number (kpt_shape), are left out. The layout is that of Ultralytics and Darknet: data.yaml names classes and splits, or classes.txt names the
 classes; labels/ lies beside images/.
 """
 
@@ -34,6 +34,7 @@ from tuner.preprocessing.splits import SPLIT_BY_NAME, TRAIN, UNSPLIT
 TASKS = ("detection", "instance_segmentation")
 DESCRIPTIONS = ("data.yaml", "data.yml")
 CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
+BOX_WORDS = 5  # of a line: a class and four numbers
 MIN_POLYGON_WORDS = 7  # of a line: a class and three corners
 MAX_TEXT_BYTES = 10_000_000  # of one text file
 MAX_YAML_BYTES = 200_000  # of data.yaml
@@ -64,15 +65,19 @@ def load(
     """
     root = resolve_path(path, home)
     description = root if root.is_file() else _first_file(root, DESCRIPTIONS)
+    keypoint_words = 0
     if description is not None:
         yaml_content = _read_data_yaml(description)
         classes, images = yaml_content.classes, _list_split_images(yaml_content)
+        keypoint_words = yaml_content.keypoint_words
     else:
         classes, images = _list_unsplit_images(root, path)
     problems: list[str] = []
     annotated = []
     for image_path, split in images:
-        annotated_image, line_problems = _annotate_image(image_path, split, classes)
+        annotated_image, line_problems = _annotate_image(
+            image_path, split, classes, keypoint_words
+        )
         annotated.append(annotated_image)
         problems += line_problems
     if problems:
@@ -80,6 +85,8 @@ def load(
             *limit_listing(problems), f"data: {len(problems)} lines are wrong; mend or remove them"
         )
     warnings = warn_about_unread_files({image_path.parent for image_path, _ in images})
+    if keypoint_words:
+        warnings = [*warnings, f"data: {description}: kpt_shape: keypoints are left out"]
     with_masks = task == "instance_segmentation"
     if with_masks:
         _check_polygons(annotated)
@@ -139,12 +146,14 @@ class DataYaml:
         base: the folder that the names in `splits` start from.
         classes: the names of the classes, in order.
         splits: folders of images, and text files that list images, by key, such as `train`.
+        keypoint_words: the numbers of the keypoints behind each box; 0: there are none.
     """
 
     file: Path
     base: Path
     classes: list[str]
     splits: dict[str, list[str]]
+    keypoint_words: int
 
 
 def _read_data_yaml(file: Path) -> DataYaml:
@@ -173,7 +182,24 @@ def _read_data_yaml(file: Path) -> DataYaml:
         for key in SPLIT_BY_NAME
         if content.get(key)
     }
-    return DataYaml(file, base, classes, splits)
+    return DataYaml(file, base, classes, splits, _count_keypoint_words(content, file))
+
+
+def _count_keypoint_words(content: dict[Any, Any], file: Path) -> int:
+    """The numbers of the keypoints of a line, by the key of Ultralytics; 0 without it."""
+    shape = content.get("kpt_shape")
+    if shape is None:
+        return 0
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(number) is int and number > 0 for number in shape)
+    ):
+        raise DataError(
+            f"{file}: kpt_shape: expected how many keypoints an object has and the numbers of "
+            f"each, such as [17, 3], got {str(shape)[:100]}"
+        )
+    return int(shape[0] * shape[1])
 
 
 def _parse_class_names(names: Any, file: Path) -> list[str]:
@@ -250,7 +276,7 @@ def _images_below(folder: Path) -> Iterator[Path]:
 
 
 def _annotate_image(
-    image: Path, split: int, classes: list[str]
+    image: Path, split: int, classes: list[str], keypoint_words: int
 ) -> tuple[AnnotatedImage, list[str]]:
     """An image with the objects of its text file, and what is wrong with the lines of that file.
 
@@ -265,7 +291,7 @@ def _annotate_image(
     for number, line in enumerate(_read_text(file).splitlines() if file else (), 1):
         if not line.strip():
             continue
-        parsed = _parse_line(line, classes)
+        parsed = _parse_line(line, classes, keypoint_words)
         if isinstance(parsed, str):
             problems.append(f"{file}:{number}: {parsed}")
         else:
@@ -296,11 +322,18 @@ class YoloObject(NamedTuple):
     shape: Shape
 
 
-def _parse_line(line: str, classes: list[str]) -> YoloObject | str:
+def _parse_line(line: str, classes: list[str], keypoint_words: int) -> YoloObject | str:
     """An object, or what is wrong with its line."""
     words = line.split()
+    if keypoint_words:
+        if len(words) not in (BOX_WORDS, BOX_WORDS + keypoint_words):
+            return (
+                f"expected {BOX_WORDS} values of a box and {keypoint_words} of its keypoints, as "
+                f"kpt_shape says; got {len(words)} values"
+            )
+        words = words[:BOX_WORDS]
     is_polygon = len(words) >= MIN_POLYGON_WORDS and len(words) % 2 == 1
-    if len(words) != 5 and not is_polygon:
+    if len(words) != BOX_WORDS and not is_polygon:
         return (
             "expected class, centre x, centre y, width, height, or class and the corners of a "
             f"polygon; got {len(words)} values"
