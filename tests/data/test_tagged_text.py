@@ -184,11 +184,18 @@ def test_a_word_without_a_token_of_its_own_is_passed_over() -> None:
     assert (numbers.tolist(), positions.tolist()) == ([0, 2], [1, 3])
 
 
+def test_a_line_of_empty_cells_ends_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    path.write_text("ann\tB-PER\n\t\nday\tO\n")
+    assert [text.text for text in read_tagged_file(path).texts] == ["ann", "day"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("a.conll", "ann B-PER\nday\n", "a.conll:2: 'day' has no tag behind it"),
         ("a.conll", "ann B-PER\n\nday PER\n", "a.conll:3: 'PER' is no tag"),
+        ("a.conll", "ann\tB-PER\n \tO\nday\tO\n", "a.conll:2: no word before the tag 'O'; remove"),
         ("a.conll", "ann B-\n", "a.conll:1: 'B-' is no tag"),
         ("a.conll", "ann O\n", "every word has the tag O, so there is nothing to learn"),
         ("a.conll", "\n\n", "holds no texts with tags"),

@@ -129,7 +129,12 @@ def _read_conll(path: Path, group: str | None) -> TaggedFile:
     content = read_text(path)
     for sentence in _sentences(content):
         for number, cells in sentence:
-            if len(cells) < 2:
+            if not cells[0]:
+                problems.append(
+                    f"{path}:{number}: no word before the tag {cells[-1][:40]!r}; remove the line, "
+                    "or leave it empty where a sentence ends"
+                )
+            elif len(cells) < 2:
                 problems.append(f"{path}:{number}: {cells[0][:40]!r} has no tag behind it")
             elif (problem := _tag_problem(cells[-1])) is not None:
                 problems.append(f"{path}:{number}: {problem}")
@@ -172,7 +177,7 @@ def _sentences(text: str) -> Iterator[list[tuple[int, list[str]]]]:
     sentence: list[tuple[int, list[str]]] = []
     for number, line in enumerate(text.split("\n"), 1):
         cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
-        if cells and cells[0] and cells[0] != DOCUMENT_MARK:
+        if any(cells) and cells[0] != DOCUMENT_MARK:
             sentence.append((number, cells))
         elif sentence:
             yield sentence
