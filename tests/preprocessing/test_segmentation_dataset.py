@@ -183,6 +183,18 @@ def test_an_ignored_value_is_no_background_of_masks_with_two_values(
         resolve_classes(flags, [Path("a.png")], MaskLegend(ignore=ignore))
 
 
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_split_whose_pixels_are_all_ignored_is_refused(split: str, tmp_path: Path) -> None:
+    for part in ("train", "valid", "test"):
+        write_images_and_masks(tmp_path / part, 2)
+    for file in (tmp_path / split / "masks").iterdir():
+        with Image.open(file) as mask:
+            Image.new("L", mask.size, 255).save(file)
+    name = {"train": "training", "valid": "validation", "test": "test"}[split]
+    with pytest.raises(DataError, match=f"all pixels of the 2 {name} masks are ignored"):
+        loaded(tmp_path, tmp_path / "home")
+
+
 def test_ids_beyond_the_named_classes_are_refused_with_the_files(tmp_path: Path) -> None:
     folder = write_images_and_masks(tmp_path / "s", 12, 3)
     with pytest.raises(DataError) as error:

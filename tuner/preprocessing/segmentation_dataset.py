@@ -27,7 +27,7 @@ from tuner.preprocessing.mask_decoding import (
     resize_mask,
     value_flags,
 )
-from tuner.preprocessing.splits import TRAIN, Items, read_split_lists
+from tuner.preprocessing.splits import SPLIT_NAMES, TEST, TRAIN, VALID, Items, read_split_lists
 
 # a store of 16 x 16 = 256 flags: which values a mask has
 FLAGS_SPEC = ImageInputSpec(16, 16, "nearest", (0.0,) * 3, (1.0,) * 3)
@@ -120,7 +120,24 @@ def segmentation_dataset(
     items = Items([image for image, _ in pairs], np.zeros(len(pairs), np.int64), ("images",), split)
     items = with_groups(items, groups)
     all_warnings = [*warnings, *flags.warnings, *_warn_jpeg(masks)]
-    return assemble_dataset(home, items, options, input_spec, classes, make_targets, all_warnings)
+    data = assemble_dataset(home, items, options, input_spec, classes, make_targets, all_warnings)
+    _check_counted_pixels(data, legend)
+    return data
+
+
+def _check_counted_pixels(data: Dataset, legend: MaskLegend) -> None:
+    """Raise DataError where all pixels of a split are ignored: nothing is learnt or scored there.
+
+    Of most splits one mask is read.
+    """
+    for split, source in ((TRAIN, data.train), (VALID, data.valid), (TEST, data.test)):
+        masks = (source.take(row, 0).y for row in torch.arange(len(source)).split(1))
+        if not any(isinstance(mask, torch.Tensor) and (mask != IGNORED).any() for mask in masks):
+            raise DataError(
+                f"data: all pixels of the {len(source)} {SPLIT_NAMES[split]} masks are ignored "
+                f"(the value {legend.ignore}, data.ignore), or outside of what the model sees; "
+                "mend these masks, or divide the images in another way"
+            )
 
 
 def _size_by_mask(masks: Sequence[Path], store: ImageStore) -> SizeByMask:
