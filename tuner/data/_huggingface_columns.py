@@ -126,7 +126,8 @@ class HuggingFaceReader:
         if classes is None:
             unique = {name for name in names if name is not None}
             classes = sorted(unique, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
-        used = [name for name in classes if name in set(names)]
+        occurring = set(names)
+        used = [name for name in classes if name in occurring]
         index = {name: i for i, name in enumerate(used)}
         files = self._write_images(self.image_column)
         paths = [files[split][i] for split, numbers in labelled.items() for i in numbers]
