@@ -2,8 +2,9 @@
 
 A line holds class, centre x, centre y, width, height, in shares of the image's sides; or class and
 the x and y of each corner of a polygon, which is the mask, and whose box is taken. Keypoints behind
-a box, of which data.yaml says the number (kpt_shape), are left out. The layout is that of Ultralytics and Darknet: data.yaml names classes and splits, or classes.txt names the
-classes; labels/ lies beside images/.
+a box, of which data.yaml says the number (kpt_shape), are left out. The layout is that of
+Ultralytics and Darknet: data.yaml names classes and splits, or classes.txt names the classes;
+labels/ lies beside images/.
 """
 
 import os
@@ -75,9 +76,7 @@ def load(
     problems: list[str] = []
     annotated = []
     for image_path, split in images:
-        annotated_image, line_problems = _annotate_image(
-            image_path, split, classes, keypoint_words
-        )
+        annotated_image, line_problems = _annotate_image(image_path, split, classes, keypoint_words)
         annotated.append(annotated_image)
         problems += line_problems
     if problems:
@@ -332,6 +331,11 @@ def _parse_line(line: str, classes: list[str], keypoint_words: int) -> YoloObjec
                 f"kpt_shape says; got {len(words)} values"
             )
         words = words[:BOX_WORDS]
+    return _parse_words(words, classes)
+
+
+def _parse_words(words: list[str], classes: list[str]) -> YoloObject | str:
+    """An object of a box or a polygon, or what is wrong with its words."""
     is_polygon = len(words) >= MIN_POLYGON_WORDS and len(words) % 2 == 1
     if len(words) != BOX_WORDS and not is_polygon:
         return (

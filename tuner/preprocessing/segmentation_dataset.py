@@ -131,7 +131,7 @@ def _check_counted_pixels(data: Dataset, legend: MaskLegend) -> None:
     Of most splits one mask is read.
     """
     for split, source in ((TRAIN, data.train), (VALID, data.valid), (TEST, data.test)):
-        masks = (source.take(row, 0).y for row in torch.arange(len(source)).split(1))
+        masks = (source.take(row, 0).y for row in torch.split(torch.arange(len(source)), 1))
         if not any(isinstance(mask, torch.Tensor) and (mask != IGNORED).any() for mask in masks):
             raise DataError(
                 f"data: all pixels of the {len(source)} {SPLIT_NAMES[split]} masks are ignored "
