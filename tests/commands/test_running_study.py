@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CommandResult
+from tests.conftest import SMALL, CommandResult
+from tests.helpers.instant_engine import make_coordinator
+from tuner.commands.study_view import StudyView
+from tuner.config import parsing, yaml_document
 from tuner.config.given_params import checked_value
 from tuner.config.space import Choice, Dimension, Range
 from tuner.errors import SpaceError
@@ -27,6 +30,26 @@ def test_status_tells_state_trials_and_best(tuner: Tuner, studied: Path) -> None
     assert (values["state"], values["trials"], values["running"]) == ("done", 2, [])
     refused = tuner("status", "smal")
     assert refused.code == 3 and "did you mean 'small'?" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "budget"),
+    [
+        (["recipe.lr=[0.01, 0.1]", "recipe.freeze_depth=3", "recipe.epochs=1"], 4),
+        (["recipe.lr=0.01", "recipe.freeze_depth=3", "recipe.epochs=1", "recipe.optimizer=sgd"], 1),
+        (["recipe.lr=[0.01, 0.1]", "search.sampler=random"], 20),
+    ],
+)
+def test_the_budget_of_a_study_is_the_number_of_trials_that_can_be_made(
+    words: list[str], budget: int
+) -> None:
+    """`search.trials` may be more than a grid has combinations, or than a file without ranges."""
+    always = ["search.sampler=grid", "search.trials=20", "recipe.momentum=0.9"]
+    document = yaml_document.parse_document(SMALL, "small.yaml")
+    space = parsing.parse_space(parsing.apply_overrides(document, always + words))
+    study = make_coordinator(space).study
+    view = StudyView(Path("t"), space.to_dict(), study, (), None)  # type: ignore[arg-type]
+    assert view.budget == budget
 
 
 def test_stopping_a_study_that_does_not_run_says_so(tuner: Tuner, studied: Path) -> None:
