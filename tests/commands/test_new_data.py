@@ -15,6 +15,7 @@ from PIL import Image
 import tuner as package
 from tests.conftest import CommandResult
 from tests.helpers.tiny_tasks import TINY_TASKS
+from tuner.commands.new_data import choose_folder
 from tuner.config.run import PluginConfig, Recipe, Run
 from tuner.core.export_module import ExportModule
 from tuner.core.input_spec import ImageInputSpec
@@ -87,6 +88,25 @@ def test_an_unknown_class_and_files_of_someone_else_are_refused(
     assert (tmp_path / "mine" / "report.html").read_text() == "my own"
     (tmp_path / "notes").mkdir()
     assert tuner("test", "small", "notes").code == 3
+
+
+def test_data_of_one_name_in_two_places_have_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parent = Path("tested/small")
+    digests = {"a/photos": "1", "b/photos.v2": "2", "photos-2": "3"}
+    places = {}
+    for data, digest in digests.items():
+        folder = places[data] = choose_folder(parent, data, digest)
+        folder.mkdir(parents=True)
+        content = {"tuner_test": "1", "data": data, "data_digest": digest}
+        (folder / "scores.json").write_text(json.dumps(content))
+    assert [p.name for p in places.values()] == ["photos", "photos-2", "photos-2-2"]
+    for data, folder in places.items():  # again, changed, and moved
+        assert choose_folder(parent, data, digests[data]) == folder
+        assert choose_folder(parent, str(tmp_path / data), "changed") == folder
+    assert choose_folder(parent, "c/photos", "2") == places["b/photos.v2"]
 
 
 def test_the_studys_own_data_are_no_new_data(tuner: Tuner, studied: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import sys
 from collections.abc import Mapping
@@ -87,8 +88,8 @@ def run_test(
     run = published.run
     refuse_own_data(run, data)
     study = str(published.manifest["study"])
-    folder = out or Path("tested") / study / (Path(data).resolve().stem or "data")
-    earlier = read_earlier(folder)
+    if out is not None:
+        read_earlier(out)
     predictor = open_predictor(
         published,
         settings.export_format,
@@ -104,9 +105,11 @@ def run_test(
     new = read_new_data(run, predictor.input_spec, home_folder(warn), source, options)
     for warning in new.dataset.warnings:
         warn(warning)
+    digest = new.dataset.digest
+    folder = out or choose_folder(Path("tested") / study, data, digest)
+    earlier = read_earlier(folder)
     metric = str(published.manifest["metric"])
     result = test_on(predictor, new, metric, settings.batch_size)
-    digest = new.dataset.digest
     tested = TestedStudy(
         study,
         data,
@@ -158,6 +161,23 @@ def choose_source(run: Run, classes: list[str], data: str) -> tuple[str, dict[st
     if "classes" in plugins.read_keys("data", source).fields and options.get("classes") is None:
         options["classes"] = tuple(classes)
     return source, options
+
+
+def choose_folder(parent: Path, data: str, digest: str) -> Path:
+    """The folder for a test with these data, named by them: `photos`, or `photos-2` where `photos`
+    has the test of data in another place that differ.
+
+    Raises StorageError.
+    """
+    place = Path(data).resolve()
+    name = place.stem or "data"
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        earlier = read_earlier(folder)
+        is_same = earlier.get("data_digest") == digest
+        if not earlier or is_same or Path(str(earlier.get("data"))).resolve() == place:
+            break
+    return folder
 
 
 def read_earlier(folder: Path) -> dict[str, Any]:
