@@ -139,6 +139,7 @@ def check(
         ),
     ] = None,
     as_: As = None,
+    studies: Studies = Path("studies"),
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -147,6 +148,7 @@ def check(
     With --data it exits with 3 where something is certainly wrong, with 0 where only doubts are.
     """
     from tuner.commands.data_check import check_data
+    from tuner.commands.earlier_studies import read_earlier_studies
     from tuner.commands.init import is_data
     from tuner.commands.session import open_session
     from tuner.commands.tracking import require_trackers
@@ -164,11 +166,12 @@ def check(
             f"for it with `tuner init {file}`"
         )
 
-    space, folders, console = open_space(file, overrides, Path("studies"), False, False)
+    space, folders, console = open_space(file, overrides, studies, False, False)
     require_trackers(space)
     with open_session(space, folders, console, engine="inline") as s:
         survey = s.survey_models()
         facts = s.inspect_data(allow_downloads=False)
+        read_earlier_studies(s, facts.digest)
     if print_:
         typer.echo(dump_yaml(space.to_dict()), nl=False)
         return

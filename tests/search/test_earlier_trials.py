@@ -13,7 +13,11 @@ import pytest
 from tests.conftest import SMALL, CommandResult
 from tests.helpers import postgres_server
 from tests.helpers.instant_engine import make_coordinator, make_space, run_all_jobs
+from tuner import cli
+from tuner.commands.session import Session
 from tuner.config import parsing, yaml_document
+from tuner.errors import SpaceError
+from tuner.messages import DatasetReport
 from tuner.search import history, storage
 from tuner.search.earlier_trials import EarlierStudy, read_trials, take_over
 
@@ -201,6 +205,16 @@ def test_studies_that_do_not_compare_are_refused_before_anything_is_made(
     assert said.code == 2 and message in said.err, said.err
     assert "command line: search.from: " in said.err and "Traceback" not in said.err
     assert not (studied.parent / "b/study.db").exists()
+
+
+def test_a_check_finds_an_earlier_study_that_is_missing(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = DatasetReport("digest", (), {}, {}, 0)
+    monkeypatch.setattr(Session, "survey_models", lambda _: None)
+    monkeypatch.setattr(Session, "inspect_data", lambda *_, **__: facts)
+    with pytest.raises(SpaceError, match=r"search.from: no study 'smal' in elsewhere"):
+        cli.check(small, ["search.from=[smal]"], studies=Path("elsewhere"))
 
 
 def test_a_study_whose_data_have_changed_since_is_refused(
