@@ -1,16 +1,19 @@
 """`tuner ls`, `trials`, `show` and `compare` tell of a real study what its database and export say."""
 
 import csv
+import errno
 import io
 import json
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import CommandResult
+from tuner.commands import study_list
 from tuner.commands.columns import align_columns
 from tuner.commands.study_comparison import (
     Difference,
@@ -21,6 +24,8 @@ from tuner.commands.study_comparison import (
 from tuner.commands.study_view import lock_holder
 from tuner.commands.trial_page import sparkline
 from tuner.config import parsing
+from tuner.dashboard.server import find_study
+from tuner.errors import DataError
 from tuner.manifest import TEST_RESULTS, PublishedExport
 from tuner.search import storage
 
@@ -42,6 +47,32 @@ def test_ls_names_state_trials_scores_and_what_cannot_be_read(tuner: Tuner, stud
     manifest = json.loads((studied / "export/manifest.json").read_text())
     assert rows["small"]["test"] == manifest["scores"]["test"]["accuracy"]
     assert rows["small"]["best_trial"] == manifest["trial"] and rows["broken"]["problem"]
+
+
+def test_a_study_that_cannot_be_looked_into_is_named_and_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("closed", "dangling", "open"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "open" / "space.yaml").write_text("[]")
+    (tmp_path / "dangling" / "space.yaml").symlink_to("nowhere")
+    look = os.stat
+
+    def refuse(path: Any, *arguments: Any, **settings: Any) -> os.stat_result:
+        """As for a folder of mode 000, which root may enter."""
+        if "closed/" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path, *arguments, **settings)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    study_list.print_studies(tmp_path, as_json=True)
+    rows = {row["study"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert rows.keys() == {"closed", "dangling", "open"}
+    assert all(row["state"] == "unreadable" and row["problem"] for row in rows.values())
+    assert find_study(tmp_path, None) == tmp_path / "open"
+    assert find_study(tmp_path, "closed") == tmp_path / "closed"
+    with pytest.raises(DataError, match="no study"):
+        find_study(tmp_path, "n" * 300)
 
 
 def test_ls_of_an_empty_folder_says_how_to_make_a_study(tuner: Tuner) -> None:

@@ -10,6 +10,7 @@ import typer
 from tuner.commands.columns import align_columns
 from tuner.commands.study_view import StudyView, open_folder
 from tuner.config.objective import metric_label
+from tuner.dashboard.server import changed_at, study_folders
 from tuner.errors import TunerError
 
 HEADER = ("study", "state", "trials", "best", "metric", "test", "changed")
@@ -20,8 +21,8 @@ def print_studies(studies: Path, *, as_json: bool) -> None:
 
     A study that cannot be read is named with the reason; it does not hide the others.
     """
-    rows = [describe_study(path.parent) for path in studies.glob("*/space.yaml")]
-    rows.sort(key=lambda row: row["changed"], reverse=True)
+    rows = [describe_study(folder) for folder in study_folders(studies)]
+    rows.sort(key=lambda row: row["changed"] or "", reverse=True)
     if as_json:
         for row in rows:
             typer.echo(json.dumps(row))
@@ -38,6 +39,7 @@ def print_studies(studies: Path, *, as_json: bool) -> None:
 
 def describe_study(folder: Path) -> dict[str, Any]:
     """One study as --json prints it; `problem` says why it cannot be read, or is None."""
+    changed = changed_at(folder)
     row: dict[str, Any] = {
         "study": folder.name,
         "state": "unreadable",
@@ -47,7 +49,7 @@ def describe_study(folder: Path) -> dict[str, Any]:
         "best_trial": None,
         "metric": None,
         "test": None,
-        "changed": _minute(datetime.fromtimestamp((folder / "space.yaml").stat().st_mtime)),
+        "changed": _minute(datetime.fromtimestamp(changed)) if changed else None,
         "folder": str(folder),
         "problem": None,
     }
@@ -94,4 +96,4 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     counts = "" if row["trials"] is None else f"{row['trials']}/{row['budget'] or '-'}"
     label = metric_label(row["metric"]) if row["metric"] else ""
     best, test = score(row["best"]), score(row["test"])
-    return (row["study"], row["state"], counts, best, label, test, row["changed"])
+    return (row["study"], row["state"], counts, best, label, test, row["changed"] or "")

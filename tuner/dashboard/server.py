@@ -5,6 +5,7 @@ Guard.py decides who may ask.
 
 import contextlib
 import io
+import os
 import re
 import socket
 import socketserver
@@ -278,18 +279,52 @@ def choose_port(preferred: int) -> int:
     raise StorageError("no free port on 127.0.0.1")
 
 
+def study_folders(studies: Path) -> list[Path]:
+    """The folders of the studies in a folder, the one that changed last at the end.
+
+    Those that cannot be read are among them, at the beginning. Raises DataError where `studies`
+    cannot be read itself.
+    """
+    try:
+        folders = [studies / name for name in os.listdir(studies)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DataError(f"{studies}: cannot be read ({error.strerror})") from None
+    return sorted(filter(_is_study, folders), key=lambda folder: (changed_at(folder), folder))
+
+
+def changed_at(folder: Path) -> float:
+    """When a study's space.yaml was written, in seconds since 1970; 0 where it cannot be read."""
+    try:
+        return (folder / "space.yaml").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _is_study(folder: Path) -> bool:
+    """Whether a folder has a space.yaml, or may have one that this user cannot see."""
+    try:
+        (folder / "space.yaml").lstat()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def find_study(studies: Path, name: str | None) -> Path:
     """A study's folder by name or path; without a name, the one that changed last.
 
     Raises DataError.
     """
-    made = sorted((p.parent for p in studies.glob("*/space.yaml")), key=lambda p: p.stat().st_mtime)
+    made = study_folders(studies)
     if name is None:
         if not made:
             raise DataError(f"no study in {studies}; make one with `tuner run FILE`")
         return made[-1]
     for folder in (studies / name, Path(name)):
-        if (folder / "space.yaml").is_file():
+        if _is_study(folder):
             return folder
     raise DataError(f"no study {name!r} in {studies}{nearest_hint(name, [p.name for p in made])}")
 
