@@ -83,6 +83,11 @@ def nearest_path_hint(path: Path, *, folders_only: bool = False) -> str:
     return nearest_hint(path.name, siblings)
 
 
+def count_words(count: int, one: str, several: str) -> str:
+    """`1 image is` or `2 images are`: a count before the words of one or of several."""
+    return f"{count:,} {one if count == 1 else several}"
+
+
 def limit_listing(items: Sequence[str], limit: int = MAX_LISTED) -> list[str]:
     """The first `limit` items, and after them `… and N more` if there are more."""
     more = [f"… and {len(items) - limit} more"] if len(items) > limit else []

@@ -1,10 +1,14 @@
 """The result of a study: a test accuracy far below validation's is told, and chance is not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from tests.helpers.instant_engine import make_coordinator, make_space
 from tuner.commands.progress import Progress
 from tuner.commands.summary import validation_gap_lines, why_nothing_is_left
+from tuner.commands.winner import progress_of
 from tuner.config.search_settings import AS_MANY_AS_FIT
 
 
@@ -40,6 +44,18 @@ def test_other_scores_have_no_such_error() -> None:
     scores = {"valid": {"map": 0.9}, "test": {"map": 0.1}}
     assert list(validation_gap_lines(scores, {"valid": 10, "test": 10})) == []
     assert lines(95.0, 10.0) == []  # a task of one's own that counts in percent
+
+
+def test_more_trials_of_a_whole_grid_are_not_asked_for() -> None:
+    for budget, says in ((1, "1 trial is all that"), (4, "the 4 different trials are all that")):
+        assert says in why_nothing_is_left(Progress(budget, budget, is_whole=True))
+    space = make_space(trials=20)
+    for count, most in ((0, 20), (1, 20), (1, 2)):  # nothing to search; the optimizers alone
+        search = space.settings.search.model_copy(update={"sampler": "grid", "trials": most})
+        settings = replace(space.settings, search=search)
+        few = replace(space, dimensions=space.dimensions[:count], settings=settings)
+        assert progress_of(make_coordinator(few)).is_whole
+    assert not progress_of(make_coordinator(make_space(trials=4))).is_whole
 
 
 @pytest.mark.parametrize(

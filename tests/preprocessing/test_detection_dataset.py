@@ -180,7 +180,7 @@ def test_what_is_odd_but_harmless_is_a_warning(tmp_path: Path) -> None:
     for i in range(4, 8):
         (root / "images" / f"{i:02d}.png").write_bytes((root / "images" / "04.png").read_bytes())
     said = "\n".join(loaded("voc", root, tmp_path / "home", seed=2).warnings)
-    assert "1 images have no annotation and are left out" in said and "02.png" in said
+    assert "1 image has no annotation and is left out" in said and "02.png" in said
     assert "1 of 19 images have no objects" in said
     assert (
         "1 boxes reach beyond their image and are clipped" in said

@@ -103,7 +103,7 @@ def test_a_missing_image_is_told_with_what_lies_in_its_place(tmp_path: Path) -> 
     assert error.value.problems == (
         f"{root}/images/03.jpg: there is no such image",
         UNREAD.format("1 file is", "1 .heic"),
-        "data: 1 images are missing",
+        "data: 1 image is missing",
     )
 
 

@@ -492,3 +492,11 @@ def test_the_pruner_hears_of_validated_epochs_alone(monkeypatch: pytest.MonkeyPa
     heard = [list(trial.intermediate_values) for trial in c.study.get_trials()]
     assert heard == [[2, 3], [2, 3], [2]]
     assert asked == [0, 2]  # once each, after epoch 2; the default recipe is never asked about
+
+
+def test_where_every_model_is_beyond_the_limits_more_trials_are_no_advice() -> None:
+    c = make_coordinator(make_space(trials=3))
+    beyond = TrialResult("over_limit", (), 0, {}, 0.1, "2.82 megabytes, at most 0.001")
+    run_all_jobs(c, lambda c, job: Outcome("done", beyond))
+    with pytest.raises(NoUsableTrial, match=r"search.limits \(2.82 megabytes.*raise them"):
+        history.best_trial(c.study)

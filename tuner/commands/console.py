@@ -28,6 +28,7 @@ from tuner.config.objective import is_improvement
 from tuner.config.related_tasks import output_word
 from tuner.config.run import Run, SearchSettings, parse_duration
 from tuner.config.space import Space
+from tuner.errors import count_words
 from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.messages import DatasetReport, Epoch, ModelSurvey, TrialResult
 from tuner.search.confirmation import settings_for
@@ -332,7 +333,7 @@ def opening_lines(
     models, millions = ", ".join(survey.max_depths), facts.parameter_count / 1e6
     depth = max(survey.max_depths.values())
     yield f"model  {models}, {millions:.2f} M parameters, freeze depth 0..{depth}"
-    trials = f"{progress.budget} trials"
+    trials = count_words(progress.budget, "trial", "trials")
     if search.time is not None:
         trials = f"{search.time}, {'as many trials as fit' if progress.is_open else trials}"
     elif progress.budget_used:

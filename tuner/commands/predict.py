@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import typer
 
-from tuner.errors import DataError, SpaceError, StorageError
+from tuner.errors import DataError, SpaceError, StorageError, count_words
 from tuner.files.atomic import disk_errors
 from tuner.training import inference
 
@@ -55,7 +55,9 @@ def print_predictions(
     if output.table is not None and not output.as_json:
         typer.echo(f"wrote {output.table}")
     if bad:
-        raise DataError(f"{bad} images cannot be read; the others were predicted")
+        raise DataError(
+            f"{count_words(bad, 'image', 'images')} cannot be read; the others were predicted"
+        )
 
 
 def require_other_file(table: Path | None, examples: Sequence[str]) -> None:

@@ -10,13 +10,14 @@ class Progress:
     """The counts of a search at one moment.
 
     `running`: the numbers of the running trials. `seconds_left`: until the command ends; None: not
-    known.
+    known. `is_whole`: the budget is all that can be tried, such as a whole grid.
     """
 
     budget_used: int
     budget: int
     running: frozenset[int] = frozenset()
     seconds_left: float | None = None
+    is_whole: bool = False
 
     @property
     def is_open(self) -> bool:

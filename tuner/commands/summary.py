@@ -107,6 +107,9 @@ def summary_lines(summary: Summary) -> Iterator[str]:
 def why_nothing_is_left(progress: Progress) -> str:
     """Why a search that goes on adds nothing, and what would have it go on."""
     used, budget = progress.budget_used, progress.budget
+    if used >= budget and progress.is_whole:
+        tried = "1 trial is" if budget == 1 else f"the {budget} different trials are"
+        return f"{tried} all that the file describes; give more keys a range to go on"
     if used >= budget:
         return f"{used} of {budget} trials are done; raise search.trials to go on"
     of = "" if progress.is_open else f" of {budget}"

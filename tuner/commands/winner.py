@@ -60,7 +60,8 @@ def progress_of(coordinator: Coordinator, time_left: TimeLeft | None = None) -> 
     seconds = None
     if time_left is not None and used < budget < AS_MANY_AS_FIT:
         seconds = time_left.estimate(budget - used, budget)
-    return Progress(used, budget, frozenset(coordinator.running), seconds)
+    is_whole = coordinator.proposer.tries_everything
+    return Progress(used, budget, frozenset(coordinator.running), seconds, is_whole)
 
 
 def best_yaml_content(run: Run, space: Space, outputs: OutputSettings) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import Field
 from tuner.config.run import ImageFileOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
-from tuner.errors import DataError, limit_listing, suggest_names
+from tuner.errors import DataError, count_words, limit_listing, suggest_names
 from tuner.preprocessing.data_paths import resolve_folder
 from tuner.preprocessing.detection_dataset import (
     AnnotatedImage,
@@ -143,7 +143,8 @@ def _check_class_names(objects_by_stem: dict[str, NamedObjects], names: list[str
 def _warn_not_annotated(images: Sequence[Path]) -> list[str]:
     if not images:
         return []
-    summary = f"data: {len(images)} images have no annotation and are left out"
+    count = count_words(len(images), "image has", "images have")
+    summary = f"data: {count} no annotation and {'is' if len(images) == 1 else 'are'} left out"
     return [summary, *limit_listing([str(path) for path in images])]
 
 

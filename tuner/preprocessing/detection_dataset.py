@@ -14,7 +14,7 @@ from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec
 from tuner.core.targets import NO_OBJECT, Boxes, InstanceMasks, Targets, ignored_label
 from tuner.core.types import Dataset
-from tuner.errors import DataError, limit_listing
+from tuner.errors import DataError, count_words, limit_listing
 from tuner.preprocessing.example_groups import with_groups
 from tuner.preprocessing.image_dataset import assemble_dataset
 from tuner.preprocessing.image_files import warn_about_unread_files
@@ -149,7 +149,7 @@ def _check_images_exist(annotated: Sequence[AnnotatedImage]) -> None:
         raise DataError(
             *limit_listing([f"{path}: there is no such image" for path in missing]),
             *warn_about_unread_files({path.parent for path in missing}),
-            f"data: {len(missing)} images are missing",
+            f"data: {count_words(len(missing), 'image is', 'images are')} missing",
         )
     counts: dict[Path, int] = defaultdict(int)
     for image in annotated:
@@ -158,7 +158,8 @@ def _check_images_exist(annotated: Sequence[AnnotatedImage]) -> None:
     if twice:
         raise DataError(
             *limit_listing(twice),
-            f"data: {len(twice)} images are named more than once; keep one of each",
+            f"data: {count_words(len(twice), 'image is', 'images are')} named more than once; "
+            "keep one of each",
         )
 
 

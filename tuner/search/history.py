@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -16,6 +16,7 @@ from tuner.search.samplers import derive_seed
 
 # Attributes of a trial. The strings are in the databases of existing studies: never change them.
 PROPOSAL = "tuner:root"  # of a retry: the number of the proposal that it repeats
+OVER_LIMIT = "over_limit"  # the reason of a trial beyond search.limits begins so
 ATTEMPT = "tuner:attempt"  # which attempt a trial is, from 1
 REASON = "tuner:reason"  # why a trial failed or was pruned
 DUPLICATE_OF = "tuner:same_as"  # the number of the trial whose result this trial has
@@ -88,16 +89,30 @@ def best_trial(study: optuna.Study) -> tuple[FrozenTrial, list[int]]:
         if (rank := trial_rank(trial, study.direction)) is not None
     ]
     if not ranked:
-        states = Counter(t.state.name.lower() for t in study.get_trials(deepcopy=False))
+        trials = study.get_trials(deepcopy=False)
+        states = Counter(t.state.name.lower() for t in trials)
         counts = ", ".join(f"{n} {state}" for state, n in states.items()) or "none was run"
         raise NoUsableTrial(
             f"no trial completed ({counts}), so there is nothing to export; "
-            "raise search.trials or search.timeout"
+            f"{_what_lets_one_complete(trials)}"
         )
     best_rank, winner = min(ranked, key=lambda pair: pair[0])
     best_value = best_rank[0]
     tied = [t.number for rank, t in ranked if rank[0] == best_value and t is not winner]
     return winner, tied
+
+
+def _what_lets_one_complete(trials: Sequence[FrozenTrial]) -> str:
+    reasons = [
+        str(t.user_attrs.get(REASON, ""))
+        for t in trials
+        if t.state.is_finished() and DUPLICATE_OF not in t.user_attrs
+    ]
+    beyond = [reason for reason in reasons if reason.startswith(OVER_LIMIT)]
+    if reasons and len(beyond) == len(reasons):
+        cost = beyond[0].removeprefix(f"{OVER_LIMIT}: ")
+        return f"every model is beyond search.limits ({cost}); raise them, or search other models"
+    return "raise search.trials or search.timeout"
 
 
 def keep_split_sizes(study: optuna.Study, train: int, valid: int) -> None:

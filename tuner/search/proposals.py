@@ -37,6 +37,12 @@ class TrialProposer:
             return min(self.search_settings.trials, len(self.grid))
         return self.search_settings.trials
 
+    @property
+    def tries_everything(self) -> bool:
+        """Whether the budget is every run that the space describes."""
+        is_grid = self.search_settings.sampler == "grid"
+        return not self.space.dimensions or (is_grid and self.trial_budget() == len(self.grid))
+
     @functools.cached_property
     def grid(self) -> dict[str, dict[str, Any]]:
         """Every combination of the space, by its key, in the order in which they are tried.
