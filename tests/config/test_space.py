@@ -575,3 +575,9 @@ def test_parsing_imports_neither_torch_nor_optuna() -> None:
         env=dict(os.environ),
     )
     assert ended.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("text", ["\x85", "a\x85b", "a \x85\n b: 'c'", "\u2028", "\u2029 ", "\xa0"])
+def test_every_line_break_of_unicode_is_read_back(text: str) -> None:
+    document = yaml_document.parse_document(dump_yaml({"data": {"path": text}}), "x.yaml")
+    assert document.content == {"data": {"path": text}}

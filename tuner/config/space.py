@@ -372,8 +372,8 @@ def _suggest_value(trial: SuggestsValues, dimension: Dimension) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that the strict reader would take for something else, and writes no
-    aliases.
+    """Quotes every string that the strict reader would take for something else, escapes the line
+    break U+0085, which PyYAML writes as spaces, and has no aliases.
     """
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -381,7 +381,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    quote = None if isinstance(parse_scalar(text), str) else "'"
+    quote = '"' if "\x85" in text else None if isinstance(parse_scalar(text), str) else "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quote)
 
 
