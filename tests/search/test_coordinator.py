@@ -500,3 +500,25 @@ def test_where_every_model_is_beyond_the_limits_more_trials_are_no_advice() -> N
     run_all_jobs(c, lambda c, job: Outcome("done", beyond))
     with pytest.raises(NoUsableTrial, match=r"search.limits \(2.82 megabytes.*raise them"):
         history.best_trial(c.study)
+
+
+def test_a_trial_whose_condition_an_earlier_version_did_not_see_met_is_what_it_was() -> None:
+    """It took 0.30000000000000004 for another value than 0.3."""
+    text = SMALL.replace(
+        "momentum: {low: 0.8, high: 0.99, when: {optimizer: sgd}}",
+        "label_smoothing: {low: 0, high: 0.4, step: 0.1}\n"
+        "  momentum: {low: 0.91, high: 0.99, when: {label_smoothing: 0.3}}",
+    )
+    space = parsing.parse_space(yaml_document.parse_document(text, "small.yaml"))
+    study = optuna.create_study()
+    params = {"optimizer": "sgd", "lr": 0.01, "label_smoothing": 0.1 * 3, "freeze_depth": 1}
+    study.enqueue_trial({**params, "epochs": 2})
+    trial = study.ask()
+    for name, value in {**params, "epochs": 2}.items():
+        trial.suggest_categorical(name, [value])
+    study.tell(trial, 0.5)
+    run = history.run_of_trial(space, study, study.trials[0])
+    assert (run.recipe.momentum, run.recipe.label_smoothing) == (0.9, 0.1 * 3)
+    later = study.trials[0]
+    later.params = {**later.params, "momentum": 0.95}
+    assert history.run_of_trial(space, study, later).recipe.momentum == 0.95

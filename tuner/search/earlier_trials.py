@@ -121,11 +121,12 @@ def take_over(
 def _fitted(trial: FrozenTrial, earlier: EarlierStudy, space: Space) -> FrozenTrial:
     """Return a trial of an earlier study as a trial of this space. Raises DoesNotFit."""
     _require_result(trial)
-    values = earlier.space.choose_values(FixedTrial(trial.params))
+    earlier_space = history.space_of_trial(earlier.space, trial)
+    values = earlier_space.choose_values(FixedTrial(trial.params))
     params = space.choose_params(lambda dimension: _value_within(dimension, values))
     chosen = FixedTrial(params)
     run = space.sample(chosen)
-    _require_equal(earlier.space.sample(FixedTrial(trial.params)), run)
+    _require_equal(earlier_space.sample(FixedTrial(trial.params)), run)
     if trial.state != TrialState.COMPLETE and params == space.default_params():
         raise DoesNotFit("of the default recipe without a result")
     attributes = {k: v for k, v in trial.user_attrs.items() if k in KEPT_ATTRIBUTES}

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -192,7 +193,19 @@ def proposal_numbers(study: optuna.Study) -> dict[int, int]:
 def run_of_trial(space: Space, study: optuna.Study, trial: FrozenTrial) -> Run:
     """Return the run that a trial carried out."""
     seed = seed_of_trial(space, trial, proposal_numbers(study))
-    return space.sample(optuna.trial.FixedTrial(trial.params), seed=seed)
+    return space_of_trial(space, trial).sample(optuna.trial.FixedTrial(trial.params), seed=seed)
+
+
+def space_of_trial(space: Space, trial: FrozenTrial) -> Space:
+    """Return the space as a finished trial was drawn from it: it searches the trial's parameters.
+
+    An earlier version did not see that the condition `label_smoothing: 0.3` is met where the
+    sampler had made 0.30000000000000004 of it; the key that depends on it had its default.
+    """
+    drawn = tuple(d for d in space.dimensions if d.name in trial.params)
+    others = {d.path for d in space.dimensions} - {d.path for d in drawn}
+    defaults = {path: space.defaults.get(path, space.values[path]) for path in others}
+    return replace(space, dimensions=drawn, values={**space.values, **defaults})
 
 
 def seed_of_trial(space: Space, trial: FrozenTrial, proposals: Mapping[int, int]) -> int:
