@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import SMALL
 from tests.helpers.instant_engine import make_coordinator, run_all_jobs
+from tuner.commands.run import late_guess_warning
 from tuner.config import parsing, yaml_document
 from tuner.config.space import Space, dump_yaml
 from tuner.errors import SpaceError
@@ -34,6 +35,20 @@ def test_guesses_are_tried_right_after_the_default_recipe_also_after_an_interrup
     undisturbed = make_coordinator(space)
     run_all_jobs(undisturbed)
     assert [trial.params for trial in undisturbed.study.trials] == params and len(params) == 6
+
+
+def test_a_guess_that_was_added_after_its_turn_is_told() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    run_all_jobs(make_coordinator(space_with("[{lr: 0.002}]", "search.trials=4"), storage))
+    more = space_with("[{lr: 0.002}, {lr: 0.05}, {lr: 0.06}]", "search.trials=6")
+    coordinator = make_coordinator(more, storage)
+    late = coordinator.proposer.late_guesses(coordinator.ledger.proposal_count)
+    assert late == [dict(more.first_guesses[1])]  # the third one's turn is the next
+    assert "1 recipe was added" in late_guess_warning(Path("studies/small"), late)
+    settings = late_guess_warning(Path("elsewhere/small"), late).partition("`tuner enqueue ")[2]
+    assert settings.startswith("elsewhere/small ") and " lr=0.05 " in settings
+    new = make_coordinator(more)
+    assert new.proposer.late_guesses(new.ledger.proposal_count) == []
 
 
 def test_an_enqueued_trial_takes_no_guesss_place(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`tuner run`: from a space file to a published model."""
 
 import contextlib
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +29,13 @@ from tuner.commands.summary import Summary
 from tuner.commands.tracking import Tracking, require_trackers
 from tuner.commands.winner import finalize_once, progress_of
 from tuner.config import database_url
+from tuner.config.fields import format_value
 from tuner.config.parsing import with_values
 from tuner.config.run import ConfirmSettings, SearchSettings, parse_duration
-from tuner.config.space import Space
+from tuner.config.space import Space, key_of_parameter
 from tuner.config.yaml_document import COMMAND_LINE
 from tuner.dashboard.artifacts import ArtifactWriter
-from tuner.errors import StorageError
+from tuner.errors import StorageError, count_words
 from tuner.files import removal
 from tuner.files.atomic import remove_leftovers, require_free_space
 from tuner.files.checkpoint_files import CHECKPOINTS_FOLDER, CheckpointRetention
@@ -284,7 +286,21 @@ def open_coordinator(
     )
     if warning := coordinator.proposer.warning():
         session.console.warn(warning)
+    late = coordinator.proposer.late_guesses(coordinator.ledger.proposal_count)
+    if late and search.sampler != "grid":
+        session.console.warn(late_guess_warning(folder, late))
     return coordinator, tracking
+
+
+def late_guess_warning(folder: Path, guesses: list[dict[str, Any]]) -> str:
+    """What becomes of recipes that a file says to try first when the search has begun."""
+    name = folder.name if folder.parent == Path("studies") else str(folder)
+    settings = [f"{key_of_parameter(k)}={format_value(v)}" for k, v in guesses[0].items()]
+    return (
+        f"try: {count_words(len(guesses), 'recipe was', 'recipes were')} added after the search "
+        "had begun, and will not be tried by itself; have each tried next, such as with "
+        f"`tuner enqueue {shlex.join([name, *settings])}`"
+    )
 
 
 def kept_count(search: SearchSettings) -> int:

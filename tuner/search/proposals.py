@@ -68,6 +68,13 @@ class TrialProposer:
             f"for all of them set search.trials to {len(self.grid)}"
         )
 
+    def late_guesses(self, proposal_count: int) -> list[dict[str, Any]]:
+        """Return the first guesses of the file that were added after their turn, untried."""
+        passed = self.space.first_guesses[: max(0, proposal_count - self._count_before_guesses)]
+        trials = self.study.get_trials(deepcopy=False) if passed else []
+        tried = {params_key(history.requested_params(t)) for t in trials}
+        return [dict(guess) for guess in passed if params_key(guess) not in tried]
+
     def _linear_probe_params(self) -> dict[str, Any] | None:
         """Return the parameters of the linear-probe trial.
 
