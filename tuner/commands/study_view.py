@@ -75,8 +75,12 @@ class StudyView:
 
     @property
     def budget(self) -> int:
-        """The number of trials that may end; 0 where the time alone is the budget."""
-        trials = int(self.search.get("trials") or 0)
+        """The number of trials that may end; 0 where the time alone is the budget.
+
+        A study of an earlier version has only `search.trials`, which may be above it.
+        """
+        known = self.study.user_attrs.get(history.BUDGET)
+        trials = int(known or self.search.get("trials") or 0)
         return 0 if trials == AS_MANY_AS_FIT else trials
 
     @cached_property

@@ -68,6 +68,7 @@ class Coordinator:
         self.should_stop = should_stop
         self.search_settings = space.settings.search
         self.proposer = TrialProposer(self.study, space)
+        history.keep_budget(study, self.proposer.trial_budget())
         self.coordination = coordination or SingleCoordinator()
         self.ledger = Ledger(self.study, self.proposer, self.coordination)
         self.running: dict[int, RunningTrial] = {}

@@ -31,6 +31,7 @@ TRACEBACK = "tuner:trace"
 KILLED = "tuner:killed"  # how many earlier attempts of a trial a memory limit ended
 REFUSED = "tuner:refused"  # whether a worker refused an earlier attempt
 SPLIT_SIZES = "tuner:split_sizes"  # of a study: the numbers of training and validation examples
+BUDGET = "tuner:budget"  # of a study: the number of trials after which its search ends
 TAKEN_FROM = "tuner:from"  # of a trial of another study: "STUDY #NUMBER"
 SEED = "tuner:seed"  # of such a trial's training
 OWNER = "tuner:owner"  # which coordinator runs a trial, where there may be several
@@ -125,6 +126,15 @@ def keep_split_sizes(study: optuna.Study, train: int, valid: int) -> None:
     states = {trial.state for trial in own_trials}
     if SPLIT_SIZES not in study.user_attrs and states <= {TrialState.WAITING}:
         study.set_user_attr(SPLIT_SIZES, [train, valid])
+
+
+def keep_budget(study: optuna.Study, trials: int) -> None:
+    """Write after how many trials the search ends, for commands that do not read the space.
+
+    A grid has fewer combinations than `search.trials` may say, and a file without ranges has one.
+    """
+    if study.user_attrs.get(BUDGET) != trials:
+        study.set_user_attr(BUDGET, trials)
 
 
 def train_share(study: optuna.Study) -> float:
