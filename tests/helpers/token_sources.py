@@ -38,12 +38,19 @@ class MixTokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(50, WIDTH)
-        self.cells, self.batch_sizes = 0, list[int]()
+        self._cells = 0  # no setting of the stage, so its name does not follow it
+
+    @property
+    def cells(self) -> int:
+        return self._cells
+
+    @cells.setter
+    def cells(self, count: int) -> None:
+        self._cells = count
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         mask = x["attention_mask"]
         self.cells += mask.numel()
-        self.batch_sizes.append(len(mask))
         hidden = x["hidden"] if "hidden" in x else self.embedding(x["input_ids"])
         weight = mask[:, :, None].float()
         summary = (hidden * weight).sum(1) / weight.sum(1)
