@@ -1,6 +1,7 @@
 """`tuner plan`: how long a search will take, and what it needs, from a few measured steps."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -40,12 +41,16 @@ class Plan:
 def print_plan(space: Space, folders: Folders, console: Any, *, as_json: bool) -> None:
     """Measures some steps at each freeze depth, and prints what follows. Trains nothing to keep.
 
+    A search begins as this does: what it takes to load the libraries, to start a worker and to read
+    the data is taken from here.
+
     Raises SpaceError, DataError, StorageError.
     """
+    began = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with open_session(space, folders, console) as session:
         survey, facts = session.survey_models(), session.inspect_data()
-        plan = make_plan(session, survey, facts)
+        plan = make_plan(session, survey, facts, time.monotonic() - began)
         PlanNotes(folders.home, space, survey, facts).write(plan.profiles)
     if as_json:
         typer.echo(json.dumps(plan_values(plan)))
@@ -54,8 +59,10 @@ def print_plan(space: Space, folders: Folders, console: Any, *, as_json: bool) -
         typer.echo(line)
 
 
-def make_plan(session: Session, survey: ModelSurvey, facts: DatasetReport) -> Plan:
-    """Has a worker measure, and estimates the study."""
+def make_plan(
+    session: Session, survey: ModelSurvey, facts: DatasetReport, seconds_to_begin: float
+) -> Plan:
+    """Has a worker measure, and estimates the study, whose command begins in so many seconds."""
     space = session.space
     runs = draw_runs(space)
     first_runs = first_runs_of(space, runs)
@@ -70,7 +77,7 @@ def make_plan(session: Session, survey: ModelSurvey, facts: DatasetReport) -> Pl
         last = min(run.recipe.epochs, run.recipe.stop_epoch or run.recipe.epochs)
         return folds * profiles[run.model.name].seconds_of_training(depth, last)
 
-    begin = max(p.begin_seconds for p in profiles.values())
+    begin = seconds_to_begin + max(p.begin_seconds for p in profiles.values())
     finishing = FinishingTimes(session.folders.home, space, survey, facts).read(begin)
     trials = number_of_trials(space, runs, seconds_of, begin + finishing, workers)
     cost = estimate_study(space, runs, first_runs, trials, seconds_of, workers)
