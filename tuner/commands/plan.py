@@ -38,15 +38,16 @@ class Plan:
     parameter_count: int
 
 
-def print_plan(space: Space, folders: Folders, console: Any, *, as_json: bool) -> None:
+def print_plan(
+    space: Space, folders: Folders, console: Any, began: float, *, as_json: bool
+) -> None:
     """Measures some steps at each freeze depth, and prints what follows. Trains nothing to keep.
 
     A search begins as this does: what it takes to load the libraries, to start a worker and to read
-    the data is taken from here.
+    the data is taken from here. `began`: when the command began, by `time.monotonic()`.
 
     Raises SpaceError, DataError, StorageError.
     """
-    began = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with open_session(space, folders, console) as session:
         survey, facts = session.survey_models(), session.inspect_data()

@@ -5,6 +5,7 @@ What a command does is in a module of its own, imported when the command runs.
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,7 @@ def plan(
 
     Given a folder or file of data, it writes a space file for it first, as `tuner init` does.
     """
+    began = time.monotonic()
     from contextlib import nullcontext, redirect_stdout
 
     from tuner.commands.console import Console
@@ -82,7 +84,8 @@ def plan(
             file = space_file_of(file, wanted, as_)
     space = parsing.load_space(file, overrides or ())
     console = Console("quiet")
-    print_plan(space, Folders(studies, home_folder(console.warn)), console, as_json=json_)
+    folders = Folders(studies, home_folder(console.warn))
+    print_plan(space, folders, console, began, as_json=json_)
 
 
 def doctor(studies: Studies = Path("studies"), json_: Json = False, debug: Debug = False) -> None:
