@@ -6,7 +6,6 @@ from pathlib import Path
 from optuna import Study
 from optuna.trial import FrozenTrial
 
-from tuner import manifest
 from tuner.commands.ended_search import EndedSearch
 from tuner.config.run import PluginConfig, Run, SearchSettings
 from tuner.messages import OutputSettings, scale_probability
@@ -92,19 +91,14 @@ def weights_of(ended: EndedSearch, trial: FrozenTrial) -> Path | None:
     return ended.coordinator.retention.best_weights_of(proposals[trial.number])
 
 
-def is_retrained(
-    ended: EndedSearch, winner: FrozenTrial, run: Run, outputs: OutputSettings
-) -> bool:
+def is_retrained(ended: EndedSearch, winner: FrozenTrial, *, is_made: bool) -> bool:
     """Whether the winner is trained again: not where that would end too late for `search.time`.
 
-    A winner that was trained again stays so. `run` is that of its retraining.
+    `is_made`: whether the export is that of its retraining already, which stays so.
     """
     search = ended.session.settings.search
     if not search.retrain or search.soup != "none" or weights_of(ended, winner) is None:
         return search.retrain
-    manifest.recover_export(ended.folder / "export")
-    published = manifest.read_export(ended.folder / "export")
-    is_made = published is not None and manifest.is_export_of(published.manifest, run, outputs)
     return is_made or ended.has_time_for(training_seconds(winner))
 
 

@@ -185,19 +185,16 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
     session, coordinator, folder = ended.session, ended.coordinator, ended.folder
     winner, settings = summary.winner, session.settings
     outputs = choose_outputs(settings.search, winner)
-    retrains = is_retrained(ended, winner, summary.run, outputs)
+    manifest.recover_export(folder / "export")
+    published = manifest.read_export(folder / "export")
+    is_made = manifest_of_run(published, summary.run, outputs) is not None
+    retrains = is_retrained(ended, winner, is_made=is_made)
+    kept = weights_of(ended, winner)
     run, weights = choose_export(
-        coordinator.study,
-        winner,
-        trial_run,
-        weights_of(ended, winner),
-        settings.search,
-        retrain=retrains,
+        coordinator.study, winner, trial_run, kept, settings.search, retrain=retrains
     )
     confirmation = summary.confirmed.to_dict(summary.metric) if summary.confirmed else None
     candidates = soup_candidates(session.space, coordinator.study, folder, winner)
-    manifest.recover_export(folder / "export")
-    published = manifest.read_export(folder / "export")
     if (
         published is not None
         and not is_stale(published, run, outputs, settings.export, confirmation)
