@@ -97,7 +97,7 @@ def is_retrained(ended: EndedSearch, winner: FrozenTrial, *, is_made: bool) -> b
     `is_made`: whether the export is that of its retraining already, which stays so.
     """
     search = ended.session.settings.search
-    if not search.retrain or search.soup != "none" or weights_of(ended, winner) is None:
+    if not search.needs_no_weights or weights_of(ended, winner) is None:
         return search.retrain
     return is_made or ended.has_time_for(training_seconds(winner))
 

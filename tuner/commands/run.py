@@ -307,8 +307,11 @@ def kept_count(search: SearchSettings) -> int:
     """Of how many trials the weights are kept: `search.keep`, and those of every trial that may
     win where the winner is not retrained, or where others are averaged with it.
     """
-    needs_no_weights = search.retrain and search.soup == "none"
-    if needs_no_weights or search.keep == 0 or not isinstance(search.confirm, ConfirmSettings):
+    if (
+        search.needs_no_weights
+        or search.keep == 0
+        or not isinstance(search.confirm, ConfirmSettings)
+    ):
         return search.keep
     return max(search.keep, search.confirm.top)
 

@@ -198,3 +198,8 @@ class SearchSettings(EarlierStudies):
         """The studies whose trials are taken over: the key `from`."""
         studies: tuple[str, ...] = getattr(self, EARLIER_STUDIES_KEY)
         return studies
+
+    @property
+    def needs_no_weights(self) -> bool:
+        """Whether the winner is trained again, and no weights that trials left are averaged."""
+        return self.retrain and self.soup == "none"

@@ -67,7 +67,7 @@ class TimeLimit:
     def read_trials(self, study: optuna.Study, space: Space) -> None:
         """Learn from the trials that have ended how long trainings take."""
         search = space.settings.search
-        self.can_skip_retraining = search.retrain and search.soup == "none" and search.keep > 0
+        self.can_skip_retraining = search.needs_no_weights and search.keep > 0
         ranked = [
             (rank, trial)
             for trial in history.completed_trials(study)

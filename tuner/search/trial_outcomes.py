@@ -143,8 +143,7 @@ class TrialOutcomes:
         """Whether a trial that the time has ended can be the winner: it has a score, and its
         weights, which only a training that has ended leaves, are not needed.
         """
-        needs_no_weights = self.search.retrain and self.search.soup == "none"
-        return result.best_epoch > 0 and needs_no_weights
+        return result.best_epoch > 0 and self.search.needs_no_weights
 
     def _record_costs(self, trial: Trial, result: TrialResult) -> None:
         """Store what the trial's model costs, and by how much of a limit it is above or below it:
