@@ -24,7 +24,9 @@ from tuner.engines._job_runner import failure, run_job
 from tuner.engines._watch import HEARTBEATS, POLL, SILENCE, Clock, Watch
 from tuner.jobs import Job, NextJob, OnEnd, OnReport, Outcome, RunJobs, ShouldContinue
 
-STOP_TIMEOUT = 3.0  # seconds in which workers that are stopped can end by themselves
+# Seconds in which workers that are stopped can end by themselves. They need 0.2 s; a machine that
+# swaps or writes a large file can hold a process up for several.
+STOP_TIMEOUT = 10.0
 
 
 @dataclass(eq=False)
