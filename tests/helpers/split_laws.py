@@ -38,6 +38,8 @@ def check_split(staged: StagedModel, x: TensorTree) -> None:
             in_a_row = [*map(id, prefix), *map(id, suffix)]
             assert len(prefix) == depth and in_a_row == list(map(id, staged.stages.values()))
             if depth in (0, staged.max_depth):
+                # on some processors PyTorch computes with frozen weights by another kernel
+                expected = staged.reference_output(x)
                 assert trees_equal(suffix.eval()(prefix(x)), expected), depth
 
 
