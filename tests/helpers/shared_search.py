@@ -19,7 +19,7 @@ from tuner.search import leases, postgresql, storage
 from tuner.search.coordinator import Coordinator
 from tuner.search.pruners import PRUNERS
 
-SHORT = {"VALID": 3.0, "RENEWAL": 0.5}
+SHORT_LEASES = {"LEASE_SECONDS": 3.0, "RENEWAL_SECONDS": 0.5}
 
 
 def run_job_slowly(c: Coordinator, job: Job, pause: float) -> Outcome:
@@ -68,7 +68,8 @@ def shared_coordinator(
 
 
 def main(url: str, folder: str, trials: str, pause: str) -> None:
-    for name, value in SHORT.items():
+    for name, value in SHORT_LEASES.items():
+        assert getattr(leases, name)
         setattr(leases, name, value)
     postgresql.STALLED_SECONDS = 3
     optuna.logging.set_verbosity(optuna.logging.ERROR)
