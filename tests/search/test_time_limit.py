@@ -1,5 +1,6 @@
 """`search.time`, `search.stop` and `search.target`: when a search ends before its trials are spent."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 from optuna.trial import TrialState
 
 from tests.helpers.instant_engine import make_coordinator, make_space, run_all_jobs, score_of_run
+from tuner.commands.finishing_times import FinishingTimes
 from tuner.config.search_settings import AS_MANY_AS_FIT
 from tuner.errors import SpaceError
 from tuner.jobs import Job, Outcome
-from tuner.messages import Epoch, TrialResult
+from tuner.messages import DatasetReport, Epoch, ModelSurvey, TrialResult
 from tuner.search import history
 from tuner.search.confirmation import training_seconds
 from tuner.search.coordinator import Coordinator
@@ -196,7 +198,7 @@ def test_limits_that_cannot_be_read_are_refused(key: str, value: str, message: s
         make_space(**{key: value})
 
 
-def test_a_run_with_a_time_makes_an_export_and_remembers_how_long_the_finishing_took(
+def test_a_run_makes_an_export_in_its_time_and_remembers_how_long_the_finishing_took(
     tuner: Any, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TUNER_HOME", str(tmp_path / "home"))
@@ -205,9 +207,28 @@ def test_a_run_with_a_time_makes_an_export_and_remembers_how_long_the_finishing_
     assert sum(line.startswith("#") for line in said.out.splitlines()) == 1
     assert (small.parent / "studies/small/export/manifest.json").is_file()
     (remembered,) = (tmp_path / "home/costs").glob("*.finishing.json")
-    assert '"seconds"' in remembered.read_text()
+    seconds = json.loads(remembered.read_text())["seconds"]
+    assert seconds > 0
+    remembered.unlink()
+    said = tuner("run", small, "search.name=untimed", "search.trials=1")  # as any search does
+    assert said.code == 0 and json.loads(remembered.read_text())["seconds"] > 0
     refused = tuner("run", small, "--time", "soon")
     assert refused.code == 2 and "--time 'soon': write a duration" in refused.err
+
+
+def test_without_an_earlier_search_the_finishing_is_guessed_from_the_beginning(
+    tmp_path: Path,
+) -> None:
+    survey = ModelSurvey({"resnet18_slim": 5}, 0)
+    facts = DatasetReport("d", ("a", "b"), {"test": 100}, {}, 1000)
+
+    def times(**search: str) -> FinishingTimes:
+        return FinishingTimes(tmp_path, make_space(**search), survey, facts)
+
+    alone, compared = times(compare="none"), times()
+    assert 3.0 < alone.read(10.0) < compared.read(10.0) < compared.read(20.0) <= 120.0
+    compared.write(7.5)
+    assert compared.read(10.0) == 7.5 and alone.read(10.0) != 7.5
 
 
 @pytest.mark.parametrize("seconds", range(21, 51, 3))

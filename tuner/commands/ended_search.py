@@ -14,7 +14,7 @@ class EndedSearch:
 
     `split_sizes` are the numbers of training and validation examples. `workers`: how many carry
     out trials. `new_trials`: whether this command added any. `clock`: measures what follows the
-    search, where its time is limited.
+    search.
     """
 
     session: Session
@@ -23,13 +23,12 @@ class EndedSearch:
     split_sizes: tuple[int, int]
     workers: int
     new_trials: bool
-    clock: FinishingClock | None = None
+    clock: FinishingClock
 
     def has_time_for(self, seconds: float) -> bool:
         """Whether a training of so many seconds fits the time that `search.time` leaves."""
-        return self.clock is None or self.clock.has_time_for(seconds)
+        return self.clock.has_time_for(seconds)
 
     def trained(self, seconds: float) -> None:
         """Notes that a training of about so many seconds was made."""
-        if self.clock is not None:
-            self.clock.expected += seconds
+        self.clock.expected += seconds

@@ -1,9 +1,10 @@
 """How long a command takes beside its trainings after a search: tests, export and report.
 
-It is remembered for each machine, model and set of formats, in the home folder, for the next search
-with `search.time`.
+It is remembered for each machine, model and set of formats, in the home folder, for `tuner plan`
+and for the next search with `search.time`.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -12,13 +13,26 @@ import time
 from pathlib import Path
 
 from tuner.config.space import Space
+from tuner.errors import StorageError
 from tuner.files.atomic import write_note
 from tuner.messages import DatasetReport, ModelSurvey
 from tuner.search.time_limit import TimeLimit
 
-# Where nothing is known, the finishing is taken to last as long as the command took to begin: both
-# load the libraries, read the data and build the model. Seconds.
-SHORTEST_GUESS, LONGEST_GUESS = 5.0, 60.0
+# Where nothing is known, the finishing is guessed from the seconds that the command took to begin:
+# both load libraries, read the data and build the model. The shares are those of a small network
+# (benchmarks/README.md, "What `tuner plan` foretells").
+BASE_SHARE = 0.6  # test, safetensors and report
+COMPARED_SHARE = 0.5  # the default recipe's test, and the comparison
+FORMAT_SHARES = {
+    "safetensors": 0.0,
+    "torch_export": 0.3,
+    "onnx": 0.7,
+    "onnx_fp16": 0.7,
+    "onnx_int8": 0.6,
+    "openvino": 0.7,
+}
+OTHER_FORMAT_SHARE = 0.5
+SHORTEST_GUESS, LONGEST_GUESS = 3.0, 120.0  # seconds
 
 
 def cost_key(space: Space, survey: ModelSurvey, facts: DatasetReport) -> str:
@@ -40,13 +54,18 @@ class FinishingTimes:
     def __init__(self, home: Path, space: Space, survey: ModelSurvey, facts: DatasetReport) -> None:
         key = cost_key(space, survey, facts)
         self.path = home / "costs" / f"{key}.finishing.json"
+        self.share = BASE_SHARE + sum(
+            FORMAT_SHARES.get(name, OTHER_FORMAT_SHARE) for name in space.settings.export
+        )
+        if space.settings.search.compare == "default":
+            self.share += COMPARED_SHARE
 
     def read(self, seconds_to_begin: float) -> float:
         """The seconds to reserve; a guess by those that the command took to begin."""
         try:
             return float(json.loads(self.path.read_text())["seconds"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return min(max(seconds_to_begin, SHORTEST_GUESS), LONGEST_GUESS)
+            return min(max(self.share * seconds_to_begin, SHORTEST_GUESS), LONGEST_GUESS)
 
     def write(self, seconds: float) -> None:
         """Keeps what it took this time. Raises StorageError."""
@@ -54,22 +73,24 @@ class FinishingTimes:
 
 
 class FinishingClock:
-    """Measures what follows a search whose time is limited.
+    """Measures what follows a search.
 
-    `expected`: the seconds of the trainings since then, as the trials foretold them. `exported`:
-    whether an export was made; otherwise there is nothing to learn from.
+    `limit`: that of `search.time`, if there is one. `expected`: the seconds of the trainings since
+    then, as the trials foretold them. `exported`: whether an export was made; otherwise there is
+    nothing to learn from.
     """
 
-    def __init__(self, times: FinishingTimes, limit: TimeLimit) -> None:
+    def __init__(self, times: FinishingTimes, limit: TimeLimit | None) -> None:
         self.times, self.limit = times, limit
         self.began = time.monotonic()
         self.expected, self.exported = 0.0, False
 
     def has_time_for(self, seconds: float) -> bool:
         """Whether so many seconds of training fit before the finishing."""
-        return self.limit.seconds_left() > seconds + self.limit.finishing
+        return self.limit is None or self.limit.seconds_left() > seconds + self.limit.finishing
 
     def end(self) -> None:
-        """Keeps how long the finishing took. Raises StorageError."""
+        """Keeps how long the finishing took. Without space for it, the next search has a guess."""
         if self.exported:
-            self.times.write(time.monotonic() - self.began - self.expected)
+            with contextlib.suppress(StorageError):
+                self.times.write(time.monotonic() - self.began - self.expected)

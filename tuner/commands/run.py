@@ -67,15 +67,14 @@ def run_study(
         from tuner.commands.report import write_report_of
 
         write_report_of(summary.folder, console)
-    if finishing is not None:
-        finishing.end()
+    finishing.end()
     return summary
 
 
 def search_and_finalize(
     space: Space, folders: Folders, console: Console, began: float
-) -> tuple[Summary, FinishingClock | None]:
-    """The summary, and with `search.time` the clock that measures what follows the search."""
+) -> tuple[Summary, FinishingClock]:
+    """The summary, and the clock that measures what follows the search."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     require_trackers(space)
     removal.require_own(folders.study_folder(space))
@@ -129,7 +128,7 @@ def search_and_finalize(
             if coordinator.end_reason is not None:
                 console.note(f"the search ends: {coordinator.end_reason}")
             is_new = coordinator.budget_used > before
-            clock = FinishingClock(times, limit) if limit is not None else None
+            clock = FinishingClock(times, limit)
             ended = EndedSearch(s, coordinator, folder, sizes, workers, is_new, clock)
             summary = finalize_once(ended)
             tracking.on_winner(summary)

@@ -235,8 +235,7 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
         outputs,
     )
     remove_soup_checkpoints(folder)
-    if ended.clock is not None:
-        ended.clock.exported = True
+    ended.clock.exported = True
     if compared := manifest.describe_comparison(published.manifest):
         write_result_note(coordinator.study, f"trial {winner.number}: {compared}")
     return replace(summary, published=published, anything_new=True)
