@@ -12,7 +12,7 @@ from tuner.commands.plan import first_runs_of, number_of_trials
 from tuner.config.parsing import apply_overrides, parse_space
 from tuner.config.yaml_document import parse_document
 from tuner.messages import DepthCost, TrainingProfile
-from tuner.search.study_cost import draw_runs, estimate_study
+from tuner.search.study_cost import draw_runs, estimate_study, mean_of_dearer
 
 
 def test_plan_measures_each_depth_and_makes_no_study(
@@ -47,6 +47,20 @@ def test_a_study_costs_its_trials_and_the_trainings_after_them() -> None:
     assert cost.low == cost.middle == cost.high == 2.0 * (30 + 2 * 3 + 2)
     cost = estimate_study(space, runs, first, 30, lambda run: float(run.recipe.epochs))
     assert 30 < cost.low < cost.middle < cost.high < 3 * 38
+
+
+def test_a_sampler_that_has_learned_proposes_longer_trainings() -> None:
+    def middle(sampler: str, trials: int) -> float:
+        space = make_space(trials=trials, sampler=sampler, confirm="none")
+        runs = draw_runs(space)
+        first = first_runs_of(space, runs)
+        return estimate_study(space, runs, first, trials, lambda r: float(r.recipe.epochs)).middle
+
+    assert middle("tpe", 4) == middle("random", 4)  # there is nothing to learn from yet
+    # of 1, 2 or 3 epochs the mean is 2, and that of the greater of two is 22 / 9
+    learned = middle("tpe", 40) - middle("random", 40)
+    assert learned == pytest.approx((40 - 8) * (22 / 9 - 2), abs=5)
+    assert mean_of_dearer([1.0, 2.0, 3.0]) == pytest.approx(22 / 9)
 
 
 def test_the_trials_of_a_grid_are_its_combinations() -> None:

@@ -21,7 +21,7 @@ SHIPPED = [
     for path in sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 ]
 PLACE = re.compile(r"(f\.yaml:[1-9]\d*|command line): \S")
-modest = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+modest = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def answer(text: str, overrides: Sequence[str] = ()) -> Space | None:

@@ -192,7 +192,17 @@ def test_endless_views_are_computed_on_the_fly_and_depth_0_is_the_data_itself(
 LARGEST_DIFFERENCE = {"onnx_fp16": 1e-2, "onnx_int8": 1.0}
 
 
-@pytest.mark.parametrize("kind", plugins.list_names("export"))
+# formats made from those that the default suite makes
+LONG_FORMATS = ("onnx_fp16", "onnx_int8", "openvino")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind in LONG_FORMATS else [])
+        for kind in plugins.list_names("export")
+    ],
+)
 def test_export_what_is_read_back_agrees_with_the_model(
     kind: str, tuner: Callable[..., CommandResult], small: Path
 ) -> None:

@@ -95,9 +95,11 @@ CUT = {
     "swin_t": 9,
     "vit_b_32": 14,
 }
+LONG = ("densenet121", "maxvit_t")  # they take seconds
 CLASSIFIERS = [
     name
-    if name in CUT or plugins.find_model_family(name) != "torchvision_classifiers"
+    if (name in CUT and name not in LONG)
+    or plugins.find_model_family(name) != "torchvision_classifiers"
     else pytest.param(name, marks=pytest.mark.slow)
     for name in CLASSIFIERS
 ]
@@ -152,7 +154,24 @@ TIMM = {
 }
 
 
-@pytest.mark.parametrize(("name", "stages"), TIMM.items())
+# the others take seconds, and each family is also cut by tests/models/test_timm_stages.py
+QUICK_OF_TIMM = (
+    "tf_efficientnet_lite0",
+    "mobilenetv3_small_050",
+    "resnet10t",
+    "regnetx_002",
+    "convnext_atto",
+    "test_vit",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        pytest.param(*item, marks=[] if item[0] in QUICK_OF_TIMM else pytest.mark.slow)
+        for item in TIMM.items()
+    ],
+)
 def test_models_of_timm_are_cut_by_both_laws(name: str, stages: int) -> None:
     timm = pytest.importorskip("timm")
     staged = built(f"timm/{name}")

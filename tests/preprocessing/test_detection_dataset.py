@@ -370,7 +370,7 @@ def test_the_command_says_it_without_a_traceback(
     root = box_files.write_voc(tmp_path / "voc")
     (root / "annotations" / "05.xml").write_text("<annotation>")
     (tmp_path / "x.yaml").write_text(
-        f"task: detection\ndata: {{name: voc, path: {root}}}\nmodel: {{name: ssd300_vgg16, weights: none, backbone: none}}\n"
+        f"task: detection\ndata: {{name: voc, path: {root}}}\nmodel: {{name: ssdlite320_mobilenet_v3_large, weights: none, backbone: none}}\n"
     )
     said = tuner("check", tmp_path / "x.yaml", "engine.name=inline")
     assert said.code == 3

@@ -51,7 +51,7 @@ def test_a_threshold_is_where_f1_is_highest() -> None:
     for label, threshold in enumerate(thresholds):
         of_label = [
             f1_score(truth[:, label], logits[:, label].sigmoid() >= t)
-            for t in (*np.linspace(0.002, 0.998, 500), threshold)
+            for t in (*np.linspace(0.02, 0.98, 49), threshold)
         ]
         assert of_label[-1] >= max(of_label) - 1e-9
     at_half = multilabel.build(LABELS, Recipe(), thresholds=0.5)

@@ -44,6 +44,7 @@ def test_two_ranks_train_what_one_process_trains(server: ForkServer, tmp_path: P
         assert torch.allclose(value, expected[name], atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_ranks_that_are_killed_go_on_as_if_they_had_not_been(
     server: ForkServer, tmp_path: Path
 ) -> None:

@@ -39,18 +39,23 @@ class Startup:
     point: Mapping[str, float] = field(default_factory=dict)
 
 
+def startup_count(budget: int) -> int:
+    """How many of a search's trials end before TPE learns from them: a fifth, but 4 to 10."""
+    return min(max(budget // 5, MIN_STARTUP), MAX_STARTUP)
+
+
 def make_startup(budget: int, names: Sequence[str], seed: int, index: int) -> Startup:
     """Return how TPE begins in a search, for one of its proposals.
 
     Args:
-        budget: The number of trials of the search. A fifth of them, but at least 4 and at most 10,
-            end before TPE learns from them.
+        budget: The number of trials of the search.
         names: The names of the parameters of the space.
         seed: The seed of the search.
         index: The number of the proposal, from 0 for the first one that the sampler makes.
     """
-    trials = min(max(budget // 5, MIN_STARTUP), MAX_STARTUP)
-    return Startup(trials, dict(zip(names, sobol_point(index, len(names), seed), strict=True)))
+    return Startup(
+        startup_count(budget), dict(zip(names, sobol_point(index, len(names), seed), strict=True))
+    )
 
 
 def _make_tpe(seed: int, startup: Startup) -> BaseSampler:

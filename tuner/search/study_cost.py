@@ -1,7 +1,9 @@
 """How long a search will take, before it begins: studies are drawn at random from the space.
 
-The sampler of a real search prefers what scores well, and its pruner ends some trials early, so a
-real study lies within the spread of the drawn ones, seldom above it.
+The sampler of a real search prefers what scores well, which is mostly what trains long: more
+epochs, fewer frozen stages. So once it has trials to learn from, the dearer of two drawn runs counts
+(benchmarks/README.md, "What `tuner plan` foretells"). The pruner, which ends trials early, does not
+count.
 """
 
 import random
@@ -14,6 +16,7 @@ import optuna
 from tuner.config.run import Run
 from tuner.config.space import Space
 from tuner.search.confirmation import settings_for
+from tuner.search.samplers import startup_count
 
 DRAWN_RUNS, DRAWN_STUDIES = 200, 400
 
@@ -55,13 +58,27 @@ def expect_study(
         trials: The number of trials of the search.
         trials_left: How many of them are left.
     """
-    search, mean = space.settings.search, statistics.fmean(costs)
+    search = space.settings.search
+    learned = min(trials_left, learned_count(space, trials))
+    mean, dearer = statistics.fmean(costs), mean_of_dearer(costs)
     confirm = settings_for(search, trials)
     repeats = min(trials, confirm.top) * confirm.repeats if confirm else 0
-    after = repeats * mean
+    usual = dearer if learned_count(space, trials) else mean  # of the best trials
+    after = repeats * usual
     if search.retrain:
-        after += mean + (default if search.compare == "default" else 0.0)
-    return ExpectedCost(trials_left * mean, after)
+        after += usual + (default if search.compare == "default" else 0.0)
+    return ExpectedCost((trials_left - learned) * mean + learned * dearer, after)
+
+
+def learned_count(space: Space, trials: int) -> int:
+    """How many of so many trials a sampler proposes that has learned from others."""
+    return max(0, trials - startup_count(trials)) if space.settings.search.sampler == "tpe" else 0
+
+
+def mean_of_dearer(costs: list[float]) -> float:
+    """The mean of the greater of two costs that are drawn from these."""
+    total = sum((2 * rank + 1) * cost for rank, cost in enumerate(sorted(costs)))
+    return total / len(costs) ** 2
 
 
 def estimate_study(
@@ -86,10 +103,12 @@ def estimate_study(
     costs = [seconds_of(run) for run in runs]
     first = [seconds_of(run) for run in first_runs[:trials]]
     confirm = settings_for(search, trials)
+    learned = min(trials - len(first), learned_count(space, trials))
     draw = random.Random(0)
     totals = []
     for _ in range(DRAWN_STUDIES):
-        drawn = first + [draw.choice(costs) for _ in range(trials - len(first))]
+        drawn = first + [draw.choice(costs) for _ in range(trials - len(first) - learned)]
+        drawn += [max(draw.choice(costs), draw.choice(costs)) for _ in range(learned)]
         repeated = draw.sample(drawn, min(len(drawn), confirm.top)) if confirm else []
         repeats = sum(repeated) * (confirm.repeats if confirm else 0)
         winner = draw.choice(drawn) if search.retrain else 0.0
