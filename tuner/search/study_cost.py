@@ -1,9 +1,8 @@
 """How long a search will take, before it begins: studies are drawn at random from the space.
 
 The sampler of a real search prefers what scores well, which is mostly what trains long: more
-epochs, fewer frozen stages. So once it has trials to learn from, the dearer of two drawn runs counts
-(benchmarks/README.md, "What `tuner plan` foretells"). The pruner, which ends trials early, does not
-count.
+epochs, fewer frozen stages. So once it has trials to learn from, the dearer of two drawn runs is
+counted (benchmarks/README.md, "What `tuner plan` foretells"). What the pruner saves is not.
 """
 
 import random
