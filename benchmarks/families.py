@@ -56,6 +56,12 @@ IMAGES = {
     "dinov2": "timm/vit_small_patch14_dinov2",
     "maxvit": "timm/test_maxvit",
     "densenet": "densenet121",
+    "ghostnet": "timm/ghostnet_050",
+    "hgnet": "timm/hgnetv2_b0",
+    "repvgg": "timm/repvgg_a0",
+    "mobilevit": "timm/mobilevit_xxs",
+    "fastvit": "timm/fastvit_t8",
+    "pvt": "timm/pvt_v2_b0",
 }
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 200}
 TEXTS = {
@@ -73,6 +79,13 @@ TEXTS = {
         **SHAPE, intermediate_size=688, max_position_embeddings=256, pad_token_id=0
     ),
     "bert": lambda: transformers.BertConfig(**SHAPE, intermediate_size=1024),
+    "electra": lambda: transformers.ElectraConfig(
+        **SHAPE, embedding_size=128, intermediate_size=1024
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SHAPE, intermediate_size=1024),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **SHAPE, intermediate_size=688, num_key_value_heads=2, pad_token_id=0
+    ),
 }
 
 

@@ -70,6 +70,8 @@ class Transformer(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.ones(shape)))
         self.relative_position_bias_table = nn.Parameter(torch.ones(9, 2))
         self.position_embeddings = nn.Embedding(3, 4)
+        self.embed_positions = nn.Embedding(3, 4)  # OPT's and BART's name
+        self.wpe = nn.Embedding(3, 4)  # GPT-2's
         self.word_embeddings = nn.Embedding(3, 4)
         self.norm = nn.BatchNorm2d(4)
         self.position_wise = nn.Linear(4, 4)

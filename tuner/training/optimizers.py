@@ -33,7 +33,8 @@ ADAM_BETA2 = 0.999  # torch's own
 # names that the libraries give them
 UNDECAYED_NAMES = re.compile(
     r"(^|[._])("
-    r"pos(ition(al)?)?_embed(ding)?s?|(abs|rel|absolute|relative)_pos(ition)?(_bias(_table)?)?"
+    r"pos(ition(al)?)?_embed(ding)?s?|embed_positions|wpe"
+    r"|(abs|rel|absolute|relative)_pos(ition)?(_bias(_table)?)?"
     r"|relative_(position|attention)_bias(_table)?|rel_pos_[hw]|pos_embedding"
     r"|(cls|dist|reg|mask|class|register)_tokens?|class_embedding|layer_scale"
     r")([._]|$)"
