@@ -228,7 +228,7 @@ recipe: {optimizer: sgd, lr: 1.0e-9, epochs: 1, batch_size: 32}
 """
 
 
-@pytest.mark.parametrize("policy", ["frozen", "adapt"])
+@pytest.mark.parametrize("policy", [pytest.param("frozen", marks=pytest.mark.slow), "adapt"])
 def test_an_epoch_from_the_probe_keeps_its_score_at_every_depth(
     policy: str, here: DeviceContext
 ) -> None:

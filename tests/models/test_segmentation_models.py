@@ -152,6 +152,7 @@ def test_while_training_torchvisions_outputs_are_native_too_and_any_size_passes(
     assert trees_equal(*outputs)
 
 
+@pytest.mark.slow
 def test_fcns_losses_are_those_of_torchvisions_loop() -> None:
     """Three steps of references/segmentation/train.py, and of the task over the stages, from the same weights on the same batches."""
     torch.manual_seed(0)
