@@ -34,6 +34,7 @@ from tuner.training.linear_probe import (
     find_output_layer,
     solve_output_layer,
 )
+from tuner.training.memory_format import place_model
 from tuner.training.preparation import MemorySource
 
 BATCH = 32  # examples of the forward pass
@@ -109,9 +110,7 @@ def build_probed_model(run: Run, device_context: DeviceContext, output_count: in
         raise UnusableModel(error.problems[0]) from None
     if not staged_model.can_probe or not staged_model.max_depth:
         raise UnusableModel("it has no linear head behind features that can be frozen")
-    staged_model.model.to(  # type: ignore[call-overload]
-        device_context.device, memory_format=torch.channels_last
-    )
+    place_model(staged_model.model, device_context.device)
     return staged_model
 
 

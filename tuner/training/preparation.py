@@ -30,6 +30,7 @@ from tuner.training.data_parallel import ALONE
 from tuner.training.devices import DeviceContext
 from tuner.training.epoch import MAX_EVAL_BATCH, Diverged, TrainingContext
 from tuner.training.frozen_prefix import MAX_EXAMPLES_AT_ONCE, FrozenPrefix
+from tuner.training.memory_format import place_model
 from tuner.training.own_metric import metric_key
 from tuner.training.training_loop import fit
 
@@ -176,9 +177,7 @@ def load_run(
     staged_model, digests = copy_cached_model(run, device_context, len(dataset.classes))
     if any(value.dtype == torch.bfloat16 for value in staged_model.model.parameters()):
         device_context = replace(device_context, precision="bfloat16")
-    staged_model.model.to(  # type: ignore[call-overload]
-        device_context.device, memory_format=torch.channels_last
-    )
+    place_model(staged_model.model, device_context.device)
     return LoadedRun(run, dataset, staged_model, digests, device_context, metric, direction)
 
 
