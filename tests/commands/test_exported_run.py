@@ -1,5 +1,6 @@
 """The run that is exported of a trial: how long it is trained on more examples."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.conftest import CommandResult
 from tuner.commands.exported_run import choose_export, retrained_run, with_thresholds
 from tuner.config.run import PluginConfig, Recipe, Run, SearchSettings
 from tuner.search import history, storage
+from tuner.search.confirmation import retraining_seconds, training_seconds
 
 
 def trial_run(folds: int = 1, **recipe: Any) -> Run:
@@ -24,7 +26,8 @@ def trial_run(folds: int = 1, **recipe: Any) -> Run:
     [
         (6, 6, 500, 250, (4, 4)),  # 3,000 examples seen by both
         (6, 3, 500, 250, (4, 2)),
-        (10, 7, 700, 150, (8, 6)),
+        (10, 7, 700, 150, (9, 6)),  # epochs are whole, and steps not fewer
+        (3, 2, 500, 250, (2, 2)),
         (4, 4, 500, 250, (3, 3)),
         (1, 1, 500, 250, (1, 1)),  # at least one epoch
         (2, 1, 100, 900, (1, 1)),
@@ -38,6 +41,18 @@ def test_a_retraining_keeps_the_number_of_steps(
     assert run.recipe.fit == "train+valid" and run.recipe.patience is None
 
 
+@pytest.mark.parametrize("best", range(1, 7))
+def test_the_time_of_a_retraining_grows_with_its_steps(best: int) -> None:
+    values = dict.fromkeys(range(1, 7), 0.5)
+    attributes = {history.BEST_EPOCH: best, "seconds": 60.0}
+    trial = optuna.trial.create_trial(value=0.5, user_attrs=attributes, intermediate_values=values)
+    run = retrained_run(trial_run(epochs=6), best, 2 / 3)
+    seconds = retraining_seconds(trial, 2 / 3)
+    assert seconds == pytest.approx(run.recipe.stop_epoch * 3 / 2 * 10)
+    assert seconds >= training_seconds(trial) - 1e-9
+    assert retraining_seconds(trial, 1.0) == training_seconds(trial)
+
+
 def test_a_trial_of_folds_has_seen_all_but_one() -> None:
     run = retrained_run(trial_run(folds=4, epochs=8), 8, 0.5)
     assert (run.recipe.epochs, run.recipe.stop_epoch) == (6, 6)
@@ -45,7 +60,7 @@ def test_a_trial_of_folds_has_seen_all_but_one() -> None:
 
 @pytest.mark.parametrize(
     ("retrain", "expected"),
-    [(False, ("train", 8, 5, Path("best"))), (True, ("train+valid", 4, 2, None))],
+    [(False, ("train", 8, 5, Path("best"))), (True, ("train+valid", 4, 3, None))],
 )
 def test_a_trial_is_exported_as_it_was_or_retrained(
     retrain: bool, expected: tuple[str, int, int, Path | None]
@@ -82,12 +97,14 @@ def exported_epochs(study: Path, folder: str) -> int:
     return int(manifest["run"]["recipe"]["epochs"])
 
 
-def test_commands_train_for_as_many_steps(studied: Path, tuner: Any) -> None:
+def test_commands_train_for_as_many_steps(small: Path, tuner: Any) -> None:
     """`tuner run` knows the sizes, and `tuner export` reads them from the study."""
+    assert tuner("run", small, "search.trials=2", "data.valid=0.45").code == 0
+    studied = small.parent / "studies/small"
     said: CommandResult = tuner("export", "small", "--trial", 1)
     assert said.code == 0, said.err
-    share = 42 / 51  # of the examples of `small`
-    expected = max(1, round(epochs_of_trial(studied, 1) * share))
+    share = 24 / 51  # of the examples of `small`
+    expected = math.ceil(epochs_of_trial(studied, 1) * share)
     assert expected < epochs_of_trial(studied, 1)
     assert exported_epochs(studied, "export-1") == expected
     best = yaml.safe_load((studied / "best.yaml").read_text())["recipe"]

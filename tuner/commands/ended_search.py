@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from optuna.trial import FrozenTrial
+
 from tuner.commands.finishing_times import FinishingClock
 from tuner.commands.session import Session
+from tuner.search import history
+from tuner.search.confirmation import retraining_seconds
 from tuner.search.coordinator import Coordinator
 
 
@@ -28,6 +32,10 @@ class EndedSearch:
     def has_time_for(self, seconds: float) -> bool:
         """Whether a training of so many seconds fits the time that `search.time` leaves."""
         return self.clock.has_time_for(seconds)
+
+    def retraining_seconds(self, trial: FrozenTrial) -> float:
+        """About how long a trial takes when it is trained again, on validation examples too."""
+        return retraining_seconds(trial, history.train_share(self.coordinator.study))
 
     def trained(self, seconds: float) -> None:
         """Notes that a training of about so many seconds was made."""

@@ -10,7 +10,7 @@ from tuner.commands.ended_search import EndedSearch
 from tuner.config.run import PluginConfig, Run, SearchSettings
 from tuner.messages import OutputSettings, scale_probability
 from tuner.search import history
-from tuner.search.confirmation import training_seconds
+from tuner.search.confirmation import whole_epochs
 
 
 def run_to_best_epoch(run: Run, epoch: int) -> Run:
@@ -24,6 +24,7 @@ def retrained_run(run: Run, epoch: int, train_share: float) -> Run:
 
     It keeps the number of optimizer steps, not that of epochs: an epoch over more examples has more
     steps, and the validation scores chose how long to train (benchmarks/README.md, "Retraining").
+    Epochs are whole, and where they do not fit, the steps are more and never fewer.
 
     Args:
         run: The run of the trial.
@@ -33,9 +34,8 @@ def retrained_run(run: Run, epoch: int, train_share: float) -> Run:
     """
     folds = int(run.data.options.get("folds", 1))
     share = train_share if folds == 1 else (folds - 1) / folds
-    epochs = max(1, round(run.recipe.epochs * share))
-    update = {"fit": "train+valid", "epochs": epochs}
-    longer = run_to_best_epoch(run, min(epochs, max(1, round(epoch * share))))
+    update = {"fit": "train+valid", "epochs": whole_epochs(run.recipe.epochs * share)}
+    longer = run_to_best_epoch(run, whole_epochs(epoch * share))
     return replace(longer, recipe=longer.recipe.model_copy(update=update))
 
 
@@ -99,7 +99,7 @@ def is_retrained(ended: EndedSearch, winner: FrozenTrial, *, is_made: bool) -> b
     search = ended.session.settings.search
     if not search.needs_no_weights or weights_of(ended, winner) is None:
         return search.retrain
-    return is_made or ended.has_time_for(training_seconds(winner))
+    return is_made or ended.has_time_for(ended.retraining_seconds(winner))
 
 
 def choose_outputs(search: SearchSettings, trial: FrozenTrial) -> OutputSettings:

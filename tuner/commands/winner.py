@@ -44,7 +44,6 @@ from tuner.search.confirmation import (
     any_repeat_kept,
     read_confirmed,
     settings_for,
-    training_seconds,
 )
 from tuner.search.coordinator import Coordinator
 from tuner.search.samplers import derive_seed
@@ -221,7 +220,7 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
             "the weights that the trial left; the same command with more time trains it again"
         )
     if weights is None and not averaged:
-        ended.trained(training_seconds(winner))
+        ended.trained(ended.retraining_seconds(winner))
     published = session.finalize(
         run,
         folder / "export",
@@ -303,7 +302,7 @@ def winner_seconds(ended: EndedSearch) -> float:
     if not ended.session.settings.search.retrain:
         return 0.0
     winner = choose_unconfirmed(ended.coordinator.study, ended.session.space).winner
-    return training_seconds(winner)
+    return ended.retraining_seconds(winner)
 
 
 def is_of_earlier_version(ended: EndedSearch) -> bool:
@@ -361,12 +360,13 @@ def compare_with_default(
     }
     tested = find_tested_run(folder, wanted, folder / "export" / manifest.TEST_RESULTS)
     if tested is None and weights is None:
-        if not ended.has_time_for(training_seconds(default) + training_seconds(winner)):
+        seconds = ended.retraining_seconds(default) + ended.retraining_seconds(winner)
+        if not ended.has_time_for(seconds):
             session.console.warn(
                 "not compared with the default recipe: search.time leaves no time to train it"
             )
             return None
-        ended.trained(training_seconds(default))
+        ended.trained(ended.retraining_seconds(default))
     if tested is None:
         kept = (folder / CHECKPOINTS_FOLDER / "default").absolute()
         try:

@@ -145,6 +145,19 @@ def training_seconds(trial: FrozenTrial) -> float:
     return seconds * min(1.0, int(trial.user_attrs[history.BEST_EPOCH]) / epochs)
 
 
+def retraining_seconds(trial: FrozenTrial, train_share: float) -> float:
+    """About how long a completed trial takes when it is trained again on train and validation
+    examples, for whole epochs. `train_share`: the share of the training examples in these.
+    """
+    steps = int(trial.user_attrs[history.BEST_EPOCH]) * train_share
+    return training_seconds(trial) * whole_epochs(steps) / steps
+
+
+def whole_epochs(epochs: float) -> int:
+    """The fewest whole epochs that have as many steps."""
+    return max(1, math.ceil(epochs - ROUNDING))
+
+
 def read_candidates(
     study: optuna.Study, space: Space, settings: ConfirmSettings
 ) -> list[tuple[Candidate, dict[int, dict[str, Any]]]]:

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial
 
 from tuner.config.space import Space
 from tuner.search import history
-from tuner.search.confirmation import settings_for, training_seconds
+from tuner.search.confirmation import retraining_seconds, settings_for, training_seconds
 from tuner.search.running_trial import RunningTrial
 from tuner.search.winner_choice import choose_unconfirmed
 
@@ -121,9 +121,10 @@ class TimeLimit:
         default = history.default_trial(study)
         compares = search.compare == "default" and default is not None
         has_won = confirm is None and default is not None and default.number == winner.number
-        self.default_seconds = training_seconds(default) if compares and default else 0.0
+        share = history.train_share(study)
+        self.default_seconds = retraining_seconds(default, share) if compares and default else 0.0
         beside = 0.0 if has_won else self.default_seconds
-        return confirming + max([training_seconds(winner), *repeats]) + beside
+        return confirming + max([retraining_seconds(winner, share), *repeats]) + beside
 
 
 def _seconds_of_epoch(trial: FrozenTrial) -> float:
