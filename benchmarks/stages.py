@@ -249,6 +249,11 @@ OTHERS = (
     ("unet/resnet18", "segmentation"),
     ("unetplusplus/resnet18", "segmentation"),
     ("fpn/resnet18", "segmentation"),
+    ("manet/resnet18", "segmentation"),
+    ("linknet/resnet18", "segmentation"),
+    ("upernet/resnet18", "segmentation"),
+    ("deeplabv3plus/resnet18", "segmentation"),
+    ("segformer/mit_b0", "segmentation"),
 )
 MAX_LISTED = 6  # names of models in a row of the table of tasks
 DECODERS = tuple(TRANSFORMERS)[list(TRANSFORMERS).index("gemma") :]

@@ -69,6 +69,12 @@ TAPS = {
     f"unet/{SMALL}": (9, {"f1", "f2", "f3", "f4", "f5"}),
     f"unetplusplus/{SMALL}": (9, {"f1", "f2", "f3", "f4", "f5"}),
     f"fpn/{SMALL}": (9, {"f2", "f3", "f4", "f5"}),
+    f"manet/{SMALL}": (9, {"f1", "f2", "f3", "f4", "f5"}),
+    f"linknet/{SMALL}": (9, {"f1", "f2", "f3", "f4", "f5"}),
+    f"upernet/{SMALL}": (9, {"f2", "f3", "f4", "f5"}),
+    f"deeplabv3plus/{SMALL}": (9, {"f2", "f3", "f4", "f5"}),
+    "segformer/mit_b0": (3, {"f2", "f3", "f4", "f5"}),
+    "segformer/resnet18": (7, {"f1", "f2", "f3", "f4", "f5"}),
     "unet/tu-convnext_atto": (6, {"f2", "f3", "f4", "f5"}),
     "unet/mit_b0": (3, {"f2", "f3", "f4", "f5"}),
     "unet/mobilenet_v2": (7, {"f1", "f2", "f3", "f4", "f5"}),
@@ -422,7 +428,7 @@ EXPORTED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*EXPORTED, "unet/mit_b0"])
+@pytest.mark.parametrize("name", [*EXPORTED, "segformer/mit_b0", f"deeplabv3plus/{SMALL}"])
 def test_what_is_read_back_agrees_and_a_runtime_alone_reads_it(
     name: str, tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:

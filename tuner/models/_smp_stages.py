@@ -69,20 +69,20 @@ class WholeEncoderStage(nn.Module):
         return dict(zip(self.taps, self.encoder(x)[-len(self.taps) :], strict=True))
 
 
-def stages_of(model: Any, used_maps: int) -> dict[str, nn.Module]:
+def stages_of(model: Any, used_maps: int, *, takes_sizes: bool) -> dict[str, nn.Module]:
     """The stages of one of smp's models: encoder stages, decoder, head.
 
     Args:
         model: The model of smp.
         used_maps: How many feature maps the decoder uses, counted from the deepest.
+        takes_sizes: Whether the decoder asks the larger maps for their sizes, or counts them.
     """
     encoder = model.encoder
     # encoders that begin at a quarter of the image state 0 channels for the half
     map_count = sum(1 for channels in encoder.out_channels[1:] if channels)
-    taps = tuple(
-        f"f{number}" for number in range(DEEPEST + 1 - min(used_maps, map_count), DEEPEST + 1)
-    )
-    size_factors = {4: (4, 2), 5: (2,)}[map_count] if used_maps == DEEPEST else ()
+    first = DEEPEST + 1 - min(used_maps, map_count)
+    taps = tuple(f"f{number}" for number in range(first, DEEPEST + 1))
+    size_factors = tuple(2**number for number in range(first, 0, -1)) if takes_sizes else ()
     encoder_stages = _split_encoder(encoder, map_count, taps)
     if encoder_stages is None:
         encoder_stages = {"encoder": WholeEncoderStage(encoder, taps)}

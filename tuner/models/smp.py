@@ -1,19 +1,23 @@
-"""U-Net, U-Net++ and FPN with any encoder of segmentation_models_pytorch (smp).
+"""The decoders of segmentation_models_pytorch (smp) with any encoder that it has or timm has.
 
-A name is architecture/encoder, such as unet/resnet18 or fpn/tu-<a name of timm's>. Cut at the
-encoder's stages, the decoder and the head. Needs the extra `segmentation`.
+U-Net, U-Net++, MA-Net, LinkNet, FPN, UPerNet, DeepLabV3+ and SegFormer. A name is
+architecture/encoder, such as unet/resnet18, segformer/mit_b0 or fpn/tu-<a name of timm's>. Cut at
+the encoder's stages, the decoder and the head. Needs the extra `segmentation`.
 
 Published weights are those of the encoder, so the decoder is new. Then the last convolution has no
 pretrained features to be probed on, and begins as smp draws it.
 
-Ronneberger et al., U-Net, MICCAI 2015; Zhou et al., UNet++, DLMIA 2018; Kirillov et al., Panoptic
-Feature Pyramid Networks, CVPR 2019; Iakubovskii, Segmentation Models Pytorch, 2019,
+Ronneberger et al., U-Net, MICCAI 2015; Zhou et al., UNet++, DLMIA 2018; Fan et al., MA-Net, IEEE
+Access 2020; Chaurasia and Culurciello, LinkNet, VCIP 2017; Kirillov et al., Panoptic Feature
+Pyramid Networks, CVPR 2019; Xiao et al., UPerNet, ECCV 2018; Chen et al., DeepLabV3+, ECCV 2018;
+Xie et al., SegFormer, NeurIPS 2021; Iakubovskii, Segmentation Models Pytorch, 2019,
 https://github.com/qubvel-org/segmentation_models.pytorch.
 """
 
 import contextlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +39,42 @@ from tuner.models._smp_stages import stages_of
 from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
 
 TASKS = ("segmentation",)
-NAMES = ("unet/*", "unetplusplus/*", "fpn/*")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder of smp's.
+
+    `builder` is the name of its model in smp. `used_maps`: how many feature maps it uses, counted
+    from the deepest. `takes_sizes`: whether it asks the larger ones for their sizes, or counts
+    them.
+    """
+
+    builder: str
+    used_maps: int = 5
+    takes_sizes: bool = True
+
+
+ARCHITECTURES = {
+    "unet": Architecture("Unet"),
+    "unetplusplus": Architecture("UnetPlusPlus"),
+    "manet": Architecture("MAnet"),
+    "linknet": Architecture("Linknet"),
+    "fpn": Architecture("FPN", used_maps=4, takes_sizes=False),
+    "upernet": Architecture("UPerNet", used_maps=4),
+    "deeplabv3plus": Architecture("DeepLabV3Plus", used_maps=4),
+    "segformer": Architecture("Segformer"),
+}
+NAMES = (
+    "unet/*",
+    "unetplusplus/*",
+    "manet/*",
+    "linknet/*",
+    "fpn/*",
+    "upernet/*",
+    "deeplabv3plus/*",
+    "segformer/*",
+)
 # smp's examples/binary_segmentation_intro.ipynb and camvid_segmentation_multiclass.ipynb: Adam,
 # lr 2e-4, cosine, batches of 16 and 32, 10 and 50 epochs, Dice loss (task.loss). Here the encoder
 # begins with about that rate and the new decoder with 1e-3, in batches of 8, which is better on
@@ -108,9 +147,10 @@ def build(
         DataError: The weights are missing or do not fit.
     """
     smp = _import_smp()
-    architecture, _, encoder = name.partition("/")
+    kind, _, encoder = name.partition("/")
+    architecture = ARCHITECTURES[kind]
     _check_encoder(smp, encoder)
-    build_model = {"unet": smp.Unet, "unetplusplus": smp.UnetPlusPlus, "fpn": smp.FPN}[architecture]
+    build_model = getattr(smp, architecture.builder)
     try:
         with _silence_warnings():
             model = build_model(encoder_name=encoder, encoder_weights=None, classes=outputs)
@@ -124,7 +164,7 @@ def build(
     if weights != "none":
         state, source_name = _read_state(smp, home, encoder, weights)
         notes = _load_state(model, state, encoder, source_name)
-    stages = stages_of(model, used_maps=4 if architecture == "fpn" else 5)
+    stages = stages_of(model, architecture.used_maps, takes_sizes=architecture.takes_sizes)
     return StagedModel(model, stages, notes, can_probe=False)
 
 
@@ -134,7 +174,7 @@ def _import_smp() -> Any:
             import segmentation_models_pytorch
     except ImportError:
         raise SpaceError(
-            "model.name: unet/…, unetplusplus/… and fpn/… need segmentation_models_pytorch: "
+            f"model.name: {'/…, '.join(ARCHITECTURES)}/… need segmentation_models_pytorch: "
             f"{pip_install('segmentation')}"
         ) from None
     return segmentation_models_pytorch
