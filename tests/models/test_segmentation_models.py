@@ -100,6 +100,12 @@ def test_a_segmenter_is_cut_by_both_laws_and_hands_on_what_later_stages_need(
     assert logits.shape == (2, 3, 64, 64)
 
 
+def test_every_decoder_has_a_name() -> None:
+    """`NAMES` is read without importing the module, so it is written out beside the table."""
+    written = tuple(f"{name}/*" for name in ours.ARCHITECTURES)
+    assert written == ours.NAMES
+
+
 ENCODERS = [
     "vgg11",
     "resnet34",
@@ -428,7 +434,9 @@ EXPORTED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*EXPORTED, "segformer/mit_b0", f"deeplabv3plus/{SMALL}"])
+@pytest.mark.parametrize(
+    "name", [*EXPORTED, "unet/mit_b0", "segformer/mit_b0", f"deeplabv3plus/{SMALL}"]
+)
 def test_what_is_read_back_agrees_and_a_runtime_alone_reads_it(
     name: str, tuner: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
