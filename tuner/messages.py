@@ -188,8 +188,8 @@ class DefaultComparison:
 class Ingredient:
     """A trial whose weights may be averaged with those of others.
 
-    `run` is the run as it is exported: up to the trial's best epoch. `weights_file` has the weights
-    that the trial left, or, where it was retrained, those of the retraining.
+    `run` is the run as it is exported: up to one of its trial's epochs. `weights_file` has the
+    weights that the trial left, or, where it was retrained, those of the retraining.
     """
 
     trial_number: int

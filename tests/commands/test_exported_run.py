@@ -12,7 +12,7 @@ from tests.conftest import CommandResult
 from tuner.commands.exported_run import choose_export, retrained_run, with_thresholds
 from tuner.config.run import PluginConfig, Recipe, Run, SearchSettings
 from tuner.search import history, storage
-from tuner.search.confirmation import retraining_seconds, training_seconds
+from tuner.search.retraining import retraining_seconds, training_seconds
 
 
 def trial_run(folds: int = 1, **recipe: Any) -> Run:

@@ -101,8 +101,8 @@ def test_the_best_trials_are_repeated_alike_but_for_seed_and_fold(study: optuna.
     originals = [history.run_of_trial(SPACE, study, study.trials[n]) for n in c.trial_numbers]
     for repeat in (0, 1):
         for original, run in zip(originals, runs[3 * repeat : 3 * repeat + 3], strict=True):
-            best_epoch = c.best_epochs[c.trial_numbers[originals.index(original)]]
-            recipe = original.recipe.model_copy(update={"stop_epoch": best_epoch})
+            epoch = c.epochs[c.trial_numbers[originals.index(original)]]
+            recipe = original.recipe.model_copy(update={"stop_epoch": epoch})
             assert (run.recipe, run.model, run.task) == (recipe, original.model, original.task)
             assert run.seed == runs[3 * repeat].seed  # the same for all of them: paired
             assert (run.data.options["folds"], run.data.options["fold"]) == (6, repeat)

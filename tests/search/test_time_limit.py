@@ -15,8 +15,8 @@ from tuner.errors import SpaceError
 from tuner.jobs import Job, Outcome
 from tuner.messages import DatasetReport, Epoch, ModelSurvey, TrialResult
 from tuner.search import history
-from tuner.search.confirmation import training_seconds
 from tuner.search.coordinator import Coordinator
+from tuner.search.retraining import training_seconds
 from tuner.search.stop_rules import DUPLICATES_IN_A_ROW
 from tuner.search.time_limit import SLACK, TimeLimit
 

@@ -10,7 +10,8 @@ from optuna.trial import TrialState, create_trial
 from tuner.config import parsing, yaml_document
 from tuner.config.space import Space
 from tuner.search import history
-from tuner.search.winner_choice import choose_unconfirmed, difference_noise
+from tuner.search.retraining import difference_noise
+from tuner.search.winner_choice import choose_unconfirmed
 
 SPACE = """
 task: classification

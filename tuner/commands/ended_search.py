@@ -8,8 +8,8 @@ from optuna.trial import FrozenTrial
 from tuner.commands.finishing_times import FinishingClock
 from tuner.commands.session import Session
 from tuner.search import history
-from tuner.search.confirmation import retraining_seconds
 from tuner.search.coordinator import Coordinator
+from tuner.search.retraining import retraining_seconds
 
 
 @dataclass(frozen=True)

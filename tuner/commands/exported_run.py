@@ -10,17 +10,17 @@ from tuner.commands.ended_search import EndedSearch
 from tuner.config.run import PluginConfig, Run, SearchSettings
 from tuner.messages import OutputSettings, scale_probability
 from tuner.search import history
-from tuner.search.confirmation import whole_epochs
+from tuner.search.retraining import retrained_epochs, whole_epochs
 
 
-def run_to_best_epoch(run: Run, epoch: int) -> Run:
-    """A trial's run up to its best epoch, as its trial was."""
+def run_to_epoch(run: Run, epoch: int) -> Run:
+    """A trial's run up to one of its epochs, as its trial was."""
     recipe = run.recipe.model_copy(update={"stop_epoch": epoch, "patience": None})
     return replace(run, recipe=recipe)
 
 
 def retrained_run(run: Run, epoch: int, train_share: float) -> Run:
-    """A trial's run up to its best epoch, on train and validation examples.
+    """A trial's run up to one of its epochs, on train and validation examples.
 
     It keeps the number of optimizer steps, not that of epochs: an epoch over more examples has more
     steps, and the validation scores chose how long to train (benchmarks/README.md, "Retraining").
@@ -28,19 +28,20 @@ def retrained_run(run: Run, epoch: int, train_share: float) -> Run:
 
     Args:
         run: The run of the trial.
-        epoch: The trial's best epoch.
+        epoch: The number of the epoch, as search/retraining.py chooses it.
         train_share: The share of the training examples in those of train and validation together.
             A trial with cross-validation trains on all but one fold.
     """
     folds = int(run.data.options.get("folds", 1))
     share = train_share if folds == 1 else (folds - 1) / folds
     update = {"fit": "train+valid", "epochs": whole_epochs(run.recipe.epochs * share)}
-    longer = run_to_best_epoch(run, whole_epochs(epoch * share))
+    longer = run_to_epoch(run, whole_epochs(epoch * share))
     return replace(longer, recipe=longer.recipe.model_copy(update=update))
 
 
 def with_thresholds(run: Run, trial: FrozenTrial, search: SearchSettings) -> Run:
-    """A trial's run, which states the thresholds that the trial's best epoch has, where it has any.
+    """A trial's run, which states the thresholds of the epoch to which it is trained again, where
+    it has any.
 
     They are probabilities of the export: where its logits are divided by a temperature, so are
     those of the thresholds. Nothing but the decisions follows from them, so the run's training is
@@ -78,11 +79,10 @@ def choose_export(
         search: What is done with its outputs.
         retrain: Whether it is trained again.
     """
-    epoch = trial.user_attrs[history.BEST_EPOCH]
     run = with_thresholds(run, trial, search)
     if retrain:
-        return retrained_run(run, epoch, history.train_share(study)), None
-    return run_to_best_epoch(run, epoch), weights
+        return retrained_run(run, retrained_epochs(trial), history.train_share(study)), None
+    return run_to_epoch(run, trial.user_attrs[history.BEST_EPOCH]), weights
 
 
 def weights_of(ended: EndedSearch, trial: FrozenTrial) -> Path | None:
@@ -103,7 +103,8 @@ def is_retrained(ended: EndedSearch, winner: FrozenTrial, *, is_made: bool) -> b
 
 
 def choose_outputs(search: SearchSettings, trial: FrozenTrial) -> OutputSettings:
-    """What is done with the outputs of a trial's model: its temperature is that of its best epoch.
+    """What is done with the outputs of a trial's model: its temperature is that of the epoch to
+    which it is trained again.
 
     A trial of an earlier version has none.
     """

@@ -46,6 +46,7 @@ from tuner.search.confirmation import (
     settings_for,
 )
 from tuner.search.coordinator import Coordinator
+from tuner.search.retraining import retrained_epochs
 from tuner.search.samplers import derive_seed
 from tuner.search.time_left import TimeLeft
 from tuner.search.winner_choice import WinnerChoice, choose_unconfirmed
@@ -107,7 +108,7 @@ def finalize_once(ended: EndedSearch) -> Summary:
                 winner,
                 session.settings.search,
             ),
-            winner.user_attrs[history.BEST_EPOCH],
+            retrained_epochs(winner),
             history.train_share(coordinator.study),
         )
         summary = unpublished_summary(ended, winner, tied, run)
@@ -133,7 +134,7 @@ def finalize_best(ended: EndedSearch) -> Summary:
     )
     run = retrained_run(
         trial_run,
-        winner.user_attrs[history.BEST_EPOCH],
+        retrained_epochs(winner),
         history.train_share(coordinator.study),
     )
     outputs = choose_outputs(session.settings.search, winner)

@@ -2,9 +2,9 @@
 other validation examples.
 
 The best of many trials is partly the best by luck: of its seed, and of the validation examples that
-chose it. So before the winner is made, the best `top` trials are trained `repeats` times more, up
-to their best epoch. Repeat r has its own seed, and validates on fold r of the train and validation
-examples, which is the same for all of them. The best mean wins.
+chose it. So before the winner is made, the best `top` trials are trained `repeats` times more, to
+the epoch to which the winner is trained again. Repeat r has its own seed, and validates on fold r
+of the train and validation examples, which is the same for all of them. The best mean wins.
 
 Where another trial is as good within noise and cheaper, that one wins, as by the one-standard-error
 rule (Breiman et al., Classification and Regression Trees, 1984). As good: the mean difference over
@@ -30,13 +30,13 @@ from tuner.files.crash_points import crash_point
 from tuner.jobs import Job, Outcome, stall_of, to_tuner_error
 from tuner.messages import Assignment, Epoch, TrialResult, micro_batch_count
 from tuner.search import history
+from tuner.search.retraining import ROUNDING, retrained_epochs, training_seconds
 from tuner.search.samplers import derive_seed
 
 # attribute of a study: what a repeat of a trial gave. Existing databases have it: never change it.
 REPEAT_ATTRIBUTE = "tuner:confirm:{trial}:{repeat}"
 SEED_PART = -2  # in the seed of a repeat, where a trial's has the number of its proposal
 MAX_FOLDS = 20
-ROUNDING = 1e-9  # relative
 # `search.confirm: auto`: from so many trials on, the best `top` are trained `repeats` times more.
 # The best trials are among the longest, since the others are short or pruned: 4 repeats took 40 to
 # 57 % of the time of 12 trials, and changed no test score beyond noise; 9 repeats took 66 % of that
@@ -84,7 +84,7 @@ class Candidate:
     @property
     def cost(self) -> tuple[int, float]:
         """What is smaller for a cheaper trial: its epochs, and then the stages it trains."""
-        return int(self.trial.user_attrs[history.BEST_EPOCH]), -self.run.recipe.frozen
+        return retrained_epochs(self.trial), -self.run.recipe.frozen
 
 
 @dataclass(frozen=True)
@@ -136,26 +136,6 @@ def _is_equal(candidate: Candidate, best: Candidate, sign: int) -> bool:
     spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
     # The margin is for rounding: of two repeats with one tie, both sides are half the difference.
     return mean == 0 or mean < spread / math.sqrt(len(differences)) * (1 - ROUNDING)
-
-
-def training_seconds(trial: FrozenTrial) -> float:
-    """About how long a completed trial takes up to its best epoch, when it is trained again."""
-    epochs = max(1, max(trial.intermediate_values, default=1))
-    seconds = float(trial.user_attrs.get("seconds", 0.0))
-    return seconds * min(1.0, int(trial.user_attrs[history.BEST_EPOCH]) / epochs)
-
-
-def retraining_seconds(trial: FrozenTrial, train_share: float) -> float:
-    """About how long a completed trial takes when it is trained again on train and validation
-    examples, for whole epochs. `train_share`: the share of the training examples in these.
-    """
-    steps = int(trial.user_attrs[history.BEST_EPOCH]) * train_share
-    return training_seconds(trial) * whole_epochs(steps) / steps
-
-
-def whole_epochs(epochs: float) -> int:
-    """The fewest whole epochs that have as many steps."""
-    return max(1, math.ceil(epochs - ROUNDING))
 
 
 def read_candidates(
@@ -217,9 +197,9 @@ def fold_count(run: Run, repeats: int, train: int, valid: int) -> int:
     return count
 
 
-def run_of_repeat(run: Run, best_epoch: int, repeat: int, folds: int, seed: int) -> Run:
-    """A trial's run up to its best epoch, with the seed and the validation fold of a repeat."""
-    recipe = run.recipe.model_copy(update={"stop_epoch": best_epoch, "patience": None})
+def run_of_repeat(run: Run, epoch: int, repeat: int, folds: int, seed: int) -> Run:
+    """A trial's run up to an epoch, with the seed and the validation fold of a repeat."""
+    recipe = run.recipe.model_copy(update={"stop_epoch": epoch, "patience": None})
     data = run.data
     if "folds" in data.options:  # a user's own data source may have no folds
         data = PluginConfig(data.name, {**data.options, "folds": folds, "fold": repeat % folds})
@@ -262,13 +242,13 @@ class Confirmation:
         self.attempts: dict[tuple[int, int], int] = {}
         self.kills: dict[tuple[int, int], int] = {}
         self.runs: dict[int, Run] = {}
-        self.best_epochs: dict[int, int] = {}
+        self.epochs: dict[int, int] = {}
         self.missing: list[tuple[int, int]] = []
         candidates = read_candidates(study, space, settings)
         for candidate, results in candidates:
             number = candidate.trial.number
             self.runs[number] = candidate.run
-            self.best_epochs[number] = int(candidate.trial.user_attrs[history.BEST_EPOCH])
+            self.epochs[number] = retrained_epochs(candidate.trial)
             for repeat in results:
                 self._remove_checkpoints(number, repeat)
         # all trials once before any of them twice, so that workers share what a fold has cached
@@ -307,7 +287,7 @@ class Confirmation:
         folder = self._checkpoint_folder(number, repeat)
         assignment = replace(
             self.make_assignment(
-                run_of_repeat(run, self.best_epochs[number], repeat, folds, search.seed)
+                run_of_repeat(run, self.epochs[number], repeat, folds, search.seed)
             ),
             checkpoint_folder=str(folder) if folder else None,
             micro_batches=micro_batch_count(

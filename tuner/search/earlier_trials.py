@@ -25,6 +25,7 @@ from tuner.search.study_identity import LOCATIONS, flat
 # What a trial says of itself that holds in any study.
 KEPT_ATTRIBUTES = (
     history.BEST_EPOCH,
+    history.RETRAINED_EPOCHS,
     history.SCORES,
     history.THRESHOLDS,
     history.TEMPERATURE,

@@ -22,9 +22,12 @@ ATTEMPT = "tuner:attempt"  # which attempt a trial is, from 1
 REASON = "tuner:reason"  # why a trial failed or was pruned
 DUPLICATE_OF = "tuner:same_as"  # the number of the trial whose result this trial has
 BEST_EPOCH = "best_epoch"
+# to which epoch the trial is trained again; not there: to the best one
+RETRAINED_EPOCHS = "tuner:retrained_epochs"
 SCORES = "scores"  # all scores of the best epoch
-THRESHOLDS = "thresholds"  # of the labels, likewise
-TEMPERATURE = "temperature"  # of the best epoch, where the task has one
+# of the epoch to which it is trained again: of the labels, and where the task has one
+THRESHOLDS = "thresholds"
+TEMPERATURE = "temperature"
 COSTS = "tuner:costs"  # of its model, where there are limits
 FAILED_PERMANENTLY = "tuner:final"  # whether a failed trial is not tried again
 TRACEBACK = "tuner:trace"

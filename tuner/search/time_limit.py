@@ -22,7 +22,8 @@ from optuna.trial import FrozenTrial
 
 from tuner.config.space import Space
 from tuner.search import history
-from tuner.search.confirmation import retraining_seconds, settings_for, training_seconds
+from tuner.search.confirmation import settings_for
+from tuner.search.retraining import retraining_seconds, training_seconds
 from tuner.search.running_trial import RunningTrial
 from tuner.search.winner_choice import choose_unconfirmed
 

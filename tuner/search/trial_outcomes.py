@@ -24,6 +24,7 @@ from tuner.search.history import (
     KILLED,
     REASON,
     REFUSED,
+    RETRAINED_EPOCHS,
     SCORES,
     TEMPERATURE,
     THRESHOLDS,
@@ -31,6 +32,7 @@ from tuner.search.history import (
     trial_rank,
 )
 from tuner.search.ledger import ENDED_STATES, Ledger
+from tuner.search.retraining import choose_epoch
 from tuner.search.running_trial import RunningTrial, SearchListener
 from tuner.search.windowed_study import WindowedStudy
 
@@ -111,13 +113,7 @@ class TrialOutcomes:
         self._record_costs(trial, result)
         trial.set_user_attr("seconds", round(result.seconds, 3))
         if result.best_epoch:
-            best = result.epochs[result.best_epoch - 1]
-            trial.set_user_attr(BEST_EPOCH, result.best_epoch)
-            trial.set_user_attr(SCORES, best.scores)
-            if best.temperature is not None:
-                trial.set_user_attr(TEMPERATURE, best.temperature)
-            if best.thresholds:
-                trial.set_user_attr(THRESHOLDS, list(best.thresholds))
+            self._record_epochs(running, result)
         if failed:
             trial.set_user_attr(REASON, f"{result.state}: {result.reason}")
         if by_time:
@@ -144,6 +140,25 @@ class TrialOutcomes:
         weights, which only a training that has ended leaves, are not needed.
         """
         return result.best_epoch > 0 and self.search.needs_no_weights
+
+    def _record_epochs(self, running: RunningTrial, result: TrialResult) -> None:
+        """Store the best epoch with its scores, and to which epoch the trial is trained again."""
+        trial, run, best = running.trial, running.run, result.best_epoch
+        trial.set_user_attr(BEST_EPOCH, best)
+        trial.set_user_attr(SCORES, result.epochs[best - 1].scores)
+        epoch = best
+        if self.search.retrain and result.state == "complete":
+            folds = int(run.data.options.get("folds", 1))
+            count = history.validation_count(self.study, folds)
+            sign = history.sign_of(self.study.direction)
+            metric = str(self.search.metric)
+            epoch = choose_epoch(run.recipe, result.epochs, best, metric, sign, count)
+            trial.set_user_attr(RETRAINED_EPOCHS, epoch)
+        fitted = result.epochs[epoch - 1]
+        if fitted.temperature is not None:
+            trial.set_user_attr(TEMPERATURE, fitted.temperature)
+        if fitted.thresholds:
+            trial.set_user_attr(THRESHOLDS, list(fitted.thresholds))
 
     def _record_costs(self, trial: Trial, result: TrialResult) -> None:
         """Store what the trial's model costs, and by how much of a limit it is above or below it:

@@ -6,7 +6,6 @@ This is the one-standard-error rule (Breiman et al., Classification and Regressi
 default recipe is the simplest choice, because it needs no search.
 """
 
-import math
 from dataclasses import dataclass
 
 import optuna
@@ -16,10 +15,7 @@ from optuna.trial import FrozenTrial
 from tuner.config import plugins
 from tuner.config.space import Space
 from tuner.search import history
-
-# between two models' results on the same examples, since both find the same ones hard; 0.57 and
-# 0.71 in the paired bootstraps of two searches on photographs of clothes
-CORRELATION = 0.6
+from tuner.search.retraining import difference_noise
 
 
 @dataclass(frozen=True)
@@ -63,18 +59,3 @@ def choose_unconfirmed(study: optuna.Study, space: Space) -> WinnerChoice:
     if float(best.value or 0) - float(default.value or 0) > noise:
         return WinnerChoice(best, tied)
     return WinnerChoice(default, [], best, noise)
-
-
-def difference_noise(share: float, count: int) -> float:
-    """The standard error of the difference of two models' shares of right examples.
-
-    Args:
-        share: The share of one of them.
-        count: The number of examples, the same ones for both; 0: it is not known.
-
-    Returns:
-        The standard error; 0 where the number is not known, or the share is none.
-    """
-    if count == 0 or not 0 <= share <= 1:
-        return 0.0
-    return math.sqrt(2 * (1 - CORRELATION) * share * (1 - share) / count)
