@@ -46,11 +46,17 @@ def test_the_time_of_a_retraining_grows_with_its_steps(best: int) -> None:
     values = dict.fromkeys(range(1, 7), 0.5)
     attributes = {history.BEST_EPOCH: best, "seconds": 60.0}
     trial = optuna.trial.create_trial(value=0.5, user_attrs=attributes, intermediate_values=values)
-    run = retrained_run(trial_run(epochs=6), best, 2 / 3)
-    seconds = retraining_seconds(trial, 2 / 3)
+    once = trial_run(epochs=6)
+    run = retrained_run(once, best, 2 / 3)
+    seconds = retraining_seconds(trial, once, 2 / 3)
     assert seconds == pytest.approx(run.recipe.stop_epoch * 3 / 2 * 10)
-    assert seconds >= training_seconds(trial) - 1e-9
-    assert retraining_seconds(trial, 1.0) == training_seconds(trial)
+    assert seconds >= training_seconds(trial, once) - 1e-9
+    assert retraining_seconds(trial, once, 1.0) == training_seconds(trial, once)
+    # a trial with three folds is three trainings on two thirds, its retraining is one on all
+    folds = trial_run(folds=3, epochs=6)
+    assert training_seconds(trial, folds) == pytest.approx(training_seconds(trial, once) / 3)
+    longer = retrained_run(folds, best, 0.9).recipe.stop_epoch
+    assert retraining_seconds(trial, folds, 0.9) == pytest.approx(longer * 3 / 2 * 10 / 3)
 
 
 def test_a_trial_of_folds_has_seen_all_but_one() -> None:

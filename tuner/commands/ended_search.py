@@ -35,7 +35,9 @@ class EndedSearch:
 
     def retraining_seconds(self, trial: FrozenTrial) -> float:
         """About how long a trial takes when it is trained again, on validation examples too."""
-        return retraining_seconds(trial, history.train_share(self.coordinator.study))
+        study = self.coordinator.study
+        run = history.run_of_trial(self.session.space, study, trial)
+        return retraining_seconds(trial, run, history.train_share(study))
 
     def trained(self, seconds: float) -> None:
         """Notes that a training of about so many seconds was made."""

@@ -10,7 +10,7 @@ from tuner.commands.ended_search import EndedSearch
 from tuner.config.run import PluginConfig, Run, SearchSettings
 from tuner.messages import OutputSettings, scale_probability
 from tuner.search import history
-from tuner.search.retraining import retrained_epochs, whole_epochs
+from tuner.search.retraining import retrained_epochs, retraining_share, whole_epochs
 
 
 def run_to_epoch(run: Run, epoch: int) -> Run:
@@ -30,10 +30,8 @@ def retrained_run(run: Run, epoch: int, train_share: float) -> Run:
         run: The run of the trial.
         epoch: The number of the epoch, as search/retraining.py chooses it.
         train_share: The share of the training examples in those of train and validation together.
-            A trial with cross-validation trains on all but one fold.
     """
-    folds = int(run.data.options.get("folds", 1))
-    share = train_share if folds == 1 else (folds - 1) / folds
+    share = retraining_share(run, train_share)
     update = {"fit": "train+valid", "epochs": whole_epochs(run.recipe.epochs * share)}
     longer = run_to_epoch(run, whole_epochs(epoch * share))
     return replace(longer, recipe=longer.recipe.model_copy(update=update))

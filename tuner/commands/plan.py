@@ -70,7 +70,7 @@ def make_plan(
     profiles = measure(session, survey, [*runs, *first_runs])
     workers = worker_count(space, survey.gpu_count)
     workers = 1 if workers == AS_MANY_AS_POSSIBLE else workers
-    folds = int(first_runs[-1].data.options.get("folds", 1))
+    folds = first_runs[-1].folds
     names = survey.max_depths
 
     def seconds_of(run: Run) -> float:

@@ -333,6 +333,11 @@ class Run:
     recipe: Recipe
     seed: int
 
+    @property
+    def folds(self) -> int:
+        """Into how many folds its examples are divided; 1: it has no cross-validation."""
+        return int(self.data.options.get("folds", 1))
+
     def to_dict(self) -> dict[str, Any]:
         """The run as the file would say it."""
         return {

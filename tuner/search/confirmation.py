@@ -192,7 +192,7 @@ def fold_count(run: Run, repeats: int, train: int, valid: int) -> int:
     """
     count = max(2, repeats, round((train + valid) / max(1, valid)))
     count = min(count, MAX_FOLDS, max(2, (train + valid) // 2))
-    if count == run.data.options.get("folds", 1):
+    if count == run.folds:
         count += -1 if count == MAX_FOLDS else 1
     return count
 
@@ -270,7 +270,7 @@ class Confirmation:
         trials = {t.number: t for t in history.completed_trials(self.study)}
         total = 0.0
         for number, _ in self.missing:
-            total += training_seconds(trials[number])
+            total += training_seconds(trials[number], self.runs[number])
         return total / max(1, min(workers, len(self.missing)))
 
     # -- what an engine calls

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial
 
-from tuner.config.run import Recipe
+from tuner.config.run import Recipe, Run
 from tuner.messages import Epoch
 from tuner.search import history
 
@@ -71,19 +71,31 @@ def retrained_epochs(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get(history.RETRAINED_EPOCHS, best))
 
 
-def training_seconds(trial: FrozenTrial) -> float:
-    """About how long a completed trial takes when it is trained again on training examples."""
+def training_seconds(trial: FrozenTrial, run: Run) -> float:
+    """About how long a completed trial takes when it is trained again as it was, on one fold."""
     epochs = max(1, max(trial.intermediate_values, default=1))
-    seconds = float(trial.user_attrs.get("seconds", 0.0))
+    seconds = float(trial.user_attrs.get("seconds", 0.0)) / run.folds
     return seconds * min(1.0, retrained_epochs(trial) / epochs)
 
 
-def retraining_seconds(trial: FrozenTrial, train_share: float) -> float:
+def retraining_seconds(trial: FrozenTrial, run: Run, train_share: float) -> float:
     """About how long a completed trial takes when it is trained again on train and validation
-    examples, for whole epochs. `train_share`: the share of the training examples in these.
+    examples, for whole epochs. `run` is the trial's; `train_share` as of `retraining_share`.
     """
-    steps = retrained_epochs(trial) * train_share
-    return training_seconds(trial) * whole_epochs(steps) / steps
+    steps = retrained_epochs(trial) * retraining_share(run, train_share)
+    return training_seconds(trial, run) * whole_epochs(steps) / steps
+
+
+def retraining_share(run: Run, train_share: float) -> float:
+    """The share of the examples that a trial trains on in those of its retraining.
+
+    A trial with cross-validation trains on all but one fold.
+
+    Args:
+        run: The run of the trial.
+        train_share: The share of the training examples in those of train and validation together.
+    """
+    return train_share if run.folds == 1 else (run.folds - 1) / run.folds
 
 
 def whole_epochs(epochs: float) -> int:

@@ -110,10 +110,12 @@ class TimeLimit:
         """What follows the search, if it ends after one trial more."""
         search = space.settings.search
         confirm = settings_for(search, len(history.ended_proposals(study)) + 1)
-        repeats = [] if confirm is None else [training_seconds(t) for t in self.trials]
-        confirming = 0.0
+        repeats, confirming = [], 0.0
         if confirm is not None:
-            repeats = repeats[: confirm.top]
+            repeats = [
+                training_seconds(trial, history.run_of_trial(space, study, trial))
+                for trial in self.trials[: confirm.top]
+            ]
             rounds = ceil(len(repeats) * confirm.repeats / max(1, self.workers))
             confirming = rounds * statistics.fmean(repeats)
         if not search.retrain:
@@ -122,10 +124,14 @@ class TimeLimit:
         default = history.default_trial(study)
         compares = search.compare == "default" and default is not None
         has_won = confirm is None and default is not None and default.number == winner.number
-        share = history.train_share(study)
-        self.default_seconds = retraining_seconds(default, share) if compares and default else 0.0
+
+        def retraining(trial: FrozenTrial) -> float:
+            run = history.run_of_trial(space, study, trial)
+            return retraining_seconds(trial, run, history.train_share(study))
+
+        self.default_seconds = retraining(default) if compares and default else 0.0
         beside = 0.0 if has_won else self.default_seconds
-        return confirming + max([retraining_seconds(winner, share), *repeats]) + beside
+        return confirming + max([retraining(winner), *repeats]) + beside
 
 
 def _seconds_of_epoch(trial: FrozenTrial) -> float:

@@ -148,8 +148,7 @@ class TrialOutcomes:
         trial.set_user_attr(SCORES, result.epochs[best - 1].scores)
         epoch = best
         if self.search.retrain and result.state == "complete":
-            folds = int(run.data.options.get("folds", 1))
-            count = history.validation_count(self.study, folds)
+            count = history.validation_count(self.study, run.folds)
             sign = history.sign_of(self.study.direction)
             metric = str(self.search.metric)
             epoch = choose_epoch(run.recipe, result.epochs, best, metric, sign, count)

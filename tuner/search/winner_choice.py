@@ -54,8 +54,7 @@ def choose_unconfirmed(study: optuna.Study, space: Space) -> WinnerChoice:
         or metric not in plugins.read_task_names(run.task.name, "COUNTED")
     ):
         return WinnerChoice(best, tied)
-    folds = int(run.data.options.get("folds", 1))
-    noise = difference_noise(float(best.value or 0), history.validation_count(study, folds))
+    noise = difference_noise(float(best.value or 0), history.validation_count(study, run.folds))
     if float(best.value or 0) - float(default.value or 0) > noise:
         return WinnerChoice(best, tied)
     return WinnerChoice(default, [], best, noise)

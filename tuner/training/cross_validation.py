@@ -24,7 +24,7 @@ from tuner.training.training_loop import (
 
 def runs_of_folds(run: Run) -> list[Run]:
     """The run of each fold; the run itself where `data.folds` is 1."""
-    count = int(run.data.options.get("folds", 1))
+    count = run.folds
     if count == 1:
         return [run]
     return [
