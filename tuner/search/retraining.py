@@ -2,10 +2,10 @@
 
 The best of a trial's epochs is partly the best by the luck of the validation examples. A schedule
 that falls is made to be trained to its end: before it, the learning rate is still high, and the
-weights follow the last batches. So such a schedule is trained again to the last of its epochs whose
-score is the best one's within noise (benchmarks/README.md, "Retraining"). A constant rate has no
-end to come to, and a training that patience or `search.time` ended has not come to it: these are
-trained again to the best epoch.
+weights follow the last batches. So such a schedule is trained again to the last of its epochs that
+is not worse than the best one beyond noise (benchmarks/README.md, "Retraining"). A constant rate
+has no end to come to, and a training that patience or `search.time` ended has not come to it: these
+are trained again to the best epoch.
 """
 
 import math
@@ -21,6 +21,7 @@ from tuner.search import history
 # same ones hard; 0.57 and 0.71 in the paired bootstraps of two searches on photographs of clothes
 CORRELATION = 0.6
 ROUNDING = 1e-9  # relative
+CONFIDENCE = 2.0  # standard errors by which a later epoch is worse: about 95 %
 
 
 def difference_noise(share: float, count: int) -> float:
@@ -58,9 +59,13 @@ def choose_epoch(
     if recipe.schedule == "constant" or len(epochs) < (recipe.stop_epoch or recipe.epochs):
         return best
     top = epochs[best - 1].scores[metric]
-    noise = difference_noise(top, count) if sign > 0 else 0.0
     for epoch in reversed(epochs[best:]):
-        if metric in epoch.scores and sign * (top - epoch.scores[metric]) <= noise:
+        if metric not in epoch.scores:
+            continue
+        score = epoch.scores[metric]
+        # of the mean of both scores, because a perfect score alone would seem to have no noise
+        noise = CONFIDENCE * difference_noise((top + score) / 2, count) if sign > 0 else 0.0
+        if sign * (top - score) <= noise:
             return epoch.number
     return best
 
