@@ -65,6 +65,8 @@ class DatasetReport:
     split_sizes: dict[str, int]
     input_description: dict[str, Any]  # what the model takes, as the manifest says it
     parameter_count: int
+    # of how many validation examples the score has the noise of, where it is a mean over classes
+    macro_count: float | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 

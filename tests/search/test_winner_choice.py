@@ -1,17 +1,20 @@
 """Which trial wins: the best one, or the default recipe where that is as good within noise."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState, create_trial
 
 from tuner.config import parsing, yaml_document
 from tuner.config.space import Space
-from tuner.search import history
+from tuner.search import history, storage
 from tuner.search.retraining import difference_noise
 from tuner.search.winner_choice import choose_unconfirmed
+from tuner.training.class_balance import macro_count
 
 SPACE = """
 task: classification
@@ -57,6 +60,41 @@ def test_a_gain_within_noise_leaves_the_default_recipe(space: Space) -> None:
 def test_a_gain_beyond_noise_wins(space: Space) -> None:
     choice = choose_unconfirmed(study_of(0.760, 0.700, 0.790), space)
     assert (choice.winner.number, choice.beaten) == (2, None)
+
+
+def test_a_score_over_classes_has_the_noise_of_the_rare_class(space: Space) -> None:
+    """33 of 250 examples are of one class: as noisy as with 115 of equal classes."""
+    space = parsing.with_values(space.document, {("search", "metric"): "f1"})
+    few = macro_count(torch.tensor([217, 33]))
+    study = study_of(0.960, 0.973)
+    assert choose_unconfirmed(study, space).winner.number == 1
+    study.set_user_attr(history.MACRO_COUNT, few)
+    choice = choose_unconfirmed(study, space)
+    assert choice.winner.number == 0
+    assert choice.noise == pytest.approx(difference_noise(0.973, few))
+
+
+def test_the_examples_that_count_for_a_mean_over_classes() -> None:
+    """Against a simulation: every example is right with probability 0.9."""
+    assert macro_count(torch.tensor([50, 50, 0, 50])) == pytest.approx(150)
+    rng, counts = np.random.default_rng(0), (217, 33)
+    recalls = [rng.binomial(n, 0.9, size=20_000) / n for n in counts]
+    spread = np.mean(recalls, 0).std()
+    share = np.sqrt(0.9 * 0.1 / macro_count(torch.tensor(counts)))
+    assert share == pytest.approx(spread, rel=0.03)
+
+
+def test_a_study_knows_how_many_examples_count_for_its_score(small: Path, tuner: Any) -> None:
+    words = ("search.trials=1", "search.retrain=false", "export=null")
+    attributes = {}
+    for metric in ("f1", "accuracy"):
+        name = f"search.name={metric}"
+        assert tuner("run", small, *words, f"search.metric={metric}", name).code == 0
+        database = storage.open_storage(None, small.parent / "studies" / metric)
+        attributes[metric] = optuna.load_study(study_name=metric, storage=database).user_attrs
+    valid = attributes["f1"][history.SPLIT_SIZES][1]
+    assert valid / 2 < attributes["f1"][history.MACRO_COUNT] <= valid
+    assert history.MACRO_COUNT not in attributes["accuracy"]  # a share of all examples
 
 
 def test_a_person_may_want_the_best_trial(space: Space) -> None:

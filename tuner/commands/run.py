@@ -101,7 +101,7 @@ def search_and_finalize(
                 s, folder, facts.digest, stack, time_left, limit, earlier_studies
             )
             sizes = facts.split_sizes["train"], facts.split_sizes["valid"]
-            history.keep_split_sizes(coordinator.study, *sizes)
+            history.keep_split_sizes(coordinator.study, *sizes, facts.macro_count)
             before = coordinator.budget_used
             console.start_search(
                 coordinator.space,

@@ -150,8 +150,9 @@ def list_minimised(task: str) -> tuple[str, ...]:
 def read_task_names(task: str, constant_name: str) -> tuple[str, ...]:
     """A tuple of names at the top of a task's file; empty where there is none. Raises SpaceError.
 
-    Such as RECIPE_KEYS and SEARCH_KEYS, the keys that this task has and others lack, and COUNTED,
-    the metrics that are shares of examples which are right.
+    Such as RECIPE_KEYS and SEARCH_KEYS, the keys that this task has and others lack, COUNTED,
+    the metrics that are shares of examples which are right, and MACRO, those of them that are means
+    over the classes.
     """
     if ":" in task:
         return tuple(read_own_attribute("task", task, constant_name, ()))

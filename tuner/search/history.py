@@ -34,6 +34,7 @@ TRACEBACK = "tuner:trace"
 KILLED = "tuner:killed"  # how many earlier attempts of a trial a memory limit ended
 REFUSED = "tuner:refused"  # whether a worker refused an earlier attempt
 SPLIT_SIZES = "tuner:split_sizes"  # of a study: the numbers of training and validation examples
+MACRO_COUNT = "tuner:macro_count"  # of a study: as a DatasetReport has it
 BUDGET = "tuner:budget"  # of a study: the number of trials after which its search ends
 TAKEN_FROM = "tuner:from"  # of a trial of another study: "STUDY #NUMBER"
 SEED = "tuner:seed"  # of such a trial's training
@@ -120,15 +121,20 @@ def _what_lets_one_complete(trials: Sequence[FrozenTrial]) -> str:
     return "raise search.trials or search.timeout"
 
 
-def keep_split_sizes(study: optuna.Study, train: int, valid: int) -> None:
+def keep_split_sizes(
+    study: optuna.Study, train: int, valid: int, macro_count: float | None = None
+) -> None:
     """Write the numbers of training and validation examples into a study in which no trial began.
 
-    A study of an earlier version stays without them, so that its export stays current.
+    `macro_count`: as a DatasetReport has it. A study of an earlier version stays without them, so
+    that its export stays current.
     """
     own_trials = [t for t in study.get_trials(deepcopy=False) if TAKEN_FROM not in t.user_attrs]
     states = {trial.state for trial in own_trials}
     if SPLIT_SIZES not in study.user_attrs and states <= {TrialState.WAITING}:
         study.set_user_attr(SPLIT_SIZES, [train, valid])
+        if macro_count is not None:
+            study.set_user_attr(MACRO_COUNT, macro_count)
 
 
 def keep_budget(study: optuna.Study, trials: int) -> None:
@@ -149,13 +155,22 @@ def train_share(study: optuna.Study) -> float:
     return float(train / (train + valid))
 
 
-def validation_count(study: optuna.Study, folds: int) -> int:
-    """Return how many examples a trial is validated on; 0 in a study of an earlier version.
+def validation_count(study: optuna.Study, folds: int, *, is_macro: bool = False) -> float:
+    """Return of how many examples the noise of a validation score is; 0: it is not known.
 
-    With several folds these are all training and validation examples.
+    A study of an earlier version does not know it. With several folds a trial is validated on all
+    training and validation examples.
+
+    Args:
+        study: The study.
+        folds: The folds of a trial's run.
+        is_macro: Whether the score is a mean over classes, which has the noise of the rare ones.
     """
     train, valid = study.user_attrs.get(SPLIT_SIZES, (0, 0))
-    return int(train + valid if folds > 1 else valid)
+    count = float(train + valid if folds > 1 else valid)
+    if is_macro and valid and MACRO_COUNT in study.user_attrs:
+        count *= study.user_attrs[MACRO_COUNT] / valid
+    return count
 
 
 def ended_proposals(study: optuna.Study) -> dict[int, Rank | None]:

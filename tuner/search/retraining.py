@@ -11,8 +11,10 @@ are trained again to the best epoch.
 import math
 from collections.abc import Sequence
 
+import optuna
 from optuna.trial import FrozenTrial
 
+from tuner.config import plugins
 from tuner.config.run import Recipe, Run
 from tuner.messages import Epoch
 from tuner.search import history
@@ -24,7 +26,7 @@ ROUNDING = 1e-9  # relative
 CONFIDENCE = 2.0  # standard errors by which a later epoch is worse: about 95 %
 
 
-def difference_noise(share: float, count: int) -> float:
+def difference_noise(share: float, count: float) -> float:
     """The standard error of the difference of two models' shares of right examples.
 
     It is the greatest possible one for any score that is a mean over examples of values between 0
@@ -42,8 +44,14 @@ def difference_noise(share: float, count: int) -> float:
     return math.sqrt(2 * (1 - CORRELATION) * share * (1 - share) / count)
 
 
+def count_for_noise(study: optuna.Study, run: Run, metric: str) -> float:
+    """Of how many validation examples a score has the noise; 0: it is not known."""
+    is_macro = metric in plugins.read_task_names(run.task.name, "MACRO")
+    return history.validation_count(study, run.folds, is_macro=is_macro)
+
+
 def choose_epoch(
-    recipe: Recipe, epochs: Sequence[Epoch], best: int, metric: str, sign: int, count: int
+    recipe: Recipe, epochs: Sequence[Epoch], best: int, metric: str, sign: int, count: float
 ) -> int:
     """The number of the epoch to which a completed trial is trained again.
 
@@ -54,7 +62,7 @@ def choose_epoch(
         metric: The score that the search improves.
         sign: -1 where lower scores are better, otherwise 1. Such scores have no bound, so their
             noise is not known, and a later epoch must be as good as the best one.
-        count: The number of validation examples; 0: it is not known.
+        count: As of `count_for_noise`.
     """
     if recipe.schedule == "constant" or len(epochs) < (recipe.stop_epoch or recipe.epochs):
         return best

@@ -32,7 +32,7 @@ from tuner.search.history import (
     trial_rank,
 )
 from tuner.search.ledger import ENDED_STATES, Ledger
-from tuner.search.retraining import choose_epoch
+from tuner.search.retraining import choose_epoch, count_for_noise
 from tuner.search.running_trial import RunningTrial, SearchListener
 from tuner.search.windowed_study import WindowedStudy
 
@@ -148,9 +148,9 @@ class TrialOutcomes:
         trial.set_user_attr(SCORES, result.epochs[best - 1].scores)
         epoch = best
         if self.search.retrain and result.state == "complete":
-            count = history.validation_count(self.study, run.folds)
-            sign = history.sign_of(self.study.direction)
             metric = str(self.search.metric)
+            count = count_for_noise(self.study, run, metric)
+            sign = history.sign_of(self.study.direction)
             epoch = choose_epoch(run.recipe, result.epochs, best, metric, sign, count)
             trial.set_user_attr(RETRAINED_EPOCHS, epoch)
         fitted = result.epochs[epoch - 1]

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from tuner.config import plugins
 from tuner.config.space import Space
 from tuner.search import history
-from tuner.search.retraining import difference_noise
+from tuner.search.retraining import count_for_noise, difference_noise
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def choose_unconfirmed(study: optuna.Study, space: Space) -> WinnerChoice:
         or metric not in plugins.read_task_names(run.task.name, "COUNTED")
     ):
         return WinnerChoice(best, tied)
-    noise = difference_noise(float(best.value or 0), history.validation_count(study, run.folds))
+    noise = difference_noise(float(best.value or 0), count_for_noise(study, run, metric))
     if float(best.value or 0) - float(default.value or 0) > noise:
         return WinnerChoice(best, tied)
     return WinnerChoice(default, [], best, noise)

@@ -30,6 +30,7 @@ METRICS = (
     "expected_calibration_error",
 )
 COUNTED = ("accuracy", "balanced_accuracy", "f1", "top_3", "top_5")
+MACRO = ("balanced_accuracy", "f1")
 MINIMISED = ("log_loss", "expected_calibration_error")
 RECIPE_KEYS = ("class_weights", "sampling", "focal_gamma")
 SEARCH_KEYS = ("calibrate", "test_flips")

@@ -48,6 +48,19 @@ def count_classes(source: Source, class_count: int) -> Tensor:
     return _class_counts[key]
 
 
+def macro_count(counts: Tensor) -> float:
+    """How many examples of equally large classes give a mean over classes its standard error.
+
+    With n_c examples of class c of C, its variance is that of a share of C² / Σ(1 / n_c) examples:
+    all of them where classes are equally large, and few where one is rare.
+
+    Args:
+        counts: int64 (classes,), how many examples each class has; empty classes do not count.
+    """
+    present = counts[counts > 0].double()
+    return float(len(present) ** 2 / (1 / present).sum()) if len(present) else 0.0
+
+
 def _chunks(source: Source) -> tuple[Tensor, ...]:
     return torch.split(torch.arange(len(source)), ROWS_PER_CHUNK)
 

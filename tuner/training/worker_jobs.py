@@ -13,8 +13,10 @@ import torch
 
 from tuner import deferred_figures
 from tuner.config.objective import Direction
+from tuner.config.plugins import read_task_names
 from tuner.config.run import PluginConfig
 from tuner.core.device_memory import forget_peak
+from tuner.core.types import Dataset
 from tuner.core.weights import is_path
 from tuner.files.downloads import forbid_downloads
 from tuner.messages import (
@@ -27,6 +29,7 @@ from tuner.messages import (
 )
 from tuner.training.adapters import find_layers, import_peft
 from tuner.training.building import build_model, check_metric, load_dataset
+from tuner.training.class_balance import count_classes, macro_count
 from tuner.training.cross_validation import fit_folds, prepare_folds, runs_of_folds
 from tuner.training.data_parallel import joined_ranks
 from tuner.training.devices import DeviceContext, select_device, select_gpus
@@ -93,9 +96,20 @@ def inspect_data(
         },
         input_description=dataset.input_spec.describe_input(),
         parameter_count=sum(p.numel() for p in staged_model.model.parameters()),
+        macro_count=count_for_macro_scores(dataset, run.task.name, assignment.metric),
         warnings=tuple(dict.fromkeys(warnings)),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def count_for_macro_scores(dataset: Dataset, task: str, metric: str) -> float | None:
+    """Of how many validation examples a score that is a mean over classes has the noise.
+
+    None: the score is none.
+    """
+    if metric not in read_task_names(task, "MACRO"):
+        return None
+    return macro_count(count_classes(dataset.valid, len(dataset.classes)))
 
 
 def has_local_weights(model: PluginConfig) -> bool:
