@@ -254,6 +254,7 @@ OTHERS = (
     ("upernet/resnet18", "segmentation"),
     ("deeplabv3plus/resnet18", "segmentation"),
     ("segformer/mit_b0", "segmentation"),
+    ("unet/efficientnet-b0", "segmentation"),
 )
 MAX_LISTED = 6  # names of models in a row of the table of tasks
 DECODERS = tuple(TRANSFORMERS)[list(TRANSFORMERS).index("gemma") :]

@@ -73,10 +73,10 @@ TAPS = {
     f"linknet/{SMALL}": (9, {"f1", "f2", "f3", "f4", "f5"}),
     f"upernet/{SMALL}": (9, {"f2", "f3", "f4", "f5"}),
     f"deeplabv3plus/{SMALL}": (9, {"f2", "f3", "f4", "f5"}),
-    "segformer/mit_b0": (3, {"f2", "f3", "f4", "f5"}),
+    "segformer/mit_b0": (6, {"f2", "f3", "f4", "f5"}),
     "segformer/resnet18": (7, {"f1", "f2", "f3", "f4", "f5"}),
     "unet/tu-convnext_atto": (6, {"f2", "f3", "f4", "f5"}),
-    "unet/mit_b0": (3, {"f2", "f3", "f4", "f5"}),
+    "unet/mit_b0": (6, {"f2", "f3", "f4", "f5"}),
     "unet/mobilenet_v2": (7, {"f1", "f2", "f3", "f4", "f5"}),
 }
 
@@ -98,6 +98,30 @@ def test_a_segmenter_is_cut_by_both_laws_and_hands_on_what_later_stages_need(
     assert {leaf for leaf in x if leaf not in ("height", "width")} == taps
     logits = staged.as_module().eval()(images())
     assert logits.shape == (2, 3, 64, 64)
+
+
+def test_each_stage_of_segformers_encoder_has_its_embedding_blocks_and_norm() -> None:
+    """In this order, so that freeze depth k freezes the k largest feature maps."""
+    staged = built("segformer/mit_b0")
+    encoder: Any = staged.model.encoder
+    assert list(staged.stages) == ["stage1", "stage2", "stage3", "stage4", "decoder", "head"]
+    for i in (1, 2, 3, 4):
+        prefix, _ = staged.split(i)
+        own = {
+            f"{part}{number}"
+            for number in range(1, i + 1)
+            for part in ("patch_embed", "block", "norm")
+        }
+        frozen = {
+            name.partition(".")[0] for name, p in encoder.named_parameters() if not p.requires_grad
+        }
+        assert frozen == own and len(list(prefix.parameters())) > 0
+
+
+def test_an_encoder_that_is_one_stage_says_why() -> None:
+    reasons = {name: built(name).uncut_reason for name in ("unet/efficientnet-b0", f"unet/{SMALL}")}
+    assert reasons[f"unet/{SMALL}"] is None
+    assert "structure of the encoder" in (reasons["unet/efficientnet-b0"] or "")
 
 
 def test_every_decoder_has_a_name() -> None:
@@ -228,6 +252,7 @@ def here(home: Path, cache: str) -> DeviceContext:
 CUTS = [
     (f"unet/{SMALL}", 3),
     (f"fpn/{SMALL}", 8),
+    ("segformer/mit_b0", 2),
     ("deeplabv3_mobilenet_v3_large", 4),
     ("lraspp_mobilenet_v3_large", 6),
 ]

@@ -5,7 +5,7 @@ the names of its children, and the cut is then checked by running it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from tuner.core.input_spec import TensorTree
 from tuner.models._feature_maps import FeatureMapStage
+from tuner.models._forward_pass import UncutModel
 
 EXAMPLE_SIDE = 64  # pixels of the random image by which a cut is checked
-DEEPEST = 5  # the number of the deepest feature map; f1 has half the side of the image
+ALL_MAPS = 5  # of a whole encoder: f1 has half the side of the image, f5 is the deepest
 
 
 @dataclass(frozen=True)
@@ -69,66 +70,97 @@ class WholeEncoderStage(nn.Module):
         return dict(zip(self.taps, self.encoder(x)[-len(self.taps) :], strict=True))
 
 
-def stages_of(model: Any, used_maps: int, *, takes_sizes: bool) -> dict[str, nn.Module]:
+class ContiguousOutput(nn.Module):
+    """Writes a feature map row by row in memory, as SegFormer's encoder does with its own.
+
+    The next convolution may otherwise compute with another kernel, which rounds differently.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+
+def stages_of(
+    model: Any, used_maps: int, *, takes_sizes: bool
+) -> tuple[dict[str, nn.Module], str | None]:
     """The stages of one of smp's models: encoder stages, decoder, head.
 
     Args:
         model: The model of smp.
         used_maps: How many feature maps the decoder uses, counted from the deepest.
         takes_sizes: Whether the decoder asks the larger maps for their sizes, or counts them.
+
+    Returns:
+        The stages by name, and None; or the reason in words why the encoder is one stage.
     """
     encoder = model.encoder
+    deepest = len(encoder.out_channels) - 1  # PSPNet's encoders end at an eighth of the image
     # encoders that begin at a quarter of the image state 0 channels for the half
     map_count = sum(1 for channels in encoder.out_channels[1:] if channels)
-    first = DEEPEST + 1 - min(used_maps, map_count)
-    taps = tuple(f"f{number}" for number in range(first, DEEPEST + 1))
+    first = deepest + 1 - min(used_maps, map_count)
+    taps = tuple(f"f{number}" for number in range(first, deepest + 1))
     size_factors = tuple(2**number for number in range(first, 0, -1)) if takes_sizes else ()
-    encoder_stages = _split_encoder(encoder, map_count, taps)
-    if encoder_stages is None:
-        encoder_stages = {"encoder": WholeEncoderStage(encoder, taps)}
+    reason = None
+    try:
+        encoder_stages = _split_encoder(encoder, deepest, map_count, taps)
+    except UncutModel as error:
+        encoder_stages, reason = {"encoder": WholeEncoderStage(encoder, taps)}, str(error)
     return {
         **encoder_stages,
         "decoder": DecoderStage(model.decoder, taps, size_factors),
         "head": nn.Sequential(model.segmentation_head),
-    }
+    }, reason
 
 
 def _split_encoder(
-    encoder: Any, map_count: int, taps: tuple[str, ...]
-) -> dict[str, nn.Module] | None:
+    encoder: Any, deepest: int, map_count: int, taps: tuple[str, ...]
+) -> dict[str, nn.Module]:
     """The encoder's stages.
 
-    None where its shape is not known here, or where it does more than its modules in a row.
+    Modules behind the deepest feature map are never called, and their weights belong to the first
+    stage: so they are frozen first.
+
+    Raises:
+        UncutModel: Its shape is not known here, or it does more than its modules in a row.
     """
     groups = _group_modules(encoder, map_count)
-    if groups is None or not groups[-1].gives_feature_map:
-        return None
-    if sum(group.gives_feature_map for group in groups) != map_count:
-        return None
+    ends = [end for end, group in enumerate(groups, 1) if group.gives_feature_map]
+    if len(ends) < map_count:
+        raise UncutModel("the encoder takes feature maps from inside its blocks")
+    used, unused = groups[: ends[map_count - 1]], groups[ends[map_count - 1] :]
     stages: dict[str, nn.Module] = {}
-    input_name, map_number = "", DEEPEST - map_count
-    for group in groups:
+    input_name, map_number = "", deepest - map_count
+    for group in used:
         map_number += group.gives_feature_map
         output_name = f"f{map_number}" if group.gives_feature_map else group.name
         stages[group.name] = FeatureMapStage(
             nn.Sequential(*group.modules), input_name, output_name, keeps_input=input_name in taps
         )
         input_name = output_name
-    return stages if _stages_agree(encoder, stages, taps) else None
+    if unused:
+        never_called = nn.ModuleList(module for group in unused for module in group.modules)
+        stages[used[0].name].add_module("never_called", never_called)
+    if not _stages_agree(encoder, stages, taps):
+        raise UncutModel("the modules of the encoder in a row do not compute what it computes")
+    return stages
 
 
 # -- shapes of encoders
 
 
-def _group_modules(encoder: Any, map_count: int) -> list[Group] | None:
-    """The groups of the first shape that the encoder has; None where it has none of them."""
+def _group_modules(encoder: Any, map_count: int) -> list[Group]:
+    """The groups of the first shape that the encoder has.
+
+    Raises:
+        UncutModel: It has none of them.
+    """
     if getattr(encoder, "_is_channel_last", False):
-        return None
+        raise UncutModel("the encoder computes channels-last and turns its feature maps at its end")
     for group_by_shape in SHAPES:
         groups = group_by_shape(encoder, map_count)
         if groups is not None:
             return groups
-    return None
+    raise UncutModel("the structure of the encoder is none of those that are known here")
 
 
 def _inner_model(encoder: Any) -> Any:
@@ -165,6 +197,20 @@ def _group_numbered_stages(encoder: Any, map_count: int) -> list[Group] | None:
     return _group_by_names(children, {f"stage{i}": [f"stage{i}"] for i in range(5)})
 
 
+def _group_mix_transformer(encoder: Any, map_count: int) -> list[Group] | None:
+    """SegFormer's MiT: four times an embedding of patches, blocks and a norm."""
+    children = _children(encoder)
+    if "patch_embed1" not in children:
+        return None
+    parts = ("patch_embed", "block", "norm")
+    groups = _group_by_names(
+        children, {f"stage{i}": [f"{part}{i}" for part in parts] for i in (1, 2, 3, 4)}
+    )
+    return groups and [
+        replace(group, modules=[*group.modules, ContiguousOutput()]) for group in groups
+    ]
+
+
 def _group_timm_blocks(encoder: Any, map_count: int) -> list[Group] | None:
     """timm's EfficientNets and MobileNets: a stem, then blocks, some of which are tapped."""
     children, inner = _children(encoder), _inner_model(encoder)
@@ -186,6 +232,7 @@ def _group_features(encoder: Any, map_count: int) -> list[Group] | None:
     children, ends = _children(encoder), list(getattr(encoder, "_out_indexes", None) or [])
     if "features" not in children or not ends:
         return None
+    ends = ends[: len(ends) - (ALL_MAPS - encoder._depth)]
     return _group_by_ends(list(children["features"].children()), ends, map_count)
 
 
@@ -205,6 +252,7 @@ SHAPES: Sequence[Callable[[Any, int], list[Group] | None]] = (
     _group_senet,
     _group_resnet,
     _group_numbered_stages,
+    _group_mix_transformer,
     _group_timm_blocks,
     _group_features,
     _group_returned_layers,

@@ -164,8 +164,10 @@ def build(
     if weights != "none":
         state, source_name = _read_state(smp, home, encoder, weights)
         notes = _load_state(model, state, encoder, source_name)
-    stages = stages_of(model, architecture.used_maps, takes_sizes=architecture.takes_sizes)
-    return StagedModel(model, stages, notes, can_probe=False)
+    stages, uncut_reason = stages_of(
+        model, architecture.used_maps, takes_sizes=architecture.takes_sizes
+    )
+    return StagedModel(model, stages, notes, can_probe=False, uncut_reason=uncut_reason)
 
 
 def _import_smp() -> Any:
