@@ -251,9 +251,13 @@ OTHERS = (
     ("fpn/resnet18", "segmentation"),
     ("manet/resnet18", "segmentation"),
     ("linknet/resnet18", "segmentation"),
+    ("pan/resnet18", "segmentation"),
+    ("pspnet/resnet18", "segmentation"),
     ("upernet/resnet18", "segmentation"),
+    ("deeplabv3/resnet18", "segmentation"),
     ("deeplabv3plus/resnet18", "segmentation"),
     ("segformer/mit_b0", "segmentation"),
+    ("dpt/tu-test_vit", "segmentation"),
     ("unet/efficientnet-b0", "segmentation"),
 )
 MAX_LISTED = 6  # names of models in a row of the table of tasks

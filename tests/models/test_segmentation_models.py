@@ -16,12 +16,13 @@ from tests.conftest import CommandResult
 from tests.helpers.http_server import serve_folder
 from tests.helpers.mask_files import SPACE, write_images_and_masks
 from tests.helpers.split_laws import check_partition, check_split, trees_equal
-from tuner.config import parsing
+from tuner.config import parsing, plugins
 from tuner.config.run import EngineSettings, PluginConfig, Recipe, Run
 from tuner.core.types import Batch, StagedModel
 from tuner.errors import DataError, SpaceError
 from tuner.models import smp as ours
 from tuner.models import torchvision_segmentation
+from tuner.preprocessing.image_dataset import ImageOptions, resolve_image_spec
 from tuner.training.building import build_model, build_task
 from tuner.training.devices import DeviceContext, select_device
 from tuner.training.optimizers import make_optimizer
@@ -29,21 +30,29 @@ from tuner.training.preparation import prepare_training
 from tuner.training.training_loop import fit
 
 smp = pytest.importorskip("segmentation_models_pytorch")
+timm = pytest.importorskip("timm")
 SMALL = "tu-mobilenetv3_small_050"
+SMALL_VIT = "tu-test_vit"
 
 
-def run_of(name: str, weights: str = "none") -> Run:
+def run_of(name: str, weights: str = "none", size: int | None = None) -> Run:
     return Run(
         PluginConfig("segmentation", {}),
-        PluginConfig("masks", {}),
+        PluginConfig("masks", {"size": size} if size else {}),
         PluginConfig(name, {"weights": weights}),
         Recipe(),
         0,
     )
 
 
-def built(name: str, outputs: int = 3, weights: str = "none", home: Path = Path()) -> StagedModel:
-    return build_model(run_of(name, weights), home, outputs)
+def built(
+    name: str,
+    outputs: int = 3,
+    weights: str = "none",
+    home: Path = Path(),
+    size: int | None = None,
+) -> StagedModel:
+    return build_model(run_of(name, weights, size), home, outputs)
 
 
 def shaken(staged: StagedModel) -> StagedModel:
@@ -72,8 +81,16 @@ TAPS = {
     f"manet/{SMALL}": (9, {"f1", "f2", "f3", "f4", "f5"}),
     f"linknet/{SMALL}": (9, {"f1", "f2", "f3", "f4", "f5"}),
     f"upernet/{SMALL}": (9, {"f2", "f3", "f4", "f5"}),
+    f"pan/{SMALL}": (9, {"f2", "f3", "f4", "f5"}),
+    f"pspnet/{SMALL}": (5, {"f3"}),
+    "pspnet/resnet18": (5, {"f3"}),
+    "pspnet/mobilenet_v2": (5, {"f3"}),
+    f"deeplabv3/{SMALL}": (9, {"f5"}),
     f"deeplabv3plus/{SMALL}": (9, {"f2", "f3", "f4", "f5"}),
+    f"dpt/{SMALL_VIT}": (9, {"tokens0", "tokens2", "tokens3", "tokens5"}),
     "segformer/mit_b0": (6, {"f2", "f3", "f4", "f5"}),
+    "pan/mit_b0": (6, {"f2", "f3", "f4", "f5"}),
+    "pspnet/mit_b0": (4, {"f3"}),
     "segformer/resnet18": (7, {"f1", "f2", "f3", "f4", "f5"}),
     "unet/tu-convnext_atto": (6, {"f2", "f3", "f4", "f5"}),
     "unet/mit_b0": (6, {"f2", "f3", "f4", "f5"}),
@@ -85,19 +102,20 @@ TAPS = {
 def test_a_segmenter_is_cut_by_both_laws_and_hands_on_what_later_stages_need(
     name: str, expected: tuple[int, set[str]]
 ) -> None:
-    staged = shaken(built(name))
+    side = 128 if name.startswith("pan/") else 64
+    staged = shaken(built(name, size=side))
     check_partition(staged)
-    check_split(staged, images())
+    check_split(staged, images(side))
     count, taps = expected
     assert len(staged.stages) == count
     prefix, _ = staged.split(
         staged.max_depth - ("/" in name)
     )  # all but the heads; all but decoder and head
-    x = prefix(images())
+    x = prefix(images(side))
     assert isinstance(x, dict)
     assert {leaf for leaf in x if leaf not in ("height", "width")} == taps
-    logits = staged.as_module().eval()(images())
-    assert logits.shape == (2, 3, 64, 64)
+    logits = staged.as_module().eval()(images(side))
+    assert logits.shape == (2, 3, side, side)
 
 
 def test_each_stage_of_segformers_encoder_has_its_embedding_blocks_and_norm() -> None:
@@ -118,10 +136,69 @@ def test_each_stage_of_segformers_encoder_has_its_embedding_blocks_and_norm() ->
         assert frozen == own and len(list(prefix.parameters())) > 0
 
 
+def test_what_is_behind_pspnets_feature_map_stays_part_of_the_model_and_is_frozen_first() -> None:
+    """smp's PSPNet keeps the stages that it never calls: the weights have smp's own names."""
+    staged = built("pspnet/resnet18", 2)
+    native = smp.PSPNet("resnet18", encoder_weights=None, classes=2)
+    assert list(staged.model.state_dict()) == list(native.state_dict())
+    staged.split(1)
+    encoder: Any = staged.model.encoder
+    frozen = {
+        name.partition(".")[0] for name, p in encoder.named_parameters() if not p.requires_grad
+    }
+    assert frozen == {"conv1", "bn1", "layer3", "layer4"}
+
+
 def test_an_encoder_that_is_one_stage_says_why() -> None:
     reasons = {name: built(name).uncut_reason for name in ("unet/efficientnet-b0", f"unet/{SMALL}")}
     assert reasons[f"unet/{SMALL}"] is None
     assert "structure of the encoder" in (reasons["unet/efficientnet-b0"] or "")
+
+
+def test_smps_deeplabv3_and_torchvisions_have_names_of_their_own() -> None:
+    families = {
+        name: plugins.find_model_family(name)
+        for name in ("deeplabv3/resnet50", "deeplabv3plus/resnet50", "deeplabv3_resnet50")
+    }
+    assert list(families.values()) == ["smp", "smp", "torchvision_segmentation"]
+
+
+# -- sizes
+
+
+@pytest.mark.parametrize("size", [96, 128])
+def test_pan_takes_128_pixels_and_more(size: int) -> None:
+    """The rule is true of smp's own model, and is told before a training."""
+    spec = ours.input_spec(f"pan/{SMALL}")
+    native = built(f"pan/{SMALL}").model.eval()
+    if size >= 128:
+        assert resolve_image_spec(ImageOptions(size=size), spec).size == size
+        assert native(images(size)).shape[-1] == size
+        return
+    with pytest.raises(SpaceError, match=r"data.size: 96, .* at least 128 pixels; .* write 128"):
+        resolve_image_spec(ImageOptions(size=size), spec)
+    with pytest.raises(RuntimeError, match="too small"):
+        native(images(size))
+
+
+def test_a_model_made_for_one_size_is_refused_for_another() -> None:
+    with pytest.raises(SpaceError, match=r"data.size: 448, .* made for 224 pixels"):
+        built("unet/tu-swin_tiny_patch4_window7_224", size=448)
+
+
+def test_dpt_takes_a_vits_weights_for_images_of_another_size(tmp_path: Path) -> None:
+    """Positions are resampled; everything else of the ViT's trunk is as it was given."""
+    torch.manual_seed(2)
+    vit = timm.create_model("test_vit", pretrained=False, num_classes=7)
+    path = saved(tmp_path / "w.safetensors", vit.state_dict())
+    staged = built(f"dpt/{SMALL_VIT}", 3, path, size=96)
+    assert staged.notes == ("decoder and head: new, the weights are the encoder's",)
+    encoder: Any = staged.model.encoder
+    given, found = vit.state_dict(), encoder.model.state_dict()
+    other = {name for name in found if not name.startswith(("pos_embed", "head."))}
+    assert all(torch.equal(found[name], given[name]) for name in other)
+    assert found["pos_embed"].shape[1] == 6 * 6 + 1 != given["pos_embed"].shape[1]
+    assert staged.model.eval()(images(96)).shape == (2, 3, 96, 96)
 
 
 def test_every_decoder_has_a_name() -> None:
@@ -147,7 +224,7 @@ ENCODERS = [
     "encoder",
     [*ENCODERS, "se_resnet50", "tu-vgg11", "tu-regnetx_002", "xception", "dpn68", "mit_b0"],
 )
-@pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn"])
+@pytest.mark.parametrize("architecture", ["unet", "unetplusplus", "fpn", "pspnet"])
 def test_encoders_of_many_kinds_are_cut_by_both_laws(architecture: str, encoder: str) -> None:
     if (architecture, encoder) == ("unetplusplus", "mit_b0"):
         with pytest.raises(SpaceError, match="smp cannot build it"):
@@ -392,6 +469,10 @@ def test_smps_default_weights_are_fetched_once(
         ),
         ("unet/tf_efficientnet_lite0", "none", "timm's are called tu-<name>"),
         ("fpn/tu-tf_efficientnet_lite00", "none", "did you mean 'tf_efficientnet_lite0'"),
+        ("pan/vgg11", "none", r"pan dilates .* take pan/resnet34 .* such as fpn/vgg11"),
+        ("deeplabv3/tu-vgg11", "none", r"deeplabv3 dilates .* such as fpn/tu-vgg11"),
+        ("dpt/resnet18", "none", r"take a ViT of timm .* such as upernet/resnet18"),
+        ("dpt/tu-test_vit_relpos", "none", r"RelPos and no VisionTransformer of timm; take a ViT"),
         (
             "unet/resnet18",
             "imaginet",
@@ -435,8 +516,15 @@ def check_exports(
     (folder / "s.yaml").write_text(
         SPACE.replace("path: x", f"path: {write_images_and_masks(folder / 'scenes', 12)}")
     )
+    side = 128 if name.startswith("pan/") else 32
     said = tuner(
-        "train", "s.yaml", f"model.name={name}", "recipe.epochs=1", f"export=[{formats}]", "--quiet"
+        "train",
+        "s.yaml",
+        f"model.name={name}",
+        f"data.size={side}",
+        "recipe.epochs=1",
+        f"export=[{formats}]",
+        "--quiet",
     )
     assert said.code == 0, said.err
     place = folder / "studies" / "s" / "train"
@@ -446,8 +534,8 @@ def check_exports(
     session = onnxruntime.InferenceSession(
         str(place / "model.onnx"), providers=["CPUExecutionProvider"]
     )
-    (logits,) = session.run(None, {"image": torch.rand(3, 3, 32, 32).numpy()})
-    assert logits.shape == (3, 2, 32, 32)
+    (logits,) = session.run(None, {"image": torch.rand(3, 3, side, side).numpy()})
+    assert logits.shape == (3, 2, side, side)
 
 
 EXPORTED = [
@@ -460,7 +548,17 @@ EXPORTED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [*EXPORTED, "unet/mit_b0", "segformer/mit_b0", f"deeplabv3plus/{SMALL}"]
+    "name",
+    [
+        *EXPORTED,
+        "unet/mit_b0",
+        "segformer/mit_b0",
+        f"deeplabv3plus/{SMALL}",
+        f"pan/{SMALL}",
+        f"pspnet/{SMALL}",
+        f"deeplabv3/{SMALL}",
+        f"dpt/{SMALL_VIT}",
+    ],
 )
 def test_what_is_read_back_agrees_and_a_runtime_alone_reads_it(
     name: str, tuner: Callable[..., CommandResult], tmp_path: Path

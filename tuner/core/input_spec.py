@@ -114,6 +114,7 @@ class ImageInputSpec:
         multiple: `size` must be a multiple of it.
         grey_bits: The bits of grey values in images that have more than 8, which become 8: those
             that the largest value of the dataset has. None: of each image alone.
+        least_size: The least `size` that the model takes.
     """
 
     size: int
@@ -124,6 +125,7 @@ class ImageInputSpec:
     fit: str = "crop"
     multiple: int = 1
     grey_bits: int | None = None
+    least_size: int = 1
 
     @property
     def max_length(self) -> int | None:

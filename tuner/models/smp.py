@@ -1,16 +1,18 @@
 """The decoders of segmentation_models_pytorch (smp) with any encoder that it has or timm has.
 
-U-Net, U-Net++, MA-Net, LinkNet, FPN, UPerNet, DeepLabV3+ and SegFormer. A name is
-architecture/encoder, such as unet/resnet18, segformer/mit_b0 or fpn/tu-<a name of timm's>. Cut at
-the encoder's stages, the decoder and the head. Needs the extra `segmentation`.
+U-Net, U-Net++, MA-Net, LinkNet, FPN, PAN, PSPNet, UPerNet, DeepLabV3, DeepLabV3+, SegFormer and
+DPT. A name is architecture/encoder, such as unet/resnet18, segformer/mit_b0, fpn/tu-<a name of
+timm's> or dpt/tu-<a ViT of timm's>. Cut at the encoder's stages, the decoder and the head. Needs
+the extra `segmentation`.
 
 Published weights are those of the encoder, so the decoder is new. Then the last convolution has no
 pretrained features to be probed on, and begins as smp draws it.
 
 Ronneberger et al., U-Net, MICCAI 2015; Zhou et al., UNet++, DLMIA 2018; Fan et al., MA-Net, IEEE
 Access 2020; Chaurasia and Culurciello, LinkNet, VCIP 2017; Kirillov et al., Panoptic Feature
-Pyramid Networks, CVPR 2019; Xiao et al., UPerNet, ECCV 2018; Chen et al., DeepLabV3+, ECCV 2018;
-Xie et al., SegFormer, NeurIPS 2021; Iakubovskii, Segmentation Models Pytorch, 2019,
+Pyramid Networks, CVPR 2019; Li et al., PAN, BMVC 2018; Zhao et al., PSPNet, CVPR 2017; Xiao et al.,
+UPerNet, ECCV 2018; Chen et al., DeepLabV3, 2017, and DeepLabV3+, ECCV 2018; Xie et al., SegFormer,
+NeurIPS 2021; Ranftl et al., DPT, ICCV 2021; Iakubovskii, Segmentation Models Pytorch, 2019,
 https://github.com/qubvel-org/segmentation_models.pytorch.
 """
 
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
+from torch import nn
 
 from tuner.config.requirements import pip_install
 from tuner.core.input_spec import IMAGENET_SPEC, ImageInputSpec
@@ -34,8 +37,10 @@ from tuner.core.weights import (
     read_state_dict,
 )
 from tuner.errors import SpaceError, nearest_hint, suggest_names
+from tuner.models._forward_pass import TRACE_ERRORS, UncutModel
 from tuner.models._hub import WEIGHTS_FILE, hub_url
 from tuner.models._smp_stages import stages_of
+from tuner.models._smp_vit_stages import vit_stages
 from tuner.models._timm import convert_state, download_timm_weights, import_timm, timm_config
 
 TASKS = ("segmentation",)
@@ -47,12 +52,15 @@ class Architecture:
 
     `builder` is the name of its model in smp. `used_maps`: how many feature maps it uses, counted
     from the deepest. `takes_sizes`: whether it asks the larger ones for their sizes, or counts
-    them.
+    them. `dilates`: its encoder's last stages keep their size and are dilated. `least_size` of an
+    image in pixels.
     """
 
     builder: str
     used_maps: int = 5
     takes_sizes: bool = True
+    dilates: bool = False
+    least_size: int = 32
 
 
 ARCHITECTURES = {
@@ -61,9 +69,14 @@ ARCHITECTURES = {
     "manet": Architecture("MAnet"),
     "linknet": Architecture("Linknet"),
     "fpn": Architecture("FPN", used_maps=4, takes_sizes=False),
+    # it halves a sixteenth of the image three times more
+    "pan": Architecture("PAN", used_maps=4, dilates=True, least_size=128),
+    "pspnet": Architecture("PSPNet", used_maps=1, takes_sizes=False),
     "upernet": Architecture("UPerNet", used_maps=4),
-    "deeplabv3plus": Architecture("DeepLabV3Plus", used_maps=4),
+    "deeplabv3": Architecture("DeepLabV3", used_maps=1, takes_sizes=False, dilates=True),
+    "deeplabv3plus": Architecture("DeepLabV3Plus", used_maps=4, dilates=True),
     "segformer": Architecture("Segformer"),
+    "dpt": Architecture("DPT"),  # its encoder is a ViT: `_smp_vit_stages` cuts it
 }
 NAMES = (
     "unet/*",
@@ -71,9 +84,13 @@ NAMES = (
     "manet/*",
     "linknet/*",
     "fpn/*",
+    "pan/*",
+    "pspnet/*",
     "upernet/*",
+    "deeplabv3/*",
     "deeplabv3plus/*",
     "segformer/*",
+    "dpt/*",
 )
 # smp's examples/binary_segmentation_intro.ipynb and camvid_segmentation_multiclass.ipynb: Adam,
 # lr 2e-4, cosine, batches of 16 and 32, 10 and 50 epochs, Dice loss (task.loss). Here the encoder
@@ -98,6 +115,10 @@ OTHER_NORMALISATIONS = {
     "dpn": DPN_NORMALISATION,
 }
 SIZE, MULTIPLE = 256, 32  # encoders halve the image five times
+DPT_ADVICE = (
+    "take a ViT of timm with patches of 8, 16 or 32, such as dpt/tu-vit_small_patch16_224, and a "
+    "multiple of 32 as data.size"
+)
 
 
 def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
@@ -105,7 +126,8 @@ def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
 
     Images are letterboxed, so that every pixel of an image is on the canvas.
     """
-    encoder, size, multiple = name.partition("/")[2], SIZE, MULTIPLE
+    kind, _, encoder = name.partition("/")
+    size, multiple = SIZE, MULTIPLE
     mean, std = next(
         (values for begin, values in OTHER_NORMALISATIONS.items() if encoder.startswith(begin)),
         (IMAGENET_SPEC.mean, IMAGENET_SPEC.std),
@@ -114,10 +136,16 @@ def input_spec(name: str, *, weights: str = "default") -> ImageInputSpec:
         timm = import_timm()
         config = timm_config(timm, _timm_name(encoder))
         data_config = timm.data.resolve_data_config(pretrained_cfg=config, model=None)
-        if config.get("fixed_input_size"):
-            size = multiple = data_config["input_size"][-1]
+        own_size = data_config["input_size"][-1]
+        if kind == "dpt":  # timm resamples the positions of a ViT for other sizes
+            size = own_size // MULTIPLE * MULTIPLE
+        elif config.get("fixed_input_size"):
+            size = multiple = own_size
         mean, std = (tuple(float(v) for v in data_config[key]) for key in ("mean", "std"))  # type: ignore[assignment]
-    return ImageInputSpec(size, size, "bilinear", mean, std, "letterbox", multiple)
+    least_size = ARCHITECTURES[kind].least_size
+    return ImageInputSpec(
+        size, size, "bilinear", mean, std, "letterbox", multiple, None, least_size
+    )
 
 
 def build(
@@ -125,6 +153,7 @@ def build(
     name: str,
     task: str,
     outputs: int,
+    size: int | None = None,
     *,
     weights: Annotated[
         str,
@@ -137,7 +166,8 @@ def build(
     """Architecture/encoder `name` with `outputs` classes.
 
     Depth 1 freezes the encoder's stem, each depth after it one stage of the encoder more, and the
-    last depth the decoder too.
+    last depth the decoder too. Of a ViT each depth freezes one block more, and the model is for
+    images of `size` pixels; None: of the size that its weights were trained with.
 
     `weights`: default or a name of smp's, for the encoder; none; or a path to the weights of an
     encoder under smp's or timm's names, or to those of a whole model.
@@ -147,27 +177,63 @@ def build(
         DataError: The weights are missing or do not fit.
     """
     smp = _import_smp()
-    kind, _, encoder = name.partition("/")
-    architecture = ARCHITECTURES[kind]
+    encoder = name.partition("/")[2]
     _check_encoder(smp, encoder)
-    build_model = getattr(smp, architecture.builder)
-    try:
-        with _silence_warnings():
-            model = build_model(encoder_name=encoder, encoder_weights=None, classes=outputs)
-    except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        # smp raises any of these where architecture and encoder do not fit together
+    spec = input_spec(name)
+    side = size or spec.size
+    if spec.multiple == spec.size != side:  # an encoder of a fixed size
         raise SpaceError(
-            f"model.name: {name!r}: smp cannot build it ({str(error).splitlines()[0]}); try "
-            "another encoder"
-        ) from None
+            f"data.size: {side}, but {name} is made for {spec.size} pixels; leave data.size out or "
+            f"write {spec.size}"
+        )
+    model = _build_model(smp, name, outputs, side)
     notes: tuple[str, ...] = ()
     if weights != "none":
         state, source_name = _read_state(smp, home, encoder, weights)
         notes = _load_state(model, state, encoder, source_name)
-    stages, uncut_reason = stages_of(
-        model, architecture.used_maps, takes_sizes=architecture.takes_sizes
-    )
+    stages, uncut_reason = _cut(model, name, side)
     return StagedModel(model, stages, notes, can_probe=False, uncut_reason=uncut_reason)
+
+
+def _build_model(smp: Any, name: str, outputs: int, side: int) -> Any:
+    """smp's model with fresh parameters; DPT for images of `side` pixels.
+
+    Raises:
+        SpaceError: smp cannot build it.
+    """
+    kind, _, encoder = name.partition("/")
+    architecture = ARCHITECTURES[kind]
+    own = {"img_size": side} if kind == "dpt" else {}
+    try:
+        with _silence_warnings():
+            return getattr(smp, architecture.builder)(
+                encoder_name=encoder, encoder_weights=None, classes=outputs, **own
+            )
+    except TRACE_ERRORS as error:
+        # smp and timm raise any of these where architecture and encoder do not fit together
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = "try another encoder"
+        if kind == "dpt":
+            advice = f"{DPT_ADVICE}, or the encoder with another decoder, such as upernet/{encoder}"
+        elif architecture.dilates:
+            advice = (
+                f"{kind} dilates the last stages of its encoder, which not every encoder can: "
+                f"take {kind}/resnet34 or {kind}/mit_b0, or a decoder that does not, such as "
+                f"fpn/{encoder}"
+            )
+        raise SpaceError(f"model.name: {name!r}: smp cannot build it ({said}); {advice}") from None
+
+
+def _cut(model: Any, name: str, side: int) -> tuple[dict[str, nn.Module], str | None]:
+    """The stages, and in words why the encoder is one stage, where it is."""
+    kind = name.partition("/")[0]
+    if kind != "dpt":
+        architecture = ARCHITECTURES[kind]
+        return stages_of(model, architecture.used_maps, takes_sizes=architecture.takes_sizes)
+    try:
+        return vit_stages(model, side), None
+    except UncutModel as error:
+        raise SpaceError(f"model.name: {name!r}: {error}; {DPT_ADVICE}") from None
 
 
 def _import_smp() -> Any:
@@ -252,7 +318,9 @@ def _load_state(model: Any, state: StateDict, encoder: str, source_name: str) ->
         return load_matching_state(model, state, head="segmentation_head", source_name=source_name)
     inner = model.encoder.model if encoder.startswith("tu-") else model.encoder
     own_state = inner.state_dict()
-    if encoder.startswith("tu-") and not set(own_state) <= set(state):
+    if model.name.startswith("dpt-"):  # a whole ViT, perhaps for another size of images
+        state = convert_state(inner, state)
+    elif encoder.startswith("tu-") and not set(own_state) <= set(state):
         whole = import_timm().create_model(_timm_name(encoder).partition("/")[2], pretrained=False)
         state = convert_state(whole, state)
     flat = {
@@ -262,7 +330,7 @@ def _load_state(model: Any, state: StateDict, encoder: str, source_name: str) ->
     load_matching_state(
         inner,
         {name: value for name, value in flat.items() if name in own_state},
-        head="-",
+        head="head",  # of a ViT: the classifier that DPT never calls
         source_name=source_name,
     )
     return ("decoder and head: new, the weights are the encoder's",)

@@ -363,6 +363,11 @@ def resolve_image_spec(options: ImageOptions, input_spec: InputSpec) -> ImageInp
         raise SpaceError(
             f"data.size: {size}, but the model wants a multiple of {input_spec.multiple}: {either}"
         )
+    if size < input_spec.least_size:
+        raise SpaceError(
+            f"data.size: {size}, but the model wants at least {input_spec.least_size} pixels; "
+            f"leave data.size out or write {input_spec.least_size} or more"
+        )
     if options.resize is not None and options.resize < size:
         raise SpaceError(f"data.resize: {options.resize}, but the crop of {size} must fit into it")
     if options.std is not None and min(options.std) <= 0:
@@ -378,6 +383,7 @@ def resolve_image_spec(options: ImageOptions, input_spec: InputSpec) -> ImageInp
         fit=input_spec.fit,
         multiple=input_spec.multiple,
         grey_bits=input_spec.grey_bits,
+        least_size=input_spec.least_size,
     )
 
 
