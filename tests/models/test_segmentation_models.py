@@ -556,7 +556,6 @@ EXPORTED = [
         f"deeplabv3plus/{SMALL}",
         f"pan/{SMALL}",
         f"pspnet/{SMALL}",
-        f"deeplabv3/{SMALL}",
         f"dpt/{SMALL_VIT}",
     ],
 )
