@@ -25,6 +25,7 @@ from tuner.models import torchvision_segmentation
 from tuner.preprocessing.image_dataset import ImageOptions, resolve_image_spec
 from tuner.training.building import build_model, build_task
 from tuner.training.devices import DeviceContext, select_device
+from tuner.training.model_summary import summarize_model
 from tuner.training.optimizers import make_optimizer
 from tuner.training.preparation import prepare_training
 from tuner.training.training_loop import fit
@@ -161,6 +162,14 @@ def test_smps_deeplabv3_and_torchvisions_have_names_of_their_own() -> None:
         for name in ("deeplabv3/resnet50", "deeplabv3plus/resnet50", "deeplabv3_resnet50")
     }
     assert list(families.values()) == ["smp", "smp", "torchvision_segmentation"]
+
+
+@pytest.mark.parametrize("name", ["segformer/mit_b0", f"dpt/{SMALL_VIT}", "pspnet/resnet18"])
+def test_the_stages_are_shown_without_numbers(name: str) -> None:
+    """`tuner models` builds on the meta device, whose tensors have sizes alone."""
+    summary = summarize_model(name)
+    assert [row.stage for row in summary.depths][1:] == list(built(name).stages)[:-1]
+    assert summary.flops > 0
 
 
 # -- sizes

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -205,10 +206,11 @@ def _build_model(smp: Any, name: str, outputs: int, side: int) -> Any:
     architecture = ARCHITECTURES[kind]
     own = {"img_size": side} if kind == "dpt" else {}
     try:
-        with _silence_warnings():
-            return getattr(smp, architecture.builder)(
+        with _silence_warnings(), _device_with_numbers(encoder) as device:
+            model = getattr(smp, architecture.builder)(
                 encoder_name=encoder, encoder_weights=None, classes=outputs, **own
             )
+        return model.to(device)
     except TRACE_ERRORS as error:
         # smp and timm raise any of these where architecture and encoder do not fit together
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -222,6 +224,14 @@ def _build_model(smp: Any, name: str, outputs: int, side: int) -> Any:
                 f"fpn/{encoder}"
             )
         raise SpaceError(f"model.name: {name!r}: smp cannot build it ({said}); {advice}") from None
+
+
+@contextlib.contextmanager
+def _device_with_numbers(encoder: str) -> Iterator[torch.device]:
+    """Gives the default device. MiT is built on the CPU: it reads a number that meta has not."""
+    device = torch.get_default_device()
+    with torch.device("cpu" if encoder.startswith("mit_") else device):
+        yield device
 
 
 def _cut(model: Any, name: str, side: int) -> tuple[dict[str, nn.Module], str | None]:
