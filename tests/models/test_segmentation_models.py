@@ -478,8 +478,8 @@ def test_smps_default_weights_are_fetched_once(
         ),
         ("unet/tf_efficientnet_lite0", "none", "timm's are called tu-<name>"),
         ("fpn/tu-tf_efficientnet_lite00", "none", "did you mean 'tf_efficientnet_lite0'"),
-        ("pan/vgg11", "none", r"pan dilates .* take pan/resnet34 .* such as fpn/vgg11"),
-        ("deeplabv3/tu-vgg11", "none", r"deeplabv3 dilates .* such as fpn/tu-vgg11"),
+        ("pan/xception", "none", r"pan dilates .* take pan/resnet34 .* such as fpn/xception"),
+        ("deeplabv3/tu-pvt_v2_b0", "none", r"deeplabv3 dilates .* such as fpn/tu-pvt_v2_b0"),
         ("dpt/resnet18", "none", r"take a ViT of timm .* such as upernet/resnet18"),
         ("dpt/tu-test_vit_relpos", "none", r"RelPos and no VisionTransformer of timm; take a ViT"),
         (
