@@ -246,22 +246,19 @@ def export(
         ),
     ] = None,
     by: Annotated[
-        str,
-        typer.Option(help="with --within: milliseconds, megabytes or parameters", metavar="COST"),
-    ] = "milliseconds",
+        str | None,
+        typer.Option(help="of --within: milliseconds, megabytes or parameters", metavar="COST"),
+    ] = None,
     studies: Studies = Path("studies"),
     quiet: Quiet = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
     """Export a study's best model, or another trial's."""
-    from tuner.commands.export import choose_cheapest, export_trial, parse_share, show_published
+    from tuner.commands.export import export_trial, find_wanted_trial, show_published
 
     console = make_console(quiet, json_)
-    if within is not None:
-        if trial is not None:
-            raise SpaceError("--trial and --within: choose one of them")
-        trial = choose_cheapest(studies, study, parse_share(within), by, console)
+    trial = find_wanted_trial(studies, study, trial, within, by, console)
     show_published(console, export_trial(studies, study, tuple(format_ or ()), trial, console))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import CommandResult
 from tests.helpers import box_files, damaged_files, image_tables, mask_files
-from tuner.commands import init
+from tuner.commands import init, space_proposal
 from tuner.commands.data_scan import coco_images, scan_data
 from tuner.commands.space_proposal import (
     MODELS,
@@ -16,6 +16,7 @@ from tuner.commands.space_proposal import (
     Machine,
     choose_model,
     choose_size,
+    explain_model,
     format_space,
     round_down,
 )
@@ -157,6 +158,7 @@ def test_bad_input_is_told_without_a_traceback(tuner: Tuner, tmp_path: Path) -> 
         (("init", "pets", "-o", "there.yaml"), 2, "there.yaml is there already"),
         (("init", "pets", "-o", "no/x.yaml"), 2, "no is no folder"),
         (("run", "there.yaml", "--preset", "best"), 2, "--preset and --as are for data"),
+        (("run", "their.yaml"), 2, "their.yaml: no such file; did you mean 'there.yaml'?"),
     ):
         said = tuner(*words)
         assert (said.code, message in said.err) == (code, True), said.err
@@ -190,6 +192,22 @@ def test_weights_that_cannot_be_had_are_not_proposed(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "resnet18-f37072fd.pth").write_text("")
     assert choose_model("classification", away).name == "resnet18"
+
+
+def test_another_model_than_the_usual_one_is_told_with_the_reason(
+    tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_classes(tmp_path / "pets", {"cat": 4, "parrot": 4})
+    for can_download in (False, True):
+        monkeypatch.setattr(init, "can_download", lambda can=can_download: can)
+        said = tuner("init", "pets", "-o", f"{can_download}.yaml")
+        told = "its weights are not here and cannot be downloaded" in said.out
+        written = "# resnet18_slim instead of" in (tmp_path / f"{can_download}.yaml").read_text()
+        assert said.code == 0 and told == written == (not can_download)
+    monkeypatch.setattr(space_proposal, "is_installed", lambda model: model.package != "timm")
+    assert explain_model("classification", Machine(False, True, tmp_path)) == (
+        "resnet18 instead of timm/tf_efficientnet_lite0: timm is not installed"
+    )
 
 
 def test_small_images_are_not_blown_up_and_rates_are_numbers(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`tuner plan`: what a search will take, from some measured steps."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def test_plan_says_it_in_words(tuner: Callable[..., CommandResult], small: Path)
     lines = said.out.splitlines()
     assert lines[0].startswith("study   about ") and "for 4 trials on 1 worker" in lines[0]
     assert {line.split()[0] for line in lines} >= {"model", "depth", "5", "memory", "disk"}
+    head, row = lines[3:5]
+    assert re.fullmatch(r"depth   [1-3] epochs?  +an epoch  cache", head), head
+    place = head.index("cache")
+    assert row[place - 3 : place] == "s  " and row[place] != " "
 
 
 def test_a_study_costs_its_trials_and_the_trainings_after_them() -> None:

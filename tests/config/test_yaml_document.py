@@ -137,7 +137,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (large, f"{large}:1: the file is too large; a space file has at most 200,000 bytes"),
         (utf16, f"{utf16}:1: not a text file in UTF-8 (byte 0)"),
         (tmp_path, f"{tmp_path}: is a folder; name the YAML file in it"),
-        (tmp_path / "no.yaml", f"{tmp_path / 'no.yaml'}: no such file"),
+        (tmp_path / "1234", f"{tmp_path / '1234'}: no such file"),
         (loop, f"{loop}: cannot be read (Too many levels of symbolic links)"),
         (
             Path("/dev/zero"),

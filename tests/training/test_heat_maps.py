@@ -69,6 +69,10 @@ def test_predict_draws_them(
     assert said.code == 0 and said.out.endswith("-> predictions/0000-a.png\n")
     with Image.open(tmp_path / "predictions" / "0000-a.png") as drawn:
         assert drawn.size == (32, 32) and drawn.mode == "RGB"
+    (tmp_path / "predictions" / "0000-a.png").unlink()
+    said = tuner("predict", "small", "a.png", "--csv", "out.csv", "--explain")
+    assert said.out == "wrote out.csv and 1 picture in predictions\n"
+    assert (tmp_path / "predictions" / "0000-a.png").is_file()
     said = tuner("predict", "small", "a.png", "--explain", "--format", "onnx")
     assert said.code == 2
 

@@ -125,6 +125,15 @@ def test_a_best_trial_that_did_not_win_is_exported_as_a_trial(
     assert export._choose_trial(study, space, None).number == 0
 
 
+def test_a_cost_without_a_share_is_refused_and_nothing_is_exported(
+    tuner: Tuner, studied: Path
+) -> None:
+    before = (studied / "export/manifest.json").read_bytes()
+    said = tuner("export", "small", "--by", "parameters")
+    assert said.code == 2 and "--within 1%" in said.err
+    assert (studied / "export/manifest.json").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_the_cheapest_of_the_nearly_best_is_exported(tuner: Tuner, tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text(TWO_MODELS)

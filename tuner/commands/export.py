@@ -22,7 +22,7 @@ from tuner.config import parsing, plugins, yaml_document
 from tuner.config.objective import metric_label
 from tuner.config.space import Space
 from tuner.dashboard.server import find_study
-from tuner.errors import DataError, SpaceError, suggest_names
+from tuner.errors import DataError, SpaceError, count_words, suggest_names
 from tuner.files import checkpoint_files, removal
 from tuner.manifest import PublishedExport
 from tuner.search import history, storage
@@ -105,6 +105,27 @@ def export_trial(
         return published
 
 
+def find_wanted_trial(
+    studies: Path,
+    name: str,
+    trial: int | None,
+    within: str | None,
+    by: str | None,
+    console: Console,
+) -> int | None:
+    """The trial that --trial, or --within and --by, name; None: the winner.
+
+    Raises SpaceError where they do not go together, and what `choose_cheapest` raises.
+    """
+    if within is None:
+        if by is not None:
+            raise SpaceError(f"--by {by} chooses among the trials of --within, such as --within 1%")
+        return trial
+    if trial is not None:
+        raise SpaceError("--trial and --within: choose one of them")
+    return choose_cheapest(studies, name, parse_share(within), by or COSTS_BY[0], console)
+
+
 def choose_cheapest(
     studies: Path, name: str, within: float, by: str, console: Console
 ) -> int | None:
@@ -142,7 +163,8 @@ def choose_cheapest(
     )
     models = {run.model.name for run in runs}
     console.note(
-        f"{len(trials)} trials with {len(models)} models are within {100 * within:g} % of the best "
+        f"{count_words(len(trials), 'trial', 'trials')} with "
+        f"{count_words(len(models), 'model', 'models')} within {100 * within:g} % of the best "
         f"score; #{number} has the least {by}: {cost[by]:,.6g} (one process, median of 10 calls "
         "with one example, torch on this CPU)"
     )

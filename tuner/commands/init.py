@@ -53,7 +53,7 @@ def write_space(
     Raises DataError where it is no data, SpaceError where it can be read in several ways, or the
     file is there already.
     """
-    from tuner.commands.space_proposal import Machine, format_space
+    from tuner.commands.space_proposal import Machine, explain_model, format_space
 
     reading = choose_reading(data, as_)
     home = home_folder(lambda text: print(f"tuner: warning: {text}", file=sys.stderr))
@@ -61,6 +61,8 @@ def write_space(
     file = out or default_file(data)
     write_new(file, format_space(reading, machine, preset, time))
     typer.echo(f"{data}: {reading.description}")
+    if why := explain_model(reading.task, machine):
+        typer.echo(f"model   {why}")
     typer.echo(f"wrote {file} (preset {preset})")
     return file
 

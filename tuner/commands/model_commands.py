@@ -39,7 +39,7 @@ def predict(
     ] = Path("predictions"),
     csv_: Annotated[
         Path | None,
-        typer.Option("--csv", help="write a table; no pictures are drawn", metavar="FILE"),
+        typer.Option("--csv", help="write a table; only --explain draws pictures", metavar="FILE"),
     ] = None,
     least: Annotated[
         float | None,
@@ -81,7 +81,7 @@ def predict(
         batch_size=batch,
         explain=explain,
     )
-    print_predictions(predictions, PredictionOutput(out, csv_, least, as_json=json_))
+    print_predictions(predictions, PredictionOutput(out, csv_, least, json_, explain))
 
 
 def test(

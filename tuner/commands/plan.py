@@ -17,6 +17,7 @@ from tuner.commands.trial_line import format_duration
 from tuner.config.run import Run, parse_duration
 from tuner.config.search_settings import AS_MANY_AS_FIT
 from tuner.config.space import Space
+from tuner.errors import count_words
 from tuner.jobs import AS_MANY_AS_POSSIBLE
 from tuner.messages import DatasetReport, ModelSurvey, ProfileJob, TrainingProfile
 from tuner.search.history import params_key
@@ -190,7 +191,10 @@ def plan_lines(plan: Plan) -> list[str]:
         "        without what the pruner saves",
     ]
     for name, profile in plan.profiles.items():
-        lines += [f"model   {name}", f"depth   trial of {plan.epochs:<3}  epoch    cache"]
+        lines += [
+            f"model   {name}",
+            f"depth   {count_words(plan.epochs, 'epoch', 'epochs'):<12}  an epoch  cache",
+        ]
         lines += [depth_line(profile, cost.depth, plan.epochs) for cost in profile.depths]
         lines += batch_lines(profile)
     peak = max(p.peak_bytes for p in plan.profiles.values())
@@ -221,4 +225,4 @@ def depth_line(profile: TrainingProfile, depth: int, epochs: int) -> str:
         examples = profile.split_sizes["train"] + profile.split_sizes["valid"]
         saved, size = profile.seconds_to_fill(depth), cost.cached_bytes * examples / 1e6
         cache = f"{size:.1f} MB, saves {saved:.1f}s in each epoch but the first"
-    return f"{depth:>5}   {trial:<12}  {epoch:>5.1f}s   {cache}"
+    return f"{depth:>5}   {trial:<12}  {epoch:>7.1f}s  {cache}"

@@ -25,13 +25,14 @@ class PredictionOutput:
     """Where predictions go.
 
     `folder` gets the pictures, `table` is a CSV file. `least`: answers below this probability or
-    score are left out.
+    score are left out. `draws_beside_table`: pictures are drawn although a table is written.
     """
 
     folder: Path
     table: Path | None = None
     least: float | None = None
     as_json: bool = False
+    draws_beside_table: bool = False
 
 
 def print_predictions(
@@ -41,7 +42,7 @@ def print_predictions(
 
     Raises DataError at the end if some examples cannot be read, StorageError.
     """
-    bad = 0
+    bad, drawn = 0, 0
     with open_table(output.table) as table:
         for number, prediction in enumerate(predictions):
             if isinstance(prediction, str):
@@ -50,10 +51,13 @@ def print_predictions(
             elif table is not None:
                 rows = table_rows(prediction, output.least)
                 csv.writer(table, lineterminator="\n").writerows(rows)
+                if output.draws_beside_table:
+                    drawn += inference.write_picture(prediction, output.folder, number) is not None
             else:
                 print_prediction(prediction, number, output)
     if output.table is not None and not output.as_json:
-        typer.echo(f"wrote {output.table}")
+        pictures = f" and {count_words(drawn, 'picture', 'pictures')} in {output.folder}"
+        typer.echo(f"wrote {output.table}{pictures if drawn else ''}")
     if bad:
         raise DataError(
             f"{count_words(bad, 'image', 'images')} cannot be read; the others were predicted"

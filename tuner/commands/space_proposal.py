@@ -1,6 +1,6 @@
 """A space file for some data on this machine: which model, how many pixels, which ranges.
 
-The rules, which docs/choices.md tells to people:
+The rules, which docs/init.md tells to people:
 
 - The model is the first of its task's list whose package is installed and whose weights are here
   or can be downloaded. The lists differ for a CPU and a GPU. Without network, images are classified
@@ -116,9 +116,25 @@ def choose_model(task: str, machine: Machine) -> ModelChoice:
     Where nothing is installed it is the first of all, and `tuner check` says what to install.
     """
     choices = MODELS[related_tasks.related_task(task), machine.has_gpu]
-    installed = [m for m in choices if importlib.util.find_spec(m.package) is not None]
+    installed = list(filter(is_installed, choices))
     ready = [m for m in installed if machine.can_download or has_weights(m, machine.home)]
     return (ready or installed or list(choices))[0]
+
+
+def is_installed(model: ModelChoice) -> bool:
+    return importlib.util.find_spec(model.package) is not None
+
+
+def explain_model(task: str, machine: Machine) -> str:
+    """Why the chosen model is not the one that is usually proposed; empty where it is."""
+    chosen = choose_model(task, machine)
+    usual = MODELS[related_tasks.related_task(task), machine.has_gpu][0]
+    if chosen == usual:
+        return ""
+    why = "its weights are not here and cannot be downloaded"
+    if not is_installed(usual):
+        why = f"{usual.package} is not installed"
+    return f"{chosen.name} instead of {usual.name}: {why}"
 
 
 def has_weights(model: ModelChoice, home: Path) -> bool:
@@ -146,6 +162,7 @@ def format_space(
         *_data_lines(reading, machine, model, preset),
         "model:",
         f"  name: {model.name}{_comment(model.note or '`tuner models` lists the others')}",
+        *([f"  # {why}"] if (why := explain_model(reading.task, machine)) else []),
         *_weights_lines(model),
         "recipe:                  # what is left out has the defaults of the model's authors",
         *_recipe_lines(reading, machine, model, preset),

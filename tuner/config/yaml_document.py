@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tuner.errors import SpaceError
+from tuner.errors import SpaceError, nearest_path_hint
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 200_000, 50, 20_000
 MAX_DIGITS = 300  # what a float can still hold
@@ -78,7 +78,7 @@ def read_document(path: Path) -> Document:
             )
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise SpaceError(f"{path}: no such file") from None
+        raise SpaceError(f"{path}: no such file{nearest_path_hint(path)}") from None
     except IsADirectoryError:
         raise SpaceError(f"{path}: is a folder; name the YAML file in it") from None
     except UnicodeDecodeError as error:
