@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import functools
-import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,28 @@ from markupsafe import Markup
 from optuna.trial import FrozenTrial
 
 import tuner
-from tuner.commands import report_charts, report_content
+from tuner.commands import (
+    report_charts,
+    report_content,
+    report_key_charts,
+    report_probabilities,
+)
 from tuner.commands.console import Console
 from tuner.commands.report_charts import Curve, Point
 from tuner.commands.report_content import Findings, StudyReport, gather_report
+from tuner.commands.report_key_charts import Axis, TrialLine
 from tuner.commands.report_markdown import format_markdown
 from tuner.commands.study_view import StudyView, open_folder, open_view, trial_seconds
-from tuner.commands.trial_line import format_duration, reached_score
+from tuner.commands.trial_line import format_duration, plain_value, reached_score
 from tuner.errors import StorageError
 from tuner.files.atomic import atomic_path
 from tuner.files.removal import is_own_report
 
 TEMPLATES = Path(__file__).parent
 MAX_CURVES = 60  # of other trials; more would be a grey surface
+MAX_POINTS = 300  # trials in the plots of keys
+MAX_SLICES, MAX_AXES = 12, 7  # keys with a plot of their own, and in the plot of all keys
+MAX_CLASS_CURVES = 20  # the hardest classes
 PNG_MAGIC = b"\x89PNG"
 SHOWN_ELSEWHERE = ("curve.png", "confusion.png", "mistakes.png", "per_class.csv")
 
@@ -83,6 +91,9 @@ def format_html(report: StudyReport) -> str:
         cost=Markup(draw_costs(report)),
         has_default=any(kind_of(report, trial) == "default" for trial in report.view.trials),
         importance=report_content.importance_sentences(report.importances, len(report.view.ranked)),
+        slices=[Markup(plot) for plot in draw_slices(report)],
+        all_keys=Markup(draw_all_keys(report)),
+        sureness=sureness(report),
         whose="Validation examples in the winner's best epoch",
         tested="test",
         confusion=confusion_rows(report),
@@ -94,7 +105,7 @@ def format_html(report: StudyReport) -> str:
         best_header=header,
         best_rows=best_rows,
         early=report_content.early_ends(report.view),
-        commands=repeat_commands(report),
+        commands=report_content.repeat_commands(report),
         facts=report_content.repeat_facts(report),
         files=report_content.own_files(report.view.folder),
     )
@@ -166,6 +177,93 @@ def draw_costs(report: StudyReport) -> str:
     return report_charts.score_against_cost(points, front, f"validation {report.metric}")
 
 
+def key_axes(report: StudyReport) -> list[Axis]:
+    """The axes of the searched keys, those that mattered most first."""
+    axes = report_key_charts.axes_of(report.view.ranked)
+    keys = dict.fromkeys([*(key for key in report.importances if key in axes), *axes])
+    return [axes[key] for key in keys]
+
+
+def plotted_trials(report: StudyReport) -> list[FrozenTrial]:
+    """Completed trials, at most about MAX_POINTS of all ranks; winner and default come last."""
+    ranked = report.view.ranked
+    step = -(-len(ranked) // MAX_POINTS)
+    shown = [t for i, t in enumerate(ranked) if step and i % step == 0]
+    shown += [t for t in ranked if kind_of(report, t) != "other" and t not in shown]
+    return sorted(shown, key=lambda t: ("other", "default", "winner").index(kind_of(report, t)))
+
+
+def draw_slices(report: StudyReport) -> list[str]:
+    """A plot for each key that mattered most: the scores over its values."""
+    trials = plotted_trials(report)
+    plots = []
+    for axis in key_axes(report)[:MAX_SLICES]:
+        points = [
+            Point(
+                f"trial {t.number}: {plain_value(t.params[axis.key])}, {t.value:.4f}",
+                axis.place(t.params[axis.key]),
+                float(t.value or 0),
+                kind_of(report, t),
+            )
+            for t in trials
+            if axis.key in t.params
+        ]
+        plots.append(report_key_charts.slice_plot(axis, points, f"validation {report.metric}"))
+    return plots
+
+
+def draw_all_keys(report: StudyReport) -> str:
+    """The plot of all keys at once; empty where fewer than two were searched."""
+    axes, trials = key_axes(report)[:MAX_AXES], plotted_trials(report)
+    if len(axes) < 2:
+        return ""
+    ranks = {trial.number: rank for rank, trial in enumerate(reversed(report.view.ranked))}
+    scores = [float(t.value or 0) for t in trials]
+    lines = [
+        TrialLine(
+            f"trial {t.number}: {score:.4f}",
+            [*(axis.place_of(t.params) for axis in axes), score],
+            kind_of(report, t),
+            ranks[t.number] / max(1, len(ranks) - 1),
+        )
+        for t, score in zip(trials, scores, strict=True)
+    ]
+    last = Axis(report.metric, min(scores), max(scores))
+    return report_key_charts.parallel_plot([*axes, last], lines, "all searched keys of each trial")
+
+
+def sureness(report: StudyReport) -> dict[str, Any] | None:
+    """Precision by recall, and how often answers are right for how sure they are."""
+    found = report.probabilities
+    if found is None:
+        return None
+    bins, classes = found.bins, found.curves[:MAX_CLASS_CURVES]
+    right, sure = [one.right for one in bins], [one.confidence for one in bins]
+    curves = [
+        Curve(
+            f"{one.name}: average precision {one.average_precision:.3f}",
+            one.precision,
+            "other" if rank or len(classes) == 1 else "default",
+            one.recall,
+        )
+        for rank, one in enumerate(classes)
+    ]
+    calibration = Curve(f"by the {found.answers}' probabilities", right, "winner", sure)
+    plot = report_charts.unit_plot
+    return {
+        "sentences": report_probabilities.sentences(found),
+        "calibration": Markup(
+            plot([calibration], "probability", "share that is right", diagonal=True)
+        ),
+        "recall": Markup(plot(curves[::-1], "recall", "precision", diagonal=False))
+        if curves
+        else "",
+        "several": len(curves) > 1,
+        "bins": report_probabilities.bin_rows(found),
+        "precision": report_probabilities.precision_rows(found, report_content.MAX_TABLE_ROWS),
+    }
+
+
 def confusion_rows(report: Findings) -> dict[str, Any] | None:
     """The confusion matrix with the share of the true class in each cell."""
     values = report_content.figure_values(report, "confusion")
@@ -199,14 +297,3 @@ def _heading(name: str, examples: str) -> str:
     """`per_class.csv` as `Per class, on validation examples`."""
     words = Path(name).stem.replace("_", " ")
     return f"{words[:1].upper()}{words[1:]}, on {examples} examples"
-
-
-def repeat_commands(report: StudyReport) -> list[tuple[str, str]]:
-    """The commands that repeat the winner and the whole search."""
-    folder = report.view.folder
-    commands = []
-    if (folder / "best.yaml").is_file():
-        commands.append((f"tuner train {shlex.quote(str(folder / 'best.yaml'))}", "the winner"))
-    space = shlex.quote(str(folder / "space.yaml"))
-    commands.append((f"tuner run {space} --studies elsewhere", "the whole search"))
-    return commands

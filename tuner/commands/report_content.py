@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from optuna.artifacts import get_all_artifact_meta
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.commands.report_probabilities import TestProbabilities, read_probabilities
 from tuner.commands.study_view import StudyView, trial_seconds
 from tuner.commands.trial_line import format_duration, plain_value, reached_score
 from tuner.config.objective import metric_label
@@ -52,6 +54,7 @@ class StudyReport:
     manifest: Mapping[str, Any] | None
     artifacts: Mapping[str, bytes]
     importances: Mapping[str, float]
+    probabilities: TestProbabilities | None
 
     @cached_property
     def winner(self) -> FrozenTrial | None:
@@ -79,7 +82,8 @@ def gather_report(view: StudyView) -> StudyReport:
     manifest = view.published.manifest if view.published else None
     number = manifest["trial"] if manifest else view.ranked[0].number if view.ranked else None
     artifacts = {} if number is None else read_artifacts(view, view.trial(int(number)))
-    return StudyReport(view, manifest, artifacts, find_importances(view))
+    probabilities = read_probabilities(view.published)
+    return StudyReport(view, manifest, artifacts, find_importances(view), probabilities)
 
 
 def read_artifacts(view: StudyView, trial: FrozenTrial) -> dict[str, bytes]:
@@ -375,6 +379,17 @@ def repeat_facts(report: StudyReport) -> list[tuple[str, str]]:
     files = manifest["files"]
     rows += [(name, digest) for name, digest in files.items() if "/" not in name]
     return rows
+
+
+def repeat_commands(report: StudyReport) -> list[tuple[str, str]]:
+    """The commands that repeat the winner and the whole search."""
+    folder = report.view.folder
+    commands = []
+    if (folder / "best.yaml").is_file():
+        commands.append((f"tuner train {shlex.quote(str(folder / 'best.yaml'))}", "the winner"))
+    space = shlex.quote(str(folder / "space.yaml"))
+    commands.append((f"tuner run {space} --studies elsewhere", "the whole search"))
+    return commands
 
 
 def own_files(folder: Path) -> list[tuple[str, str]]:
