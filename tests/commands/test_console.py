@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from tests.conftest import SMALL
+from tests.helpers.terminal import Terminal, rows_of
 from tuner.commands.console import Console, describe_trainings_after
 from tuner.commands.progress import Progress
 from tuner.commands.trial_line import TrialLineFormatter, format_duration, format_value
@@ -22,6 +22,7 @@ from tuner.config.run import ConfirmSettings, SearchSettings
 from tuner.messages import DatasetReport, ModelSurvey
 from tuner.search.history import DUPLICATE_OF, REASON
 
+ROOT = Path(__file__).parents[2]
 PARAMS: list[dict[str, Any]] = [
     {"optimizer": "sgd", "lr": 0.001, "momentum": 0.925, "freeze_depth": 0, "epochs": 3},
     {"optimizer": "adamw", "lr": 0.0342, "freeze_depth": 5, "epochs": 1},
@@ -172,9 +173,8 @@ def test_an_ascii_terminal_gets_ascii() -> None:
     assert out.stdout == b"best * IMAGE... gr??er\n"
 
 
-def test_in_a_terminal_a_bar_and_whole_lines_and_warnings_above_it() -> None:
-    """A pseudo-terminal: the table is redrawn, and what is said meanwhile stands on lines of its own."""
-    code = """
+RUNNING_TRIAL = """
+import sys
 import optuna
 from tuner.commands.console import Console
 from tuner.commands.progress import Progress
@@ -182,6 +182,7 @@ from tuner.messages import DatasetReport, Epoch, ModelSurvey
 from tuner.config import parsing, yaml_document as document
 from tuner.search.running_trial import RunningTrial
 from tests.conftest import SMALL
+from tests.helpers.terminal import Terminal, rows_of
 space = parsing.parse_space(document.parse_document(SMALL, "small.yaml"))
 facts = DatasetReport("d", ("a", "b"), {"train": 7}, {"shape": ["batch", 3, 8, 8]}, 2_000_000)
 params = {"optimizer": "sgd", "lr": 0.001, "momentum": 0.925, "freeze_depth": 4, "epochs": 3}
@@ -192,48 +193,88 @@ progress = Progress(2, 4, frozenset([2]), 75.0)
 c.start_search(space, lambda: progress, [], facts, ModelSurvey({"resnet18": 5}, 0), 1)
 c.on_trial_start(running)
 c.bar.refresh()
-c.on_epoch(running, Epoch(1, 0.5, {"accuracy": 0.75}, 0.1))
+"""
+
+
+def test_in_a_terminal_a_bar_and_whole_lines_and_warnings_above_it() -> None:
+    """A pseudo-terminal: the table is redrawn, and what is said meanwhile stands on lines of its own."""
+    code = f"""{RUNNING_TRIAL}
+c.on_epoch(running, Epoch(1, 0.5, {{"accuracy": 0.75}}, 0.1))
 c.bar.refresh()
 c.warn("half of the images are grey")
 c.print_line("a line")
 c.close_bars()
-c.show_retraining(space.make_run({}))(Epoch(1, 0.5, {}, 0.1))
+c.show_retraining(space.make_run({{}}))(Epoch(1, 0.5, {{}}, 0.1))
 c.close_bars()
 """
-    leader, follower = pty.openpty()
-    environ = os.environ | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=follower,
-        stderr=follower,
-        env=environ,
-        cwd=Path(__file__).parents[2],
-    ) as process:
-        os.close(follower)
-        data = b""
-        while True:
-            try:
-                chunk = os.read(leader, 4096)
-            except OSError:  # how a pseudo-terminal says that nobody writes any more
-                break
-            if not chunk:
-                break
-            data += chunk
-    os.close(leader)
-    text = data.decode()
-
-    assert process.returncode == 0
+    with Terminal([sys.executable, "-c", code], ROOT, 80, {"NO_COLOR": "1"}) as terminal:
+        assert terminal.wait() == 0
+        text = terminal.text
     assert "winner" in text and "━" in text and "epoch 1/" in text
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "\n").split("\n")
-    assert "tuner: warning: half of the images are grey" in [row.strip() for row in plain]
-    assert "a line" in [row.strip() for row in plain]
-    rows = [row.strip() for row in plain if row.startswith(("search ━", "#2 "))]
+    plain = [row.strip() for row in rows_of(text)]
+    assert "tuner: warning: half of the images are grey" in plain
+    assert "a line" in plain
+    rows = [row for row in plain if row.startswith(("search ━", "#2 "))]
     assert any(row.startswith("search ━") and row.endswith(" 2/4, eta 1m15s") for row in rows)
     shown = [" ".join(row.split()) for row in rows]
     assert "#2 epoch 0/3 sgd lr 1.0e-3 mom 0.93 freeze 4/5" in shown
     assert "#2 ━━━━ epoch 1/3 acc 0.7500 sgd lr 1.0e-3 mom 0.93 freeze 4/5" in shown
     assert all(len(row) <= 80 for row in rows), "a row is cut where the terminal ends"
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", text), "NO_COLOR"
+
+
+def test_after_a_terminal_became_narrow_the_table_and_the_lines_fit_it() -> None:
+    code = f"""{RUNNING_TRIAL}
+from optuna.trial import TrialState, create_trial
+kinds = {{k: optuna.distributions.CategoricalDistribution((v,)) for k, v in params.items()}}
+done = create_trial(value=0.9, params=params, distributions=kinds, intermediate_values={{1: 0.9}})
+for number in (0, 1):
+    done.number = number
+    c.on_trial_end(done, running.run, None)
+    c.on_epoch(running, Epoch(number + 1, 0.5, {{"accuracy": 0.75}}, 0.1))
+    c.bar.refresh()
+    print("now", flush=True)
+    sys.stdin.readline()
+c.close_bars()
+"""
+    with Terminal([sys.executable, "-c", code], ROOT, 130) as terminal:
+        terminal.read_until("now")
+        wide = rows_of(terminal.text)
+        terminal.resize(79)
+        narrow = len(terminal.text)
+        terminal.press("\n")
+        terminal.read_until("now")
+        terminal.press("\n")
+        assert terminal.wait() == 0
+        rows = rows_of(terminal.text[narrow:])
+    assert any("eta" in row and row.startswith("#0 ") and len(row) > 79 for row in wide)
+    assert any(row.startswith("#1 ") for row in rows)
+    assert any(row.startswith("#2 ") and "epoch 2/3" in row for row in rows)
+    assert max(map(len, rows)) <= 79
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_search_in_a_terminal_outlives_a_resize_and_ctrl_c(small: Path) -> None:
+    """The same command then goes on, and its end is said below a table that fits."""
+    quick = ["search.trials=6", "recipe.epochs=1", "search.retrain=false", "search.compare=none"]
+    command = [sys.executable, "-m", "tuner", "run", str(small), *quick]
+    with Terminal(command, small.parent, 130) as terminal:
+        terminal.read_until(r"\n[^\n]*#0 .*eta")
+        terminal.resize(85)
+        narrow = terminal.read_until(r"#1 ")
+        terminal.read_until(r"#2 ")
+        terminal.press("\x03")
+        assert terminal.wait() == 130 and "Traceback" not in terminal.text
+        assert terminal.text.rindex("\x1b[?25h") > terminal.text.rindex("\x1b[?25l"), "the cursor"
+        rows = rows_of(terminal.text[narrow:])
+    assert max(len(row) for row in rows if row.startswith(("#", "search ━"))) <= 85
+    with Terminal(command, small.parent, 85) as terminal:
+        assert terminal.wait() == 0
+        rows = rows_of(terminal.text)
+    assert any(row.startswith("best     #") for row in rows)
+    assert any(row.startswith("study    ") for row in rows)
+    assert max(len(row) for row in rows if row.startswith(("#", "search ━"))) <= 85
 
 
 def test_the_console_and_the_summary_never_see_the_coordinator() -> None:

@@ -221,6 +221,7 @@ class Console:
         text = self.progress_text(progress)
         self.update_total(progress)
         if self.bar is not None:
+            self.line_formatter.fit_to(self.out.width)  # a person may have changed it
             self.bar.refresh()  # what is printed comes above the bars as they were drawn last
         self.print_line(
             self.line_formatter.format_line(trial, run, seconds, self.best, text),

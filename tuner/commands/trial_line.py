@@ -3,6 +3,7 @@
 #12 acc 0.9430 ★ (best 0.9430 #12) lr 3.1e-3 freeze 3/5 ep 10/10 41s | 12/50, 3 pruned, eta 18m
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class TrialLineFormatter:
         self.number_width, self.max_depth = len(str(budget)) + 1, max_depth
         self.epoch_width = len(str(space.highest(("recipe", "epochs"))))
         widest = {of_key[0].name: 0.5 for of_key in self.dimensions.values()}
-        bare = (
+        self.bare_width = (
             self.number_width
             + len(self.format_score(0.5))
             + 3
@@ -56,11 +57,17 @@ class TrialLineFormatter:
             + 2 * self.epoch_width
             + 1
         )
-        best = len(self.format_best((0.5, 0))) + 1
-        self.shows_best = terminal_width is None or bare + best <= terminal_width
-        self.shows_progress = (
-            terminal_width is None or bare + best + PROGRESS_WIDTH <= terminal_width
-        )
+        self.best_width = len(self.format_best((0.5, 0))) + 1
+        self.fit_to(terminal_width)
+
+    def fit_to(self, terminal_width: int | None) -> None:
+        """Leaves out of the lines to come what a terminal of this width has no room for; None:
+        there is no terminal.
+        """
+        room = math.inf if terminal_width is None else terminal_width
+        with_best = self.bare_width + self.best_width
+        self.shows_best = with_best <= room
+        self.shows_progress = with_best + PROGRESS_WIDTH <= room
 
     def format_line(
         self,
