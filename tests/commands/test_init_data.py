@@ -146,6 +146,8 @@ def test_bad_input_is_told_without_a_traceback(tuner: Tuner, tmp_path: Path) -> 
     write_classes(tmp_path / "pets", {"cat": 3, "parrot": 3})
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
+    write_classes(tmp_path / "one", {"cat": 3})
+    (write_classes(tmp_path / "gaps", {"cat": 3, "parrot": 3}) / "none").mkdir()
     for name in ("a", "b"):
         (tmp_path / "broken" / name).mkdir()
         (tmp_path / "broken" / name / "x.png").write_text("no image")
@@ -154,6 +156,10 @@ def test_bad_input_is_told_without_a_traceback(tuner: Tuner, tmp_path: Path) -> 
         (("init", "pest"), 3, "data.path: pest does not exist"),
         (("init", "empty"), 3, "empty: not known as data (it holds nothing)"),
         (("init", "broken"), 3, "x.png"),
+        (("init", "gaps"), 3, "gaps: no image in 'none'"),
+        (("run", "gaps"), 3, "gaps: no image in 'none'"),
+        (("init", "pets/cat"), 3, "3 images lie directly in it; put each class's images into"),
+        (("init", "one"), 3, "all images are in 'cat'"),
         (("init", "pets", "--preset", "quik"), 2, "did you mean 'quick'?"),
         (("init", "pets", "-o", "there.yaml"), 2, "there.yaml is there already"),
         (("init", "pets", "-o", "no/x.yaml"), 2, "no is no folder"),

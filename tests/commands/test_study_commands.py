@@ -6,6 +6,7 @@ import io
 import json
 import os
 import socket
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,8 @@ def test_doctor_tells_versions_devices_disks_and_extras(
     facts = json.loads(tuner("doctor", "--json").out)
     assert f"torch {facts['packages']['torch']}" in said.out and facts["cpus"] >= 1
     assert facts["used"]["workers"] >= 1 and "[timm]" in said.out
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert set(facts["extras"]) == project["optional-dependencies"].keys() - {"docs", "test"}
     (tmp_path / "file").write_text("")
     refused = tuner("doctor", "--studies", tmp_path / "file" / "studies")
     assert refused.code == 4 and "--studies FOLDER" in refused.err

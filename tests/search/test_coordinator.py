@@ -397,6 +397,15 @@ def test_failures_between_successes_do_not_stop_the_search() -> None:
     assert c.fatal_error is None and c.budget_used == 12
 
 
+def test_a_linear_probe_that_ran_alone_is_not_taken_for_the_default_recipe() -> None:
+    """The time was up before the default recipe; then there is none to compare with."""
+    for words in ((), ("recipe.freeze=[null, 0.5, 1.0]", "recipe.freeze_depth=0")):
+        document = yaml_document.parse_document(SMALL, "small.yaml")
+        c = make_coordinator(parsing.parse_space(parsing.apply_overrides(document, words)))
+        run_all_jobs(c, most=1)
+        assert states(c) == ["COMPLETE"] and history.default_trial(c.study) is None
+
+
 def test_refused_data_ends_the_search_and_leaves_the_trial_to_be_asked_again() -> None:
     storage = optuna.storages.InMemoryStorage()
     c = make_coordinator(make_space(trials=3), storage)

@@ -282,13 +282,14 @@ class Console:
         """
         total = run.recipe.stop_epoch or run.recipe.epochs
         examples = run.recipe.fit.replace("+", " and ")
+        epochs = count_words(total, "epoch", "epochs")
         name, what, then, state_then = ("winner", "", "test and export", "testing and exporting")
         if is_default:
             name, what, then, state_then = ("default", " the default recipe", "test", "testing")
         if ingredient is not None:
             name, then, state_then = (f"#{ingredient}", "average", "averaging")
             what = f" #{ingredient} for the soup"
-        self.note(f"training{what} on {examples}: up to {total} epochs, then {then}")
+        self.note(f"training{what} on {examples}: up to {epochs}, then {then}")
         self.open_bars()
         row = self.bar.add_task(name, total=total, state="") if self.bar is not None else None
 

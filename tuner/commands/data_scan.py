@@ -16,7 +16,7 @@ from tuner.config import plugins, related_tasks
 from tuner.data._labelled_rows import USUAL_LABEL_COLUMNS
 from tuner.data._rows import KIND_BY_SUFFIX, TableRows, read_rows
 from tuner.data._tagged_files import TAGGED_SUFFIXES, has_tags, read_tagged_file
-from tuner.errors import DataError, limit_listing
+from tuner.errors import DataError
 from tuner.preprocessing.data_paths import resolve_path
 from tuner.preprocessing.image_decoding import FORMATS, SUFFIXES
 from tuner.preprocessing.splits import SPLIT_BY_NAME, TEST, TRAIN, VALID, group_by_split
@@ -37,7 +37,8 @@ class DataReading:
     `source` is the data plug-in and `options` are its keys beside `path`. `examples` counts those
     of all splits, `class_sizes` by class where an example has one, `splits` are the splits that
     the data has already. `side` is the median shorter side of the images, pixels; None for texts.
-    `label`: what tells this reading from others, such as `voc/detection`.
+    `label`: what tells this reading from others, such as `voc/detection`. `empty_classes`: those
+    whose folders hold no image.
     """
 
     task: str
@@ -49,6 +50,7 @@ class DataReading:
     class_sizes: dict[str, int] = field(default_factory=dict)
     splits: tuple[str, ...] = ()
     side: int | None = None
+    empty_classes: tuple[str, ...] = ()
 
     @property
     def description(self) -> str:
@@ -77,22 +79,6 @@ def scan_data(given: str) -> list[DataReading]:
     return annotated or [*_scan_classes(path, given), *_scan_split_tables(path, given)]
 
 
-def explain_unreadable(given: str) -> str:
-    """What to do with a folder or file that cannot be read as data."""
-    path = Path(given).expanduser()
-    seen = []
-    if path.is_dir():
-        names = sorted(f"{p.name}/" if p.is_dir() else p.name for p in path.iterdir())
-        seen = limit_listing(names, 6)
-    inside = f" (it holds {', '.join(seen) if seen else 'nothing'})" if path.is_dir() else ""
-    return (
-        f"{given}: not known as data{inside}; expected folders of images by class, VOC, COCO or "
-        "YOLO annotations, images/ and masks/, or a csv, tsv, JSON lines or Parquet "
-        "file of images or texts, or a CoNLL file of tagged words; "
-        "`tuner init` lists examples"
-    )
-
-
 # -- folders of images
 
 
@@ -116,6 +102,7 @@ def _scan_classes(root: Path, given: str) -> Iterator[DataReading]:
         class_sizes=class_sizes,
         splits=_split_words(splits),
         side=median_side(every),
+        empty_classes=tuple(sorted(images.keys() - class_sizes.keys())),
     )
 
 

@@ -17,7 +17,7 @@ import tuner
 from tuner.commands.session import home_folder
 from tuner.config.engine_settings import EngineSettings
 from tuner.config.requirements import needed, pip_install
-from tuner.errors import StorageError
+from tuner.errors import StorageError, count_words
 
 PACKAGES = ("torch", "torchvision", "optuna", "optuna-dashboard", "numpy", "onnxruntime")
 EXTRAS = (
@@ -32,6 +32,10 @@ EXTRAS = (
     "postgres",
     "pandas",
     "openvino",
+    "tensorboard",
+    "mlflow",
+    "wandb",
+    "trackio",
 )
 LOW_DISK_BYTES = 2e9
 
@@ -130,11 +134,12 @@ def described(facts: dict[str, Any]) -> list[tuple[str, str]]:
     packages = (f"{name} {version or 'missing'}" for name, version in facts["packages"].items())
     gpus = [f"{gpu['name']} ({gpu['memory_gb']} GB)" for gpu in facts["gpus"]]
     used = facts["used"]
+    cores = count_words(facts["cpus"], "CPU core", "CPU cores")
     workers = f"{used['workers']} worker{'s' if used['workers'] > 1 else ''}"
     lines = [
         ("tuner", f"{facts['tuner']}, Python {facts['python']}, {facts['system']}"),
         ("packages", ", ".join(packages)),
-        ("machine", f"{facts['cpus']} CPU cores, {facts['memory_gb']} GB of memory"),
+        ("machine", f"{cores}, {facts['memory_gb']} GB of memory"),
         ("GPUs", ", ".join(gpus) or "none that torch sees"),
         ("would use", f"{used['device']}, {used['precision']}, {workers}"),
     ]

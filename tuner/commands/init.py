@@ -50,12 +50,17 @@ def write_space(
 ) -> Path:
     """Writes a space file for a folder or file of data, and says what was seen.
 
-    Raises DataError where it is no data, SpaceError where it can be read in several ways, or the
-    file is there already.
+    Raises DataError where it is no data or a class has no image, SpaceError where it can be read in
+    several ways, or the file is there already.
     """
     from tuner.commands.space_proposal import Machine, explain_model, format_space
 
     reading = choose_reading(data, as_)
+    if reading.empty_classes:
+        raise DataError(
+            f"{data}: no image in {', '.join(map(repr, reading.empty_classes))}; each folder is a "
+            "class: add images or remove the folders"
+        )
     home = home_folder(lambda text: print(f"tuner: warning: {text}", file=sys.stderr))
     machine = Machine(has_gpu(), can_download(), home)
     file = out or default_file(data)
@@ -78,7 +83,8 @@ def choose_reading(data: str, as_: str | None) -> "DataReading":
 
     Raises DataError where it is no data, SpaceError where it can be read in several ways.
     """
-    from tuner.commands.data_scan import explain_unreadable, scan_data
+    from tuner.commands.data_scan import scan_data
+    from tuner.commands.unknown_data import explain_unreadable
 
     by_label = {reading.label: reading for reading in scan_data(data)}
     if not by_label:

@@ -11,10 +11,11 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config.run import Run
-from tuner.config.space import Space
+from tuner.config.space import Space, key_of_parameter
 from tuner.errors import NoUsableTrial
 from tuner.search.samplers import derive_seed
 
+FREEZE_KEYS = ("freeze_depth", "freeze")  # of the recipe; a file has one of them
 # Attributes of a trial. The strings are in the databases of existing studies: never change them.
 PROPOSAL = "tuner:root"  # of a retry: the number of the proposal that it repeats
 OVER_LIMIT = "over_limit"  # the reason of a trial beyond search.limits begins so
@@ -192,13 +193,27 @@ def own_proposals(study: optuna.Study) -> dict[int, Rank | None]:
 def default_trial(study: optuna.Study) -> FrozenTrial | None:
     """Return the trial of the default recipe, or None where it has not completed.
 
-    Old studies do not mark that trial. In such a study it is the trial of proposal 0.
+    Old studies do not mark that trial. In such a study it is the trial of proposal 0. A newer study
+    that ended before the default recipe marks none either: its first trial is the linear probe,
+    which freezes more than the space asks for.
     """
     completed = completed_trials(study)
     if any(IS_DEFAULT_RECIPE in t.user_attrs for t in study.get_trials(deepcopy=False)):
         return next((t for t in completed if t.user_attrs.get(IS_DEFAULT_RECIPE)), None)
     proposals = proposal_numbers(study)
-    return next((t for t in completed if proposals[t.number] == 0), None)
+    first = next((t for t in completed if proposals[t.number] == 0), None)
+    return first if first is not None and not _could_freeze_less(first) else None
+
+
+def _could_freeze_less(trial: FrozenTrial) -> bool:
+    """Return whether a trial froze more than the least that its space allows."""
+    for name, value in trial.params.items():
+        if key_of_parameter(name) in FREEZE_KEYS:
+            domain = trial.distributions[name]
+            allowed = getattr(domain, "choices", None) or (getattr(domain, "low", value),)
+            if (value or 0) > min(choice or 0 for choice in allowed):
+                return True
+    return False
 
 
 def proposal_numbers(study: optuna.Study) -> dict[int, int]:

@@ -8,12 +8,11 @@ from optuna.trial import Trial
 
 from tuner.config.space import Dimension, Space, key_of_parameter
 from tuner.search import history
-from tuner.search.history import IS_DEFAULT_RECIPE, PROPOSAL, params_key
+from tuner.search.history import FREEZE_KEYS, IS_DEFAULT_RECIPE, PROPOSAL, params_key
 from tuner.search.samplers import SAMPLERS, Startup, derive_seed, make_startup
 from tuner.search.windowed_study import WindowedStudy
 
 EPOCHS_PATH = ("recipe", "epochs")
-FREEZE_KEYS = ("freeze_depth", "freeze")  # of the recipe; a file has one of them
 
 
 class TrialProposer:
