@@ -15,7 +15,7 @@ from tuner.config import parsing, yaml_document
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 SVG = "{http://www.w3.org/2000/svg}"
 TRIAL = re.compile(
     r"#\d+ +acc 0\.\d{4} . \(best 0\.\d{4} #\d+\) +(?P<tried>(sgd|adamw) .* freeze \d/5 ep \d/\d) .*?(\| \d+/24\b.*)?"
@@ -47,6 +47,12 @@ def test_the_space_file_for_photographs_is_understood() -> None:
     shown = next(block for language, block in BLOCKS if language == "yaml" and "folder" in block)
     space = parsing.parse_space(yaml_document.parse_document(shown, "photos.yaml"))
     assert {d.name for d in space.dimensions} == {"optimizer", "lr", "freeze_depth", "epochs"}
+
+
+def test_the_end_of_a_run_is_that_of_the_tutorial() -> None:
+    shown = next(block for _, block in BLOCKS if block.startswith("best "))
+    assert shown in (ROOT / "docs/tutorial.md").read_text()
+    assert shown in (ROOT / "README.zh.md").read_text()
 
 
 def test_the_recipe_shown_is_understood() -> None:

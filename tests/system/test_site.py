@@ -100,6 +100,12 @@ def test_what_the_chinese_readme_shows_is_in_the_english_one() -> None:
         for text in (english, chinese)
     ]
     assert shown[1] - shown[0] == set()
+    # and every command of users; only that which runs the tests is left out
+    commands = [
+        {line for lang, b in BLOCK.findall(text) if lang == "bash" for line in without_comments(b)}
+        for text in (english, chinese)
+    ]
+    assert {line for line in commands[0] - commands[1] if "pytest" not in line} == set()
     figures = [set(re.findall(r"\d[\d.,]*\d", text)) for text in (english, chinese)]
     assert figures[1] - figures[0] == set()
 
