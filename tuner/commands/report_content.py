@@ -349,16 +349,7 @@ def csv_table(report: Findings, name: str) -> list[list[str]]:
 
 def pareto_front(view: StudyView) -> list[FrozenTrial]:
     """The completed trials that no trial beats in both score and time, by time."""
-    sign = history.sign_of(view.study.direction)
-    timed = [t for t in view.ranked if trial_seconds(t) is not None]
-    front: list[FrozenTrial] = []
-    best = -math.inf
-    for trial in sorted(timed, key=lambda t: (trial_seconds(t) or 0, -sign * float(t.value or 0))):
-        value = sign * float(trial.value or 0)
-        if value > best:
-            best = value
-            front.append(trial)
-    return front
+    return history.pareto_front(view.ranked, view.study.direction)
 
 
 # -- to repeat it

@@ -14,6 +14,7 @@ import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.dashboard import cost_plot
 from tuner.dashboard import dashboard_internals as internals
 from tuner.search import optuna_internals
 
@@ -95,6 +96,11 @@ class StudyJson:
         self.counted_numbers |= {t.number for t in trials if t.state.is_finished()}
         rest = internals.describe_study(study, extra)
         del rest["trials"]
+        label = rest.get("objective_names", ["score"])[0]
+        plots = cost_plot.cost_plot(trials, directions[0], label)
+        rest["plotly_graph_objects"] += [
+            {"id": name, "graph_object": plot} for name, plot in plots.items()
+        ]
         if any(trial.state == TrialState.COMPLETE for trial in trials):
             best = self.cached.get_best_trial(self.study)
             rest["best_trials"] = [

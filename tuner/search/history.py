@@ -1,6 +1,7 @@
 """What the finished trials of a study say: the winner, the default recipe, the run of a trial."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -188,6 +189,19 @@ def ended_proposals(study: optuna.Study) -> dict[int, Rank | None]:
 def own_proposals(study: optuna.Study) -> dict[int, Rank | None]:
     """Return `ended_proposals` without the trials of other studies: what counts as the budget."""
     return {number: rank for number, rank in ended_proposals(study).items() if number >= 0}
+
+
+def pareto_front(trials: Sequence[FrozenTrial], direction: StudyDirection) -> list[FrozenTrial]:
+    """Return those of some completed trials that none beats in both score and time, by time."""
+    sign = sign_of(direction)
+    timed = [(t.duration, -sign * float(t.value or 0), t) for t in trials if t.duration is not None]
+    front: list[FrozenTrial] = []
+    best = math.inf
+    for _, value, trial in sorted(timed, key=lambda row: row[:2]):
+        if value < best:
+            best = value
+            front.append(trial)
+    return front
 
 
 def default_trial(study: optuna.Study) -> FrozenTrial | None:
