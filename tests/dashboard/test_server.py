@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -425,6 +426,33 @@ def test_the_process_beside_a_search_ends_when_the_search_does(
         process.stdin.close()  # as the kernel does when the search is killed
         assert process.wait(30) == 0
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_address_of_the_dashboard_beside_a_search_is_the_first_thing_said(
+    tuner: Callable[..., Any], small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[Any, ...]] = []
+    ended: list[str] = []
+    process = SimpleNamespace(terminate=lambda: ended.append("it"), wait=lambda: ended.append("is"))
+
+    def start(*words: Any) -> Any:
+        begun.append(words)
+        return process
+
+    def search(space: Any, folders: Any, console: Any, began: float) -> None:
+        console.print_line("data   7 train examples")
+        raise DataError("it is over")
+
+    monkeypatch.setattr(background, "start_process", start)
+    monkeypatch.setattr("tuner.commands.run.run_study", search)
+
+    said = tuner("run", small, "--dashboard", "--port", 0)
+
+    first, second = said.out.splitlines()
+    (name, _, port, _, token), told = begun[0], re.fullmatch(r"browse (\S+) while .*", first)
+    assert told is not None and (name, second) == ("small", "data   7 train examples")
+    assert told[1] == f"http://127.0.0.1:{port}/dashboard?token={token}"
+    assert said.code == 3 and ended == ["it", "is"]
 
 
 def test_the_command_serves_until_interrupted(
