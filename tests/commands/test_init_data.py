@@ -1,9 +1,11 @@
 """`tuner init DATA` and `tuner run DATA`: the kind of data is recognised, and the file runs as it is."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas
 import pytest
 
 from tests.conftest import CommandResult
@@ -21,7 +23,8 @@ from tuner.commands.space_proposal import (
     round_down,
 )
 from tuner.config import parsing, yaml_document
-from tuner.errors import DataError
+from tuner.config.search_settings import AS_MANY_AS_FIT
+from tuner.errors import DataError, SpaceError
 
 Tuner = Callable[..., CommandResult]
 
@@ -59,6 +62,12 @@ def write_named_masks(root: Path) -> Path:
     return root
 
 
+def write_parquet(root: Path) -> Path:
+    frame = pandas.read_csv(damaged_files.write_table(root, "a.csv"))
+    frame.to_parquet(root.with_suffix(".parquet"))
+    return root.with_suffix(".parquet")
+
+
 KINDS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "classes": (lambda p: write_classes(p, {"a": 9, "b": 9}), ["folder/classification"]),
     "splits": (write_splits, ["folder/classification"]),
@@ -69,6 +78,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "masks": (mask_files.write_images_and_masks, ["masks/segmentation"]),
     "masks by other names": (write_named_masks, ["masks/segmentation"]),
     "csv": (lambda p: damaged_files.write_table(p, "a.csv"), ["text/text_classification"]),
+    "parquet": (write_parquet, ["text/text_classification"]),
     "jsonl": (lambda p: damaged_files.write_table(p, "a.jsonl"), ["text/text_classification"]),
     "nothing": (lambda p: (p.mkdir(), p)[1], []),
 }
@@ -132,6 +142,41 @@ def test_ambiguous_data_are_an_error_with_the_choices(tuner: Tuner, tmp_path: Pa
     assert chosen.code == 0 and "task: segmentation" in (tmp_path / "seg.yaml").read_text()
     refused = tuner("init", "voc", "--as", "voc/segmentatio")
     assert refused.code == 2 and "did you mean 'voc/segmentation'?" in refused.err
+
+
+class Typed(io.StringIO):
+    """A terminal, in which somebody has typed something or something is said."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_ambiguous_data_are_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_voc_with_masks(tmp_path / "voc")
+    for answer, task in (("1", "detection"), ("2", "segmentation")):
+        screen = Typed()
+        monkeypatch.setattr("sys.stdin", Typed(f"{answer}\n"))
+        monkeypatch.setattr("sys.stdout", screen)
+        assert init.choose_reading(str(tmp_path / "voc"), None).task == task
+        asked = screen.getvalue()
+        assert "1  voc/detection\n2  voc/segmentation\nas which of these" in asked
+    monkeypatch.setattr("sys.stdin", Typed("3\n"))
+    with pytest.raises(SpaceError, match="3 is not one of 1 to 2"):
+        init.choose_reading(str(tmp_path / "voc"), None)
+
+
+def test_a_time_takes_the_place_of_a_number_of_trials(tuner: Tuner, tmp_path: Path) -> None:
+    write_classes(tmp_path / "pets", {"cat": 4, "parrot": 4})
+    said = tuner("init", "pets", "--time", "2h")
+    assert said.code == 0, said.err
+    space = parsing.load_space(tmp_path / "pets.yaml")
+    search = space.settings.search
+    assert search.time == "2h" and search.trials == AS_MANY_AS_FIT
+    refused = tuner("init", "pets", "-o", "b.yaml", "--time", "soon")
+    assert refused.code == 2 and "such as 90s" in refused.err
+    assert not (tmp_path / "b.yaml").exists()
 
 
 def test_a_json_file_with_cocos_keys_alone_has_no_images(tmp_path: Path) -> None:

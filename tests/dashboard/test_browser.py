@@ -122,7 +122,7 @@ def test_the_studys_page_shows_its_name_metric_and_history(browser: Any, page: s
     )
     assert "small (id=1)" in body(browser) and "accuracy" in body(browser)
     wait(browser, lambda b: b.find_elements(By.CSS_SELECTOR, ".plotly .scatterlayer path"))
-    cost = "#score-against-cost"
+    cost = "[id$='score-against-cost']"
     wait(browser, lambda b: b.find_elements(By.CSS_SELECTOR, f"{cost} .scatterlayer .point"))
     assert "Score against cost" in browser.find_element(By.CSS_SELECTOR, cost).text
     assert complaints(browser) == []

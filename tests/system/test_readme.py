@@ -9,8 +9,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import typer
 
 from tests.conftest import CommandResult
+from tuner import cli
 from tuner.config import parsing, yaml_document
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,18 @@ def test_a_command_and_its_options_exist(command: str, tuner: Callable[..., Comm
     said = tuner(words[1], "--help")
     assert said.code == 0
     assert all(name.split("=")[0] in said.out for name in names)
+
+
+def test_every_command_is_in_the_table_in_help_and_in_a_test(
+    tuner: Callable[..., CommandResult],
+) -> None:
+    names = set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    assert {shlex.split(command)[1] for command in COMMANDS} == names
+    listed = re.findall(r"^  ([a-z]+)  ", tuner("--help").out.partition("Commands:")[2], re.M)
+    assert set(listed) == names
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    run = re.findall(r'(?:\btuner\(|TUNER,|"tuner",)\s*"([a-z]+)"', tests)
+    assert names <= set(run)
 
 
 def picture() -> list[str]:
