@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from tests.conftest import CommandResult
 from tests.helpers import box_files, small_transformers
-from tuner.commands.data_findings import probe_sentence
+from tuner.commands.data_findings import Finding, probe_sentence
 from tuner.preprocessing import near_duplicates
 from tuner.training.data_check import LabelProbe, compare_texts
 from tuner.training.label_doubts import deal_folds, find_doubted_labels
@@ -110,6 +110,30 @@ def test_broken_files_copies_and_leaks_are_found(tuner: Tuner) -> None:
     assert values["not_doubted_because"] is None
     # a search still refuses what the check could look past
     assert tuner("check", "digits.yaml", "--json").code == 2
+
+
+@pytest.mark.parametrize(
+    ("severities", "code"),
+    [("", 0), ("note", 0), ("note note", 0), ("note fault", 3), ("fault", 3)],
+)
+def test_the_exit_code_is_that_of_the_worst_finding(
+    severities: str, code: int, tuner: Tuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = [Finding("odd", word == "fault", f"a {word}") for word in severities.split()]
+    changes: dict[str, Any] = {
+        "tuner.commands.data_check.find_run": lambda *_: None,
+        "tuner.training.data_check.examine_data": lambda *_: None,
+        "tuner.commands.data_check.find_problems": lambda _: findings,
+        "tuner.commands.data_check.write_page": lambda *_: None,
+        "tuner.commands.data_check.check_lines": lambda *_: ["examined"],
+    }
+    for name, instead in changes.items():
+        monkeypatch.setattr(name, instead)
+    Path("photos").mkdir()
+    said = tuner("check", "photos", "--data")
+    assert said.code == code and said.out.startswith("examined\nwrote ")
+    assert said.err.count("tuner: error: photos: a fault") == severities.count("fault")
+    assert "a note" not in said.err
 
 
 def test_texts_are_examined(tuner: Tuner) -> None:

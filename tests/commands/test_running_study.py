@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from tests.conftest import SMALL, CommandResult
 from tests.helpers.instant_engine import make_coordinator
+from tuner.commands import running_study, study_view
 from tuner.commands.study_view import StudyView
 from tuner.config import parsing, yaml_document
 from tuner.config.given_params import checked_value
@@ -79,6 +81,29 @@ def test_no_process_but_tuners_gets_a_signal(tuner: Tuner, studied: Path, tmp_pa
             assert process.poll() is None
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(("words", "presses"), [([], 1), (["--now"], 2)])
+def test_stop_presses_ctrl_c_once_or_twice_and_waits(
+    words: list[str],
+    presses: int,
+    tuner: Tuner,
+    studied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[tuple[int, int]] = []
+    holder = f"pid 4242 on host {socket.gethostname()} since 12:00"
+
+    def holder_of(_: Path) -> str | None:
+        return holder if len(sent) < presses else None
+
+    monkeypatch.setattr(study_view, "lock_holder", holder_of)
+    monkeypatch.setattr(running_study, "_may_be_tuner", lambda _: True)
+    monkeypatch.setattr(running_study, "SECOND_SIGNAL_SECONDS", 0.0)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    said = tuner("stop", "small", *words)
+    assert said.code == 0 and "has stopped" in said.out, said.err
+    assert sent == [(4242, signal.SIGINT)] * presses
 
 
 def test_an_enqueued_trial_is_the_next_that_is_tried(

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,17 @@ DOCUMENTS = [
     if path.name != "CHANGELOG.md"
 ]
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def test_the_script_makes_every_picture_and_each_is_shown() -> None:
+    docs = ROOT / "docs"
+    script = runpy.run_path(str(docs / "pictures.py"), run_name="pictures")
+    there = {path.name for kind in ("*.png", "*.svg") for path in docs.glob(kind)}
+    assert set(script["PICTURES"]) == there
+    text = "".join(path.read_text() for path in DOCUMENTS)
+    assert [
+        name for name in sorted(there) if not re.search(rf"[(/\"]{re.escape(name)}", text)
+    ] == []
 
 
 def prose(path: Path) -> Iterator[str]:

@@ -17,7 +17,7 @@ from tests.helpers.exported_programs import WITHOUT_TUNER, programs
 CLASSES = ("dress", "pants", "shoes")
 COUNTS = {"train": ("photos", 24), "test": ("new", 6)}  # of each class; the second: its folder
 COMMANDS = """
-tuner init photos --preset quick
+tuner init photos
 tuner plan photos.yaml
 tuner run photos.yaml
 tuner report photos
