@@ -662,6 +662,7 @@ def test_a_whole_study_on_a_node_that_shares_no_file(
     assert (disk / "studies" / "small" / "export" / "model.safetensors").stat().st_size > 1e6
 
 
+@pytest.mark.timeout(600)  # a crowded machine takes minutes
 def test_trials_of_an_earlier_study_are_taken_over_and_a_node_reads_the_data_as_it_did(
     whole: Any, studied: Path, small: Path
 ) -> None:
@@ -669,7 +670,7 @@ def test_trials_of_an_earlier_study_are_taken_over_and_a_node_reads_the_data_as_
     words = ["search.name=b", "search.from=[small]", "search.trials=1", "search.compare=none"]
     words += ["data.augment=[none, flip]", "engine.name=ray", f"engine.address={whole.address}"]
     process = child(["-u", "-m", "tuner", "run", small, *words], small.parent)
-    out, _ = process.communicate(timeout=240)
+    out, _ = process.communicate(timeout=500)
     assert process.returncode == 0 and "Traceback" not in out, out
     assert "from   2 of 2 trials were taken over from study 'small'\n" in out
     database = f"sqlite:///{studied.parent / 'b' / 'study.db'}"

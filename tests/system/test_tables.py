@@ -75,6 +75,8 @@ def test_labels_from_a_table_to_a_prediction(tuner: Callable[..., CommandResult]
     }  # type: ignore[call-overload]
     best = parsing.load_space(Path("studies/ml/best.yaml"))
     assert best.values["task", "thresholds"] == tuple(thresholds)
+    report = Path("studies/ml/report.html").read_text()
+    assert "test labels its probabilities differ" in report and "precision by recall" in report
     card = Path("studies/ml/export/MODEL_CARD.md").read_text()
     assert "An example has a label from this probability on" in card and "3 labels: " in card
     (said_of,) = predictions(tuner, "ml", "photos/007.png")
