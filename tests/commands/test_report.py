@@ -24,7 +24,14 @@ from sklearn.metrics import average_precision_score
 from tests.conftest import CommandResult
 from tuner.commands.report_charts import Curve, Point, Scale, learning_curves, score_against_cost
 from tuner.commands.report_content import importance_sentences, wilson_interval
-from tuner.commands.report_key_charts import TrialLine, axes_of, key_rows, parallel_plot, slice_plot
+from tuner.commands.report_key_charts import (
+    TrialLine,
+    axes_of,
+    axis_of,
+    key_rows,
+    parallel_plot,
+    slice_plot,
+)
 from tuner.commands.report_probabilities import (
     TestProbabilities,
     calibration_sentence,
@@ -223,6 +230,9 @@ def test_what_keys_do_is_drawn_and_told() -> None:
         TrialLine("t", [axis.place_of(t.params) for axis in axes.values()], "other", 1.0)
         for t in trials
     ]
+    long = axis_of("augment", [CategoricalDistribution(["none", "a mapping of many operations"])])
+    beside = re.findall(r">([^<]+)</text>", parallel_plot([long, axes["lr"]], [], "all"))
+    assert "a mapping…" in beside and "none" in beside
     paths = re.findall(r'<path d="([^"]*)"', parallel_plot(list(axes.values()), lines, "all"))
     assert [path.count("L") for path in paths] == [2, 1, 2]  # no line to a key that is not there
 

@@ -23,7 +23,7 @@ from tuner.commands.report_charts import (
 from tuner.commands.trial_line import plain_value
 
 WIDE, WIDE_SIDE, WIDE_TOP, WIDE_BOTTOM = 940, 70, 34, 20  # of the plot of all keys
-NAME_ROOM = 56  # characters of all names below a plot
+NAME_ROOM, LONGEST_BESIDE = 56, 10  # characters of all names below a plot, of one beside an axis
 PARTS = 3  # of a range, in the table of what a key does
 
 
@@ -40,10 +40,10 @@ class Axis:
     def scale(self, start: float, end: float) -> Scale:
         return Scale(self.low, self.high, start, end, self.is_log)
 
-    def ticks(self) -> list[tuple[float, str]]:
-        """Values with what is written at them."""
+    def ticks(self, longest: int = NAME_ROOM) -> list[tuple[float, str]]:
+        """Values with what is written at them, in so many characters at most."""
         if self.choices:
-            room = max(3, NAME_ROOM // len(self.choices))
+            room = min(longest, max(3, NAME_ROOM // len(self.choices)))
             return [
                 (float(i), name if len(name) <= room else f"{name[: room - 1]}…")
                 for i, name in enumerate(self.choices)
@@ -126,7 +126,7 @@ def parallel_plot(axes: Sequence[Axis], lines: Sequence[TrialLine], title: str) 
         grid += [
             f'<text x="{column - 5:.1f}" y="{scale(value) + 4:.1f}" text-anchor="end">'
             f"{escape(name)}</text>"
-            for value, name in axis.ticks()
+            for value, name in axis.ticks(LONGEST_BESIDE)
         ]
     drawn = [_trial_path(line, scales, columns) for line in lines]
     return (
