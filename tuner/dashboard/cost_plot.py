@@ -19,8 +19,8 @@ def cost_plot(
     trials: Sequence[FrozenTrial], direction: StudyDirection, metric: str
 ) -> dict[str, str]:
     """The plot by its name, in the form of plotly's JSON; empty where no trial has completed."""
-    ended = [t for t in trials if history.trial_rank(t, direction) is not None][-MAX_TRIALS:]
-    ended = [t for t in ended if t.duration is not None]
+    ranked = (t for t in trials[-MAX_TRIALS:] if history.trial_rank(t, direction) is not None)
+    ended = [t for t in ranked if t.duration is not None]
     if not ended:
         return {}
     front = history.pareto_front(ended, direction)
