@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 
 import tuner
@@ -25,7 +24,6 @@ from tuner.config.requirements import pip_install
 from tuner.config.run import EngineSettings
 from tuner.errors import StorageError
 from tuner.jobs import Job, Outcome, RunJobs
-from tuner.search import history
 
 pytestmark = [
     pytest.mark.slow,
@@ -660,23 +658,6 @@ def test_a_whole_study_on_a_node_that_shares_no_file(
     assert process.returncode == 0 and "model.safetensors" in out and "verified to" in out, out
     counted(disk, 4)
     assert (disk / "studies" / "small" / "export" / "model.safetensors").stat().st_size > 1e6
-
-
-@pytest.mark.timeout(600)  # a crowded machine takes minutes
-def test_trials_of_an_earlier_study_are_taken_over_and_a_node_reads_the_data_as_it_did(
-    whole: Any, studied: Path, small: Path
-) -> None:
-    """The digests of both are compared, which are those that a node found."""
-    words = ["search.name=b", "search.from=[small]", "search.trials=1", "search.compare=none"]
-    words += ["data.augment=[none, flip]", "engine.name=ray", f"engine.address={whole.address}"]
-    process = child(["-u", "-m", "tuner", "run", small, *words], small.parent)
-    out, _ = process.communicate(timeout=500)
-    assert process.returncode == 0 and "Traceback" not in out, out
-    assert "from   2 of 2 trials were taken over from study 'small'\n" in out
-    database = f"sqlite:///{studied.parent / 'b' / 'study.db'}"
-    made = optuna.load_study(study_name="b", storage=database)
-    origins = [trial.user_attrs.get(history.TAKEN_FROM) for trial in made.trials]
-    assert origins == ["small #0", "small #1", None]
 
 
 # -- refused before the first trial
