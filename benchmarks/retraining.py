@@ -107,7 +107,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         "to the end",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    both = [row for row in rows if "end" in row]
+    both = [row for row in rows if "end" in row and row["end_epochs"] > row["best_epochs"]]
     for row in both:
         key = TEST["images" if row["set"] in IMAGES else "texts"]
         recipe = row["recipe"]
