@@ -97,6 +97,23 @@ def test_models_can_be_searched_and_each_run_keeps_its_own_keys() -> None:
     ]
 
 
+def test_each_model_is_combined_with_its_own_weights_alone() -> None:
+    weights = "[{choices: [none], when: {name: vgg11}}, {choices: [w.pth], when: {name: resnet18}}]"
+    found = parsing.parse_space(
+        yaml_document.parse_document(
+            "task: classification\ndata: digits\n"
+            f"model: {{name: [resnet18, vgg11], weights: {weights}}}",
+            "f",
+        )
+    )
+    runs = [run.model for run in found.plugin_combinations()]
+    assert {model.name: model.options["weights"] for model in runs} == {
+        "resnet18": "w.pth",
+        "vgg11": "none",
+    }
+    assert len(runs) == 2
+
+
 def test_the_metric_is_the_tasks_first_unless_written() -> None:
     assert space().settings.search.metric == "accuracy"
     assert space("search: {metric: f1}").settings.search.metric == "f1"

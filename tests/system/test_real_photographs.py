@@ -90,3 +90,30 @@ def test_seven_commands_lead_from_a_folder_to_a_model_that_needs_no_tuner(
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split()[0] == answers[image]
+
+
+@pytest.mark.slow
+def test_the_model_that_suits_the_photographs_best_is_searched_exported_and_predicts(
+    photos: Path, shared: Path, tuner: Callable[..., CommandResult]
+) -> None:
+    """ImageNet's weights say more of photographs than those of small grey clothes."""
+    timms = f"timm/tf_efficientnet_lite0={shared / 'tf_efficientnet_lite0.safetensors'}"
+    said = tuner(
+        "models", "--for", "photos", "--among", "resnet18_slim,timm/tf_efficientnet_lite0",
+        "--weights", timms, "--write", "chosen.yaml",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    first = next(line for line in said.out.splitlines() if "first choice" in line)
+    assert first.startswith("timm/tf_efficientnet_lite0 ")
+    words = ["search.trials=3", "recipe.epochs=1", "data.size=96", "engine.name=inline"]
+    said = tuner("run", "chosen.yaml", *words, "export=[safetensors]")
+    assert said.code == 0, said.err
+    manifest = json.loads(Path("studies/chosen/export/manifest.json").read_text())
+    assert manifest["run"]["model"]["name"] == "timm/tf_efficientnet_lite0"
+    said = tuner("predict", "chosen", "new", "--json")
+    assert said.code == 0, said.err
+    answers = [json.loads(line) for line in said.out.splitlines()]
+    right = sum(
+        Path(a["image"]).parts[1] == max(a["classes"], key=a["classes"].get) for a in answers
+    )
+    assert len(answers) == 18 and right >= 12

@@ -3,9 +3,8 @@
 A Run is a Space with nothing left to choose.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Protocol
 
@@ -298,19 +297,20 @@ class Space:
         return [params for _, params in combinations]
 
     def plugin_combinations(self) -> Iterator[Run]:
-        """A run for each combination of task, data and model that the space can reach, at its
-        defaults otherwise.
-
-        Keys of a mapping, such as those of `data.augment`, are at their defaults too: they decide
-        nothing about whether data can be read.
+        """A run for each combination of task, data and model that the space can reach. Other keys,
+        also those of a mapping (`data.augment`), have their defaults; conditions on the recipe
+        count as met.
         """
-        outer: dict[KeyPath, list[Any]] = {}
-        for d in self.dimensions:
-            if d.path[0] != "recipe" and len(d.path) <= 2:
-                ends = d.domain.values() or (d.domain.lowest, d.domain.highest)
-                outer.setdefault(d.path, []).extend(ends)
-        for combination in itertools.islice(itertools.product(*outer.values()), 64):
-            yield self.make_run(dict(zip(outer, combination, strict=True)))
+        combinations: list[dict[KeyPath, Any]] = [{}]
+        for d in (d for d in self.dimensions if d.path[0] != "recipe" and len(d.path) <= 2):
+            condition = {p: values for p, values in d.condition.items() if p[0] != "recipe"}
+            ends = d.domain.values() or (d.domain.lowest, d.domain.highest)
+            extended: list[dict[KeyPath, Any]] = []
+            for c in combinations:
+                is_active = self._is_active(replace(d, condition=condition), c)
+                extended += [{**c, d.path: end} for end in ends] if is_active else [c]
+            combinations = extended[:64]
+        return map(self.make_run, combinations)
 
     def highest(self, path: KeyPath, model: str | None = None) -> Any:
         """The largest value of a key that a trial, or a trial with this model, can have."""
