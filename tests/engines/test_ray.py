@@ -186,11 +186,11 @@ def test_workers_that_stop_or_hang_are_given_up_and_end(whole: Any) -> None:
         pids.setdefault(job.number, value)
         return True
 
-    with joined(whole, silence=2.0) as carry:
+    with joined(whole, silence=4.0) as carry:
         jobs = [
             Job(0, "tests.helpers.jobs:stop", 3),
             Job(1, "tests.helpers.jobs:wait", None, stall=1.0),
-            Job(2, "tests.helpers.jobs:wait", 4.0),
+            Job(2, "tests.helpers.jobs:wait", 6.0),
             Job(3, "tests.helpers.jobs:count", 2),
         ]
         ended = carry_all(carry, jobs, report)
@@ -200,7 +200,7 @@ def test_workers_that_stop_or_hang_are_given_up_and_end(whole: Any) -> None:
             2: ("done", ""),
             3: ("done", ""),
         }
-        assert "the worker on node" in ended[0].reason and "silent for 2 s" in ended[0].reason
+        assert "the worker on node" in ended[0].reason and "silent for 4 s" in ended[0].reason
         until(lambda: not alive(pids[0]) and not alive(pids[1]))
 
 
