@@ -12,9 +12,7 @@ from tuner.commands.exported_run import (
     choose_export,
     choose_outputs,
     is_retrained,
-    retrained_run,
     weights_of,
-    with_thresholds,
 )
 from tuner.commands.progress import Progress
 from tuner.commands.session import interrupted_error, study_name, write_yaml
@@ -46,7 +44,6 @@ from tuner.search.confirmation import (
     settings_for,
 )
 from tuner.search.coordinator import Coordinator
-from tuner.search.retraining import retrained_epochs
 from tuner.search.samplers import derive_seed
 from tuner.search.time_left import TimeLeft
 from tuner.search.winner_choice import WinnerChoice, choose_unconfirmed
@@ -102,14 +99,9 @@ def finalize_once(ended: EndedSearch) -> Summary:
     )
     other = busy[0] if busy else coordinator.coordination.claim_winner(winner.number)
     if other is not None:
-        run = retrained_run(
-            with_thresholds(
-                history.run_of_trial(session.space, coordinator.study, winner),
-                winner,
-                session.settings.search,
-            ),
-            retrained_epochs(winner),
-            history.train_share(coordinator.study),
+        trial_run = history.run_of_trial(session.space, coordinator.study, winner)
+        run, _ = choose_export(
+            coordinator.study, winner, trial_run, None, session.settings.search, retrain=True
         )
         summary = unpublished_summary(ended, winner, tied, run)
         return replace(summary, anything_new=True, made_elsewhere=other)
@@ -127,15 +119,9 @@ def finalize_best(ended: EndedSearch) -> Summary:
     if confirmed is not None:
         choice = WinnerChoice(confirmed.winner.trial, [])
     winner = choice.winner
-    trial_run = with_thresholds(
-        history.run_of_trial(session.space, coordinator.study, winner),
-        winner,
-        session.settings.search,
-    )
-    run = retrained_run(
-        trial_run,
-        retrained_epochs(winner),
-        history.train_share(coordinator.study),
+    trial_run = history.run_of_trial(session.space, coordinator.study, winner)
+    run, _ = choose_export(
+        coordinator.study, winner, trial_run, None, session.settings.search, retrain=True
     )
     outputs = choose_outputs(session.settings.search, winner)
     write_yaml(
@@ -158,8 +144,7 @@ def unpublished_summary(
 ) -> Summary:
     """What there is to say of a winner before its export is made.
 
-    `tied` are the numbers of the trials that are as good; `run` is the winner's up to its best
-    epoch.
+    `tied` are the numbers of the trials that are as good; `run` is the winner's retraining.
     """
     search = ended.session.settings.search
     return Summary(

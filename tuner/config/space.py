@@ -281,36 +281,35 @@ class Space:
 
         Only for spaces without a continuum.
         """
-        # what is chosen so far, as key -> value and as parameter name -> value
-        combinations: list[tuple[dict[KeyPath, Any], dict[str, Any]]] = [({}, {})]
-        for d in self.dimensions:
-            extended = []
-            for chosen, params in combinations:
-                if self._is_active(d, chosen):
-                    extended += [
-                        ({**chosen, d.path: value}, {**params, d.name: value})
-                        for value in d.domain.values() or ()
-                    ]
-                else:
-                    extended.append((chosen, params))
-            combinations = extended
-        return [params for _, params in combinations]
+        made = self._combine(self.dimensions)
+        return [{d.name: value for d, value in chosen} for chosen in made]
 
     def plugin_combinations(self) -> Iterator[Run]:
         """A run for each combination of task, data and model that the space can reach. Other keys,
         also those of a mapping (`data.augment`), have their defaults; conditions on the recipe
         count as met.
         """
-        combinations: list[dict[KeyPath, Any]] = [{}]
-        for d in (d for d in self.dimensions if d.path[0] != "recipe" and len(d.path) <= 2):
-            condition = {p: values for p, values in d.condition.items() if p[0] != "recipe"}
-            ends = d.domain.values() or (d.domain.lowest, d.domain.highest)
-            extended: list[dict[KeyPath, Any]] = []
-            for c in combinations:
-                is_active = self._is_active(replace(d, condition=condition), c)
-                extended += [{**c, d.path: end} for end in ends] if is_active else [c]
-            combinations = extended[:64]
-        return map(self.make_run, combinations)
+        outer = [
+            replace(d, condition={p: c for p, c in d.condition.items() if p[0] != "recipe"})
+            for d in self.dimensions
+            if d.path[0] != "recipe" and len(d.path) <= 2
+        ]
+        made = self._combine(outer, most=64)
+        return (self.make_run({d.path: value for d, value in chosen}) for chosen in made)
+
+    def _combine(
+        self, dimensions: Sequence[Dimension], most: int | None = None
+    ) -> list[list[tuple[Dimension, Any]]]:
+        """Each combination of values (of a continuum: its ends) that conditions allow."""
+        combinations: list[list[tuple[Dimension, Any]]] = [[]]
+        for d in dimensions:
+            values = d.domain.values() or (d.domain.lowest, d.domain.highest)
+            extended: list[list[tuple[Dimension, Any]]] = []
+            for made in combinations:
+                is_active = self._is_active(d, {other.path: value for other, value in made})
+                extended += [[*made, (d, value)] for value in values] if is_active else [made]
+            combinations = extended[:most]
+        return combinations
 
     def highest(self, path: KeyPath, model: str | None = None) -> Any:
         """The largest value of a key that a trial, or a trial with this model, can have."""
