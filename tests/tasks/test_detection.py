@@ -1,6 +1,7 @@
 """Detectors: cut and partition at every depth, torchvision's own losses, metrics, exports, and a study from files to drawn boxes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torchvision.models import get_model
 from tests.conftest import SHARED, CommandResult
 from tests.helpers import box_files
 from tests.helpers.detector_families import look_at_few_regions
+from tests.helpers.exported_programs import run_programs
 from tests.helpers.split_laws import check_partition, check_split
 from tuner.config import plugins
 from tuner.config.run import LOADED_LATER, PluginConfig, Recipe, Run
@@ -433,6 +435,9 @@ def test_a_study_from_files_to_drawn_boxes(
     assert said.code == 0, said.err
     rows = [json.loads(line) for line in said.out.splitlines()]
     assert len(rows) == 20 and all("objects" in row for row in rows)
+    export = tmp_path / "studies/boxes/export"
+    shutil.copyfile(sorted((root / "images").iterdir())[0], export / "image.jpg")
+    assert run_programs(export, "torch_export")[0].startswith("[")
 
 
 @pytest.mark.parametrize("augment", ["strong"])  # it has mosaics

@@ -1,6 +1,7 @@
 """Instance segmentation: masks as COCO writes them, on the canvas and in the mirror; Mask R-CNN cut in stages; average precision as pycocotools has it; from the file to a prediction."""
 
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from tests.conftest import CommandResult
 from tests.helpers.detector_families import look_at_few_regions
+from tests.helpers.exported_programs import run_programs
 from tests.helpers.instance_files import HEIGHT, INK, WIDTH, triangles, write_instances
 from tests.helpers.split_laws import check_partition
 from tuner.config.run import ImageOptions, Recipe
@@ -348,6 +350,9 @@ def test_masks_of_people_through_export_and_prediction(
     result = tuner("predict", "s", str(pictures[0]), "--json", "--out", "seen")
     assert result.code == 0 and "objects" in json.loads(result.out)
     assert len(list((tmp_path / "seen").iterdir())) == 1
+    export = tmp_path / "studies/s/export"
+    shutil.copyfile(pictures[0], export / "image.jpg")
+    assert run_programs(export, "onnx")[0].startswith("[")
 
 
 def write_people(root: Path, target: Path, count: int) -> list[Path]:

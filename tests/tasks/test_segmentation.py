@@ -1,5 +1,6 @@
 """Segmentation as a task: losses, scores, what is shown and told; and from the file to the prediction."""
 
+import ast
 import io
 import json
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torchmetrics.functional.classification import (
 )
 
 from tests.conftest import CommandResult
+from tests.helpers.exported_programs import run_programs
 from tests.helpers.mask_files import (
     CLASS_COLOURS,
     SPACE,
@@ -334,7 +336,11 @@ def test_a_model_of_ones_own_may_give_logits_or_a_dict(
         "export=[safetensors,onnx]",
     )
     assert said.code == 0, said.err
-    assert (tmp_path / "studies/s/export/model.onnx").is_file()
+    export = tmp_path / "studies/s/export"
+    draw_image_and_mask(100)[0].save(export / "image.jpg")
+    (pixels,) = run_programs(export, "onnx")
+    size = json.loads((export / "manifest.json").read_text())["preprocess"]["size"]
+    assert sum(ast.literal_eval(pixels).values()) == size**2
 
 
 def test_the_scenes_are_what_they_seem() -> None:

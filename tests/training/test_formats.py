@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,23 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from tests.conftest import SMALL, CommandResult
-from tests.helpers.exported_programs import WITHOUT_TUNER, programs
+from tests.helpers.exported_programs import programs, run_programs
 from tests.helpers.tiny_tasks import TINY_TASKS, write_bert_and_texts
 from tuner.core.export_module import ExportModule
+from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.target_scale import TargetScale
 from tuner.core.types import StagedModel
 from tuner.errors import SpaceError
 from tuner.export import onnx_int8, pretrained
-from tuner.export._readme import format_answer, pretrained_program
+from tuner.export._readme import format_answer, read_example, transformers_program
 from tuner.messages import Assignment, FinalizeJob
 from tuner.training import publishing
 
 Tuner = Callable[..., CommandResult]
+BILINEAR = Image.Resampling.BILINEAR
 LOSSY = ["onnx_fp16", "onnx_int8"]
 
 
@@ -129,15 +129,41 @@ def test_a_layer_without_a_bias_cannot_give_the_units_of_targets() -> None:
 
 
 def manifest_of(task: str) -> dict[str, Any]:
-    return {"run": {"task": {"name": task}}, "classes": ["O", "B-PER"], "preprocess": {}}
+    preprocess = {"kind": "tokens", "length": 8, "leaves": ["input_ids", "attention_mask"]}
+    return {"run": {"task": {"name": task}}, "classes": ["O", "B-PER"], "preprocess": preprocess}
 
 
-def test_the_program_of_a_tagger_names_a_tag_for_each_token() -> None:
-    outputs = {"output": torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]]).numpy()}
+def said_by(line: str, **values: Any) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        exec(format_answer(manifest_of("token_classification")), {"outputs": outputs, "np": np})
-    assert said.getvalue() == "['B-PER', 'O', 'B-PER']\n"
+        exec(line, {"np": np, **values})
+    return said.getvalue().rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "answer"),
+    [
+        ("text_classification", [[0.0, 1.0]], "B-PER 0.7311"),
+        ("token_classification", [[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]], "['B-PER', 'O', 'B-PER']"),
+        ("multilabel", [[0.0, 200.0]], "{'O': 0.5, 'B-PER': 1.0}"),
+        ("text_regression", [[3.5, -2.0]], "{'O': 3.5, 'B-PER': -2.0}"),
+        ("segmentation", [[[[0.0, 3.0]], [[1.0, 2.0]]]], "{'O': 1, 'B-PER': 1}"),
+        ("own.module:Task", [[1.0]], "[(1, 1)]"),
+    ],
+)
+def test_the_last_line_of_a_program_says_what_the_output_means(
+    task: str, output: Any, answer: str
+) -> None:
+    line = format_answer(manifest_of(task) | {"output_names": ["output"]})
+    assert said_by(line, output=np.array(output)) == answer
+
+
+def test_the_last_line_of_a_detectors_program_names_what_is_likelier_than_not() -> None:
+    boxes = [[[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0], [0.0] * 4]]
+    values = {"boxes": boxes, "scores": [[0.75, 0.25, 0.0]], "labels": [[1, 0, -1]]}
+    arrays = {name: np.array(value) for name, value in values.items()}
+    said = said_by(format_answer(manifest_of("detection")), **arrays)
+    assert said == "[('B-PER', 0.75, [0.0, 1.0, 2.0, 3.0])]"
 
 
 @pytest.mark.parametrize(
@@ -151,16 +177,30 @@ def test_the_program_of_a_tagger_names_a_tag_for_each_token() -> None:
 def test_the_program_of_a_pretrained_folder_is_that_of_its_task(
     task: str, kind: str, answer: str
 ) -> None:
-    manifest = manifest_of(task) | {"preprocess": {"kind": "tokens"}}
-    program = pretrained_program(manifest, "")
+    program = transformers_program(manifest_of(task))
     assert f"import AutoModelFor{kind}\n" in program
     logits = torch.tensor([[0.5, 2.0]])
     if task == "token_classification":
         logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0]]])
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        exec(program.splitlines()[-1], {"logits": logits})
-    assert said.getvalue() == f"{answer}\n"
+    assert said_by(program.splitlines()[-1], logits=logits) == answer
+
+
+@pytest.mark.parametrize("fit", ["crop", "letterbox", "stretch"])
+@pytest.mark.parametrize("size", [(41, 97), (97, 41), (64, 64)])
+def test_a_program_prepares_an_image_as_tuner_does(
+    fit: Any, size: tuple[int, int], tmp_path: Path
+) -> None:
+    spec = ImageInputSpec(32, 37, "bilinear", (0.5,) * 3, (0.2,) * 3, fit=fit)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "image.png")
+    place = place_on_canvas(*size, spec)
+    canvas = Image.new("RGB", (32, 32), (114, 114, 114))
+    canvas.paste(image.resize((place.width, place.height), BILINEAR), (place.left, place.top))
+    program = read_example(spec.to_dict()).replace("image.jpg", str(tmp_path / "image.png"))
+    prepared: dict[str, Any] = {"Image": Image, "ImageOps": ImageOps}
+    exec(program, prepared)
+    assert prepared["image"].tobytes() == canvas.tobytes()
 
 
 def test_formats_are_named_and_those_that_cannot_hold_a_model_are_refused(
@@ -194,17 +234,9 @@ def test_every_readme_loads_its_formats_without_tuner(
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(image)
     answer = json.loads(tuner("predict", "small", image, "--json").out)["classes"]
     best = max(answer, key=answer.get)
-    written = programs(export)
+    written = list(programs(export))
     assert set(written) == set(manifest["exports"]) - {"safetensors"}
-    ended = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_TUNER, *written.values()],
-        cwd=export,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    for name, line in zip(written, ended.stdout.splitlines(), strict=True):
+    for name, line in zip(written, run_programs(export, *written), strict=True):
         said_class, probability = line.split()
         assert abs(float(probability) - answer[said_class]) < (0.25 if name in LOSSY else 2e-3), (
             name
@@ -237,14 +269,5 @@ def test_a_pretrained_folder_is_loaded_by_its_library_alone(
     manifest = json.loads((export / "manifest.json").read_text())
     assert manifest["exports"]["pretrained"]["largest_difference"] < 1e-3
     Image.effect_noise((50, 40), 90).convert("RGB").save(export / "image.jpg")
-    written = programs(export)
-    ended = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_TUNER, written["onnx"], written["pretrained"]],
-        cwd=export,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    by_onnx, by_library = ended.stdout.splitlines()
+    by_onnx, by_library = run_programs(export, "onnx", "pretrained")
     assert by_onnx.split()[0] == by_library

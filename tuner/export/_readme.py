@@ -1,5 +1,6 @@
 """README.md of an export: how a program loads each format without tuner."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,168 +10,181 @@ AUTO_CLASSES = {
     TAGGING: "AutoModelForTokenClassification",
 }
 """transformers' class by task; of other tasks the one for whole texts."""
+OBJECT_TASKS = ("detection", "instance_segmentation")
 ONNX_FORMATS = ("onnx", "onnx_fp16", "onnx_int8")
 OPENING = """# {title}
 
 {meaning}. What the model is, how it was made and how well it does is in [MODEL_CARD.md](MODEL_CARD.md); `manifest.json` has all of it for programs. `tuner predict` and `tuner.load` read this folder as it is. Nothing below needs tuner; run it in this folder, with {input} in the place of `{placeholder}`.
 """
-READ_IMAGE = """import numpy as np
-from PIL import Image, ImageOps
-
-image = ImageOps.exif_transpose(Image.open("{placeholder}")).convert("RGB")
-scale = {scale}
-image = image.resize([max({least}, int(side * scale)) for side in image.size], Image.Resampling.{filter})
-left, top = round((image.width - {size}) / 2), round((image.height - {size}) / 2)
+OPEN_IMAGE = 'ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")'
+"""An image as it is seen, whatever way the camera was held."""
+READ_IMAGES = {
+    "crop": """image = {open}
+image = image.resize([max({shorter}, int(side * ({shorter} / min(image.size)))) for side in image.size], Image.Resampling.{filter})
+left, top = [round((side - {size}) / 2) for side in image.size]
 image = image.crop((left, top, left + {size}, top + {size}))
-x = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
-"""
-READ_LETTERBOX = """import numpy as np
-from PIL import Image, ImageOps
-
-image = ImageOps.exif_transpose(Image.open("{placeholder}")).convert("RGB")
-scale = {size} / max(image.size)
-image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.{filter})
-canvas = Image.new("RGB", ({size}, {size}), (114, 114, 114))
-canvas.paste(image, (({size} - image.width) // 2, ({size} - image.height) // 2))
-x = np.asarray(canvas, np.float32).transpose(2, 0, 1)[None] / 255
-"""
-READ_TEXT = """import numpy as np
-from tokenizers import Tokenizer
-
-tokenizer = Tokenizer.from_file("tokenizer/tokenizer.json")
+""",
+    "letterbox": """photo = {open}
+photo = photo.resize([max(1, round(side * ({size} / max(photo.size)))) for side in photo.size], Image.Resampling.{filter})
+image = Image.new("RGB", ({size}, {size}), (114, 114, 114))
+image.paste(photo, (({size} - photo.width) // 2, ({size} - photo.height) // 2))
+""",
+    "stretch": "image = {open}.resize(({size}, {size}), Image.Resampling.{filter})\n",
+}
+"""The lines that make `image`, of the model's size, by `fit`. core/geometry.py says the same."""
+PIXELS = "np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255"
+READ_TEXT = """tokenizer = Tokenizer.from_file("tokenizer/tokenizer.json")
 tokenizer.enable_truncation({length})
 tokenizer.no_padding()
-text = tokenizer.encode("{placeholder}")
-values = {{"input_ids": text.ids, "attention_mask": text.attention_mask, "token_type_ids": text.type_ids}}
-x = {{name: np.array([values[name]], np.int64) for name in {inputs}}}
+text = tokenizer.encode("some text")
 """
+TEXT_FIELDS = {
+    "input_ids": "text.ids",
+    "attention_mask": "text.attention_mask",
+    "token_type_ids": "text.type_ids",
+}
+"""What a text of `tokenizers` calls each input of a model."""
 
 
 def format_readme(m: Mapping[str, Any]) -> str:
     """The README of an export, from its manifest."""
-    preprocess, run = m["preprocess"], m["run"]
-    is_text = preprocess["kind"] == "tokens"
-    placeholder = "some text" if is_text else "image.jpg"
-    meaning = str(m["output"]["meaning"])
+    run = m["run"]
+    is_text = m["preprocess"]["kind"] == "tokens"
     parts = [
         OPENING.format(
             title=f"{run['model']['name']} for {run['task']['name'].replace('_', ' ')}",
-            meaning=f"Output: {meaning}",
+            meaning=f"Output: {m['output']['meaning']}",
             input="a text" if is_text else "an image of yours",
-            placeholder=placeholder,
+            placeholder="some text" if is_text else "image.jpg",
         )
     ]
-    reading = read_example(preprocess, placeholder)
-    answer = format_answer(m)
     for name, entry in m["exports"].items():
-        program = PROGRAMS.get(name)
-        if program is not None:
-            parts.append(f"## {name}\n\n```python\n{program(m, entry, reading)}{answer}```\n")
-    if "pretrained" in m["exports"]:
-        parts.append(f"## pretrained\n\n```python\n{pretrained_program(m, reading)}```\n")
+        if name == "pretrained":
+            program = transformers_program(m) if is_text else timm_program(m)
+        elif name in PROGRAMS:
+            program = numpy_program(m, entry["file"], *PROGRAMS[name])
+        else:
+            continue
+        parts.append(f"## {name}\n\n```python\n{program}```\n")
     return "\n".join(parts)
 
 
-def read_example(preprocess: Mapping[str, Any], placeholder: str) -> str:
-    """The lines that make `x` of an image or a text."""
+def read_example(preprocess: Mapping[str, Any]) -> str:
+    """The lines that make `image`, which the model takes, or `text`, which has its inputs."""
     if preprocess["kind"] == "tokens":
-        inputs = list(preprocess["leaves"])
-        return READ_TEXT.format(
-            length=preprocess["length"], placeholder=placeholder, inputs=repr(inputs)
-        )
-    size, resize = preprocess["size"], preprocess["resize"]
-    values = {
-        "placeholder": placeholder,
-        "size": size,
-        "least": resize,
-        "scale": f"{resize} / min(image.size)",
-        "filter": preprocess["interpolation"].upper(),
-    }
-    template = READ_LETTERBOX if preprocess["fit"] == "letterbox" else READ_IMAGE
-    return template.format(**values)
+        return READ_TEXT.format(length=preprocess["length"])
+    return READ_IMAGES[preprocess["fit"]].format(
+        open=OPEN_IMAGE,
+        size=preprocess["size"],
+        shorter=preprocess["resize"],
+        filter=preprocess["interpolation"].upper(),
+    )
 
 
-def format_answer(m: Mapping[str, Any]) -> str:
-    """The lines that print what `output` says."""
-    classes, task = m["classes"], m["run"]["task"]["name"]
-    if not task.endswith("classification") or not classes:
-        return "print({name: values.shape for name, values in outputs.items()})\n"
-    if task == TAGGING:
-        return (
-            f"classes = {list(classes)!r}\n"
-            'print([classes[int(tag)] for tag in outputs["output"][0].argmax(-1)])\n'
-        )
+def text_inputs(preprocess: Mapping[str, Any], array: str) -> str:
+    """A text's inputs by name; `array` makes one of a list of numbers."""
+    inputs = (f'"{name}": {array}([{TEXT_FIELDS[name]}])' for name in preprocess["leaves"])
+    return f"{{{', '.join(inputs)}}}"
+
+
+def numpy_program(
+    m: Mapping[str, Any], file: str, library: str, only_output: str, all_outputs: str
+) -> str:
+    """A program whose model takes and gives arrays.
+
+    The two expressions call the model, with `{file}` in the place of its file, `{names}` of the
+    outputs' names, and `{named}` and `{tensors}` of the inputs, as a dict of arrays and as torch
+    takes them.
+
+    Args:
+        m: The manifest.
+        file: The model's file.
+        library: What the program imports.
+        only_output: An expression for the array of a model that has one output.
+        all_outputs: An expression for the arrays of a model that has several.
+    """
+    preprocess, names = m["preprocess"], m["output_names"]
+    is_text = preprocess["kind"] == "tokens"
+    reading = "from tokenizers import Tokenizer" if is_text else "from PIL import Image, ImageOps"
+    call = (only_output if len(names) == 1 else all_outputs).format(
+        file=file,
+        names=json.dumps(names),
+        named=text_inputs(preprocess, "np.array") if is_text else '{"image": x}',
+        tensors=text_inputs(preprocess, "torch.tensor") if is_text else "torch.from_numpy(x)",
+    )
+    pixels = "" if is_text else f"x = {PIXELS}\n"
+    if library == "torch" and m["run"]["task"]["name"] in OBJECT_TASKS:
+        library = "torch, torchvision  # which has the operator nms"
     return (
-        f"classes = {list(classes)!r}\n"
-        'logits = outputs["output"][0]\n'
-        "probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()\n"
-        "print(classes[int(logits.argmax())], round(float(probabilities.max()), 4))\n"
+        f"import numpy as np\nimport {library}\n{reading}\n\n{read_example(preprocess)}{pixels}"
+        f"{', '.join(names)} = {call}\n{format_answer(m)}"
     )
 
 
-def onnx_program(m: Mapping[str, Any], entry: Mapping[str, Any], reading: str) -> str:
-    feed = "x" if m["preprocess"]["kind"] == "tokens" else '{"image": x}'
-    return (
-        f"import onnxruntime\n{reading}\n"
-        f'session = onnxruntime.InferenceSession("{entry["file"]}")\n'
-        "names = [output.name for output in session.get_outputs()]\n"
-        f"outputs = dict(zip(names, session.run(names, {feed})))\n"
-    )
-
-
-def openvino_program(m: Mapping[str, Any], entry: Mapping[str, Any], reading: str) -> str:
-    feed = "x" if m["preprocess"]["kind"] == "tokens" else '{"image": x}'
-    return (
-        f"import openvino\n{reading}\n"
-        f'model = openvino.Core().compile_model("{entry["file"]}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})\n'
-        f"result = model({feed})\n"
-        "outputs = {next(iter(o.names)): result[o] for o in model.outputs}\n"
-    )
-
-
-def torch_program(m: Mapping[str, Any], entry: Mapping[str, Any], reading: str) -> str:
-    convert = (
-        "{name: torch.from_numpy(array) for name, array in x.items()}"
-        if m["preprocess"]["kind"] == "tokens"
-        else "torch.from_numpy(x)"
-    )
-    return (
-        f"import torch\n{reading}\n"
-        f'model = torch.export.load("{entry["file"]}").module()\n'
-        f"result = model({convert})\n"
-        'result = result if isinstance(result, dict) else {"output": result}\n'
-        "outputs = {name: value.detach().numpy() for name, value in result.items()}\n"
-    )
-
-
+ONNX_CALL = 'onnxruntime.InferenceSession("{file}").run({names}, {named})'
+OPENVINO_CALL = (
+    'openvino.compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})({named})'
+)
+TORCH_CALL = 'torch.export.load("{file}").module()({tensors})'
 PROGRAMS = {
-    **dict.fromkeys(ONNX_FORMATS, onnx_program),
-    "openvino": openvino_program,
-    "torch_export": torch_program,
+    **dict.fromkeys(ONNX_FORMATS, ("onnxruntime", f"{ONNX_CALL}[0]", ONNX_CALL)),
+    "openvino": ("openvino", f"{OPENVINO_CALL}[0]", f"{OPENVINO_CALL}.to_tuple()"),
+    "torch_export": (
+        "torch",
+        f"{TORCH_CALL}.numpy(force=True)",
+        f"[value.numpy(force=True) for value in {TORCH_CALL}.values()]",
+    ),
 }
 
 
-def pretrained_program(m: Mapping[str, Any], reading: str) -> str:
-    """How transformers or timm load the folder `pretrained`."""
-    preprocess = m["preprocess"]
-    if preprocess["kind"] == "tokens":
-        auto = AUTO_CLASSES.get(m["run"]["task"]["name"], "AutoModelForSequenceClassification")
-        return (
-            "import torch\n"
-            f"from transformers import {auto}\n{reading}\n"
-            f'model = {auto}.from_pretrained("pretrained").eval()\n'
-            "with torch.no_grad():\n"
-            "    logits = model(**{name: torch.from_numpy(v) for name, v in x.items()}).logits\n"
-            f"print({answer_of_logits(m)})\n"
+def format_answer(m: Mapping[str, Any]) -> str:
+    """The line that prints what the model's outputs say."""
+    names, task = list(m["classes"]), m["run"]["task"]["name"]
+    if task in OBJECT_TASKS:
+        told = (
+            f"[({names!r}[int(label)], float(score), box.tolist()) "
+            "for label, score, box in zip(labels[0], scores[0], boxes[0]) if score > 0.5]"
         )
-    mean, std = preprocess["mean"], preprocess["std"]
+    elif task == TAGGING:
+        told = f"[{names!r}[int(tag)] for tag in output[0].argmax(-1)]"
+    elif task.endswith("classification"):
+        likeliest = "np.exp(output[0].max() - np.logaddexp.reduce(output[0]))"
+        told = f"{names!r}[int(output[0].argmax())], round(float({likeliest}), 4)"
+    elif task.endswith("multilabel"):
+        told = f"dict(zip({names!r}, (1 / (1 + np.exp(-output[0]))).tolist()))"
+    elif task.endswith("regression"):
+        told = f"dict(zip({names!r}, output[0].tolist()))"
+    elif task == "segmentation":
+        pixels = f"np.bincount(output[0].argmax(0).ravel(), minlength={len(names)})"
+        told = f"dict(zip({names!r}, {pixels}.tolist()))"
+    elif task == "text_generation":
+        told = "tokenizer.decode([int(output[0, -1].argmax())])"
+    else:
+        told = f"[values.shape for values in ({', '.join(m['output_names'])},)]"
+    return f"print({told})\n"
+
+
+def transformers_program(m: Mapping[str, Any]) -> str:
+    """How transformers loads the folder `pretrained`."""
+    auto = AUTO_CLASSES.get(m["run"]["task"]["name"], "AutoModelForSequenceClassification")
+    inputs = text_inputs(m["preprocess"], "torch.tensor")
     return (
-        "import timm\nimport torch\n"
-        f"{reading}\n"
-        'model = timm.create_model("local-dir:pretrained", pretrained=True).eval()\n'
-        f"mean, std = torch.tensor({list(mean)}), torch.tensor({list(std)})\n"
-        "with torch.no_grad():\n"
-        "    logits = model((torch.from_numpy(x) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1))\n"
+        f"import torch\nfrom tokenizers import Tokenizer\nfrom transformers import {auto}\n\n"
+        f"{read_example(m['preprocess'])}"
+        f'logits = {auto}.from_pretrained("pretrained").eval()(**{inputs}).logits\n'
+        f"print({answer_of_logits(m)})\n"
+    )
+
+
+def timm_program(m: Mapping[str, Any]) -> str:
+    """How timm loads the folder `pretrained`."""
+    mean, std = list(m["preprocess"]["mean"]), list(m["preprocess"]["std"])
+    return (
+        "import timm\nfrom PIL import Image, ImageOps\n"
+        "from torchvision.transforms.functional import normalize, pil_to_tensor\n\n"
+        f"{read_example(m['preprocess'])}"
+        f"x = normalize(pil_to_tensor(image) / 255, {mean}, {std})[None]\n"
+        'logits = timm.create_model("local-dir:pretrained", pretrained=True).eval()(x)\n'
         f"print({answer_of_logits(m)})\n"
     )
 

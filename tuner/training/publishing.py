@@ -17,11 +17,12 @@ import tuner
 from tuner.config.objective import metric_label
 from tuner.config.run import Run
 from tuner.core.export_module import ExportModule
-from tuner.core.input_spec import TensorTree
+from tuner.core.input_spec import TensorTree, tree_to_dict
 from tuner.core.targets import split_weights
 from tuner.core.types import Dataset, Task
 from tuner.errors import ExportMismatch
 from tuner.export._model_card import format_model_card
+from tuner.export._onnx_files import OUTPUT_NAME
 from tuner.export._readme import format_readme
 from tuner.files import removal
 from tuner.files.atomic import disk_errors, file_sha256, fsync, half_export
@@ -135,8 +136,8 @@ def save_and_verify_all(
     instead, and left out where that falls.
 
     Returns:
-        What the manifest says: the entry of each format as `exports`, and as `left_out` why a
-        format was not published.
+        What the manifest says: the entry of each format as `exports`, as `left_out` why a format
+        was not published, and the names of the outputs as the formats have them.
 
     Raises:
         ExportMismatch: A format that is not lossy differs from the model.
@@ -181,7 +182,12 @@ def save_and_verify_all(
             "calls": calls,
             "megabytes": round(bytes_of(file) / 1e6, 3),
         }
-    return {"exports": exports, "left_out": left_out, "measured": describe_measurement()}
+    return {
+        "exports": exports,
+        "left_out": left_out,
+        "output_names": [name or OUTPUT_NAME for name in tree_to_dict(expected)],
+        "measured": describe_measurement(),
+    }
 
 
 def calibration_inputs(dataset: Dataset, count: int) -> TensorTree:
