@@ -218,9 +218,7 @@ def test_trackio_reads_curves_parameters_pictures_and_ends_once_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "runs"))  # as it reads it once in a process
-    trackio = pytest.importorskip(
-        "trackio", reason="Trackio 0.43 is not here: it needs Pillow 12, the tests have 13"
-    )
+    trackio = pytest.importorskip("trackio")
 
     search = TrackedSearch(tmp_path, "trackio", trials=3, seed=1)
     coordinator, tracking = search.open()
