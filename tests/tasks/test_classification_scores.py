@@ -107,14 +107,14 @@ def test_classes_without_an_example_are_left_out_of_the_means() -> None:
 def test_where_nothing_can_be_ranked_scores_are_those_of_a_model_that_knows_nothing() -> None:
     logits, truth = torch.randn(20, 2), torch.zeros(20, dtype=torch.int64)
     assert mean_ranking_scores(logits, truth) == {"auroc": 0.5, "average_precision": 0.0}
-    all_alike = torch.tensor([[5, 0], [0, 0]])
+    all_alike = np.array([[5.0, 0.0], [0.0, 0.0]])
     assert cohens_kappa(all_alike) == cohens_kappa(all_alike, quadratic=True) == 0.0
     assert matthews_correlation(all_alike) == matthews_correlation(all_alike.T) == 0.0
 
 
 def test_the_quadratic_kappa_forgives_neighbours() -> None:
-    near = torch.tensor([[5, 5, 0], [0, 5, 5], [0, 5, 5]])
-    far = torch.tensor([[5, 0, 5], [5, 5, 0], [5, 0, 5]])
+    near = np.array([[5.0, 5, 0], [0, 5, 5], [0, 5, 5]])
+    far = np.array([[5.0, 0, 5], [5, 5, 0], [5, 0, 5]])
     assert cohens_kappa(near, quadratic=True) > cohens_kappa(far, quadratic=True)
 
 
