@@ -44,11 +44,15 @@ def limited(seconds: float, clock: Clock, storage: Any = None, **search: Any) ->
     return c
 
 
-def train_on(clock: Clock) -> Any:
-    """What a worker would do, when an epoch takes 1 s and 1 s more for each stage that is trained."""
+def train_on(clock: Clock, held_up: float = 0.0) -> Any:
+    """What a worker would do, when an epoch takes 1 s and 1 s more for each stage that is trained.
+
+    The machine holds up the third trial for so many seconds.
+    """
 
     def carry_out(c: Coordinator, job: Job) -> Outcome:
         run, begun = job.argument.run, clock.now
+        clock.now += held_up if job.number == 2 else 0.0
         epochs: list[Epoch] = []
         for number in range(1, run.recipe.epochs + 1):
             seconds = 6.0 - run.recipe.freeze_depth
@@ -83,6 +87,15 @@ def test_a_search_ends_so_that_the_whole_command_ends_in_time(seconds: int) -> N
     assert whole <= seconds
     # what is left is less than the slack, an epoch of the slowest trial, and one that was not trained
     assert whole >= seconds * (1 - SLACK) - 6.0 - 6.0
+
+
+def test_a_trial_that_the_machine_held_up_does_not_end_the_search_early() -> None:
+    clock = Clock()
+    c = limited(431, clock)
+    run_all_jobs(c, train_on(clock, held_up=60.0))
+    assert history.best_trial(c.study)[0].number != 2
+    whole = clock.now + seconds_after(c)
+    assert 431 * (1 - SLACK) - 6.0 - 6.0 <= whole <= 431
 
 
 def test_a_trial_that_the_time_ends_counts_with_its_best_epoch_so_far() -> None:

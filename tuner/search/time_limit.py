@@ -28,6 +28,9 @@ from tuner.search.running_trial import RunningTrial
 from tuner.search.winner_choice import choose_unconfirmed
 
 SLACK = 0.02  # of the time: equal trainings do not take equally long
+# of the trials: by the longest epochs of all, one trial that the machine held up would end the
+# search early
+USUAL = 0.75
 
 
 class TimeLimit:
@@ -54,7 +57,7 @@ class TimeLimit:
         self.trials: list[FrozenTrial] = []  # completed and trained, the best first
         self.trainings = 0.0  # seconds of the trainings after the search
         self.default_seconds = 0.0  # of the default recipe's training among them
-        self.epoch_seconds = 0.0  # of the trial with the longest epochs, with its preparation
+        self.epoch_seconds = 0.0  # in which the epochs of most trials end, with their preparation
         self.can_skip_retraining = False  # an export may have the weights of a trial
 
     def seconds_left(self) -> float:
@@ -78,13 +81,14 @@ class TimeLimit:
         self.trials = [trial for _, trial in sorted(ranked, key=lambda pair: pair[0])]
         if not self.trials:
             return
-        self.epoch_seconds = max(_seconds_of_epoch(t) for t in self.trials)
+        ordered = sorted(_seconds_of_epoch(t) for t in self.trials)
+        self.epoch_seconds = ordered[ceil(USUAL * len(ordered)) - 1]
         self.trainings = self._seconds_of_trainings(study, space)
 
     def has_time_for_trial(self) -> bool:
-        """Whether another trial may begin: its first epoch fits, however the trial is.
+        """Whether another trial may begin: its first epoch fits, if it is no longer than usual.
 
-        The command needs one result, however late.
+        A longer one is ended, see `must_end_now`. The command needs one result, however late.
         """
         return not self.trials or self.fits(self.epoch_seconds + self.trainings)
 
