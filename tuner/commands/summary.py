@@ -230,6 +230,12 @@ def next_steps(summary: Summary) -> Iterator[str]:
                 "what it says of your own",
             )
         )
+        steps.append(
+            (
+                f"{before}tuner test {name} NEW_DATA{studies}{after}",
+                "its score on new labelled data",
+            )
+        )
     steps.append((f"tuner export {name} --trial N{studies}", "another trial's model"))
     if summary.made_elsewhere is None:
         soup = summary.published.manifest.get("soup") if summary.published else None
