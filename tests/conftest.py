@@ -77,6 +77,8 @@ def pytest_collection_finish() -> None:
     import hypothesis  # noqa: F401 - when it is loaded, it asks the collector who refers to what
 
     remember_constructions()
+    if publishing := sys.modules.get("tuner.training.publishing"):
+        publishing.TIMED_CALLS = 3  # type: ignore[attr-defined]  # hundreds of tests export
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)

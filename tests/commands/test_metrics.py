@@ -27,7 +27,7 @@ cost.minimised = True
 '''
 
 
-@pytest.fixture(params=["log_loss", "my_cost:cost"])
+@pytest.fixture(params=[pytest.param("log_loss", marks=pytest.mark.slow), "my_cost:cost"])
 def metric(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "my_cost.py").write_text(COST)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,12 +1,19 @@
 """What hundreds of tests construct alike is constructed once in a process."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import typer.main
+
 
 def remember_constructions() -> None:
-    """In the module of Optuna's database, if it is loaded: where few tests run, it need not be."""
+    """The parser of the command line, and what Optuna's database reads of its own modules.
+
+    The latter only if they are loaded: where few tests run, they need not be.
+    """
+    typer.main.get_command = functools.cache(typer.main.get_command)
     if rdb := sys.modules.get("optuna.storages._rdb.storage"):
         manager = vars(rdb)["_VersionManager"]
         manager._create_alembic_script = _remember_script(manager._create_alembic_script)

@@ -44,8 +44,9 @@ def test_every_family_is_in_the_table() -> None:
     assert {plugins.find_model_family(name) for name in SMALL_DETECTORS} == list_detector_families()
 
 
-# for their heads a smaller backbone stands in the quick tests
+# for their heads a smaller backbone or a sister stands in the quick tests
 LARGE = (
+    "dfine_n",
     "retinanet_resnet50_fpn",
     "fcos_resnet50_fpn",
     "ssd300_vgg16",

@@ -168,11 +168,14 @@ def test_weights_of_other_classes_leave_every_classifier_new(
 
 
 @pytest.mark.slow
-def test_a_member_of_every_family_is_cut_as_the_page_says() -> None:
-    """On the meta device, where tensors have sizes and no numbers: the stages and the partition."""
+def test_a_member_of_each_third_family_is_cut_as_the_page_says() -> None:
+    """On the meta device, where tensors have sizes and no numbers: the stages and the partition.
+
+    A family takes a second; benchmarks/stages.py, which writes the page, cuts all 109.
+    """
     stages = load_benchmark("stages")
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    for name in stages.TIMM:
+    for name in stages.TIMM[::3]:
         if name == "sequencer2d_s":  # its recurrent layers take minutes on this device
             continue
         staged = stages.build_image_model(f"timm/{name}", "meta")

@@ -269,6 +269,7 @@ def test_31_gpus_where_there_are_none_end_before_anything_is_made(
     assert not (small.parent / "studies").exists()
 
 
+@pytest.mark.slow  # a worker starts
 def test_31_several_gpus_where_there_is_none_end_before_anything_is_made(
     tuner: Tuner, small: Path
 ) -> None:
