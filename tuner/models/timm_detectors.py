@@ -35,6 +35,10 @@ RECIPES = {
         "warmup": 0.1,
     }
 }
+# The reference trains on COCO for hundreds of thousands of steps. On some hundreds of images with
+# some hundreds of steps, the new pyramid and head of Faster R-CNN need more: benchmarks/README.md,
+# "Boxes". Its gradients are clipped for that.
+NAMED_RECIPES = {"fasterrcnn/timm/*": {"detection": {"lr": 0.01, "clip_norm": 10.0}}}
 EXPORTS = ("safetensors", "onnx")
 
 
