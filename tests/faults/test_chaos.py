@@ -22,7 +22,7 @@ from tests.helpers.study_contents import ended_trials
 from tuner.dashboard import server
 from tuner.search import history
 
-BUDGET = 8
+BUDGET = 6
 ROUNDS = 5  # of each case
 PATIENCE = 240.0  # seconds for whatever is waited for
 DEAD_WORKER = (

@@ -109,7 +109,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studies]:
 
 @pytest.mark.parametrize(
     ("who", "number"),
-    [("worker", 7), ("coordinator", 7), ("worker", 14), ("both", 14)],
+    [("worker", 7), ("coordinator", 7), ("both", 14)],
 )
 def test_27_killed_and_continued_equals_undisturbed_and_one_epoch_is_trained_again(
     who: str, number: int, studies: Studies

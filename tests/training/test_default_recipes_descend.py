@@ -59,7 +59,7 @@ PHOTOGRAPHS = ("clothing", "signdigits")
 SMP = ("segmentation_models_pytorch",)
 FAMILIES = (
     Family("resnet18_slim", 64, 32, 3, "weights: bundled", sources=PHOTOGRAPHS),
-    Family("vgg11_bn", 32, 64, 4, "weights: none", sources=PHOTOGRAPHS, shares=(0.5,)),
+    Family("mobilenet_v3_small", 64, 64, 4, "weights: none", sources=PHOTOGRAPHS, shares=(0.5,)),
     Family(
         "timm/tf_efficientnet_lite0",
         64,
