@@ -332,13 +332,13 @@ def test_what_the_authors_do_not_train_is_no_parameter() -> None:
 # -- exports
 
 
-@pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize(
-    "kind",
+    ("name", "kind"),
     [
-        "safetensors",
-        pytest.param("torch_export", marks=pytest.mark.slow),
-        pytest.param("onnx", marks=pytest.mark.slow),
+        *((name, "safetensors") for name in TINY),
+        # D-FINE has RT-DETR's encoder and decoder, and more
+        pytest.param("rtdetr", "torch_export", marks=pytest.mark.slow),
+        pytest.param("dfine", "onnx", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_read_back_finds_the_same_objects(name: str, kind: str, tmp_path: Path) -> None:

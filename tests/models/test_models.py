@@ -74,7 +74,9 @@ def test_the_cut_law(name: str) -> None:
 CLASSIFIERS = [
     name
     for name in plugins.list_names("model")
-    if "*" not in name and "classification" in plugins.list_tasks("model", name)
+    if "*" not in name
+    and "classification" in plugins.list_tasks("model", name)
+    and name != "regnet_y_128gf"  # of 645 M parameters in the blocks of its smaller sisters
 ]
 
 
