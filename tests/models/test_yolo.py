@@ -319,10 +319,8 @@ def test_a_missing_package_names_the_command(
     ("name", "kind"),
     [
         ("yolox_nano", "safetensors"),
-        pytest.param("yolox_nano", "onnx", marks=pytest.mark.slow),
         pytest.param("yolox_nano", "torch_export", marks=pytest.mark.slow),
         ("yolov9_t", "safetensors"),
-        pytest.param("yolov9_t", "torch_export", marks=pytest.mark.slow),
         pytest.param("yolov9_t", "onnx", marks=pytest.mark.slow),
     ],
 )
