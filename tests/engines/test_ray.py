@@ -62,7 +62,6 @@ def cluster() -> Iterator[Any]:
     health = {
         "health_check_initial_delay_ms": 0,
         "health_check_period_ms": 1000,
-        "health_check_timeout_ms": 2000,  # 10 s for each of 5 failures
         "health_check_failure_threshold": 5,
     }
     head = {
