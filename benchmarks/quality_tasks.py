@@ -209,7 +209,8 @@ def plot(found: dict[str, Any]) -> None:
         axis.set_xlim(left=0)
         axis.set_title(f"{name}: test {metric}", fontsize=10)
         axis.set_xlabel("wall seconds", fontsize=9)
-    panels[0].legend(frameon=False, fontsize=8)
+    fullest = max(range(len(names)), key=lambda index: len(arms_of[names[index]]))
+    panels[fullest].legend(frameon=False, fontsize=8)
     figure.savefig(arms.PLOTS / "quality_tasks.png")
 
 
