@@ -28,9 +28,9 @@ from tuner.search.running_trial import RunningTrial
 from tuner.search.winner_choice import choose_unconfirmed
 
 SLACK = 0.02  # of the time: equal trainings do not take equally long
-# of the trials: by the longest epochs of all, one trial that the machine held up would end the
-# search early
-USUAL = 0.75
+# From so many trials on, the one with the longest epochs does not count: the machine may have held
+# it up, and by its epochs the search would end early.
+ENOUGH_TRIALS = 4
 
 
 class TimeLimit:
@@ -57,7 +57,7 @@ class TimeLimit:
         self.trials: list[FrozenTrial] = []  # completed and trained, the best first
         self.trainings = 0.0  # seconds of the trainings after the search
         self.default_seconds = 0.0  # of the default recipe's training among them
-        self.epoch_seconds = 0.0  # in which the epochs of most trials end, with their preparation
+        self.epoch_seconds = 0.0  # of all trials but one at most, with their preparation
         self.can_skip_retraining = False  # an export may have the weights of a trial
 
     def seconds_left(self) -> float:
@@ -82,7 +82,7 @@ class TimeLimit:
         if not self.trials:
             return
         ordered = sorted(_seconds_of_epoch(t) for t in self.trials)
-        self.epoch_seconds = ordered[ceil(USUAL * len(ordered)) - 1]
+        self.epoch_seconds = ordered[-2 if len(ordered) >= ENOUGH_TRIALS else -1]
         self.trainings = self._seconds_of_trainings(study, space)
 
     def has_time_for_trial(self) -> bool:
