@@ -162,7 +162,7 @@ def test_the_last_line_of_a_detectors_program_names_what_is_likelier_than_not() 
     boxes = [[[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0], [0.0] * 4]]
     values = {"boxes": boxes, "scores": [[0.75, 0.25, 0.0]], "labels": [[1, 0, -1]]}
     arrays = {name: np.array(value) for name, value in values.items()}
-    said = said_by(format_answer(manifest_of("detection")), **arrays)
+    said = said_by(format_answer(manifest_of("detection") | {"output_names": [*values]}), **arrays)
     assert said == "[('B-PER', 0.75, [0.0, 1.0, 2.0, 3.0])]"
 
 

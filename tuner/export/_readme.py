@@ -140,11 +140,16 @@ PROGRAMS = {
 def format_answer(m: Mapping[str, Any]) -> str:
     """The line that prints what the model's outputs say."""
     names, task = list(m["classes"]), m["run"]["task"]["name"]
+    shapes = f"[values.shape for values in ({', '.join(m['output_names'])},)]"
     if task in OBJECT_TASKS:
         told = (
             f"[({names!r}[int(label)], float(score), box.tolist()) "
             "for label, score, box in zip(labels[0], scores[0], boxes[0]) if score > 0.5]"
         )
+    elif task == "text_generation":
+        told = "tokenizer.decode([int(output[0, -1].argmax())])"
+    elif not names:
+        told = shapes
     elif task == TAGGING:
         told = f"[{names!r}[int(tag)] for tag in output[0].argmax(-1)]"
     elif task.endswith("classification"):
@@ -157,10 +162,8 @@ def format_answer(m: Mapping[str, Any]) -> str:
     elif task == "segmentation":
         pixels = f"np.bincount(output[0].argmax(0).ravel(), minlength={len(names)})"
         told = f"dict(zip({names!r}, {pixels}.tolist()))"
-    elif task == "text_generation":
-        told = "tokenizer.decode([int(output[0, -1].argmax())])"
     else:
-        told = f"[values.shape for values in ({', '.join(m['output_names'])},)]"
+        told = shapes
     return f"print({told})\n"
 
 

@@ -16,7 +16,7 @@ CALIBRATION_BINS = 15  # of confidence, equally wide, as Guo et al. take them
 MAX_RANKED_CLASSES = 100  # with more, sorting the examples by each class would slow every epoch
 TOP_METRICS = {"top_3": 3, "top_5": 5}
 RANKING_METRICS = ("auroc", "average_precision")
-Matrix = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64]
 # float32 as the confidences, so that one which lies on an edge is in the bin above it
 CALIBRATION_EDGES = torch.linspace(0, 1, CALIBRATION_BINS + 1).numpy()
 
@@ -92,7 +92,7 @@ def matrix_scores(matrix: npt.NDArray[Any]) -> dict[str, float]:
     }
 
 
-def matthews_correlation(counts: Matrix) -> float:
+def matthews_correlation(counts: Floats) -> float:
     """The correlation of true and predicted classes (Gorodkin, Comput. Biol. Chem., 2004).
 
     It is 0 where all examples are, or are said to be, of one class.
@@ -115,13 +115,19 @@ def expected_calibration_error(logits: Tensor, truth: Tensor) -> float:
         truth: int64 (n,), the true classes.
     """
     confidence, predicted = logits.softmax(1).max(1)
-    bins = torch.bucketize(confidence, torch.from_numpy(CALIBRATION_EDGES), right=True) - 1
-    gaps = (predicted == truth).double() - confidence.double()
-    sums = torch.zeros(CALIBRATION_BINS + 1, dtype=torch.float64).index_add(0, bins, gaps)
-    return float(sums.abs().sum()) / len(truth)
+    return calibration_error(confidence.numpy(), (predicted == truth).numpy(), np.ones(len(truth)))
 
 
-def cohens_kappa(counts: Matrix, *, quadratic: bool = False) -> float:
+def calibration_error(
+    confidence: npt.NDArray[np.float32], is_hit: npt.NDArray[np.bool_], weights: Floats
+) -> float:
+    """The expected calibration error of weighted examples; all arrays are (n,)."""
+    bins = np.digitize(confidence, CALIBRATION_EDGES) - 1
+    gaps = weights * (is_hit - confidence.astype(np.float64))
+    return float(np.abs(np.bincount(bins, gaps)).sum() / weights.sum())
+
+
+def cohens_kappa(counts: Floats, *, quadratic: bool = False) -> float:
     """Agreement beyond chance, at most 1 (Cohen, Educational and Psychological Measurement, 1960).
 
     It is 0 where chance alone would agree everywhere, as where all examples are of one class.
@@ -233,13 +239,11 @@ def score_classes(results: ExampleResults, counts: Tensor, class_count: int) -> 
     total = weights.sum()
     matrix = np.bincount(target * class_count + predicted, weights, class_count**2)
     log_likelihood = float(weights @ arrays["log_likelihood"] / total)
-    bins = np.digitize(confidence, CALIBRATION_EDGES) - 1
-    gaps = weights * ((predicted == target) - confidence.astype(np.float64))
     return {
         **matrix_scores(matrix.reshape(class_count, class_count)),
         "log_likelihood": log_likelihood,
         "log_loss": -log_likelihood,
-        "expected_calibration_error": float(np.abs(np.bincount(bins, gaps)).sum() / total),
+        "expected_calibration_error": calibration_error(confidence, predicted == target, weights),
         **{
             name: float(weights @ (arrays["rank"] < TOP_METRICS[name]) / total)
             for name in defined_metrics(tuple(TOP_METRICS), class_count)
