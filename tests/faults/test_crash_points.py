@@ -5,6 +5,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 import shutil
 import sqlite3
 import sys
@@ -36,6 +37,38 @@ data: {name: synthetic, examples: 60, classes: 3, size: 32, noise: 2}
 model: {name: resnet18_slim, weights: bundled}
 recipe: {optimizer: adamw, lr: [0.001, 0.002, 0.003], freeze_depth: 4, epochs: 1, batch_size: 16}
 search: {name: s, trials: 3, seed: 0, metric: log_loss, confirm: none, soup: greedy}
+engine: {name: inline, device: cpu}
+export: [safetensors]
+"""
+
+# All that makes training better and restarting harder at once.
+EVERYTHING = """
+task: classification
+data: {name: synthetic, examples: 60, classes: 3, size: 32, noise: 2, augment: strong}
+model: {name: resnet18_slim, weights: bundled}
+recipe:
+  optimizer: adamw
+  lr: [0.001, 0.003]
+  weight_decay: 0.05
+  layer_decay: 0.8
+  head_lr: 2
+  unfreeze_every: 1
+  freeze_depth: 3
+  epochs: 3
+  batch_size: 16
+  accumulate: 2
+  schedule: onecycle
+  clip_norm: 1
+  ema: 0.9
+  mixup: 0.2
+  cutmix: 1
+  class_weights: balanced
+  sampling: balanced
+  focal_gamma: 2
+  label_smoothing: 0.1
+search:
+  {name: s, trials: 3, seed: 0, metric: log_loss, soup: greedy, test_flips: true,
+   confirm: {top: 2, repeats: 1}}
 engine: {name: inline, device: cpu}
 export: [safetensors]
 """
@@ -186,6 +219,7 @@ def ended_alike(folder: Path, calm: Path) -> None:
     assert chosen(folder) == chosen(calm)
     for key in ("comparison", "confirmation", "soup"):
         assert without_numbers(found.manifest[key]) == without_numbers(expected.manifest[key])
+    assert note(folder) == note(calm)
     with contextlib.closing(sqlite3.connect(folder / "studies/s/study.db")) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     left = [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".old", ".lock")]
@@ -198,6 +232,20 @@ def without_numbers(value: Any) -> Any:
         kept = {k: v for k, v in value.items() if k not in ("trial", "default_trial")}
         return {k: without_numbers(v) for k, v in kept.items()}
     return [without_numbers(v) for v in value] if isinstance(value, list) else value
+
+
+def note(folder: Path) -> str:
+    """What the dashboard says of the study, but for the numbers of trials."""
+    import optuna
+
+    from tuner.dashboard.artifacts import read_study_note
+    from tuner.search import storage
+
+    study = optuna.load_study(
+        study_name="s", storage=storage.open_storage(None, folder / "studies" / "s")
+    )
+    attributes = study._storage.get_study_system_attrs(study._study_id)
+    return re.sub(r"trial \d+", "trial", read_study_note(attributes))
 
 
 def chosen(folder: Path) -> list[str]:
@@ -254,6 +302,21 @@ def test_27_killed_while_a_soup_is_made_it_ends_as_the_calm_one(
     assert code == 0, said
     ended_alike(folder, calm)
     assert not list((folder / "studies/s/checkpoints").glob("soup-*"))
+
+
+@pytest.mark.slow
+def test_27_killed_with_the_whole_recipe_switched_on_it_ends_as_the_calm_one(
+    forking: ForkServer, tmp_path: Path
+) -> None:
+    calm = begun(tmp_path / "calm", EVERYTHING)
+    code, said = forking.tuner(calm, "run", "study.yaml")
+    assert code == 0, said
+    folder = begun(tmp_path / "killed", EVERYTHING)
+    points = ("checkpoint.renamed:2", "confirm.kept", "checkpoint.renamed", "export.renamed")
+    list(kill_in_turn(points, forking, folder, "run", "study.yaml"))
+    code, said = forking.tuner(folder, "run", "study.yaml")
+    assert code == 0, said
+    ended_alike(folder, calm)
 
 
 @pytest.mark.slow

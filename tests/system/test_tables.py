@@ -161,7 +161,7 @@ def test_keys_that_mean_nothing_for_labels_are_refused(words: str, expected: str
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("recipe.label_smoothing=0.1", "regression has no such key: its targets are no classes"),
+        ("recipe.label_smoothing=0.1", "regression has no such key: its loss smooths no labels"),
         ("recipe.sampling=balanced", "recipe.sampling: regression has no such key, only"),
         ("search.calibrate=1.5", "search.calibrate: 1.5, but regression has no such key, only"),
         ("search.metric=accuracy", "'accuracy' is not a metric of regression"),

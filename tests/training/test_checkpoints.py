@@ -41,6 +41,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": name, "lr": 1e-3} for name in ("nadam", "adafactor", "rmsprop")},
     "ema": {"ema": 0.9},
     "ema both": {"ema": 0.9, "fit": "train+valid"},
+    "everything": {
+        "optimizer": "adamw",
+        "weight_decay": 0.1,
+        "layer_decay": 0.7,
+        "head_lr": 2.0,
+        "unfreeze_every": 1,
+        "schedule": "onecycle",
+        "accumulate": 2,
+        "clip_norm": 0.5,
+        "ema": 0.9,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "class_weights": "effective_number",
+        "sampling": "balanced",
+        "focal_gamma": 2.0,
+        "label_smoothing": 0.1,
+        "augment": "strong",
+    },
 }
 
 
@@ -66,7 +84,9 @@ def run(
         "momentum": 0.9,
         "head": "fresh",
     } | recipe
-    found = space.make_run({("recipe", key): value for key, value in chosen.items()}, seed=seed)
+    found = space.make_run(
+        {("data" if k == "augment" else "recipe", k): v for k, v in chosen.items()}, seed=seed
+    )
     return replace(found, model=PluginConfig(model, {})) if ":" in model else found
 
 

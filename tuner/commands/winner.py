@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import optuna
 from optuna.trial import FrozenTrial
 
 from tuner import manifest
@@ -185,7 +186,9 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
         and not is_stale(published, run, outputs, settings.export, confirmation)
         and is_current(published.manifest.get("soup"), candidates)
     ):
-        remove_soup_checkpoints(folder)  # of a command that was killed after it published
+        # what a command that was killed after it published had still to do
+        remove_soup_checkpoints(folder)
+        note_result(coordinator.study, winner, published)
         return replace(summary, published=published)
     if weights is None and not settings.search.retrain:
         session.console.note(
@@ -221,9 +224,14 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
     )
     remove_soup_checkpoints(folder)
     ended.clock.exported = True
-    if compared := manifest.describe_comparison(published.manifest):
-        write_result_note(coordinator.study, f"trial {winner.number}: {compared}")
+    note_result(coordinator.study, winner, published)
     return replace(summary, published=published, anything_new=True)
+
+
+def note_result(study: optuna.Study, winner: FrozenTrial, published: PublishedExport) -> None:
+    """Writes into the study's note, for the dashboard, what the winner has over the default."""
+    if compared := manifest.describe_comparison(published.manifest):
+        write_result_note(study, f"trial {winner.number}: {compared}")
 
 
 def confirm_best(ended: EndedSearch) -> Confirmed | None:

@@ -307,7 +307,7 @@ def check_recipe_of_task(draft: Draft) -> None:
         path = ("recipe", key)
         if draft.possible_values(path) != (Recipe.model_fields[key].default,):
             draft.add_problem(
-                path, f"{task} has no such key: its targets are no classes; drop the key"
+                path, f"{task} has no such key: its loss smooths no labels; drop the key"
             )
     for key in sorted(tasks_by_key.keys() - set(known)):
         path = ("recipe", key)
@@ -315,8 +315,8 @@ def check_recipe_of_task(draft: Draft) -> None:
             hint = "; name it in RECIPE_KEYS beside METRICS if yours has it" if ":" in task else ""
             draft.add_problem(
                 path,
-                f"{task} has no such key, only {fields.join_alternatives(tasks_by_key[key])}: its "
-                f"examples do not have one class each; drop the key{hint}",
+                f"{task} has no such key, only {fields.join_alternatives(tasks_by_key[key])}; "
+                f"drop the key{hint}",
             )
 
 

@@ -93,9 +93,11 @@ def write_result_note(study: optuna.Study, result: str) -> None:
     """
     storage, study_id = storage_of(study), study_id_of(study)
     before = storage.get_study_system_attrs(study_id)
-    paragraphs = read_study_note(before).split("\n\n")
-    others = [text for text in paragraphs if not text.startswith(RESULT_HEAD)]
+    written = read_study_note(before)
+    others = [text for text in written.split("\n\n") if not text.startswith(RESULT_HEAD)]
     body = "\n\n".join([f"{RESULT_HEAD}{result}.", *others])
+    if body == written:
+        return
     for key, value in note_attributes(None, body, before).items():
         storage.set_study_system_attr(study_id, key, value)
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 from torchvision.models import get_model
 from torchvision.models.vision_transformer import interpolate_embeddings
+from torchvision.ops import StochasticDepth
 
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import StagedModel, split_sequential
@@ -135,19 +136,31 @@ def build(
             "model's own",
         ),
     ] = None,
+    drop_path: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="stochastic depth: how often training leaves out the last residual block, "
+            "and the others less; null: the model's own",
+        ),
+    ] = None,
 ) -> StagedModel:
     """Model `name` with `outputs` classes, for images of `size` pixels; None: those of its weights.
 
     Depth 1 freezes the stem, each depth after it one block or one stage of blocks more.
 
     Raises:
-        SpaceError: The model does not take images of this size, or torchvision has no such weights.
+        SpaceError: The model does not take images of this size, has no dropout or no stochastic
+            depth where a rate is given, or torchvision has no such weights.
         DataError: The weights are missing, damaged or of another model.
     """
     side = size or torchvision_preprocess(name, weights).size
     model = _create_model(name, outputs, side)
     if dropout is not None:
         _set_dropout(model, name, dropout)
+    if drop_path is not None:
+        _set_stochastic_depth(model, name, drop_path)
     head = find_units(model).heads[-1]
     notes: tuple[str, ...] = ()
     if weights != "none":
@@ -198,6 +211,18 @@ def _set_dropout(model: nn.Module, name: str, rate: float) -> None:
         raise SpaceError(f"model.dropout: {rate:g}, but {name} has none; leave the key out")
     for dropout in dropouts:
         dropout.p = rate
+
+
+def _set_stochastic_depth(model: nn.Module, name: str, rate: float) -> None:
+    """Sets the rates of the residual blocks: 0 for the first, rising evenly to `rate` for the last
+    (Huang et al., Deep Networks with Stochastic Depth, ECCV 2016). Raises SpaceError where the
+    model has no such blocks.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, StochasticDepth)]
+    if not blocks:
+        raise SpaceError(f"model.drop_path: {rate:g}, but {name} has none; leave the key out")
+    for number, block in enumerate(blocks):
+        block.p = rate * number / max(1, len(blocks) - 1)
 
 
 def _resample_positions(model: nn.Module, state: dict[str, Any], side: int) -> dict[str, Any]:

@@ -37,6 +37,15 @@ def build(
             "name, or a path to a .safetensors or .pth file"
         ),
     ] = "default",
+    dropout: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of the features behind each hidden fully connected layer that "
+            "training sets to 0; null: torchvision's own, 0.5",
+        ),
+    ] = None,
 ) -> StagedModel:
     """Model `name` with `outputs` classes.
 
@@ -52,6 +61,9 @@ def build(
         and isinstance(fc, nn.Sequential)
         and isinstance(model.avgpool, nn.Module)
     )
+    for layer in fc:
+        if dropout is not None and isinstance(layer, nn.Dropout):
+            layer.p = dropout
     for layer in features:
         block.append(layer)
         if isinstance(layer, nn.MaxPool2d):

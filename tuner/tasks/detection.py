@@ -18,6 +18,7 @@ from tuner.tasks._detected_objects import unpad_predictions
 from tuner.tasks._object_finder import ObjectFinder
 
 METRICS = ("map", "map_50", "map_75", "mar_100")
+REFUSED_RECIPE_KEYS = ("label_smoothing",)
 
 
 def build(
@@ -37,7 +38,7 @@ def build(
 
     Args:
         classes: the names of the classes.
-        recipe: how the model is trained; detection uses none of its keys.
+        recipe: how the model is trained; the loss is the model's own and uses none of its keys.
         confidence: objects with a lower score are neither listed nor drawn. Metrics use all.
     """
     return Detection(classes, confidence)

@@ -32,6 +32,7 @@ METRICS = (
     "map_75",
     "mar_100",
 )
+REFUSED_RECIPE_KEYS = ("label_smoothing",)
 BOX_PREFIX, MASK_PREFIX = "box_", "mask_"
 
 

@@ -36,7 +36,7 @@ from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.tasks import _annotated_images
 
 METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")
-RECIPE_KEYS = ("class_weights",)
+RECIPE_KEYS = ("class_weights", "auxiliary_lr")
 SEARCH_KEYS = ("test_flips",)
 AUXILIARY_WEIGHT = 0.5  # weight of the loss of an output `aux`, as in torchvision
 EXAMPLES_SHOWN = 8  # validation examples on a contact sheet
