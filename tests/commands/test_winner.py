@@ -270,6 +270,7 @@ CONFIRMED = (*CONFIRM, "search.confirm={top: 2, repeats: 2}")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_program")
 def test_the_best_trials_are_confirmed_and_killed_and_continued_equals_undisturbed(
     tuner: Tuner, small: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

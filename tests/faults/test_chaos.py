@@ -238,7 +238,7 @@ def carry_through(search: Search, chance: random.Random, most: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("seed", "workers"), [(0, 1), (1, 1), (2, 2)])
+@pytest.mark.parametrize(("seed", "workers"), [(0, 1), (2, 2)])
 def test_no_blow_loses_doubles_or_leaves_anything(seed: int, workers: int, place: Path) -> None:
     chance = random.Random(seed)
     left, number = ROUNDS, 0

@@ -22,7 +22,7 @@ from tuner.preprocessing import image_decoding, mask_decoding
 from tuner.preprocessing.splits import assign_and_limit_splits, check_classes
 
 SIDE = ImageInputSpec(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3)
-QUICK, MANY = 40, 400  # files a kind
+QUICK, MANY = 40, 250  # files a kind
 SECONDS, BYTES = 10.0, 700_000_000  # that one file may take, and all of a kind together
 
 

@@ -341,17 +341,15 @@ def test_32_a_second_signal_stops_now(small: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "delay"), [(signal.SIGKILL, 0.4), (signal.SIGINT, 0.0)])
-def test_27_32_an_end_while_the_winner_is_made_leaves_an_export_that_is_whole_or_absent(
-    number: signal.Signals, delay: float, tuner: Tuner, small: Path
+def test_27_32_ctrl_c_while_the_winner_is_made_leaves_an_export_that_is_whole_or_absent(
+    tuner: Tuner, small: Path
 ) -> None:
-    """At moments by chance; test_crash_points.py kills at each point of it in turn."""
+    """At a moment by chance; test_crash_points.py kills at each point of it in turn."""
     process = local(small, trials=1)
     until(process, "training on train and valid")
-    time.sleep(delay)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    assert process.returncode in (-9, 130, 0)
+    assert process.returncode in (130, 0)
     study = small.parent / "studies" / "small"
     if (study / "export").exists():
         assert (study / "export" / "manifest.json").exists()

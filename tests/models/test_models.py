@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import get_model
+from torchvision.ops import StochasticDepth
 
 from tests.conftest import CommandResult
 from tests.helpers.split_laws import check_partition, check_split
@@ -32,8 +33,8 @@ COMPUTED = [
 ]
 
 
-def built(name: str, outputs: int = 3) -> StagedModel:
-    part = PluginConfig(name, {} if ":" in name else {"weights": "none"})
+def built(name: str, outputs: int = 3, **keys: float) -> StagedModel:
+    part = PluginConfig(name, keys if ":" in name else {"weights": "none", **keys})
     return build_model(
         Run(PluginConfig("classification", {}), PluginConfig("synthetic", {}), part, Recipe(), 0),
         Path(),
@@ -123,6 +124,33 @@ def test_every_model_is_cut_into_all_its_parameters(name: str) -> None:
             with torch.device("cpu" if name.startswith("regnet_") else "meta"):
                 plain = get_model(name, num_classes=3, **INCEPTION.get(name, {}))
             assert list(staged.model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "vgg11"])
+def test_dropout_reaches_the_model(name: str) -> None:
+    with torch.device("meta"):
+        rates = [
+            [m.p for m in built(name, **keys).model.modules() if isinstance(m, nn.Dropout)]
+            for keys in ({}, {"dropout": 0.35})
+        ]
+    assert set(rates[1]) == {0.35} and len(rates[0]) == len(rates[1])
+    assert set(rates[0]).isdisjoint(rates[1])
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "efficientnet_b0", "swin_t"])
+def test_drop_path_reaches_the_residual_blocks(name: str) -> None:
+    with torch.device("meta"):
+        modules = built(name, drop_path=0.35).model.modules()
+    rates = [module.p for module in modules if isinstance(module, StochasticDepth)]
+    assert rates == sorted(rates) and (rates[0], rates[-1]) == (0.0, 0.35) and rates[1] > 0
+
+
+def test_a_model_without_stochastic_depth_says_so() -> None:
+    with (
+        torch.device("meta"),
+        pytest.raises(SpaceError, match=r"model\.drop_path: 0\.2, but alexnet has none; leave"),
+    ):
+        built("alexnet", drop_path=0.2)
 
 
 @pytest.mark.parametrize(

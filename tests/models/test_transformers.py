@@ -463,9 +463,6 @@ def test_from_the_hub_each_file_once_pinned_and_offline_after(
     [
         ("bert", "text_classification", "[onnx]"),
         pytest.param("gpt2", "text_generation", "[onnx, torch_export]", marks=pytest.mark.slow),
-        pytest.param(
-            "distilbert", "text_classification", "[onnx, torch_export]", marks=pytest.mark.slow
-        ),
         pytest.param("roberta", "text_classification", "[onnx]", marks=pytest.mark.slow),
     ],
 )
@@ -609,6 +606,7 @@ def test_real_messages_on_a_real_encoder(
         f"model.folder={Path(package.__file__).parent / 'model'}",
         *words,
         "search.trials=1",
+        "search.retrain=false",
         "engine.name=inline",
         "export=[safetensors]",
     )

@@ -165,6 +165,20 @@ def test_masks_that_are_judged_are_those_without_augmentation(tmp_path: Path) ->
         assert torch.equal(first.x, second.x) and torch.equal(first.y, second.y)
 
 
+@pytest.mark.parametrize("key", ["operations", "magnitude"])
+def test_more_operations_and_a_larger_magnitude_of_randaugment_change_pixels_more(
+    key: str, photographs: Path, tmp_path: Path
+) -> None:
+    plain = load_classes(tmp_path, photographs).train
+    changes = []
+    for value in {"operations": (1, 4), "magnitude": (3, 20)}[key]:
+        keys = {"operations": 2, "magnitude": 9.0} | {key: value}
+        source = load_classes(tmp_path, photographs, augment={"randaugment": keys}).train
+        distances = (pixels_of(source, v).int() - pixels_of(plain, 0).int() for v in (1, 2, 3))
+        changes.append(sum(float(each.abs().float().mean()) for each in distances))
+    assert changes[1] > 1.2 * changes[0]
+
+
 def test_a_crop_reaches_pixels_around_the_centre(photographs: Path, tmp_path: Path) -> None:
     """Of 48 stored pixels 32 are the example: zoomed out, 48 are shown before the border begins."""
     spec = ImageInputSpec(32, 48, "bilinear", (0.0,) * 3, (1.0,) * 3)

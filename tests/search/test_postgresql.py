@@ -396,13 +396,13 @@ def test_two_coordinators_share_a_study_draw_for_draw(
 def test_22_a_second_tuner_run_joins_and_one_export_comes_out(
     url: str, start: Callable[..., Process]
 ) -> None:
-    words = ("search.trials=24", "search.sampler=random", "search.confirm={top: 1, repeats: 1}")
+    words = ("search.trials=14", "search.sampler=random", "search.confirm={top: 1, repeats: 1}")
     first = start("a", url, *words)
     first.until("#0")
     second = start("b", url, *words)
     assert (first.wait(), second.wait()) == (0, 0), first.said() + second.said()
     assert f"is also being run by pid {first.popen.pid} on host" in "".join(second.lines)
-    assert len(draws(url, "small", 24)) == 24
+    assert len(draws(url, "small", 14)) == 14
     assert all(any(line.startswith("#") for line in p.lines) for p in (first, second))
     exported = [p for p in (first, second) if (p.folder / "studies/small/export").exists()]
     assert len(exported) == 1
@@ -470,7 +470,7 @@ def test_29_a_tuner_run_that_is_killed_leaves_its_trial_to_the_other(
     )
 
 
-@pytest.mark.parametrize("pause", [0.05, 0.4])
+@pytest.mark.parametrize("pause", [0.4])
 def test_29_one_that_is_stopped_beyond_its_lease_counts_nothing_twice(
     pause: float, url: str, start: Callable[..., Process], calm: dict[int, dict[str, Any]]
 ) -> None:
@@ -561,7 +561,11 @@ def test_the_password_is_found_and_left_nowhere(
         place,
         "data.examples=60",
         "recipe.epochs=1",
-        *(words if how in ("variable", "written") else [*words[:2], "search.retrain=false"]),
+        *(
+            words
+            if how in ("variable", "written")
+            else [*words[:2], "search.retrain=false", "engine.name=inline"]
+        ),
     )
     listed = ""
     while process.popen.poll() is None:
@@ -670,6 +674,7 @@ def test_a_dashboard_that_writes_lists_one_study_of_the_server(url: str, tmp_pat
         assert [study.study_name for study in database.get_all_studies()] == ["others"]
 
 
+@pytest.mark.usefixtures("quick_program")
 def test_tuner_export_finds_the_server_again(url: str, tuner: Tuner, small: Path) -> None:
     assert tuner("run", small, f"storage='{url}'", "search.trials=2").code == 0
     said = tuner("export", "small", "--format", "torch_export")

@@ -19,7 +19,7 @@ COUNTS = {"train": ("photos", 24), "test": ("new", 6)}  # of each class; the sec
 COMMANDS = """
 tuner init photos
 tuner plan photos.yaml
-tuner run photos.yaml
+tuner run photos.yaml search.trials=6
 tuner report photos
 tuner test photos new
 tuner export photos

@@ -25,7 +25,7 @@ from tuner.core.input_spec import ImageInputSpec
 from tuner.core.targets import NO_OBJECT
 from tuner.core.types import Batch, StagedModel, Task
 from tuner.errors import SpaceError
-from tuner.export import onnx, torch_export
+from tuner.export import onnx
 from tuner.tasks._detected_objects import boxes_on_original, objects_difference
 from tuner.tasks.detection import build
 from tuner.training.model_summary import summarize_model
@@ -374,8 +374,6 @@ def test_what_is_told_is_in_pixels_of_the_original() -> None:
             for row in (
                 # of each head, over a backbone of few layers where there is one
                 ("fasterrcnn/timm/resnet10t", onnx, 64),
-                ("fasterrcnn_mobilenet_v3_large_320_fpn", onnx, 64),
-                ("ssdlite320_mobilenet_v3_large", torch_export, 64),
                 ("ssdlite320_mobilenet_v3_large", onnx, 64),
                 ("retinanet/timm/resnet10t", onnx, 64),
                 ("fcos/timm/resnet10t", onnx, 64),

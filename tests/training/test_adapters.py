@@ -118,6 +118,24 @@ def test_a_merged_model_computes_what_its_adapters_computed(
         assert merged == {name.replace(".base_layer", "") for name in names if MARK not in name}
 
 
+def test_alpha_scales_what_the_adapters_add(tmp_path: Path, here: DeviceContext) -> None:
+    """Hu et al., ICLR 2022: W + alpha / rank * B A."""
+    added = []
+    for alpha in (4.0, 12.0):
+        context = prepare_training(text_run(tmp_path, lora__alpha=alpha), here, "accuracy")
+        model = context.staged_model.model
+        before = {n: p.clone() for n, p in model.named_parameters() if n.endswith("layer.weight")}
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+        merge_adapters(model)
+        merged = dict(model.named_parameters())
+        added.append([merged[n.replace(".base_layer", "")] - before[n] for n in before])
+    assert added[0] and all(float(x.abs().max()) > 0 for x in added[0])
+    for smaller, larger in zip(*added, strict=True):
+        assert torch.allclose(larger, 3 * smaller, atol=1e-5)
+
+
 def test_a_killed_training_goes_on_from_a_checkpoint_that_holds_only_what_trains(
     tmp_path: Path, here: DeviceContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:

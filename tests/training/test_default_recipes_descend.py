@@ -69,9 +69,21 @@ FAMILIES = (
         packages=("timm",),
         sources=PHOTOGRAPHS,
     ),
-    Family("unet/tu-mobilenetv3_small_050", 64, 12, 3, packages=SMP, sources=("humans",)),
-    Family("lraspp_mobilenet_v3_large", 64, 12, 3, sources=("humans",)),
-    Family("fasterrcnn_mobilenet_v3_large_320_fpn", options="weights: none, backbone: none"),
+    Family(
+        "unet/tu-mobilenetv3_small_050",
+        64,
+        12,
+        3,
+        packages=SMP,
+        sources=("humans",),
+        shares=(0.0,),
+    ),
+    Family("lraspp_mobilenet_v3_large", 64, 12, 3, sources=("humans",), shares=(1.0,)),
+    Family(
+        "fasterrcnn_mobilenet_v3_large_320_fpn",
+        options="weights: none, backbone: none",
+        shares=(1.0,),
+    ),
     Family("retinanet_resnet50_fpn", options="weights: none, backbone: none", shares=(1.0,)),
     Family("fcos_resnet50_fpn", options="weights: none, backbone: none", shares=(1.0,)),
     Family(
@@ -100,7 +112,7 @@ FAMILIES = (
     Family("rtdetr_r18", 128, epochs=2, packages=DETR, shares=(0.0,)),
     Family("dfine_n", 256, epochs=3, packages=DETR, shares=(1.0,)),
     Family("yolox_nano", 96, epochs=4, packages=YOLO),
-    Family("yolov9_t", 96, epochs=4, packages=YOLO),
+    Family("yolov9_t", 96, epochs=4, packages=YOLO, shares=(0.0,)),
 )
 CASES = [
     (family, family.sources[number % len(family.sources)], share)

@@ -310,6 +310,30 @@ def test_patience_looks_at_validated_epochs(
     assert [p.epoch.number for p in fit(bench, r.recipe, r.seed)][-1] == 6
 
 
+def test_gradients_that_are_clipped_to_almost_nothing_train_almost_nothing(
+    here: DeviceContext,
+) -> None:
+    plain, clipped = (
+        epochs(run(optimizer="sgd", head="fresh", clip_norm=norm), here)[1].net.state_dict()
+        for norm in (None, 1e-9)
+    )
+    start = prepare_training(run(optimizer="sgd", head="fresh"), here, "accuracy").net.state_dict()
+    weights = [name for name, tensor in start.items() if tensor.ndim > 1]  # BatchNorm adapts
+    assert all(torch.allclose(clipped[name], start[name], atol=1e-6) for name in weights)
+    assert not any(torch.allclose(plain[name], start[name], atol=1e-6) for name in weights)
+
+
+@pytest.mark.parametrize(("share", "depth"), [(0.0, 0), (0.4, 2), (1.0, 5)])
+def test_a_share_of_the_stages_freezes_as_many(
+    share: float, depth: int, here: DeviceContext
+) -> None:
+    shared = prepare_training(run(freeze=share, freeze_depth=0), here, "accuracy")
+    counted = prepare_training(run(freeze_depth=depth), here, "accuracy")
+    assert [name for name, _ in shared.net.named_children()] == [
+        name for name, _ in counted.net.named_children()
+    ]
+
+
 def test_label_smoothing_reaches_the_loss(here: DeviceContext) -> None:
     plain, smooth = (epochs(run(epochs=1, label_smoothing=s), here)[0][0].loss for s in (0.0, 0.3))
     assert plain != smooth
