@@ -171,14 +171,14 @@ def context_of(task: str, staged: StagedModel, depth: int, side: int, home: Path
 
 
 @pytest.mark.parametrize(("task", "name", "side"), MEMBERS)
-def test_frozen_statistics_keep_every_output_at_every_depth(
+def test_frozen_statistics_keep_every_output_whatever_is_frozen(
     task: str, name: str, side: int, tmp_path: Path
 ) -> None:
     staged = pretrained(task, name, side)
     before = {key: value.clone() for key, value in staged.model.state_dict().items()}
     first: list[TensorTree] = []
-    # large models take seconds at each depth: of theirs the first, the one in the middle and the last
-    step = max(1, staged.max_depth // 2) if name in LARGE else 1
+    # the first depth, some between, and the last; large models take seconds at each
+    step = max(1, staged.max_depth // (2 if name in LARGE else 3))
     for depth in sorted({*range(0, staged.max_depth, step), staged.max_depth}):
         staged.model.load_state_dict(before)
         context = context_of(task, staged, depth, side, tmp_path)
@@ -229,10 +229,10 @@ recipe: {optimizer: sgd, lr: 1.0e-9, epochs: 1, batch_size: 32}
 
 
 @pytest.mark.parametrize("policy", [pytest.param("frozen", marks=pytest.mark.slow), "adapt"])
-def test_an_epoch_from_the_probe_keeps_its_score_at_every_depth(
+def test_an_epoch_from_the_probe_keeps_its_score_whatever_is_frozen(
     policy: str, here: DeviceContext
 ) -> None:
-    for depth in range(6):
+    for depth in (0, 2, 4, 5):
         document = yaml_document.parse_document(DIGITS, "digits.yaml")
         words = [f"recipe.freeze_depth={depth}", f"recipe.batchnorm={policy}"]
         run = parsing.parse_space(parsing.apply_overrides(document, words)).sample(None, seed=1)

@@ -53,7 +53,7 @@ def test_labels_from_a_table_to_a_prediction(tuner: Callable[..., CommandResult]
     image_tables.write_table(Path("photos"), 48)
     file = write_space(
         Path("ml.yaml"), "multilabel", "label: labels, group: person, weight: weight",
-        FORMATS="safetensors, torch_export, onnx",
+        FORMATS="safetensors, onnx",
     )  # fmt: skip
     said = tuner("run", file)
     assert said.code == 0, said.err
@@ -70,7 +70,6 @@ def test_labels_from_a_table_to_a_prediction(tuner: Callable[..., CommandResult]
     )  # type: ignore[attr-defined]
     assert found["temperature"] is not None and set(found["exports"]) == {
         "safetensors",
-        "torch_export",
         "onnx",
     }  # type: ignore[call-overload]
     best = parsing.load_space(Path("studies/ml/best.yaml"))

@@ -59,7 +59,12 @@ class Recipe(Section):
 
     optimizer: Literal[
         "sgd", "adam", "adamw", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adafactor"
-    ] = Field("adamw", description="one of torch.optim; sgd is SGD with momentum")
+    ] = Field(
+        "adamw",
+        description="one of torch.optim, without those that are made for other gradients than of "
+        "small batches (LBFGS, Rprop, SparseAdam), for matrices alone (Muon), or that choose their "
+        "rate themselves (ASGD, Adadelta); sgd is SGD with momentum",
+    )
     lr: float = Field(0.0005, gt=0, le=100, description="learning rate at its highest")
     head_lr: float = Field(1.0, gt=0, le=1000, description="factor of lr for the last stage")
     backbone_lr: float = Field(
@@ -146,8 +151,9 @@ class Recipe(Section):
     min_lr: float = Field(0.0, ge=0, le=1, description="share of lr with which the schedule ends")
     warmup: Annotated[float, Field(ge=0, le=0.5)] | Annotated[int, Field(ge=0)] = Field(
         0.1,
-        description="in which lr rises linearly from 0: a share of the steps, up to 0.5; or, as a "
-        "whole number, so many steps, but no more than half of the run's",
+        description="in which lr rises, linearly from 0 (onecycle: as it says): a share of the "
+        "steps, up to 0.5; or, as a whole number, so many steps, but no more than half of the "
+        "run's",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="gradients are scaled down to this norm; null: as they are"
@@ -165,22 +171,26 @@ class Recipe(Section):
         "training examples; auto: adapting from batches of 16 on",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="share of each target spread over all classes"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each target spread over all classes; not for numbers, boxes and "
+        "masks of objects",
     )
     mixup: float = Field(
         0.0,
         ge=0,
         le=10,
         description="examples are mixed with others by shares drawn from Beta(mixup, mixup); 0: "
-        "none; classification alone",
+        "none; not for boxes, masks, tags of words and generated texts",
     )
     cutmix: float = Field(
         0.0,
         ge=0,
         le=10,
         description="a rectangle of another example is pasted into each, of a share drawn from "
-        "Beta(cutmix, cutmix); 0: none; with mixup, one of both for each batch; classification of "
-        "images alone",
+        "Beta(cutmix, cutmix); 0: none; with mixup, one of both for each batch; for images alone, "
+        "and not for boxes and masks",
     )
     class_weights: Literal["none", "balanced", "effective_number"] = Field(
         "none",

@@ -39,7 +39,7 @@ EXPORTS = (
     "pretrained",
 )
 RECIPES = {
-    # Devlin et al., section A.3: batch 16 or 32, lr 5e-5, 3e-5 or 2e-5, 3 or 4 epochs, decay 0.01,
+    # Devlin et al., section A.3: batch 16 or 32, lr 5e-5, 3e-5 or 2e-5, 2 to 4 epochs, decay 0.01,
     # warmup, linear; the highest of these rates, which is the default of the library's Trainer
     # too: hundreds of texts are few steps (benchmarks/README.md, "Texts"). Mosbach et al., On the
     # Stability of Fine-tuning BERT, ICLR 2021: batch 16, warmup over a tenth of the steps,
