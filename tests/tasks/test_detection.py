@@ -303,7 +303,14 @@ def test_scores(said: Any, truth: Any, scores: dict[str, float]) -> None:
 
 
 def test_the_table_has_each_class(tmp_path: Path) -> None:
-    rows = task().per_class_csv([(found((A, 0.9, 0)), true((A, 0), (B, 1)))]).decode().splitlines()  # type: ignore[attr-defined]
+    pairs = [(found((A, 0.9, 0)), true((A, 0), (B, 1)))]
+    names = ("average_precision", "average_recall", "objects")
+    assert task().class_scores(pairs) == {
+        "cat": dict(zip(names, (1.0, 1.0, 1), strict=True)),
+        "dog": dict(zip(names, (0.0, 0.0, 1), strict=True)),
+        "cow": dict(zip(names, (0.0, 0.0, 0), strict=True)),
+    }
+    rows = task()._per_class_csv(pairs).decode().splitlines()  # type: ignore[attr-defined]
     assert rows == [
         "class,average precision,average recall,objects",
         "cat,1.0000,1.0000,1",
@@ -427,6 +434,7 @@ def test_a_study_from_files_to_drawn_boxes(
     assert set(manifest["exports"]) == {"safetensors", "torch_export"}
     assert max(one["largest_difference"] for one in manifest["exports"].values()) < 1e-3
     assert set(manifest["scores"]["test"]) == {"map", "map_50", "map_75", "mar_100"}
+    assert list(manifest["scores"]["per_class"]) == manifest["classes"]
     shown = sorted(p.read_bytes()[:4] for p in (tmp_path / "studies/boxes/artifacts").iterdir())
     assert sum(begin == b"\x89PNG" for begin in shown) >= 2
     said = tuner("predict", "boxes", root / "images", "--json")

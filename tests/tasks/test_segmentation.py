@@ -157,6 +157,20 @@ def test_scores_of_four_pixels_and_an_ignored_one() -> None:
     assert tuple(task().score([(predicted, truth)])) == METRICS
 
 
+def test_each_class_has_its_scores_and_one_that_nobody_sees_only_its_pixels() -> None:
+    truth = torch.tensor([[[0, 0, 0, 1, 255]]], dtype=torch.uint8)
+    predicted = torch.tensor([[[0, 0, 1, 1, 1]]], dtype=torch.uint8)
+    judged = task(3)
+    first, second, third = judged.class_scores([(predicted, truth)]).values()
+    assert first == pytest.approx(
+        {"iou": 2 / 3, "dice": 4 / 5, "recall": 2 / 3, "precision": 1, "pixels": 3}
+    )
+    assert second == pytest.approx(
+        {"iou": 1 / 2, "dice": 2 / 3, "recall": 1, "precision": 1 / 2, "pixels": 1}
+    )
+    assert third == {"pixels": 0}
+
+
 def test_a_class_that_is_predicted_but_nowhere_true_counts_and_one_that_is_neither_does_not() -> (
     None
 ):

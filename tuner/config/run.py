@@ -61,9 +61,8 @@ class Recipe(Section):
         "sgd", "adam", "adamw", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adafactor"
     ] = Field(
         "adamw",
-        description="one of torch.optim, without those that are made for other gradients than of "
-        "small batches (LBFGS, Rprop, SparseAdam), for matrices alone (Muon), or that choose their "
-        "rate themselves (ASGD, Adadelta); sgd is SGD with momentum",
+        description="one of torch.optim, which are all but LBFGS, Rprop, SparseAdam, Muon, ASGD and "
+        "Adadelta; sgd is SGD with momentum",
     )
     lr: float = Field(0.0005, gt=0, le=100, description="learning rate at its highest")
     head_lr: float = Field(1.0, gt=0, le=1000, description="factor of lr for the last stage")
@@ -174,8 +173,7 @@ class Recipe(Section):
         0.0,
         ge=0,
         lt=1,
-        description="share of each target spread over all classes; not for numbers, boxes and "
-        "masks of objects",
+        description="share of each target spread over all classes; not for numbers and objects",
     )
     mixup: float = Field(
         0.0,

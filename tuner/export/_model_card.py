@@ -1,5 +1,6 @@
 """MODEL_CARD.md of an export: what the model is, how it was found, how well it does."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,22 @@ from tuner.config.related_tasks import output_word
 from tuner.manifest import describe_comparison, describe_soup
 
 MAX_CLASSES_LISTED = 100
+# the scores of each class and the heads of their columns, by the score that says which is the worst
+CLASS_COLUMNS: Mapping[str, Mapping[str, str]] = {
+    "f1": {"precision": "precision", "recall": "recall", "f1": "F1", "examples": "examples"},
+    "average_precision": {
+        "average_precision": "average precision",
+        "average_recall": "average recall",
+        "objects": "objects",
+    },
+    "iou": {
+        "iou": "IoU",
+        "dice": "Dice",
+        "recall": "recall",
+        "precision": "precision",
+        "pixels": "pixels",
+    },
+}
 
 
 def describe_outputs(m: Mapping[str, Any]) -> str:
@@ -157,24 +174,35 @@ def _format_classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
     """The table of the classes' test scores, the worst class first; empty where there are none."""
     if not per_class:
         return ""
-    if "f1" not in next(iter(per_class.values())):
+    known = (key for key in CLASS_COLUMNS if any(key in c for c in per_class.values()))
+    main = next(known, None)
+    if main is None:
         return _format_targets(per_class)
-    worst_first = sorted(per_class.items(), key=lambda pair: pair[1]["f1"])
+    columns = CLASS_COLUMNS[main]
+    worst_first = sorted(per_class.items(), key=lambda pair: pair[1].get(main, math.inf))
     rows = [
-        f"| {name.replace('|', chr(92) + '|')} | {c['precision']:.4f} | {c['recall']:.4f} "
-        f"| {c['f1']:.4f} | {c['examples']} |"
-        for name, c in worst_first[:MAX_CLASSES_LISTED]
+        f"| {name.replace('|', chr(92) + '|')} | "
+        + " | ".join(_format_class_score(scores.get(key)) for key in columns)
+        + " |"
+        for name, scores in worst_first[:MAX_CLASSES_LISTED]
     ]
-    more = len(per_class) - MAX_CLASSES_LISTED
-    note = f"\n\n{more} further classes, all with a higher F1, are in `manifest.json`."
+    more, label = len(per_class) - MAX_CLASSES_LISTED, columns[main]
+    note = f"\n\n{more} further classes, all with a higher {label}, are in `manifest.json`."
     table = "\n".join(rows)
     return f"""
-Of each class on the test examples, by rising F1:
+Of each class on the test examples, by rising {label}:
 
-| class | precision | recall | F1 | examples |
-|---|---|---|---|---|
+| class | {" | ".join(columns.values())} |
+|{"---|" * (len(columns) + 1)}
 {table}{note if more > 0 else ""}
 """
+
+
+def _format_class_score(value: float | None) -> str:
+    """A score of a class, or a count; a dash for 0 of 0."""
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _format_targets(per_target: Mapping[str, Mapping[str, float]]) -> str:

@@ -1,5 +1,7 @@
 """What tasks share that find objects: boxes alone, or boxes with masks."""
 
+import csv
+import io
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -47,8 +49,8 @@ class ObjectFinder(Task):
         """(prediction, truth) of each image of a batch, with masks of the size of the canvas."""
 
     @abstractmethod
-    def per_class_csv(self, pairs: Sequence[tuple[Any, Any]]) -> bytes:
-        """Average precision and recall, and the number of true objects, of each class as CSV."""
+    def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
+        """`average_precision` and `average_recall` of each class, and its true `objects`."""
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """The sum of the model's own losses."""
@@ -68,8 +70,18 @@ class ObjectFinder(Task):
     def make_artifacts(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> dict[str, bytes]:
         return {
             "objects.png": self._contact_sheet(pairs, data),
-            "per_class.csv": self.per_class_csv(pairs),
+            "per_class.csv": self._per_class_csv(pairs),
         }
+
+    def _per_class_csv(self, pairs: Sequence[tuple[Any, Any]]) -> bytes:
+        """The scores of each class as CSV."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["class", "average precision", "average recall", "objects"])
+        for name, scores in self.class_scores(pairs).items():
+            values = (f"{scores[key]:.4f}" for key in ("average_precision", "average_recall"))
+            writer.writerow([name, *values, scores["objects"]])
+        return text.getvalue().encode()
 
     def _contact_sheet(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> bytes:
         """The first validation examples: truth beside predictions."""

@@ -1,7 +1,5 @@
 """Object detection: the model's own losses, and COCO's mean average precision by torchmetrics."""
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
@@ -77,26 +75,28 @@ class Detection(ObjectFinder):
     def score_results(self, results: ExampleResults, counts: Tensor) -> dict[str, float]:
         return _average_precision.score_images(results, counts)
 
-    def per_class_csv(self, pairs: Sequence[tuple[Any, Any]]) -> bytes:
-        """Average precision and recall, and the number of true objects, of each class as CSV."""
+    def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
+        """Average precision and recall with 100 objects per image, and the number of true objects,
+        of each class; 0 for a class that no image has.
+        """
         metrics = self._compute_map(pairs, per_class=True)
         true_labels = torch.cat([truth["labels"].flatten().cpu() for _, truth in pairs])
         columns = [
             metrics[name].reshape(-1).tolist()
             for name in ("classes", "map_per_class", "mar_100_per_class")
         ]
-        scores_by_label = {
-            int(label): (precision, recall)
+        by_label = {
+            int(label): {
+                "average_precision": max(0.0, precision),
+                "average_recall": max(0.0, recall),
+            }
             for label, precision, recall in zip(*columns, strict=True)
         }
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["class", "average precision", "average recall", "objects"])
-        for label, name in enumerate(self.classes):
-            scores = scores_by_label.get(label, (0.0, 0.0))
-            formatted = [f"{max(0.0, score):.4f}" for score in scores]
-            writer.writerow([name, *formatted, int((true_labels == label).sum())])
-        return text.getvalue().encode()
+        absent = {"average_precision": 0.0, "average_recall": 0.0}
+        return {
+            name: by_label.get(label, absent) | {"objects": int((true_labels == label).sum())}
+            for label, name in enumerate(self.classes)
+        }
 
     def pairs_by_image(self, batch: tuple[Any, Any]) -> Iterator[tuple[Objects, Objects]]:
         """(prediction, truth) of each image of a batch."""

@@ -2,8 +2,6 @@
 masks and of boxes.
 """
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
@@ -97,23 +95,24 @@ class InstanceSegmentation(ObjectFinder):
         boxes = _average_precision.score_images(results, counts, BOX_PREFIX)
         return {f"{MASK_PREFIX}{name}": value for name, value in masks.items()} | boxes
 
-    def per_class_csv(self, pairs: Sequence[tuple[Any, Any]]) -> bytes:
-        """Average precision and recall of the masks, and the number of true objects, of each class
-        as CSV.
+    def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
+        """Average precision and recall of the masks, and the number of true objects, of each
+        class.
         """
         results = self.example_results(pairs)
         counts = torch.ones(len(results["objects"]), dtype=torch.int64)
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["class", "average precision", "average recall", "objects"])
+        found = {}
         for label, name in enumerate(self.classes):
             of_class = results["label"] == label
             own = {k: v if k == "objects" else v[of_class] for k, v in results.items()}
             own["objects"] = results["objects"] * (torch.arange(len(self.classes)) == label)
             scores = _average_precision.score_images(own, counts)
-            values = [f"{scores['map']:.4f}", f"{scores['mar_100']:.4f}"]
-            writer.writerow([name, *values, int(own["objects"].sum())])
-        return text.getvalue().encode()
+            found[name] = {
+                "average_precision": scores["map"],
+                "average_recall": scores["mar_100"],
+                "objects": int(own["objects"].sum()),
+            }
+        return found
 
     def pairs_by_image(self, batch: tuple[Any, Any]) -> Iterator[tuple[Objects, Objects]]:
         """(prediction, truth) of each image of a batch, with masks of the size of the canvas."""

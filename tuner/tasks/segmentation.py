@@ -8,7 +8,7 @@ segmentation_models_pytorch.
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -146,6 +146,19 @@ class Segmentation(Task):
         )
         return mean_scores(hits, true, predicted)
 
+    def class_scores(self, pairs: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, float]]:
+        """`iou`, `dice`, `recall`, `precision` and true `pixels` of each class; a score of 0 of 0
+        pixels is left out.
+        """
+        matrix = self._confusion_matrix(pairs)
+        columns = per_class_scores(*pixel_counts(matrix))
+        found: dict[str, dict[str, float]] = {}
+        for label, name in enumerate(self.classes):
+            values = {key: float(column[label]) for key, column in columns.items()}
+            found[name] = {key: value for key, value in values.items() if not math.isnan(value)}
+            found[name]["pixels"] = int(matrix[label].sum())
+        return found
+
     def mirror_output(self, output: TensorTree) -> TensorTree:
         """The logits of each pixel, with left and right exchanged back."""
         if isinstance(output, Tensor):
@@ -159,7 +172,7 @@ class Segmentation(Task):
             "confusion.png": deferred_figures.defer_figure(
                 "confusion", matrix=matrix.tolist(), classes=self.classes
             ),
-            "per_class.csv": _per_class_csv(matrix, self.classes),
+            "per_class.csv": _per_class_csv(self.class_scores(pairs)),
         }
 
     def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
@@ -351,14 +364,13 @@ def _contact_sheet(pairs: Sequence[tuple[Any, Any]], data: Dataset) -> bytes:
     return _annotated_images.make_contact_sheet(rows, ["image", "truth", "prediction"])
 
 
-def _per_class_csv(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
+def _per_class_csv(class_scores: Mapping[str, Mapping[str, float]]) -> bytes:
     """IoU, Dice, recall, precision and true pixels of each class, as CSV; empty for 0 of 0."""
-    columns = per_class_scores(*pixel_counts(matrix))
     text = io.StringIO()
     writer = csv.writer(text)
+    columns = ("iou", "dice", "recall", "precision")
     writer.writerow(["class", *columns, "pixels"])
-    for i, name in enumerate(classes):
-        values = [float(column[i]) for column in columns.values()]
-        formatted = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
-        writer.writerow([name, *formatted, int(matrix[i].sum())])
+    for name, scores in class_scores.items():
+        formatted = [f"{scores[key]:.4f}" if key in scores else "" for key in columns]
+        writer.writerow([name, *formatted, scores["pixels"]])
     return text.getvalue().encode()

@@ -15,7 +15,8 @@ from tuner.core.types import StagedModel
 # SGD with momentum: Sutskever et al., ICML 2013. Adam and Adamax: Kingma and Ba, ICLR 2015. AdamW:
 # Loshchilov and Hutter, ICLR 2019. NAdam: Dozat, ICLR workshop 2016. RAdam: Liu et al., ICLR 2020.
 # Adagrad: Duchi et al., JMLR 12, 2011. RMSprop: Tieleman and Hinton, Coursera 2012. Adafactor:
-# Shazeer and Stern, ICML 2018.
+# Shazeer and Stern, ICML 2018. Not here: LBFGS and Rprop want the gradient of all examples,
+# SparseAdam sparse ones, Muon trains matrices alone, and ASGD and Adadelta choose rates themselves.
 OPTIMIZERS: dict[str, Any] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
