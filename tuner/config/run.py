@@ -61,8 +61,8 @@ class Recipe(Section):
         "sgd", "adam", "adamw", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adafactor"
     ] = Field(
         "adamw",
-        description="one of torch.optim, which are all but LBFGS, Rprop, SparseAdam, Muon, ASGD and "
-        "Adadelta; sgd is SGD with momentum",
+        description="one of torch.optim (not LBFGS, Rprop, SparseAdam, Muon, ASGD and Adadelta); "
+        "sgd is SGD with momentum",
     )
     lr: float = Field(0.0005, gt=0, le=100, description="learning rate at its highest")
     head_lr: float = Field(1.0, gt=0, le=1000, description="factor of lr for the last stage")

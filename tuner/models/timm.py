@@ -45,9 +45,9 @@ EXPORTS = (
 # cosine after 5 of 30 epochs of warm-up, at the end 1 % of lr, gradients clipped at 5
 # https://github.com/microsoft/Swin-Transformer/tree/main/configs/swin
 # The last two fine-tune for 30 epochs of a million images: for small data their rate is not scaled
-# down to a batch of 32, and Swin has ConvNeXt's. The mixup, CutMix, stochastic depth, label smoothing
-# and RandAugment of all these recipes are left out: they are for 30 to 100 epochs of a million
-# images, and in a few epochs of hundreds of images they cost points (the same place).
+# down to a batch of 32, and Swin has ConvNeXt's. The mixup, CutMix, stochastic depth, label
+# smoothing and RandAugment of all these recipes are left out: they are for 30 to 100 epochs of a
+# million images, and in a few epochs of hundreds of images they cost points (the same place).
 NAMED_RECIPES = {
     "timm/vit*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
     "timm/deit*": {"classification": {"lr": 6e-5, "weight_decay": 0.05, "layer_decay": 0.75}},
