@@ -95,9 +95,9 @@ def test_a_key_with_several_ranges_is_one_key() -> None:
     assert not pruned(renamed(trial(0, 8, [0.2, 0.3, 0.4], TrialState.RUNNING)), heads)
 
 
-def test_it_judges_from_the_first_epoch_on_but_not_before_five_have_completed() -> None:
-    assert pruned(trial(5, 4, [0.0], TrialState.RUNNING), DEEP)
-    assert not pruned(trial(0, 8, [0.2], TrialState.RUNNING), DEEP + WHOLE)  # as its like began
+def test_none_is_judged_by_its_first_epoch_nor_before_five_have_completed() -> None:
+    assert not pruned(trial(5, 4, [0.0], TrialState.RUNNING), DEEP)
+    assert pruned(trial(5, 4, [0.0] * 2, TrialState.RUNNING), DEEP)
     assert not pruned(trial(5, 4, [0.0] * 3, TrialState.RUNNING), DEEP[:4])
     assert not pruned(trial(5, 4, [], TrialState.RUNNING), DEEP)
 

@@ -77,13 +77,13 @@ def test_healthy_pruned_trials_end_a_row_of_failures() -> None:
     assert c.fatal_error is None
 
 
-@pytest.mark.parametrize(("epochs", "state"), [(1, "COMPLETE"), (2, "PRUNED")])
+@pytest.mark.parametrize(("epochs", "state"), [(2, "COMPLETE"), (3, "PRUNED")])
 def test_the_pruner_is_not_asked_after_the_last_epoch(epochs: int, state: str) -> None:
     c = make_coordinator(
         written(f"recipe.epochs={epochs}", "search.trials=8", "search.sampler=random")
     )
     run_all_jobs(c, lambda c, job: scored(c, job, 0.1 if job.number == 7 else 0.9))
-    assert ends(c)[7] == (state, "")  # the pruner judges from the first epoch on
+    assert ends(c)[7] == (state, "")  # the pruner judges from the second epoch on
 
 
 # -- workers that a memory limit ends

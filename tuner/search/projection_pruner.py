@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.config.space import key_of_parameter
 from tuner.search.history import sign_of
 
-STARTUP_TRIALS, PEER_COUNT = 5, 5
+STARTUP_TRIALS, WARMUP_EPOCHS, PEER_COUNT = 5, 1, 5
 STAGES_OF_A_SHARE = 8  # that a model has, for the distance of trials that freeze a share of them
 
 
@@ -30,7 +30,7 @@ class ProjectionPruner(optuna.pruners.BasePruner):
     all trials at equal epochs would judge each kind by the others.
 
     Where a study minimises, the same holds of the negative values. Trials are judged from their
-    first epoch on, and only when five trials have completed.
+    second epoch on, and only when five trials have completed.
     """
 
     def __init__(self, epochs: int) -> None:
@@ -44,7 +44,7 @@ class ProjectionPruner(optuna.pruners.BasePruner):
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         epochs_done = trial.last_step
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if epochs_done is None or len(completed) < STARTUP_TRIALS:
+        if epochs_done is None or epochs_done <= WARMUP_EPOCHS or len(completed) < STARTUP_TRIALS:
             return False
         length, sign = self._length(trial), sign_of(study.direction)
         by_distance = sorted(
