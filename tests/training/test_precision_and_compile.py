@@ -102,7 +102,7 @@ def test_the_suffix_is_compiled_and_nothing_else(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_a_compiled_suffix_trains_as_a_plain_one(tmp_path: Path) -> None:
-    r = run(epochs=2, batch_size=14)  # equal batches, so that it is compiled once
+    r = run(epochs=2)
     plain, compiled = (
         attempt(r, place(tmp_path, compile=kind), None, None)[0] for kind in ("none", "suffix")
     )
