@@ -283,6 +283,20 @@ def test_27_killed_at_points_and_started_again_a_study_ends_as_the_calm_one(
     ended_alike(tmp_path, calm)
 
 
+def killed_beside_calm(
+    content: str, points: Sequence[str], forking: ForkServer, place: Path
+) -> tuple[Path, str]:
+    """A study that is killed at the points and ends as an undisturbed one: its folder, and what the undisturbed one said."""
+    calm, folder = begun(place / "calm", content), begun(place / "killed", content)
+    code, said = forking.tuner(calm, "run", "study.yaml")
+    assert code == 0, said
+    list(kill_in_turn(points, forking, folder, "run", "study.yaml"))
+    code, ending = forking.tuner(folder, "run", "study.yaml")
+    assert code == 0, ending
+    ended_alike(folder, calm)
+    return folder, said
+
+
 def test_every_point_that_the_study_passes_is_in_a_chain() -> None:
     assert {point for chain in CHAINS for point in chain if ":" not in point} == set(PASSED)
 
@@ -291,16 +305,10 @@ def test_every_point_that_the_study_passes_is_in_a_chain() -> None:
 def test_27_killed_while_a_soup_is_made_it_ends_as_the_calm_one(
     forking: ForkServer, tmp_path: Path
 ) -> None:
-    calm = begun(tmp_path / "calm", SOUP)
-    code, said = forking.tuner(calm, "run", "study.yaml")
-    assert code == 0 and "weights  soup of trials " in said, said
-    folder = begun(tmp_path / "killed", SOUP)
     # killed at the second `soup.trained` it has the weights of the first
     points = ("soup.chosen", "soup.trained", "soup.trained", "export.written")
-    list(kill_in_turn(points, forking, folder, "run", "study.yaml"))
-    code, said = forking.tuner(folder, "run", "study.yaml")
-    assert code == 0, said
-    ended_alike(folder, calm)
+    folder, said = killed_beside_calm(SOUP, points, forking, tmp_path)
+    assert "weights  soup of trials " in said, said
     assert not list((folder / "studies/s/checkpoints").glob("soup-*"))
 
 
@@ -308,15 +316,8 @@ def test_27_killed_while_a_soup_is_made_it_ends_as_the_calm_one(
 def test_27_killed_with_the_whole_recipe_switched_on_it_ends_as_the_calm_one(
     forking: ForkServer, tmp_path: Path
 ) -> None:
-    calm = begun(tmp_path / "calm", EVERYTHING)
-    code, said = forking.tuner(calm, "run", "study.yaml")
-    assert code == 0, said
-    folder = begun(tmp_path / "killed", EVERYTHING)
     points = ("checkpoint.renamed:2", "confirm.kept", "checkpoint.renamed", "export.renamed")
-    list(kill_in_turn(points, forking, folder, "run", "study.yaml"))
-    code, said = forking.tuner(folder, "run", "study.yaml")
-    assert code == 0, said
-    ended_alike(folder, calm)
+    killed_beside_calm(EVERYTHING, points, forking, tmp_path)
 
 
 @pytest.mark.slow

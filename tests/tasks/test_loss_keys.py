@@ -59,13 +59,13 @@ USED = [(task, key) for task in plugins.list_names("task") for key in LOSS_KEYS]
 @pytest.mark.parametrize(("task", "key"), [pair for pair in USED if is_used(*pair)])
 def test_a_key_of_the_loss_changes_the_loss_of_its_task(task: str, key: str) -> None:
     batch, net = CASES[task]
-    words = plugins.load_plugin("task", task)
+    build = plugins.load_plugin("task", task)
     counts = {"class_counts": COUNTS} if key == "class_weights" else {}
     names = () if task == "text_generation" else ("a", "b", "c")
     if task == "token_classification":
         names = ("O", "B-X", "I-X")
-    plain = words(names, Recipe()).loss(net, batch)
-    changed = words(names, Recipe(**{key: LOSS_KEYS[key]}), **counts).loss(net, batch)
+    plain = build(names, Recipe()).loss(net, batch)
+    changed = build(names, Recipe(**{key: LOSS_KEYS[key]}), **counts).loss(net, batch)
     assert torch.isfinite(changed) and not torch.isclose(plain, changed, rtol=1e-3)
 
 

@@ -1,7 +1,5 @@
 """What tasks share that find objects: boxes alone, or boxes with masks."""
 
-import csv
-import io
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to
 from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.errors import limit_listing
 from tuner.tasks import _annotated_images
+from tuner.tasks._classification_reports import encode_csv
 from tuner.tasks._detected_objects import (
     above_confidence,
     boxes_on_original,
@@ -75,13 +74,12 @@ class ObjectFinder(Task):
 
     def _per_class_csv(self, pairs: Sequence[tuple[Any, Any]]) -> bytes:
         """The scores of each class as CSV."""
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["class", "average precision", "average recall", "objects"])
-        for name, scores in self.class_scores(pairs).items():
-            values = (f"{scores[key]:.4f}" for key in ("average_precision", "average_recall"))
-            writer.writerow([name, *values, scores["objects"]])
-        return text.getvalue().encode()
+        columns = ("average_precision", "average_recall")
+        rows = [
+            [name, *(f"{scores[key]:.4f}" for key in columns), scores["objects"]]
+            for name, scores in self.class_scores(pairs).items()
+        ]
+        return encode_csv(["class", "average precision", "average recall", "objects"], rows)
 
     def _contact_sheet(self, pairs: Sequence[tuple[Any, Any]], data: Dataset) -> bytes:
         """The first validation examples: truth beside predictions."""

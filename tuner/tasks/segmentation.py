@@ -5,8 +5,6 @@ references/segmentation. The Dice loss (Milletari et al., V-Net, 3DV 2016) is th
 segmentation_models_pytorch.
 """
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -34,6 +32,7 @@ from tuner.core.losses import mean_cross_entropy, weights_of_classes
 from tuner.core.targets import IGNORED
 from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.tasks import _annotated_images
+from tuner.tasks._classification_reports import encode_csv
 
 METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")
 RECIPE_KEYS = ("class_weights", "auxiliary_lr")
@@ -150,7 +149,9 @@ class Segmentation(Task):
         """`iou`, `dice`, `recall`, `precision` and true `pixels` of each class; a score of 0 of 0
         pixels is left out.
         """
-        matrix = self._confusion_matrix(pairs)
+        return self._scores_of_classes(self._confusion_matrix(pairs))
+
+    def _scores_of_classes(self, matrix: Tensor) -> dict[str, dict[str, float]]:
         columns = per_class_scores(*pixel_counts(matrix))
         found: dict[str, dict[str, float]] = {}
         for label, name in enumerate(self.classes):
@@ -172,7 +173,7 @@ class Segmentation(Task):
             "confusion.png": deferred_figures.defer_figure(
                 "confusion", matrix=matrix.tolist(), classes=self.classes
             ),
-            "per_class.csv": _per_class_csv(self.class_scores(pairs)),
+            "per_class.csv": _per_class_csv(self._scores_of_classes(matrix)),
         }
 
     def output_difference(self, expected: TensorTree, got: TensorTree) -> float:
@@ -366,11 +367,9 @@ def _contact_sheet(pairs: Sequence[tuple[Any, Any]], data: Dataset) -> bytes:
 
 def _per_class_csv(class_scores: Mapping[str, Mapping[str, float]]) -> bytes:
     """IoU, Dice, recall, precision and true pixels of each class, as CSV; empty for 0 of 0."""
-    text = io.StringIO()
-    writer = csv.writer(text)
     columns = ("iou", "dice", "recall", "precision")
-    writer.writerow(["class", *columns, "pixels"])
-    for name, scores in class_scores.items():
-        formatted = [f"{scores[key]:.4f}" if key in scores else "" for key in columns]
-        writer.writerow([name, *formatted, scores["pixels"]])
-    return text.getvalue().encode()
+    rows = [
+        [name, *(f"{s[key]:.4f}" if key in s else "" for key in columns), s["pixels"]]
+        for name, s in class_scores.items()
+    ]
+    return encode_csv(["class", *columns, "pixels"], rows)
