@@ -222,12 +222,12 @@ def save(found: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def figure(panels: int, height: float = 3.6) -> "tuple[Figure, list[Axes]]":
-    """A figure 900 pixels wide and its panels, without frames."""
+def figure(panels: int, height: float = 3.6, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+    """A figure 900 pixels wide and its panels, without frames, as many in each of its rows."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(9, height), dpi=100, layout="constrained")
-    axes = list(fig.subplots(1, panels, squeeze=False)[0])
+    axes = list(fig.subplots(rows, panels // rows, squeeze=False).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(length=3, labelsize=9)
