@@ -9,7 +9,12 @@ import pytest
 import yaml
 
 from tests.conftest import CommandResult
-from tuner.commands.exported_run import choose_export, retrained_run, with_thresholds
+from tuner.commands.exported_run import (
+    choose_export,
+    choose_outputs,
+    retrained_run,
+    with_thresholds,
+)
 from tuner.config.run import PluginConfig, Recipe, Run, SearchSettings
 from tuner.search import history, storage
 from tuner.search.retraining import retraining_seconds, training_seconds
@@ -74,7 +79,7 @@ def test_a_trial_is_exported_as_it_was_or_retrained(
     study = optuna.create_study()
     history.keep_split_sizes(study, 100, 100)
     trial = optuna.trial.create_trial(value=0.5, user_attrs={history.BEST_EPOCH: 5})
-    exported, weights = choose_export(
+    exported, weights, _ = choose_export(
         study, trial, trial_run(epochs=8), Path("best"), SearchSettings(), retrain=retrain
     )
     recipe = exported.recipe
@@ -133,7 +138,9 @@ def test_the_exported_run_states_the_thresholds_of_calibrated_probabilities(
     if temperature is not None:
         attributes[history.TEMPERATURE] = temperature
     trial = optuna.trial.create_trial(value=0.5, user_attrs=attributes)
-    run = with_thresholds(trial_run(), trial, SearchSettings(calibrate=calibrate))
+    outputs = choose_outputs(SearchSettings(calibrate=calibrate), trial, retrain=True)
+    run = with_thresholds(trial_run(), trial, outputs, retrain=True)
     assert run.task.options["thresholds"] == expected
     plain = optuna.trial.create_trial(value=0.5, user_attrs={history.BEST_EPOCH: 5})
-    assert with_thresholds(trial_run(), plain, SearchSettings()) == trial_run()
+    outputs = choose_outputs(SearchSettings(), plain, retrain=True)
+    assert with_thresholds(trial_run(), plain, outputs, retrain=True) == trial_run()

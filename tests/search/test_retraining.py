@@ -8,7 +8,7 @@ from tests.helpers.instant_engine import make_coordinator, make_space, run_all_j
 from tuner.commands.exported_run import choose_export
 from tuner.config.run import Recipe
 from tuner.jobs import Job, Outcome
-from tuner.messages import Epoch, TrialResult
+from tuner.messages import Epoch, TrialResult, scale_probability
 from tuner.search import history
 from tuner.search.coordinator import Coordinator
 from tuner.search.retraining import choose_epoch, difference_noise, retrained_epochs
@@ -69,22 +69,28 @@ def carry_out(c: Coordinator, job: Job) -> Outcome:
     return Outcome("done", TrialResult("complete", tuple(epochs), min(2, len(epochs)), {}, 0.1))
 
 
-@pytest.mark.parametrize("retrain", [True, False])
-def test_a_trial_has_the_temperature_and_thresholds_of_the_epoch_that_is_exported(
-    retrain: bool,
+@pytest.mark.parametrize(("retrain", "has_time"), [(True, True), (True, False), (False, True)])
+def test_an_export_has_the_temperature_and_thresholds_of_its_epoch(
+    retrain: bool, has_time: bool
 ) -> None:
+    """Where search.time leaves no time to train it again, its epoch is the best one."""
     space = make_space(trials=2, retrain=str(retrain).lower())
     c = make_coordinator(space)
     history.keep_split_sizes(c.study, 500, COUNT)
     run_all_jobs(c, carry_out)
     default = history.default_trial(c.study)
     assert default is not None and len(default.intermediate_values) == 3
-    attributes, exported = default.user_attrs, 3 if retrain else 2
+    attributes, last = default.user_attrs, 3 if retrain else 2
     assert attributes[history.BEST_EPOCH] == 2 and default.value == 0.9
-    assert retrained_epochs(default) == exported
-    assert attributes[history.TEMPERATURE] == exported
-    assert attributes[history.THRESHOLDS] == [exported / 4]
+    assert retrained_epochs(default) == last
+    assert attributes[history.TEMPERATURE] == last
+    assert attributes[history.THRESHOLDS] == [last / 4]
     run = history.run_of_trial(space, c.study, default)
     settings = space.settings.search
-    chosen, _ = choose_export(c.study, default, run, None, settings, retrain=retrain)
-    assert chosen.recipe.stop_epoch == exported * (2 / 3 if retrain else 1)
+    is_retrained = retrain and has_time
+    chosen = choose_export(c.study, default, run, None, settings, retrain=is_retrained)
+    exported = last if is_retrained else 2
+    assert chosen.run.recipe.stop_epoch == exported * (2 / 3 if is_retrained else 1)
+    assert chosen.outputs.calibrate == exported
+    stated = (scale_probability(exported / 4, exported),)
+    assert chosen.run.task.options["thresholds"] == stated

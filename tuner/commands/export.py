@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 
 from tuner import manifest
 from tuner.commands.console import Console
-from tuner.commands.exported_run import choose_export, choose_outputs
+from tuner.commands.exported_run import choose_export
 from tuner.commands.session import INSTEAD, Folders, home_folder, open_session
 from tuner.commands.soup import (
     is_current,
@@ -69,7 +69,7 @@ def export_trial(
             / checkpoint_files.CHECKPOINTS_FOLDER
             / str(history.proposal_numbers(study)[chosen.number])
         )
-        run, weights = choose_export(
+        run, weights, outputs = choose_export(
             study,
             chosen,
             history.run_of_trial(space, study, chosen),
@@ -77,7 +77,6 @@ def export_trial(
             space.settings.search,
             retrain=trial is not None or space.settings.search.retrain,
         )
-        outputs = choose_outputs(space.settings.search, chosen)
         candidates = soup_candidates(space, study, folder, chosen) if trial is None else None
         manifest.recover_export(place)
         before = manifest.read_export(place)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from optuna import Study
 from optuna.trial import FrozenTrial
@@ -37,19 +38,33 @@ def retrained_run(run: Run, epoch: int, train_share: float) -> Run:
     return replace(longer, recipe=longer.recipe.model_copy(update=update))
 
 
-def with_thresholds(run: Run, trial: FrozenTrial, search: SearchSettings) -> Run:
-    """A trial's run, which states the thresholds of the epoch to which it is trained again, where
-    it has any.
+class TrialExport(NamedTuple):
+    """What is exported of a trial: a run, the weights where it is not trained again, and what is
+    done with the outputs of its model.
+    """
+
+    run: Run
+    weights: Path | None
+    outputs: OutputSettings
+
+
+def with_thresholds(run: Run, trial: FrozenTrial, outputs: OutputSettings, *, retrain: bool) -> Run:
+    """A trial's run, which states its thresholds, where it has any.
 
     They are probabilities of the export: where its logits are divided by a temperature, so are
     those of the thresholds. Nothing but the decisions follows from them, so the run's training is
     that of the trial.
+
+    Args:
+        run: The trial's run.
+        trial: The trial.
+        outputs: What is done with its outputs.
+        retrain: As of `fitted_value`.
     """
-    thresholds = trial.user_attrs.get(history.THRESHOLDS)
+    thresholds = fitted_value(trial, history.THRESHOLDS, history.BEST_THRESHOLDS, retrain=retrain)
     if not thresholds:
         return run
-    calibrate = choose_outputs(search, trial).calibrate
-    temperature = calibrate if isinstance(calibrate, float) else 1.0
+    temperature = outputs.calibrate if isinstance(outputs.calibrate, float) else 1.0
     scaled = tuple(scale_probability(value, temperature) for value in thresholds)
     task = PluginConfig(run.task.name, {**run.task.options, "thresholds": scaled})
     return replace(run, task=task)
@@ -63,8 +78,8 @@ def choose_export(
     search: SearchSettings,
     *,
     retrain: bool,
-) -> tuple[Run, Path | None]:
-    """What is exported of a trial: a run, and the weights if it is not retrained.
+) -> TrialExport:
+    """What is exported of a trial.
 
     With `retrain` the run is trained again on train and validation examples. Without it, the run is
     as its trial was.
@@ -77,10 +92,12 @@ def choose_export(
         search: What is done with its outputs.
         retrain: Whether it is trained again.
     """
-    run = with_thresholds(run, trial, search)
+    outputs = choose_outputs(search, trial, retrain=retrain)
+    run = with_thresholds(run, trial, outputs, retrain=retrain)
     if retrain:
-        return retrained_run(run, retrained_epochs(trial), history.train_share(study)), None
-    return run_to_epoch(run, trial.user_attrs[history.BEST_EPOCH]), weights
+        again = retrained_run(run, retrained_epochs(trial), history.train_share(study))
+        return TrialExport(again, None, outputs)
+    return TrialExport(run_to_epoch(run, trial.user_attrs[history.BEST_EPOCH]), weights, outputs)
 
 
 def weights_of(ended: EndedSearch, trial: FrozenTrial) -> Path | None:
@@ -100,13 +117,23 @@ def is_retrained(ended: EndedSearch, winner: FrozenTrial, *, is_made: bool) -> b
     return is_made or ended.has_time_for(ended.retraining_seconds(winner))
 
 
-def choose_outputs(search: SearchSettings, trial: FrozenTrial) -> OutputSettings:
-    """What is done with the outputs of a trial's model: its temperature is that of the epoch to
-    which it is trained again.
+def choose_outputs(search: SearchSettings, trial: FrozenTrial, *, retrain: bool) -> OutputSettings:
+    """What is done with the outputs of a trial's model; `retrain` as of `fitted_value`.
 
-    A trial of an earlier version has none.
+    A trial of an earlier version has no temperature.
     """
     stated = OutputSettings.of(search)
     if stated.calibrate != "temperature":
         return stated
-    return replace(stated, calibrate=trial.user_attrs.get(history.TEMPERATURE, "none"))
+    found = fitted_value(trial, history.TEMPERATURE, history.BEST_TEMPERATURE, retrain=retrain)
+    return replace(stated, calibrate="none" if found is None else found)
+
+
+def fitted_value(trial: FrozenTrial, name: str, best_name: str, *, retrain: bool) -> Any:
+    """What was fitted to the validation examples after one epoch of a trial; None: nothing was.
+
+    With `retrain` it is of the epoch to which the trial is trained again; without it, of the best
+    one, whose weights the trial left. `best_name` is there only where that is another epoch.
+    """
+    attributes = trial.user_attrs
+    return attributes.get(name) if retrain else attributes.get(best_name, attributes.get(name))

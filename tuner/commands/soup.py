@@ -68,8 +68,8 @@ def soup_candidates(
             continue
         run = history.run_of_trial(space, study, trial)
         if (run.model, run.data) == (run_of_winner.model, run_of_winner.data):
-            exported, _ = choose_export(study, trial, run, weights, search, retrain=search.retrain)
-            candidates.append(Ingredient(trial.number, exported, str(weights)))
+            export = choose_export(study, trial, run, weights, search, retrain=search.retrain)
+            candidates.append(Ingredient(trial.number, export.run, str(weights)))
     return tuple(candidates) if len(candidates) > 1 else ()
 
 

@@ -41,7 +41,7 @@ def repeatable_yaml(view: StudyView, trial: FrozenTrial) -> str:
     space = load_study_space(view.folder)
     run = history.run_of_trial(space, view.study, trial)
     comment = f"# trial {trial.number} of study {view.name!r}; `tuner train` repeats it\n"
-    outputs = choose_outputs(space.settings.search, trial)
+    outputs = choose_outputs(space.settings.search, trial, retrain=False)
     return comment + dump_yaml(best_yaml_content(run, space, outputs))
 
 

@@ -11,7 +11,6 @@ from tuner import manifest
 from tuner.commands.ended_search import EndedSearch
 from tuner.commands.exported_run import (
     choose_export,
-    choose_outputs,
     is_retrained,
     weights_of,
 )
@@ -101,10 +100,10 @@ def finalize_once(ended: EndedSearch) -> Summary:
     other = busy[0] if busy else coordinator.coordination.claim_winner(winner.number)
     if other is not None:
         trial_run = history.run_of_trial(session.space, coordinator.study, winner)
-        run, _ = choose_export(
+        export = choose_export(
             coordinator.study, winner, trial_run, None, session.settings.search, retrain=True
         )
-        summary = unpublished_summary(ended, winner, tied, run)
+        summary = unpublished_summary(ended, winner, tied, export.run)
         return replace(summary, anything_new=True, made_elsewhere=other)
     with storage.lock_study(folder):  # `tuner export` writes here too
         summary = finalize_best(ended)
@@ -121,10 +120,9 @@ def finalize_best(ended: EndedSearch) -> Summary:
         choice = WinnerChoice(confirmed.winner.trial, [])
     winner = choice.winner
     trial_run = history.run_of_trial(session.space, coordinator.study, winner)
-    run, _ = choose_export(
+    run, _, outputs = choose_export(
         coordinator.study, winner, trial_run, None, session.settings.search, retrain=True
     )
-    outputs = choose_outputs(session.settings.search, winner)
     write_yaml(
         folder / "best.yaml",
         best_yaml_content(run, session.space, outputs),
@@ -170,13 +168,13 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
     """
     session, coordinator, folder = ended.session, ended.coordinator, ended.folder
     winner, settings = summary.winner, session.settings
-    outputs = choose_outputs(settings.search, winner)
     manifest.recover_export(folder / "export")
     published = manifest.read_export(folder / "export")
-    is_made = manifest_of_run(published, summary.run, outputs) is not None
+    again = choose_export(coordinator.study, winner, trial_run, None, settings.search, retrain=True)
+    is_made = manifest_of_run(published, again.run, again.outputs) is not None
     retrains = is_retrained(ended, winner, is_made=is_made)
     kept = weights_of(ended, winner)
-    run, weights = choose_export(
+    run, weights, outputs = choose_export(
         coordinator.study, winner, trial_run, kept, settings.search, retrain=retrains
     )
     confirmation = summary.confirmed.to_dict(summary.metric) if summary.confirmed else None
@@ -338,7 +336,7 @@ def compare_with_default(
     seed = derive_seed(session.settings.search.seed, BOOTSTRAP)
     if default.number == winner.number and not is_soup:
         return DefaultComparison(default.number, None, seed)
-    run, weights = choose_export(
+    run, weights, outputs = choose_export(
         coordinator.study,
         default,
         history.run_of_trial(session.space, coordinator.study, default),
@@ -346,7 +344,6 @@ def compare_with_default(
         session.settings.search,
         retrain=retrains,
     )
-    outputs = choose_outputs(session.settings.search, default)
     wanted = {
         "run_digest": run.digest(),
         "temperature": None if outputs.calibrate == "none" else outputs.calibrate,

@@ -29,6 +29,8 @@ KEPT_ATTRIBUTES = (
     history.SCORES,
     history.THRESHOLDS,
     history.TEMPERATURE,
+    history.BEST_THRESHOLDS,
+    history.BEST_TEMPERATURE,
     history.COSTS,
     history.REASON,
     "seconds",

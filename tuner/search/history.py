@@ -30,6 +30,9 @@ SCORES = "scores"  # all scores of the best epoch
 # of the epoch to which it is trained again: of the labels, and where the task has one
 THRESHOLDS = "thresholds"
 TEMPERATURE = "temperature"
+# of the best epoch, where the trial is trained again to another one
+BEST_THRESHOLDS = "tuner:best_thresholds"
+BEST_TEMPERATURE = "tuner:best_temperature"
 COSTS = "tuner:costs"  # of its model, where there are limits
 FAILED_PERMANENTLY = "tuner:final"  # whether a failed trial is not tried again
 TRACEBACK = "tuner:trace"

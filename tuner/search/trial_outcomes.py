@@ -13,12 +13,14 @@ from tuner.errors import StorageError, TunerError
 from tuner.files.checkpoint_files import CheckpointRetention
 from tuner.files.crash_points import crash_point
 from tuner.jobs import Outcome, to_tuner_error
-from tuner.messages import TrialResult
+from tuner.messages import Epoch, TrialResult
 from tuner.search import history
 from tuner.search.duplicate_trials import DuplicateTrials
 from tuner.search.failures import FailureLimits
 from tuner.search.history import (
     BEST_EPOCH,
+    BEST_TEMPERATURE,
+    BEST_THRESHOLDS,
     COSTS,
     FAILED_PERMANENTLY,
     KILLED,
@@ -153,11 +155,9 @@ class TrialOutcomes:
             sign = history.sign_of(self.study.direction)
             epoch = choose_epoch(run.recipe, result.epochs, best, metric, sign, count)
             trial.set_user_attr(RETRAINED_EPOCHS, epoch)
-        fitted = result.epochs[epoch - 1]
-        if fitted.temperature is not None:
-            trial.set_user_attr(TEMPERATURE, fitted.temperature)
-        if fitted.thresholds:
-            trial.set_user_attr(THRESHOLDS, list(fitted.thresholds))
+        _record_fitted(trial, result.epochs[epoch - 1], TEMPERATURE, THRESHOLDS)
+        if epoch != best:
+            _record_fitted(trial, result.epochs[best - 1], BEST_TEMPERATURE, BEST_THRESHOLDS)
 
     def _record_costs(self, trial: Trial, result: TrialResult) -> None:
         """Store what the trial's model costs, and by how much of a limit it is above or below it:
@@ -275,3 +275,11 @@ class TrialOutcomes:
     def _others_were_accepted(self) -> bool:
         trials = self.study.get_trials(deepcopy=False, states=ENDED_STATES)
         return any(trial.intermediate_values for trial in trials)
+
+
+def _record_fitted(trial: Trial, epoch: Epoch, temperature: str, thresholds: str) -> None:
+    """Store what was fitted to the validation examples after an epoch, under these names."""
+    if epoch.temperature is not None:
+        trial.set_user_attr(temperature, epoch.temperature)
+    if epoch.thresholds:
+        trial.set_user_attr(thresholds, list(epoch.thresholds))
