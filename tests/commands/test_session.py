@@ -63,7 +63,7 @@ def test_a_signal_is_answered_during_the_epoch_and_ends_it_in_time(
         open_session(space, Folders(small.parent, small.parent), console, engine="local") as s,
     ):
         s.run_job("tests.helpers.jobs:wait", LONG, report, finish_epoch=True)
-    assert time.monotonic() - begun[0] < 5  # eight seconds of grace, if the file had not said so
+    assert time.monotonic() - begun[0] < 8  # the grace, if the file had not said 0.3 s
     assert console.notes == [f"stopping after the running epoch; {note}"]
     assert error.value.code == code
 

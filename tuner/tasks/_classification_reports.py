@@ -1,7 +1,6 @@
 """Descriptions and artifacts of predictions that give each example one class."""
 
 import base64
-import csv
 import io
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from tuner import deferred_figures
 from tuner.core.types import Prediction, Source
 from tuner.tasks._annotated_images import image_of_pixels
+from tuner.tasks._csv_tables import encode_csv
 
 MAX_CLASSES_NAMED = 3  # classes that a line names
 MISTAKES_SHOWN, MISTAKE_SIDE = 12, 128  # images, and pixels of their longer sides
@@ -128,12 +128,3 @@ def per_class_csv(matrix: Tensor, classes: tuple[str, ...]) -> bytes:
         for name, scores in per_class_scores(matrix, classes).items()
     ]
     return encode_csv(["class", "precision", "recall", "f1", "examples"], rows)
-
-
-def encode_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """CSV in UTF-8."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue().encode(errors="replace")

@@ -15,7 +15,8 @@ from tuner.core.targets import split_weights
 from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.errors import SpaceError
 from tuner.preprocessing.tokenization import trim_padding
-from tuner.tasks._classification_reports import concatenate_pairs, encode_csv
+from tuner.tasks._classification_reports import concatenate_pairs
+from tuner.tasks._csv_tables import encode_csv
 from tuner.tasks._multilabel_scores import (
     binary_loss,
     decide,

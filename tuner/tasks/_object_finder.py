@@ -13,7 +13,7 @@ from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree, tree_to
 from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.errors import limit_listing
 from tuner.tasks import _annotated_images
-from tuner.tasks._classification_reports import encode_csv
+from tuner.tasks._csv_tables import encode_csv
 from tuner.tasks._detected_objects import (
     above_confidence,
     boxes_on_original,

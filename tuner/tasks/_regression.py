@@ -15,7 +15,8 @@ from tuner.core.target_scale import TargetScale
 from tuner.core.targets import split_weights
 from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.preprocessing.tokenization import decode_texts, trim_padding
-from tuner.tasks._classification_reports import concatenate_pairs, encode_csv
+from tuner.tasks._classification_reports import concatenate_pairs
+from tuner.tasks._csv_tables import encode_csv
 
 LossName = Literal["mse", "mae", "huber"]
 LOSSES: dict[str, Callable[..., Tensor]] = {

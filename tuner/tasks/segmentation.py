@@ -32,7 +32,7 @@ from tuner.core.losses import mean_cross_entropy, weights_of_classes
 from tuner.core.targets import IGNORED
 from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.tasks import _annotated_images
-from tuner.tasks._classification_reports import encode_csv
+from tuner.tasks._csv_tables import encode_csv
 
 METRICS = ("mean_iou", "dice", "pixel_accuracy", "mean_accuracy")
 RECIPE_KEYS = ("class_weights", "auxiliary_lr")

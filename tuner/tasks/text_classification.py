@@ -10,11 +10,8 @@ from tuner.core.input_spec import TensorTree
 from tuner.core.types import Dataset, Task
 from tuner.preprocessing.tokenization import decode_texts, trim_padding
 from tuner.tasks._classification import Classifier, class_weights_of
-from tuner.tasks._classification_reports import (
-    classification_artifacts,
-    concatenate_pairs,
-    encode_csv,
-)
+from tuner.tasks._classification_reports import classification_artifacts, concatenate_pairs
+from tuner.tasks._csv_tables import encode_csv
 
 METRICS = (
     "accuracy",

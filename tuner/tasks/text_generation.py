@@ -23,7 +23,7 @@ from tuner.preprocessing.tokenization import (
     load_tokenizer,
     trim_padding,
 )
-from tuner.tasks._classification_reports import encode_csv
+from tuner.tasks._csv_tables import encode_csv
 
 METRICS = ("negative_log_perplexity", "perplexity")
 MINIMISED = ("perplexity",)

@@ -24,7 +24,7 @@ from tuner.core.types import Batch, Dataset, Prediction, Task
 from tuner.preprocessing.tokenization import decode_texts, locate_tokens, trim_padding
 from tuner.preprocessing.word_alignment import WordRule, align_words, find_words
 from tuner.tasks._classification import class_weights_of
-from tuner.tasks._classification_reports import encode_csv
+from tuner.tasks._csv_tables import encode_csv
 from tuner.tasks._entities import (
     TagSet,
     count_entities,
