@@ -46,7 +46,7 @@ def read(root: Path, home: Path, size: int, streamed: bool) -> dict[str, float]:
     """One start: its seconds and the memory of the process afterwards; for `streamed` also images a second."""
     import torch
 
-    from tuner.config.run import ImageOptions
+    from tuner.config.data_options import ImageOptions
     from tuner.core.input_spec import ImageInputSpec
     from tuner.data import folder
     from tuner.preprocessing import image_store

@@ -16,7 +16,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tuner.config.run import EngineSettings, ImageOptions, Recipe, SplitOptions
+    from tuner.config.data_options import ImageOptions, SplitOptions
+    from tuner.config.run import EngineSettings, Recipe
     from tuner.core.detectors import (
         IMAGE_NAME,
         DetectorHead,
@@ -175,7 +176,8 @@ __all__ = [
 ]
 
 _NAMES_BY_MODULE = {
-    "tuner.config.run": ("EngineSettings", "ImageOptions", "Recipe", "SplitOptions"),
+    "tuner.config.data_options": ("ImageOptions", "SplitOptions"),
+    "tuner.config.run": ("EngineSettings", "Recipe"),
     "tuner.core.detectors": (
         "IMAGE_NAME",
         "DetectorHead",

@@ -14,8 +14,8 @@ from tuner.config.augmentation import (
     RandAugmentOptions,
     resolve_policy,
 )
+from tuner.config.data_options import ImageOptions
 from tuner.config.json_schema import space_schema
-from tuner.config.run import ImageOptions
 from tuner.config.space import Space, dump_yaml
 from tuner.errors import SpaceError
 from tuner.search.study_identity import Comparison, defaulted_keys, identity

@@ -7,7 +7,8 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from tuner.config import fields
-from tuner.config.run import EngineSettings, ImageOptions, Recipe, SearchSettings, parse_duration
+from tuner.config.data_options import ImageOptions
+from tuner.config.run import EngineSettings, Recipe, SearchSettings, parse_duration
 from tuner.config.search_settings import LimitSettings
 
 LR, EPOCHS, OPTIMIZER = (Recipe.model_fields[key] for key in ("lr", "epochs", "optimizer"))
@@ -54,12 +55,12 @@ def test_only_lossless_conversions() -> None:
         (
             OPTIMIZER,
             "admaw",
-            "expected sgd, adam, adamw, nadam, radam, adamax, adagrad, rmsprop or adafactor, got the string 'admaw'; did you mean 'adamw'?",
+            "expected sgd, adam, adamw, nadam, radam, adamax, adagrad, rmsprop, adadelta or adafactor, got the string 'admaw'; did you mean 'adamw'?",
         ),
         (
             OPTIMIZER,
             3,
-            "expected sgd, adam, adamw, nadam, radam, adamax, adagrad, rmsprop or adafactor, got 3",
+            "expected sgd, adam, adamw, nadam, radam, adamax, adagrad, rmsprop, adadelta or adafactor, got 3",
         ),
         (MEAN, [0.1, 0.2], "expected a list of 3 numbers or null, got a list"),
         (

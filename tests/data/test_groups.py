@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.helpers import box_files, mask_files
 from tuner.config import parsing, plugins, yaml_document
-from tuner.config.run import ImageFileOptions
+from tuner.config.data_options import ImageFileOptions
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.subset import Subset
 from tuner.core.types import Dataset, Source

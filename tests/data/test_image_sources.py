@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from tests.helpers.http_server import serve_folder
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import Dataset
 from tuner.data import cifar10, digits, folder, synthetic

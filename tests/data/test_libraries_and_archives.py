@@ -19,7 +19,7 @@ from tests.conftest import CommandResult
 from tests.helpers import box_files, mask_files, small_transformers
 from tests.helpers.http_server import serve_folder
 from tuner.config import plugins
-from tuner.config.run import ImageFileOptions, ImageOptions
+from tuner.config.data_options import ImageFileOptions, ImageOptions
 from tuner.core.input_spec import ImageInputSpec, TextInputSpec
 from tuner.core.types import Dataset
 from tuner.data import folder, huggingface

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.helpers import small_transformers
-from tuner.config.run import Recipe, SplitOptions
+from tuner.config.data_options import SplitOptions
+from tuner.config.run import Recipe
 from tuner.core.input_spec import TextInputSpec
 from tuner.core.types import Dataset, Source
 from tuner.data import text

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.helpers import box_files
 from tuner.config import plugins
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.targets import NO_OBJECT, Boxes, ignored_label

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.helpers import box_files, small_transformers
 from tests.helpers.mask_files import write_images_and_masks
-from tuner.config.run import ImageOptions, SplitOptions
+from tuner.config.data_options import ImageOptions, SplitOptions
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TextInputSpec
 from tuner.core.types import Dataset
 from tuner.data import coco, folder, masks, text, voc, yolo

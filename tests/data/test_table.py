@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import ImageInputSpec, TextInputSpec
 from tuner.core.types import Dataset
 from tuner.data import table

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import small_transformers, tagged_files
-from tuner.config.run import SplitOptions
+from tuner.config.data_options import SplitOptions
 from tuner.core.input_spec import TextInputSpec
 from tuner.core.types import Dataset
 from tuner.data import tagged_text

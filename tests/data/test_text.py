@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import CommandResult
 from tests.helpers import small_transformers
-from tuner.config.run import SplitOptions
+from tuner.config.data_options import SplitOptions
 from tuner.core.input_spec import IMAGENET_SPEC, TextInputSpec
 from tuner.core.types import Dataset
 from tuner.data import text

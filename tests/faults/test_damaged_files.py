@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import damaged_files
 from tests.helpers.damaged_files import damage, retype_value
-from tuner.config.run import ImageOptions, SplitOptions
+from tuner.config.data_options import ImageOptions, SplitOptions
 from tuner.core.input_spec import ImageInputSpec
 from tuner.data import coco, text, voc, yolo
 from tuner.data._labelled_rows import ColumnKeys, read_files

@@ -12,7 +12,7 @@ from tests.helpers.box_files import write_coco, write_voc, write_yolo
 from tests.helpers.mask_files import write_images_and_masks
 from tuner.config import parsing, yaml_document
 from tuner.config.augmentation import POLICIES
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import Dataset, Source
 from tuner.data import coco, digits, masks, synthetic, voc, yolo

@@ -13,7 +13,7 @@ import torch
 from tests.conftest import CommandResult
 from tests.helpers import box_files
 from tuner.config import plugins
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.targets import NO_OBJECT
 from tuner.core.types import Dataset

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError, SpaceError

@@ -9,7 +9,7 @@ from PIL import Image, features
 
 from tests.helpers.box_files import write_voc, write_yolo
 from tests.helpers.mask_files import write_images_and_masks
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import Dataset
 from tuner.data import folder, masks, voc, yolo

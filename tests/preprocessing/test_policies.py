@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from tests.helpers.box_files import INK, write_coco
 from tests.helpers.mask_files import CLASS_COLOURS, write_images_and_masks
 from tuner.config.augmentation import NO_AUGMENTATION, AugmentationPolicy
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.geometry import AffineTransform
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.subset import Subset

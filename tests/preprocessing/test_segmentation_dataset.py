@@ -17,7 +17,7 @@ from tests.helpers.mask_files import (
     paint_mask,
     write_images_and_masks,
 )
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import Dataset
 from tuner.data.masks import load

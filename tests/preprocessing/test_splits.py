@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.errors import DataError
 from tuner.preprocessing.splits import (
     TEST,

@@ -15,7 +15,8 @@ import torch
 
 from tests.conftest import CommandResult
 from tests.helpers.split_laws import check_partition, check_split
-from tuner.config.run import EngineSettings, ImageOptions, PluginConfig, Recipe
+from tuner.config.data_options import ImageOptions
+from tuner.config.run import EngineSettings, PluginConfig, Recipe
 from tuner.core.input_spec import IMAGENET_SPEC
 from tuner.core.types import Batch
 from tuner.errors import DataError, SpaceError

@@ -18,7 +18,7 @@ import tuner as package
 from tests.conftest import CommandResult
 from tests.helpers import damaged_files
 from tuner import manifest
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core import weights
 from tuner.core.input_spec import ImageInputSpec
 from tuner.data import cifar10, coco, voc, yolo

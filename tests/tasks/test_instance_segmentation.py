@@ -19,7 +19,8 @@ from tests.helpers.detector_families import look_at_few_regions
 from tests.helpers.exported_programs import run_programs
 from tests.helpers.instance_files import HEIGHT, INK, WIDTH, triangles, write_instances
 from tests.helpers.split_laws import check_partition
-from tuner.config.run import ImageOptions, Recipe
+from tuner.config.data_options import ImageOptions
+from tuner.config.run import Recipe
 from tuner.core.detectors import TARGET_PREFIX, join_targets
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.targets import NO_OBJECT, ignored_label, masks_of_objects

@@ -10,7 +10,8 @@ import torch
 from tests.conftest import SMALL
 from tests.helpers import imbalanced_digits
 from tuner.config import parsing, yaml_document
-from tuner.config.run import EngineSettings, ImageOptions, Run
+from tuner.config.data_options import ImageOptions
+from tuner.config.run import EngineSettings, Run
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.types import Source
 from tuner.files.cache_entries import list_entries

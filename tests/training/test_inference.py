@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.conftest import CommandResult
 from tests.helpers.png_headers import png_header
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.export_module import ExportModule
 from tuner.data import synthetic
 from tuner.errors import DataError, SpaceError, StorageError

@@ -213,6 +213,12 @@ def test_the_schedule(recipe: Recipe, step: int, expected: float) -> None:
             {"momentum": 0.5, "alpha": 0.95, "eps": 1e-8},
         ),
         ({"optimizer": "rmsprop"}, torch.optim.RMSprop, {"alpha": 0.99}),
+        (
+            {"optimizer": "adadelta", "beta2": 0.8, "epsilon": 1e-5},
+            torch.optim.Adadelta,
+            {"rho": 0.8, "eps": 1e-5},
+        ),
+        ({"optimizer": "adadelta"}, torch.optim.Adadelta, {"rho": 0.9, "eps": 1e-6}),
         ({"optimizer": "adafactor"}, torch.optim.Adafactor, {}),
     ],
 )
@@ -229,7 +235,7 @@ def test_optimizers_get_what_the_recipe_says(
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_the_loss(name: str, here: DeviceContext) -> None:
-    lr = {"sgd": 0.01, "adagrad": 0.005}.get(name, 0.001)
+    lr = {"sgd": 0.01, "adagrad": 0.005, "adadelta": 0.3}.get(name, 0.001)
     recipe = {"lr": lr, "epochs": 3, "freeze_depth": 4, "head": "fresh", "fit": "train+valid"}
     found, _ = epochs(run(optimizer=name, **recipe), here)
     assert found[-1].loss < found[0].loss

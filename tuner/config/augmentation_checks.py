@@ -12,8 +12,8 @@ from tuner.config.augmentation import (
     AugmentationPolicy,
     refused_name,
 )
+from tuner.config.data_options import ImageFileOptions, ImageOptions
 from tuner.config.draft import Draft
-from tuner.config.run import ImageFileOptions, ImageOptions
 from tuner.config.space import KeyPath
 
 AUGMENT: KeyPath = ("data", "augment")

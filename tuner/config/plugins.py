@@ -61,7 +61,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
-from tuner.config import run
+from tuner.config import data_options
 from tuner.errors import SpaceError, nearest_hint, suggest_names
 
 PLUGIN_FOLDERS = {
@@ -85,9 +85,9 @@ _ANNOTATION_NAMES = {
     "Annotated": Annotated,
     "Literal": Literal,
     "Field": Field,
-    "ImageFileOptions": run.ImageFileOptions,
-    "ImageOptions": run.ImageOptions,
-    "SplitOptions": run.SplitOptions,
+    "ImageFileOptions": data_options.ImageFileOptions,
+    "ImageOptions": data_options.ImageOptions,
+    "SplitOptions": data_options.SplitOptions,
 }
 
 

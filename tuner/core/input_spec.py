@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tuner.config.run import RgbTriple
+from tuner.config.data_options import RgbTriple
 from tuner.core.device_transfers import HostCopy, copies_asynchronously, send
 
 TensorTree = Tensor | dict[str, Tensor]

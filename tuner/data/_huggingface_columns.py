@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tuner.config.data_options import ImageOptions
 from tuner.config.requirements import pip_install
-from tuner.config.run import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError, SpaceError, limit_listing, nearest_hint

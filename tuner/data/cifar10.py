@@ -12,7 +12,7 @@ from pydantic import Field
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError

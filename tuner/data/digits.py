@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.preprocessing.image_dataset import classification_dataset

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tuner.config import plugins
-from tuner.config.run import ImageOptions, SplitOptions
+from tuner.config.data_options import ImageOptions, SplitOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.data._huggingface_columns import HuggingFaceReader, Rows, import_library, write_texts

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.preprocessing.image_dataset import classification_dataset

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.data._labelled_rows import ColumnKeys, FileExamples, read_files

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tuner.config.run import SplitOptions
+from tuner.config.data_options import SplitOptions
 from tuner.core.input_spec import InputSpec, TextInputSpec
 from tuner.core.targets import IGNORED_TAG, Labels
 from tuner.core.types import Dataset

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tuner.config.run import SplitOptions
+from tuner.config.data_options import SplitOptions
 from tuner.core.input_spec import InputSpec, TextInputSpec
 from tuner.core.targets import Labels, labels_of
 from tuner.core.types import Dataset

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 from torchvision import datasets as library
 
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError, suggest_names

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from pydantic import Field
 
-from tuner.config.run import ImageFileOptions
+from tuner.config.data_options import ImageFileOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError, count_words, limit_listing, suggest_names

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import yaml
 from pydantic import Field
 
-from tuner.config.run import ImageFileOptions
+from tuner.config.data_options import ImageFileOptions
 from tuner.core.input_spec import InputSpec
 from tuner.core.types import Dataset
 from tuner.errors import DataError, limit_listing

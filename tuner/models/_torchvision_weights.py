@@ -12,7 +12,8 @@ from torch import nn
 from torchvision.models import get_model, get_model_weights
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from tuner.config.run import LOADED_LATER, RgbTriple
+from tuner.config.data_options import RgbTriple
+from tuner.config.run import LOADED_LATER
 from tuner.core.input_spec import ImageInputSpec
 from tuner.core.weights import (
     fetch_weights,

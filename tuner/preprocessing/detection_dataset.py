@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tuner.config.run import ImageOptions
+from tuner.config.data_options import ImageOptions
 from tuner.core.geometry import place_on_canvas
 from tuner.core.input_spec import ImageInputSpec, InputSpec
 from tuner.core.targets import NO_OBJECT, Boxes, InstanceMasks, Targets, ignored_label

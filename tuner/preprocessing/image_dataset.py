@@ -17,7 +17,7 @@ from tuner.config.augmentation import (
     resolve_policy,
     view_count,
 )
-from tuner.config.run import ImageFileOptions, ImageOptions
+from tuner.config.data_options import ImageFileOptions, ImageOptions
 from tuner.core.device_transfers import gather_rows, send
 from tuner.core.input_spec import ImageInputSpec, InputSpec, TensorTree
 from tuner.core.subset import Subset, subset_of

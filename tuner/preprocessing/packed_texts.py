@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tuner.config.run import SplitOptions
+from tuner.config.data_options import SplitOptions
 from tuner.core.input_spec import TextInputSpec
 from tuner.errors import SpaceError
 from tuner.files.atomic import atomic_folder, disk_errors

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.config.run import SplitOptions
+from tuner.config.data_options import SplitOptions
 from tuner.errors import DataError, limit_listing
 from tuner.preprocessing.stratification import deal_units
 

@@ -14,9 +14,12 @@ from tuner.core.types import StagedModel
 
 # SGD with momentum: Sutskever et al., ICML 2013. Adam and Adamax: Kingma and Ba, ICLR 2015. AdamW:
 # Loshchilov and Hutter, ICLR 2019. NAdam: Dozat, ICLR workshop 2016. RAdam: Liu et al., ICLR 2020.
-# Adagrad: Duchi et al., JMLR 12, 2011. RMSprop: Tieleman and Hinton, Coursera 2012. Adafactor:
-# Shazeer and Stern, ICML 2018. Not here: LBFGS and Rprop want the gradient of all examples,
-# SparseAdam sparse ones, Muon trains matrices alone, and ASGD and Adadelta choose rates themselves.
+# Adagrad: Duchi et al., JMLR 12, 2011. RMSprop: Tieleman and Hinton, Coursera 2012. Adadelta:
+# Zeiler, arXiv 1212.5701, 2012. Adafactor: Shazeer and Stern, ICML 2018.
+# Not here: LBFGS and Rprop want the gradient of all examples, and SparseAdam sparse ones. ASGD
+# takes SGD's steps and keeps an average that nothing reads; `ema` averages the weights. Muon trains
+# matrices alone, and weights that Adam has pretrained, as most are, become worse with it than with
+# Adam (Qu et al., Can Muon Fine-tune Adam-Pretrained Models?, ICML 2026).
 OPTIMIZERS: dict[str, Any] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
@@ -26,6 +29,7 @@ OPTIMIZERS: dict[str, Any] = {
     "adamax": torch.optim.Adamax,
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
+    "adadelta": torch.optim.Adadelta,
     "adafactor": torch.optim.Adafactor,
 }
 FUSED = ("sgd", "adam", "adamw")  # those with a fused implementation on CUDA devices
@@ -96,6 +100,8 @@ def optimizer_arguments(recipe: Recipe) -> dict[str, Any]:
         return {}
     if name == "adagrad":
         return own
+    if name == "adadelta":
+        return own | ({} if recipe.beta2 is None else {"rho": recipe.beta2})
     if name == "rmsprop":
         alpha = {} if recipe.beta2 is None else {"alpha": recipe.beta2}
         return own | alpha | {"momentum": momentum}
@@ -236,7 +242,7 @@ def momentum_at(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
-    """Sets the momentum or the first beta of every group; Adagrad and Adafactor have none."""
+    """Sets the momentum or the first beta of every group that has one."""
     for group in optimizer.param_groups:
         if "betas" in group:
             group["betas"] = (momentum, group["betas"][1])
