@@ -16,7 +16,7 @@ import yaml
 
 from tuner.errors import SpaceError, nearest_path_hint
 
-MAX_BYTES, MAX_DEPTH, MAX_NODES = 200_000, 50, 20_000
+MAX_BYTES, MAX_DEPTH, MAX_NODES = 200_000, 50, 10_000
 MAX_DIGITS = 300  # what a float can still hold
 INTEGER_PATTERN = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 NUMBER_PATTERN = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
