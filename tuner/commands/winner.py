@@ -11,6 +11,7 @@ from tuner import manifest
 from tuner.commands.ended_search import EndedSearch
 from tuner.commands.exported_run import (
     choose_export,
+    choose_outputs,
     is_retrained,
     weights_of,
 )
@@ -170,8 +171,8 @@ def export_winner(ended: EndedSearch, trial_run: Run, summary: Summary) -> Summa
     winner, settings = summary.winner, session.settings
     manifest.recover_export(folder / "export")
     published = manifest.read_export(folder / "export")
-    again = choose_export(coordinator.study, winner, trial_run, None, settings.search, retrain=True)
-    is_made = manifest_of_run(published, again.run, again.outputs) is not None
+    again = choose_outputs(settings.search, winner, retrain=True)
+    is_made = manifest_of_run(published, summary.run, again) is not None
     retrains = is_retrained(ended, winner, is_made=is_made)
     kept = weights_of(ended, winner)
     run, weights, outputs = choose_export(
